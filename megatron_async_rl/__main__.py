@@ -1,0 +1,81 @@
+"""The command line: `python -m megatron_async_rl run | doctor | status`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_async_rl import __version__
+from megatron_async_rl.errors import Error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        return args.command(args)
+    except Error as e:
+        sys.stderr.write(f"error: {e}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_async_rl",
+        description="Asynchronous reinforcement learning for language models: Megatron-Core trains, SGLang generates.",
+    )
+    parser.add_argument("--version", action="version", version=f"megatron_async_rl {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="train, and show how it goes")
+    run.add_argument("config", metavar="CONFIG", help="YAML file, such as those in configs/")
+    run.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change, such as staleness.eta=0")
+    run.set_defaults(command=_run)
+
+    doctor = commands.add_parser("doctor", help="say what is missing on this host, or for this CONFIG")
+    doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
+    doctor.set_defaults(command=_doctor)
+
+    status = commands.add_parser("status", help="show how a run stands")
+    status.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="its run.dir")
+    status.set_defaults(command=_status)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from megatron_async_rl.config import load
+
+    config = load(args.config, args.overrides)
+    from megatron_async_rl import launch  # after the YAML was understood: it brings in more
+
+    return launch.run(config)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from megatron_async_rl import doctor
+
+    return doctor.run(args.config)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megatron_async_rl import display
+    from megatron_async_rl.errors import DataError
+    from megatron_async_rl.metrics import read_status
+
+    try:
+        status = read_status(args.run_dir)
+    except DataError as e:
+        sys.stderr.write(f"error: {e}\n")
+        return 1
+    console = Console()
+    console.print(display.render(status))
+    console.print(display.ledger(status))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""Every knob of a run: one YAML file, dotted `key=value` overrides after it, unknown keys refused.
+
+Sections are frozen structs; the text under each field is its documentation, its range is checked, and an error names
+the key, the value, the rule and what to do. Megatron's and SGLang's own knobs keep their own names under `megatron:`
+and `sglang:` and pass through.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
+import yaml
+
+from megatron_async_rl.errors import ConfigError
+
+
+def _at_least(low: float, doc: str) -> msgspec.Meta:
+    return msgspec.Meta(ge=low, description=doc)
+
+
+def _above(low: float, doc: str) -> msgspec.Meta:
+    return msgspec.Meta(gt=low, description=doc)
+
+
+def _doc(text: str) -> msgspec.Meta:
+    return msgspec.Meta(description=text)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2's floats: PyYAML reads `1e-3` as text, which no writer of a learning rate means."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_YamlLoader)
+
+
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+_AboveOne = Annotated[float, msgspec.Meta(gt=1)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of the configuration."""
+
+
+class RunConfig(Section, kw_only=True):
+    dir: Annotated[
+        str, msgspec.Meta(min_length=1, description="Folder of the run: logs, TensorBoard, samples, export.")
+    ]
+    seed: Annotated[int, _at_least(0, "Seed of prompt order, sampling and initialisation.")] = 1
+    steps: Annotated[int, _at_least(1, "Training steps (one weight version each).")]
+    stall_s: Annotated[
+        float, _above(0, "Seconds without any progress after which the run ends and names who waits.")
+    ] = 600.0
+
+
+class ModelConfig(Section, kw_only=True):
+    path: Annotated[str, msgspec.Meta(min_length=1, description="Hugging Face folder of the starting policy.")]
+    context_tokens: Annotated[int, _at_least(8, "Longest prompt + response, in tokens.")]
+
+
+class DataConfig(Section, kw_only=True):
+    train: Annotated[str, msgspec.Meta(min_length=1, description="JSONL file: a row has `prompt` and `answer`.")]
+    eval: Annotated[str | None, _doc("JSONL file for the evaluation before and after; none: no evaluation.")] = None
+    chat_template: Annotated[bool, _doc("Render `prompt` as a user message with the model's chat template.")] = False
+    add_bos: Annotated[bool, _doc("Put the tokenizer's bos token before a prompt without chat template.")] = True
+
+
+class RolloutConfig(Section, kw_only=True):
+    servers: Annotated[int, _at_least(1, "SGLang servers, one rollout worker each.")] = 1
+    max_new_tokens: Annotated[int, _at_least(1, "Response tokens at most.")]
+    temperature: Annotated[float, _above(0, "Sampling temperature; the trainer divides its logits by it too.")] = 1.0
+    max_concurrent_samples: Annotated[int, _at_least(1, "Samples in flight per server at most.")] = 256
+    workflow: Annotated[str, _doc("`single_turn`, or package.module:Class of your own.")] = "single_turn"
+    lease_timeout_s: Annotated[float, _above(0, "A sample not back by then is given to another server.")] = 600.0
+    max_attempts: Annotated[int, _at_least(1, "Attempts at one group before it is dropped by name.")] = 3
+    start_timeout_s: Annotated[float, _above(0, "Seconds a server may take to start.")] = 600.0
+    request_timeout_s: Annotated[float, _above(0, "Deadline of one control call to a server.")] = 120.0
+
+
+class StalenessConfig(Section, kw_only=True):
+    eta: Annotated[
+        int, _at_least(0, "Weight versions a trained token may lag; 0 is synchronous RL, 1 one-step overlap.")
+    ] = 4
+    straggler: Annotated[
+        Literal["wait", "drop"], _doc("A group that would be stale after this step: wait for it (bounded), or drop it.")
+    ] = "wait"
+    straggler_wait_s: Annotated[
+        float, _at_least(0, "Longest wait of `straggler: wait`; then the group is dropped.")
+    ] = 120.0
+
+
+class RewardConfig(Section, kw_only=True):
+    function: Annotated[
+        str, _doc("`math`, or package.module:function of your own: (prompt, response, row) -> float.")
+    ] = "math"
+    workers: Annotated[int, _at_least(1, "Reward worker processes.")] = 1
+    children: Annotated[int, _at_least(1, "Killable children of each reward worker.")] = 1
+    timeout_s: Annotated[float, _above(0, "Seconds one verdict may take; then the child is killed.")] = 10.0
+    max_attempts: Annotated[int, _at_least(1, "Attempts at one verdict before the group is dropped by name.")] = 3
+
+
+class AlgorithmConfig(Section, kw_only=True):
+    prompts_per_step: Annotated[int, _at_least(1, "Groups in the batch of one step (B of the paper).")]
+    samples_per_prompt: Annotated[int, _at_least(1, "Samples of a group.")]
+    minibatches: Annotated[int, _at_least(1, "Optimizer steps per training step.")] = 1
+    loss: Annotated[
+        Literal["decoupled_ppo", "ppo"], _doc("decoupled_ppo corrects for staleness; ppo is the naive one.")
+    ] = "decoupled_ppo"
+    clip_eps: Annotated[float, _above(0, "PPO clip range below (and above, unless clip_eps_high).")] = 0.2
+    clip_eps_high: Annotated[_Positive | None, _doc("PPO clip range above; none: clip_eps.")] = None
+    dual_clip: Annotated[_AboveOne | None, _doc("Bound c of dual-clip PPO for negative advantages; none: off.")] = None
+    behavior_weight_cap: Annotated[
+        _Positive | None, _doc("Tokens whose proximal/behavior ratio exceeds it are masked; none: off.")
+    ] = 5.0
+    entropy_coef: Annotated[float, _at_least(0, "Weight of the entropy bonus.")] = 0.0
+    group_normalize: Annotated[bool, _doc("Center each group's rewards and divide by its standard deviation.")] = True
+    batch_normalize: Annotated[bool, _doc("Normalise advantages over all tokens of the batch.")] = False
+    drop_equal_rewards: Annotated[
+        bool, _doc("Drop groups whose rewards are all equal; their slots are given back.")
+    ] = False
+    reward_scale: Annotated[float, _above(0, "Rewards are ((r - 0.5) * 2 - reward_bias) * reward_scale.")] = 1.0
+    reward_bias: Annotated[float, _doc("See reward_scale.")] = 0.0
+
+
+class TrainerConfig(Section, kw_only=True):
+    data_parallel_size: Annotated[int, _at_least(1, "Replicas of the tensor/pipeline-parallel trainer.")] = 1
+    max_tokens_per_microbatch: Annotated[int, _at_least(1, "Token budget of a packed micro-batch.")] = 8192
+    precision: Annotated[Literal["fp32", "bf16"], _doc("Parameters' type; gradients and optimizer are fp32.")] = "bf16"
+    threads: Annotated[int, _at_least(1, "CPU threads of a trainer rank.")] = 1
+    start_timeout_s: Annotated[float, _above(0, "Seconds the ranks may take to come up.")] = 600.0
+    collective_timeout_s: Annotated[float, _above(0, "Deadline of every collective among trainer ranks.")] = 600.0
+
+
+class WeightsConfig(Section, kw_only=True):
+    bucket_bytes: Annotated[int, _at_least(1024, "Size of one flattened bucket on the wire.")] = 1 << 30
+    verify_every: Annotated[int, _at_least(1, "Compare digests at every k-th update (the first always).")] = 1
+    update_timeout_s: Annotated[float, _above(0, "Deadline of one whole update; a late server is fenced.")] = 120.0
+
+
+class MonitorConfig(Section, kw_only=True):
+    tensorboard: Annotated[bool, _doc("Write TensorBoard logs below run.dir/tensorboard.")] = True
+    sample_texts: Annotated[int, _at_least(0, "Samples shown as text in TensorBoard each step.")] = 2
+
+
+class Config(Section, kw_only=True):
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    algorithm: AlgorithmConfig
+    staleness: StalenessConfig = StalenessConfig()
+    reward: RewardConfig = RewardConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    megatron: dict[str, Any] = {}
+    sglang: dict[str, Any] = {}
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir)
+
+    def parallel_size(self, name: str) -> int:
+        """A parallel size under `megatron:`, such as tensor_model_parallel_size; 1 where it is not set."""
+        return int(self.megatron.get(f"{name}_parallel_size", 1))
+
+    @property
+    def trainer_ranks(self) -> int:
+        sizes = (self.parallel_size(n) for n in ("tensor_model", "pipeline_model", "context"))
+        ranks = self.trainer.data_parallel_size
+        for size in sizes:
+            ranks *= size
+        return ranks
+
+
+def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
+    """The configuration in a YAML file, with dotted overrides such as `staleness.eta=0` applied.
+
+    Raises ConfigError: unreadable file, unknown key (names the nearest), wrong type or range.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as e:
+        raise ConfigError(f"cannot read the configuration {path}: {e.strerror}; give the path of a YAML file") from e
+    try:
+        tree = _read_yaml(text) or {}
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path} is not YAML: {e}") from e
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, got {type(tree).__name__}")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return from_tree(tree)
+
+
+def from_tree(tree: dict[str, Any]) -> Config:
+    """Checks a tree of plain values and makes the configuration of it."""
+    try:
+        config = msgspec.convert(tree, Config, strict=True)
+    except msgspec.ValidationError as e:
+        raise ConfigError(_explain(str(e), tree)) from None
+    _cross_check(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load` reads it back to an equal one."""
+    return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value, such as staleness.eta=0")
+    try:
+        value = _read_yaml(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"the value of override {override!r} is not YAML: {e}") from e
+    *parents, last = key.split(".")
+    node = tree
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
+    node[last] = value
+
+
+def _explain(message: str, tree: dict[str, Any]) -> str:
+    """Turns msgspec's words into: key, value, rule, remedy."""
+    match = re.fullmatch(r"(?P<rule>.*?)(?: - at `\$\.?(?P<path>.*?)`)?", message, re.S)
+    rule, path = match["rule"], match["path"] or ""
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", rule)
+    if unknown:
+        names = [f.encode_name for f in msgspec.structs.fields(_section_at(path))]
+        near = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.0)
+        key = f"{path}.{unknown[1]}".lstrip(".")
+        return f"{key} is not a setting; did you mean {'.'.join(filter(None, [path, near[0]]))}? Known here: {', '.join(names)}"
+    missing = re.fullmatch(r"Object missing required field `(.*)`", rule)
+    if missing:
+        key = f"{path}.{missing[1]}".lstrip(".")
+        return f"{key} is not set, and has no default. {_description(key)} Set it in the YAML or with {key}=VALUE"
+    if "enum value" in rule:
+        rule = f"expected one of {', '.join(map(repr, get_args(get_args(_annotation(path))[0])))}"
+    value: Any = tree
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return f"{path} = {value!r}: {rule[0].lower() + rule[1:]}. {_description(path)} Set it in the YAML or with {path}=VALUE"
+
+
+def _section_at(path: str) -> type:
+    section: type = Config
+    for part in filter(None, path.split(".")):
+        section = next(f.type for f in msgspec.structs.fields(section) if f.encode_name == part)
+    return section
+
+
+def _annotation(path: str) -> Any:
+    *parents, last = path.split(".")
+    return next(f.type for f in msgspec.structs.fields(_section_at(".".join(parents))) if f.encode_name == last)
+
+
+def _description(path: str) -> str:
+    try:
+        return msgspec.inspect.type_info(_annotation(path)).extra_json_schema["description"]
+    except (AttributeError, StopIteration, TypeError, KeyError):
+        return ""
+
+
+def _cross_check(config: Config) -> None:
+    a, r, m = config.algorithm, config.rollout, config.model
+    if r.max_new_tokens >= m.context_tokens:
+        raise ConfigError(
+            f"rollout.max_new_tokens = {r.max_new_tokens} leaves no room for a prompt in model.context_tokens = "
+            f"{m.context_tokens}; lower the first or raise the second"
+        )
+    if a.samples_per_prompt > r.max_concurrent_samples:
+        raise ConfigError(
+            f"algorithm.samples_per_prompt = {a.samples_per_prompt} is more than a server takes at once; raise "
+            f"rollout.max_concurrent_samples = {r.max_concurrent_samples} to at least that"
+        )
+    if a.prompts_per_step * a.samples_per_prompt % config.trainer.data_parallel_size:
+        raise ConfigError(
+            f"algorithm.prompts_per_step * samples_per_prompt = {a.prompts_per_step * a.samples_per_prompt} samples do not "
+            f"divide over trainer.data_parallel_size = {config.trainer.data_parallel_size}; change one of them"
+        )
+    if a.prompts_per_step * a.samples_per_prompt < a.minibatches * config.trainer.data_parallel_size:
+        raise ConfigError(
+            f"algorithm.minibatches = {a.minibatches} is more than each data-parallel replica has samples; lower it"
+        )
+    if a.group_normalize and a.samples_per_prompt == 1:
+        raise ConfigError(
+            "algorithm.group_normalize = true needs algorithm.samples_per_prompt >= 2 (a group of one has no spread); "
+            "set samples_per_prompt, or group_normalize=false"
+        )
+    for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
+        size = config.megatron.get(f"{name}_parallel_size", 1)
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"megatron.{name}_parallel_size = {size!r}: expected an integer >= 1")

@@ -1,0 +1,1 @@
+"""PROCESS. Decides what is generated and what is trained; owns no GPU."""

@@ -1,0 +1,25 @@
+"""`python -m megatron_async_rl.controller RUN_DIR`: the controller of the run whose config.yaml lies there."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from megatron_async_rl import config, processes
+from megatron_async_rl.controller.controller import Controller
+from megatron_async_rl.metrics import RunLog
+from megatron_async_rl.transport import Hub
+
+
+async def _run(run_dir: Path) -> None:
+    settings = config.load(run_dir / "config.yaml")
+    run_log = RunLog(run_dir, settings)
+    hub = Hub(run_dir)
+    try:
+        await Controller(settings, hub, run_log).run()
+    finally:
+        hub.close()
+        run_log.close()
+
+
+if __name__ == "__main__":
+    processes.main(lambda: asyncio.run(_run(Path(sys.argv[1]))))

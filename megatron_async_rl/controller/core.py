@@ -1,0 +1,433 @@
+"""What is generated, scored and trained, decided by a state machine without sockets, clock or threads.
+
+Every method is one event; it returns the actions that follow. Time comes in as a number, prompts from an injected
+source, so the same code runs under asyncio, under a simulation on a virtual clock, and under a search of its states.
+
+A training group's way:
+
+    QUEUED --lease--> RUNNING --all samples back and scored--> READY --cut--> IN_BATCH --step done--> trained
+       ^                 |                                       |
+       +---- worker lost, lease late (attempt + 1) --------------+------> dropped(reason)
+
+Admission (facts: AReaL eq. 3). With B = prompts_per_step and N groups admitted and not dropped, a new one may start
+under version v iff  N < (v + eta + 1) * B.  That alone does not bound the staleness of stragglers; the cut does: it
+takes the oldest groups first and drops what is older than eta. With `straggler: wait` the cut first waits, bounded,
+for groups that this step's version would make stale. No more than B such groups can exist (those started at version
+<= v - eta number at most (v + 1) * B, of which v * B are trained), so waiting always suffices and drops nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from megatron_async_rl.controller.fleet import Fleet, RolloutWorker, ServerState, Worker
+from megatron_async_rl.controller.ledger import DropReason, Ledger
+from megatron_async_rl.messages import Generate, Generated, GenerateFailed, Message, Score, Scored
+from megatron_async_rl.types import Prompt, Purpose, Sample
+
+
+class GroupState(enum.Enum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    READY = "ready"
+    IN_BATCH = "in batch"
+
+
+@dataclass
+class Group:
+    """The samples of one prompt, and where they stand."""
+
+    group_id: int
+    prompt: Prompt
+    purpose: Purpose
+    samples: list[Sample | None]
+    rewards: list[float | None]
+    state: GroupState = GroupState.QUEUED
+    attempt: int = 0
+    worker: str = ""
+    deadline: float = 0.0
+    floor_version: int = 0  # no token of the running samples is older
+    verdict_attempts: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[int]:
+        return [index for index, sample in enumerate(self.samples) if sample is None]
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest version any token has or, while samples are out, may turn out to have."""
+        known = [sample.oldest_version for sample in self.samples if sample is not None and sample.num_generated]
+        return min([*known, self.floor_version] if self.missing else known, default=self.floor_version)
+
+
+# ---- actions
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send this message to the worker of that name."""
+
+    worker: str
+    message: Message
+
+
+@dataclass(frozen=True)
+class CutBatch:
+    """Train these groups on `version`: all complete, none older than eta."""
+
+    version: int
+    groups: list[Group]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    group: Group
+    reason: DropReason
+
+
+@dataclass(frozen=True)
+class EvalFinished:
+    """All evaluation groups have ended; those dropped have no reward."""
+
+    version: int
+    groups: list[Group]
+
+
+Action = Send | CutBatch | Dropped | EvalFinished
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The settings that the core goes by (config.py says what each means)."""
+
+    prompts_per_step: int
+    samples_per_prompt: int
+    eta: int
+    wait_for_stragglers: bool
+    straggler_wait_s: float
+    max_new_tokens: int
+    temperature: float
+    lease_timeout_s: float
+    max_attempts: int
+    max_verdict_attempts: int
+    drop_equal_rewards: bool
+    silence_limit_s: float
+    steps: int
+    data_parallel_size: int
+
+
+class Core:
+    def __init__(self, rules: Rules, next_prompt: Callable[[], Prompt], epoch: int = 1) -> None:
+        self.rules = rules
+        self.epoch = epoch
+        self.version = 0  # of the trainer's weights
+        self.fleet = Fleet()
+        self.ledger = Ledger()
+        self.groups: dict[int, Group] = {}
+        self.num_fenced_messages = 0
+        self.admitting = False  # the shell opens the gate when version 0 is served and evaluated
+        self._next_prompt = next_prompt
+        self._next_group_id = 0
+        self._to_score: deque[tuple[int, int]] = deque()  # (group_id, index)
+        self._scoring: dict[tuple[int, int], tuple[str, int]] = {}  # -> (reward worker, group attempt)
+        self._leaders_ready: set[int] = set()
+        self._wanted_since: float | None = None  # all leaders wait for the batch of self.version
+        self._in_batch: list[Group] = []
+        self._eval_ids: set[int] = set()
+        self._eval_ended: list[Group] = []
+
+    # ---- events: workers
+
+    def rollout_joined(self, name: str, capacity: int, now: float) -> list[Action]:
+        self.fleet.rollout[name] = RolloutWorker(name, capacity, now)
+        return []
+
+    def reward_joined(self, name: str, capacity: int, now: float) -> list[Action]:
+        self.fleet.reward[name] = Worker(name, capacity, now)
+        return self._advance(now)
+
+    def updating(self, name: str) -> None:
+        self.fleet.rollout[name].state = ServerState.UPDATING
+
+    def serving(self, name: str, version: int, now: float) -> list[Action]:
+        worker = self.fleet.rollout[name]
+        worker.state, worker.version = ServerState.SERVING, version
+        return self._advance(now)
+
+    def fenced(self, name: str, reason: str, now: float) -> list[Action]:
+        """The server may not be trusted with its weights: it keeps no work and gets none."""
+        worker = self.fleet.rollout[name]
+        worker.state, worker.reason = ServerState.FENCED, reason
+        return self._take_back(name, now)
+
+    def worker_lost(self, name: str, now: float) -> list[Action]:
+        if self.fleet.rollout.pop(name, None):
+            return self._take_back(name, now)
+        self.fleet.reward.pop(name, None)
+        for key in [key for key, (judge, _) in self._scoring.items() if judge == name]:
+            del self._scoring[key]
+            self._to_score.append(key)
+        return self._advance(now)
+
+    # ---- events: samples
+
+    def generated(self, worker: str, message: Generated, now: float) -> list[Action]:
+        group = self._leased_to(worker, message)
+        if group is None or group.samples[message.index] is not None:
+            self.num_fenced_messages += 1
+            return []
+        group.samples[message.index] = message.sample
+        self._unload(worker)
+        self._to_score.append((group.group_id, message.index))
+        return self._advance(now)
+
+    def generate_failed(self, worker: str, message: GenerateFailed, now: float) -> list[Action]:
+        group = self._leased_to(worker, message)
+        if group is None:
+            self.num_fenced_messages += 1
+            return []
+        return self._release(group) + self._advance(now)
+
+    def scored(self, worker: str, message: Scored, now: float) -> list[Action]:
+        key = (message.group_id, message.index)
+        if message.epoch != self.epoch or self._scoring.get(key) != (worker, message.attempt):
+            self.num_fenced_messages += 1
+            return []
+        del self._scoring[key]
+        if judge := self.fleet.reward.get(worker):
+            judge.load -= 1
+        group = self.groups.get(message.group_id)
+        actions: list[Action] = []
+        if group is not None and message.reward is not None:
+            group.rewards[message.index] = message.reward
+            if all(reward is not None for reward in group.rewards):
+                actions += self._complete(group)
+        elif group is not None:
+            attempts = group.verdict_attempts[message.index] = group.verdict_attempts.get(message.index, 0) + 1
+            if attempts < self.rules.max_verdict_attempts:
+                self._to_score.append(key)
+            else:
+                actions += self._drop(group, DropReason.REWARD_UNAVAILABLE)
+        return actions + self._advance(now)
+
+    # ---- events: trainer
+
+    def batch_wanted(self, leader: int, version: int, now: float) -> list[Action]:
+        """A data-parallel leader is ready to train on `version`; the batch is cut when all are."""
+        if version != self.version:
+            self.num_fenced_messages += 1
+            return []
+        self._leaders_ready.add(leader)
+        if len(self._leaders_ready) == self.rules.data_parallel_size and self._wanted_since is None:
+            self._wanted_since = now
+        return self._advance(now)
+
+    def step_done(self, version: int, now: float) -> list[Action]:
+        """The batch of version - 1 is in the weights: its groups count as trained."""
+        if version != self.version + 1 or not self._in_batch:
+            self.num_fenced_messages += 1
+            return []
+        for group in self._in_batch:
+            del self.groups[group.group_id]
+            self.ledger.trained += 1
+        self._in_batch = []
+        self.version = version
+        self.check()
+        return self._advance(now)
+
+    # ---- events: the rest
+
+    def start_eval(self, prompts: list[Prompt], now: float) -> list[Action]:
+        """Generates and scores one sample of each; training groups are not leased meanwhile."""
+        for prompt in prompts:
+            self._eval_ids.add(self._new_group(prompt, "eval", 1).group_id)
+        return self._advance(now)
+
+    def tick(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for name in self.fleet.silent_since(now - self.rules.silence_limit_s):
+            actions += self.worker_lost(name, now)
+        for group in list(self.groups.values()):
+            if group.state is GroupState.RUNNING and group.missing and now > group.deadline:
+                actions += self._release(group)
+        return actions + self._advance(now)
+
+    def end(self) -> list[Action]:
+        """The last step is done: closes the books over what is still pending."""
+        self.admitting = False
+        actions: list[Action] = []
+        for group in [g for g in self.groups.values() if g.purpose == "train"]:
+            actions += self._drop(group, DropReason.RUN_ENDED)
+        self.check()
+        return actions
+
+    # ---- reading
+
+    @property
+    def pending(self) -> int:
+        return sum(group.purpose == "train" for group in self.groups.values())
+
+    def capacity(self) -> int:
+        """Groups that may still be admitted under the trainer's version."""
+        alive = self.ledger.trained + self.pending
+        allowed = min(self.version + self.rules.eta + 1, self.rules.steps) * self.rules.prompts_per_step
+        return allowed - alive
+
+    def check(self) -> None:
+        """Raises ConservationError unless every admitted group is accounted for."""
+        self.ledger.check(self.pending)
+
+    # ---- inside
+
+    def _advance(self, now: float) -> list[Action]:
+        """Everything that has become possible: scoring, leases, admissions, the cut."""
+        return self._dispatch_scores() + self._cut(now) + self._lease(now)
+
+    def _new_group(self, prompt: Prompt, purpose: Purpose, num_samples: int) -> Group:
+        group = Group(self._next_group_id, prompt, purpose, [None] * num_samples, [None] * num_samples)
+        self._next_group_id += 1
+        self.groups[group.group_id] = group
+        return group
+
+    def _lease(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        queued = [g for g in self.groups.values() if g.state is GroupState.QUEUED]
+        if self._eval_ids:
+            queued = [g for g in queued if g.purpose == "eval"]
+        for group in queued:
+            server = self.fleet.free_server(len(group.missing))
+            if server is not None:
+                actions.append(self._lease_to(server, group, now))
+        while self.admitting and not self._eval_ids and self.capacity() > 0:
+            server = self.fleet.free_server(self.rules.samples_per_prompt)
+            if server is None:
+                break
+            group = self._new_group(self._next_prompt(), "train", self.rules.samples_per_prompt)
+            self.ledger.admitted += 1
+            actions.append(self._lease_to(server, group, now))
+        return actions
+
+    def _lease_to(self, server: RolloutWorker, group: Group, now: float) -> Send:
+        group.state, group.worker = GroupState.RUNNING, server.name
+        group.attempt += 1
+        group.deadline = now + self.rules.lease_timeout_s
+        group.floor_version = server.version
+        server.load += len(group.missing)
+        return Send(
+            server.name,
+            Generate(
+                epoch=self.epoch,
+                group_id=group.group_id,
+                attempt=group.attempt,
+                indices=group.missing,
+                purpose=group.purpose,
+                prompt=group.prompt,
+                max_new_tokens=self.rules.max_new_tokens,
+                temperature=self.rules.temperature if group.purpose == "train" else 0.0,
+            ),
+        )
+
+    def _leased_to(self, worker: str, message: Generated | GenerateFailed) -> Group | None:
+        """The group that this reply may change; None for a late, duplicate or foreign one."""
+        group = self.groups.get(message.group_id)
+        if group is None or message.epoch != self.epoch or group.state is not GroupState.RUNNING:
+            return None
+        if group.worker != worker or group.attempt != message.attempt or message.index >= len(group.samples):
+            return None
+        return group
+
+    def _unload(self, worker: str, count: int = 1) -> None:
+        if server := self.fleet.rollout.get(worker):
+            server.load -= count
+
+    def _release(self, group: Group) -> list[Action]:
+        """Ends a lease: the samples that are back stay, the others go to another server or the group is dropped."""
+        self._unload(group.worker, len(group.missing))
+        group.state, group.worker = GroupState.QUEUED, ""
+        if group.attempt >= self.rules.max_attempts:
+            return self._drop(group, DropReason.GENERATION_FAILED)
+        return []
+
+    def _take_back(self, worker: str, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for group in [g for g in self.groups.values() if g.worker == worker and g.missing]:
+            if group.state is GroupState.RUNNING:
+                actions += self._release(group)
+        return actions + self._advance(now)
+
+    def _dispatch_scores(self) -> list[Action]:
+        actions: list[Action] = []
+        while self._to_score and (judge := self.fleet.free_judge()):
+            key = self._to_score.popleft()
+            group = self.groups.get(key[0])
+            if group is None or (sample := group.samples[key[1]]) is None:
+                continue  # dropped meanwhile
+            judge.load += 1
+            self._scoring[key] = (judge.name, group.attempt)
+            message = Score(
+                epoch=self.epoch,
+                group_id=key[0],
+                attempt=group.attempt,
+                index=key[1],
+                response=sample.text,
+                row=group.prompt.row,
+            )
+            actions.append(Send(judge.name, message))
+        return actions
+
+    def _complete(self, group: Group) -> list[Action]:
+        group.state = GroupState.READY
+        if group.purpose == "eval":
+            return self._end_eval(group)
+        if self.rules.drop_equal_rewards and len(set(group.rewards)) == 1:
+            return self._drop(group, DropReason.EQUAL_REWARDS)
+        return []
+
+    def _cut(self, now: float) -> list[Action]:
+        if self._wanted_since is None:
+            return []
+        oldest_allowed = self.version - self.rules.eta
+        actions: list[Action] = []
+        ready = [g for g in self.groups.values() if g.state is GroupState.READY and g.purpose == "train"]
+        for group in [g for g in ready if g.oldest_version < oldest_allowed]:
+            ready.remove(group)
+            actions += self._drop(group, DropReason.STALE)
+        if len(ready) < self.rules.prompts_per_step or self._waits_for_straggler(now):
+            return actions
+        ready.sort(key=lambda g: (g.oldest_version, g.group_id))
+        self._in_batch = ready[: self.rules.prompts_per_step]
+        for group in self._in_batch:
+            group.state = GroupState.IN_BATCH
+        self._wanted_since = None
+        self._leaders_ready.clear()
+        return [*actions, CutBatch(self.version, self._in_batch)]
+
+    def _waits_for_straggler(self, now: float) -> bool:
+        assert self._wanted_since is not None
+        if not self.rules.wait_for_stragglers or now - self._wanted_since > self.rules.straggler_wait_s:
+            return False
+        last_chance = self.version - self.rules.eta  # would be stale under version + 1
+        unfinished = (GroupState.QUEUED, GroupState.RUNNING)
+        out = (g for g in self.groups.values() if g.purpose == "train" and g.state in unfinished)
+        return any(group.oldest_version <= last_chance for group in out)
+
+    def _drop(self, group: Group, reason: DropReason) -> list[Action]:
+        del self.groups[group.group_id]
+        if group.state is GroupState.RUNNING:
+            self._unload(group.worker, len(group.missing))  # what still comes of it is fenced
+        if group.purpose == "eval":
+            return self._end_eval(group)
+        self.ledger.dropped[reason] += 1
+        return [Dropped(group, reason)]
+
+    def _end_eval(self, group: Group) -> list[Action]:
+        self.groups.pop(group.group_id, None)
+        self._eval_ids.discard(group.group_id)
+        self._eval_ended.append(group)
+        if self._eval_ids:
+            return []
+        ended, self._eval_ended = self._eval_ended, []
+        return [EvalFinished(self.version, ended)]

@@ -1,0 +1,137 @@
+"""The run in numbers: turns what the controller sees into metrics, one log line a step, and status.json."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+
+import numpy as np
+
+from megatron_async_rl.config import Config
+from megatron_async_rl.controller.core import Group
+from megatron_async_rl.controller.fleet import Fleet
+from megatron_async_rl.controller.publisher import Outcome
+from megatron_async_rl.metrics import Evaluation, RunLog, Server, State, Status, TrainedGroup
+from megatron_async_rl.types import Sample
+
+logger = logging.getLogger(__name__)
+RATE_WINDOW_S = 15.0
+ETA_STEPS = 8  # the time left is taken from so many last steps
+
+
+class Progress:
+    def __init__(self, run_log: RunLog, config: Config) -> None:
+        self.state: State = "starting"
+        self.message = ""
+        self.ledger: dict[str, int] = {}
+        self.last_progress = time.monotonic()
+        self._log = run_log
+        self._status = Status(steps=config.run.steps, staleness_limit=config.staleness.eta)
+        self._training_began = 0.0
+        self._last_step = 0.0
+        self._step_times: deque[float] = deque(maxlen=ETA_STEPS)
+        self._generated: deque[tuple[float, int]] = deque()  # (when, tokens)
+        self._waited_s = 0.0  # by the trainer, for batches
+        self._updating_s = 0.0
+        self._step_stats: dict[str, float] = {}  # of the step under way, from the cut and the last update
+
+    @property
+    def training(self) -> bool:
+        return self.state == "training"
+
+    def begin_training(self) -> None:
+        self.state, self.message = "training", ""
+        self._training_began = self._last_step = self.last_progress = time.monotonic()
+        self._updating_s = 0.0
+
+    def generated(self, sample: Sample) -> None:
+        self.last_progress = time.monotonic()
+        self._generated.append((self.last_progress, sample.num_generated))
+        self._status.interrupted_samples += sample.num_interrupts > 0
+
+    def batch_cut(
+        self, version: int, groups: list[Group], rewards: np.ndarray, advantages: np.ndarray, waited_s: float
+    ) -> None:
+        """`rewards`, `advantages`: [groups, samples]."""
+        trained = [
+            TrainedGroup(
+                group_id=group.group_id,
+                prompt_id=group.prompt.prompt_id,
+                samples=[sample for sample in group.samples if sample is not None],
+                rewards=rewards[g].tolist(),
+                advantages=advantages[g].tolist(),
+            )
+            for g, group in enumerate(groups)
+        ]
+        self._log.train_samples(version, trained)
+        staleness = np.concatenate([version - s.versions[s.generated] for group in trained for s in group.samples])
+        self._waited_s += waited_s
+        self._status.staleness_mean = float(staleness.mean()) if staleness.size else 0.0
+        self._status.staleness_max = int(staleness.max()) if staleness.size else 0
+        self._status.reward_mean = float(rewards.mean())
+        self._status.reward_history.append(self._status.reward_mean)
+        self._step_stats["perf/time/wait_for_batch_s"] = waited_s
+
+    def step_done(self, version: int, stats: dict[str, float]) -> None:
+        now = time.monotonic()
+        self.last_progress = now
+        step_s = now - self._last_step
+        self._last_step = now
+        self._step_times.append(step_s)
+        wall_s = now - self._training_began
+        status = self._status
+        status.version = version
+        status.step_s = step_s
+        status.eta_s = (status.steps - version) * float(np.mean(self._step_times))
+        status.train_wait_fraction = self._waited_s / wall_s
+        status.train_tokens_per_s = stats["train/tokens"] / stats["perf/time/train_s"]
+        self._step_stats |= stats
+        self._step_stats["perf/time/step_s"] = step_s
+        self._step_stats["perf/train_tokens_per_s"] = status.train_tokens_per_s
+        self._step_stats["perf/generate_tokens_per_s"] = self._generate_rate()
+        self._step_stats |= {f"ledger/{name}": count for name, count in self.ledger.items()}
+        self._log.step(version, self._step_stats)
+        self._step_stats = {}
+        books = ", ".join(f"{name} {count}" for name, count in self.ledger.items())
+        logger.info(
+            "step %d/%d: reward %.3f, staleness mean %.2f max %d, loss %.4f, step %.1f s, waited %.1f s; ledger: %s",
+            version, status.steps, status.reward_mean, status.staleness_mean, status.staleness_max,
+            stats["train/loss"], step_s, self._waited_s, books,
+        )  # fmt: skip
+
+    def published(self, outcome: Outcome) -> None:
+        self.last_progress = time.monotonic()
+        self._updating_s += outcome.seconds["total"]
+        self._status.update_s = outcome.seconds["total"]
+        if self.training:
+            self._status.update_fraction = self._updating_s / (self.last_progress - self._training_began)
+        self._log.step(outcome.version, {f"sync/{phase}_s": value for phase, value in outcome.seconds.items()})
+        phases = ", ".join(f"{phase} {value:.3f}" for phase, value in outcome.seconds.items())
+        logger.info(
+            "version %d is served by %s; %d requests interrupted; seconds: %s",
+            outcome.version, ", ".join(outcome.serving), outcome.num_interrupted, phases,
+        )  # fmt: skip
+
+    def evaluated(self, version: int, accuracy: float, num: int) -> None:
+        self._status.evals.append(Evaluation(version, accuracy, num))
+        self._log.step(version, {"eval/accuracy": accuracy})
+        logger.info("evaluation of version %d: %.1f %% of %d", version, 100 * accuracy, num)
+
+    def write(self, fleet: Fleet) -> None:
+        """status.json, as things stand now."""
+        status = self._status
+        status.state, status.message, status.ledger = self.state, self.message, self.ledger
+        status.generate_tokens_per_s = self._generate_rate()
+        status.fleet = [Server(w.name, w.state.value, w.version, w.load) for w in fleet.rollout.values()]
+        self._log.status(status)
+
+    def end(self, state: State, message: str) -> None:
+        self.state, self.message = state, message
+        self.write(Fleet())
+
+    def _generate_rate(self) -> float:
+        now = time.monotonic()
+        while self._generated and self._generated[0][0] < now - RATE_WINDOW_S:
+            self._generated.popleft()
+        return sum(tokens for _, tokens in self._generated) / RATE_WINDOW_S

@@ -1,0 +1,45 @@
+"""Every error of ours that a person may have to act on.
+
+Error
+├── ConfigError      a setting is wrong: names the setting, its value, the rule, the remedy
+├── DataError        a dataset row or a model folder cannot be used
+├── EngineError      the inference server failed, or refused a call
+├── PublishError     a weight update failed on the sender's side
+├── ProtocolError    a peer sent what the protocol does not allow
+├── ConservationError  the ledger does not add up: the run must not go on
+└── StepRefused      a training step would have written non-finite weights
+
+A process ends with exit code 2 and one `error: ...` line on any of them (processes.main).
+"""
+
+
+class Error(Exception):
+    """Base of the above; its text is meant for a person."""
+
+
+class ConfigError(Error):
+    pass
+
+
+class DataError(Error):
+    pass
+
+
+class EngineError(Error):
+    pass
+
+
+class PublishError(Error):
+    pass
+
+
+class ProtocolError(Error):
+    pass
+
+
+class ConservationError(Error):
+    pass
+
+
+class StepRefused(Error):
+    pass

@@ -1,0 +1,339 @@
+"""What crosses a process border, who sends it to whom, and what answers it.
+
+On the wire a message is a msgpack header and one raw frame per array; nothing is ever pickled. Everything goes through
+the controller (a star), so "worker" below means the peer at the other end of the controller's one socket.
+
+`epoch` is the controller's life, `attempt` counts the leases of one group. A reply that carries an old one changes a
+counter and nothing else (fencing).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Union
+
+import msgspec
+import numpy as np
+
+from megatron_async_rl.errors import ProtocolError
+from megatron_async_rl.types import Prompt, Purpose, Sample, TrainSample
+
+PROTOCOL = 1
+Role = Literal["rollout", "reward", "trainer"]
+Frame = bytes | memoryview
+_DTYPES = {"<i4": np.dtype("<i4"), "<f4": np.dtype("<f4")}  # the only element types that travel
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages; the tag on the wire is the class name."""
+
+
+# ---- joining and leaving
+
+
+class Hello(Message, frozen=True):
+    """Worker -> controller, first of all. Answered by Welcome or Refused."""
+
+    role: Role
+    name: str
+    pid: int
+    protocol: int = PROTOCOL
+    leader: int = -1  # trainer: data-parallel rank whose share this rank fetches; -1: none
+    capacity: int = 0  # rollout: samples in flight at most; reward: verdicts at once
+    stage: int = -1  # trainer: pipeline stage whose weights this rank sends; -1: none
+
+
+class Welcome(Message, frozen=True):
+    """Controller -> worker."""
+
+    epoch: int
+
+
+class Refused(Message, frozen=True):
+    """Controller -> worker, which then ends with this reason."""
+
+    reason: str
+
+
+class Heartbeat(Message, frozen=True):
+    """Rollout and reward workers -> controller, every few seconds; a worker silent for long is lost."""
+
+    running: int = 0
+    tokens_generated: int = 0  # since the worker's start
+
+
+class Shutdown(Message, frozen=True):
+    """Controller -> everyone: the run is over; end in order."""
+
+    reason: str
+
+
+class Failed(Message, frozen=True):
+    """Worker -> controller: this worker ends because of `error`, a text for people."""
+
+    error: str
+
+
+# ---- generation
+
+
+class Generate(Message, frozen=True):
+    """Controller -> rollout worker: a lease of these samples of a group. One Generated or GenerateFailed per index."""
+
+    epoch: int
+    group_id: int
+    attempt: int
+    indices: list[int]
+    purpose: Purpose
+    prompt: Prompt
+    max_new_tokens: int
+    temperature: float  # 0 is greedy
+
+
+class Generated(Message, frozen=True):
+    """Rollout worker -> controller."""
+
+    epoch: int
+    group_id: int
+    attempt: int
+    index: int
+    sample: Sample
+
+
+class GenerateFailed(Message, frozen=True):
+    """Rollout worker -> controller: this sample cannot be had from this worker."""
+
+    epoch: int
+    group_id: int
+    attempt: int
+    index: int
+    error: str
+
+
+# ---- reward
+
+
+class Score(Message, frozen=True):
+    """Controller -> reward worker. Answered by Scored."""
+
+    epoch: int
+    group_id: int
+    attempt: int
+    index: int
+    response: str
+    row: dict[str, Any]
+
+
+class Scored(Message, frozen=True):
+    """Reward worker -> controller: a verdict, or an infrastructure error, which is never a reward."""
+
+    epoch: int
+    group_id: int
+    attempt: int
+    index: int
+    reward: float | None
+    error: str = ""
+    seconds: float = 0.0
+
+
+# ---- training
+
+
+class GetBatch(Message, frozen=True):
+    """Trainer leader -> controller: ready to train on `version`. Answered by TrainBatch or Shutdown."""
+
+    version: int
+
+
+class TrainBatch(Message, frozen=True):
+    """Controller -> each trainer leader: its data-parallel share of the batch of one step."""
+
+    version: int
+    samples: list[TrainSample]
+
+
+class StepDone(Message, frozen=True):
+    """Trainer rank 0 -> controller: weights are now `version`; statistics of the step that made them."""
+
+    version: int
+    stats: dict[str, float]
+
+
+# ---- weights (controller/publisher.py tells the whole exchange)
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor in a bucket, in Hugging Face's name and shape."""
+
+    name: str
+    dtype: str  # torch's name without the prefix: float32, bfloat16, float16
+    shape: list[int]
+
+
+class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Tensors that travel as one flattened broadcast, in this order."""
+
+    tensors: list[TensorSpec]
+
+
+class PublishOffer(Message, frozen=True):
+    """Weight source of a pipeline stage -> controller: version `version` can be sent. Ends with Published."""
+
+    version: int
+    stage: int
+    num_stages: int
+    buckets: list[Bucket]
+    backend: Literal["nccl", "gloo"]
+
+
+class OpenGroup(Message, frozen=True):
+    """Controller -> weight source: make the update group of this membership. Answered by GroupOpened at once; the
+    source then waits inside for the engines to join."""
+
+    group: str
+    world_size: int
+
+
+class GroupOpened(Message, frozen=True):
+    """Weight source -> controller: where the group's store listens."""
+
+    group: str
+    stage: int
+    address: str
+    port: int
+
+
+class JoinGroup(Message, frozen=True):
+    """Controller -> rollout worker: join the update group of one stage. Answered by GroupJoined."""
+
+    group: str
+    address: str
+    port: int
+    rank_offset: int
+    world_size: int
+    backend: Literal["nccl", "gloo"]
+
+
+class GroupJoined(Message, frozen=True):
+    """Rollout worker, or the source itself -> controller: in the group, or not."""
+
+    group: str
+    error: str = ""
+
+
+class StageBuckets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The buckets of one pipeline stage and the group they come through."""
+
+    group: str
+    buckets: list[Bucket]
+
+
+class UpdateWeights(Message, frozen=True):
+    """Controller -> rollout worker: interrupt all requests, stay paused, answer UpdateReady."""
+
+    version: int
+
+
+class UpdateReady(Message, frozen=True):
+    """Rollout worker -> controller: nothing runs any more."""
+
+    version: int
+    seconds: dict[str, float]
+
+
+class SendBuckets(Message, frozen=True):
+    """Controller -> weight sources, when every receiver is ready and the groups stand: go."""
+
+    version: int
+
+
+class ReceiveBuckets(Message, frozen=True):
+    """Controller -> rollout workers, with SendBuckets: take these buckets in, stage by stage."""
+
+    version: int
+    stages: list[StageBuckets]
+    verify: bool
+
+
+class BucketsSent(Message, frozen=True):
+    """Weight source -> controller: done; what each tensor must digest to, in the engine's fused names."""
+
+    version: int
+    stage: int
+    digests: dict[str, str]
+    seconds: dict[str, float]
+    error: str = ""
+
+
+class WeightDigests(Message, frozen=True):
+    """Controller -> rollout worker: all stages' digests; compare, then resume."""
+
+    version: int
+    digests: dict[str, str]
+
+
+class Updated(Message, frozen=True):
+    """Rollout worker -> controller: serving `version` with digests that match, or why not."""
+
+    version: int
+    seconds: dict[str, float]
+    error: str = ""
+    num_interrupted: int = 0  # requests that the update stopped; they go on under the new weights
+
+
+class Published(Message, frozen=True):
+    """Controller -> weight sources: the update is over, whoever took part."""
+
+    version: int
+    num_serving: int
+
+
+AnyMessage = Union[
+    Hello, Welcome, Refused, Heartbeat, Shutdown, Failed,
+    Generate, Generated, GenerateFailed, Score, Scored,
+    GetBatch, TrainBatch, StepDone,
+    PublishOffer, OpenGroup, GroupOpened, JoinGroup, GroupJoined,
+    UpdateWeights, UpdateReady, SendBuckets, ReceiveBuckets, BucketsSent, WeightDigests, Updated, Published,
+]  # fmt: skip
+
+
+class Codec:
+    """Messages to frames and back. Not for use from two threads at once."""
+
+    def __init__(self) -> None:
+        self._frames: list[Frame] = []
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=self._put_array)
+        self._decoder = msgspec.msgpack.Decoder(AnyMessage, dec_hook=self._get_array)
+
+    def encode(self, message: Message) -> list[Frame]:
+        """Frames: msgpack header | one raw frame per array, in the order in which the header names them."""
+        self._frames = []
+        header = self._encoder.encode(message)
+        return [header, *self._frames]
+
+    def decode(self, frames: list[Frame]) -> AnyMessage:
+        """The message; its arrays are read-only views of the frames. Raises ProtocolError on anything malformed."""
+        self._frames = frames[1:]
+        try:
+            message = self._decoder.decode(frames[0])
+        except (msgspec.DecodeError, IndexError, ValueError, TypeError) as e:
+            raise ProtocolError(f"malformed message of {len(frames)} frames: {e}") from None
+        finally:
+            self._frames = []
+        return message
+
+    def _put_array(self, value: Any) -> Any:
+        if not isinstance(value, np.ndarray) or value.dtype.str not in _DTYPES or value.ndim != 1:
+            raise ProtocolError(
+                f"{type(value).__name__} {getattr(value, 'dtype', '')} does not travel; 1-D int32/float32 do"
+            )
+        self._frames.append(np.ascontiguousarray(value).view(np.uint8).data if value.size else b"")
+        return (value.dtype.str, len(self._frames) - 1)
+
+    def _get_array(self, kind: type, value: Any) -> Any:
+        if kind is not np.ndarray:
+            raise ProtocolError(f"no decoder for {kind}")
+        dtype, index = value
+        if dtype not in _DTYPES or index < 0:
+            raise ValueError(f"array of type {dtype!r} in frame {index}")
+        frame = self._frames[index]
+        return np.frombuffer(frame, _DTYPES[dtype]) if len(frame) else np.empty(0, _DTYPES[dtype])

@@ -1,0 +1,118 @@
+"""How a process of ours starts its children and how it ends: in order, with one error line, leaving nobody behind.
+
+A child dies with its parent (the kernel's parent-death signal, SIGKILL: it works on a process that is stuck in a
+collective), so even a killed launcher leaves no orphan. A child has a process group of its own: stopping it stops what
+it started, and a terminal's Ctrl-C reaches the launcher alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_async_rl.errors import Error
+
+EXIT_ERROR = 2  # an error with a message for people; anything else non-zero is a crash
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main(run: Callable[[], None], unwind: bool = True) -> NoReturn:
+    """Runs the body of a process: logging to stderr, stacks on SIGUSR2, an Error as one line and exit code 2.
+
+    `unwind`: SIGTERM runs finally blocks, to stop children; without, it ends the process wherever it is.
+    """
+    die_with_parent()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    signal.signal(signal.SIGTERM, _exit_in_order if unwind else signal.SIG_DFL)
+    logging.basicConfig(
+        level=os.environ.get("MEGATRON_ASYNC_RL_LOG", "INFO"),
+        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
+    )
+    try:
+        run()
+    except Error as e:
+        logging.getLogger(__name__).debug("", exc_info=True)
+        sys.stderr.write(f"error: {e}\n")
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    sys.exit(0)
+
+
+def _exit_in_order(signum: int, frame: object) -> None:
+    sys.exit(128 + signum)  # unwinds: finally blocks stop children
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent ends."""
+    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+
+
+def start(
+    command: list[str], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts a child in a process group of its own, its output appended to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            preexec_fn=_new_group_and_die_with_parent,
+        )
+
+
+def _new_group_and_die_with_parent() -> None:
+    os.setpgid(0, 0)
+    die_with_parent()
+
+
+def stop(children: Iterable[subprocess.Popen[bytes]], grace_s: float) -> None:
+    """SIGTERM to each child's process group, SIGKILL to what is left of the groups after `grace_s`."""
+    children = list(children)
+    for child in children:
+        _signal_group(child, signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    while time.monotonic() < deadline and any(_group_lives(child) for child in children):
+        time.sleep(0.05)
+    for child in children:
+        _signal_group(child, signal.SIGKILL)
+        child.wait()
+
+
+def _signal_group(child: subprocess.Popen[bytes], signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signum)
+
+
+def _group_lives(child: subprocess.Popen[bytes]) -> bool:
+    child.poll()  # reaps it; a zombie would keep the group alive
+    try:
+        os.killpg(child.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def error_line(log: Path) -> str | None:
+    """The last `error: ...` line that a process of ours wrote to its log."""
+    if not log.exists():
+        return None
+    lines = log.read_text(errors="replace").splitlines()
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)

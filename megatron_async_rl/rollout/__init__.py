@@ -1,0 +1,1 @@
+"""PROCESS. One per SGLang server, which is its child: generates samples across weight updates."""

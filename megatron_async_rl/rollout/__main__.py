@@ -1,0 +1,28 @@
+"""`python -m megatron_async_rl.rollout RUN_DIR NAME`: one rollout worker and its SGLang server."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from megatron_async_rl import config, processes
+from megatron_async_rl.rollout.server import Server
+from megatron_async_rl.rollout.worker import RolloutWorker
+from megatron_async_rl.transport import Link
+
+
+async def _serve(run_dir: Path, name: str) -> None:
+    settings = config.load(run_dir / "config.yaml")
+    server = Server(settings, run_dir, name)
+    try:
+        await server.start()
+        link = Link(run_dir)
+        try:
+            await RolloutWorker(name, settings, link, server).run()
+        finally:
+            link.close()
+    finally:
+        await server.stop()
+
+
+if __name__ == "__main__":
+    processes.main(lambda: asyncio.run(_serve(Path(sys.argv[1]), sys.argv[2])))

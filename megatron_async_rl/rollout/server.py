@@ -1,0 +1,129 @@
+"""The SGLang server as a child: started in its own environment, watched, stopped.
+
+Nothing of ours imports sglang. On a CPU the stock server runs through patches/sglang_cpu (patches/README.md says why).
+Its keys lie in a file that only this user can read, never on its command line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_async_rl import processes
+from megatron_async_rl.config import Config
+from megatron_async_rl.doctor import engine_python
+from megatron_async_rl.errors import ConfigError, EngineError
+from megatron_async_rl.patches import patches_dir
+from megatron_async_rl.rollout.client import EngineClient
+from megatron_async_rl.transport import free_port
+
+POLL_S = 0.25
+STOP_GRACE_S = 3.0
+START_TRIES = 3  # a port taken between choosing and binding is no reason to give up
+
+
+class Server:
+    """One SGLang server; `client` speaks to it once `start` has returned."""
+
+    client: EngineClient
+
+    def __init__(self, config: Config, run_dir: Path, name: str) -> None:
+        self._config = config
+        self._log = run_dir / "logs" / f"{name}.sglang.log"
+        self._keys = run_dir / "keys" / f"{name}.sglang.yaml"
+        self._child: subprocess.Popen[bytes] | None = None
+        python = engine_python()
+        if python is None:
+            raise ConfigError("no engine environment: run `bash tools/setup_env.sh`, or set MEGATRON_ASYNC_RL_ENGINE_PYTHON")
+        self._python = python
+
+    async def start(self) -> None:
+        """Returns when the server answers. Raises EngineError with its last words when it does not come up."""
+        for attempt in range(1, START_TRIES + 1):
+            port = int(self._config.sglang.get("port", free_port()))
+            try:
+                await self._start_on(port)
+                return
+            except EngineError:
+                lost_port = "address already in use" in _tail(self._log).lower()
+                if not lost_port or attempt == START_TRIES or "port" in self._config.sglang:
+                    raise
+
+    async def watch(self) -> None:
+        """Returns never. Raises EngineError when the server ends."""
+        assert self._child
+        while (code := self._child.poll()) is None:
+            await asyncio.sleep(POLL_S)
+        raise EngineError(f"the SGLang server ended with exit code {code}; its log: {self._log}\n{_tail(self._log)}")
+
+    async def stop(self) -> None:
+        if hasattr(self, "client"):
+            await self.client.close()
+        if self._child:
+            processes.stop([self._child], STOP_GRACE_S)
+            self._child = None
+
+    async def _start_on(self, port: int) -> None:
+        api_key, admin_key = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+        self._keys.touch(mode=0o600)
+        self._keys.write_text(yaml.safe_dump({"api-key": api_key, "admin-api-key": admin_key}))
+        host = str(self._config.sglang.get("host", "127.0.0.1"))
+        self._child = processes.start(self._command(host, port), self._log, self._environment())
+        self.client = EngineClient(
+            f"http://{host}:{port}",
+            api_key,
+            admin_key,
+            self._config.rollout.request_timeout_s,
+            self._config.rollout.lease_timeout_s,
+        )
+        limit_s = self._config.rollout.start_timeout_s
+        deadline = time.monotonic() + limit_s
+        while not await self.client.healthy():
+            code = self._child.poll()
+            if code is not None or time.monotonic() > deadline:
+                why = f"did not start within rollout.start_timeout_s = {limit_s:.0f}" if code is None else f"ended with exit code {code}"
+                await self.stop()
+                raise EngineError(f"the SGLang server {why}; its log: {self._log}\n{_tail(self._log)}")
+            await asyncio.sleep(POLL_S)
+        await self.client.connect()
+
+    def _command(self, host: str, port: int) -> list[str]:
+        module = "launch" if self._on_cpu else "sglang.launch_server"
+        ours: dict[str, Any] = {
+            "model_path": self._config.model.path,
+            "host": host,
+            "port": port,
+            "config": str(self._keys),
+            "skip_tokenizer_init": True,
+            "context_length": self._config.model.context_tokens,
+        }
+        flags: list[str] = []
+        for key, value in {**ours, **self._config.sglang}.items():
+            flag = "--" + key.replace("_", "-")
+            if value is True:
+                flags.append(flag)
+            elif value is not False and value is not None:
+                flags += [flag, str(value)]
+        return [str(self._python), "-m", module, *flags]
+
+    def _environment(self) -> dict[str, str]:
+        environment = {"NCCL_CUMEM_ENABLE": "0", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+        if self._on_cpu:
+            environment |= {"PYTHONPATH": str(patches_dir() / "sglang_cpu"), "SGLANG_USE_CPU_ENGINE": "1"}
+            environment |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        return environment
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self._config.sglang.get("device") == "cpu"
+
+
+def _tail(log: Path, lines: int = 12) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""

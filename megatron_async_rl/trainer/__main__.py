@@ -1,0 +1,36 @@
+"""`torchrun ... -m megatron_async_rl.trainer RUN_DIR`: one trainer rank. The loop to read first."""
+
+import sys
+from pathlib import Path
+
+from megatron_async_rl import config, patches, processes
+
+
+def _train(run_dir: Path) -> None:
+    settings = config.load(run_dir / "config.yaml")
+    patches.prepare_megatron()
+    from megatron_async_rl.trainer import export, model, parallel, step  # after the patches: they import Megatron
+    from megatron_async_rl.trainer.link import ControllerLink
+    from megatron_async_rl.weights.publish import WeightPublisher
+
+    parallel.init_parallel(settings)
+    policy = model.build(settings)
+    controller = ControllerLink(settings, run_dir)
+    publisher = WeightPublisher(
+        policy.module, policy.shape, settings, controller.socket if controller.is_source else None
+    )
+
+    publisher.publish(0)
+    for version in range(settings.run.steps):
+        samples = controller.next_batch(version)  # waits for enough fresh samples; the same on every rank of a replica
+        if samples is None:
+            return
+        stats = step.train_step(policy, samples, version, settings)
+        controller.report(version + 1, stats)
+        publisher.publish(version + 1)  # interrupt, reshard, send, verify, resume
+    export.save_hf(policy, Path(settings.model.path), run_dir / "policy")
+    controller.close()
+
+
+if __name__ == "__main__":
+    processes.main(lambda: _train(Path(sys.argv[1])), unwind=False)  # nothing to undo; it may be stuck in a collective

@@ -1,0 +1,90 @@
+"""The transformer layer: Transformer Engine's where it can be imported on a GPU, else megatron.core's local one.
+
+The local one carries Transformer Engine's parameter names (linear_qkv.layer_norm_weight), so a checkpoint and the
+tables of weights/mapping.py are the same with either.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_async_rl.trainer.attention import PackedAttention, PackedSequences
+
+
+def has_transformer_engine() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules | Any:
+    if has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+    attention = parts.self_attention.submodules
+    attention.linear_qkv, attention.core_attention = NormedColumnParallelLinear, PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    mlp = parts.mlp  # ModuleSpec in 0.16, partial(MLP, submodules=...) in 0.19
+    (mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules).linear_fc1 = NormedColumnParallelLinear
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def _norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
+    weight = nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+    # Under sequence parallelism a rank normalises its part of the tokens only: finalize_model_grads then sums the
+    # weight's gradients over TP, for parameters marked so. Megatron's own local norm does not mark its weight.
+    weight.sequence_parallel = config.sequence_parallel
+    return weight
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
+        super().__init__()
+        self.eps, self.size = eps, (hidden_size,)
+        self.weight = _norm_weight(config, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.size, self.weight, self.eps)
+
+
+class NormedColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
+    """RMSNorm and the linear layer after it as one module, for Transformer Engine's parameter names."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.eps, self.size = config.layernorm_epsilon, (input_size,)
+        self.layer_norm_weight = _norm_weight(config, input_size)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return super().forward(F.rms_norm(x, self.size, self.layer_norm_weight, self.eps), *args, **kwargs)
+
+
+class PackedRotaryEmbedding(RotaryEmbedding):
+    """Rotary angles gathered once per micro-batch by each token's position in its own sequence.
+
+    Megatron's way with packed sequences cuts and concatenates them per sequence, twice per layer, and waits for the GPU
+    to learn their lengths. GPTModel passes what get_rotary_seq_len returns on to forward: we pass the sequences.
+    """
+
+    def get_rotary_seq_len(self, context: Any, block: Any, x: Any, config: Any, packed: PackedSequences, **unused: Any) -> Any:
+        return packed
+
+    def forward(self, packed: PackedSequences, **unused: Any) -> Tensor:
+        """[T, 1, 1, D] float32"""
+        return self.get_emb(packed.max_seqlen_q)[packed.positions_T]

@@ -1,0 +1,98 @@
+"""The model, its optimizer and its learning rate schedule, out of megatron.core's public classes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_async_rl.config import Config
+from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.trainer import layers, parallel, settings
+from megatron_async_rl.weights.folder import Architecture, ModelFolder
+from megatron_async_rl.weights.load import load_folder
+from megatron_async_rl.weights.mapping import ModelShape
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerModel:
+    """What one rank holds."""
+
+    config: TransformerConfig
+    shape: ModelShape
+    module: GPTModel
+    """This pipeline stage's part, unwrapped: its parameters carry the names of weights/mapping.py."""
+    chunk: DistributedDataParallel
+    """The same, wrapped for training."""
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    device: torch.device
+
+
+def build(config: Config) -> TrainerModel:
+    """Builds this rank's part with the weights of model.path. `parallel.init_parallel` must have been called."""
+    settings.check_keys(config.megatron)
+    folder = ModelFolder(config.model.path)
+    shape, architecture = folder.shape(settings.padded_vocab_multiple(config)), folder.architecture()
+    if shape.family.experts:
+        raise DataError(f"model.path = {config.model.path}: {shape.family.architecture} can be mapped but not trained yet")
+    if config.parallel_size("context") > 1:
+        raise ConfigError(
+            f"megatron.context_parallel_size = {config.parallel_size('context')} is not supported yet; set it to 1 and "
+            "split the model further with tensor_model_parallel_size"
+        )
+    settings.check_layout(config, shape)
+    if config.model.context_tokens > architecture.max_positions:
+        logger.warning(
+            "model.context_tokens = %d is more than the model's max_position_embeddings = %d",
+            config.model.context_tokens,
+            architecture.max_positions,
+        )
+    transformer = settings.transformer_config(config, shape, architecture)
+    module = _build_module(transformer, shape, architecture)
+    load_folder(module, folder, shape)
+    ddp = settings.ddp_config(config)
+    wrapped = Float16Module(transformer, module) if transformer.bf16 else module
+    chunk = DistributedDataParallel(transformer, ddp, wrapped)
+    transformer.finalize_model_grads_func = finalize_model_grads
+    if ddp.overlap_grad_reduce:
+        transformer.no_sync_func = chunk.no_sync
+    optimizer_config = settings.optimizer_config(config)
+    optimizer = get_megatron_optimizer(optimizer_config, [chunk])
+    scheduler = OptimizerParamScheduler(optimizer, **settings.schedule_arguments(config, optimizer_config))
+    return TrainerModel(transformer, shape, module, chunk, optimizer, scheduler, parallel.device())
+
+
+def _build_module(config: TransformerConfig, shape: ModelShape, architecture: Architecture) -> GPTModel:
+    rotary = {
+        "rotary_base": architecture.rotary_base,
+        "rope_scaling": architecture.rope_scaling_factor is not None,
+        "rope_scaling_factor": architecture.rope_scaling_factor or 1.0,
+    }
+    module = GPTModel(
+        config,
+        layers.block_spec(config),
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=architecture.max_positions,
+        pre_process=mpu.is_pipeline_first_stage(),
+        post_process=mpu.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        **rotary,
+    )
+    if not layers.has_transformer_engine():
+        module.rotary_pos_emb = layers.PackedRotaryEmbedding(
+            config.kv_channels, 1.0, rotary_interleaved=config.rotary_interleaved, **rotary
+        )
+    return module.to(parallel.device())

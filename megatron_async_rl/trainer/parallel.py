@@ -1,0 +1,56 @@
+"""torch.distributed and Megatron's process groups for this rank."""
+
+from __future__ import annotations
+
+import os
+import random
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+
+from megatron_async_rl.config import Config
+from megatron_async_rl.errors import ConfigError
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def init_parallel(config: Config) -> None:
+    """Joins the other ranks that torchrun started, and splits them into Megatron's groups.
+
+    A second call in one process keeps the world and makes the groups anew, after mpu.destroy_model_parallel().
+    """
+    torch.set_num_threads(config.trainer.threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world != config.trainer_ranks:
+        sizes = " * ".join(
+            ["trainer.data_parallel_size = " + str(config.trainer.data_parallel_size)]
+            + [f"megatron.{n}_parallel_size = {config.parallel_size(n)}" for n in ("tensor_model", "pipeline_model", "context")]
+        )
+        raise ConfigError(
+            f"{world} trainer ranks were started, but {sizes} makes {config.trainer_ranks}; start as many "
+            "(torchrun --nproc-per-node), or change a size"
+        )
+    timeout = timedelta(seconds=config.trainer.collective_timeout_s)
+    if not dist.is_initialized():
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+            os.environ.setdefault(name, value)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    mpu.initialize_model_parallel(
+        config.parallel_size("tensor_model"),
+        config.parallel_size("pipeline_model"),
+        context_parallel_size=config.parallel_size("context"),
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
+    )
+    seed = config.run.seed
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)

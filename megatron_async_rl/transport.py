@@ -1,0 +1,199 @@
+"""The only file that imports zmq: one ROUTER (the controller's Hub), everyone else a DEALER (Link).
+
+Every socket is CURVE-authenticated: the run's folder holds the hub's key pair and one for the run's workers, files of
+mode 0600, made anew for each run. The hub writes its address beside them once it listens; workers wait for that file,
+so no port is chosen before it is bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import time
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+import zmq.auth
+from zmq.auth.asyncio import AsyncioAuthenticator
+
+from megatron_async_rl.errors import ConfigError, ProtocolError
+from megatron_async_rl.messages import AnyMessage, Codec, Hello, Message, Refused, Welcome
+
+MAX_FRAME_BYTES = 1 << 30  # a larger frame closes the connection that sent it
+LINGER_MS = 2000  # what is queued at close has this long to leave
+
+
+class Peer(bytes):
+    """Who sent a message: the identity of a worker's socket, new at every start of that worker."""
+
+
+class Hub:
+    """The controller's end: receives from all workers, sends to each by its Peer."""
+
+    def __init__(self, run_dir: Path, host: str = "127.0.0.1") -> None:
+        keys = _make_keys(run_dir)
+        self._context = zmq.asyncio.Context()
+        self._authenticator = AsyncioAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve(domain="*", location=str(keys / "allowed"))
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.curve_publickey, self._socket.curve_secretkey = zmq.auth.load_certificate(keys / "hub.key_secret")
+        self._socket.curve_server = True
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # what is in flight is bounded by leases and batches, not by dropping
+        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        self._codec = Codec()
+        self.num_malformed = 0
+        _write_atomic(run_dir / "controller.address", f"tcp://{host}:{port}\n")
+
+    async def receive(self) -> tuple[Peer, AnyMessage]:
+        """The next well-formed message; malformed ones are counted and dropped."""
+        while True:
+            peer, *frames = await self._socket.recv_multipart(copy=False)
+            try:
+                return Peer(peer.bytes), self._codec.decode([frame.buffer for frame in frames])
+            except ProtocolError:
+                self.num_malformed += 1
+
+    async def send(self, peer: Peer, message: Message) -> bool:
+        """False where that worker is no longer connected: the caller learns of the loss by its missing heartbeat."""
+        try:
+            await self._socket.send_multipart([peer, *self._codec.encode(message)], copy=False)
+        except zmq.ZMQError as e:
+            if e.errno == zmq.EHOSTUNREACH:
+                return False
+            raise
+        return True
+
+    def close(self) -> None:
+        self._authenticator.stop()
+        self._socket.close()
+        self._context.term()
+
+
+class Link:
+    """A worker's end under asyncio."""
+
+    def __init__(self, run_dir: Path, timeout_s: float = 60.0) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = _connect(self._context, run_dir, timeout_s)
+        self._codec = Codec()
+
+    async def join(self, hello: Hello, timeout_s: float = 60.0) -> int:
+        """Says hello; the controller's epoch. Raises ProtocolError when refused or not answered."""
+        await self.send(hello)
+        try:
+            return _epoch(await asyncio.wait_for(self.receive(), timeout_s))
+        except TimeoutError:
+            raise ProtocolError(f"the controller did not answer within {timeout_s:.0f} s") from None
+
+    async def receive(self) -> AnyMessage:
+        return self._codec.decode(await self._socket.recv_multipart())
+
+    async def send(self, message: Message) -> None:
+        await self._socket.send_multipart(self._codec.encode(message), copy=False)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+class SyncLink:
+    """A worker's end for code that blocks: the trainer."""
+
+    def __init__(self, run_dir: Path, timeout_s: float = 60.0) -> None:
+        self._context = zmq.Context()
+        self._socket = _connect(self._context, run_dir, timeout_s)
+        self._codec = Codec()
+        self._controller = (run_dir / "controller.address").read_text().strip()
+
+    @property
+    def own_address(self) -> str:
+        """This host's address on the way to the controller: loopback where that is on this host."""
+        host, port = self._controller.removeprefix("tcp://").rsplit(":", 1)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, int(port)))  # routes, sends nothing
+            return probe.getsockname()[0]
+
+    def join(self, hello: Hello, timeout_s: float = 60.0) -> int:
+        self.send(hello)
+        return _epoch(self.receive(timeout_s))
+
+    def receive(self, timeout_s: float) -> AnyMessage:
+        """The next message. Raises TimeoutError."""
+        if not self._socket.poll(int(timeout_s * 1000)):
+            raise TimeoutError(f"no message from the controller within {timeout_s:.0f} s")
+        return self._codec.decode(self._socket.recv_multipart())
+
+    def send(self, message: Message) -> None:
+        self._socket.send_multipart(self._codec.encode(message), copy=False)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that is free now, for servers that must be told one; their start is retried on a lost race."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def _epoch(answer: AnyMessage) -> int:
+    if isinstance(answer, Refused):
+        raise ProtocolError(f"the controller refused this worker: {answer.reason}")
+    if not isinstance(answer, Welcome):
+        raise ProtocolError(f"expected Welcome from the controller, got {type(answer).__name__}")
+    return answer.epoch
+
+
+def _connect(context: zmq.Context, run_dir: Path, timeout_s: float) -> zmq.Socket:
+    deadline = time.monotonic() + timeout_s
+    address = run_dir / "controller.address"
+    while not address.exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"no controller wrote {address} within {timeout_s:.0f} s; is it running, with this run.dir?"
+            )
+        time.sleep(0.05)
+    keys = run_dir / "keys"
+    sock = context.socket(zmq.DEALER)
+    sock.curve_publickey, sock.curve_secretkey = zmq.auth.load_certificate(keys / "worker.key_secret")
+    sock.curve_serverkey, _ = zmq.auth.load_certificate(keys / "hub.key")
+    sock.setsockopt(zmq.IDENTITY, secrets.token_bytes(8))
+    sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    sock.setsockopt(zmq.LINGER, LINGER_MS)
+    sock.connect(address.read_text().strip())
+    return sock
+
+
+def _make_keys(run_dir: Path) -> Path:
+    """Key pairs for this run: hub and workers; only the workers' public key is on the allow-list."""
+    keys = run_dir / "keys"
+    (keys / "allowed").mkdir(mode=0o700, parents=True, exist_ok=True)
+    keys.chmod(0o700)
+    previous_umask = os.umask(0o077)
+    try:
+        zmq.auth.create_certificates(keys, "hub")
+        public, _ = zmq.auth.create_certificates(keys, "worker")
+        _write_atomic(keys / "allowed" / "worker.key", Path(public).read_text())
+    finally:
+        os.umask(previous_umask)
+    return keys
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def has_curve() -> bool:
+    """Whether this build of libzmq can encrypt and authenticate."""
+    return bool(zmq.has("curve"))

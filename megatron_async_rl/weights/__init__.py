@@ -1,0 +1,1 @@
+"""Megatron's shards to and from Hugging Face names: the layout tables, loading, gathering, sending."""

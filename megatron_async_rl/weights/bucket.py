@@ -1,0 +1,60 @@
+"""Tensors to flattened buckets: one broadcast instead of hundreds.
+
+The plan is made from names, shapes and types alone, so both ends know every bucket before a byte moves. A bucket holds
+one element type, which keeps every tensor in it aligned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import prod
+
+import torch
+from torch import Tensor
+
+from megatron_async_rl.messages import Bucket, TensorSpec
+from megatron_async_rl.weights.reshard import TensorInfo
+
+
+def plan_buckets(tensors: Iterable[TensorInfo], bucket_bytes: int) -> list[Bucket]:
+    """Groups tensors in order into buckets of at most `bucket_bytes`; a larger tensor goes alone."""
+    buckets: list[Bucket] = []
+    bucket: list[TensorSpec] = []
+    size = 0
+    for info in tensors:
+        spec = TensorSpec(info.name, str(info.dtype).removeprefix("torch."), list(info.shape))
+        if bucket and (size + num_bytes(spec) > bucket_bytes or spec.dtype != bucket[0].dtype):
+            buckets.append(Bucket(bucket))
+            bucket, size = [], 0
+        bucket.append(spec)
+        size += num_bytes(spec)
+    if bucket:
+        buckets.append(Bucket(bucket))
+    return buckets
+
+
+def fill_buckets(
+    plan: list[Bucket], tensors: Iterable[tuple[str, Tensor]], device: torch.device
+) -> Iterator[tuple[Bucket, Tensor]]:
+    """The plan's buckets in order, each with its bytes: [bucket bytes] uint8.
+
+    Two buffers take turns: a yielded one may be in use until the one after the next is asked for. `tensors` must come
+    in the plan's order; anything else is a fault of ours and raises ValueError.
+    """
+    largest = max((sum(map(num_bytes, bucket.tensors)) for bucket in plan), default=0)
+    buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(2, len(plan)))]
+    source = iter(tensors)
+    for number, bucket in enumerate(plan):
+        buffer, offset = buffers[number % 2], 0
+        for spec in bucket.tensors:
+            name, tensor = next(source, ("nothing", torch.empty(0)))
+            if (name, list(tensor.shape)) != (spec.name, spec.shape):
+                raise ValueError(f"the plan has {spec.name} {spec.shape} next, got {name} {list(tensor.shape)}")
+            flat = buffer[offset : offset + num_bytes(spec)]
+            flat.view(getattr(torch, spec.dtype)).copy_(tensor.reshape(-1))
+            offset += len(flat)
+        yield bucket, buffer[:offset]
+
+
+def num_bytes(spec: TensorSpec) -> int:
+    return prod(spec.shape) * getattr(torch, spec.dtype).itemsize

@@ -1,0 +1,163 @@
+"""The trainer's end of a weight update (controller/publisher.py draws the whole exchange).
+
+All tensor-parallel ranks of replica 0 take part in gathering; their first, the weight source of its pipeline stage,
+speaks with the controller and tells the others what it was told. Other replicas have the same weights and go on. A
+failure on the wire never stops the gather half-way: the ranks stay in step and the trainer stays alive.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt import GPTModel
+
+from megatron_async_rl.config import Config
+from megatron_async_rl.errors import PublishError
+from megatron_async_rl.messages import (
+    BucketsSent,
+    GroupJoined,
+    GroupOpened,
+    OpenGroup,
+    Published,
+    PublishOffer,
+    SendBuckets,
+    Shutdown,
+)
+from megatron_async_rl.transport import SyncLink
+from megatron_async_rl.weights.bucket import fill_buckets, plan_buckets
+from megatron_async_rl.weights.digest import EngineDigests
+from megatron_async_rl.weights.mapping import ModelShape
+from megatron_async_rl.weights.reshard import hf_tensors, manifest
+from megatron_async_rl.weights.update_group import UpdateGroup
+
+logger = logging.getLogger(__name__)
+_SEND, _DONE, _WAIT = 1, 2, 3
+WAIT_S = 5.0  # the source tells its tensor-parallel ranks so often that it still waits
+
+
+class WeightPublisher:
+    """Publishes this rank's stage. `socket` is the source's; None on every other rank."""
+
+    def __init__(self, module: GPTModel, shape: ModelShape, config: Config, socket: SyncLink | None) -> None:
+        self._module = module
+        self._shape = shape
+        self._config = config
+        self._socket = socket
+        self._takes_part = mpu.get_data_parallel_rank() == 0
+        self._device = next(module.parameters()).device
+        self._buckets = plan_buckets(manifest(module, shape), config.weights.bucket_bytes)
+        self._group: UpdateGroup | None = None
+
+    def publish(self, version: int) -> bool:
+        """Offers the weights as they are now under `version` and sends them when told. False: the run is over.
+
+        Raises PublishError when the controller has not ended the update within twice its own deadline.
+        """
+        if not self._takes_part:
+            return True
+        if self._socket is None:
+            return self._follow()
+        self._socket.send(
+            PublishOffer(
+                version,
+                mpu.get_pipeline_model_parallel_rank(),
+                mpu.get_pipeline_model_parallel_world_size(),
+                self._buckets,
+                "nccl" if self._device.type == "cuda" else "gloo",
+            )
+        )
+        return self._lead(version, self._socket)
+
+    def _lead(self, version: int, socket: SyncLink) -> bool:
+        # generous: before version 0 the controller waits for all workers, at other times its own deadlines hold
+        patience_s = self._config.rollout.start_timeout_s + 4 * self._config.weights.update_timeout_s
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                message = socket.receive(WAIT_S)
+            except TimeoutError:
+                if time.monotonic() > deadline:
+                    raise PublishError(
+                        f"the controller neither took nor refused version {version} within {patience_s:.0f} s"
+                    ) from None
+                self._tell(_WAIT)
+                continue
+            if isinstance(message, OpenGroup):
+                self._open(message, socket)
+            elif isinstance(message, SendBuckets):
+                self._tell(_SEND)
+                socket.send(self._transfer(version))
+            elif isinstance(message, Published):
+                self._tell(_DONE)
+                return True
+            elif isinstance(message, Shutdown):
+                self._tell(_DONE)
+                return False
+
+    def _follow(self) -> bool:
+        while (told := self._tell(0)) != _DONE:
+            if told == _SEND:
+                for _ in hf_tensors(self._module, self._shape):
+                    pass
+        return True
+
+    def _tell(self, command: int) -> int:
+        """The source's word to its tensor-parallel ranks."""
+        group = mpu.get_tensor_model_parallel_group()
+        if group.size() == 1:
+            return command
+        tensor = torch.tensor([command], device=self._device)
+        dist.broadcast(tensor, group=group, group_src=0)
+        return int(tensor)
+
+    def _open(self, order: OpenGroup, socket: SyncLink) -> None:
+        if self._group is not None:
+            self._group.close()
+        backend = "nccl" if self._device.type == "cuda" else "gloo"
+        timeout_s = self._config.weights.update_timeout_s
+        self._group = UpdateGroup(order.group, order.world_size, backend, socket.own_address, timeout_s)
+        stage = mpu.get_pipeline_model_parallel_rank()
+        socket.send(GroupOpened(order.group, stage, self._group.address, self._group.port))
+        error = ""
+        try:
+            self._group.join()
+        except RuntimeError as e:
+            error = f"update group {order.group}: {e}"
+            logger.error("%s", error)
+        socket.send(GroupJoined(order.group, error))
+
+    def _transfer(self, version: int) -> BucketsSent:
+        """Gather, digest, broadcast; on a wire error the gather still runs to its end."""
+        assert self._group is not None
+        seconds = {"gather": 0.0, "wire": 0.0, "trainer_digest": 0.0}
+        digests = EngineDigests(self._shape, int(self._config.sglang.get("tp_size", 1)))
+        error = ""
+
+        def gathered():
+            source = hf_tensors(self._module, self._shape)
+            while True:
+                started = time.monotonic()
+                item = next(source, None)
+                seconds["gather"] += time.monotonic() - started
+                if item is None:
+                    return
+                started = time.monotonic()
+                digests.add(*item)
+                seconds["trainer_digest"] += time.monotonic() - started
+                yield item
+
+        for _, flat in fill_buckets(self._buckets, gathered(), self._device):
+            if error:
+                continue
+            started = time.monotonic()
+            try:
+                self._group.broadcast(flat)
+            except RuntimeError as e:
+                error = f"broadcast of version {version}: {e}"
+                logger.error("%s", error)
+            seconds["wire"] += time.monotonic() - started
+        return BucketsSent(version, mpu.get_pipeline_model_parallel_rank(), digests.result(), seconds, error)

@@ -1,0 +1,269 @@
+"""Lets an unmodified megatron-core (0.16.1, 0.19.2) run on CPU and gloo: `install()` before importing megatron.core.
+
+| patch          | what it does                                                                       | when             |
+|----------------|------------------------------------------------------------------------------------|------------------|
+| triton_leaf    | stands in for the one module that imports triton unconditionally                   | no triton        |
+| router_gemm    | defines a name that the MoE router reads though its optional import failed          | no TE            |
+| torch_cuda     | torch.cuda.{current_device, Stream, ...} and Tensor.cuda answer for the CPU         | no CUDA          |
+| rng_tracker    | the CUDA RNG tracker forks torch's CPU generator                                    | no CUDA          |
+| moe_splits     | split sizes of the MoE all-to-all become numpy, though they never leave a GPU       | no CUDA          |
+| retarget       | the constants 'cuda' and 'torch.cuda.FloatTensor' of a fixed list of functions      | no CUDA          |
+
+Each checks that what it replaces is still there and raises DriftError otherwise, so a new megatron-core stops the run
+at start instead of failing in the middle of it. With CUDA (and triton and TE) nothing is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class DriftError(RuntimeError):
+    """What a patch replaces has changed: the installed megatron-core is not one these patches were written for."""
+
+
+_installed = False
+
+
+def install() -> None:
+    """Applies what this machine needs; a second call does nothing."""
+    global _installed
+    if _installed:
+        return
+    if not torch.cuda.is_available():
+        # jit_fuser is torch.compile: inductor costs about 10 s per process on a CPU and gains nothing there.
+        # torch._dynamo reads this when first imported, which megatron.core does.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _triton_leaf()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Before torch_cuda: this import builds torch._dynamo's tables of torch.cuda, which refuse our stand-ins.
+        importlib.import_module("megatron.core")
+    _router_gemm()
+    if not torch.cuda.is_available():
+        _torch_cuda()
+        _rng_tracker()
+        _moe_splits()
+        _retarget()
+    _installed = True
+
+
+def _core(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(f"megatron.core.{name}")
+    except ModuleNotFoundError as e:
+        raise DriftError(f"megatron.core.{name} is gone") from e
+
+
+def _require(owner: Any, *names: str) -> None:
+    for name in names:
+        if not hasattr(owner, name):
+            raise DriftError(f"{owner.__name__}.{name} is gone")
+
+
+# ---- wherever triton or transformer-engine is missing, GPU or not ----
+
+
+def _triton_leaf() -> None:
+    """0.18 and later import triton in one leaf module, whose kernels (MoE paged stash) run on GPUs only.
+
+    Only that leaf is replaced: a fake `triton` package would break torch._inductor, which probes triton.backends.
+    """
+    leaf = "megatron.core.transformer.moe.ops.paged_stash"
+    if importlib.util.find_spec("triton") is not None or leaf in sys.modules:
+        return
+
+    def gpu_only(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("MoE paged stash needs triton and a GPU")
+
+    module = types.ModuleType(leaf)
+    module.GLOBAL_BLOCK_SIZE = 1024
+    module.paged_stash_copy_kernel = module.paged_stash_pop_kernel = gpu_only
+    sys.modules[leaf] = module
+
+
+def _router_gemm() -> None:
+    """0.16.1 without TE: the router's forward reads te_general_gemm, which a failed import left undefined."""
+    moe_utils = _core("transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+# ---- no CUDA ----
+
+
+class _Stream:
+    """A stream or event that has always finished."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: object) -> bool:
+        return False
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Stream) -> float:
+        return 0.0
+
+    def record_event(self, event: _Stream | None = None) -> _Stream:
+        return event or _Stream()
+
+    def synchronize(self, *args: Any) -> None:
+        pass
+
+    wait_stream = wait_event = record = wait = synchronize
+
+
+def _returning(value: Any) -> Callable[..., Any]:
+    """A fresh function each time: torch._dynamo refuses one object under two names."""
+    return lambda *args, **kwargs: value
+
+
+def _torch_cuda() -> None:
+    stream = _Stream()
+    stand_ins: dict[str, Any] = {
+        "current_device": _returning(torch.device("cpu")),
+        "current_stream": _returning(stream),
+        "default_stream": _returning(stream),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "Stream": _Stream,
+        "Event": _Stream,
+        "memory_stats": _returning({}),
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+        "FloatTensor": lambda data: torch.tensor(data, dtype=torch.float32),
+        "IntTensor": lambda data: torch.tensor(data, dtype=torch.int32),
+        "LongTensor": lambda data: torch.tensor(data, dtype=torch.int64),
+    }
+    stand_ins |= {name: _returning(None) for name in ("set_device", "synchronize", "empty_cache", "set_stream")}
+    stand_ins |= {name: _returning(0) for name in ("memory_allocated", "memory_reserved", "max_memory_allocated")}
+    _require(torch.cuda, *stand_ins)
+    for name, stand_in in stand_ins.items():
+        setattr(torch.cuda, name, stand_in)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
+    torch.cuda.nvtx.range_push = _returning(None)
+    torch.cuda.nvtx.range_pop = _returning(None)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+
+def _rng_tracker() -> None:
+    random = _core("tensor_parallel.random")
+    _require(random, "_get_cuda_rng_state", "_set_cuda_rng_state", "CudaRNGStatesTracker")
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    # fork() warns when the CPU generator moves; here it is the generator that must move.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _moe_splits() -> None:
+    """The dispatcher makes split sizes numpy only where it moves them off a GPU; gloo refuses tensors there."""
+    dispatcher = _core("transformer.moe.token_dispatcher")
+    _require(dispatcher, "maybe_move_tensor_to_cpu")
+    original = dispatcher.maybe_move_tensor_to_cpu
+
+    def to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else original(tensor, as_numpy, record_stream)
+
+    dispatcher.maybe_move_tensor_to_cpu = to_numpy
+
+
+_CPU_CONSTANTS = {"cuda": "cpu"} | {
+    f"torch.cuda.{name}": f"torch.{name}" for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "DoubleTensor")
+}
+
+# Module below megatron.core -> functions whose constants are swapped. '?' marks what not every supported version has;
+# any other must exist and hold at least one such constant.
+_RETARGETED = {
+    "optimizer.clip_grads": ["get_grad_norm_fp32", "clip_grad_by_total_norm_fp32", "count_zeros_fp32"],
+    "optimizer.optimizer": [
+        "MixedPrecisionOptimizer.__init__",
+        "FP32Optimizer.__init__",
+        "Float16OptimizerWithFloat16Params.__init__",
+        "?MegatronOptimizer.has_grad_norm_group",
+    ],
+    "optimizer.distrib_optimizer": [
+        "DistributedOptimizer.__init__",
+        "DistributedOptimizer._build_model_and_main_param_groups",
+    ],
+    "optimizer.grad_scaler": ["MegatronGradScaler.__init__", "DynamicGradScaler.__init__"],
+    "utils": ["local_multi_tensor_l2_norm"],
+    "pipeline_parallel.schedules": [
+        "forward_step",
+        "forward_backward_no_pipelining",
+        "forward_backward_pipelining_without_interleaving",
+        "forward_backward_pipelining_with_interleaving",
+    ],
+    "transformer.utils": ["get_default_causal_mask", "get_sliding_window_causal_mask"],
+    "tensor_parallel.data": ["_build_key_size_numel_dictionaries"],
+    "dist_checkpointing.exchange_utils": ["exchange_loaded_tensors_gather_rounds", "_get_empty_tensor_for_exchange"],
+    "dist_checkpointing.strategies.state_dict_saver": ["verify_global_md_reuse"],
+    "transformer.moe.token_dispatcher": ["MoEAlltoAllTokenDispatcher.__init__"],
+    "transformer.moe.moe_utils": ["?track_moe_metrics"],
+}
+
+
+def _retarget() -> None:
+    seen: set[types.FunctionType] = set()  # two names may be one function
+    for module_name, names in _RETARGETED.items():
+        module = _core(module_name)
+        for name in names:
+            optional, name = name.startswith("?"), name.lstrip("?")
+            function = _function(module, name)
+            if function is None:
+                if not optional:
+                    raise DriftError(f"megatron.core.{module_name}.{name} is gone")
+                continue
+            code, swapped = _swap_constants(function.__code__)
+            if not swapped and not optional and function not in seen:
+                raise DriftError(f"megatron.core.{module_name}.{name} holds no 'cuda' constant any more")
+            function.__code__ = code
+            seen.add(function)
+
+
+def _function(module: types.ModuleType, dotted: str) -> types.FunctionType | None:
+    found: Any = module
+    for part in dotted.split("."):
+        try:
+            found = inspect.getattr_static(found, part)
+        except AttributeError:
+            return None
+    return inspect.unwrap(found.__func__ if isinstance(found, (staticmethod, classmethod)) else found)
+
+
+def _swap_constants(code: types.CodeType) -> tuple[types.CodeType, int]:
+    """The code with CPU constants, nested functions included, and how many were swapped."""
+    swapped = 0
+
+    def swap(constant: Any) -> Any:
+        nonlocal swapped
+        if isinstance(constant, str) and constant in _CPU_CONSTANTS:
+            swapped += 1
+            return _CPU_CONSTANTS[constant]
+        if type(constant) is tuple:
+            return tuple(map(swap, constant))
+        if isinstance(constant, types.CodeType):
+            constant, inner = _swap_constants(constant)
+            swapped += inner
+        return constant
+
+    return code.replace(co_consts=tuple(map(swap, code.co_consts))), swapped

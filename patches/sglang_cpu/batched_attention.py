@@ -1,0 +1,76 @@
+"""Attention over the whole batch at once for SGLang's torch_native back end, which loops over the requests in Python (0.5.21).
+
+With many short requests that loop is most of a decode step on a CPU. Here every request's keys and values are gathered into one padded
+block, B requests x L tokens, and attended in one call. Same mathematics in another order of additions, so not bit-identical to the loop.
+Cross attention, sliding windows and big ragged prefills go to SGLang's own code.
+"""
+
+import torch
+from sglang.srt.layers.attention.attention_registry import register_attention_backend
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+MAX_SCORES = 1 << 24  # largest padded score block (floats) of one layer; above it the loop wastes less
+
+
+class BatchedTorchAttention(TorchNativeAttnBackend):
+    def init_forward_metadata(self, forward_batch):
+        super().init_forward_metadata(forward_batch)
+        self._padded = None  # what _gather() works out once a forward pass, for all layers
+
+    def _gather(self, req_to_token, req_pool_indices, seq_lens):
+        """tokens[B, L]: cache slot of each token (slot 0 beyond the end); keys_end[B, L]: True where a token exists."""
+        if self._padded is None:
+            length = int(seq_lens.max())
+            exists = torch.arange(length) < seq_lens[:, None]
+            self._padded = req_to_token[req_pool_indices, :length].long() * exists, exists
+        return self._padded
+
+    def _run_sdpa_forward_decode(
+        self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens=None,
+        scaling=None, enable_gqa=False, causal=False, is_cross_attn=False, sliding_window_size=None,
+    ):  # fmt: skip
+        if encoder_lens is not None or is_cross_attn or sliding_window_size is not None:
+            return super()._run_sdpa_forward_decode(
+                query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens,
+                scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
+            )  # fmt: skip
+        tokens, exists = self._gather(req_to_token, req_pool_indices, seq_lens)
+        output.copy_(_attend(query[:, None], k_cache[tokens], v_cache[tokens], exists[:, None], scaling)[:, 0])
+        return output
+
+    def _run_sdpa_forward_extend(
+        self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens,
+        encoder_lens=None, scaling=None, enable_gqa=False, causal=False, is_cross_attn=False, sliding_window_size=None,
+    ):  # fmt: skip
+        batch, heads = len(seq_lens), query.shape[1]
+        width = int(extend_seq_lens.max())
+        too_big = batch * heads * width * int(seq_lens.max()) > MAX_SCORES
+        if encoder_lens is not None or is_cross_attn or sliding_window_size is not None or not causal or too_big:
+            return super()._run_sdpa_forward_extend(
+                query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens,
+                encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
+            )  # fmt: skip
+        tokens, exists = self._gather(req_to_token, req_pool_indices, seq_lens)
+        column = torch.arange(width)
+        real = column < extend_seq_lens[:, None]  # [B, Q]: query positions that hold a token
+        padded = query.new_zeros(batch, width, *query.shape[1:])
+        padded[real] = query
+        position = extend_prefix_lens[:, None] + column  # [B, Q]
+        visible = exists[:, None] & (torch.arange(tokens.shape[1]) <= position[:, :, None])  # [B, Q, L]
+        output.copy_(_attend(padded, k_cache[tokens], v_cache[tokens], visible, scaling)[real])
+        return output
+
+
+def _attend(q_BQHD, k_BLKD, v_BLKD, visible_BQL, scaling):
+    """Grouped-query attention: H query heads share K key heads (H = K x G). Returns [B, Q, H, D]. A row that sees nothing is padding."""
+    B, Q, H, D = q_BQHD.shape
+    K = k_BLKD.shape[2]
+    q = q_BQHD.view(B, Q, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # [B, K, G*Q, D]
+    scores = torch.matmul(q * (scaling or D**-0.5), k_BLKD.permute(0, 2, 3, 1))  # [B, K, G*Q, L]
+    scores = scores.view(B, K, H // K, Q, -1).masked_fill_(~visible_BQL[:, None, None], float("-inf"))
+    out = torch.matmul(scores.softmax(-1).view(B, K, -1, scores.shape[-1]), v_BLKD.transpose(1, 2))
+    return out.view(B, K, H // K, Q, -1).permute(0, 3, 1, 2, 4).reshape(B, Q, H, -1)
+
+
+def register():
+    register_attention_backend("torch_native")(BatchedTorchAttention)

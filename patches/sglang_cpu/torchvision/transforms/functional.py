@@ -1,0 +1,14 @@
+import enum
+
+
+class InterpolationMode(enum.Enum):  # transformers/image_utils.py, sglang/srt/configs/deepseek_ocr.py, sglang/srt/multimodal/internvl_utils.py
+    NEAREST = "nearest"
+    NEAREST_EXACT = "nearest-exact"
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+    BOX = "box"
+    HAMMING = "hamming"
+    LANCZOS = "lanczos"
+
+
+pil_to_tensor = None  # transformers/image_utils.py

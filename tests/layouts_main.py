@@ -1,0 +1,218 @@
+"""Run by test_layouts.py under torchrun with four processes: every layout in one set of processes.
+
+Start-up costs more than all the checks, so the layouts follow each other in here and the figures go to a JSON file that
+the tests judge. `folders` holds one tiny Hugging Face model per family.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_async_rl.patches import prepare_megatron
+
+prepare_megatron()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state as mpu  # noqa: E402
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # noqa: E402
+
+from megatron_async_rl import config as configuration  # noqa: E402
+from megatron_async_rl.errors import StepRefused  # noqa: E402
+from megatron_async_rl.trainer import parallel, step  # noqa: E402
+from megatron_async_rl.trainer.data import cut_minibatches, pack  # noqa: E402
+from megatron_async_rl.trainer.export import save_hf  # noqa: E402
+from megatron_async_rl.trainer.model import TrainerModel, build  # noqa: E402
+from megatron_async_rl.types import TrainSample  # noqa: E402
+from megatron_async_rl.weights.reshard import hf_tensors, manifest  # noqa: E402
+
+WORLD, VERSION, TEMPERATURE, VOCAB = 4, 5, 0.7, 51
+
+
+def global_batch() -> list[TrainSample]:
+    rng = np.random.default_rng(0)
+    samples = []
+    for _ in range(16):
+        length, prompt = int(rng.integers(6, 40)), int(rng.integers(1, 5))
+        versions = rng.integers(VERSION - 2, VERSION + 1, length)
+        versions[:prompt] = -1
+        samples.append(
+            TrainSample(
+                ids=rng.integers(0, VOCAB, length).astype(np.int32),
+                logprobs=(-4 + rng.normal(size=length)).astype(np.float32),
+                versions=versions.astype(np.int32),
+                advantages=np.full(length, rng.normal(), np.float32),
+            )
+        )
+    return samples
+
+
+def make_config(folder: Path, tp: int = 1, pp: int = 1, budget: int = 64, minibatches: int = 1, **megatron: Any) -> Any:
+    return configuration.from_tree(
+        {
+            "run": {"dir": "unused", "steps": 10},
+            "model": {"path": str(folder), "context_tokens": 64},
+            "data": {"train": "unused"},
+            "rollout": {"max_new_tokens": 32, "temperature": TEMPERATURE},
+            "algorithm": {
+                "prompts_per_step": 8,
+                "samples_per_prompt": 2,
+                "minibatches": minibatches,
+                "entropy_coef": 0.01,
+                "behavior_weight_cap": 2.0,
+            },
+            "trainer": {
+                "precision": "fp32",
+                "data_parallel_size": WORLD // tp // pp,
+                "max_tokens_per_microbatch": budget,
+                "collective_timeout_s": 60,
+            },
+            "megatron": {
+                "tensor_model_parallel_size": tp,
+                "pipeline_model_parallel_size": pp,
+                "lr": "1e-2",
+                "adam_eps": "1e-3",  # large: Adam would make a difference of rounding in a near-zero gradient a whole step
+            }
+            | megatron,
+        }
+    )
+
+
+def start(config: Any) -> TrainerModel:
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    parallel.init_parallel(config)
+    return build(config)
+
+
+def share() -> list[TrainSample]:
+    return global_batch()[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+
+
+def merged(model: TrainerModel, out: Path, get: Any = lambda p: p.data) -> None:
+    """Saves all stages' HF tensors as one file; rank 0 of the world is on the first stage."""
+    mine = {name: tensor.clone() for name, tensor in hf_tensors(model.module, model.shape, get=get)}
+    assert [(n, tuple(t.shape), t.dtype) for n, t in mine.items()] == [
+        (i.name, i.shape, i.dtype) for i in manifest(model.module, model.shape)
+    ]
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, mine)
+    if dist.get_rank() == 0:
+        torch.save({k: v for part in parts for k, v in part.items()}, out)
+
+
+def gradient_of(model: TrainerModel, config: Any) -> dict[str, float]:
+    [minibatch] = cut_minibatches(share(), 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1)
+    return step.accumulate_gradients(model, minibatch, config)
+
+
+def logits_of(model: TrainerModel, config: Any) -> torch.Tensor | None:
+    microbatch = pack(global_batch(), VERSION, step.packing(model, config))
+
+    def forward(data: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        def collect(logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+            return gather_from_tensor_model_parallel_region(logits)[0, :, :VOCAB]
+
+        return step._forward(model, chunk, next(data)), collect
+
+    with torch.no_grad():
+        got = step._run(model, [microbatch], forward, forward_only=True, collect=True)
+    box = [got[0] if got else None]
+    dist.broadcast_object_list(box, src=WORLD - 1)
+    return box[0]
+
+
+def run(folders: Path, out: Path) -> dict[str, Any]:
+    qwen3 = folders / "qwen3"
+    results: dict[str, Any] = {"totals": {}, "metrics": {}}
+    layouts = {
+        "tp1": make_config(qwen3, 1, 1),
+        "tp1 small microbatches": make_config(qwen3, 1, 1, budget=40),
+        "tp1 one microbatch": make_config(qwen3, 1, 1, budget=1000),
+        "tp2": make_config(qwen3, 2, 1),
+        "tp2 sp": make_config(qwen3, 2, 1, sequence_parallel=True),
+        "pp2": make_config(qwen3, 1, 2),
+        "tp2 pp2": make_config(qwen3, 2, 2),
+        "tp2 pp2 sp small microbatches": make_config(qwen3, 2, 2, budget=40, sequence_parallel=True),
+    }
+    for name, config in layouts.items():
+        # The distributed optimizer leaves each rank a part of the gradient: without it every rank has all.
+        plain = configuration.from_tree(json.loads(json.dumps(to_tree(config))) | {})
+        plain.megatron["use_distributed_optimizer"] = False
+        model = start(plain)
+        results["totals"][name] = gradient_of(model, plain)
+        merged(model, out / f"gradient {name}.pt", get=lambda p: p.main_grad)
+        model = start(config)
+        results["metrics"][name] = step.train_step(model, share(), VERSION, config)
+        merged(model, out / f"weights {name}.pt")
+
+    # Two minibatches: the proximal pass, and that it changes nothing when there is one.
+    config = make_config(qwen3, 2, 2, minibatches=2)
+    model = start(config)
+    results["two minibatches"] = [step.train_step(model, share(), v, config) for v in (VERSION, VERSION + 1)]
+    config = make_config(qwen3, 2, 2)
+    model = start(config)
+    minibatches = cut_minibatches(share(), 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1)
+    [with_proximal] = step.with_proximal(model, minibatches, config)
+    results["explicit proximal"] = step.accumulate_gradients(model, with_proximal, config)
+    results["implicit proximal"] = step.accumulate_gradients(model, minibatches[0], config)
+
+    # A non-finite advantage: refused on all ranks, weights untouched.
+    before = [p.clone() for p in model.module.parameters()]
+    poisoned = [msg if n else poison(msg) for n, msg in enumerate(share())]
+    try:
+        step.train_step(model, poisoned, VERSION, config)
+        refused = ""
+    except StepRefused as e:
+        refused = str(e)
+    same = all(torch.equal(a, b) for a, b in zip(before, model.module.parameters(), strict=True))
+    results["refused"] = refused
+    told = [None] * WORLD
+    dist.all_gather_object(told, (bool(refused), same))
+    results["refused everywhere, weights same"] = told
+
+    for family in ("qwen3", "qwen2", "llama"):
+        config = make_config(folders / family, 2, 2)
+        model = start(config)
+        logits = logits_of(model, config)
+        if dist.get_rank() == 0:
+            torch.save(logits, out / f"logits {family}.pt")
+        save_hf(model, folders / family, out / f"export {family}")
+        save_hf(model, folders / family, out / f"export {family}")  # over an older one
+        if family == "qwen3":
+            step.train_step(model, share(), VERSION, config)
+            save_hf(model, folders / family, out / "export trained")
+            merged(model, out / "weights trained.pt")
+
+    # bf16: the wrapped model, fp32 main weights.
+    config = make_config(qwen3, 2, 2)
+    tree = to_tree(config)
+    tree["trainer"]["precision"] = "bf16"
+    config = configuration.from_tree(tree)
+    model = start(config)
+    results["bf16"] = step.train_step(model, share(), VERSION, config)
+    results["bf16 dtypes"] = sorted({str(p.dtype) for p in model.module.parameters()})
+    return results
+
+
+def poison(sample: TrainSample) -> TrainSample:
+    return TrainSample(**{f: getattr(sample, f) for f in sample.__struct_fields__} | {"advantages": sample.advantages * np.nan})
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    import msgspec
+
+    return msgspec.to_builtins(config)
+
+
+if __name__ == "__main__":
+    out_dir = Path(sys.argv[2])
+    figures = run(Path(sys.argv[1]), out_dir)
+    if dist.get_rank() == 0:
+        (out_dir / "results.json").write_text(json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,188 @@
+"""Layout invariance, equality with transformers, and export, on tiny models over four CPU processes (layouts_main.py)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layouts_main import TEMPERATURE, VOCAB, global_batch
+
+from megatron_async_rl.config import AlgorithmConfig
+
+HERE = Path(__file__).parent
+SIZES: dict[str, Any] = dict(
+    vocab_size=VOCAB,  # odd: padded under TP
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    dtype="float32",
+)
+LAYOUTS = ("tp1 small microbatches", "tp1 one microbatch", "tp2", "tp2 sp", "pp2", "tp2 pp2", "tp2 pp2 sp small microbatches")
+
+
+def make_models(folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    llama3 = dict(
+        rope_type="llama3",
+        rope_theta=5e5,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+    models = {
+        "qwen3": Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=False)),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+        "llama": LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False, rope_parameters=llama3)),
+    }
+    g = torch.Generator().manual_seed(0)
+    for name, model in models.items():
+        with torch.no_grad():  # norms and biases too: initialised to ones and zeros they would hide a wrong mapping
+            for key, p in model.named_parameters():
+                p.copy_(torch.randn(p.shape, generator=g) * 0.08 + (1.0 if "norm" in key else 0.0))
+        model.save_pretrained(folder / name)
+        (folder / name / "tokenizer.json").write_text("{}")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs layouts_main.py once; the folder it wrote to. The models are in models/."""
+    out = tmp_path_factory.mktemp("layouts")
+    make_models(out / "models")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", "0"]
+    done = subprocess.run(
+        [*command, str(HERE / "layouts_main.py"), str(out / "models"), str(out)],
+        env=os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(ran: Path) -> dict[str, Any]:
+    return json.loads((ran / "results.json").read_text())
+
+
+def worst(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], scale: dict[str, torch.Tensor]) -> tuple[float, str]:
+    assert set(got) == set(want)
+    return max(((got[n] - want[n]).abs().max().item() / scale[n].abs().max().item(), n) for n in want)
+
+
+def hf_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_loss_and_gradient_are_those_of_transformers_and_the_formula(ran: Path, results: dict[str, Any]) -> None:
+    """An independent computation: one sample at a time, log_softmax over the full vocabulary, the formula as it stands."""
+    model = hf_model(ran / "models" / "qwen3")
+    algorithm = AlgorithmConfig(prompts_per_step=1, samples_per_prompt=2)
+    total, count = torch.zeros(()), 0
+    for sample in global_batch():
+        ids = torch.from_numpy(sample.ids).long()
+        full = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1] / TEMPERATURE, -1)
+        logp = full.gather(1, ids[1:, None])[:, 0]
+        m = torch.from_numpy(sample.versions[1:] != -1)
+        w = (logp.detach() - torch.from_numpy(sample.logprobs[1:])).exp()
+        w = torch.where(w > 2.0, 0.0, w)
+        u = (logp - logp.detach()).exp()
+        a = torch.from_numpy(sample.advantages[1:])
+        loss = w * torch.maximum(-a * u, -a * u.clamp(1 - algorithm.clip_eps, 1 + algorithm.clip_eps))
+        total = total + (loss - 0.01 * -(full.exp() * full).sum(-1))[m].sum()
+        count += int(m.sum())
+    (total / count).backward()
+    totals = results["totals"]["tp1"]
+    assert totals["tokens"] == count
+    assert totals["loss"] == pytest.approx(total.item(), rel=1e-5)
+    want = {n: p.grad for n, p in model.named_parameters()}
+    difference, name = worst(torch.load(ran / "gradient tp1.pt"), want, want)
+    assert difference < 1e-4, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_gradient_do_not_depend_on_layout_or_cut(ran: Path, results: dict[str, Any], layout: str) -> None:
+    want = results["totals"]["tp1"]
+    for name, value in results["totals"][layout].items():
+        if name != "budget":
+            assert value == pytest.approx(want[name], rel=1e-4, abs=1e-4), name
+    gradient = torch.load(ran / "gradient tp1.pt")
+    difference, name = worst(torch.load(ran / f"gradient {layout}.pt"), gradient, gradient)
+    assert difference < 1e-4, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_after_a_step_do_not_depend_on_layout_or_cut(ran: Path, results: dict[str, Any], layout: str) -> None:
+    want = torch.load(ran / "weights tp1.pt")
+    before = hf_model(ran / "models" / "qwen3").state_dict()
+    moved = {n: want[n] - before[n] for n in want}
+    assert min(m.abs().max().item() for m in moved.values()) > 0
+    difference, name = worst(torch.load(ran / f"weights {layout}.pt"), want, moved)
+    assert difference < 1e-3, name
+    for key in ("train/loss", "train/grad_norm", "train/entropy", "train/tokens", "train/logprob_diff_mean", "train/lr"):
+        assert results["metrics"][layout][key] == pytest.approx(results["metrics"]["tp1"][key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_logits_are_those_of_transformers(ran: Path, family: str) -> None:
+    model, got, start = hf_model(ran / "models" / family), torch.load(ran / f"logits {family}.pt"), 0
+    for sample in global_batch():
+        with torch.no_grad():
+            want = model(input_ids=torch.from_numpy(sample.ids).long()[None]).logits[0]
+        torch.testing.assert_close(got[start : start + len(want)], want, rtol=1e-4, atol=1e-4)
+        start += len(want)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_what_is_loaded_is_exported_bit_for_bit(ran: Path, family: str) -> None:
+    source, export = hf_model(ran / "models" / family), hf_model(ran / f"export {family}")
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(export.state_dict()[name], tensor), name
+    files = {f.name for f in (ran / f"export {family}").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"} <= files
+    assert not [f for f in ran.iterdir() if f.name.startswith(".export")]
+
+
+def test_the_trained_policy_is_what_transformers_loads(ran: Path) -> None:
+    trained, weights = hf_model(ran / "export trained").state_dict(), torch.load(ran / "weights trained.pt")
+    assert all(torch.equal(trained[name], tensor) for name, tensor in weights.items())
+
+
+def test_with_one_minibatch_the_proximal_pass_would_change_nothing(results: dict[str, Any]) -> None:
+    implicit = results["implicit proximal"]
+    assert results["explicit proximal"] == pytest.approx(implicit, rel=1e-6, abs=1e-6)
+
+
+def test_the_second_minibatch_is_off_the_proximal_policy(results: dict[str, Any]) -> None:
+    first, second = results["two minibatches"]
+    for metrics in (first, second):
+        assert metrics["train/importance_weight_max"] > 1.0
+        assert metrics["train/approx_kl"] != 0
+        assert metrics["train/tokens"] == results["metrics"]["tp1"]["train/tokens"]
+    assert first["train/proximal_s"] > 0
+
+
+def test_a_non_finite_step_is_refused_by_all_ranks_before_it_writes(results: dict[str, Any]) -> None:
+    assert "training step 5" in results["refused"] and "nan" in results["refused"]
+    assert results["refused everywhere, weights same"] == [[True, True]] * 4
+
+
+def test_bf16_trains(results: dict[str, Any]) -> None:
+    assert results["bf16 dtypes"] == ["torch.bfloat16"]
+    assert math.isfinite(results["bf16"]["train/loss"])
+    assert results["bf16"]["train/loss"] == pytest.approx(results["metrics"]["tp1"]["train/loss"], abs=0.05)

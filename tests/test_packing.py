@@ -1,0 +1,96 @@
+"""Packing: the budget, the order of bins, the alignment at the predicting position, attention that stays in its sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_async_rl.patches import prepare_megatron
+
+prepare_megatron()
+
+from megatron_async_rl.errors import DataError  # noqa: E402
+from megatron_async_rl.trainer.attention import _dense, pack_sequences  # noqa: E402
+from megatron_async_rl.trainer.data import Packing, allocate, pack  # noqa: E402
+from megatron_async_rl.types import TrainSample  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 200), st.integers(1, 8))
+@settings(max_examples=200, deadline=None)
+def test_every_sample_is_in_one_bin_and_no_bin_is_over_the_budget(lengths: list[int], capacity: int, min_bins: int) -> None:
+    bins = allocate(lengths, capacity, min_bins)
+    assert sorted(n for b in bins for n in b) == list(range(len(lengths)))
+    assert all(sum(lengths[n] for n in b) <= capacity for b in bins)
+    assert len(bins) >= min(min_bins, len(lengths))
+
+
+def test_a_new_sequence_goes_to_the_fitting_bin_with_the_fewest() -> None:
+    # 6 | 5 by the minimum of two bins; 3 fits both, equal in number: the first; 2 fits both, the second has fewer.
+    assert allocate([6, 5, 3, 2], 10, min_bins=2) == [[0, 2], [1, 3]]
+
+
+def test_packing_is_dense() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(100, 4000, 500).tolist()
+    bins = allocate(lengths, 32768)
+    assert sum(lengths) / (len(bins) * 32768) > 0.97
+
+
+def test_a_sample_over_the_budget_names_the_setting() -> None:
+    with pytest.raises(DataError, match="trainer.max_tokens_per_microbatch = 10"):
+        allocate([11], 10)
+
+
+def sample(length: int, prompt: int, version: int) -> TrainSample:
+    t = np.arange(length)
+    return TrainSample(
+        ids=(100 * version + t).astype(np.int32),
+        logprobs=(-t / 100).astype(np.float32),
+        versions=np.where(t < prompt, -1, version).astype(np.int32),
+        advantages=(t / 10).astype(np.float32),
+    )
+
+
+def test_everything_is_aligned_at_the_predicting_position() -> None:
+    packing = Packing(budget=64, multiple=4, device=CPU, thd=False, dense=True)
+    got = pack([sample(4, 2, 5), sample(3, 1, 6)], 6, packing)
+    assert got.ids_T.tolist() == [500, 501, 502, 503, 600, 601, 602, 0]
+    assert got.targets_T.tolist() == [501, 502, 503, 0, 601, 602, 0, 0]
+    assert got.mask_T.tolist() == [False, True, True, False, True, True, False, False]
+    assert got.current_T.tolist() == [False, False, False, False, True, True, False, False]
+    assert got.behavior_T[1].item() == pytest.approx(-0.02)
+    assert got.advantages_T[4].item() == pytest.approx(0.1)
+    assert got.sequences.positions_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    assert got.sequences.cu_seqlens_q.tolist() == [0, 4, 7, 8]
+    assert (got.num_tokens, got.num_loss_tokens) == (7, 4)
+
+
+def test_an_empty_share_is_a_pack_of_padding() -> None:
+    got = pack([], 1, Packing(budget=64, multiple=2, device=CPU, thd=False, dense=True))
+    assert got.ids_T.tolist() == [0, 0] and not got.mask_T.any() and got.num_loss_tokens == 0
+
+
+@pytest.mark.parametrize("lengths", [[5], [9, 1, 30, 30, 29, 2], [1] * 20 + [40]])
+def test_attention_of_a_pack_is_each_sequence_alone(lengths: list[int]) -> None:
+    g = torch.Generator().manual_seed(0)
+    total, heads, groups, size = sum(lengths), 4, 2, 8
+    q, k, v = (torch.randn(total, h, size, generator=g, dtype=torch.float64).requires_grad_() for h in (heads, groups, groups))
+    packed = pack_sequences(lengths, CPU, thd=False, dense=True)
+    got = _dense(q, k, v, packed, None)
+    alone = []
+    for a, b in zip(packed.cu_seqlens_q.tolist(), packed.cu_seqlens_q.tolist()[1:], strict=False):
+        out = F.scaled_dot_product_attention(
+            *(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
+        )
+        alone.append(out[0].transpose(0, 1))
+    want = torch.cat(alone)
+    torch.testing.assert_close(got, want)
+    weight = torch.randn(want.shape, generator=g, dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad((got * weight).sum(), (q, k, v)), torch.autograd.grad((want * weight).sum(), (q, k, v))):
+        torch.testing.assert_close(a, b)
