@@ -303,6 +303,11 @@ def _cross_check(config: Config) -> None:
             "algorithm.group_normalize = true needs algorithm.samples_per_prompt >= 2 (a group of one has no spread); "
             "set samples_per_prompt, or group_normalize=false"
         )
+    if "port" in config.sglang and r.servers > 1:
+        raise ConfigError(
+            f"sglang.port = {config.sglang['port']} can serve one server of a host, not rollout.servers = {r.servers}; "
+            "leave it out: each server then takes a free port"
+        )
     for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
         size = config.megatron.get(f"{name}_parallel_size", 1)
         if not isinstance(size, int) or size < 1:

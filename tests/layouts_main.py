@@ -69,7 +69,7 @@ def make_config(folder: Path, tp: int = 1, pp: int = 1, budget: int = 64, miniba
                 "precision": "fp32",
                 "data_parallel_size": WORLD // tp // pp,
                 "max_tokens_per_microbatch": budget,
-                "collective_timeout_s": 60,
+                "collective_timeout_s": 240,
             },
             "megatron": {
                 "tensor_model_parallel_size": tp,

@@ -88,7 +88,6 @@ def test_a_right_answer_is_seen_at_once(response: str, answer: Any) -> None:
         (r"\boxed{42", "421"),
         ("#### 42 or rather 41", "42"),
         ("42, no: 41", "42"),
-        (r"\boxed{4 2}"[:-2] + "}", "42"),
         (r"\boxed{7}", "-7"),
         (r"\boxed{-7}", "7"),
         (r"\boxed{85.5}", "85"),
@@ -220,7 +219,7 @@ def test_a_plain_verdict_needs_no_child() -> None:
 def test_hostile_answers_end_at_the_deadline_and_the_others_are_judged_right() -> None:
     async def test(worker: RewardWorker) -> None:
         await worker.score(score(r"\boxed{42\text{ cm}}"))  # the children are up
-        messages = [score(HOSTILE, "x"), score(HOSTILE, "x")]
+        messages = [score(HOSTILE), score(HOSTILE)]
         messages += [score(rf"\boxed{{{40 + n}\text{{ cm}}}}", "42", index=n) for n in range(5)]
         started = time.perf_counter()
         first, second, *others = await asyncio.gather(*map(worker.score, messages))

@@ -313,7 +313,7 @@ class Controller:
             "the trainer waits for a batch" if self._waits_for_batch_since else "the controller waits for the trainer"
         )
         servers = ", ".join(f"{w.name} {w.state.value} with {w.load} samples" for w in self.core.fleet.rollout.values())
-        return f"{trainer}; groups {groups}; {servers}; capacity for {self.core.capacity()} more groups"
+        return f"{trainer}; groups {groups}; {servers}; next group would be of step {self.core.next_step}"
 
 
 def _rules(config: Config) -> Rules:

@@ -9,11 +9,13 @@ A training group's way:
        ^                 |                                       |
        +---- worker lost, lease late (attempt + 1) --------------+------> dropped(reason)
 
-Admission (facts: AReaL eq. 3). With B = prompts_per_step and N groups admitted and not dropped, a new one may start
-under version v iff  N < (v + eta + 1) * B.  That alone does not bound the staleness of stragglers; the cut does: it
-takes the oldest groups first and drops what is older than eta. With `straggler: wait` the cut first waits, bounded,
-for groups that this step's version would make stale. No more than B such groups can exist (those started at version
-<= v - eta number at most (v + 1) * B, of which v * B are trained), so waiting always suffices and drops nothing.
+Admission (AReaL eq. 3). With B = prompts_per_step and N groups admitted and not dropped, a new one may start on a
+server of version v iff  N < (v + eta + 1) * B:  it will be trained at step N // B at the latest if order is kept. The
+server's version counts, not the trainer's, which is one ahead while an update is under way. That alone does not bound
+the staleness of stragglers; the cut does: it takes the oldest groups first and drops what is older than eta. With
+`straggler: wait` the cut first waits, bounded, for groups that this step's version would make stale. No more than B
+such groups can exist (those started at version <= v - eta number at most (v + 1) * B, of which v * B are trained), so
+waiting always suffices and drops nothing.
 """
 
 from __future__ import annotations
@@ -142,12 +144,15 @@ class Core:
     # ---- events: workers
 
     def rollout_joined(self, name: str, capacity: int, now: float) -> list[Action]:
+        """A worker of a known name is a new life of it: what the old one had is taken back."""
+        actions = self.worker_lost(name, now)
         self.fleet.rollout[name] = RolloutWorker(name, capacity, now)
-        return []
+        return actions
 
     def reward_joined(self, name: str, capacity: int, now: float) -> list[Action]:
+        actions = self.worker_lost(name, now)
         self.fleet.reward[name] = Worker(name, capacity, now)
-        return self._advance(now)
+        return actions + self._advance(now)
 
     def updating(self, name: str) -> None:
         self.fleet.rollout[name].state = ServerState.UPDATING
@@ -176,7 +181,7 @@ class Core:
 
     def generated(self, worker: str, message: Generated, now: float) -> list[Action]:
         group = self._leased_to(worker, message)
-        if group is None or group.samples[message.index] is not None:
+        if group is None:
             self.num_fenced_messages += 1
             return []
         group.samples[message.index] = message.sample
@@ -270,11 +275,10 @@ class Core:
     def pending(self) -> int:
         return sum(group.purpose == "train" for group in self.groups.values())
 
-    def capacity(self) -> int:
-        """Groups that may still be admitted under the trainer's version."""
-        alive = self.ledger.trained + self.pending
-        allowed = min(self.version + self.rules.eta + 1, self.rules.steps) * self.rules.prompts_per_step
-        return allowed - alive
+    @property
+    def next_step(self) -> int:
+        """The step at which a group admitted now is trained at the latest, if order is kept."""
+        return (self.ledger.trained + self.pending) // self.rules.prompts_per_step
 
     def check(self) -> None:
         """Raises ConservationError unless every admitted group is accounted for."""
@@ -298,11 +302,11 @@ class Core:
         if self._eval_ids:
             queued = [g for g in queued if g.purpose == "eval"]
         for group in queued:
-            server = self.fleet.free_server(len(group.missing))
+            server = self.fleet.free_server(len(group.missing), self.version - self.rules.eta)
             if server is not None:
                 actions.append(self._lease_to(server, group, now))
-        while self.admitting and not self._eval_ids and self.capacity() > 0:
-            server = self.fleet.free_server(self.rules.samples_per_prompt)
+        while self.admitting and not self._eval_ids and self.next_step < self.rules.steps:
+            server = self.fleet.free_server(self.rules.samples_per_prompt, self.next_step - self.rules.eta)
             if server is None:
                 break
             group = self._new_group(self._next_prompt(), "train", self.rules.samples_per_prompt)
@@ -335,7 +339,7 @@ class Core:
         group = self.groups.get(message.group_id)
         if group is None or message.epoch != self.epoch or group.state is not GroupState.RUNNING:
             return None
-        if group.worker != worker or group.attempt != message.attempt or message.index >= len(group.samples):
+        if group.worker != worker or group.attempt != message.attempt or message.index not in group.missing:
             return None
         return group
 
@@ -353,8 +357,8 @@ class Core:
 
     def _take_back(self, worker: str, now: float) -> list[Action]:
         actions: list[Action] = []
-        for group in [g for g in self.groups.values() if g.worker == worker and g.missing]:
-            if group.state is GroupState.RUNNING:
+        for group in [g for g in self.groups.values() if g.state is GroupState.RUNNING]:
+            if group.worker == worker and group.missing:
                 actions += self._release(group)
         return actions + self._advance(now)
 

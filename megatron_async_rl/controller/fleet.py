@@ -47,11 +47,10 @@ class Fleet:
         """Names of the workers last heard of before `limit`."""
         return [worker.name for worker in self._all() if worker.last_heard < limit]
 
-    def free_server(self, num_samples: int) -> RolloutWorker | None:
-        """The least loaded serving worker with room for so many samples."""
-        free = [
-            w for w in self.rollout.values() if w.state is ServerState.SERVING and w.load + num_samples <= w.capacity
-        ]
+    def free_server(self, num_samples: int, oldest_version: int) -> RolloutWorker | None:
+        """The least loaded worker that serves `oldest_version` or a newer one and has room for so many samples."""
+        serving = (w for w in self.rollout.values() if w.state is ServerState.SERVING and w.version >= oldest_version)
+        free = [w for w in serving if w.load + num_samples <= w.capacity]
         return min(free, key=lambda w: (w.load, w.name), default=None)
 
     def free_judge(self) -> Worker | None:

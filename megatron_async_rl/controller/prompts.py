@@ -61,7 +61,7 @@ def read_prompts(path: str, setting: str, config: Config, tokenizer: Tokenizer) 
 
 def _lines(path: str, setting: str) -> list[str]:
     try:
-        return Path(path).read_text().splitlines()
+        return Path(path).read_text().split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"{setting} = {path} cannot be read: {e}; give a JSONL file") from None
 

@@ -30,7 +30,7 @@ _LAST_NUMBER = re.compile(
 )
 _NUMBER = re.compile(rf"([-+]?)\s*(?:({_DIGITS})|(\d+)\s*/\s*(\d+)|\\[dt]?frac\s*\{{(\d+)\}}\s*\{{(\d+)\}})")
 _INTEGER = re.compile(r"-?\d{1,18}")
-_WORDS = re.compile(r"[^\W\d_]{3,}|[^\W\d_]+(?:[ '-][^\W\d_]+)+")
+_WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)+")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}\\]*)\}")
 
 
@@ -72,7 +72,7 @@ def compare_plain(gold: str, answer: str) -> bool | None:
     if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer):
         return int(gold) == int(answer)
     words = _words(gold)
-    if words is not None and (answered := _words(answer)) is not None:
+    if words is not None and (answered := _words(answer, min_letters=1)) is not None:
         return words == answered  # math-verify reads words as products of letters: to it `ten` is `net`
     a, b = _number(gold), _number(answer)
     if a is None or b is None:
@@ -173,10 +173,10 @@ def _number(text: str) -> Decimal | Fraction | None:
     return Fraction(int(sign + (above or frac_above)), denominator)
 
 
-def _words(text: str) -> str | None:
+def _words(text: str, min_letters: int = 3) -> str | None:
     """The text in lower case where it is words and no formula: `yes`, \\text{Evelyn}, `Monday morning`."""
     plain, num_commands = _TEXT_COMMAND.subn(r"\1", text)
     plain = " ".join(plain.split())
-    if _WORDS.fullmatch(plain) or (num_commands and plain.isalpha()):
+    if _WORDS.fullmatch(plain) or (plain.isalpha() and (num_commands or len(plain) >= min_letters)):
         return plain.casefold()
     return None
