@@ -8,6 +8,7 @@ and `sglang:` and pass through.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from pathlib import Path
@@ -35,6 +36,15 @@ class _YamlLoader(yaml.SafeLoader):
     """YAML 1.2's floats: PyYAML reads `1e-3` as text, which no writer of a learning rate means."""
 
 
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [key.value for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.YAMLError(f"{key} stands twice in line {node.start_mark.line + 1} and below; keep one")
+    return loader.construct_mapping(node, deep=True)
+
+
+_YamlLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -191,8 +201,8 @@ def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Co
     path = Path(path)
     try:
         text = path.read_text()
-    except OSError as e:
-        raise ConfigError(f"cannot read the configuration {path}: {e.strerror}; give the path of a YAML file") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"cannot read the configuration {path}: {e}; give the path of a YAML file") from e
     try:
         tree = _read_yaml(text) or {}
     except yaml.YAMLError as e:
@@ -206,6 +216,7 @@ def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Co
 
 def from_tree(tree: dict[str, Any]) -> Config:
     """Checks a tree of plain values and makes the configuration of it."""
+    _check_values(tree, "")
     try:
         config = msgspec.convert(tree, Config, strict=True)
     except msgspec.ValidationError as e:
@@ -234,6 +245,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {part} is a value, not a section")
     node[last] = value
+
+
+def _check_values(tree: dict[Any, Any], path: str) -> None:
+    """What the sections' types do not say: keys are text, numbers are finite."""
+    for key, value in tree.items():
+        where = f"{path}.{key}".lstrip(".")
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: the key {key!r} is not text; write it in quotes")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where} = {value}: expected a finite number")
+        if isinstance(value, dict):
+            _check_values(value, where)
 
 
 def _explain(message: str, tree: dict[str, Any]) -> str:
@@ -310,5 +333,5 @@ def _cross_check(config: Config) -> None:
         )
     for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
         size = config.megatron.get(f"{name}_parallel_size", 1)
-        if not isinstance(size, int) or size < 1:
+        if type(size) is not int or size < 1:
             raise ConfigError(f"megatron.{name}_parallel_size = {size!r}: expected an integer >= 1")

@@ -271,6 +271,13 @@ class WeightDigests(Message, frozen=True):
     digests: dict[str, str]
 
 
+class AbandonUpdate(Message, frozen=True):
+    """Controller -> rollout workers: a source failed, so this try is void. Who still waits for digests answers
+    UpdateReady and stays paused; the others have failed themselves."""
+
+    version: int
+
+
 class Updated(Message, frozen=True):
     """Rollout worker -> controller: serving `version` with digests that match, or why not."""
 
@@ -292,7 +299,7 @@ AnyMessage = Union[
     Generate, Generated, GenerateFailed, Score, Scored,
     GetBatch, TrainBatch, StepDone,
     PublishOffer, OpenGroup, GroupOpened, JoinGroup, GroupJoined,
-    UpdateWeights, UpdateReady, SendBuckets, ReceiveBuckets, BucketsSent, WeightDigests, Updated, Published,
+    UpdateWeights, UpdateReady, SendBuckets, ReceiveBuckets, BucketsSent, WeightDigests, AbandonUpdate, Updated, Published,
 ]  # fmt: skip
 
 
@@ -301,21 +308,27 @@ class Codec:
 
     def __init__(self) -> None:
         self._frames: list[Frame] = []
+        self._num_read = 0
         self._encoder = msgspec.msgpack.Encoder(enc_hook=self._put_array)
         self._decoder = msgspec.msgpack.Decoder(AnyMessage, dec_hook=self._get_array)
 
     def encode(self, message: Message) -> list[Frame]:
         """Frames: msgpack header | one raw frame per array, in the order in which the header names them."""
         self._frames = []
-        header = self._encoder.encode(message)
+        try:
+            header = self._encoder.encode(message)
+        except (UnicodeEncodeError, OverflowError) as e:
+            raise ProtocolError(f"a {type(message).__name__} holds what cannot travel: {e}") from None
         return [header, *self._frames]
 
     def decode(self, frames: list[Frame]) -> AnyMessage:
         """The message; its arrays are read-only views of the frames. Raises ProtocolError on anything malformed."""
-        self._frames = frames[1:]
+        self._frames, self._num_read = frames[1:], 0
         try:
             message = self._decoder.decode(frames[0])
-        except (msgspec.DecodeError, IndexError, ValueError, TypeError) as e:
+            if self._num_read != len(frames) - 1:
+                raise ValueError(f"the header names {self._num_read} arrays")
+        except (msgspec.DecodeError, IndexError, ValueError, TypeError, RecursionError) as e:
             raise ProtocolError(f"malformed message of {len(frames)} frames: {e}") from None
         finally:
             self._frames = []
@@ -333,7 +346,8 @@ class Codec:
         if kind is not np.ndarray:
             raise ProtocolError(f"no decoder for {kind}")
         dtype, index = value
-        if dtype not in _DTYPES or index < 0:
-            raise ValueError(f"array of type {dtype!r} in frame {index}")
+        if dtype not in _DTYPES or index != self._num_read:
+            raise ValueError(f"array of type {dtype!r} in frame {index}, expected frame {self._num_read}")
+        self._num_read += 1
         frame = self._frames[index]
         return np.frombuffer(frame, _DTYPES[dtype]) if len(frame) else np.empty(0, _DTYPES[dtype])

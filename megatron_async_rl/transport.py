@@ -34,6 +34,7 @@ class Hub:
     """The controller's end: receives from all workers, sends to each by its Peer."""
 
     def __init__(self, run_dir: Path, host: str = "127.0.0.1") -> None:
+        (run_dir / "controller.address").unlink(missing_ok=True)  # an earlier life's: nobody shall connect there
         keys = _make_keys(run_dir)
         self._context = zmq.asyncio.Context()
         self._authenticator = AsyncioAuthenticator(self._context)
@@ -122,7 +123,10 @@ class SyncLink:
 
     def join(self, hello: Hello, timeout_s: float = 60.0) -> int:
         self.send(hello)
-        return _epoch(self.receive(timeout_s))
+        try:
+            return _epoch(self.receive(timeout_s))
+        except TimeoutError as e:
+            raise ProtocolError(str(e)) from None
 
     def receive(self, timeout_s: float) -> AnyMessage:
         """The next message. Raises TimeoutError."""

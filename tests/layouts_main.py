@@ -200,7 +200,9 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
 
 
 def poison(sample: TrainSample) -> TrainSample:
-    return TrainSample(**{f: getattr(sample, f) for f in sample.__struct_fields__} | {"advantages": sample.advantages * np.nan})
+    return TrainSample(
+        **{f: getattr(sample, f) for f in sample.__struct_fields__} | {"advantages": sample.advantages * np.nan}
+    )
 
 
 def to_tree(config: Any) -> dict[str, Any]:

@@ -97,7 +97,9 @@ def test_the_only_yaml_load_uses_a_safe_loader() -> None:
     loads = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "yaml.load"]
     loaders = [ast.unparse(keyword.value) for call in loads for keyword in call.keywords if keyword.arg == "Loader"]
     bases = {
-        node.name: [ast.unparse(base) for base in node.bases] for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+        node.name: [ast.unparse(base) for base in node.bases]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
     }
     assert len(loads) == len(loaders) == 1
     assert bases[loaders[0]] == ["yaml.SafeLoader"]

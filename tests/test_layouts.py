@@ -17,31 +17,39 @@ from layouts_main import TEMPERATURE, VOCAB, global_batch
 from megatron_async_rl.config import AlgorithmConfig
 
 HERE = Path(__file__).parent
-SIZES: dict[str, Any] = dict(
-    vocab_size=VOCAB,  # odd: padded under TP
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=256,
-    dtype="float32",
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,  # odd: padded under TP
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "dtype": "float32",
+}
+LAYOUTS = (
+    "tp1 small microbatches",
+    "tp1 one microbatch",
+    "tp2",
+    "tp2 sp",
+    "pp2",
+    "tp2 pp2",
+    "tp2 pp2 sp small microbatches",
 )
-LAYOUTS = ("tp1 small microbatches", "tp1 one microbatch", "tp2", "tp2 sp", "pp2", "tp2 pp2", "tp2 pp2 sp small microbatches")
 
 
 def make_models(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    llama3 = dict(
-        rope_type="llama3",
-        rope_theta=5e5,
-        factor=8.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    )
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     models = {
         "qwen3": Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=False)),
         "qwen2": Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
@@ -61,15 +69,20 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs layouts_main.py once; the folder it wrote to. The models are in models/."""
     out = tmp_path_factory.mktemp("layouts")
     make_models(out / "models")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", "0"]
-    done = subprocess.run(
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    ranks = subprocess.Popen(
         [*command, str(HERE / "layouts_main.py"), str(out / "models"), str(out)],
         env=os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    try:
+        said, _ = ranks.communicate(timeout=300)
+    finally:
+        ranks.terminate()  # torchrun ends its workers on SIGTERM; they would outlive a SIGKILL
+        ranks.wait(30)
+    assert ranks.returncode == 0, said[-12000:]
     return out
 
 
@@ -78,7 +91,13 @@ def results(ran: Path) -> dict[str, Any]:
     return json.loads((ran / "results.json").read_text())
 
 
-def worst(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], scale: dict[str, torch.Tensor]) -> tuple[float, str]:
+def load(path: Path) -> Any:
+    return torch.load(path, weights_only=True)
+
+
+def worst(
+    got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], scale: dict[str, torch.Tensor]
+) -> tuple[float, str]:
     assert set(got) == set(want)
     return max(((got[n] - want[n]).abs().max().item() / scale[n].abs().max().item(), n) for n in want)
 
@@ -111,7 +130,7 @@ def test_loss_and_gradient_are_those_of_transformers_and_the_formula(ran: Path, 
     assert totals["tokens"] == count
     assert totals["loss"] == pytest.approx(total.item(), rel=1e-5)
     want = {n: p.grad for n, p in model.named_parameters()}
-    difference, name = worst(torch.load(ran / "gradient tp1.pt"), want, want)
+    difference, name = worst(load(ran / "gradient tp1.pt"), want, want)
     assert difference < 1e-4, name
 
 
@@ -121,26 +140,33 @@ def test_loss_and_gradient_do_not_depend_on_layout_or_cut(ran: Path, results: di
     for name, value in results["totals"][layout].items():
         if name != "budget":
             assert value == pytest.approx(want[name], rel=1e-4, abs=1e-4), name
-    gradient = torch.load(ran / "gradient tp1.pt")
-    difference, name = worst(torch.load(ran / f"gradient {layout}.pt"), gradient, gradient)
+    gradient = load(ran / "gradient tp1.pt")
+    difference, name = worst(load(ran / f"gradient {layout}.pt"), gradient, gradient)
     assert difference < 1e-4, name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_after_a_step_do_not_depend_on_layout_or_cut(ran: Path, results: dict[str, Any], layout: str) -> None:
-    want = torch.load(ran / "weights tp1.pt")
+    want = load(ran / "weights tp1.pt")
     before = hf_model(ran / "models" / "qwen3").state_dict()
     moved = {n: want[n] - before[n] for n in want}
     assert min(m.abs().max().item() for m in moved.values()) > 0
-    difference, name = worst(torch.load(ran / f"weights {layout}.pt"), want, moved)
+    difference, name = worst(load(ran / f"weights {layout}.pt"), want, moved)
     assert difference < 1e-3, name
-    for key in ("train/loss", "train/grad_norm", "train/entropy", "train/tokens", "train/logprob_diff_mean", "train/lr"):
+    for key in (
+        "train/loss",
+        "train/grad_norm",
+        "train/entropy",
+        "train/tokens",
+        "train/logprob_diff_mean",
+        "train/lr",
+    ):
         assert results["metrics"][layout][key] == pytest.approx(results["metrics"]["tp1"][key], rel=1e-4), key
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_logits_are_those_of_transformers(ran: Path, family: str) -> None:
-    model, got, start = hf_model(ran / "models" / family), torch.load(ran / f"logits {family}.pt"), 0
+    model, got, start = hf_model(ran / "models" / family), load(ran / f"logits {family}.pt"), 0
     for sample in global_batch():
         with torch.no_grad():
             want = model(input_ids=torch.from_numpy(sample.ids).long()[None]).logits[0]
@@ -159,7 +185,7 @@ def test_what_is_loaded_is_exported_bit_for_bit(ran: Path, family: str) -> None:
 
 
 def test_the_trained_policy_is_what_transformers_loads(ran: Path) -> None:
-    trained, weights = hf_model(ran / "export trained").state_dict(), torch.load(ran / "weights trained.pt")
+    trained, weights = hf_model(ran / "export trained").state_dict(), load(ran / "weights trained.pt")
     assert all(torch.equal(trained[name], tensor) for name, tensor in weights.items())
 
 

@@ -107,7 +107,9 @@ def test_without_proximal_logprobs_the_current_policy_is_the_proximal_one() -> N
 def test_the_behavior_weight_carries_no_gradient() -> None:
     x = inputs(1, 0.3)
     proximal = x.logprobs_T.detach().clone().requires_grad_()
-    loss, _ = ppo_loss(LossInputs(**{f: getattr(x, f) for f in LossInputs.__slots__} | {"proximal_T": None}), algorithm())
+    loss, _ = ppo_loss(
+        LossInputs(**{f: getattr(x, f) for f in LossInputs.__slots__} | {"proximal_T": None}), algorithm()
+    )
     loss.backward()
     w = (proximal - x.behavior_T).exp()
     keep = x.mask_T & (w <= 5.0)
@@ -119,7 +121,9 @@ def test_all_masked_gives_zero_and_no_nan_even_over_garbage() -> None:
     garbage = torch.full_like(x.behavior_T, float("nan"))
     nothing = torch.zeros_like(x.mask_T)
     logprobs = torch.full_like(garbage, float("-inf")).requires_grad_()
-    loss, metrics = ppo_loss(LossInputs(logprobs, x.entropy_T, garbage, garbage, garbage, nothing, x.current_T), algorithm())
+    loss, metrics = ppo_loss(
+        LossInputs(logprobs, x.entropy_T, garbage, garbage, garbage, nothing, x.current_T), algorithm()
+    )
     loss.backward()
     assert loss.item() == 0 and metrics["tokens"].item() == 0
     assert torch.equal(logprobs.grad, torch.zeros_like(garbage))

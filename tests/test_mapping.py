@@ -42,7 +42,9 @@ def shape_of(family: Family, tied: bool = False, padded: int = 52) -> ModelShape
 
 
 def parameters(shape: ModelShape) -> list[str]:
-    below = [r.megatron.replace("{e}", e) for r in shape.family.layer for e in (("0", "3") if "{e}" in r.megatron else ("",))]
+    below = [
+        r.megatron.replace("{e}", e) for r in shape.family.layer for e in (("0", "3") if "{e}" in r.megatron else ("",))
+    ]
     return [r.megatron for r in TOP] + [f"decoder.layers.{n}.{name}" for n in range(shape.num_layers) for name in below]
 
 
@@ -103,19 +105,21 @@ def test_padded_vocabulary_is_zero_inside_and_absent_outside() -> None:
 
 
 def test_a_tied_output_layer_reads_the_embedding() -> None:
-    assert place("output_layer.weight", shape_of(FAMILIES[1], tied=True)).pieces == (("model.embed_tokens.weight", (50, 16)),)
+    assert place("output_layer.weight", shape_of(FAMILIES[1], tied=True)).pieces == (
+        ("model.embed_tokens.weight", (50, 16)),
+    )
 
 
 def write_config(folder: Path, **config: object) -> Path:
-    base = dict(
-        architectures=["Qwen3ForCausalLM"],
-        num_hidden_layers=2,
-        hidden_size=16,
-        intermediate_size=24,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=50,
-    )
+    base = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 50,
+    }
     (folder / "config.json").write_text(json.dumps(base | config))
     return folder
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,9 @@ CPU = torch.device("cpu")
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 200), st.integers(1, 8))
 @settings(max_examples=200, deadline=None)
-def test_every_sample_is_in_one_bin_and_no_bin_is_over_the_budget(lengths: list[int], capacity: int, min_bins: int) -> None:
+def test_every_sample_is_in_one_bin_and_no_bin_is_over_the_budget(
+    lengths: list[int], capacity: int, min_bins: int
+) -> None:
     bins = allocate(lengths, capacity, min_bins)
     assert sorted(n for b in bins for n in b) == list(range(len(lengths)))
     assert all(sum(lengths[n] for n in b) <= capacity for b in bins)
@@ -43,7 +47,7 @@ def test_packing_is_dense() -> None:
 
 
 def test_a_sample_over_the_budget_names_the_setting() -> None:
-    with pytest.raises(DataError, match="trainer.max_tokens_per_microbatch = 10"):
+    with pytest.raises(DataError, match=r"trainer\.max_tokens_per_microbatch = 10"):
         allocate([11], 10)
 
 
@@ -80,11 +84,13 @@ def test_an_empty_share_is_a_pack_of_padding() -> None:
 def test_attention_of_a_pack_is_each_sequence_alone(lengths: list[int]) -> None:
     g = torch.Generator().manual_seed(0)
     total, heads, groups, size = sum(lengths), 4, 2, 8
-    q, k, v = (torch.randn(total, h, size, generator=g, dtype=torch.float64).requires_grad_() for h in (heads, groups, groups))
+    q, k, v = (
+        torch.randn(total, h, size, generator=g, dtype=torch.float64).requires_grad_() for h in (heads, groups, groups)
+    )
     packed = pack_sequences(lengths, CPU, thd=False, dense=True)
     got = _dense(q, k, v, packed, None)
     alone = []
-    for a, b in zip(packed.cu_seqlens_q.tolist(), packed.cu_seqlens_q.tolist()[1:], strict=False):
+    for a, b in pairwise(packed.cu_seqlens_q.tolist()):
         out = F.scaled_dot_product_attention(
             *(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
         )
@@ -92,5 +98,5 @@ def test_attention_of_a_pack_is_each_sequence_alone(lengths: list[int]) -> None:
     want = torch.cat(alone)
     torch.testing.assert_close(got, want)
     weight = torch.randn(want.shape, generator=g, dtype=torch.float64)
-    for a, b in zip(torch.autograd.grad((got * weight).sum(), (q, k, v)), torch.autograd.grad((want * weight).sum(), (q, k, v))):
-        torch.testing.assert_close(a, b)
+    gradients = [torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (got, want)]
+    torch.testing.assert_close(*gradients)

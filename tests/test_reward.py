@@ -1,4 +1,4 @@
-"""A reward of 1 comes from a real comparison; a broken judge is no reward at all; a hostile answer costs its deadline."""
+"""A reward of 1 comes from a real comparison; a broken judge gives none; a hostile answer costs its deadline."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def reward(response: str, answer: Any) -> float:
         (r"\boxed{42}", r"the sum is $\boxed{42}$."),
         (r"\boxed{-7}", "-7"),
         ("it is -7.", "-7"),
-        ("it is −7.", "-7"),
+        ("it is \u22127.", "-7"),
         ("10 - 3 = 7", "7"),
         ("10-3=7", "7"),
         (r"\boxed{85.0}", "85"),
@@ -145,9 +145,11 @@ def test_several_guesses_at_once_are_wrong(response: str, answer: str) -> None:
     assert reward(response, answer) == 0.0
 
 
-@pytest.mark.parametrize("row", [{}, {"answer": None}, {"answer": ""}, {"answer": " $ "}, {"answer": ["4"]}, {"answer": True}])
+@pytest.mark.parametrize(
+    "row", [{}, {"answer": None}, {"answer": ""}, {"answer": " $ "}, {"answer": ["4"]}, {"answer": True}]
+)
 def test_a_row_without_answer_is_an_error_that_names_it(row: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="row 'row-1' .*`answer`"):
+    with pytest.raises(DataError, match=r"row 'row-1' .*`answer`"):
         math_answer.math("", r"\boxed{42}", {"id": "row-1", **row})
 
 
@@ -234,7 +236,7 @@ def test_hostile_answers_end_at_the_deadline_and_the_others_are_judged_right() -
     with_worker(test, timeout_s=0.5)
 
 
-CUSTOM = '''
+CUSTOM = """
 import os, sys, time
 from pathlib import Path
 
@@ -260,7 +262,7 @@ def judge(prompt, response, row):
     return 0.5 if (prompt, row["answer"]) == ("2+2=", "4") else 0.25
 
 number = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -365,7 +367,18 @@ def wait_until_gone(pids: set[int]) -> None:
         time.sleep(0.02)
 
 
-def with_process(tmp_path: Path, test: Callable[[Hub, Peer, subprocess.Popen[str]], Awaitable[None]], **reward: Any) -> None:
+def start_process(run_dir: Path) -> subprocess.Popen[bytes]:
+    with (run_dir / "stderr").open("w") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megatron_async_rl.reward", str(run_dir), "reward-0"],
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{run_dir}"},
+            stderr=stderr,
+        )
+
+
+def with_process(
+    tmp_path: Path, test: Callable[[Hub, Peer, subprocess.Popen[bytes]], Awaitable[None]], **reward: Any
+) -> None:
     """The reward process joined to a hub, and gone with all its children at the end."""
     tree = {
         "run": {"dir": str(tmp_path), "steps": 1},
@@ -379,12 +392,7 @@ def with_process(tmp_path: Path, test: Callable[[Hub, Peer, subprocess.Popen[str
 
     async def body() -> None:
         hub = Hub(tmp_path)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_async_rl.reward", str(tmp_path), "reward-0"],
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = start_process(tmp_path)
         try:
             peer, hello = await hub.receive()
             assert isinstance(hello, Hello)
@@ -394,7 +402,7 @@ def with_process(tmp_path: Path, test: Callable[[Hub, Peer, subprocess.Popen[str
             await test(hub, peer, process)
         finally:
             process.kill()
-            process.communicate()
+            process.wait()
             hub.close()
 
     asyncio.run(asyncio.wait_for(body(), 30))
@@ -414,7 +422,7 @@ async def scored_by(hub: Hub, peer: Peer, messages: list[Score]) -> dict[int, Sc
 
 
 def test_the_process_answers_every_score_and_ends_at_shutdown(tmp_path: Path) -> None:
-    async def test(hub: Hub, peer: Peer, process: subprocess.Popen[str]) -> None:
+    async def test(hub: Hub, peer: Peer, process: subprocess.Popen[bytes]) -> None:
         responses = [HOSTILE, r"\boxed{42}", r"\boxed{41}", r"\boxed{42\text{ cm}}", ""]
         scored = await scored_by(hub, peer, [score(text, index=n) for n, text in enumerate(responses)])
         assert [scored[n].reward for n in range(5)] == [0.0, 1.0, 0.0, 1.0, 0.0]
@@ -429,8 +437,10 @@ def test_the_process_answers_every_score_and_ends_at_shutdown(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_the_process_leaves_no_child_behind_when_it_is_killed_in_the_middle(tmp_path: Path, signum: signal.Signals) -> None:
-    async def test(hub: Hub, peer: Peer, process: subprocess.Popen[str]) -> None:
+def test_the_process_leaves_no_child_behind_when_it_is_killed_in_the_middle(
+    tmp_path: Path, signum: signal.Signals
+) -> None:
+    async def test(hub: Hub, peer: Peer, process: subprocess.Popen[bytes]) -> None:
         await scored_by(hub, peer, [score(r"\boxed{42\text{ cm}}")])
         await hub.send(peer, score(HOSTILE))
         await asyncio.sleep(0.5)
@@ -446,9 +456,9 @@ def test_the_process_leaves_no_child_behind_when_it_is_killed_in_the_middle(tmp_
 
 
 def test_the_process_ends_with_the_name_of_a_function_that_cannot_be_loaded(tmp_path: Path) -> None:
-    async def test(hub: Hub, peer: Peer, process: subprocess.Popen[str]) -> None:
-        _, stderr = await asyncio.to_thread(process.communicate, None, 15)
-        assert process.returncode == 2
-        assert "error: reward.function = 'no_such_module:judge' cannot be loaded" in stderr
+    async def test(hub: Hub, peer: Peer, process: subprocess.Popen[bytes]) -> None:
+        assert await asyncio.to_thread(process.wait, 15) == 2
+        line = "error: reward.function = 'no_such_module:judge' cannot be loaded"
+        assert line in (tmp_path / "stderr").read_text()
 
     with_process(tmp_path, test, function="no_such_module:judge")

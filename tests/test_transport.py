@@ -103,7 +103,10 @@ def test_a_socket_without_this_runs_keys_delivers_nothing(tmp_path: Path, who: s
             "no keys": lambda: None,
             "keys of its own": zmq.curve_keypair,
             "keys of another run": lambda: zmq.auth.load_certificate(other / "keys" / "worker.key_secret"),
-            "the hub's key alone": lambda: (zmq.auth.load_certificate(tmp_path / "keys" / "hub.key")[0], zmq.curve_keypair()[1]),
+            "the hub's key alone": lambda: (
+                zmq.auth.load_certificate(tmp_path / "keys" / "hub.key")[0],
+                zmq.curve_keypair()[1],
+            ),
         }[who]()
         context = zmq.asyncio.Context()
         socket = stranger(context, tmp_path, keys)

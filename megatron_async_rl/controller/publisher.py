@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.messages import (
+    AbandonUpdate,
     BucketsSent,
     GroupJoined,
     GroupOpened,
@@ -169,15 +170,23 @@ class Publisher:
             raise PublishError(f"weight sources {sorted(set(sources) - set(sent))} did not send version {version}")
         if any(message.error for message in sent.values()):
             logger.warning("sources failed: %s", {name: m.error for name, m in sent.items() if m.error})
-            await self._collect(Updated, servers, outcome, version=version)  # whoever failed names itself and is fenced
+            await self._abandon(version, servers, outcome)
             return []
         for server in servers:
-            await self._send(server, WeightDigests(version, digests))
+            if server not in outcome.fenced:
+                await self._send(server, WeightDigests(version, digests))
         updated = await self._collect(Updated, servers, outcome, version=version)
         for message in updated.values():
             _keep_slowest(outcome.seconds, message.seconds)
             outcome.num_interrupted += message.num_interrupted
         return sorted(updated)
+
+    async def _abandon(self, version: int, servers: list[str], outcome: Outcome) -> None:
+        """Ends a broken try: servers that took everything in stay, those that failed or hang are fenced."""
+        for server in servers:
+            if server not in outcome.fenced:
+                await self._send(server, AbandonUpdate(version))
+        await self._collect(UpdateReady, servers, outcome, version=version)
 
     async def _collect(self, kind: type[M], names: Collection[str], outcome: Outcome, **match: Any) -> dict[str, M]:
         """The answers of that kind and for that version or group, by name, until the deadline.
@@ -195,13 +204,13 @@ class Publisher:
                         f"no {kind.__name__} within weights.update_timeout_s = {self._timeout_s:.0f}"
                     )
                 break
-            if name not in waiting or any(getattr(message, key, value) != value for key, value in match.items()):
+            if any(getattr(message, key, value) != value for key, value in match.items()):
                 continue  # of an earlier update or group
             error = getattr(message, "error", "")
             if error and name not in self._sources:
                 outcome.fenced[name] = error
                 waiting.discard(name)
-            elif isinstance(message, kind):
+            elif name in waiting and isinstance(message, kind):
                 answers[name] = message
                 waiting.discard(name)
         return answers

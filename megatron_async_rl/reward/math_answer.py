@@ -1,6 +1,6 @@
 """The built-in `math` reward: is the last answer of a response equal to the row's `answer`? 1.0 or 0.0.
 
-Three parts: `read` finds both answers, `compare_plain` settles plain numbers and words at once, and `compare_latex` asks
+Three parts: `read` finds both answers, `compare_plain` settles plain numbers and words at once, `compare_latex` asks
 math-verify for the rest. The first two take bounded time on any text and run in the reward worker itself. The third
 may run for ever on an answer such as 9^{9^{9^{9}}}: it belongs in a child that can be killed (worker.py).
 """
@@ -26,7 +26,7 @@ _ROUNDING = Decimal("1e-3")  # math-verify rounds decimals to 6 places; numbers 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _LAST_NUMBER = re.compile(
-    rf"(?:(?<![\w.)\]}}])[-+−])?(?:\\[dt]?frac\s*\{{\d{{1,30}}\}}\s*\{{\d{{1,30}}\}}|(?<![\w.])(?:{_DIGITS})(?:/\d+(?!\.?\d))?)"
+    rf"(?:(?<![\w.)\]}}])[-+\u2212])?(?:\\[dt]?frac\s*\{{\d{{1,30}}\}}\s*\{{\d{{1,30}}\}}|(?<![\w.])(?:{_DIGITS})(?:/\d+(?!\.?\d))?)"
 )
 _NUMBER = re.compile(rf"([-+]?)\s*(?:({_DIGITS})|(\d+)\s*/\s*(\d+)|\\[dt]?frac\s*\{{(\d+)\}}\s*\{{(\d+)\}})")
 _INTEGER = re.compile(r"-?\d{1,18}")
@@ -103,7 +103,9 @@ def load_math_verify() -> tuple[Callable[..., Any], Callable[..., Any]]:
     for name in ("math_verify", "latex2sympy2_extended"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"sympy|latex2sympy2_extended|math_verify|antlr4")
-    verify(parse(r"\boxed{\frac{1}{2}}", parsing_timeout=None), parse("$0.5$", parsing_timeout=None), timeout_seconds=None)
+    verify(
+        parse(r"\boxed{\frac{1}{2}}", parsing_timeout=None), parse("$0.5$", parsing_timeout=None), timeout_seconds=None
+    )
     return parse, verify
 
 
@@ -151,10 +153,12 @@ def _clean(answer: str) -> str:
     if "\\" in answer or "{" in answer:
         for space in ("\\!", "\\,", "\\;", "\\left", "\\right"):
             answer = answer.replace(space, "")
-        answer = answer.replace("{,}", ",").replace("\\$", "$").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+        answer = (
+            answer.replace("{,}", ",").replace("\\$", "$").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+        )
         if match := _TEXT_COMMAND.fullmatch(answer):
             answer = match[1]
-    return answer.replace("−", "-").strip("$ \t\n").rstrip(".").rstrip()
+    return answer.replace("\u2212", "-").strip("$ \t\n").rstrip(".").rstrip()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -174,7 +178,7 @@ def _number(text: str) -> Decimal | Fraction | None:
 
 
 def _words(text: str, min_letters: int = 3) -> str | None:
-    """The text in lower case where it is words and no formula: `yes`, \\text{Evelyn}, `Monday morning`."""
+    r"""The text in lower case where it is words and no formula: `yes`, \\text{Evelyn}, `Monday morning`."""
     plain, num_commands = _TEXT_COMMAND.subn(r"\1", text)
     plain = " ".join(plain.split())
     if _WORDS.fullmatch(plain) or (plain.isalpha() and (num_commands or len(plain) >= min_letters)):

@@ -1,9 +1,9 @@
 """Runs a reward function on answers, in children that can be killed; called by the reward process (__main__.py).
 
-A verdict is a number. What went wrong in the judge is `reward=None` with an error, never a 0: an exception, a result that
-is no finite number, a dead child. The deadline is the one thing that differs: where the built-in `math` does not end in
-time the answer itself made it so (9^{9^{9^{9}}} in a box), and that is a verdict, 0 with error "timeout"; where a function
-of the user's own does not end in time, it may wait for a server of its own, and that is an infrastructure error.
+A verdict is a number. What went wrong in the judge is `reward=None` with an error, never a 0: an exception, a result
+that is no finite number, a dead child. The deadline is the one thing that differs. Where the built-in `math` does not
+end in time the answer itself made it so (9^{9^{9^{9}}} in a box): that is a verdict, 0 with error "timeout". Where a
+function of the user's own does not end in time, it may wait for a server: that is an infrastructure error.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ class RewardWorker:
     def _start_pool(self) -> ProcessPool:
         # Children come from a fork server, which is a clean process: we have threads (zmq), so we must not fork.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["math_verify", __name__] if self._builtin else [__name__])
+        preload = ["megatron_async_rl.reward.fork_server", __name__]
+        context.set_forkserver_preload([*preload, "math_verify"] if self._builtin else preload)
         self._pool = ProcessPool(
             max_workers=self._config.children,
             max_tasks=MAX_TASKS,

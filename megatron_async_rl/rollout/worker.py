@@ -19,6 +19,7 @@ from typing import Any
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import EngineError, Error
 from megatron_async_rl.messages import (
+    AbandonUpdate,
     AnyMessage,
     Failed,
     Generate,
@@ -61,7 +62,7 @@ class RolloutWorker:
         self._idle = asyncio.Condition()
         self._tokens_generated = 0
         self._groups: list[str] = []
-        self._digests: asyncio.Queue[WeightDigests] = asyncio.Queue()
+        self._digests: asyncio.Queue[WeightDigests | AbandonUpdate] = asyncio.Queue()
         self._update_seconds: dict[str, float] = {}
         self._num_interrupted = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -122,7 +123,7 @@ class RolloutWorker:
             if isinstance(message, Shutdown):
                 logger.info("ending: %s", message.reason)
                 return
-            if isinstance(message, WeightDigests):
+            if isinstance(message, WeightDigests | AbandonUpdate):
                 self._digests.put_nowait(message)
             elif isinstance(message, Generate):
                 for index in message.indices:
@@ -219,13 +220,16 @@ class RolloutWorker:
         if served != str(update.version):
             raise EngineError(f"the engine says it holds version {served}, expected {update.version}")
         expected = await self._digests_of(update.version)
+        if isinstance(expected, AbandonUpdate):
+            await self._link.send(UpdateReady(update.version, {}))
+            return
         if update.verify:
             _compare(held, expected.digests)
         lap("digest")
         self._serving.set()
         await self._link.send(Updated(update.version, self._update_seconds, num_interrupted=self._num_interrupted))
 
-    async def _digests_of(self, version: int) -> WeightDigests:
+    async def _digests_of(self, version: int) -> WeightDigests | AbandonUpdate:
         timeout_s = self._config.weights.update_timeout_s
         try:
             while True:

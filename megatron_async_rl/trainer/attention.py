@@ -107,7 +107,9 @@ class PackedAttention(DotProductAttention):
         return attend(*qkv, packed_seq_params, self.softmax_scale).reshape(query.size(0), 1, -1)
 
 
-def _varlen(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packed: PackedSequences, scale: float | None) -> Tensor:
+def _varlen(
+    query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packed: PackedSequences, scale: float | None
+) -> Tensor:
     from torch.nn.attention import varlen  # not in every build of torch for CPU
 
     per_group = query_THD.size(1) // key_TGD.size(1)
@@ -120,7 +122,9 @@ def _varlen(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packed: Packe
     return varlen.varlen_attn(query_THD, key_TGD, value_TGD, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 
-def _dense(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packed: PackedSequences, scale: float | None) -> Tensor:
+def _dense(
+    query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packed: PackedSequences, scale: float | None
+) -> Tensor:
     total = query_THD.size(0)
     outputs = []
     for batch in packed.dense:

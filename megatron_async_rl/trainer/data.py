@@ -81,7 +81,9 @@ def allocate(lengths: Sequence[int], capacity: int, min_bins: int = 1) -> list[l
     return bins
 
 
-def agree_on_bins(lengths: Sequence[int], capacity: int, group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
+def agree_on_bins(
+    lengths: Sequence[int], capacity: int, group: dist.ProcessGroup, device: torch.device
+) -> list[list[int]]:
     """`allocate`, with as many bins on every rank of `group`; some may be empty."""
     bins = allocate(lengths, capacity)
     while True:

@@ -38,7 +38,9 @@ def save_hf(model: TrainerModel, source_dir: str | Path, out_dir: str | Path, dt
     dist.barrier()
     if mpu.get_data_parallel_rank() == 0:
         tensors = hf_tensors(model.module, model.shape, dtype or _stored_dtype(source))
-        _write_stage(tensors, partial, mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank() == 0)
+        _write_stage(
+            tensors, partial, mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank() == 0
+        )
     dist.barrier()
     if dist.get_rank() == 0:
         _write_index(partial)

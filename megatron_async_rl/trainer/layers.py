@@ -82,7 +82,9 @@ class PackedRotaryEmbedding(RotaryEmbedding):
     to learn their lengths. GPTModel passes what get_rotary_seq_len returns on to forward: we pass the sequences.
     """
 
-    def get_rotary_seq_len(self, context: Any, block: Any, x: Any, config: Any, packed: PackedSequences, **unused: Any) -> Any:
+    def get_rotary_seq_len(
+        self, context: Any, block: Any, x: Any, config: Any, packed: PackedSequences, **unused: Any
+    ) -> Any:
         return packed
 
     def forward(self, packed: PackedSequences, **unused: Any) -> Tensor:

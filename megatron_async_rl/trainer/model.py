@@ -46,7 +46,9 @@ def build(config: Config) -> TrainerModel:
     folder = ModelFolder(config.model.path)
     shape, architecture = folder.shape(settings.padded_vocab_multiple(config)), folder.architecture()
     if shape.family.experts:
-        raise DataError(f"model.path = {config.model.path}: {shape.family.architecture} can be mapped but not trained yet")
+        raise DataError(
+            f"model.path = {config.model.path}: {shape.family.architecture} can be mapped but not trained yet"
+        )
     if config.parallel_size("context") > 1:
         raise ConfigError(
             f"megatron.context_parallel_size = {config.parallel_size('context')} is not supported yet; set it to 1 and "

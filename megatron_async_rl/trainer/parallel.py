@@ -32,7 +32,10 @@ def init_parallel(config: Config) -> None:
     if world != config.trainer_ranks:
         sizes = " * ".join(
             ["trainer.data_parallel_size = " + str(config.trainer.data_parallel_size)]
-            + [f"megatron.{n}_parallel_size = {config.parallel_size(n)}" for n in ("tensor_model", "pipeline_model", "context")]
+            + [
+                f"megatron.{n}_parallel_size = {config.parallel_size(n)}"
+                for n in ("tensor_model", "pipeline_model", "context")
+            ]
         )
         raise ConfigError(
             f"{world} trainer ranks were started, but {sizes} makes {config.trainer_ranks}; start as many "

@@ -124,7 +124,9 @@ def apply_gradients(model: TrainerModel, totals: dict[str, float], version: int)
     return norm
 
 
-def _run(model: TrainerModel, microbatches: list[Microbatch], step: Any, *, forward_only: bool, collect: bool = False) -> list:
+def _run(
+    model: TrainerModel, microbatches: list[Microbatch], step: Any, *, forward_only: bool, collect: bool = False
+) -> list:
     """Drives micro-batches through the pipeline; returns what the last stage collected, elsewhere nothing."""
     return get_forward_backward_func()(
         forward_step_func=step,
@@ -150,7 +152,9 @@ def _forward(model: TrainerModel, chunk: torch.nn.Module, microbatch: Microbatch
     )
 
 
-def _logprobs(model: TrainerModel, config: Config, microbatch: Microbatch, logits: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+def _logprobs(
+    model: TrainerModel, config: Config, microbatch: Microbatch, logits: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor]:
     return token_logprobs(
         logits[0],
         microbatch.targets_T,
@@ -162,7 +166,9 @@ def _logprobs(model: TrainerModel, config: Config, microbatch: Microbatch, logit
     )
 
 
-def _proximal_step(model: TrainerModel, config: Config, data: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+def _proximal_step(
+    model: TrainerModel, config: Config, data: Iterator[Microbatch], chunk: torch.nn.Module
+) -> tuple[Tensor, Any]:
     microbatch = next(data)
 
     def collect(logits: Tensor, non_loss_data: bool) -> Tensor:
@@ -171,7 +177,9 @@ def _proximal_step(model: TrainerModel, config: Config, data: Iterator[Microbatc
     return _forward(model, chunk, microbatch), collect
 
 
-def _loss_step(model: TrainerModel, config: Config, data: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+def _loss_step(
+    model: TrainerModel, config: Config, data: Iterator[Microbatch], chunk: torch.nn.Module
+) -> tuple[Tensor, Any]:
     microbatch = next(data)
 
     def loss_of(logits: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:

@@ -112,7 +112,9 @@ class ModelFolder:
         """Part of a tensor, as stored. The name must be in the folder."""
         files = self._files()
         if name not in files:
-            raise DataError(f"model.path = {self.path} has no tensor {name}; its architecture {self.family.architecture} needs it")
+            raise DataError(
+                f"model.path = {self.path} has no tensor {name}; its architecture {self.family.architecture} needs it"
+            )
         file = files[name]
         if file not in self._open:
             self._open[file] = safe_open(str(self.path / file), framework="pt")
@@ -120,7 +122,9 @@ class ModelFolder:
         try:
             return part[index] if part.get_shape() else torch.tensor(part)
         except (SafetensorError, IndexError) as e:
-            raise DataError(f"model.path = {self.path}: tensor {name} has shape {part.get_shape()}, wanted {index}: {e}") from e
+            raise DataError(
+                f"model.path = {self.path}: tensor {name} has shape {part.get_shape()}, wanted {index}: {e}"
+            ) from e
 
     def tensor_shape(self, name: str) -> tuple[int, ...]:
         self.read(name, (slice(0, 0),))

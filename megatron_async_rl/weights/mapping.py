@@ -103,7 +103,11 @@ _EXPERTS = (
         0,
         "stack",
     ),
-    Rule("mlp.experts.local_experts.{e}.linear_fc2.weight", (("mlp.experts.{e}.down_proj.weight", "hidden expert_ffn"),), 1),
+    Rule(
+        "mlp.experts.local_experts.{e}.linear_fc2.weight",
+        (("mlp.experts.{e}.down_proj.weight", "hidden expert_ffn"),),
+        1,
+    ),
 )
 
 FAMILIES = (

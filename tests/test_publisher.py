@@ -1,0 +1,156 @@
+"""A weight update with hand-written sources and servers that speak the real messages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from megatron_async_rl.controller.publisher import Outcome, Publisher
+from megatron_async_rl.errors import PublishError
+from megatron_async_rl.messages import (
+    AbandonUpdate,
+    Bucket,
+    BucketsSent,
+    GroupJoined,
+    GroupOpened,
+    JoinGroup,
+    Message,
+    OpenGroup,
+    Published,
+    PublishOffer,
+    ReceiveBuckets,
+    SendBuckets,
+    TensorSpec,
+    Updated,
+    UpdateReady,
+    UpdateWeights,
+    WeightDigests,
+)
+
+BUCKETS = [Bucket([TensorSpec("a", "float32", [2])])]
+Answer = Callable[[str, Message], Message | None]
+
+
+@dataclass
+class Cluster:
+    """Answers every message as healthy parties do; `faults` answer instead by (name, kind of message)."""
+
+    faults: dict[tuple[str, type], Answer] = field(default_factory=dict)
+    log: list[tuple[str, Message]] = field(default_factory=list)
+    num_stages: int = 1
+    timeout_s: float = 0.3
+
+    def __post_init__(self) -> None:
+        self.publisher = Publisher(self.send, 1, self.timeout_s, verify_every=1)
+
+    async def send(self, name: str, message: Message) -> None:
+        self.log.append((name, message))
+        fault = self.faults.get((name, type(message)))
+        answer = fault(name, message) if fault else self.answer(name, message)
+        if answer is not None:
+            self.publisher.inbox.put_nowait((name, answer))
+
+    def answer(self, name: str, message: Message) -> Message | None:
+        if isinstance(message, UpdateWeights):
+            return UpdateReady(message.version, {"interrupt": 0.01})
+        if isinstance(message, OpenGroup):
+            self.publisher.inbox.put_nowait((name, GroupOpened(message.group, 0, "127.0.0.1", 1)))
+            return GroupJoined(message.group)
+        if isinstance(message, JoinGroup):
+            return GroupJoined(message.group)
+        if isinstance(message, SendBuckets):
+            return BucketsSent(message.version, 0, {f"digest of {name}": "1"}, {"wire": 0.02})
+        if isinstance(message, AbandonUpdate):
+            return UpdateReady(message.version, {})
+        if isinstance(message, WeightDigests):
+            return Updated(message.version, {"load": 0.03}, num_interrupted=2)
+        return None
+
+    def publish(self, version: int, *servers: str) -> Outcome:
+        offers = {
+            f"trainer-{s}": PublishOffer(version, s, self.num_stages, BUCKETS, "gloo") for s in range(self.num_stages)
+        }
+        return asyncio.run(self.publisher.publish(version, offers, list(servers), lambda name: None))
+
+    def sent(self, kind: type, name: str | None = None) -> list[Message]:
+        return [message for to, message in self.log if isinstance(message, kind) and name in (None, to)]
+
+
+def test_every_server_gets_the_version_and_the_sources_hear_of_it() -> None:
+    cluster = Cluster(num_stages=2)
+    outcome = cluster.publish(3, "rollout-0", "rollout-1")
+    assert outcome.serving == ["rollout-0", "rollout-1"] and not outcome.fenced
+    assert outcome.num_interrupted == 4
+    assert {"interrupt", "wire", "load", "total"} <= outcome.seconds.keys()
+    [receive, _] = cluster.sent(ReceiveBuckets)
+    assert [stage.group for stage in receive.stages] == ["weights-1-stage0", "weights-1-stage1"]
+    [digests, _] = cluster.sent(WeightDigests)
+    assert digests.digests == {"digest of trainer-0": "1", "digest of trainer-1": "1"}
+    assert cluster.sent(Published) == [Published(3, 2)] * 2
+
+
+def test_ranks_in_a_group_are_the_source_then_each_server() -> None:
+    cluster = Cluster()
+    cluster.publish(0, "rollout-0", "rollout-1")
+    assert [(j.rank_offset, j.world_size) for j in cluster.sent(JoinGroup)] == [(1, 3), (2, 3)]
+
+
+def test_groups_are_kept_while_the_membership_is_the_same() -> None:
+    cluster = Cluster()
+    cluster.publish(0, "rollout-0")
+    cluster.publish(1, "rollout-0")
+    assert len(cluster.sent(OpenGroup)) == 1
+    cluster.publish(2, "rollout-0", "rollout-1")
+    assert len(cluster.sent(OpenGroup)) == 2
+
+
+@pytest.mark.parametrize("kind", [UpdateWeights, JoinGroup, WeightDigests])
+def test_a_server_that_stays_silent_is_fenced_and_the_others_go_on(kind: type) -> None:
+    cluster = Cluster(faults={("rollout-1", kind): lambda name, message: None})
+    outcome = cluster.publish(0, "rollout-0", "rollout-1")
+    assert outcome.serving == ["rollout-0"]
+    assert "within weights.update_timeout_s" in outcome.fenced["rollout-1"]
+    assert not cluster.sent(ReceiveBuckets, "rollout-1") or kind is WeightDigests
+
+
+def test_a_server_with_a_wrong_digest_is_fenced_by_name() -> None:
+    def mismatch(name: str, message: Message) -> Message:
+        return Updated(0, {}, error="tensor model.norm.weight in the engine digests to 1")
+
+    cluster = Cluster(faults={("rollout-0", WeightDigests): mismatch})
+    outcome = cluster.publish(0, "rollout-0", "rollout-1")
+    assert outcome.serving == ["rollout-1"]
+    assert "model.norm.weight" in outcome.fenced["rollout-0"]
+
+
+def test_a_broken_broadcast_is_repeated_without_the_server_that_broke_it() -> None:
+    broken = iter([True])
+
+    def send(name: str, message: Message) -> Message:
+        error = "connection closed" if next(broken, False) else ""
+        return BucketsSent(0, 0, {} if error else {"a": "1"}, {}, error)
+
+    cluster = Cluster()
+    cluster.faults[("trainer-0", SendBuckets)] = send
+    cluster.faults[("rollout-1", ReceiveBuckets)] = lambda name, message: Updated(0, {}, error="engine died")
+    outcome = cluster.publish(0, "rollout-0", "rollout-1")
+    assert outcome.serving == ["rollout-0"]
+    assert outcome.fenced["rollout-1"] == "engine died"
+    assert cluster.sent(OpenGroup)[-1].world_size == 2
+
+
+def test_no_server_left_is_an_error_and_the_sources_are_released() -> None:
+    cluster = Cluster(faults={("rollout-0", JoinGroup): lambda name, message: GroupJoined(message.group, "refused")})
+    with pytest.raises(PublishError, match="refused"):
+        cluster.publish(0, "rollout-0")
+    assert cluster.sent(Published) == [Published(0, 0)]
+
+
+def test_an_answer_of_an_earlier_update_is_not_taken_for_this_one() -> None:
+    cluster = Cluster()
+    cluster.publisher.inbox.put_nowait(("rollout-0", Updated(6, {}, error="old trouble")))
+    cluster.publisher.inbox.put_nowait(("rollout-0", UpdateReady(6, {})))
+    assert cluster.publish(7, "rollout-0").serving == ["rollout-0"]
