@@ -143,4 +143,5 @@ def _own(run_dir: Path, console: Console) -> Iterator[IO[str]]:
             run_dir.rename(kept)
             console.print(f"the earlier run is kept as {kept}")
         run_dir.mkdir(mode=0o700, exist_ok=True)
+        (run_dir / "keys").mkdir(mode=0o700)
         yield lock

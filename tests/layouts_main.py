@@ -67,7 +67,7 @@ def make_config(folder: Path, tp: int = 1, pp: int = 1, budget: int = 64, miniba
             },
             "trainer": {
                 "precision": "fp32",
-                "data_parallel_size": WORLD // tp // pp,
+                "data_parallel_size": WORLD // tp // pp // megatron.get("context_parallel_size", 1),
                 "max_tokens_per_microbatch": budget,
                 "collective_timeout_s": 240,
             },
@@ -138,6 +138,13 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         "pp2": make_config(qwen3, 1, 2),
         "tp2 pp2": make_config(qwen3, 2, 2),
         "tp2 pp2 sp small microbatches": make_config(qwen3, 2, 2, budget=40, sequence_parallel=True),
+        "cp2": make_config(qwen3, 1, 1, context_parallel_size=2),
+        "tp2 cp2 sp": make_config(qwen3, 2, 1, context_parallel_size=2, sequence_parallel=True),
+        "pp2 recompute": make_config(
+            qwen3, 1, 2, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        ),
+        "tied": make_config(folders / "qwen2", 1, 1),
+        "tied tp2 pp2": make_config(folders / "qwen2", 2, 2),
     }
     for name, config in layouts.items():
         # The distributed optimizer leaves each rank a part of the gradient: without it every rank has all.

@@ -62,7 +62,7 @@ def sample(length: int, prompt: int, version: int) -> TrainSample:
 
 
 def test_everything_is_aligned_at_the_predicting_position() -> None:
-    packing = Packing(budget=64, multiple=4, device=CPU, thd=False, dense=True)
+    packing = Packing(budget=64, tp=4, device=CPU, thd=False, dense=True)
     got = pack([sample(4, 2, 5), sample(3, 1, 6)], 6, packing)
     assert got.ids_T.tolist() == [500, 501, 502, 503, 600, 601, 602, 0]
     assert got.targets_T.tolist() == [501, 502, 503, 0, 601, 602, 0, 0]
@@ -72,12 +72,12 @@ def test_everything_is_aligned_at_the_predicting_position() -> None:
     assert got.advantages_T[4].item() == pytest.approx(0.1)
     assert got.sequences.positions_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
     assert got.sequences.cu_seqlens_q.tolist() == [0, 4, 7, 8]
-    assert (got.num_tokens, got.num_loss_tokens) == (7, 4)
+    assert got.num_tokens == 7
 
 
 def test_an_empty_share_is_a_pack_of_padding() -> None:
-    got = pack([], 1, Packing(budget=64, multiple=2, device=CPU, thd=False, dense=True))
-    assert got.ids_T.tolist() == [0, 0] and not got.mask_T.any() and got.num_loss_tokens == 0
+    got = pack([], 1, Packing(budget=64, tp=2, device=CPU, thd=False, dense=True))
+    assert got.ids_T.tolist() == [0, 0] and not got.mask_T.any() and got.num_tokens == 0
 
 
 @pytest.mark.parametrize("lengths", [[5], [9, 1, 30, 30, 29, 2], [1] * 20 + [40]])
@@ -100,3 +100,15 @@ def test_attention_of_a_pack_is_each_sequence_alone(lengths: list[int]) -> None:
     weight = torch.randn(want.shape, generator=g, dtype=torch.float64)
     gradients = [torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (got, want)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("rank, positions", [(0, [0, 1, 6, 7, 0, 3, 0, 3]), (1, [2, 3, 4, 5, 1, 2, 1, 2])])
+def test_context_parallel_ranks_hold_the_first_and_last_chunks_of_every_sequence(
+    rank: int, positions: list[int]
+) -> None:
+    packing = Packing(budget=64, tp=2, device=CPU, thd=False, dense=True, cp=2, cp_rank=rank)
+    got = pack([sample(7, 1, 5), sample(4, 1, 6)], 6, packing)  # padded to 8 and 4; 4 of padding for TP
+    assert got.sequences.positions_T.tolist() == positions
+    assert got.sequences.cu_seqlens_q.tolist() == [0, 8, 12, 16]
+    at = positions.index(2) if 2 in positions else positions.index(1)
+    assert got.ids_T[at] == 500 + positions[at] and got.targets_T[at] == 501 + positions[at]

@@ -160,7 +160,11 @@ class EngineClient:
             await self._call("POST", "/end_weight_update", {}, self._admin)
 
     async def checksums(self) -> dict[str, str]:
-        raise NotImplementedError
+        """Digests of the tensors that the engine holds, by `rank:name` in its own fused names."""
+        reply = await self._call("POST", "/weights_checker", {"action": "checksum"}, self._admin)
+        return {
+            f"{rank}:{name}": digest for rank, held in enumerate(reply["ranks"]) for name, digest in held["checksums"].items()
+        }
 
     async def served_version(self) -> str:
         """The weight version that the server says it holds."""

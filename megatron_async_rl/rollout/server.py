@@ -7,7 +7,6 @@ Its keys lie in a file that only this user can read, never on its command line.
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import subprocess
 import time
@@ -102,6 +101,8 @@ class Server:
             "port": port,
             "config": str(self._keys),
             "skip_tokenizer_init": True,
+            "log_level": "warning",  # at info, SGLang logs its keys
+            "grammar_backend": "none",
             "context_length": self._config.model.context_tokens,
         }
         flags: list[str] = []
@@ -114,10 +115,19 @@ class Server:
         return [str(self._python), "-m", module, *flags]
 
     def _environment(self) -> dict[str, str]:
-        environment = {"NCCL_CUMEM_ENABLE": "0", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+        environment = {
+            "NCCL_CUMEM_ENABLE": "0",  # SGLang sets it; both ends of an update group must agree
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": "",
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # /health must not generate between updates
+        }
         if self._on_cpu:
-            environment |= {"PYTHONPATH": str(patches_dir() / "sglang_cpu"), "SGLANG_USE_CPU_ENGINE": "1"}
-            environment |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+            environment |= {
+                "PYTHONPATH": str(patches_dir() / "sglang_cpu"),
+                "SGLANG_USE_CPU_ENGINE": "1",
+                "SGLANG_EXTERNAL_MODEL_PACKAGE": "cpu_models",
+                "OMP_NUM_THREADS": "1",  # more threads decode a small model several times slower
+            }
         return environment
 
     @property

@@ -4,20 +4,28 @@ No mask over the whole pack is ever made. CUDA: torch's varlen_attn on the pack 
 are padded into dense batches for scaled_dot_product_attention; padding is on the right, where causal attention never
 looks, so it is exact. (Transformer Engine has its own core attention and does not come here.)
 
+Context parallelism cuts every sequence into 2 * ranks chunks; rank r holds chunks r and 2 * ranks - 1 - r, as Megatron and
+Transformer Engine do, so that each has as much to attend to. Here keys and values are gathered over the ranks.
+
 Suffixes: T tokens of the pack, N sequences of a dense batch, L their length, H heads, D size of a head.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 MAX_PADDING = 0.15
@@ -42,19 +50,31 @@ class PackedSequences(PackedSeqParams):
     as [T, 1, H, D], and takes the rotary angles as they come. Transformer Engine's attention needs "thd".
     """
 
-    positions_T: Tensor | None = None  # position of each token in its sequence
+    positions_T: Tensor | None = None  # position of each of this rank's tokens in its sequence
     dense: tuple[DenseBatch, ...] = ()  # for the CPU
+    kept_T: Tensor | None = None  # context parallel: which tokens of the whole pack this rank holds
+    gathered_T: Tensor | None = None  # and where each token of the whole pack is after a gather over the ranks
 
 
-def pack_sequences(lengths: Sequence[int], device: torch.device, *, thd: bool, dense: bool) -> PackedSequences:
+def pack_sequences(
+    lengths: Sequence[int], device: torch.device, *, thd: bool, dense: bool, cp: int = 1, cp_rank: int = 0
+) -> PackedSequences:
     """The description of sequences of these lengths, one after another.
 
-    thd: for Transformer Engine's attention. dense: for ours on the CPU, and for float32, which varlen_attn refuses.
+    thd: for Transformer Engine's attention. dense: for ours on the CPU, and for float32, which varlen_attn refuses. With
+    cp > 1 ranks of context parallelism each length must be a multiple of 2 * cp.
     """
     sizes = torch.tensor(lengths, dtype=torch.int32)
     ends = sizes.cumsum(0, dtype=torch.int32)
     cu_seqlens = F.pad(ends, (1, 0))
     positions_T = torch.arange(int(ends[-1])) - torch.repeat_interleave(cu_seqlens[:-1], sizes)
+    kept = gathered = None
+    if cp > 1:
+        chunk_T = positions_T // torch.repeat_interleave(sizes // (2 * cp), sizes)
+        holder_T = torch.minimum(chunk_T, 2 * cp - 1 - chunk_T)
+        kept = (holder_T == cp_rank).nonzero()[:, 0]
+        gathered = torch.argsort(torch.argsort(holder_T, stable=True)).to(device)
+        positions_T, kept = positions_T[kept], kept.to(device)
     return PackedSequences(
         qkv_format="thd" if thd else "packed",
         cu_seqlens_q=cu_seqlens.to(device),
@@ -62,7 +82,9 @@ def pack_sequences(lengths: Sequence[int], device: torch.device, *, thd: bool, d
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         positions_T=positions_T.to(device),
-        dense=_dense_batches(lengths, device) if dense else (),
+        dense=_dense_batches(lengths, device) if dense and cp == 1 else (),
+        kept_T=kept,
+        gathered_T=gathered,
     )
 
 
@@ -88,7 +110,12 @@ def _dense_batches(lengths: Sequence[int], device: torch.device) -> tuple[DenseB
 
 
 class PackedAttention(DotProductAttention):
-    """Core attention of Megatron's local layer. Inherits construction and sharded_state_dict; has no parameters."""
+    """Core attention of Megatron's local layer. Inherits sharded_state_dict; has no parameters."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1  # the parent refuses more
+        super().__init__(alone, *args, **kwargs)
 
     def forward(
         self,
@@ -103,7 +130,11 @@ class PackedAttention(DotProductAttention):
         """query [T, 1, H, D], key and value [T, 1, groups, D] -> [T, 1, H * D]"""
         assert packed_seq_params is not None, "the trainer packs every micro-batch"
         qkv = (query.squeeze(1), key.squeeze(1), value.squeeze(1))
-        attend = _dense if packed_seq_params.dense else _varlen
+        attend = _varlen
+        if packed_seq_params.kept_T is not None:
+            attend = _context_parallel
+        elif packed_seq_params.dense:
+            attend = _dense
         return attend(*qkv, packed_seq_params, self.softmax_scale).reshape(query.size(0), 1, -1)
 
 
@@ -138,6 +169,33 @@ def _dense(
         out = out.transpose(1, 2).flatten(0, 1)
         outputs.append(_Move.apply(out, batch.slots_K, batch.tokens_K, total))
     return outputs[0] if len(outputs) == 1 else torch.stack(outputs).sum(0)
+
+
+def _context_parallel(
+    query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packed: PackedSequences, scale: float | None
+) -> Tensor:
+    """This rank's queries against the keys and values of all ranks. Plain, a call per chunk: on GPUs TE does this."""
+    group = mpu.get_context_parallel_group()
+    ranks, rank, groups = group.size(), group.rank(), key_TGD.size(1)
+    gathered = gather_from_sequence_parallel_region(torch.cat([key_TGD, value_TGD], 1), group=group)
+    key, value = gathered.index_select(0, packed.gathered_T).split(groups, 1)
+    out, first = [], 0
+    cu_seqlens = packed.cu_seqlens_q.tolist()
+    for start, end in pairwise(cu_seqlens):
+        length = (end - start) // (2 * ranks)
+        for chunk in (rank, 2 * ranks - 1 - rank):
+            seen = (chunk + 1) * length  # keys up to the chunk's own end
+            mask = torch.ones(length, seen, dtype=torch.bool, device=query_THD.device).tril(seen - length)
+            q, k, v = query_THD[first : first + length], key[start : start + seen], value[start : start + seen]
+            attended = F.scaled_dot_product_attention(
+                *(x.transpose(0, 1)[None] for x in (q, k, v)),
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=q.size(1) != groups,
+            )
+            out.append(attended[0].transpose(0, 1))
+            first += length
+    return torch.cat(out)
 
 
 class _Move(torch.autograd.Function):

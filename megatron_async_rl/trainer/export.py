@@ -36,7 +36,7 @@ def save_hf(model: TrainerModel, source_dir: str | Path, out_dir: str | Path, dt
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    if mpu.get_data_parallel_rank() == 0:
+    if mpu.get_data_parallel_rank(with_context_parallel=True) == 0:
         tensors = hf_tensors(model.module, model.shape, dtype or _stored_dtype(source))
         _write_stage(
             tensors, partial, mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank() == 0

@@ -49,10 +49,10 @@ def build(config: Config) -> TrainerModel:
         raise DataError(
             f"model.path = {config.model.path}: {shape.family.architecture} can be mapped but not trained yet"
         )
-    if config.parallel_size("context") > 1:
+    if config.parallel_size("context") > 1 and torch.cuda.is_available() and not layers.has_transformer_engine():
         raise ConfigError(
-            f"megatron.context_parallel_size = {config.parallel_size('context')} is not supported yet; set it to 1 and "
-            "split the model further with tensor_model_parallel_size"
+            f"megatron.context_parallel_size = {config.parallel_size('context')} needs Transformer Engine on a GPU; install "
+            "transformer-engine, or set it to 1 and split the model further with tensor_model_parallel_size"
         )
     settings.check_layout(config, shape)
     if config.model.context_tokens > architecture.max_positions:

@@ -170,10 +170,10 @@ def transformer_config(config: Config, shape: ModelShape, architecture: Architec
         "variable_seq_lengths": config.parallel_size("pipeline_model") > 1,
         "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths refuses the default, MoE or not
     }
-    made = _make(TransformerConfig, **(fields | _chosen(TransformerConfig, config)))
-    if made.tensor_model_parallel_size == 1:
-        made.sequence_parallel = False
-    return made
+    chosen = _chosen(TransformerConfig, config)
+    if config.parallel_size("tensor_model") == 1:
+        chosen["sequence_parallel"] = False  # Megatron refuses it; here a layout can be changed by one key
+    return _make(TransformerConfig, **(fields | chosen))
 
 
 def optimizer_config(config: Config) -> OptimizerConfig:

@@ -57,8 +57,8 @@ def train_step(model: TrainerModel, samples: Sequence[TrainSample], version: int
     model.scheduler.step(increment=1)
     return _summary(steps) | {
         "train/lr": float(learning_rate),
-        "train/proximal_s": trained_from - started,
-        "train/update_s": time.monotonic() - trained_from,
+        "perf/time/proximal_s": trained_from - started,
+        "perf/time/train_s": time.monotonic() - trained_from,
     }
 
 
@@ -66,10 +66,12 @@ def packing(model: TrainerModel, config: Config) -> Packing:
     te = layers.has_transformer_engine()
     return Packing(
         budget=config.trainer.max_tokens_per_microbatch,
-        multiple=mpu.get_tensor_model_parallel_world_size(),
+        tp=mpu.get_tensor_model_parallel_world_size(),
         device=model.device,
         thd=te,
         dense=not te and (model.device.type == "cpu" or model.config.params_dtype == torch.float32),
+        cp=mpu.get_context_parallel_world_size(),
+        cp_rank=mpu.get_context_parallel_rank(),
     )
 
 
@@ -97,7 +99,7 @@ def accumulate_gradients(model: TrainerModel, minibatch: list[Microbatch], confi
         if parts:
             sums[: len(SUMS)] = torch.stack([part[0] for part in parts]).sum(0).cpu()
             maxima = torch.stack([part[1] for part in parts]).amax(0).cpu()
-        if mpu.is_pipeline_first_stage():
+        if mpu.is_pipeline_first_stage() and mpu.get_context_parallel_rank() == 0:
             sums[-2] = sum(microbatch.num_tokens for microbatch in minibatch)
             sums[-1] = len(minibatch) * config.trainer.max_tokens_per_microbatch
     sums, maxima = sums.to(model.device), maxima.to(model.device)
@@ -194,7 +196,7 @@ def _loss_step(
             current_T=microbatch.current_T,
         )
         loss, metrics = ppo_loss(inputs, config.algorithm)
-        count = torch.tensor(microbatch.num_loss_tokens, dtype=torch.int32, device=loss.device)
+        count = microbatch.mask_T.sum(dtype=torch.int32)
         sums = torch.stack([metrics[name].double() for name in SUMS])
         return loss, count, (sums, torch.stack([metrics[name].double() for name in MAXIMA]))
 

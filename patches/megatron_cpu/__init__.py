@@ -47,6 +47,9 @@ def install() -> None:
         # torch._dynamo reads this when first imported, which megatron.core does.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _triton_leaf()
+    # It warns of every optional package that is not installed, and torch of calls that only megatron-core makes.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Before torch_cuda: this import builds torch._dynamo's tables of torch.cuda, which refuse our stand-ins.

@@ -1,8 +1,8 @@
 """Attention over the whole batch at once for SGLang's torch_native back end, which loops over the requests in Python (0.5.21).
 
-With many short requests that loop is most of a decode step on a CPU. Here every request's keys and values are gathered into one padded
-block, B requests x L tokens, and attended in one call. Same mathematics in another order of additions, so not bit-identical to the loop.
-Cross attention, sliding windows and big ragged prefills go to SGLang's own code.
+With many short requests that loop is half of a decode step on a CPU. Here every request's keys and values are gathered
+into one padded block, B requests x L tokens, and attended in one call. Same mathematics with the additions in another
+order, so not bit-identical to the loop. Cross attention, sliding windows and big ragged prefills go to SGLang's own code.
 """
 
 import torch
@@ -18,7 +18,7 @@ class BatchedTorchAttention(TorchNativeAttnBackend):
         self._padded = None  # what _gather() works out once a forward pass, for all layers
 
     def _gather(self, req_to_token, req_pool_indices, seq_lens):
-        """tokens[B, L]: cache slot of each token (slot 0 beyond the end); keys_end[B, L]: True where a token exists."""
+        """tokens[B, L]: cache slot of each token (slot 0 beyond the end); exists[B, L]: True where a token exists."""
         if self._padded is None:
             length = int(seq_lens.max())
             exists = torch.arange(length) < seq_lens[:, None]
@@ -62,7 +62,7 @@ class BatchedTorchAttention(TorchNativeAttnBackend):
 
 
 def _attend(q_BQHD, k_BLKD, v_BLKD, visible_BQL, scaling):
-    """Grouped-query attention: H query heads share K key heads (H = K x G). Returns [B, Q, H, D]. A row that sees nothing is padding."""
+    """Grouped-query attention: H query heads share K key heads (H = K x G). Returns [B, Q, H, D]."""
     B, Q, H, D = q_BQHD.shape
     K = k_BLKD.shape[2]
     q = q_BQHD.view(B, Q, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # [B, K, G*Q, D]

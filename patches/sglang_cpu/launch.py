@@ -1,7 +1,8 @@
 """Start the stock SGLang server on a CPU: `python -m launch <sglang.launch_server's own arguments>`.
 
-SGLang starts its scheduler and detokenizer with the "spawn" method, so three processes each spend 8 CPU seconds on the same imports.
-A CPU engine has no CUDA context that a fork would break, so here everything is imported once, single-threaded, and the children are forked.
+SGLang starts its scheduler and detokenizer with the "spawn" method, so three processes each spend 8 CPU seconds on the
+same imports. A CPU engine has no CUDA context that a fork would break, so here everything is imported once and the
+children are forked. OMP_NUM_THREADS=1 goes with it: a child can't use threads of a pool its parent had started.
 """
 
 import gc

@@ -1,8 +1,9 @@
-"""CPU stand-in for SGLang's kernel package, which has no CPU wheel. Made for SGLang 0.5.21 and the engine environment only.
+"""CPU stand-in for SGLang's kernel package, which has no CPU wheel. Made for SGLang 0.5.21, engine environment only.
 
-With SGLANG_USE_CPU_ENGINE=1 SGLang imports the names below when its modules load, but calls them only for features we don't run on a CPU
-(speculative decoding, an AMX attention back end). So each is a function that says what it is when called: nothing computes a wrong number.
-The forward pass itself needs no kernel from here: with no `torch.ops.sgl_kernel.convert_weight_packed` SGLang runs its plain torch code.
+With SGLANG_USE_CPU_ENGINE=1 SGLang imports the names below when its modules load, but calls them only for features we
+don't run on a CPU (speculative decoding). So each is a function that raises when called: nothing computes a wrong number.
+The forward pass needs no kernel from here: without `torch.ops.sgl_kernel.convert_weight_packed` SGLang takes its plain
+torch code.
 """
 
 import torch

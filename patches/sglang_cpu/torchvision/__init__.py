@@ -1,4 +1,7 @@
-"""Just enough of torchvision for SGLang 0.5.21 and transformers 5.12 to import. Both load their image code for text models too; it never runs."""
+"""Just enough of torchvision for SGLang 0.5.21 and transformers 5.12 to import.
+
+Both load their image code for text models too; it never runs.
+"""
 
 from . import io, transforms  # noqa: F401
 
