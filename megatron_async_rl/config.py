@@ -68,6 +68,9 @@ class RunConfig(Section, kw_only=True):
     ]
     seed: Annotated[int, _at_least(0, "Seed of prompt order, sampling and initialisation.")] = 1
     steps: Annotated[int, _at_least(1, "Training steps (one weight version each).")]
+    export_every: Annotated[
+        int, _at_least(0, "Also save the policy at every k-th version, as run.dir/policy-vN; 0: never.")
+    ] = 0
     stall_s: Annotated[
         float, _above(0, "Seconds without any progress after which the run ends and names who waits.")
     ] = 600.0
@@ -81,6 +84,7 @@ class ModelConfig(Section, kw_only=True):
 class DataConfig(Section, kw_only=True):
     train: Annotated[str, msgspec.Meta(min_length=1, description="JSONL file: a row has `prompt` and `answer`.")]
     eval: Annotated[str | None, _doc("JSONL file for the evaluation before and after; none: no evaluation.")] = None
+    eval_temperature: Annotated[float, _at_least(0, "Temperature of the evaluation's samples; 0 is greedy.")] = 0.0
     chat_template: Annotated[bool, _doc("Render `prompt` as a user message with the model's chat template.")] = False
     add_bos: Annotated[bool, _doc("Put the tokenizer's bos token before a prompt without chat template.")] = True
 

@@ -118,8 +118,8 @@ def _why(run: Run) -> str:
     """The failed process's own error line, else its last words; the first failure names the cause."""
     log = run.log(run.failed)
     code = run.children[run.failed].returncode
-    if line := processes.error_line(log):
-        return f"{line} ({run.failed} ended the run; its log: {log})"
+    if text := processes.error_text(log):
+        return f"{text}\n({run.failed} ended the run; its log: {log})"
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ""
     return f"{run.failed} ended with exit code {code}; its log: {log}\n{tail}"
 

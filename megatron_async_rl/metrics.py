@@ -63,6 +63,8 @@ class SampleLine(msgspec.Struct, frozen=True):
     stop: str
     num_interrupts: int
     text: str
+    ids: list[int]  # prompt and response
+    logprobs: list[float]  # of the generated tokens, as the engine gave them
 
 
 class Server(msgspec.Struct):
@@ -288,6 +290,8 @@ def _sample_lines(version: int, group: TrainedGroup) -> Iterator[SampleLine]:
             stop=sample.stop,
             num_interrupts=sample.num_interrupts,
             text=sample.text,
+            ids=sample.ids.tolist(),
+            logprobs=sample.logprobs[generated].tolist(),
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import itertools
 import logging
 import os
 import signal
@@ -44,7 +45,7 @@ def main(run: Callable[[], None], unwind: bool = True) -> NoReturn:
         run()
     except Error as e:
         logging.getLogger(__name__).debug("", exc_info=True)
-        sys.stderr.write(f"error: {e}\n")
+        sys.stderr.write("error: " + str(e).replace("\n", "\n  ") + "\n")  # error_text finds it again by the indent
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -110,9 +111,12 @@ def _group_lives(child: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def error_line(log: Path) -> str | None:
-    """The last `error: ...` line that a process of ours wrote to its log."""
-    if not log.exists():
+def error_text(log: Path) -> str | None:
+    """The last `error: ...` that a process of ours wrote to its log, with the indented lines below it."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    if not starts:
         return None
-    lines = log.read_text(errors="replace").splitlines()
-    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)
+    first, *rest = lines[starts[-1] :]
+    below = itertools.takewhile(lambda line: line.startswith("  "), rest)
+    return "\n".join([first.removeprefix("error: "), *(line[2:] for line in below)])

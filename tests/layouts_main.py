@@ -15,6 +15,7 @@ from megatron_async_rl.patches import prepare_megatron
 
 prepare_megatron()
 
+import msgspec  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -83,14 +84,28 @@ def make_config(folder: Path, tp: int = 1, pp: int = 1, budget: int = 64, miniba
 
 
 def start(config: Any) -> TrainerModel:
-    if mpu.model_parallel_is_initialized():
-        mpu.destroy_model_parallel()
-    parallel.init_parallel(config)
+    """Builds the model, with new process groups where the sizes changed: old ones keep their threads to the end."""
+    sizes = [config.parallel_size(name) for name in ("tensor_model", "pipeline_model", "context")]
+    if not dist.is_initialized() or sizes != [
+        mpu.get_tensor_model_parallel_world_size(),
+        mpu.get_pipeline_model_parallel_world_size(),
+        mpu.get_context_parallel_world_size(),
+    ]:
+        if mpu.model_parallel_is_initialized():
+            mpu.destroy_model_parallel()
+        parallel.init_parallel(config)
     return build(config)
 
 
 def share() -> list[TrainSample]:
     return global_batch()[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+
+
+def uneven_share() -> list[TrainSample]:
+    """Most samples on one rank, none on two."""
+    cuts = [0, 13, 16, 16, 16]
+    rank = mpu.get_data_parallel_rank()
+    return global_batch()[cuts[rank] : cuts[rank + 1]]
 
 
 def merged(model: TrainerModel, out: Path, get: Any = lambda p: p.data) -> None:
@@ -105,8 +120,8 @@ def merged(model: TrainerModel, out: Path, get: Any = lambda p: p.data) -> None:
         torch.save({k: v for part in parts for k, v in part.items()}, out)
 
 
-def gradient_of(model: TrainerModel, config: Any) -> dict[str, float]:
-    [minibatch] = cut_minibatches(share(), 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1)
+def gradient_of(model: TrainerModel, config: Any, samples: list[TrainSample]) -> dict[str, float]:
+    [minibatch] = cut_minibatches(samples, 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1)
     return step.accumulate_gradients(model, minibatch, config)
 
 
@@ -129,29 +144,30 @@ def logits_of(model: TrainerModel, config: Any) -> torch.Tensor | None:
 def run(folders: Path, out: Path) -> dict[str, Any]:
     qwen3 = folders / "qwen3"
     results: dict[str, Any] = {"totals": {}, "metrics": {}}
-    layouts = {
+    layouts = {  # equal sizes together
         "tp1": make_config(qwen3, 1, 1),
         "tp1 small microbatches": make_config(qwen3, 1, 1, budget=40),
         "tp1 one microbatch": make_config(qwen3, 1, 1, budget=1000),
+        "tp1 uneven shares": make_config(qwen3, 1, 1),
+        "tied": make_config(folders / "qwen2", 1, 1),
         "tp2": make_config(qwen3, 2, 1),
         "tp2 sp": make_config(qwen3, 2, 1, sequence_parallel=True),
         "pp2": make_config(qwen3, 1, 2),
-        "tp2 pp2": make_config(qwen3, 2, 2),
-        "tp2 pp2 sp small microbatches": make_config(qwen3, 2, 2, budget=40, sequence_parallel=True),
-        "cp2": make_config(qwen3, 1, 1, context_parallel_size=2),
-        "tp2 cp2 sp": make_config(qwen3, 2, 1, context_parallel_size=2, sequence_parallel=True),
         "pp2 recompute": make_config(
             qwen3, 1, 2, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
         ),
-        "tied": make_config(folders / "qwen2", 1, 1),
+        "cp2": make_config(qwen3, 1, 1, context_parallel_size=2),
+        "tp2 cp2 sp": make_config(qwen3, 2, 1, context_parallel_size=2, sequence_parallel=True),
         "tied tp2 pp2": make_config(folders / "qwen2", 2, 2),
+        "tp2 pp2 sp small microbatches": make_config(qwen3, 2, 2, budget=40, sequence_parallel=True),
+        "tp2 pp2": make_config(qwen3, 2, 2),
     }
     for name, config in layouts.items():
         # The distributed optimizer leaves each rank a part of the gradient: without it every rank has all.
-        plain = configuration.from_tree(json.loads(json.dumps(to_tree(config))) | {})
+        plain = configuration.from_tree(to_tree(config))
         plain.megatron["use_distributed_optimizer"] = False
         model = start(plain)
-        results["totals"][name] = gradient_of(model, plain)
+        results["totals"][name] = gradient_of(model, plain, share() if name != "tp1 uneven shares" else uneven_share())
         merged(model, out / f"gradient {name}.pt", get=lambda p: p.main_grad)
         model = start(config)
         results["metrics"][name] = step.train_step(model, share(), VERSION, config)
@@ -170,7 +186,7 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
 
     # A non-finite advantage: refused on all ranks, weights untouched.
     before = [p.clone() for p in model.module.parameters()]
-    poisoned = [msg if n else poison(msg) for n, msg in enumerate(share())]
+    poisoned = [sample if n else poison(sample) for n, sample in enumerate(share())]
     try:
         step.train_step(model, poisoned, VERSION, config)
         refused = ""
@@ -213,8 +229,6 @@ def poison(sample: TrainSample) -> TrainSample:
 
 
 def to_tree(config: Any) -> dict[str, Any]:
-    import msgspec
-
     return msgspec.to_builtins(config)
 
 

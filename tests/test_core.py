@@ -29,6 +29,7 @@ def rules(**changes: object) -> Rules:
         "straggler_wait_s": STRAGGLER_S,
         "max_new_tokens": 8,
         "temperature": 1.0,
+        "eval_temperature": 0.0,
         "lease_timeout_s": LEASE_S,
         "max_attempts": 3,
         "max_verdict_attempts": 2,
@@ -51,7 +52,9 @@ def sample(*versions: int) -> Sample:
     """Three prompt tokens, then one token of each version."""
     all_versions = np.asarray([NOT_GENERATED] * 3 + list(versions), np.int32)
     zeros = np.zeros(len(all_versions), np.float32)
-    return Sample(ids=np.arange(len(all_versions), dtype=np.int32), logprobs=zeros, versions=all_versions, stop="stop", text="1")
+    return Sample(
+        ids=np.arange(len(all_versions), dtype=np.int32), logprobs=zeros, versions=all_versions, stop="stop", text="1"
+    )
 
 
 def messages(actions: list[Action], kind: type) -> list:
@@ -181,7 +184,9 @@ def test_a_group_is_dropped_after_the_last_attempt_with_its_reason() -> None:
     [lease] = serve(core)
     failed = GenerateFailed(lease.epoch, lease.group_id, lease.attempt, 0, "broken")
     [again] = messages(core.generate_failed("rollout-0", failed, 0), Generate)
-    actions = core.generate_failed("rollout-0", GenerateFailed(again.epoch, again.group_id, again.attempt, 0, "broken"), 0)
+    actions = core.generate_failed(
+        "rollout-0", GenerateFailed(again.epoch, again.group_id, again.attempt, 0, "broken"), 0
+    )
     assert [a.reason for a in actions if isinstance(a, Dropped)] == [DropReason.GENERATION_FAILED]
     assert messages(actions, Generate)[0].group_id != lease.group_id  # its place is given back
     assert core.fleet.rollout["rollout-0"].load == 2

@@ -31,6 +31,7 @@ SIZES: dict[str, Any] = {
 LAYOUTS = {  # layout: the one it must equal
     "tp1 small microbatches": "tp1",
     "tp1 one microbatch": "tp1",
+    "tp1 uneven shares": "tp1",
     "tp2": "tp1",
     "tp2 sp": "tp1",
     "pp2": "tp1",

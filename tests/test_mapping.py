@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.weights.folder import ModelFolder
@@ -147,3 +148,14 @@ def test_rope_theta_is_read_from_both_places(tmp_path: Path) -> None:
 def test_vocabulary_is_padded_to_the_multiple(tmp_path: Path) -> None:
     shape = ModelFolder(write_config(tmp_path)).shape(vocab_multiple=16)
     assert (shape.vocab_size, shape.padded_vocab_size, shape.kv_channels) == (50, 64, 2)
+
+
+def test_an_incomplete_folder_names_the_tensor(tmp_path: Path) -> None:
+    folder = ModelFolder(write_config(tmp_path))
+    with pytest.raises(DataError, match="safetensors"):
+        folder.tensor_shape("model.norm.weight")
+    save_file({"other": torch.zeros(4, 6)}, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match=r"no tensor model\.norm\.weight"):
+        folder.tensor_shape("model.norm.weight")
+    assert folder.tensor_shape("other") == (4, 6)
+    assert folder.read("other", (slice(1, 3), slice(None))).shape == (2, 6)

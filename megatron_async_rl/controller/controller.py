@@ -286,7 +286,7 @@ class Controller:
         self.progress.published(outcome)
 
     async def _evaluate(self) -> None:
-        """One greedy sample of every evaluation prompt, under the weights now served."""
+        """One sample of every evaluation prompt, under the weights now served."""
         if not self.eval_prompts:
             return
         self.progress.state = "evaluating"
@@ -325,6 +325,7 @@ def _rules(config: Config) -> Rules:
         straggler_wait_s=config.staleness.straggler_wait_s,
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
+        eval_temperature=config.data.eval_temperature,
         lease_timeout_s=config.rollout.lease_timeout_s,
         max_attempts=config.rollout.max_attempts,
         max_verdict_attempts=config.reward.max_attempts,

@@ -112,6 +112,7 @@ class Rules:
     straggler_wait_s: float
     max_new_tokens: int
     temperature: float
+    eval_temperature: float
     lease_timeout_s: float
     max_attempts: int
     max_verdict_attempts: int
@@ -330,7 +331,7 @@ class Core:
                 purpose=group.purpose,
                 prompt=group.prompt,
                 max_new_tokens=self.rules.max_new_tokens,
-                temperature=self.rules.temperature if group.purpose == "train" else 0.0,
+                temperature=self.rules.temperature if group.purpose == "train" else self.rules.eval_temperature,
             ),
         )
 

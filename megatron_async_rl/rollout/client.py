@@ -163,7 +163,9 @@ class EngineClient:
         """Digests of the tensors that the engine holds, by `rank:name` in its own fused names."""
         reply = await self._call("POST", "/weights_checker", {"action": "checksum"}, self._admin)
         return {
-            f"{rank}:{name}": digest for rank, held in enumerate(reply["ranks"]) for name, digest in held["checksums"].items()
+            f"{rank}:{name}": digest
+            for rank, held in enumerate(reply["ranks"])
+            for name, digest in held["checksums"].items()
         }
 
     async def served_version(self) -> str:

@@ -7,6 +7,7 @@ Its keys lie in a file that only this user can read, never on its command line.
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import subprocess
 import time
@@ -25,6 +26,7 @@ from megatron_async_rl.transport import free_port
 
 POLL_S = 0.25
 STOP_GRACE_S = 3.0
+_NAMES_ERROR = re.compile(r"\w*(Error|Exception)\b|\berror:")
 START_TRIES = 3  # a port taken between choosing and binding is no reason to give up
 
 
@@ -40,7 +42,9 @@ class Server:
         self._child: subprocess.Popen[bytes] | None = None
         python = engine_python()
         if python is None:
-            raise ConfigError("no engine environment: run `bash tools/setup_env.sh`, or set MEGATRON_ASYNC_RL_ENGINE_PYTHON")
+            raise ConfigError(
+                "no engine environment: run `bash tools/setup_env.sh`, or set MEGATRON_ASYNC_RL_ENGINE_PYTHON"
+            )
         self._python = python
 
     async def start(self) -> None:
@@ -51,7 +55,7 @@ class Server:
                 await self._start_on(port)
                 return
             except EngineError:
-                lost_port = "address already in use" in _tail(self._log).lower()
+                lost_port = "address already in use" in self._log.read_text(errors="replace").lower()
                 if not lost_port or attempt == START_TRIES or "port" in self._config.sglang:
                     raise
 
@@ -60,7 +64,9 @@ class Server:
         assert self._child
         while (code := self._child.poll()) is None:
             await asyncio.sleep(POLL_S)
-        raise EngineError(f"the SGLang server ended with exit code {code}; its log: {self._log}\n{_tail(self._log)}")
+        raise EngineError(
+            f"the SGLang server ended with exit code {code}; its log: {self._log}\n{_last_words(self._log)}"
+        )
 
     async def stop(self) -> None:
         if hasattr(self, "client"):
@@ -87,9 +93,13 @@ class Server:
         while not await self.client.healthy():
             code = self._child.poll()
             if code is not None or time.monotonic() > deadline:
-                why = f"did not start within rollout.start_timeout_s = {limit_s:.0f}" if code is None else f"ended with exit code {code}"
+                why = (
+                    f"did not start within rollout.start_timeout_s = {limit_s:.0f}"
+                    if code is None
+                    else f"ended with exit code {code}"
+                )
                 await self.stop()
-                raise EngineError(f"the SGLang server {why}; its log: {self._log}\n{_tail(self._log)}")
+                raise EngineError(f"the SGLang server {why}; its log: {self._log}\n{_last_words(self._log)}")
             await asyncio.sleep(POLL_S)
         await self.client.connect()
 
@@ -135,5 +145,8 @@ class Server:
         return self._config.sglang.get("device") == "cpu"
 
 
-def _tail(log: Path, lines: int = 12) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
+def _last_words(log: Path) -> str:
+    """What the server said of its end: its last line that names an error, else its last lines; noise may follow one."""
+    lines = [line[:600] for line in log.read_text(errors="replace").splitlines()] if log.exists() else []
+    named = [number for number, line in enumerate(lines) if _NAMES_ERROR.search(line)]
+    return lines[named[-1]] if named else "\n".join(lines[-8:])

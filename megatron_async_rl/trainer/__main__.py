@@ -28,6 +28,8 @@ def _train(run_dir: Path) -> None:
         stats = step.train_step(policy, samples, version, settings)
         controller.report(version + 1, stats)
         publisher.publish(version + 1)  # interrupt, reshard, send, verify, resume
+        if settings.run.export_every and (version + 1) % settings.run.export_every == 0:
+            export.save_hf(policy, Path(settings.model.path), run_dir / f"policy-v{version + 1}")
     export.save_hf(policy, Path(settings.model.path), run_dir / "policy")
     controller.close()
 

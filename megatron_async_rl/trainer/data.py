@@ -92,8 +92,8 @@ def allocate(lengths: Sequence[int], capacity: int, min_bins: int = 1) -> list[l
 def agree_on_bins(
     lengths: Sequence[int], capacity: int, group: dist.ProcessGroup, device: torch.device
 ) -> list[list[int]]:
-    """`allocate`, with as many bins on every rank of `group`; some may be empty."""
-    bins = allocate(lengths, capacity)
+    """`allocate`, with as many bins on every rank of `group`, at least one; some may be empty."""
+    bins = allocate(lengths, capacity) or [[]]
     while True:
         # One number tells both the largest and, negated, the smallest count.
         count = torch.tensor([len(bins), -len(bins)], device=device)

@@ -56,6 +56,9 @@ _DECIDED = dict.fromkeys(
     ).split(),
     "config.json in model.path decides it; remove the key",
 ) | {
+    "init_method": "the weights come from model.path; remove the key",
+    "output_layer_init_method": "the weights come from model.path; remove the key",
+    "perform_initialization": "the weights come from model.path; remove the key",
     "bf16": "set trainer.precision instead",
     "fp16": "set trainer.precision instead",
     "params_dtype": "set trainer.precision instead",
@@ -139,6 +142,10 @@ def param_dtype(config: Config) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.trainer.precision]
 
 
+def _leave_as_is(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter
+
+
 def transformer_config(config: Config, shape: ModelShape, architecture: Architecture) -> TransformerConfig:
     dtype = param_dtype(config)
     on_cpu = not torch.cuda.is_available()
@@ -158,6 +165,10 @@ def transformer_config(config: Config, shape: ModelShape, architecture: Architec
         "add_qkv_bias": architecture.family.qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        # The weights come from model.path. Not perform_initialization=False: it also leaves the shards unmarked as
+        # such, and the gradient's norm then misses those of all tensor-parallel ranks but the first.
+        "init_method": _leave_as_is,
+        "output_layer_init_method": _leave_as_is,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,

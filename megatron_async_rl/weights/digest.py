@@ -51,7 +51,9 @@ class EngineDigests:
     def result(self) -> dict[str, str]:
         """Digests by `rank:engine tensor`. Raises PublishError when a part of a fused tensor never came."""
         if self._parts:
-            raise PublishError(f"not all parts of {sorted(self._parts)} were sent: {[list(p) for p in self._parts.values()]}")
+            raise PublishError(
+                f"not all parts of {sorted(self._parts)} were sent: {[list(p) for p in self._parts.values()]}"
+            )
         return self._digests
 
     def _digest(self, name: str, leaf: str, parts: list[Tensor]) -> None:

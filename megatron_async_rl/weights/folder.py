@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from megatron_async_rl.errors import DataError
@@ -104,31 +103,24 @@ class ModelFolder:
             router_top_k=int(c.get("num_experts_per_tok", 0)) if family.experts else 0,
         )
 
-    @property
-    def tensor_names(self) -> frozenset[str]:
-        return frozenset(self._files())
-
     def read(self, name: str, index: Index) -> Tensor:
-        """Part of a tensor, as stored. The name must be in the folder."""
+        """Part of a tensor, as stored."""
+        return self._slice(name)[index]
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def _slice(self, name: str) -> Any:
+        """safetensors' handle on a tensor that is not read yet."""
         files = self._files()
         if name not in files:
             raise DataError(
-                f"model.path = {self.path} has no tensor {name}; its architecture {self.family.architecture} needs it"
+                f"model.path = {self.path} has no tensor {name}, which {self.family.architecture} needs; is it complete?"
             )
         file = files[name]
         if file not in self._open:
             self._open[file] = safe_open(str(self.path / file), framework="pt")
-        part = self._open[file].get_slice(name)
-        try:
-            return part[index] if part.get_shape() else torch.tensor(part)
-        except (SafetensorError, IndexError) as e:
-            raise DataError(
-                f"model.path = {self.path}: tensor {name} has shape {part.get_shape()}, wanted {index}: {e}"
-            ) from e
-
-    def tensor_shape(self, name: str) -> tuple[int, ...]:
-        self.read(name, (slice(0, 0),))
-        return tuple(self._open[self._files()[name]].get_slice(name).get_shape())
+        return self._open[file].get_slice(name)
 
     def _files(self) -> dict[str, str]:
         """Tensor name -> file name."""
