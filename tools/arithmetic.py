@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=["train", "eval"], required=True)
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w") as lines:
         for problem in distinct_problems(args.split, args.count, args.seed):
             row = {"id": f"{problem.a}+{problem.b}", "prompt": problem.prompt, "answer": problem.answer}

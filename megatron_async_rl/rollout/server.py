@@ -62,8 +62,7 @@ class Server:
     async def watch(self) -> None:
         """Returns never. Raises EngineError when the server ends."""
         assert self._child
-        while (code := self._child.poll()) is None:
-            await asyncio.sleep(POLL_S)
+        code = await asyncio.to_thread(self._child.wait)
         raise EngineError(
             f"the SGLang server ended with exit code {code}; its log: {self._log}\n{_last_words(self._log)}"
         )

@@ -1,7 +1,8 @@
 """The trainer's way to the controller: leaders hold a socket, the ranks of their replica hear from them.
 
-A leader is tensor rank 0 of the first pipeline stage of each data-parallel replica: it fetches the replica's share of
-a batch and passes the very bytes on. A weight source is tensor rank 0 of each stage of replica 0.
+A leader is the first rank of each data-parallel replica (all its tensor, context and pipeline ranks): it fetches the
+replica's share of a batch and passes the very bytes on. A weight source is the first rank of each pipeline stage of
+replica 0; context-parallel ranks hold the same weights.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class ControllerLink:
         self._codec = Codec()
         self._group, self._root = _replica_group()
         replica, stage = mpu.get_data_parallel_rank(), mpu.get_pipeline_model_parallel_rank()
-        first_tensor_rank = mpu.get_tensor_model_parallel_rank() == 0
+        first_of_stage = mpu.get_tensor_model_parallel_rank() == mpu.get_context_parallel_rank() == 0
         self.is_leader = dist.get_rank() == self._root
-        self.is_source = first_tensor_rank and replica == 0
+        self.is_source = first_of_stage and replica == 0
         self.socket: SyncLink | None = None
         if self.is_leader or self.is_source:
             self.socket = SyncLink(run_dir, config.trainer.start_timeout_s)
@@ -101,13 +102,13 @@ class ControllerLink:
 
 
 def _replica_group() -> tuple[dist.ProcessGroup, int]:
-    """A gloo group over this rank's model-parallel replica, whatever the trainer's own backend, and its first rank."""
-    ranks = dist.get_process_group_ranks(mpu.get_model_parallel_group())
+    """A gloo group over this rank's replica, whatever the trainer's own backend, and its first rank."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    roots = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(roots, torch.tensor([min(ranks)], device=device))
-    groups = {}
-    for root in sorted({int(root) for root in roots}):  # every rank makes every group, in one order
-        members = [rank for rank, other in enumerate(roots) if int(other) == root]
-        groups[root] = dist.new_group(members, backend="gloo")
-    return groups[min(ranks)], min(ranks)
+    replicas = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
+    own = mpu.get_data_parallel_rank()
+    dist.all_gather(replicas, torch.tensor([own], device=device))
+    groups = []
+    for replica in range(mpu.get_data_parallel_world_size()):  # every rank makes every group, in one order
+        members = [rank for rank, other in enumerate(replicas) if int(other) == replica]
+        groups.append((dist.new_group(members, backend="gloo"), members[0]))
+    return groups[own]

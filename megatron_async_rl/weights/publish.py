@@ -1,7 +1,8 @@
 """The trainer's end of a weight update (controller/publisher.py draws the whole exchange).
 
 All tensor-parallel ranks of replica 0 take part in gathering; their first, the weight source of its pipeline stage,
-speaks with the controller and tells the others what it was told. Other replicas have the same weights and go on. A
+speaks with the controller and tells the others what it was told. Other replicas (and context-parallel ranks) have the
+same weights and go on. A
 failure on the wire never stops the gather half-way: the ranks stay in step and the trainer stays alive.
 """
 
@@ -47,7 +48,7 @@ class WeightPublisher:
         self._shape = shape
         self._config = config
         self._socket = socket
-        self._takes_part = mpu.get_data_parallel_rank() == 0
+        self._takes_part = mpu.get_data_parallel_rank() == mpu.get_context_parallel_rank() == 0
         self._device = next(module.parameters()).device
         self._buckets = plan_buckets(manifest(module, shape), config.weights.bucket_bytes)
         self._group: UpdateGroup | None = None
