@@ -230,6 +230,16 @@ def test_tensorboard_has_the_run(run: FinishedRun) -> None:
     assert len(events.Scalars("train/loss")) == STEPS
 
 
+def test_megatron_and_the_engine_agree_on_the_same_weights(run: FinishedRun) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    first = {tag: events.Scalars(f"train/{tag}")[0].value for tag in ("current_version_fraction", "logprob_diff_max")}
+    assert first["current_version_fraction"] == 1.0  # the first batch is all of version 0
+    assert first["logprob_diff_max"] < 1e-3
+
+
 def test_keys_are_nobody_else_s_and_on_no_command_line(run: FinishedRun) -> None:
     for path in (run.folder / "keys").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path
@@ -238,8 +248,14 @@ def test_keys_are_nobody_else_s_and_on_no_command_line(run: FinishedRun) -> None
         assert not any(key in log.read_text() for key in keys.values()), log
 
 
-def test_ctrl_c_stops_everything_and_a_second_run_starts(inputs: Inputs, tmp_path: Path) -> None:
-    path = inputs.config(tmp_path / "run", run={"steps": 500, "export_every": 0})
+def test_ctrl_c_stops_everything_and_loses_nothing_written(inputs: Inputs, tmp_path: Path) -> None:
+    """Also: synchronous (eta = 0), and two pipeline stages that each send their own weights."""
+    path = inputs.config(
+        tmp_path / "run",
+        run={"steps": 500, "export_every": 0},
+        staleness={"eta": 0},
+        megatron={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2},
+    )
     child = start(path)
     deadline = time.monotonic() + 240
     status_file = tmp_path / "run" / "status.json"
@@ -251,7 +267,9 @@ def test_ctrl_c_stops_everything_and_a_second_run_starts(inputs: Inputs, tmp_pat
     child.send_signal(signal.SIGINT)
     assert child.wait(60) == 130
     assert_nobody_left(tmp_path / "run")
-    assert len(list(read_samples(tmp_path / "run"))) >= 16  # nothing already written is lost
+    samples = list(read_samples(tmp_path / "run"))
+    assert len(samples) >= 16
+    assert {line.version - version for line in samples for version, _ in line.versions} == {0}
 
 
 def test_an_engine_that_dies_at_start_is_one_clear_message(inputs: Inputs, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def read_prompts(path: str, setting: str, config: Config, tokenizer: Tokenizer) 
     """Reads, checks and tokenizes a whole dataset. Raises DataError naming the file, the row and what is wrong."""
     prompts: list[Prompt] = []
     seen: set[str] = set()
+    vocab_size = json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"]
     room = config.model.context_tokens - config.rollout.max_new_tokens
     for number, line in enumerate(_lines(path, setting), 1):
         if not line.strip():
@@ -48,6 +49,11 @@ def read_prompts(path: str, setting: str, config: Config, tokenizer: Tokenizer) 
             raise DataError(
                 f"{where}: the prompt has {len(ids)} tokens, must be 1 to {room} (model.context_tokens - "
                 f"rollout.max_new_tokens); shorten it, or change one of these settings"
+            )
+        if ids.max() >= vocab_size:
+            raise DataError(
+                f"{where}: token id {ids.max()} is outside the model's vocabulary of {vocab_size}, which would end the "
+                f"engine; model.path = {config.model.path} has a tokenizer of another model"
             )
         prompt_id = str(row.get("id", number))
         if prompt_id in seen:
