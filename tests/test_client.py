@@ -185,7 +185,7 @@ def test_a_version_outside_the_range_is_refused_with_the_range(version: str) -> 
 
 
 def test_a_wrong_key_is_an_error_with_the_server_s_words() -> None:
-    with pytest.raises(EngineError, match="401.*Unauthorized"):
+    with pytest.raises(EngineError, match=r"401.*Unauthorized"):
         talk(FakeSGLang("0.5.21"), generate, api_key="wrong")
 
 

@@ -60,7 +60,7 @@ def test_rows_become_prompts_with_their_ids_and_rows(settings: Config, tmp_path:
 def test_a_bad_row_is_named_with_its_file_and_number(
     settings: Config, tmp_path: Path, row: Any, complaint: str
 ) -> None:
-    with pytest.raises(DataError, match="data.train = .*d.jsonl") as error:
+    with pytest.raises(DataError, match=r"data.train = .*d\.jsonl") as error:
         read(settings, tmp_path / "d.jsonl", {"prompt": "1", "answer": "1", "id": "first"}, row)
     assert complaint in str(error.value)
 

@@ -7,17 +7,19 @@ from pathlib import Path
 from megatron_async_rl import config, processes
 from megatron_async_rl.rollout.server import Server
 from megatron_async_rl.rollout.worker import RolloutWorker
+from megatron_async_rl.rollout.workflow import load_workflow
 from megatron_async_rl.transport import Link
 
 
 async def _serve(run_dir: Path, name: str) -> None:
     settings = config.load(run_dir / "config.yaml")
+    workflow = load_workflow(settings.rollout.workflow)  # before the server: it takes long to start
     server = Server(settings, run_dir, name)
     try:
         await server.start()
         link = Link(run_dir)
         try:
-            await RolloutWorker(name, settings, link, server).run()
+            await RolloutWorker(name, settings, link, server, workflow).run()
         finally:
             link.close()
     finally:

@@ -38,7 +38,7 @@ from megatron_async_rl.messages import (
 )
 from megatron_async_rl.rollout.client import EngineClient, Sampling
 from megatron_async_rl.rollout.server import Server
-from megatron_async_rl.rollout.workflow import Completion, load_workflow
+from megatron_async_rl.rollout.workflow import Completion, Workflow
 from megatron_async_rl.tokenizer import Tokenizer
 from megatron_async_rl.transport import Link
 from megatron_async_rl.types import Segment
@@ -49,14 +49,14 @@ ABORT_AGAIN_S = 0.05  # a request on its way to the scheduler escapes an abort: 
 
 
 class RolloutWorker:
-    def __init__(self, name: str, config: Config, link: Link, server: Server) -> None:
+    def __init__(self, name: str, config: Config, link: Link, server: Server, workflow: Workflow) -> None:
         self.tokenizer = Tokenizer(config.model.path)
         self._name = name
         self._config = config
         self._link = link
         self._server = server
         self._client: EngineClient = server.client
-        self._workflow = load_workflow(config.rollout.workflow)
+        self._workflow = workflow
         self._serving = asyncio.Event()  # the gate: set while the engine holds verified weights
         self._num_requests = 0  # out at the engine
         self._idle = asyncio.Condition()
