@@ -79,6 +79,9 @@ class RunConfig(Section, kw_only=True):
 class ModelConfig(Section, kw_only=True):
     path: Annotated[str, msgspec.Meta(min_length=1, description="Hugging Face folder of the starting policy.")]
     context_tokens: Annotated[int, _at_least(8, "Longest prompt + response, in tokens.")]
+    random_init: Annotated[
+        bool, _doc("Start from random weights; model.path then needs config.json alone (for benchmarks, not to train).")
+    ] = False
 
 
 class DataConfig(Section, kw_only=True):
@@ -161,6 +164,23 @@ class WeightsConfig(Section, kw_only=True):
     update_timeout_s: Annotated[float, _above(0, "Deadline of one whole update; a late server is fenced.")] = 120.0
 
 
+class CheckpointConfig(Section, kw_only=True):
+    every: Annotated[int, _at_least(0, "Save model and optimizer every k-th step, and at the end; 0: never.")] = 10
+    keep: Annotated[int, _at_least(2, "Generations kept; a damaged one falls back to the one before.")] = 2
+    asynchronous: Annotated[bool, _doc("Write in the background while the next steps train.")] = True
+
+
+class FaultsConfig(Section, kw_only=True):
+    max_restarts: Annotated[
+        int, _at_least(0, "Restarts of one process before it is given up; 0: the first death ends the run.")
+    ] = 5
+    healthy_s: Annotated[float, _above(0, "A process that has lived so long starts counting restarts anew.")] = 600.0
+    backoff_s: Annotated[float, _at_least(0, "Pause before a restart; doubles with each further one.")] = 1.0
+    min_servers: Annotated[int, _at_least(1, "Servers below which the run ends, when others were given up.")] = 1
+    silence_s: Annotated[float, _above(0, "A worker not heard of for so long is lost, and killed and restarted.")] = 60.0
+    grace_s: Annotated[float, _above(0, "Seconds from SIGTERM to the end: spill, save, exit code 75 to requeue.")] = 60.0
+
+
 class MonitorConfig(Section, kw_only=True):
     tensorboard: Annotated[bool, _doc("Write TensorBoard logs below run.dir/tensorboard.")] = True
     sample_texts: Annotated[int, _at_least(0, "Samples shown as text in TensorBoard each step.")] = 2
@@ -176,6 +196,8 @@ class Config(Section, kw_only=True):
     reward: RewardConfig = RewardConfig()
     trainer: TrainerConfig = TrainerConfig()
     weights: WeightsConfig = WeightsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     monitor: MonitorConfig = MonitorConfig()
     megatron: dict[str, Any] = {}
     sglang: dict[str, Any] = {}

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from megatron_async_rl.errors import ProtocolError
-from megatron_async_rl.types import Prompt, Purpose, Sample, TrainSample
+from megatron_async_rl.types import Partial, Prompt, Purpose, Sample, TrainSample
 
 PROTOCOL = 1
 Role = Literal["rollout", "reward", "trainer"]
@@ -40,6 +40,7 @@ class Hello(Message, frozen=True):
     leader: int = -1  # trainer: data-parallel rank whose share this rank fetches; -1: none
     capacity: int = 0  # rollout: samples in flight at most; reward: verdicts at once
     stage: int = -1  # trainer: pipeline stage whose weights this rank sends; -1: none
+    serving: int = -1  # rollout: version that its server holds, verified, with the gate open; -1: none
 
 
 class Welcome(Message, frozen=True):
@@ -52,6 +53,11 @@ class Refused(Message, frozen=True):
     """Controller -> worker, which then ends with this reason."""
 
     reason: str
+
+
+class SayHello(Message, frozen=True):
+    """Controller -> worker whose earlier Hello it does not know (a new life of either) or no longer trusts (it was
+    silent for long). Answered by a new Hello; a trainer repeats what it waits for."""
 
 
 class Heartbeat(Message, frozen=True):
@@ -87,6 +93,7 @@ class Generate(Message, frozen=True):
     prompt: Prompt
     max_new_tokens: int
     temperature: float  # 0 is greedy
+    partials: list[Partial | None] = []  # one per index, of an earlier lease; empty: none
 
 
 class Generated(Message, frozen=True):
@@ -97,6 +104,16 @@ class Generated(Message, frozen=True):
     attempt: int
     index: int
     sample: Sample
+
+
+class PartialSample(Message, frozen=True):
+    """Rollout worker -> controller: what a sample has at an interruption, for whoever goes on with it after a crash."""
+
+    epoch: int
+    group_id: int
+    attempt: int
+    index: int
+    partial: Partial
 
 
 class GenerateFailed(Message, frozen=True):
@@ -149,6 +166,20 @@ class TrainBatch(Message, frozen=True):
 
     version: int
     samples: list[TrainSample]
+
+
+class Republish(Message, frozen=True):
+    """Controller -> leader of replica 0 while it waits for a batch: a server has come (back) and needs the weights of
+    `version`. Its replica offers them; then it goes on waiting for the same batch."""
+
+    version: int
+
+
+class CheckpointSaved(Message, frozen=True):
+    """Trainer rank 0 -> controller: the weights and optimizer of `version` lie in run.dir/checkpoints/<folder>."""
+
+    version: int
+    folder: str
 
 
 class StepDone(Message, frozen=True):
@@ -295,24 +326,24 @@ class Published(Message, frozen=True):
 
 
 AnyMessage = Union[
-    Hello, Welcome, Refused, Heartbeat, Shutdown, Failed,
-    Generate, Generated, GenerateFailed, Score, Scored,
-    GetBatch, TrainBatch, StepDone,
+    Hello, Welcome, Refused, SayHello, Heartbeat, Shutdown, Failed,
+    Generate, Generated, PartialSample, GenerateFailed, Score, Scored,
+    GetBatch, TrainBatch, Republish, CheckpointSaved, StepDone,
     PublishOffer, OpenGroup, GroupOpened, JoinGroup, GroupJoined,
     UpdateWeights, UpdateReady, SendBuckets, ReceiveBuckets, BucketsSent, WeightDigests, AbandonUpdate, Updated, Published,
 ]  # fmt: skip
 
 
 class Codec:
-    """Messages to frames and back. Not for use from two threads at once."""
+    """Messages (or another tagged union of structs) to frames and back. Not for use from two threads at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Any = AnyMessage) -> None:
         self._frames: list[Frame] = []
         self._num_read = 0
         self._encoder = msgspec.msgpack.Encoder(enc_hook=self._put_array)
-        self._decoder = msgspec.msgpack.Decoder(AnyMessage, dec_hook=self._get_array)
+        self._decoder = msgspec.msgpack.Decoder(kind, dec_hook=self._get_array)
 
-    def encode(self, message: Message) -> list[Frame]:
+    def encode(self, message: msgspec.Struct) -> list[Frame]:
         """Frames: msgpack header | one raw frame per array, in the order in which the header names them."""
         self._frames = []
         try:
@@ -321,7 +352,7 @@ class Codec:
             raise ProtocolError(f"a {type(message).__name__} holds what cannot travel: {e}") from None
         return [header, *self._frames]
 
-    def decode(self, frames: list[Frame]) -> AnyMessage:
+    def decode(self, frames: list[Frame]) -> Any:
         """The message; its arrays are read-only views of the frames. Raises ProtocolError on anything malformed."""
         self._frames, self._num_read = frames[1:], 0
         try:

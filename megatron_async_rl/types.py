@@ -7,6 +7,7 @@ the staleness of a token is the trainer's version less its own.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import msgspec
@@ -60,6 +61,32 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def newest_version(self) -> int:
         return int(self.versions[self.generated].max())
+
+
+class Partial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A sample that was interrupted: the input of the policy's call that was under way, and what it gave so far."""
+
+    ids: np.ndarray  # [num_tokens] int32
+    logprobs: np.ndarray  # [num_tokens] float32
+    versions: np.ndarray  # [num_tokens] int32, NOT_GENERATED for the input
+
+    @property
+    def num_input(self) -> int:
+        return int((self.versions == NOT_GENERATED).sum())
+
+    @property
+    def oldest_version(self) -> int:
+        return int(self.versions[self.num_input :].min())
+
+    def segments(self) -> list[Segment]:
+        """The tokens after the input, by version."""
+        start, end = self.num_input, len(self.ids)
+        cuts = [start, *(np.flatnonzero(np.diff(self.versions[start:])) + start + 1).tolist(), end]
+        return [
+            Segment(int(self.versions[a]), self.ids[a:b].tolist(), self.logprobs[a:b].tolist())
+            for a, b in itertools.pairwise(cuts)
+            if a < b
+        ]
 
 
 class TrainSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -16,19 +16,40 @@ the staleness of stragglers; the cut does: it takes the oldest groups first and 
 `straggler: wait` the cut first waits, bounded, for groups that this step's version would make stale. No more than B
 such groups can exist (those started at version <= v - eta number at most (v + 1) * B, of which v * B are trained), so
 waiting always suffices and drops nothing.
+
+What must outlive a crash is changed in one place, `_apply`, one fact at a time (facts.py). An event records its facts;
+the shell writes them to the journal before it acts, and a later life's `restore` applies them again.
+
+A trainer that comes back from a checkpoint asks for versions that were trained before: it gets the recorded batches
+again (CutBatch or Replay), changes nothing in the books, and ends up where it was. So a crash un-trains nothing.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from megatron_async_rl.controller.facts import (
+    Admitted,
+    AnyFact,
+    Batched,
+    Began,
+    Closed,
+    Fact,
+    Judged,
+    Kept,
+    Leased,
+    LeaseFailed,
+    Returned,
+    Trained,
+)
 from megatron_async_rl.controller.fleet import Fleet, RolloutWorker, ServerState, Worker
 from megatron_async_rl.controller.ledger import DropReason, Ledger
-from megatron_async_rl.messages import Generate, Generated, GenerateFailed, Message, Score, Scored
-from megatron_async_rl.types import Prompt, Purpose, Sample
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.messages import Generate, Generated, GenerateFailed, Message, PartialSample, Score, Scored
+from megatron_async_rl.types import Partial, Prompt, Purpose, Sample
 
 
 class GroupState(enum.Enum):
@@ -48,7 +69,9 @@ class Group:
     samples: list[Sample | None]
     rewards: list[float | None]
     state: GroupState = GroupState.QUEUED
-    attempt: int = 0
+    attempt: int = 0  # leases so far: what is returned under an earlier one is fenced
+    failed_on: list[str] = field(default_factory=list)  # workers of the leases that came to nothing
+    partials: dict[int, Partial] = field(default_factory=dict)  # of missing samples
     worker: str = ""
     deadline: float = 0.0
     floor_version: int = 0  # no token of the running samples is older
@@ -85,6 +108,13 @@ class CutBatch:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """Send the recorded batch of `version` again: the trainer has come back from a checkpoint."""
+
+    version: int
+
+
+@dataclass(frozen=True)
 class Dropped:
     group: Group
     reason: DropReason
@@ -98,7 +128,7 @@ class EvalFinished:
     groups: list[Group]
 
 
-Action = Send | CutBatch | Dropped | EvalFinished
+Action = Send | CutBatch | Replay | Dropped | EvalFinished
 
 
 @dataclass(frozen=True)
@@ -136,11 +166,100 @@ class Core:
         self._next_group_id = 0
         self._to_score: deque[tuple[int, int]] = deque()  # (group_id, index)
         self._scoring: dict[tuple[int, int], tuple[str, int]] = {}  # -> (reward worker, group attempt)
-        self._leaders_ready: set[int] = set()
+        self.facts: list[Fact] = []  # recorded and not yet taken to the journal
+        self.num_replayed_steps = 0
+        self._leaders_want: dict[int, int] = {}  # data-parallel leader -> version it waits to train on
         self._wanted_since: float | None = None  # all leaders wait for the batch of self.version
+        self.hold_batches = False  # the trainer is busy with something else: nothing is cut
         self._in_batch: list[Group] = []
         self._eval_ids: set[int] = set()
         self._eval_ended: list[Group] = []
+
+    # ---- facts
+
+    def restore(self, facts: Iterable[AnyFact]) -> None:
+        """Rebuilds what an earlier life knew, and begins a new one: epoch + 1, no workers, every lease taken back."""
+        for fact in facts:
+            self._apply(fact)
+        self._record(Began(self.epoch + 1))
+        for group in list(self.groups.values()):
+            if group.state is GroupState.READY:
+                self._complete(group)  # the crash may have come before its drop was recorded
+            elif group.state is not GroupState.IN_BATCH:
+                self._await_or_queue(group)
+        self.check()
+
+    def take_facts(self) -> list[Fact]:
+        """What was recorded since the last call: for the journal, before the actions that go with it."""
+        facts, self.facts = self.facts, []
+        return facts
+
+    def _record(self, fact: Fact) -> None:
+        """Makes a change that must survive. Evaluations are not kept: they are made again."""
+        group = self.groups.get(getattr(fact, "group_id", -1))
+        if group is None or group.purpose == "train":
+            self.facts.append(fact)
+        self._apply(fact)
+
+    def _apply(self, fact: Fact) -> None:
+        if isinstance(fact, Began):
+            self.epoch = fact.epoch
+        elif isinstance(fact, Admitted):
+            self._apply_admitted(fact)
+        elif isinstance(fact, Batched):
+            self._in_batch = [self.groups[group_id] for group_id in fact.group_ids]
+            for group in self._in_batch:
+                group.state = GroupState.IN_BATCH
+        elif isinstance(fact, Trained):
+            for group in self._in_batch:
+                del self.groups[group.group_id]
+                self.ledger.trained += 1
+            self._in_batch, self.version = [], fact.version
+        elif isinstance(fact, Closed):
+            group = self.groups.pop(fact.group_id)
+            if group.purpose == "train":
+                self.ledger.dropped[DropReason(fact.reason)] += 1
+        elif isinstance(fact, Leased | LeaseFailed | Kept | Returned | Judged):
+            # a group that has ended may have lost its samples to pruning; what is left of it changes nothing
+            if (group := self.groups.get(fact.group_id)) is not None:
+                self._apply_to_group(group, fact)
+
+    def _apply_admitted(self, fact: Admitted) -> None:
+        prompt = self._next_prompt()
+        if prompt.prompt_id != fact.prompt_id:
+            raise DataError(
+                f"the journal admitted prompt {fact.prompt_id!r} where data.train now gives {prompt.prompt_id!r}: the dataset "
+                "or run.seed changed since the run began; put them back, or begin anew with --from-scratch"
+            )
+        self._add_group(fact.group_id, prompt, "train", self.rules.samples_per_prompt)
+        self.ledger.admitted += 1
+
+    def _apply_to_group(self, group: Group, fact: Leased | LeaseFailed | Kept | Returned | Judged) -> None:
+        if isinstance(fact, Leased):
+            group.state, group.worker = GroupState.RUNNING, fact.worker
+            group.attempt, group.floor_version = fact.attempt, fact.floor_version
+        elif isinstance(fact, LeaseFailed):
+            group.failed_on.append(fact.worker)
+            group.state, group.worker = GroupState.QUEUED, ""
+        elif isinstance(fact, Kept):
+            group.partials[fact.index] = fact.partial
+        elif isinstance(fact, Returned):
+            group.samples[fact.index] = fact.sample
+            group.partials.pop(fact.index, None)
+        else:
+            group.rewards[fact.index] = fact.reward
+            if all(reward is not None for reward in group.rewards):
+                group.state = GroupState.READY
+
+    def _await_or_queue(self, group: Group) -> None:
+        """A group of an earlier life: its missing samples need a new lease, those without a verdict a judge."""
+        if group.missing:
+            group.state, group.worker = GroupState.QUEUED, ""
+        self._to_score.extend(
+            (group.group_id, index)
+            for index, sample in enumerate(group.samples)
+            if sample is not None and group.rewards[index] is None
+        )
 
     # ---- events: workers
 
@@ -185,10 +304,22 @@ class Core:
         if group is None:
             self.num_fenced_messages += 1
             return []
-        group.samples[message.index] = message.sample
+        if not self._is_whole(group, message.sample):
+            self.num_fenced_messages += 1  # versions no server can have had: refused like a failure
+            return self._release(group) + self._advance(now)
+        self._record(Returned(group.group_id, message.index, message.sample))
         self._unload(worker)
         self._to_score.append((group.group_id, message.index))
         return self._advance(now)
+
+    def interrupted(self, worker: str, message: PartialSample) -> list[Action]:
+        """What a running sample has so far: kept for whoever goes on with it, should its worker be lost."""
+        group = self._leased_to(worker, message)
+        if group is None:
+            self.num_fenced_messages += 1
+        else:
+            self._record(Kept(group.group_id, message.index, message.partial))
+        return []
 
     def generate_failed(self, worker: str, message: GenerateFailed, now: float) -> list[Action]:
         group = self._leased_to(worker, message)
@@ -208,7 +339,7 @@ class Core:
         group = self.groups.get(message.group_id)
         actions: list[Action] = []
         if group is not None and message.reward is not None:
-            group.rewards[message.index] = message.reward
+            self._record(Judged(group.group_id, message.index, message.reward))
             if all(reward is not None for reward in group.rewards):
                 actions += self._complete(group)
         elif group is not None:
@@ -221,35 +352,55 @@ class Core:
 
     # ---- events: trainer
 
+    def trainer_joined(self, leader: int) -> None:
+        """A new life of this leader: it has forgotten what it waited for."""
+        self._leaders_want.pop(leader, None)
+        self._wanted_since, self.hold_batches = None, False
+
     def batch_wanted(self, leader: int, version: int, now: float) -> list[Action]:
-        """A data-parallel leader is ready to train on `version`; the batch is cut when all are."""
-        if version != self.version:
+        """A data-parallel leader is ready to train on `version`; the batch leaves when all are.
+
+        A version below ours was trained before: its batch is sent again, unchanged.
+        """
+        if version > self.version:
             self.num_fenced_messages += 1
             return []
-        self._leaders_ready.add(leader)
-        if len(self._leaders_ready) == self.rules.data_parallel_size and self._wanted_since is None:
+        self._leaders_want[leader] = version
+        if list(self._leaders_want.values()).count(version) < self.rules.data_parallel_size:
+            return []
+        if version < self.version:
+            self._leaders_want.clear()
+            return [Replay(version)]
+        if self._in_batch:
+            self._leaders_want.clear()
+            return [CutBatch(version, self._in_batch)]
+        if self._wanted_since is None:
             self._wanted_since = now
         return self._advance(now)
 
     def step_done(self, version: int, now: float) -> list[Action]:
         """The batch of version - 1 is in the weights: its groups count as trained."""
+        if version <= self.version:
+            self.num_replayed_steps += 1  # they count already
+            return []
         if version != self.version + 1 or not self._in_batch:
             self.num_fenced_messages += 1
             return []
-        for group in self._in_batch:
-            del self.groups[group.group_id]
-            self.ledger.trained += 1
-        self._in_batch = []
-        self.version = version
+        self._record(Trained(version))
         self.check()
         return self._advance(now)
+
+    @property
+    def batch_awaited(self) -> bool:
+        """All leaders wait for a batch of the newest version that is not cut yet."""
+        return self._wanted_since is not None
 
     # ---- events: the rest
 
     def start_eval(self, prompts: list[Prompt], now: float) -> list[Action]:
         """Generates and scores one sample of each; training groups are not leased meanwhile."""
         for prompt in prompts:
-            self._eval_ids.add(self._new_group(prompt, "eval", 1).group_id)
+            self._eval_ids.add(self._add_group(self._next_group_id, prompt, "eval", 1).group_id)
         return self._advance(now)
 
     def tick(self, now: float) -> list[Action]:
@@ -291,10 +442,10 @@ class Core:
         """Everything that has become possible: scoring, leases, admissions, the cut."""
         return self._dispatch_scores() + self._cut(now) + self._lease(now)
 
-    def _new_group(self, prompt: Prompt, purpose: Purpose, num_samples: int) -> Group:
-        group = Group(self._next_group_id, prompt, purpose, [None] * num_samples, [None] * num_samples)
-        self._next_group_id += 1
-        self.groups[group.group_id] = group
+    def _add_group(self, group_id: int, prompt: Prompt, purpose: Purpose, num_samples: int) -> Group:
+        group = Group(group_id, prompt, purpose, [None] * num_samples, [None] * num_samples)
+        self._next_group_id = max(self._next_group_id, group_id + 1)
+        self.groups[group_id] = group
         return group
 
     def _lease(self, now: float) -> list[Action]:
@@ -310,16 +461,19 @@ class Core:
             server = self.fleet.free_server(self.rules.samples_per_prompt, self.next_step - self.rules.eta)
             if server is None:
                 break
-            group = self._new_group(self._next_prompt(), "train", self.rules.samples_per_prompt)
+            group_id, prompt = self._next_group_id, self._next_prompt()
+            self.facts.append(Admitted(group_id, prompt.prompt_id))
+            group = self._add_group(group_id, prompt, "train", self.rules.samples_per_prompt)
             self.ledger.admitted += 1
             actions.append(self._lease_to(server, group, now))
         return actions
 
     def _lease_to(self, server: RolloutWorker, group: Group, now: float) -> Send:
-        group.state, group.worker = GroupState.RUNNING, server.name
-        group.attempt += 1
+        oldest_allowed = self.version - self.rules.eta
+        partials = {i: p for i, p in group.partials.items() if p.oldest_version >= oldest_allowed}
+        floor_version = min([server.version, *(p.oldest_version for p in partials.values())])
+        self._record(Leased(group.group_id, group.attempt + 1, server.name, floor_version))
         group.deadline = now + self.rules.lease_timeout_s
-        group.floor_version = server.version
         server.load += len(group.missing)
         return Send(
             server.name,
@@ -332,10 +486,11 @@ class Core:
                 prompt=group.prompt,
                 max_new_tokens=self.rules.max_new_tokens,
                 temperature=self.rules.temperature if group.purpose == "train" else self.rules.eval_temperature,
+                partials=[partials.get(index) for index in group.missing] if partials else [],
             ),
         )
 
-    def _leased_to(self, worker: str, message: Generated | GenerateFailed) -> Group | None:
+    def _leased_to(self, worker: str, message: Generated | GenerateFailed | PartialSample) -> Group | None:
         """The group that this reply may change; None for a late, duplicate or foreign one."""
         group = self.groups.get(message.group_id)
         if group is None or message.epoch != self.epoch or group.state is not GroupState.RUNNING:
@@ -344,6 +499,12 @@ class Core:
             return None
         return group
 
+    def _is_whole(self, group: Group, sample: Sample) -> bool:
+        """Whether the engine can have sampled this: every version between the lease's floor and the trainer's."""
+        if not sample.num_generated:
+            return False
+        return group.floor_version <= sample.oldest_version and sample.newest_version <= self.version
+
     def _unload(self, worker: str, count: int = 1) -> None:
         if server := self.fleet.rollout.get(worker):
             server.load -= count
@@ -351,10 +512,11 @@ class Core:
     def _release(self, group: Group) -> list[Action]:
         """Ends a lease: the samples that are back stay, the others go to another server or the group is dropped."""
         self._unload(group.worker, len(group.missing))
-        group.state, group.worker = GroupState.QUEUED, ""
-        if group.attempt >= self.rules.max_attempts:
-            return self._drop(group, DropReason.GENERATION_FAILED)
-        return []
+        self._record(LeaseFailed(group.group_id, group.worker))
+        if len(group.failed_on) < self.rules.max_attempts:
+            return []
+        several = len(set(group.failed_on)) > 1  # then it is the prompt rather than a server
+        return self._drop(group, DropReason.POISON if several else DropReason.GENERATION_FAILED)
 
     def _take_back(self, worker: str, now: float) -> list[Action]:
         actions: list[Action] = []
@@ -384,7 +546,6 @@ class Core:
         return actions
 
     def _complete(self, group: Group) -> list[Action]:
-        group.state = GroupState.READY
         if group.purpose == "eval":
             return self._end_eval(group)
         if self.rules.drop_equal_rewards and len(set(group.rewards)) == 1:
@@ -392,7 +553,7 @@ class Core:
         return []
 
     def _cut(self, now: float) -> list[Action]:
-        if self._wanted_since is None:
+        if self._wanted_since is None or self.hold_batches:
             return []
         oldest_allowed = self.version - self.rules.eta
         actions: list[Action] = []
@@ -403,11 +564,10 @@ class Core:
         if len(ready) < self.rules.prompts_per_step or self._waits_for_straggler(now):
             return actions
         ready.sort(key=lambda g: (g.oldest_version, g.group_id))
-        self._in_batch = ready[: self.rules.prompts_per_step]
-        for group in self._in_batch:
-            group.state = GroupState.IN_BATCH
+        batch = ready[: self.rules.prompts_per_step]
+        self._record(Batched(self.version, [group.group_id for group in batch]))
         self._wanted_since = None
-        self._leaders_ready.clear()
+        self._leaders_want.clear()
         return [*actions, CutBatch(self.version, self._in_batch)]
 
     def _waits_for_straggler(self, now: float) -> bool:
@@ -420,12 +580,11 @@ class Core:
         return any(group.oldest_version <= last_chance for group in out)
 
     def _drop(self, group: Group, reason: DropReason) -> list[Action]:
-        del self.groups[group.group_id]
         if group.state is GroupState.RUNNING:
             self._unload(group.worker, len(group.missing))  # what still comes of it is fenced
+        self._record(Closed(group.group_id, reason.value))
         if group.purpose == "eval":
             return self._end_eval(group)
-        self.ledger.dropped[reason] += 1
         return [Dropped(group, reason)]
 
     def _end_eval(self, group: Group) -> list[Action]:

@@ -18,6 +18,7 @@ class DropReason(enum.Enum):
 
     STALE = "stale"  # older than eta allows where the batch was cut
     GENERATION_FAILED = "generation_failed"  # max_attempts leases came to nothing
+    POISON = "poison"  # the same, on several servers: the prompt itself is suspected, and kept out
     REWARD_UNAVAILABLE = "reward_unavailable"  # the judge broke max_attempts times: never a reward of 0
     EQUAL_REWARDS = "equal_rewards"  # nothing to learn from, and algorithm.drop_equal_rewards
     RUN_ENDED = "run_ended"  # pending when the last step was done

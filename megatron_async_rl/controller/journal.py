@@ -1,0 +1,189 @@
+"""The facts of a run on disk: SQLite in WAL mode, one writer thread, many facts per commit.
+
+`append` only queues; the writer commits what has gathered. Before anything leaves the controller that could not be taken
+back (a batch, a weight update) the shell awaits `durable()`: whatever the trainer has seen, the journal knows.
+
+A row is a fact without its arrays, and the arrays as one blob. A full disk stops nothing at once: the writer keeps
+what it has, tries again every second and says so (`error`); only `durable()` waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import msgspec
+
+from megatron_async_rl.controller.facts import Admitted, AnyFact, Batched, Fact, Judged, Returned
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.messages import Codec
+
+logger = logging.getLogger(__name__)
+JOURNAL_FILE = "journal.sqlite"
+SCHEMA = 1
+PAGE_BYTES = 65536  # twice the throughput of SQLite's 4096 with blobs of 400 KB
+MAX_FACTS_PER_COMMIT = 512
+RETRY_S = 1.0  # after a failed commit
+_LARGE = ("Returned", "Kept")  # rows with arrays: all that pruning takes away
+
+_Item = tuple[int, Fact] | Future[None] | list[int] | None  # a fact, a waiter, groups to prune, the end
+
+
+class Journal:
+    """One per run. `append`, `durable` and `prune` belong to one thread; reading is done before the first append."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.error = ""  # why the last commit failed; empty while all is well
+        self.num_commits = 0
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._open()
+        except sqlite3.DatabaseError as e:
+            raise DataError(
+                f"the journal {path} cannot be read: {e}; restore it from a copy, or begin anew with --from-scratch, "
+                "which keeps the old folder aside"
+            ) from None
+        path.chmod(0o600)
+        self.last_seq: int = self._db.execute("SELECT COALESCE(MAX(seq), 0) FROM facts").fetchone()[0]
+        self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
+        self._writer.start()
+
+    # ---- writing
+
+    def append(self, facts: Iterable[Fact]) -> None:
+        """Queues facts in order; returns at once."""
+        for fact in facts:
+            self.last_seq += 1
+            self._items.put((self.last_seq, fact))
+
+    async def durable(self) -> None:
+        """Returns when all that was appended so far is on disk."""
+        await asyncio.wrap_future(self.flush())
+
+    def flush(self) -> Future[None]:
+        """Done when all that was appended so far is on disk."""
+        waiter: Future[None] = Future()
+        self._items.put(waiter)
+        return waiter
+
+    def prune(self, group_ids: list[int]) -> None:
+        """Forgets the tokens of groups that no checkpoint will ask for again; their ledger entries stay."""
+        if group_ids:
+            self._items.put(group_ids)
+
+    def close(self) -> None:
+        """Commits what is queued, unless the disk refuses it."""
+        self._items.put(None)
+        self._writer.join()
+        self._db.close()
+
+    # ---- reading
+
+    def facts(self, after: int = 0) -> Iterator[AnyFact]:
+        """All facts in order, as they were recorded."""
+        yield from self._select("SELECT record, arrays FROM facts WHERE seq > ? ORDER BY seq", after)
+
+    def batch(self, version: int) -> tuple[list[Admitted], list[Returned], list[Judged]]:
+        """What rebuilds the batch that was trained on `version`. Raises DataError when it was pruned."""
+        found = [fact for fact in self._select("SELECT record, arrays FROM facts WHERE kind = 'Batched'")]
+        wanted = next((f for f in found if isinstance(f, Batched) and f.version == version), None)
+        if wanted is None:
+            raise DataError(f"the journal {self._path} has no batch of version {version}")
+        marks = ",".join("?" * len(wanted.group_ids))
+        rows = list(
+            self._select(f"SELECT record, arrays FROM facts WHERE group_id IN ({marks}) ORDER BY seq", *wanted.group_ids)
+        )
+        returned = [fact for fact in rows if isinstance(fact, Returned)]
+        if {fact.group_id for fact in returned} != set(wanted.group_ids):
+            raise DataError(
+                f"the journal {self._path} no longer holds the samples trained on version {version}: the checkpoint is "
+                "older than the two generations that a run keeps; begin anew with --from-scratch"
+            )
+        order = {group_id: place for place, group_id in enumerate(wanted.group_ids)}
+        admitted = sorted((f for f in rows if isinstance(f, Admitted)), key=lambda f: order[f.group_id])
+        return admitted, returned, [fact for fact in rows if isinstance(fact, Judged)]
+
+    # ---- inside
+
+    def _open(self) -> None:
+        db = self._db
+        db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        schema = db.execute("PRAGMA user_version").fetchone()[0]
+        if schema not in (0, SCHEMA):
+            raise sqlite3.DatabaseError(f"it has schema {schema}, this program writes {SCHEMA}")
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS facts "
+            "(seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, group_id INTEGER, record BLOB NOT NULL, arrays BLOB)"
+        )
+        db.execute("CREATE INDEX IF NOT EXISTS facts_of_group ON facts (group_id)")
+        db.execute("CREATE INDEX IF NOT EXISTS batches ON facts (seq) WHERE kind = 'Batched'")
+        db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+    def _select(self, query: str, *values: int) -> Iterator[AnyFact]:
+        codec = Codec(AnyFact)
+        # a connection of its own: the writer's may be inside a transaction
+        db = sqlite3.connect(f"file:{self._path}?mode=ro", uri=True)
+        try:
+            for record, arrays in db.execute(query, values):
+                header, sizes = msgspec.msgpack.decode(record)
+                view, frames, start = memoryview(arrays or b""), [], 0
+                for size in sizes:
+                    frames.append(view[start : start + size])
+                    start += size
+                yield codec.decode([header, *frames])
+        finally:
+            db.close()
+
+    def _write(self) -> None:
+        codec = Codec(AnyFact)
+        while True:
+            items = [self._items.get()]
+            while len(items) < MAX_FACTS_PER_COMMIT and not self._items.empty():
+                items.append(self._items.get())
+            rows = [_row(codec, *item) for item in items if isinstance(item, tuple)]
+            pruned = [group for item in items if isinstance(item, list) for group in item]
+            ends = None in items
+            while (rows or pruned) and not self._commit(rows, pruned) and not ends:
+                time.sleep(RETRY_S)
+            for item in items:
+                if isinstance(item, Future):
+                    item.set_result(None)
+            if ends:
+                return
+
+    def _commit(self, rows: list[tuple[int, str, int | None, bytes, bytes]], pruned: list[int]) -> bool:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("INSERT INTO facts VALUES (?, ?, ?, ?, ?)", rows)
+            for group in pruned:
+                self._db.execute(f"DELETE FROM facts WHERE group_id = ? AND kind IN {_LARGE}", (group,))
+            self._db.execute("COMMIT")
+        except sqlite3.OperationalError as e:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if self.error != str(e):
+                logger.error("the journal %s cannot be written: %s; trying again every %.0f s", self._path, e, RETRY_S)
+            self.error = str(e)
+            return False
+        if self.error:
+            logger.warning("the journal is written again")
+        self.error = ""
+        self.num_commits += 1
+        return True
+
+
+def _row(codec: Codec, seq: int, fact: Fact) -> tuple[int, str, int | None, bytes, bytes]:
+    header, *frames = codec.encode(fact)
+    record = msgspec.msgpack.encode([header, [len(frame) for frame in frames]])
+    return seq, type(fact).__name__, getattr(fact, "group_id", None), record, b"".join(frames)
