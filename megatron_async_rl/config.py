@@ -162,6 +162,10 @@ class WeightsConfig(Section, kw_only=True):
     bucket_bytes: Annotated[int, _at_least(1024, "Size of one flattened bucket on the wire.")] = 1 << 30
     verify_every: Annotated[int, _at_least(1, "Compare digests at every k-th update (the first always).")] = 1
     update_timeout_s: Annotated[float, _above(0, "Deadline of one whole update; a late server is fenced.")] = 120.0
+    dtype: Annotated[
+        Literal["as_trained", "float32", "bfloat16", "float16"],
+        _doc("Element type on the wire, cast at the source; as_trained: that of trainer.precision."),
+    ] = "as_trained"
 
 
 class CheckpointConfig(Section, kw_only=True):

@@ -28,6 +28,8 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_async_rl.trainer.fused import rotate
+
 MAX_PADDING = 0.15
 """Share of a dense batch that may be padding; above it another batch is opened."""
 
@@ -47,13 +49,15 @@ class PackedSequences(PackedSeqParams):
     """Megatron's description of a pack, with what our attention and rotary embedding need beside it.
 
     For our own core attention qkv_format is "packed", which Megatron does not know: it then leaves query, key and value
-    as [T, 1, H, D], and takes the rotary angles as they come. Transformer Engine's attention needs "thd".
+    as [T, 1, H, D]. Transformer Engine's attention needs "thd".
     """
 
     positions_T: Tensor | None = None  # position of each of this rank's tokens in its sequence
     dense: tuple[DenseBatch, ...] = ()  # for the CPU
     kept_T: Tensor | None = None  # context parallel: which tokens of the whole pack this rank holds
     gathered_T: Tensor | None = None  # and where each token of the whole pack is after a gather over the ranks
+    rotary_cos_TF: Tensor | None = None  # float32 angles of this rank's tokens; F is half of D
+    rotary_sin_TF: Tensor | None = None
 
 
 def pack_sequences(
@@ -129,7 +133,9 @@ class PackedAttention(DotProductAttention):
     ) -> Tensor:
         """query [T, 1, H, D], key and value [T, 1, groups, D] -> [T, 1, H * D]"""
         assert packed_seq_params is not None, "the trainer packs every micro-batch"
-        qkv = (query.squeeze(1), key.squeeze(1), value.squeeze(1))
+        assert packed_seq_params.rotary_cos_TF is not None and packed_seq_params.rotary_sin_TF is not None
+        rotary = (packed_seq_params.rotary_cos_TF, packed_seq_params.rotary_sin_TF)
+        qkv = (*rotate(query.squeeze(1), key.squeeze(1), *rotary), value.squeeze(1))
         attend = _varlen
         if packed_seq_params.kept_T is not None:
             attend = _context_parallel
@@ -145,10 +151,8 @@ def _varlen(
 
     per_group = query_THD.size(1) // key_TGD.size(1)
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # all before, none after: causal
-    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
+    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:  # before, the kernel just took fewer key heads
         options["enable_gqa"] = per_group > 1
-    elif per_group > 1:
-        key_TGD, value_TGD = (x.repeat_interleave(per_group, dim=1) for x in (key_TGD, value_TGD))
     cu_seqlens, longest = packed.cu_seqlens_q, packed.max_seqlen_q
     return varlen.varlen_attn(query_THD, key_TGD, value_TGD, cu_seqlens, cu_seqlens, longest, longest, **options)
 

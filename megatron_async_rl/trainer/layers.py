@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -24,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_async_rl.trainer.attention import PackedAttention, PackedSequences
+from megatron_async_rl.trainer.fused import rms_norm
 
 
 def has_transformer_engine() -> bool:
@@ -56,11 +56,11 @@ def _norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
 class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
         super().__init__()
-        self.eps, self.size = eps, (hidden_size,)
+        self.eps = eps
         self.weight = _norm_weight(config, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.size, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class NormedColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
@@ -68,18 +68,19 @@ class NormedColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
-        self.eps, self.size = config.layernorm_epsilon, (input_size,)
+        self.eps = config.layernorm_epsilon
         self.layer_norm_weight = _norm_weight(config, input_size)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return super().forward(F.rms_norm(x, self.size, self.layer_norm_weight, self.eps), *args, **kwargs)
+        return super().forward(rms_norm(x, self.layer_norm_weight, self.eps), *args, **kwargs)
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):
     """Rotary angles gathered once per micro-batch by each token's position in its own sequence.
 
     Megatron's way with packed sequences cuts and concatenates them per sequence, twice per layer, and waits for the GPU
-    to learn their lengths. GPTModel passes what get_rotary_seq_len returns on to forward: we pass the sequences.
+    to learn their lengths. GPTModel passes what get_rotary_seq_len returns on to forward: we pass the sequences. The
+    angles travel with them, and PackedAttention rotates query and key; Megatron, told of none, does not.
     """
 
     def get_rotary_seq_len(
@@ -87,6 +88,7 @@ class PackedRotaryEmbedding(RotaryEmbedding):
     ) -> Any:
         return packed
 
-    def forward(self, packed: PackedSequences, **unused: Any) -> Tensor:
-        """[T, 1, 1, D] float32"""
-        return self.get_emb(packed.max_seqlen_q)[packed.positions_T]
+    def forward(self, packed: PackedSequences, **unused: Any) -> None:
+        half = self.inv_freq.numel()  # the second half of the angles repeats the first
+        angles_TF = self.get_emb(packed.max_seqlen_q)[:, 0, 0, :half][packed.positions_T]
+        packed.rotary_cos_TF, packed.rotary_sin_TF = angles_TF.cos(), angles_TF.sin()

@@ -1,22 +1,28 @@
 """Logprobs of given tokens, and entropy, from logits whose vocabulary is cut over tensor-parallel ranks.
 
 Megatron's vocab_parallel_cross_entropy makes a float32 copy of all logits, overwrites them in place, and knows neither
-temperature nor entropy nor padded vocabulary rows. Here float32 exists for CHUNK_TOKENS tokens at a time; backward
-recomputes the softmax from the logits. Each rank reduces its part of the vocabulary to four numbers a token, and one
-collective brings them together.
+temperature nor entropy nor padded vocabulary rows. Here the work goes in chunks of at most CHUNK_ELEMENTS logits, and
+backward recomputes the softmax from the logits. Each rank reduces its part of the vocabulary to four numbers a token,
+and one collective brings them together.
 
-Suffixes: T tokens, V this rank's part of the vocabulary, R ranks.
+Memory beyond the logits: on a GPU the chunk's work is a few fused kernels, so nothing of the logits' size is float32;
+on the CPU no temporary is larger than CHUNK_ELEMENTS.
+
+Suffixes: T tokens, C tokens of a chunk, V this rank's part of the vocabulary, R ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_TOKENS = 1024
+from megatron_async_rl.trainer.fused import gpu_compiled
+
+CHUNK_ELEMENTS = 1 << 27
 _EMPTY = -1e30  # the maximum of no logits; finite, so that 0 * it is 0
 
 
@@ -39,9 +45,50 @@ def token_logprobs(
     return _TokenLogprobs.apply(logits_TV, targets_T, vocab_size, temperature, group, entropy, overwrite_logits)
 
 
-def _wide(logits: Tensor, temperature: float) -> Tensor:
-    """A scaled copy in float32 (or float64 where they are)."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+def _chunks(total: int, columns: int) -> Iterator[slice]:
+    """Rows in chunks of at most CHUNK_ELEMENTS, at least one row each."""
+    rows = max(1, CHUNK_ELEMENTS // max(1, columns))
+    return (slice(start, start + rows) for start in range(0, total, rows))
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """In float32 (float64 where they are), divided by the temperature."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if temperature == 1.0 else wide / temperature
+
+
+@gpu_compiled
+def _reduce(logits_CV: Tensor, target_C: Tensor, temperature: float, entropy: bool) -> Tensor:
+    """[4, C]: max x | sum e | sum e * (x - max), or 0 | target's x, over the columns x, with e = exp(x - max)."""
+    x = _scaled(logits_CV, temperature)
+    top = x.amax(1)
+    shifted = x - top[:, None]
+    e = shifted.exp()
+    weighted = (e * shifted).sum(1) if entropy else torch.zeros_like(top)
+    target = _scaled(logits_CV.gather(1, target_C.clamp(0, logits_CV.size(1) - 1)[:, None])[:, 0], temperature)
+    return torch.stack([top, e.sum(1), weighted, target])
+
+
+@gpu_compiled
+def _write_gradient(
+    logits_CV: Tensor,
+    target_C: Tensor,
+    log_sum_C: Tensor,
+    entropy_C: Tensor,
+    d_logprobs_C: Tensor | None,
+    d_entropy_C: Tensor | None,
+    temperature: float,
+) -> None:
+    """The gradient over the logits. p is the softmax: d logprob / dx = [target] - p, d entropy / dx = -p (log p + entropy)."""
+    log_p = _scaled(logits_CV, temperature) - log_sum_C[:, None]
+    p = log_p.exp()
+    grad = torch.zeros_like(p)
+    if d_logprobs_C is not None:
+        columns = torch.arange(p.size(1), device=p.device)
+        grad = ((columns == target_C[:, None]).to(p.dtype) - p) * d_logprobs_C[:, None]
+    if d_entropy_C is not None:
+        grad = grad - p * (log_p + entropy_C[:, None]) * d_entropy_C[:, None]
+    logits_CV.copy_(grad / temperature)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -64,20 +111,11 @@ class _TokenLogprobs(torch.autograd.Function):
 
         total = logits_TV.size(0)
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
-        # Per token, over this rank's columns x: max x | sum e | sum e * (x - max) | target's x, with e = exp(x - max).
         stats_4T = logits_TV.new_zeros(4, total, dtype=wide)
         stats_4T[0] = _EMPTY
-        for start in range(0, total if valid else 0, CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            x = _wide(logits_TV[rows, :valid], temperature)
-            target = x.gather(1, local_T[rows].clamp(0, valid - 1)[:, None])[:, 0]
-            stats_4T[3, rows] = torch.where(here_T[rows], target, 0.0)
-            stats_4T[0, rows] = top = x.amax(1)
-            x -= top[:, None]
-            e = x.exp()
-            stats_4T[1, rows] = e.sum(1)
-            if entropy:
-                stats_4T[2, rows] = e.mul_(x).sum(1)
+        for rows in _chunks(total, valid) if valid else ():
+            stats_4T[:, rows] = _reduce(logits_TV[rows, :valid], local_T[rows], temperature, entropy)
+        stats_4T[3] = torch.where(here_T, stats_4T[3], 0.0)
 
         stats_R4T = stats_4T[None]
         if ranks > 1:
@@ -95,28 +133,19 @@ class _TokenLogprobs(torch.autograd.Function):
         else:
             entropy_T = torch.zeros_like(logprobs_T)
 
-        ctx.save_for_backward(logits_TV, local_T, here_T, log_sum_T, entropy_T)
+        ctx.save_for_backward(logits_TV, local_T, log_sum_T, entropy_T)
         ctx.valid, ctx.temperature, ctx.overwrite = valid, temperature, overwrite_logits
         ctx.set_materialize_grads(False)
         return logprobs_T, entropy_T
 
     @staticmethod
     def backward(ctx: Any, d_logprobs_T: Tensor | None, d_entropy_T: Tensor | None) -> tuple[Tensor | None, ...]:
-        """With p the softmax: d logprob / d x = [target] - p;  d entropy / d x = -p * (log p + entropy)."""
-        logits_TV, local_T, here_T, log_sum_T, entropy_T = ctx.saved_tensors
-        grad_TV = logits_TV.detach() if ctx.overwrite else torch.empty_like(logits_TV)
-        for start in range(0, logits_TV.size(0), CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            log_p = _wide(logits_TV[rows, : ctx.valid], ctx.temperature) - log_sum_T[rows, None]
-            p = log_p.exp()
-            grad = torch.zeros_like(p)
-            if d_logprobs_T is not None:
-                grad.addcmul_(p, d_logprobs_T[rows, None], value=-1)
-                if ctx.valid:
-                    at_target = torch.where(here_T[rows], d_logprobs_T[rows], 0.0)
-                    grad.scatter_add_(1, local_T[rows].clamp(0, ctx.valid - 1)[:, None], at_target[:, None])
-            if d_entropy_T is not None:
-                grad.addcmul_(p, (log_p + entropy_T[rows, None]) * d_entropy_T[rows, None], value=-1)
-            grad_TV[rows, : ctx.valid] = (grad / ctx.temperature).to(grad_TV.dtype)
+        logits_TV, local_T, log_sum_T, entropy_T = ctx.saved_tensors
+        grad_TV = logits_TV.detach() if ctx.overwrite else logits_TV.clone()
+        for rows in _chunks(len(local_T), ctx.valid) if ctx.valid else ():
+            d_logprobs = None if d_logprobs_T is None else d_logprobs_T[rows]
+            d_entropy = None if d_entropy_T is None else d_entropy_T[rows]
+            given = (local_T[rows], log_sum_T[rows], entropy_T[rows], d_logprobs, d_entropy, ctx.temperature)
+            _write_gradient(grad_TV[rows, : ctx.valid], *given)
         grad_TV[:, ctx.valid :] = 0
         return grad_TV, None, None, None, None, None, None

@@ -21,6 +21,7 @@ from megatron_async_rl.trainer import layers, parallel, settings
 from megatron_async_rl.weights.folder import Architecture, ModelFolder
 from megatron_async_rl.weights.load import load_folder
 from megatron_async_rl.weights.mapping import ModelShape
+from megatron_async_rl.weights.random_init import fill_random
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,10 @@ def build(config: Config) -> TrainerModel:
         )
     transformer = settings.transformer_config(config, shape, architecture)
     module = _build_module(transformer, shape, architecture)
-    load_folder(module, folder, shape)
+    if config.model.random_init:
+        fill_random(module, shape, config.run.seed)
+    else:
+        load_folder(module, folder, shape)
     ddp = settings.ddp_config(config)
     wrapped = Float16Module(transformer, module) if transformer.bf16 else module
     chunk = DistributedDataParallel(transformer, ddp, wrapped)
