@@ -122,7 +122,7 @@ def test_every_trained_sample_becomes_one_line_that_people_can_grep(tmp_path: Pa
     assert first == {
         "version": 4, "group_id": 5, "prompt_id": "p5", "index": 0, "reward": 1.0, "advantage": 0.5,
         "num_prompt": 3, "num_generated": 20, "versions": [[3, 12], [4, 8]], "stop": "stop", "num_interrupts": 1,
-        "text": "1+1=2",
+        "text": "1+1=2", "ids": [1, 2, 3] + [7] * 20, "logprobs": [-0.5] * 20,
     }  # fmt: skip
     assert (second["index"], second["reward"], second["versions"]) == (1, 0.0, [[4, 2]])
 
