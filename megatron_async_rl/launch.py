@@ -23,7 +23,7 @@ from typing import IO
 from rich.console import Console
 
 from megatron_async_rl import config as config_module
-from megatron_async_rl import display, doctor, processes
+from megatron_async_rl import devices, display, doctor, processes
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import ConfigError, Error
 from megatron_async_rl.metrics import read_status
@@ -93,15 +93,21 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def _start_all(run: Run, config: Config) -> None:
     package, run_dir = "megatron_async_rl", str(run.run_dir)
+    gpus = devices.assign_gpus(config, devices.visible_gpus())
     run.start("controller", "-m", f"{package}.controller", run_dir)
     for i in range(config.rollout.servers):
-        run.start(f"rollout-{i}", "-m", f"{package}.rollout", run_dir, f"rollout-{i}")
+        name = f"rollout-{i}"
+        run.start(name, "-m", f"{package}.rollout", run_dir, name, env={"CUDA_VISIBLE_DEVICES": gpus[name]})
     run.start(
         "trainer",
         *("-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={config.trainer_ranks}"),
         *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--no-python"),
         *(sys.executable, "-m", f"{package}.trainer", run_dir),
-        env={"OMP_NUM_THREADS": str(config.trainer.threads), "NCCL_CUMEM_ENABLE": "0"},  # as SGLang sets it
+        env={
+            "CUDA_VISIBLE_DEVICES": gpus["trainer"],
+            "OMP_NUM_THREADS": str(config.trainer.threads),
+            "NCCL_CUMEM_ENABLE": "0",  # as SGLang sets it
+        },
     )
     for i in range(config.reward.workers):
         run.start(f"reward-{i}", "-m", f"{package}.reward", run_dir, f"reward-{i}")
