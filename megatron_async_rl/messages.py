@@ -94,6 +94,7 @@ class Generate(Message, frozen=True):
     max_new_tokens: int
     temperature: float  # 0 is greedy
     partials: list[Partial | None] = []  # one per index, of an earlier lease; empty: none
+    floor_version: int = 0  # what the worker itself has left of these samples counts unless it is older
 
 
 class Generated(Message, frozen=True):
@@ -275,6 +276,7 @@ class SendBuckets(Message, frozen=True):
     """Controller -> weight sources, when every receiver is ready and the groups stand: go."""
 
     version: int
+    verify: bool = True  # work out the digests too
 
 
 class ReceiveBuckets(Message, frozen=True):
@@ -293,6 +295,7 @@ class BucketsSent(Message, frozen=True):
     digests: dict[str, str]
     seconds: dict[str, float]
     error: str = ""
+    peak_bytes: int = 0  # GPU memory that the update took beside the model; 0 on a CPU
 
 
 class WeightDigests(Message, frozen=True):

@@ -58,6 +58,7 @@ class Outcome:
     fenced: dict[str, str] = field(default_factory=dict)  # server -> why
     seconds: dict[str, float] = field(default_factory=dict)  # phase -> seconds of the slowest party
     num_interrupted: int = 0
+    peak_bytes: int = 0  # GPU memory of the source that took most, beside its model
 
 
 class Publisher:
@@ -77,6 +78,15 @@ class Publisher:
         self._groups: list[str] = []
         self._num_formations = 0
         self._num_updates = 0
+
+    def begin_life(self, epoch: int) -> None:
+        """Names of update groups differ from those of the controller's earlier lives: engines may still hold them."""
+        self._num_formations = epoch * 1_000_000
+
+    def forget(self, name: str) -> None:
+        """A new life of this worker: groups with the old one in them are of no use."""
+        if name in self._members:
+            self._members = ()
 
     async def publish(
         self, version: int, offers: dict[str, PublishOffer], servers: list[str], updating: Callable[[str], None]
@@ -111,6 +121,10 @@ class Publisher:
             raise PublishError(f"no server took version {version}: {outcome.fenced}")
         outcome.seconds["total"] = time.monotonic() - started
         return outcome
+
+    def forget_groups(self) -> None:
+        """A party was started anew under its old name: the next update makes new groups."""
+        self._members = ()
 
     async def _form_groups(
         self, sources: list[str], servers: list[str], offers: dict[str, PublishOffer], outcome: Outcome
@@ -160,12 +174,13 @@ class Publisher:
         for server in servers:
             await self._send(server, ReceiveBuckets(version, stages, verify))
         for source in sources:
-            await self._send(source, SendBuckets(version))
+            await self._send(source, SendBuckets(version, verify))
         sent = await self._collect(BucketsSent, sources, outcome, version=version)
         digests: dict[str, str] = {}
         for message in sent.values():
             digests.update(message.digests)
             _keep_slowest(outcome.seconds, message.seconds)
+            outcome.peak_bytes = max(outcome.peak_bytes, message.peak_bytes)
         if len(sent) < len(sources):
             raise PublishError(f"weight sources {sorted(set(sources) - set(sent))} did not send version {version}")
         if any(message.error for message in sent.values()):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import aiohttp
+import msgspec
 
 from megatron_async_rl.errors import EngineError
 from megatron_async_rl.messages import Bucket, JoinGroup
@@ -117,9 +118,9 @@ class EngineClient:
     async def abort_all(self) -> None:
         await self._call("POST", "/abort_request", {"abort_all": True}, self._admin)
 
-    async def flush_cache(self) -> None:
-        """Drops every cached prefix. Raises EngineError while requests run."""
-        await self._call("POST", "/flush_cache", None, self._admin)
+    async def flush_cache(self, patience_s: float = 0.0) -> None:
+        """Drops every cached prefix. Raises EngineError when requests still run after `patience_s`."""
+        await self._call("POST", f"/flush_cache?timeout={max(patience_s, 0.0):.3f}", None, self._admin)
 
     # ---- weights
 
@@ -193,7 +194,9 @@ class EngineClient:
             ) as reply:
                 if reply.status != 200:
                     raise EngineError(f"{path} answered {reply.status}: {(await reply.text())[:500]}")
-                body = await (reply.json() if "json" in reply.content_type else reply.text())
+                # replies with logprobs are big and come by the hundred at a weight update: not the slow standard json
+                is_json = "json" in reply.content_type
+                body = msgspec.json.decode(await reply.read()) if is_json else await reply.text()
         except TimeoutError:
             raise EngineError(f"{path} did not answer within {timeout_s:.0f} s") from None
         except aiohttp.ClientError as e:

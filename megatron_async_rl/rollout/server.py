@@ -75,7 +75,10 @@ class Server:
             self._child = None
 
     async def _start_on(self, port: int) -> None:
-        api_key, admin_key = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+        api_key, admin_key = (
+            secrets.token_hex(32),
+            secrets.token_hex(32),
+        )  # urlsafe may begin with '-': taken for a flag
         self._keys.touch(mode=0o600)
         self._keys.write_text(yaml.safe_dump({"api-key": api_key, "admin-api-key": admin_key}))
         host = str(self._config.sglang.get("host", "127.0.0.1"))

@@ -2,19 +2,26 @@
 
 An update, seen from here:
 
-    UpdateWeights    new requests wait at the gate; running ones are aborted and return what they have; idle
-    ReceiveBuckets   begin, bucket after bucket, end; the prefix cache is dropped: nothing of the old weights is left
+    UpdateWeights    new requests wait at the gate; running ones are aborted and return what they have; idle. The
+                     prefix cache is dropped: nothing of the old weights is left, and nothing can come until the end
+    ReceiveBuckets   begin, bucket after bucket, end
     WeightDigests    the engine's digests against the trainer's; equal: the gate opens, requests go on by a new
                      prefill of prompt + tokens so far. Anything else: `Updated` with an error, and the gate stays shut
+
+What an interruption leaves of a sample goes to the controller, which hands it to whoever gets the sample next. When the
+controller itself was gone, all leases are void; what this worker had is kept here for the leases to come.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
 from typing import Any
+
+import numpy as np
 
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import EngineError, Error
@@ -29,6 +36,7 @@ from megatron_async_rl.messages import (
     Heartbeat,
     Hello,
     JoinGroup,
+    PartialSample,
     ReceiveBuckets,
     Shutdown,
     Updated,
@@ -41,10 +49,12 @@ from megatron_async_rl.rollout.server import Server
 from megatron_async_rl.rollout.workflow import Completion, Workflow
 from megatron_async_rl.tokenizer import Tokenizer
 from megatron_async_rl.transport import Link
-from megatron_async_rl.types import Segment
+from megatron_async_rl.types import Partial, Segment, join_segments
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 2.0
+HAND_IN_S = 5.0  # for the samples in flight to be handed in at the end
+MAX_LEFT = 4096  # samples whose tokens are kept here, for a controller that comes back
 ABORT_AGAIN_S = 0.05  # a request on its way to the scheduler escapes an abort: repeat until none is out
 
 
@@ -65,12 +75,17 @@ class RolloutWorker:
         self._digests: asyncio.Queue[WeightDigests | AbandonUpdate] = asyncio.Queue()
         self._update_seconds: dict[str, float] = {}
         self._num_interrupted = 0
+        self._paused_since = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._leases: set[asyncio.Task[None]] = set()  # those of them that make samples
+        self._version = -1  # of the weights, when last verified
+        self.left: dict[tuple[int, int], Partial] = {}  # (group, index) -> its tokens so far
 
     async def run(self) -> None:
         """Serves until Shutdown. Raises EngineError when the server dies."""
         rollout = self._config.rollout
-        await self._link.join(Hello("rollout", self._name, os.getpid(), capacity=rollout.max_concurrent_samples))
+        self._capacity = rollout.max_concurrent_samples
+        await self._link.join(self._hello)
         loops = [asyncio.create_task(loop()) for loop in (self._receive, self._beat, self._server.watch)]
         try:
             done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
@@ -83,14 +98,28 @@ class RolloutWorker:
             for task in [*loops, *self._tasks]:
                 task.cancel()
 
-    async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
+    def _hello(self) -> Hello:
+        """Said at the start, and again to a controller that does not know us: every lease so far is void then."""
+        if self._leases:
+            self._spawn(self._void_leases())
+        serving = self._version if self._serving.is_set() else -1
+        return Hello("rollout", self._name, os.getpid(), capacity=self._capacity, serving=serving)
+
+    async def generate(self, ids: list[int], sampling: Sampling, lease: SampleLease | None = None) -> Completion:
         """Generates to the end across any number of weight updates: one segment per version.
 
         An update makes the engine return what it has. Its KV cache came from the old weights, so prompt and tokens so
         far go in again as a new prompt and are prefilled under the new weights.
         """
-        tokens, segments, budget = list(ids), [], sampling.max_new_tokens
+        tokens, segments, budget = list(ids), lease.left_of(ids) if lease else [], sampling.max_new_tokens
+        for segment in segments:
+            tokens += segment.ids
+            budget -= len(segment.ids)
         while True:
+            if len(tokens) > len(ids) and tokens[-1] in sampling.stop_token_ids:
+                return Completion(_merge(segments), "stop")  # the abort met a request that had just ended
+            if budget <= 0:
+                return Completion(_merge(segments), "length")
             await self._serving.wait()
             part = await self._request(tokens, Sampling(budget, sampling.temperature, sampling.stop_token_ids))
             for segment in part.segments:
@@ -98,12 +127,10 @@ class RolloutWorker:
                 tokens += segment.ids
                 budget -= len(segment.ids)
                 self._tokens_generated += len(segment.ids)
+            if lease and segments:
+                await lease.keep(ids, _merge(segments), interrupted=part.stop == "abort")
             if part.stop != "abort":
                 return Completion(_merge(segments), part.stop)
-            if len(tokens) > len(ids) and tokens[-1] in sampling.stop_token_ids:
-                return Completion(_merge(segments), "stop")  # the abort met a request that had just ended
-            if budget == 0:
-                return Completion(_merge(segments), "length")
 
     async def _request(self, tokens: list[int], sampling: Sampling) -> Any:
         self._num_requests += 1
@@ -122,19 +149,24 @@ class RolloutWorker:
             message = await self._link.receive()
             if isinstance(message, Shutdown):
                 logger.info("ending: %s", message.reason)
+                await self._hand_in()
                 return
             if isinstance(message, WeightDigests | AbandonUpdate):
                 self._digests.put_nowait(message)
             elif isinstance(message, Generate):
-                for index in message.indices:
-                    self._spawn(self._sample(message, index))
+                partials = message.partials or [None] * len(message.indices)
+                for index, partial in zip(message.indices, partials, strict=True):
+                    task = self._spawn(self._sample(message, index, partial))
+                    self._leases.add(task)
+                    task.add_done_callback(self._leases.discard)
             else:
                 self._spawn(self._weights(message))
 
-    def _spawn(self, coroutine: Any) -> None:
+    def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _beat(self) -> None:
         while True:
@@ -143,11 +175,38 @@ class RolloutWorker:
 
     # ---- samples
 
-    async def _sample(self, lease: Generate, index: int) -> None:
+    async def send(self, message: PartialSample) -> None:
+        await self._link.send(message)
+
+    async def _hand_in(self) -> None:
+        """Ends what runs, so that every sample's tokens so far reach the controller; bounded, and best effort."""
+        if not self._num_requests:
+            return
+        self._serving.clear()
+        with contextlib.suppress(EngineError, TimeoutError):
+            await asyncio.wait_for(self._until_idle(), HAND_IN_S)
+
+    async def _until_idle(self) -> None:
+        while self._num_requests:
+            await self._client.abort_all()
+            await asyncio.sleep(ABORT_AGAIN_S)
+
+    async def _void_leases(self) -> None:
+        """The samples of all leases end where they are; their tokens stay here for a new lease."""
+        leases = list(self._leases)
+        self._leases.clear()
+        with contextlib.suppress(EngineError):
+            await self._client.abort_all()
+        await asyncio.wait(leases, timeout=ABORT_AGAIN_S)
+        for task in leases:
+            task.cancel()
+
+    async def _sample(self, lease: Generate, index: int, partial: Partial | None) -> None:
         who = (lease.epoch, lease.group_id, lease.attempt, index)
+        policy = SampleLease(self, lease, index, partial)
         sampling = Sampling(lease.max_new_tokens, lease.temperature, sorted(self.tokenizer.eos_ids))
         try:
-            sample = await self._workflow.run(lease.prompt, self, sampling)
+            sample = await self._workflow.run(lease.prompt, policy, sampling)
         except EngineError as e:
             await self._link.send(GenerateFailed(*who, error=str(e)))
         except Exception as e:  # the user's workflow: its failure is this sample's, not the worker's
@@ -187,7 +246,10 @@ class RolloutWorker:
                 except TimeoutError:
                     if time.monotonic() > deadline:
                         raise EngineError(f"{self._num_requests} requests did not end after an abort") from None
-        self._update_seconds = {"interrupt": time.monotonic() - started}
+        idle = time.monotonic()
+        await self._client.flush_cache(deadline - idle)
+        self._update_seconds = {"interrupt": idle - started, "flush": time.monotonic() - idle}
+        self._paused_since = started
         await self._link.send(UpdateReady(version, self._update_seconds))
 
     async def _join(self, join: JoinGroup) -> None:
@@ -213,10 +275,7 @@ class RolloutWorker:
             await self._client.receive_bucket(group, bucket, update.version if number == len(buckets) else None)
         await self._client.end_update()
         lap("load")
-        await self._client.flush_cache()
-        lap("flush")
-        held = await self._client.checksums() if update.verify else {}
-        served = await self._client.served_version()
+        held, served = await asyncio.gather(self._held(update.verify), self._client.served_version())
         if served != str(update.version):
             raise EngineError(f"the engine says it holds version {served}, expected {update.version}")
         expected = await self._digests_of(update.version)
@@ -226,8 +285,13 @@ class RolloutWorker:
         if update.verify:
             _compare(held, expected.digests)
         lap("digest")
+        self._version = update.version
         self._serving.set()
+        self._update_seconds["pause"] = time.monotonic() - self._paused_since
         await self._link.send(Updated(update.version, self._update_seconds, num_interrupted=self._num_interrupted))
+
+    async def _held(self, verify: bool) -> dict[str, str]:
+        return await self._client.checksums() if verify else {}
 
     async def _digests_of(self, version: int) -> WeightDigests | AbandonUpdate:
         timeout_s = self._config.weights.update_timeout_s
@@ -240,6 +304,46 @@ class RolloutWorker:
             raise EngineError(
                 f"the trainer's digests of version {version} did not come within {timeout_s:.0f} s"
             ) from None
+
+
+class SampleLease:
+    """The policy as one leased sample's workflow sees it: a call goes on where an interruption or a crash left it."""
+
+    def __init__(self, worker: RolloutWorker, lease: Generate, index: int, partial: Partial | None) -> None:
+        self.tokenizer = worker.tokenizer
+        self._worker = worker
+        self._lease = lease
+        self._index = index
+        self._key = (lease.group_id, index)
+        left = worker.left.get(self._key)
+        if left is not None and left.oldest_version < lease.floor_version:
+            left = None
+        longer = left is not None and (partial is None or len(left.ids) > len(partial.ids))
+        self._partial = left if longer else partial
+
+    async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
+        return await self._worker.generate(ids, sampling, self)
+
+    def left_of(self, ids: list[int]) -> list[Segment]:
+        """What an earlier lease has made of just this input: none, when it was another call of the workflow."""
+        partial = self._partial
+        if partial is None or self._lease.purpose != "train" or partial.ids[: partial.num_input].tolist() != ids:
+            return []
+        return partial.segments()
+
+    async def keep(self, ids: list[int], segments: list[Segment], interrupted: bool) -> None:
+        """Holds on to the tokens so far; those of an interrupted call go to the controller too."""
+        if self._lease.purpose != "train":
+            return
+        whole = join_segments(np.asarray(ids, np.int32), segments, "length", "")
+        partial = Partial(whole.ids, whole.logprobs, whole.versions)
+        self._worker.left.pop(self._key, None)
+        self._worker.left[self._key] = partial
+        while len(self._worker.left) > MAX_LEFT:
+            del self._worker.left[next(iter(self._worker.left))]  # the oldest
+        if interrupted:
+            lease = self._lease
+            await self._worker.send(PartialSample(lease.epoch, lease.group_id, lease.attempt, self._index, partial))
 
 
 def _merge(segments: list[Segment]) -> list[Segment]:

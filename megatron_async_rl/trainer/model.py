@@ -43,6 +43,21 @@ class TrainerModel:
 
 def build(config: Config) -> TrainerModel:
     """Builds this rank's part with the weights of model.path. `parallel.init_parallel` must have been called."""
+    transformer, shape, module = build_module(config)
+    ddp = settings.ddp_config(config)
+    wrapped = Float16Module(transformer, module) if transformer.bf16 else module
+    chunk = DistributedDataParallel(transformer, ddp, wrapped)
+    transformer.finalize_model_grads_func = finalize_model_grads
+    if ddp.overlap_grad_reduce:
+        transformer.no_sync_func = chunk.no_sync
+    optimizer_config = settings.optimizer_config(config)
+    optimizer = get_megatron_optimizer(optimizer_config, [chunk])
+    scheduler = OptimizerParamScheduler(optimizer, **settings.schedule_arguments(config, optimizer_config))
+    return TrainerModel(transformer, shape, module, chunk, optimizer, scheduler, parallel.device())
+
+
+def build_module(config: Config) -> tuple[TransformerConfig, ModelShape, GPTModel]:
+    """The weights alone, without what training needs beside them."""
     settings.check_keys(config.megatron)
     folder = ModelFolder(config.model.path)
     shape, architecture = folder.shape(settings.padded_vocab_multiple(config)), folder.architecture()
@@ -68,16 +83,7 @@ def build(config: Config) -> TrainerModel:
         fill_random(module, shape, config.run.seed)
     else:
         load_folder(module, folder, shape)
-    ddp = settings.ddp_config(config)
-    wrapped = Float16Module(transformer, module) if transformer.bf16 else module
-    chunk = DistributedDataParallel(transformer, ddp, wrapped)
-    transformer.finalize_model_grads_func = finalize_model_grads
-    if ddp.overlap_grad_reduce:
-        transformer.no_sync_func = chunk.no_sync
-    optimizer_config = settings.optimizer_config(config)
-    optimizer = get_megatron_optimizer(optimizer_config, [chunk])
-    scheduler = OptimizerParamScheduler(optimizer, **settings.schedule_arguments(config, optimizer_config))
-    return TrainerModel(transformer, shape, module, chunk, optimizer, scheduler, parallel.device())
+    return transformer, shape, module
 
 
 def _build_module(config: TransformerConfig, shape: ModelShape, architecture: Architecture) -> GPTModel:

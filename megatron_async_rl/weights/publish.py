@@ -29,14 +29,17 @@ from megatron_async_rl.messages import (
     Shutdown,
 )
 from megatron_async_rl.transport import SyncLink
-from megatron_async_rl.weights.bucket import fill_buckets, plan_buckets
-from megatron_async_rl.weights.digest import EngineDigests
+from megatron_async_rl.weights.bucket import fill_buckets, plan_buckets, split_bucket
+from megatron_async_rl.weights.digest import EngineDigests, Kind
 from megatron_async_rl.weights.mapping import ModelShape
 from megatron_async_rl.weights.reshard import hf_tensors, manifest
+from megatron_async_rl.weights.stopwatch import Stopwatch
 from megatron_async_rl.weights.update_group import UpdateGroup
 
 logger = logging.getLogger(__name__)
+DTYPES = {"as_trained": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SEND, _DONE, _WAIT = 1, 2, 3
+WIRE_SHARE = 0.5  # of the update's deadline: the controller must hear of a broken wire before its own has passed
 WAIT_S = 5.0  # the source tells its tensor-parallel ranks so often that it still waits
 
 
@@ -50,7 +53,9 @@ class WeightPublisher:
         self._socket = socket
         self._takes_part = mpu.get_data_parallel_rank() == mpu.get_context_parallel_rank() == 0
         self._device = next(module.parameters()).device
-        self._buckets = plan_buckets(manifest(module, shape), config.weights.bucket_bytes)
+        self._dtype = DTYPES[config.weights.dtype]
+        self._buckets = plan_buckets(manifest(module, shape, self._dtype), config.weights.bucket_bytes)
+        self._digest_kind: Kind = "sha256" if config.sglang.get("device") == "cpu" else "tiles"
         self._group: UpdateGroup | None = None
 
     def publish(self, version: int) -> bool:
@@ -91,7 +96,7 @@ class WeightPublisher:
                 self._open(message, socket)
             elif isinstance(message, SendBuckets):
                 self._tell(_SEND)
-                socket.send(self._transfer(version))
+                socket.send(self._transfer(version, message.verify))
             elif isinstance(message, Published):
                 self._tell(_DONE)
                 return True
@@ -102,7 +107,7 @@ class WeightPublisher:
     def _follow(self) -> bool:
         while (told := self._tell(0)) != _DONE:
             if told == _SEND:
-                for _ in hf_tensors(self._module, self._shape):
+                for _ in hf_tensors(self._module, self._shape, self._dtype):
                     pass
         return True
 
@@ -119,7 +124,7 @@ class WeightPublisher:
         if self._group is not None:
             self._group.close()
         backend = "nccl" if self._device.type == "cuda" else "gloo"
-        timeout_s = self._config.weights.update_timeout_s
+        timeout_s = WIRE_SHARE * self._config.weights.update_timeout_s
         self._group = UpdateGroup(order.group, order.world_size, backend, socket.own_address, timeout_s)
         stage = mpu.get_pipeline_model_parallel_rank()
         socket.send(GroupOpened(order.group, stage, self._group.address, self._group.port))
@@ -131,34 +136,44 @@ class WeightPublisher:
             logger.error("%s", error)
         socket.send(GroupJoined(order.group, error))
 
-    def _transfer(self, version: int) -> BucketsSent:
-        """Gather, digest, broadcast; on a wire error the gather still runs to its end."""
-        assert self._group is not None
-        seconds = {"gather": 0.0, "wire": 0.0, "trainer_digest": 0.0}
-        digests = EngineDigests(self._shape, int(self._config.sglang.get("tp_size", 1)))
+    def _transfer(self, version: int, verify: bool) -> BucketsSent:
+        """Gathers bucket k+1 while bucket k is on the wire; on a wire error the gather still runs to its end."""
+        group = self._group
+        assert group is not None
+        digests = EngineDigests(self._shape, int(self._config.sglang.get("tp_size", 1)), self._digest_kind)
+        watch = Stopwatch(self._device)
         error = ""
-
-        def gathered():
-            source = hf_tensors(self._module, self._shape)
-            while True:
-                started = time.monotonic()
-                item = next(source, None)
-                seconds["gather"] += time.monotonic() - started
-                if item is None:
-                    return
-                started = time.monotonic()
-                digests.add(*item)
-                seconds["trainer_digest"] += time.monotonic() - started
-                yield item
-
-        for _, flat in fill_buckets(self._buckets, gathered(), self._device):
+        tensors = hf_tensors(self._module, self._shape, self._dtype)
+        filled = fill_buckets(self._buckets, tensors, self._device)
+        for bucket in self._buckets:
+            with watch("gather"):
+                _, flat = next(filled)
             if error:
                 continue
-            started = time.monotonic()
             try:
-                self._group.broadcast(flat)
+                group.broadcast(flat)
+                if verify:
+                    with watch("trainer_digest"):
+                        for name, tensor in split_bucket(bucket, flat):
+                            digests.add(name, tensor)
+                group.wait(keep=1)  # the buffer of the one before is filled next
             except RuntimeError as e:
                 error = f"broadcast of version {version}: {e}"
-                logger.error("%s", error)
-            seconds["wire"] += time.monotonic() - started
-        return BucketsSent(version, mpu.get_pipeline_model_parallel_rank(), digests.result(), seconds, error)
+        for _ in tensors:  # nothing is left, but the other ranks' gather ends only with this one
+            pass
+        if not error:
+            try:
+                group.finish()
+            except RuntimeError as e:
+                error = f"broadcast of version {version}: {e}"
+        if error:
+            logger.error("%s", error)
+            group.abort()
+        return BucketsSent(
+            version,
+            mpu.get_pipeline_model_parallel_rank(),
+            digests.result() if verify and not error else {},
+            watch.seconds() | {"wire": watch.elapsed()},
+            error,
+            watch.peak_bytes(),
+        )

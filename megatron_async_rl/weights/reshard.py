@@ -24,6 +24,8 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    parameter: str
+    """Megatron's name of what it is part of."""
 
 
 def _owned(module: GPTModel, shape: ModelShape) -> Iterator[tuple[str, nn.Parameter]]:
@@ -36,7 +38,7 @@ def _owned(module: GPTModel, shape: ModelShape) -> Iterator[tuple[str, nn.Parame
 def manifest(module: GPTModel, shape: ModelShape, dtype: torch.dtype | None = None) -> list[TensorInfo]:
     """What hf_tensors will yield on this stage, in order, without moving data."""
     return [
-        TensorInfo(hf, size, dtype or parameter.dtype)
+        TensorInfo(hf, size, dtype or parameter.dtype, name)
         for name, parameter in _owned(module, shape)
         for hf, size in place(name, shape).pieces
     ]

@@ -2,15 +2,24 @@
 
 It is a group beside the trainer's own world: neither side knows the other's ranks. The engine's end joins by SGLang's
 /init_weights_update_group, which meets at the same store under the same prefix.
+
+A receiver may die in the middle. gloo notices, or its deadline ends the wait. NCCL notices nothing: its kernel waits in
+the GPU, and torch's watchdog would end this process; so its own timeout is put out of reach, the deadline is kept here,
+and what is late is aborted.
 """
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
+
+_OUT_OF_REACH = timedelta(days=7)
+_POLL_S = 0.0005
 
 
 class UpdateGroup:
@@ -20,18 +29,20 @@ class UpdateGroup:
         self.name = name
         self._world_size = world_size
         self._backend = backend
-        self._timeout = timedelta(seconds=timeout_s)
+        self._timeout_s = timeout_s
         self.address = address  # of this host, as the engines' hosts reach it
         self._store = dist.TCPStore(
             address,
             0,  # the store picks a free port and holds it
             world_size,
             is_master=True,
-            timeout=self._timeout,
+            timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
         )
         self.port: int = self._store.port
         self._group: dist.ProcessGroup | None = None
+        self._broken = False
+        self._work: list[dist.Work] = []
 
     def join(self) -> None:
         """Raises RuntimeError (torch's) when not all engine ranks join in time."""
@@ -42,15 +53,50 @@ class UpdateGroup:
             c10d.Backend(self._backend),
             c10d.PrefixStore(self.name, self._store),
             group_name=self.name,
-            timeout=self._timeout,
+            timeout=_OUT_OF_REACH if self._backend == "nccl" else timedelta(seconds=self._timeout_s),
         )
         c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self._world_size)}
 
     def broadcast(self, flat: Tensor) -> None:
-        """Sends [bytes] uint8 to all engine ranks. Raises RuntimeError when one is gone or late."""
-        dist.broadcast(flat, group=self._group, group_src=0)
+        """Starts to send [bytes] uint8 to all engine ranks; it must stay as it is until `wait` has returned for it.
+
+        Raises RuntimeError when one is already known to be gone.
+        """
+        work = dist.broadcast(flat, group=self._group, group_src=0, async_op=True)
+        assert work is not None
+        self._work.append(work)
+
+    def wait(self, keep: int = 0) -> None:
+        """All but the last `keep` broadcasts are over: with gloo when this returns, with NCCL in the current stream's order.
+
+        Raises RuntimeError when a receiver is gone or late (gloo).
+        """
+        while len(self._work) > keep:
+            self._work.pop(0).wait()
+
+    def finish(self) -> None:
+        """Everything has been sent. Raises RuntimeError when a receiver is gone or late; the group is then broken."""
+        self.wait()
+        if self._backend != "nccl":
+            return
+        sent = torch.cuda.Event()
+        sent.record()
+        deadline = time.monotonic() + self._timeout_s
+        while not sent.query():
+            if time.monotonic() > deadline:
+                self.abort()
+                raise RuntimeError(f"no receiver took the broadcast within {self._timeout_s:.0f} s")
+            time.sleep(_POLL_S)
+
+    def abort(self) -> None:
+        """Ends what hangs in the GPU. The group is of no use after it."""
+        self._work.clear()
+        if self._group is not None and self._backend == "nccl" and not self._broken:
+            self._broken = True
+            c10d._abort_process_group(self._group)
 
     def close(self) -> None:
-        if self._group is not None:
+        self._work.clear()
+        if self._group is not None and not self._broken:
             dist.destroy_process_group(self._group)
-            self._group = None
+        self._group = None
