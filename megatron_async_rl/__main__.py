@@ -32,6 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="train, and show how it goes")
     run.add_argument("config", metavar="CONFIG", help="YAML file, such as those in configs/")
     run.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change, such as staleness.eta=0")
+    run.add_argument(
+        "--from-scratch", action="store_true", help="begin anew; a run that is in run.dir is kept under another name"
+    )
     run.set_defaults(command=_run)
 
     doctor = commands.add_parser("doctor", help="say what is missing on this host, or for this CONFIG")
@@ -50,7 +53,7 @@ def _run(args: argparse.Namespace) -> int:
     config = load(args.config, args.overrides)
     from megatron_async_rl import launch  # after the YAML was understood: it brings in more
 
-    return launch.run(config)
+    return launch.run(config, args.from_scratch)
 
 
 def _doctor(args: argparse.Namespace) -> int:

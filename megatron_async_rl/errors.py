@@ -7,7 +7,8 @@ Error
 ├── PublishError     a weight update failed on the sender's side
 ├── ProtocolError    a peer sent what the protocol does not allow
 ├── ConservationError  the ledger does not add up: the run must not go on
-└── StepRefused      a training step would have written non-finite weights
+├── StepRefused      a training step would have written non-finite weights
+└── Preempted        no failure: the job was told to end, saved what it had, and asks to be run again (exit code 75)
 
 A process ends with exit code 2 and one `error: ...` line on any of them (processes.main).
 """
@@ -42,4 +43,8 @@ class ConservationError(Error):
 
 
 class StepRefused(Error):
+    pass
+
+
+class Preempted(Error):
     pass

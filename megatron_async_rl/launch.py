@@ -2,21 +2,25 @@
 
     controller, reward workers, rollout workers (each starts its SGLang server), torchrun (starts the trainer ranks)
 
-The run is complete when the controller and the trainer have both ended well. If any process ends otherwise, all are
-stopped and its error line is the run's. Ctrl-C and SIGTERM stop everything too.
+The run is complete when the controller and the trainer have both ended well; who dies before is started again
+(supervise.py). A run.dir with a run in it is gone on with, from its journal and checkpoints; --from-scratch keeps it aside.
+
+SIGTERM: nothing new is started, rollouts are handed in, the trainer saves, and the exit code asks to be requeued (75).
+Ctrl-C, or a second SIGTERM, stops at once; the journal holds what was finished either way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -25,63 +29,83 @@ from rich.console import Console
 from megatron_async_rl import config as config_module
 from megatron_async_rl import devices, display, doctor, processes
 from megatron_async_rl.config import Config
-from megatron_async_rl.errors import ConfigError, Error
+from megatron_async_rl.errors import ConfigError, DataError, Error
 from megatron_async_rl.metrics import read_status
+from megatron_async_rl.supervise import Supervisor
 
 GRACE_S = 15.0  # from SIGTERM to SIGKILL
 LAST_WORDS_S = 20.0  # for the others to end by themselves after controller and trainer have
 REPOSITORY = Path(__file__).resolve().parent.parent
+FIXED = ("model.path", "data.train", "run.seed", "algorithm.samples_per_prompt")  # a run's journal depends on them
 
 
 @dataclass
 class Run:
-    """The processes of one run by name, the first that failed, and whether somebody asked to stop."""
+    """The processes of one run, and whether somebody asked to stop."""
 
     run_dir: Path
-    children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    failed: str = ""
-    interrupted: int = 0
+    supervisor: Supervisor
+    grace_s: float
+    interrupted: int = 0  # the signal that ends the run at once
+    preempted_at: float | None = None
 
     def start(self, name: str, *command: str, env: dict[str, str] | None = None) -> None:
         paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
         child_env = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **(env or {})}
-        command = (sys.executable, *command)
-        self.children[name] = processes.start(list(command), self.log(name), child_env)
+        self.supervisor.start(name, lambda: processes.start([sys.executable, *command], self.log(name), child_env))
 
     def log(self, name: str) -> Path:
         return self.run_dir / "logs" / f"{name}.log"
 
+    def signalled(self, number: int, _: object) -> None:
+        if number == signal.SIGTERM and self.preempted_at is None:
+            self.preempted_at = time.monotonic()
+            controller = self.supervisor.children.get("controller")
+            if controller:
+                with contextlib.suppress(ProcessLookupError):
+                    controller.process.send_signal(signal.SIGTERM)
+        else:
+            self.interrupted = number
+
     def over(self) -> bool:
-        """Whether there is nothing more to wait for; notes who failed."""
-        codes = {name: child.poll() for name, child in self.children.items()}
         if self.interrupted:
             return True
-        self.failed = next((name for name, code in codes.items() if code), "")
-        return bool(self.failed) or (codes["controller"] == 0 and codes["trainer"] == 0)
+        if self.preempted_at is None:
+            return self.supervisor.over()
+        ended = all(process.poll() is not None for process in self.supervisor.processes)
+        return ended or time.monotonic() - self.preempted_at > self.grace_s
 
 
-def run(config: Config) -> int:
+def run(config: Config, from_scratch: bool = False) -> int:
     """Runs to the end. Returns the exit code. Raises Error when the run failed."""
     doctor.preflight(config)
     run_dir = config.run_dir.resolve()
     console = Console()
-    with _own(run_dir, console):
+    with _own(run_dir, config, from_scratch, console):
+        if _is_complete(run_dir, config):
+            console.print(display.summary(read_status(run_dir)), highlight=False)
+            console.print(f"{run_dir} is complete: raise run.steps to go on, or begin anew with --from-scratch")
+            return 0
         (run_dir / "config.yaml").write_text(config_module.dump(config))
-        run = Run(run_dir)
-        previous = [signal.signal(s, lambda number, _: setattr(run, "interrupted", number)) for s in _STOP_SIGNALS]
+        tell = lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False)  # noqa: E731
+        run = Run(run_dir, Supervisor(run_dir, config.faults, tell), config.faults.grace_s)
+        previous = [signal.signal(s, run.signalled) for s in _STOP_SIGNALS]
         try:
             _start_all(run, config)
             display.live(run_dir, run.over, console)
-            if not run.failed and not run.interrupted:
+            if not run.supervisor.failed and not run.interrupted and run.preempted_at is None:
                 _wait_for_the_rest(run)
         finally:
-            processes.stop(run.children.values(), GRACE_S)
+            processes.stop(run.supervisor.processes, GRACE_S if run.preempted_at is None else 0.0)
             for signum, handler in zip(_STOP_SIGNALS, previous, strict=True):
                 signal.signal(signum, handler)
         if run.interrupted:
             console.print(f"stopped by {signal.Signals(run.interrupted).name}; what was written is in {run_dir}")
             return 128 + run.interrupted
-        if run.failed:
+        if run.preempted_at is not None:
+            console.print(f"told to end; run it again to go on from what is in {run_dir}")
+            return processes.EXIT_REQUEUE
+        if run.supervisor.failed:
             raise Error(_why(run))
         console.print(display.summary(read_status(run_dir)), highlight=False)
         console.print(f"policy: {run_dir / 'policy'}\nTensorBoard: tensorboard --logdir {run_dir / 'tensorboard'}")
@@ -116,23 +140,46 @@ def _start_all(run: Run, config: Config) -> None:
 def _wait_for_the_rest(run: Run) -> None:
     """The workers were told to end; whoever is late is stopped."""
     deadline = time.monotonic() + LAST_WORDS_S
-    while any(child.poll() is None for child in run.children.values()) and time.monotonic() < deadline:
+    while any(child.poll() is None for child in run.supervisor.processes) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
 def _why(run: Run) -> str:
     """The failed process's own error line, else its last words; the first failure names the cause."""
-    log = run.log(run.failed)
-    code = run.children[run.failed].returncode
+    supervisor, failed = run.supervisor, run.supervisor.failed
+    log = run.log(failed)
+    lead = f"{supervisor.why}; the last time: " if supervisor.why else ""
+    code = supervisor.children[failed].last_code
     if text := processes.error_text(log):
-        return f"{text}\n({run.failed} ended the run; its log: {log})"
+        return f"{lead}{text}\n({failed} ended the run; its log: {log})"
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ""
-    return f"{run.failed} ended with exit code {code}; its log: {log}\n{tail}"
+    return f"{lead}{failed} ended with exit code {code}; its log: {log}\n{tail}"
+
+
+def _is_complete(run_dir: Path, config: Config) -> bool:
+    try:
+        status = read_status(run_dir)
+    except DataError:
+        return False
+    return status.state == "finished" and status.version >= config.run.steps
+
+
+def _check_same_run(run_dir: Path, config: Config) -> None:
+    """Raises ConfigError when a setting changed that the run's journal depends on."""
+    before = config_module.load(run_dir / "config.yaml")
+    for key in FIXED:
+        section, name = key.split(".")
+        was, now = (getattr(getattr(c, section), name) for c in (before, config))
+        if was != now:
+            raise ConfigError(
+                f"{key} = {now!r}, but the run in {run_dir} began with {was!r}; put it back, choose another run.dir, or begin "
+                "anew with --from-scratch"
+            )
 
 
 @contextmanager
-def _own(run_dir: Path, console: Console) -> Iterator[IO[str]]:
-    """Makes run_dir this run's own. An earlier run's folder is kept under another name, never written over."""
+def _own(run_dir: Path, config: Config, from_scratch: bool, console: Console) -> Iterator[IO[str]]:
+    """Makes run_dir this run's own: goes on with the run in it, or keeps that aside, never written over."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     lock_path = run_dir.with_name(f".{run_dir.name}.lock")
     with lock_path.open("w") as lock:
@@ -143,11 +190,23 @@ def _own(run_dir: Path, console: Console) -> Iterator[IO[str]]:
                 f"run.dir = {run_dir} is in use by another run; stop it, or choose another run.dir"
             ) from None
         if run_dir.exists() and any(run_dir.iterdir()):
-            number = 1
-            while (kept := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-                number += 1
-            run_dir.rename(kept)
-            console.print(f"the earlier run is kept as {kept}")
+            has_run = (run_dir / "journal.sqlite").exists() and (run_dir / "config.yaml").exists()
+            if has_run and not from_scratch:
+                _check_same_run(run_dir, config)
+                console.print(f"going on with the run in {run_dir}")
+            else:
+                _keep_aside(run_dir, console)
         run_dir.mkdir(mode=0o700, exist_ok=True)
+        # keys and address are made anew: nobody of an earlier start is left to use them
+        shutil.rmtree(run_dir / "keys", ignore_errors=True)
+        (run_dir / "controller.address").unlink(missing_ok=True)
         (run_dir / "keys").mkdir(mode=0o700)
         yield lock
+
+
+def _keep_aside(run_dir: Path, console: Console) -> None:
+    number = 1
+    while (kept := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    run_dir.rename(kept)
+    console.print(f"the earlier run is kept as {kept}")

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 TENSORBOARD_DIR, SAMPLES_FILE, STATUS_FILE = "tensorboard", "samples.jsonl", "status.json"
 MAX_BUCKETS = 64  # bars of a histogram
-FINAL_STATES = ("finished", "failed")
+FINAL_STATES = ("finished", "failed", "stopped")
 
 
 class TrainedGroup(msgspec.Struct, frozen=True):
@@ -82,7 +82,7 @@ class Evaluation(msgspec.Struct):
     num: int  # problems
 
 
-State = Literal["starting", "evaluating", "training", "finishing", "finished", "failed"]
+State = Literal["starting", "evaluating", "training", "finishing", "finished", "failed", "stopped"]
 
 
 class Status(msgspec.Struct):
@@ -111,6 +111,7 @@ class Status(msgspec.Struct):
     fleet: list[Server] = []
     evals: list[Evaluation] = []
     interrupted_samples: int = 0  # went on under newer weights
+    lost: list[str] = []  # workers that are silent
 
 
 class RunLog:

@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_async_rl.errors import Error
+from megatron_async_rl.errors import Error, Preempted
 
+EXIT_REQUEUE = 75  # told to end, saved: run it again (Slurm: --requeue, or requeue on this code)
 EXIT_ERROR = 2  # an error with a message for people; anything else non-zero is a crash
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -43,6 +44,9 @@ def main(run: Callable[[], None], unwind: bool = True) -> NoReturn:
     )
     try:
         run()
+    except Preempted as e:
+        logging.getLogger(__name__).warning("%s", e)
+        sys.exit(EXIT_REQUEUE)
     except Error as e:
         logging.getLogger(__name__).debug("", exc_info=True)
         sys.stderr.write("error: " + str(e).replace("\n", "\n  ") + "\n")  # error_text finds it again by the indent

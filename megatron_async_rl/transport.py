@@ -3,6 +3,9 @@
 Every socket is CURVE-authenticated: the run's folder holds the hub's key pair and one for the run's workers, files of
 mode 0600, made anew for each run. The hub writes its address beside them once it listens; workers wait for that file,
 so no port is chosen before it is bound.
+
+A controller that dies comes back under the same address and keys, so the workers' sockets find it by themselves. It
+knows none of them: it answers their first message by SayHello, and they say hello again.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import zmq
@@ -20,10 +24,28 @@ import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from megatron_async_rl.errors import ConfigError, ProtocolError
-from megatron_async_rl.messages import AnyMessage, Codec, Hello, Message, Refused, Welcome
+from megatron_async_rl.messages import (
+    AnyMessage,
+    CheckpointSaved,
+    Codec,
+    GetBatch,
+    Heartbeat,
+    Hello,
+    Message,
+    Published,
+    PublishOffer,
+    Refused,
+    SayHello,
+    Shutdown,
+    StepDone,
+    TrainBatch,
+    Welcome,
+)
 
 MAX_FRAME_BYTES = 1 << 30  # a larger frame closes the connection that sent it
 LINGER_MS = 2000  # what is queued at close has this long to leave
+REBIND_S = 30.0  # an earlier life's port must be free by then
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Peer(bytes):
@@ -34,8 +56,14 @@ class Hub:
     """The controller's end: receives from all workers, sends to each by its Peer."""
 
     def __init__(self, run_dir: Path, host: str = "127.0.0.1") -> None:
-        (run_dir / "controller.address").unlink(missing_ok=True)  # an earlier life's: nobody shall connect there
-        keys = _make_keys(run_dir)
+        if host not in LOOPBACK and not has_curve():
+            raise ConfigError(
+                f"the controller does not listen on {host} without CURVE: this build of libzmq has none; install pyzmq's "
+                "own wheel, or run on one host"
+            )
+        before = run_dir / "controller.address"
+        port = int(before.read_text().rsplit(":", 1)[1]) if before.exists() else 0
+        keys = run_dir / "keys" if port else _make_keys(run_dir)
         self._context = zmq.asyncio.Context()
         self._authenticator = AsyncioAuthenticator(self._context)
         self._authenticator.start()
@@ -47,10 +75,14 @@ class Hub:
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # what is in flight is bounded by leases and batches, not by dropping
-        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        _keep_alive(self._socket)
         self._codec = Codec()
         self.num_malformed = 0
-        _write_atomic(run_dir / "controller.address", f"tcp://{host}:{port}\n")
+        if port:
+            self._bind_again(f"tcp://{host}:{port}")
+        else:
+            port = self._socket.bind_to_random_port(f"tcp://{host}")
+            _write_atomic(before, f"tcp://{host}:{port}\n")
 
     async def receive(self) -> tuple[Peer, AnyMessage]:
         """The next well-formed message; malformed ones are counted and dropped."""
@@ -71,6 +103,21 @@ class Hub:
             raise
         return True
 
+    def _bind_again(self, address: str) -> None:
+        """The address of the life before: its workers know no other."""
+        deadline = time.monotonic() + REBIND_S
+        while True:
+            try:
+                self._socket.bind(address)
+                return
+            except zmq.ZMQError as e:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"{address}, this run's address, is taken: {e.strerror}; stop whoever listens there, or remove "
+                        "controller.address from run.dir and start all workers anew"
+                    ) from None
+                time.sleep(0.1)
+
     def close(self) -> None:
         self._authenticator.stop()
         self._socket.close()
@@ -85,15 +132,28 @@ class Link:
         self._socket = _connect(self._context, run_dir, timeout_s)
         self._codec = Codec()
 
-    async def join(self, hello: Hello, timeout_s: float = 60.0) -> int:
-        """Says hello; the controller's epoch. Raises ProtocolError when refused or not answered."""
-        await self.send(hello)
+    async def join(self, hello: Hello | Callable[[], Hello], timeout_s: float = 60.0) -> int:
+        """Says hello; the controller's epoch. Raises ProtocolError when refused or not answered.
+
+        A callable is asked again whenever the controller wants a new hello: what was leased before it is void.
+        """
+        self._hello = hello if callable(hello) else lambda: hello
+        await self.send(self._hello())
         try:
-            return _epoch(await asyncio.wait_for(self.receive(), timeout_s))
+            return _epoch(await asyncio.wait_for(self._receive(), timeout_s))
         except TimeoutError:
             raise ProtocolError(f"the controller did not answer within {timeout_s:.0f} s") from None
 
     async def receive(self) -> AnyMessage:
+        """The next message that is not about joining again, which is done here."""
+        while True:
+            message = await self._receive()
+            if isinstance(message, SayHello):
+                await self.send(self._hello())
+            elif not isinstance(message, Welcome):
+                return message
+
+    async def _receive(self) -> AnyMessage:
         return self._codec.decode(await self._socket.recv_multipart())
 
     async def send(self, message: Message) -> None:
@@ -105,13 +165,21 @@ class Link:
 
 
 class SyncLink:
-    """A worker's end for code that blocks: the trainer."""
+    """A worker's end for code that blocks: the trainer.
+
+    What it has reported or asked since the last answer is said again to a new life of the controller; both ends take
+    it twice without harm.
+    """
+
+    ended: Shutdown | None = None  # the run is over, whoever received that
 
     def __init__(self, run_dir: Path, timeout_s: float = 60.0) -> None:
         self._context = zmq.Context()
         self._socket = _connect(self._context, run_dir, timeout_s)
         self._codec = Codec()
         self._controller = (run_dir / "controller.address").read_text().strip()
+        self._hello: Hello | None = None
+        self._unanswered: list[Message] = []
 
     @property
     def own_address(self) -> str:
@@ -124,17 +192,43 @@ class SyncLink:
     def join(self, hello: Hello, timeout_s: float = 60.0) -> int:
         self.send(hello)
         try:
-            return _epoch(self.receive(timeout_s))
+            epoch = _epoch(self._receive(timeout_s))
         except TimeoutError as e:
             raise ProtocolError(str(e)) from None
+        self._hello = hello
+        return epoch
 
     def receive(self, timeout_s: float) -> AnyMessage:
-        """The next message. Raises TimeoutError."""
+        """The next message that is not about joining again, which is done here. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                message = self._receive(max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                self._send(Heartbeat())  # a new life of the controller learns of us by it
+                raise
+            if isinstance(message, SayHello) and self._hello is not None:
+                for again in (self._hello, *self._unanswered):
+                    self._send(again)
+            elif not isinstance(message, Welcome):
+                break
+        if isinstance(message, TrainBatch | Published | Shutdown):
+            self._unanswered.clear()
+        if isinstance(message, Shutdown):
+            self.ended = message
+        return message
+
+    def send(self, message: Message) -> None:
+        if isinstance(message, GetBatch | PublishOffer | StepDone | CheckpointSaved):
+            self._unanswered.append(message)
+        self._send(message)
+
+    def _receive(self, timeout_s: float) -> AnyMessage:
         if not self._socket.poll(int(timeout_s * 1000)):
             raise TimeoutError(f"no message from the controller within {timeout_s:.0f} s")
         return self._codec.decode(self._socket.recv_multipart())
 
-    def send(self, message: Message) -> None:
+    def _send(self, message: Message) -> None:
         self._socket.send_multipart(self._codec.encode(message), copy=False)
 
     def close(self) -> None:
@@ -173,8 +267,20 @@ def _connect(context: zmq.Context, run_dir: Path, timeout_s: float) -> zmq.Socke
     sock.setsockopt(zmq.IDENTITY, secrets.token_bytes(8))
     sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     sock.setsockopt(zmq.LINGER, LINGER_MS)
+    _keep_alive(sock)
     sock.connect(address.read_text().strip())
     return sock
+
+
+def _keep_alive(sock: zmq.Socket) -> None:
+    """The kernel notices a host that is gone within a minute, and both ends connect anew."""
+    for option, value in (
+        (zmq.TCP_KEEPALIVE, 1),
+        (zmq.TCP_KEEPALIVE_IDLE, 30),
+        (zmq.TCP_KEEPALIVE_INTVL, 10),
+        (zmq.TCP_KEEPALIVE_CNT, 3),
+    ):
+        sock.setsockopt(option, value)
 
 
 def _make_keys(run_dir: Path) -> Path:

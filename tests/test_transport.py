@@ -16,7 +16,17 @@ import zmq.auth
 
 from megatron_async_rl import transport
 from megatron_async_rl.errors import ConfigError, ProtocolError
-from megatron_async_rl.messages import Codec, Heartbeat, Hello, Refused, Shutdown, TrainBatch, Welcome
+from megatron_async_rl.messages import (
+    Codec,
+    GetBatch,
+    Heartbeat,
+    Hello,
+    Refused,
+    SayHello,
+    Shutdown,
+    TrainBatch,
+    Welcome,
+)
 from megatron_async_rl.transport import Hub, Link, Peer, SyncLink
 from megatron_async_rl.types import TrainSample
 
@@ -157,6 +167,9 @@ def test_secret_keys_are_for_their_owner_alone_and_new_for_each_run(tmp_path: Pa
     assert sorted(path.name for path in (keys / "allowed").iterdir()) == ["worker.key"]
     assert "secret-key" not in (keys / "allowed" / "worker.key").read_text()
     run_with_hub(tmp_path, test)
+    assert all(path.read_bytes() == old for path, old in zip(secrets, before, strict=True))  # the same run's next life
+    (tmp_path / "controller.address").unlink()
+    run_with_hub(tmp_path, test)
     assert all(path.read_bytes() != old for path, old in zip(secrets, before, strict=True))
     for path in secrets:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -219,3 +232,52 @@ def test_two_workers_are_told_apart(tmp_path: Path) -> None:
 
 def test_a_free_port_can_be_bound() -> None:
     assert 1024 <= transport.free_port() < 65536
+
+
+def test_workers_find_the_controller_s_next_life_and_say_again_what_they_wait_for(tmp_path: Path) -> None:
+    async def first(hub: Hub) -> None:
+        sync, link = SyncLink(tmp_path), Link(tmp_path)
+        trainer = Hello("trainer", "trainer-0", 1, leader=0)
+        joined = asyncio.create_task(asyncio.to_thread(sync.join, trainer))
+        await welcome(hub, 1)
+        assert await joined == 1
+        hellos = iter([HELLO, Hello("reward", "reward-0", 2)])
+        joining = asyncio.create_task(link.join(lambda: next(hellos)))
+        await welcome(hub, 1)
+        await joining
+        sync.send(GetBatch(4))
+        await hub.receive()
+        first.links = sync, link
+
+    run_with_hub(tmp_path, first)
+    address = (tmp_path / "controller.address").read_text()
+
+    async def second(hub: Hub) -> None:
+        sync, link = first.links
+        await link.send(Heartbeat())
+        waiting = asyncio.create_task(asyncio.to_thread(sync.receive, 5.0))
+        sync.send(Heartbeat())
+        unknown: dict[Peer, None] = {}
+        told: list[object] = []
+        receiving = asyncio.create_task(link.receive())
+        while len(told) < 3:
+            peer, message = await hub.receive()
+            if isinstance(message, Heartbeat):
+                unknown[peer] = None
+                await hub.send(peer, SayHello())
+            else:
+                told.append(message)
+                if isinstance(message, Hello):
+                    await hub.send(peer, Welcome(2))
+                if isinstance(message, GetBatch):
+                    await hub.send(peer, Shutdown("over"))
+                elif isinstance(message, Hello) and message.role == "reward":
+                    await hub.send(peer, Shutdown("over"))
+        assert GetBatch(4) in told and Hello("reward", "reward-0", 2) in told
+        assert await waiting == await receiving == Shutdown("over")
+        assert sync.ended == Shutdown("over")
+        sync.close()
+        link.close()
+
+    run_with_hub(tmp_path, second)
+    assert (tmp_path / "controller.address").read_text() == address

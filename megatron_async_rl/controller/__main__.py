@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_async_rl import config, processes
 from megatron_async_rl.controller.controller import Controller
+from megatron_async_rl.controller.journal import JOURNAL_FILE, Journal
 from megatron_async_rl.metrics import RunLog
 from megatron_async_rl.transport import Hub
 
@@ -13,11 +14,15 @@ from megatron_async_rl.transport import Hub
 async def _run(run_dir: Path) -> None:
     settings = config.load(run_dir / "config.yaml")
     run_log = RunLog(run_dir, settings)
-    hub = Hub(run_dir)
+    journal = Journal(run_dir / JOURNAL_FILE)
     try:
-        await Controller(settings, hub, run_log).run()
+        hub = Hub(run_dir)
+        try:
+            await Controller(settings, hub, run_log, journal).run()
+        finally:
+            hub.close()
     finally:
-        hub.close()
+        journal.close()
         run_log.close()
 
 

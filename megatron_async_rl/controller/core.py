@@ -220,9 +220,7 @@ class Core:
             if group.purpose == "train":
                 self.ledger.dropped[DropReason(fact.reason)] += 1
         elif isinstance(fact, Leased | LeaseFailed | Kept | Returned | Judged):
-            # a group that has ended may have lost its samples to pruning; what is left of it changes nothing
-            if (group := self.groups.get(fact.group_id)) is not None:
-                self._apply_to_group(group, fact)
+            self._apply_to_group(self.groups[fact.group_id], fact)
 
     def _apply_admitted(self, fact: Admitted) -> None:
         prompt = self._next_prompt()
@@ -487,6 +485,7 @@ class Core:
                 max_new_tokens=self.rules.max_new_tokens,
                 temperature=self.rules.temperature if group.purpose == "train" else self.rules.eval_temperature,
                 partials=[partials.get(index) for index in group.missing] if partials else [],
+                floor_version=floor_version,
             ),
         )
 

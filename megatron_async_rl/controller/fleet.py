@@ -32,6 +32,10 @@ class RolloutWorker(Worker):
     version: int = -1
     reason: str = ""  # why it is fenced
 
+    @property
+    def is_serving(self) -> bool:
+        return self.state is ServerState.SERVING
+
 
 @dataclass
 class Fleet:

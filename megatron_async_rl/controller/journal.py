@@ -94,13 +94,15 @@ class Journal:
 
     def batch(self, version: int) -> tuple[list[Admitted], list[Returned], list[Judged]]:
         """What rebuilds the batch that was trained on `version`. Raises DataError when it was pruned."""
-        found = [fact for fact in self._select("SELECT record, arrays FROM facts WHERE kind = 'Batched'")]
-        wanted = next((f for f in found if isinstance(f, Batched) and f.version == version), None)
+        batches = self._select("SELECT record, arrays FROM facts WHERE kind = 'Batched' ORDER BY seq DESC")
+        wanted = next((f for f in batches if isinstance(f, Batched) and f.version == version), None)
         if wanted is None:
             raise DataError(f"the journal {self._path} has no batch of version {version}")
         marks = ",".join("?" * len(wanted.group_ids))
         rows = list(
-            self._select(f"SELECT record, arrays FROM facts WHERE group_id IN ({marks}) ORDER BY seq", *wanted.group_ids)
+            self._select(
+                f"SELECT record, arrays FROM facts WHERE group_id IN ({marks}) ORDER BY seq", *wanted.group_ids
+            )
         )
         returned = [fact for fact in rows if isinstance(fact, Returned)]
         if {fact.group_id for fact in returned} != set(wanted.group_ids):

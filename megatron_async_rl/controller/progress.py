@@ -26,6 +26,7 @@ class Progress:
         self.message = ""
         self.ledger: dict[str, int] = {}
         self.last_progress = time.monotonic()
+        self.lost: list[str] = []  # workers that are silent: whoever started them should start them anew
         self._log = run_log
         self._status = Status(steps=config.run.steps, staleness_limit=config.staleness.eta)
         self._training_began = 0.0
@@ -44,6 +45,19 @@ class Progress:
         self.state, self.message = "training", ""
         self._training_began = self._last_step = self.last_progress = time.monotonic()
         self._updating_s = 0.0
+
+    def resumed(self, version: int, ledger: dict[str, int]) -> None:
+        self._status.version, self.ledger = version, ledger
+        books = ", ".join(f"{name} {count}" for name, count in ledger.items())
+        logger.info("resumed from the journal: version %d, ledger: %s", version, books)
+
+    def replayed(self, version: int, newest: int) -> None:
+        self.last_progress = time.monotonic()
+        logger.info("the trainer is back at version %d of %d by a recorded batch", version, newest)
+
+    def warn(self, message: str) -> None:
+        self.message = message
+        logger.warning("%s", message)
 
     def generated(self, sample: Sample) -> None:
         self.last_progress = time.monotonic()
@@ -122,6 +136,7 @@ class Progress:
         """status.json, as things stand now."""
         status = self._status
         status.state, status.message, status.ledger = self.state, self.message, self.ledger
+        status.lost = self.lost
         status.generate_tokens_per_s = self._generate_rate()
         status.fleet = [Server(w.name, w.state.value, w.version, w.load) for w in fleet.rollout.values()]
         self._log.status(status)

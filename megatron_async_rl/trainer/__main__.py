@@ -10,6 +10,7 @@ def _train(run_dir: Path) -> None:
     settings = config.load(run_dir / "config.yaml")
     patches.prepare_megatron()
     from megatron_async_rl.trainer import export, model, parallel, step  # after the patches: they import Megatron
+    from megatron_async_rl.trainer.checkpoint import Checkpointer
     from megatron_async_rl.trainer.link import ControllerLink
     from megatron_async_rl.weights.publish import WeightPublisher
 
@@ -20,17 +21,25 @@ def _train(run_dir: Path) -> None:
         policy.module, policy.shape, settings, controller.socket if controller.is_source else None
     )
 
-    publisher.publish(0)
-    for version in range(settings.run.steps):
-        samples = controller.next_batch(version)  # waits for enough fresh samples; the same on every rank of a replica
+    saver = Checkpointer(policy, settings, run_dir, controller.saved)
+
+    first = saver.load()  # the controller knows what was trained since, and has us do it again
+    publisher.publish(first)
+    for version in range(first, settings.run.steps):
+        samples = controller.next_batch(version, publisher.publish)  # waits for enough fresh ones; all ranks get theirs
         if samples is None:
+            saver.save(version)
             return
         stats = step.train_step(policy, samples, version, settings)
         controller.report(version + 1, stats)
+        if version + 1 == settings.run.steps:
+            saver.save(version + 1)  # before the controller learns that all is done
         publisher.publish(version + 1)  # interrupt, reshard, send, verify, resume
+        saver.step(version + 1)
         if settings.run.export_every and (version + 1) % settings.run.export_every == 0:
             export.save_hf(policy, Path(settings.model.path), run_dir / f"policy-v{version + 1}")
     export.save_hf(policy, Path(settings.model.path), run_dir / "policy")
+    saver.close()
     controller.close()
 
 

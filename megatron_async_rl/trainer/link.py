@@ -8,6 +8,7 @@ replica 0; context-parallel ranks hold the same weights.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,17 @@ from megatron.core import parallel_state as mpu
 
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import ProtocolError
-from megatron_async_rl.messages import AnyMessage, Codec, GetBatch, Hello, Shutdown, StepDone, TrainBatch
+from megatron_async_rl.messages import (
+    AnyMessage,
+    CheckpointSaved,
+    Codec,
+    GetBatch,
+    Hello,
+    Republish,
+    Shutdown,
+    StepDone,
+    TrainBatch,
+)
 from megatron_async_rl.transport import SyncLink
 from megatron_async_rl.types import TrainSample
 
@@ -45,15 +56,19 @@ class ControllerLink:
                 )
             )
 
-    def next_batch(self, version: int) -> list[TrainSample] | None:
-        """This replica's share of the batch to train on `version`; None when the run is over. All ranks call."""
-        message: AnyMessage | None = None
+    def next_batch(self, version: int, republish: Callable[[int], object]) -> list[TrainSample] | None:
+        """This replica's share of the batch to train on `version`; None when the run is over. All ranks call.
+
+        `republish` is called meanwhile when a server has come that needs the weights as they are.
+        """
         if self.is_leader and self.socket:
             self.socket.send(GetBatch(version))
-        while message is None:
-            if self.is_leader and self.socket:
-                message = self._listen()
-            message = self._share(message)
+        while True:
+            message = self._share(self._listen() if self.is_leader else None)
+            if isinstance(message, Republish):
+                republish(version)
+            elif message is not None and not (isinstance(message, TrainBatch) and message.version < version):
+                break  # an older batch is one asked for twice, when the controller began a new life
         if isinstance(message, Shutdown):
             return None
         if not isinstance(message, TrainBatch) or message.version != version:
@@ -67,12 +82,19 @@ class ControllerLink:
         if dist.get_rank() == 0 and self.socket:
             self.socket.send(StepDone(version, stats))
 
+    def saved(self, version: int, folder: str) -> None:
+        """The files of this checkpoint are whole. Rank 0 speaks for all."""
+        if self.socket:
+            self.socket.send(CheckpointSaved(version, folder))
+
     def close(self) -> None:
         if self.socket:
             self.socket.close()
 
     def _listen(self) -> AnyMessage | None:
         assert self.socket
+        if self.socket.ended:
+            return self.socket.ended  # heard while publishing
         try:
             return self.socket.receive(LISTEN_S)
         except TimeoutError:
