@@ -1,20 +1,20 @@
 """The trainer's end of a weight update (controller/publisher.py draws the whole exchange).
 
-All tensor-parallel ranks of replica 0 take part in gathering; their first, the weight source of its pipeline stage,
-speaks with the controller and tells the others what it was told. Other replicas (and context-parallel ranks) have the
-same weights and go on. A
-failure on the wire never stops the gather half-way: the ranks stay in step and the trainer stays alive.
+All tensor-parallel ranks of replica 0, and the ranks that hold other experts, take part in gathering; their first, the
+weight source of its pipeline stage, speaks with the controller and tells the others what it was told. Other replicas
+(and context-parallel ranks) have the same weights and go on. A failure on the wire never stops the gather half-way: the
+ranks stay in step and the trainer stays alive.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.models.gpt import GPTModel
 
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import PublishError
@@ -31,8 +31,9 @@ from megatron_async_rl.messages import (
 from megatron_async_rl.transport import SyncLink
 from megatron_async_rl.weights.bucket import fill_buckets, plan_buckets, split_bucket
 from megatron_async_rl.weights.digest import EngineDigests, Kind
+from megatron_async_rl.weights.load import Modules, chunks
 from megatron_async_rl.weights.mapping import ModelShape
-from megatron_async_rl.weights.reshard import hf_tensors, manifest
+from megatron_async_rl.weights.reshard import hf_tensors, manifest, takes_part
 from megatron_async_rl.weights.stopwatch import Stopwatch
 from megatron_async_rl.weights.update_group import UpdateGroup
 
@@ -46,15 +47,16 @@ WAIT_S = 5.0  # the source tells its tensor-parallel ranks so often that it stil
 class WeightPublisher:
     """Publishes this rank's stage. `socket` is the source's; None on every other rank."""
 
-    def __init__(self, module: GPTModel, shape: ModelShape, config: Config, socket: SyncLink | None) -> None:
-        self._module = module
+    def __init__(self, modules: Modules, shape: ModelShape, config: Config, socket: SyncLink | None) -> None:
+        self._modules = modules
         self._shape = shape
         self._config = config
         self._socket = socket
-        self._takes_part = mpu.get_data_parallel_rank() == mpu.get_context_parallel_rank() == 0
-        self._device = next(module.parameters()).device
+        self._takes_part = takes_part()
+        self._peers = _stage_peers(config.trainer.collective_timeout_s)
+        self._device = next(chunks(modules)[0].parameters()).device
         self._dtype = DTYPES[config.weights.dtype]
-        self._buckets = plan_buckets(manifest(module, shape, self._dtype), config.weights.bucket_bytes)
+        self._buckets = plan_buckets(manifest(modules, shape, self._dtype), config.weights.bucket_bytes)
         self._digest_kind: Kind = "sha256" if config.sglang.get("device") == "cpu" else "tiles"
         self._group: UpdateGroup | None = None
 
@@ -107,17 +109,16 @@ class WeightPublisher:
     def _follow(self) -> bool:
         while (told := self._tell(0)) != _DONE:
             if told == _SEND:
-                for _ in hf_tensors(self._module, self._shape, self._dtype):
+                for _ in hf_tensors(self._modules, self._shape, self._dtype):
                     pass
         return True
 
     def _tell(self, command: int) -> int:
-        """The source's word to its tensor-parallel ranks."""
-        group = mpu.get_tensor_model_parallel_group()
-        if group.size() == 1:
+        """The source's word to the ranks that gather with it."""
+        if self._peers.size() == 1:
             return command
-        tensor = torch.tensor([command], device=self._device)
-        dist.broadcast(tensor, group=group, group_src=0)
+        tensor = torch.tensor([command])
+        dist.broadcast(tensor, group=self._peers, group_src=0)
         return int(tensor)
 
     def _open(self, order: OpenGroup, socket: SyncLink) -> None:
@@ -143,7 +144,7 @@ class WeightPublisher:
         digests = EngineDigests(self._shape, int(self._config.sglang.get("tp_size", 1)), self._digest_kind)
         watch = Stopwatch(self._device)
         error = ""
-        tensors = hf_tensors(self._module, self._shape, self._dtype)
+        tensors = hf_tensors(self._modules, self._shape, self._dtype)
         filled = fill_buckets(self._buckets, tensors, self._device)
         for bucket in self._buckets:
             with watch("gather"):
@@ -177,3 +178,16 @@ class WeightPublisher:
             error,
             watch.peak_bytes(),
         )
+
+
+def _stage_peers(timeout_s: float) -> dist.ProcessGroup:
+    """A gloo group of the ranks of this stage that take part (on a rank that does not, of some others)."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    mine = mpu.get_pipeline_model_parallel_rank() if takes_part() else -1
+    stages = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(stages, torch.tensor([mine], device=device))
+    groups = []
+    for stage in range(mpu.get_pipeline_model_parallel_world_size()):  # every rank makes every group, in one order
+        members = [rank for rank, its_stage in enumerate(stages) if int(its_stage) == stage]
+        groups.append(dist.new_group(members, timedelta(seconds=timeout_s), "gloo"))
+    return groups[mine]
