@@ -115,7 +115,7 @@ def test_logprobs(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("lengths", [[5], [900, 1, 130, 300], [3000]])
+@pytest.mark.parametrize("lengths", [[5], [900, 1, 130, 300], [5000, 4096], [4608, 4100, 700, 3]])
 def test_varlen_attention_with_fewer_key_heads_is_each_sequence_alone(device: str, lengths: list[int]) -> None:
     g = torch.Generator().manual_seed(0)
     total = sum(lengths)

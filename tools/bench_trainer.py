@@ -10,7 +10,7 @@ Models are Qwen3 shapes with random weights; TP is the number of processes. Each
     mix         8k: response lengths log-normal, mean 2k, at most 8k tokens; 32k: mean 8k, at most 32k; even32k: all 32k
     tokens      about so many tokens a step
     budget      tokens of a micro-batch
-    recompute   none, or full (every layer)
+    recompute   none, full (every layer), or the number of layers
     cutting     dynamic: packed under the budget; fixed: in order of arrival, as many a micro-batch as always fit
     minibatches optimizer steps a step; more than 1 adds the proximal pass, which is timed apart
     steps       timed steps, after one that warms up
@@ -133,7 +133,8 @@ def make_config(shape: dict[str, Any], s: dict[str, str], folder: Path) -> Confi
     if s["recompute"] == "full":
         megatron |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif s["recompute"] != "none":
-        raise SystemExit(f"recompute={s['recompute']}: expected none or full")
+        megatron |= {"recompute_granularity": "full", "recompute_method": "block"}
+        megatron["recompute_num_layers"] = int(s["recompute"])
     return configuration.from_tree(
         {
             "run": {"dir": "unused", "steps": 1000},

@@ -72,7 +72,20 @@ class NormedColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
         self.layer_norm_weight = _norm_weight(config, input_size)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return super().forward(rms_norm(x, self.layer_norm_weight, self.eps), *args, **kwargs)
+        normed = rms_norm(x, self.layer_norm_weight, self.eps)
+        where = (normed.data_ptr(), normed.shape)
+
+        def keep(saved: Tensor) -> Tensor | None:
+            return None if (saved.data_ptr(), saved.shape) == where else saved
+
+        def restore(kept: Tensor | None) -> Tensor:
+            with torch.no_grad():
+                return rms_norm(x, self.layer_norm_weight, self.eps) if kept is None else kept
+
+        # The normed input is not kept for backward but computed again: a tenth of a layer's activations for two passes
+        # over memory. x is kept anyway, for the norm.
+        with torch.autograd.graph.saved_tensors_hooks(keep, restore):
+            return super().forward(normed, *args, **kwargs)
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):
