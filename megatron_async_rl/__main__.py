@@ -11,7 +11,12 @@ from megatron_async_rl.errors import Error
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and (any(text.startswith("-") for text in rest) or not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest  # settings after an option
     try:
         return args.command(args)
     except Error as e:
@@ -41,6 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     doctor.set_defaults(command=_doctor)
 
+    audit = commands.add_parser("audit", help="check a run's books and staleness from its journal, by counting anew")
+    audit.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="its run.dir")
+    audit.set_defaults(command=_audit)
+
     status = commands.add_parser("status", help="show how a run stands")
     status.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="its run.dir")
     status.set_defaults(command=_status)
@@ -60,6 +69,13 @@ def _doctor(args: argparse.Namespace) -> int:
     from megatron_async_rl import doctor
 
     return doctor.run(args.config)
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from megatron_async_rl import audit
+    from megatron_async_rl.config import load
+
+    return audit.run(args.run_dir, load(args.run_dir / "config.yaml").staleness.eta)
 
 
 def _status(args: argparse.Namespace) -> int:

@@ -125,6 +125,7 @@ class RunLog:
         self._started_unix = time.time()
         self._board = TensorBoard(run_dir / TENSORBOARD_DIR) if config.monitor.tensorboard else None
         _cut_torn_line(run_dir / SAMPLES_FILE)
+        self._last_recorded = _last_version(run_dir / SAMPLES_FILE)
         self._samples = (run_dir / SAMPLES_FILE).open("ab")
         self.status(Status(steps=config.run.steps, staleness_limit=self._eta))
 
@@ -136,7 +137,10 @@ class RunLog:
             self._board.flush()
 
     def train_samples(self, version: int, groups: list[TrainedGroup]) -> None:
-        """Records what is trained on the weights `version`."""
+        """Records what is trained on the weights `version`; once, though a crash may have it sent again."""
+        if version <= self._last_recorded:
+            return
+        self._last_recorded = version
         lines = [line for group in groups for line in _sample_lines(version, group)]
         self._samples.write(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
         self._samples.flush()
@@ -328,6 +332,16 @@ def _cut_torn_line(path: Path) -> None:
                 return
             end = start
         file.truncate(0)
+
+
+def _last_version(path: Path) -> int:
+    """The version of the last sample in a log; -1: none."""
+    if not path.exists() or not path.stat().st_size:
+        return -1
+    with path.open("rb") as file:
+        for line in file:
+            last = line
+    return msgspec.json.decode(last, type=SampleLine).version
 
 
 def _bin_edges(values: np.ndarray) -> np.ndarray | int:

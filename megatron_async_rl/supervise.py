@@ -39,6 +39,7 @@ class Child:
     start_again_at: float | None = None
     given_up: bool = False
     last_code: int | None = None
+    joining: bool = False  # started again, and still reported lost: its start has a deadline of its own
 
     @property
     def role(self) -> str:
@@ -106,6 +107,7 @@ class Supervisor:
         child.restarts += 1
         self.num_restarts += 1
         child.process, child.started, child.start_again_at = child.start(), now, None
+        child.joining = True
         self._silent.pop(child.name, None)
 
     def _give_up(self, child: Child) -> None:
@@ -124,7 +126,10 @@ class Supervisor:
     def _kill_the_silent(self, status: Status) -> None:
         """A process that lives and does nothing is ended here, so that it is started again like a dead one."""
         now = time.monotonic()
-        self._silent = {name: self._silent.get(name, now) for name in status.lost if name in self.children}
+        for child in self.children.values():
+            child.joining = child.joining and child.name in status.lost
+        lost = [name for name in status.lost if name in self.children and not self.children[name].joining]
+        self._silent = {name: self._silent.get(name, now) for name in lost}
         for name, since in self._silent.items():
             child = self.children[name]
             if now - max(since, child.started) > self.rules.silence_s and child.process.poll() is None:

@@ -442,12 +442,14 @@ class Controller:
 
     async def _publish(self, version: int, offers: dict[str, PublishOffer], servers: list[str]) -> None:
         lives = {name: self.core.fleet.rollout[name] for name in servers}
-        outcome = await self.publisher.publish(version, offers, servers, self.core.updating)
-        for name, reason in outcome.fenced.items():
-            logger.error("%s is fenced: %s", name, reason)
-            if self.core.fleet.rollout.get(name) is lives[name]:
-                await self._act(self.core.fenced(name, reason, _now()))
-                await self._send_to(name, Shutdown(f"fenced: {reason}"))  # a new life of it starts clean
+        try:
+            outcome = await self.publisher.publish(version, offers, servers, self.core.updating)
+        finally:
+            for name, reason in self.publisher.outcome.fenced.items():
+                logger.error("%s is fenced: %s", name, reason)
+                if self.core.fleet.rollout.get(name) is lives[name]:
+                    await self._act(self.core.fenced(name, reason, _now()))
+                    await self._send_to(name, Shutdown(f"fenced: {reason}"))  # a new life of it starts clean
         for name in outcome.serving:
             if self.core.fleet.rollout.get(name) is lives[name]:
                 await self._act(self.core.serving(name, version, _now()))
@@ -455,7 +457,10 @@ class Controller:
 
     async def _ask_for_weights(self) -> None:
         """A server that came (back) while the trainer waits for a batch would otherwise get no weights."""
-        stale = {w.name for w in self.core.fleet.rollout.values() if w.state is ServerState.STALE and not w.reason}
+        if self._publishing:
+            return
+        without = (ServerState.STALE, ServerState.UPDATING)  # the latter: of an update that came to nothing
+        stale = {w.name for w in self.core.fleet.rollout.values() if w.state in without}
         leader = next((w for w in self.workers.values() if w.hello.leader == 0), None)
         if not self.core.batch_awaited or self.core.hold_batches or not stale - self._republish_asked or not leader:
             return

@@ -88,6 +88,15 @@ class Group:
         return min([*known, self.floor_version] if self.missing else known, default=self.floor_version)
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """One that is under way: who was asked, for which attempt at the group, and until when."""
+
+    judge: str
+    attempt: int
+    deadline: float
+
+
 # ---- actions
 
 
@@ -165,7 +174,7 @@ class Core:
         self._next_prompt = next_prompt
         self._next_group_id = 0
         self._to_score: deque[tuple[int, int]] = deque()  # (group_id, index)
-        self._scoring: dict[tuple[int, int], tuple[str, int]] = {}  # -> (reward worker, group attempt)
+        self._scoring: dict[tuple[int, int], Verdict] = {}  # those under way
         self.facts: list[Fact] = []  # recorded and not yet taken to the journal
         self.num_replayed_steps = 0
         self._leaders_want: dict[int, int] = {}  # data-parallel leader -> version it waits to train on
@@ -290,7 +299,7 @@ class Core:
         if self.fleet.rollout.pop(name, None):
             return self._take_back(name, now)
         self.fleet.reward.pop(name, None)
-        for key in [key for key, (judge, _) in self._scoring.items() if judge == name]:
+        for key in [key for key, verdict in self._scoring.items() if verdict.judge == name]:
             del self._scoring[key]
             self._to_score.append(key)
         return self._advance(now)
@@ -328,7 +337,7 @@ class Core:
 
     def scored(self, worker: str, message: Scored, now: float) -> list[Action]:
         key = (message.group_id, message.index)
-        if message.epoch != self.epoch or self._scoring.get(key) != (worker, message.attempt):
+        if message.epoch != self.epoch or not self._is_asked_of(worker, key, message.attempt):
             self.num_fenced_messages += 1
             return []
         del self._scoring[key]
@@ -341,11 +350,7 @@ class Core:
             if all(reward is not None for reward in group.rewards):
                 actions += self._complete(group)
         elif group is not None:
-            attempts = group.verdict_attempts[message.index] = group.verdict_attempts.get(message.index, 0) + 1
-            if attempts < self.rules.max_verdict_attempts:
-                self._to_score.append(key)
-            else:
-                actions += self._drop(group, DropReason.REWARD_UNAVAILABLE)
+            actions += self._no_verdict(group, message.index)
         return actions + self._advance(now)
 
     # ---- events: trainer
@@ -408,6 +413,12 @@ class Core:
         for group in list(self.groups.values()):
             if group.state is GroupState.RUNNING and group.missing and now > group.deadline:
                 actions += self._release(group)
+        for key, verdict in [(k, v) for k, v in self._scoring.items() if now > v.deadline]:
+            del self._scoring[key]
+            if judge := self.fleet.reward.get(verdict.judge):
+                judge.load -= 1
+            if group := self.groups.get(key[0]):
+                actions += self._no_verdict(group, key[1])
         return actions + self._advance(now)
 
     def end(self) -> list[Action]:
@@ -438,7 +449,7 @@ class Core:
 
     def _advance(self, now: float) -> list[Action]:
         """Everything that has become possible: scoring, leases, admissions, the cut."""
-        return self._dispatch_scores() + self._cut(now) + self._lease(now)
+        return self._dispatch_scores(now) + self._cut(now) + self._lease(now)
 
     def _add_group(self, group_id: int, prompt: Prompt, purpose: Purpose, num_samples: int) -> Group:
         group = Group(group_id, prompt, purpose, [None] * num_samples, [None] * num_samples)
@@ -524,7 +535,18 @@ class Core:
                 actions += self._release(group)
         return actions + self._advance(now)
 
-    def _dispatch_scores(self) -> list[Action]:
+    def _is_asked_of(self, judge: str, key: tuple[int, int], attempt: int) -> bool:
+        verdict = self._scoring.get(key)
+        return verdict is not None and (verdict.judge, verdict.attempt) == (judge, attempt)
+
+    def _no_verdict(self, group: Group, index: int) -> list[Action]:
+        attempts = group.verdict_attempts[index] = group.verdict_attempts.get(index, 0) + 1
+        if attempts >= self.rules.max_verdict_attempts:
+            return self._drop(group, DropReason.REWARD_UNAVAILABLE)
+        self._to_score.append((group.group_id, index))
+        return []
+
+    def _dispatch_scores(self, now: float) -> list[Action]:
         actions: list[Action] = []
         while self._to_score and (judge := self.fleet.free_judge()):
             key = self._to_score.popleft()
@@ -532,7 +554,7 @@ class Core:
             if group is None or (sample := group.samples[key[1]]) is None:
                 continue  # dropped meanwhile
             judge.load += 1
-            self._scoring[key] = (judge.name, group.attempt)
+            self._scoring[key] = Verdict(judge.name, group.attempt, now + self.rules.lease_timeout_s)
             message = Score(
                 epoch=self.epoch,
                 group_id=key[0],

@@ -90,18 +90,20 @@ class Journal:
 
     def facts(self, after: int = 0) -> Iterator[AnyFact]:
         """All facts in order, as they were recorded."""
-        yield from self._select("SELECT record, arrays FROM facts WHERE seq > ? ORDER BY seq", after)
+        yield from _select(self._path, "SELECT record, arrays FROM facts WHERE seq > ? ORDER BY seq", after)
 
     def batch(self, version: int) -> tuple[list[Admitted], list[Returned], list[Judged]]:
         """What rebuilds the batch that was trained on `version`. Raises DataError when it was pruned."""
-        batches = self._select("SELECT record, arrays FROM facts WHERE kind = 'Batched' ORDER BY seq DESC")
+        batches = _select(self._path, "SELECT record, arrays FROM facts WHERE kind = 'Batched' ORDER BY seq DESC")
         wanted = next((f for f in batches if isinstance(f, Batched) and f.version == version), None)
         if wanted is None:
             raise DataError(f"the journal {self._path} has no batch of version {version}")
         marks = ",".join("?" * len(wanted.group_ids))
         rows = list(
-            self._select(
-                f"SELECT record, arrays FROM facts WHERE group_id IN ({marks}) ORDER BY seq", *wanted.group_ids
+            _select(
+                self._path,
+                f"SELECT record, arrays FROM facts WHERE group_id IN ({marks}) ORDER BY seq",
+                *wanted.group_ids,
             )
         )
         returned = [fact for fact in rows if isinstance(fact, Returned)]
@@ -131,21 +133,6 @@ class Journal:
         db.execute("CREATE INDEX IF NOT EXISTS facts_of_group ON facts (group_id)")
         db.execute("CREATE INDEX IF NOT EXISTS batches ON facts (seq) WHERE kind = 'Batched'")
         db.execute(f"PRAGMA user_version = {SCHEMA}")
-
-    def _select(self, query: str, *values: int) -> Iterator[AnyFact]:
-        codec = Codec(AnyFact)
-        # a connection of its own: the writer's may be inside a transaction
-        db = sqlite3.connect(f"file:{self._path}?mode=ro", uri=True)
-        try:
-            for record, arrays in db.execute(query, values):
-                header, sizes = msgspec.msgpack.decode(record)
-                view, frames, start = memoryview(arrays or b""), [], 0
-                for size in sizes:
-                    frames.append(view[start : start + size])
-                    start += size
-                yield codec.decode([header, *frames])
-        finally:
-            db.close()
 
     def _write(self) -> None:
         codec = Codec(AnyFact)
@@ -183,6 +170,26 @@ class Journal:
         self.error = ""
         self.num_commits += 1
         return True
+
+
+def read_facts(path: Path) -> Iterator[AnyFact]:
+    """All facts of a journal that may be in use, in order."""
+    yield from _select(path, "SELECT record, arrays FROM facts ORDER BY seq")
+
+
+def _select(path: Path, query: str, *values: int) -> Iterator[AnyFact]:
+    codec = Codec(AnyFact)
+    db = sqlite3.connect(path)  # a connection of its own: the writer's may be inside a transaction
+    try:
+        for record, arrays in db.execute(query, values):
+            header, sizes = msgspec.msgpack.decode(record)
+            view, frames, start = memoryview(arrays or b""), [], 0
+            for size in sizes:
+                frames.append(view[start : start + size])
+                start += size
+            yield codec.decode([header, *frames])
+    finally:
+        db.close()
 
 
 def _row(codec: Codec, seq: int, fact: Fact) -> tuple[int, str, int | None, bytes, bytes]:

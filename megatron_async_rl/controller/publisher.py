@@ -78,6 +78,7 @@ class Publisher:
         self._groups: list[str] = []
         self._num_formations = 0
         self._num_updates = 0
+        self.outcome = Outcome(-1, [])  # of the last update, also of one that failed
 
     def begin_life(self, epoch: int) -> None:
         """Names of update groups differ from those of the controller's earlier lives: engines may still hold them."""
@@ -94,7 +95,7 @@ class Publisher:
         """Brings `servers` to `version`. `offers` by source name. Raises PublishError when no server is left."""
         sources = sorted(offers, key=lambda name: offers[name].stage)
         self._sources = frozenset(sources)
-        outcome = Outcome(version, [])
+        outcome = self.outcome = Outcome(version, [])
         verify = self._num_updates % self._verify_every == 0
         self._num_updates += 1
         started = time.monotonic()
@@ -172,7 +173,7 @@ class Publisher:
             StageBuckets(group, offers[source].buckets) for group, source in zip(self._groups, sources, strict=True)
         ]
         for server in servers:
-            await self._send(server, ReceiveBuckets(version, stages, verify))
+            await self._send(server, ReceiveBuckets(version, stages, verify, offers[sources[0]].flattened))
         for source in sources:
             await self._send(source, SendBuckets(version, verify))
         sent = await self._collect(BucketsSent, sources, outcome, version=version)
