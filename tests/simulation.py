@@ -17,12 +17,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_async_rl.controller.core import Action, Core, CutBatch, Group, Replay, Rules, Send
+from megatron_async_rl.controller.core import Action, Core, CutBatch, Group, GroupState, Replay, Rules, Send
 from megatron_async_rl.controller.facts import Admitted, Batched, Closed, Fact, Returned, Trained
 from megatron_async_rl.controller.fleet import ServerState
 from megatron_async_rl.messages import Generate, Generated, GenerateFailed, PartialSample, Score, Scored
 from megatron_async_rl.types import NOT_GENERATED, Partial, Prompt, Sample
 
+RUNNING = GroupState.RUNNING
+LEASE_S = 15.0
 MAX_EVENTS = 20_000
 
 
@@ -68,8 +70,8 @@ class World:
         self.rules = Rules(
             prompts_per_step=r.choice([1, 2, 3]), samples_per_prompt=r.choice([1, 2]), eta=r.choice([0, 1, 2, 4]),
             wait_for_stragglers=r.random() < 0.5, straggler_wait_s=20.0, max_new_tokens=8, temperature=1.0,
-            eval_temperature=0.0, lease_timeout_s=60.0, max_attempts=r.choice([3, 6]), max_verdict_attempts=3,
-            drop_equal_rewards=False, silence_limit_s=15.0, steps=r.choice([4, 6, 9]),
+            eval_temperature=0.0, lease_timeout_s=LEASE_S, max_attempts=r.choice([3, 6]), max_verdict_attempts=3,
+            drop_equal_rewards=False, silence_limit_s=15.0, steps=r.choice([4, 6, 9, 20]),
             data_parallel_size=r.choice([1, 2]),
         )  # fmt: skip
         if self.rules.samples_per_prompt > 1 and r.random() < 0.5:
@@ -87,7 +89,7 @@ class World:
         self.saved: list[list[int]] = []  # those of the last checkpoint
         self.trainer_life, self.step_of, self.told_done = 0, -1, 0
         self.max_staleness = 0
-        self.prompt_log: list[str] = []
+        self.since: dict[tuple[int, int, int], float] = {}  # lease -> when it was first seen
         self.core = self.new_core()
         self.core.restore([])
         self.core.admitting = True
@@ -212,6 +214,7 @@ class World:
             if server.alive:
                 self.core.fleet.heard(server.name, self.now)
         self.act(self.core.tick(self.now))
+        self.check_deadlines()
         if self.random.random() < 0.3:
             self.flush()
         stale = [w for w in self.core.fleet.rollout.values() if w.state is ServerState.STALE and not w.reason]
@@ -223,6 +226,14 @@ class World:
             self.crash_trainer()
         if self.unlucky(0.6):
             self.crash_server(self.random.choice(list(self.servers.values())))
+
+    def check_deadlines(self) -> None:
+        """Every lease, and every verdict, ends in bounded time."""
+        running = {(id(self.core), g.group_id, g.attempt): g for g in self.core.groups.values() if g.state is RUNNING}
+        self.since = {key: self.since.get(key, self.now) for key in running}
+        for key, group in running.items():
+            limit_s = LEASE_S * (1 if group.missing else 2 + self.rules.max_verdict_attempts) + 5
+            expect(self.now - self.since[key] <= limit_s, f"group {group.group_id} has no deadline")
 
     def crash_controller(self) -> None:
         """Dies at any instant: of what was on its way to the disk, a part arrived. Its workers live on."""
@@ -317,7 +328,7 @@ class World:
             before = [] if partial is None else partial.versions[partial.num_input :].tolist()
             server.tasks[key], server.leases[key] = before, lease
             life = server.life
-            self.at(self.random.expovariate(server.speed), lambda k=key, e=lease: self.generate(server, k, e, life))
+            self.at(self.random.expovariate(server.speed), lambda k=key, e=lease, n=life: self.generate(server, k, e, n))
 
     def generate(self, server: Server, key: tuple[int, int], lease: Generate, life: int) -> None:
         """A few more tokens under the weights that the server has now; at the end the sample goes out."""
