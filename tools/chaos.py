@@ -29,6 +29,7 @@ import psutil
 
 from megatron_async_rl import audit, checkpoints
 from megatron_async_rl.config import load
+from megatron_async_rl.errors import DataError
 from megatron_async_rl.metrics import read_status
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -40,6 +41,7 @@ SETTINGS = (  # limits that a test can wait for
     "weights.update_timeout_s=15",
     "checkpoint.every=2",
 )
+NEWS_S = 1.5
 SETTLE_S = 2.0  # of undisturbed training between faults, and a random time on top
 
 
@@ -255,8 +257,12 @@ def _inject_all(job: Job, plan: list[tuple[str, Callable[[Job], None]]]) -> bool
         before = job.version
         inject(job)
         started = time.monotonic()
+        time.sleep(NEWS_S)  # until status.json tells what was trained before the fault
+        with contextlib.suppress(DataError):
+            before = max(before, job.version)
         # one version may have been under way already: the second was begun after the fault
-        took = job.wait_for_version(max(before, job.version) + 2, job.recover_limit_s)
+        waited = job.wait_for_version(before + 2, job.recover_limit_s)
+        took = None if waited is None else time.monotonic() - started
         job.results.setdefault(f"{name} {inject.__name__}", []).append(took)
         print(f"# {inject.__name__} at version {before}: {took and round(took, 1)} s", flush=True)
         if took is None:
