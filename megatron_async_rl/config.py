@@ -130,23 +130,69 @@ class AlgorithmConfig(Section, kw_only=True):
     prompts_per_step: Annotated[int, _at_least(1, "Groups in the batch of one step (B of the paper).")]
     samples_per_prompt: Annotated[int, _at_least(1, "Samples of a group.")]
     minibatches: Annotated[int, _at_least(1, "Optimizer steps per training step.")] = 1
+    advantage: Annotated[
+        Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"],
+        _doc(
+            "grpo: centered in the group, over its standard deviation; dr_grpo: centered; rloo: less the mean of the "
+            "group's others; reinforce_pp: no group, normalised over the batch's tokens."
+        ),
+    ] = "grpo"
     loss: Annotated[
-        Literal["decoupled_ppo", "ppo"], _doc("decoupled_ppo corrects for staleness; ppo is the naive one.")
+        Literal["decoupled_ppo", "ppo", "gspo", "cispo"],
+        _doc(
+            "decoupled_ppo corrects for staleness; gspo: one ratio a sample; cispo: the clipped ratio only weighs; "
+            "ppo is the naive one: against the behavior policy, uncorrected."
+        ),
     ] = "decoupled_ppo"
+    proximal: Annotated[
+        Literal["recompute", "reuse_first_minibatch", "loglinear"],
+        _doc(
+            "Logprobs under the weights a step begins with. recompute: a pass over the batch; reuse_first_minibatch: "
+            "over all minibatches but the first; loglinear: no pass, interpolated by staleness."
+        ),
+    ] = "recompute"
     clip_eps: Annotated[float, _above(0, "PPO clip range below (and above, unless clip_eps_high).")] = 0.2
     clip_eps_high: Annotated[_Positive | None, _doc("PPO clip range above; none: clip_eps.")] = None
     dual_clip: Annotated[_AboveOne | None, _doc("Bound c of dual-clip PPO for negative advantages; none: off.")] = None
     behavior_weight_cap: Annotated[
-        _Positive | None, _doc("Tokens whose proximal/behavior ratio exceeds it are masked; none: off.")
+        _Positive | None, _doc("Largest proximal/behavior ratio that is trusted; none: any.")
     ] = 5.0
+    behavior_weight_floor: Annotated[_Positive | None, _doc("The smallest; none: any.")] = None
+    behavior_weight_action: Annotated[
+        Literal["mask", "truncate"], _doc("Beyond cap or floor: mask the tokens, or truncate the ratio.")
+    ] = "mask"
+    behavior_weight_level: Annotated[
+        Literal["token", "sequence"], _doc("A ratio for each token, or their geometric mean for the whole sample.")
+    ] = "token"
+    stop_ratio: Annotated[
+        _AboveOne | None, _doc("A minibatch whose mean current/old ratio exceeds it makes no step; none: off.")
+    ] = None
     entropy_coef: Annotated[float, _at_least(0, "Weight of the entropy bonus.")] = 0.0
-    group_normalize: Annotated[bool, _doc("Center each group's rewards and divide by its standard deviation.")] = True
+    kl_coef: Annotated[float, _at_least(0, "Weight of the KL to the starting policy; 0: none, and no copy kept.")] = 0.0
+    kl_in: Annotated[
+        Literal["loss", "reward"],
+        _doc("KL as a term of the loss, or taken from the advantages as each token's reward to go."),
+    ] = "loss"
+    kl_estimator: Annotated[
+        Literal["k2", "k3"], _doc("Of the KL in the loss, with d = reference - current: d^2 / 2, or exp(d) - d - 1.")
+    ] = "k3"
+    group_normalize: Annotated[bool, _doc("With grpo; false: the shaped reward is the advantage.")] = True
     batch_normalize: Annotated[bool, _doc("Normalise advantages over all tokens of the batch.")] = False
     drop_equal_rewards: Annotated[
         bool, _doc("Drop groups whose rewards are all equal; their slots are given back.")
     ] = False
     reward_scale: Annotated[float, _above(0, "Rewards are ((r - 0.5) * 2 - reward_bias) * reward_scale.")] = 1.0
     reward_bias: Annotated[float, _doc("See reward_scale.")] = 0.0
+    reward_clip: Annotated[_Positive | None, _doc("Scaled rewards are clipped to +- this; none: off.")] = None
+    overlong_buffer_tokens: Annotated[
+        int, _at_least(0, "The last tokens of rollout.max_new_tokens cost more and more of overlong_penalty; 0: off.")
+    ] = 0
+    overlong_penalty: Annotated[_Positive, _doc("Taken from the scaled reward at full length.")] = 1.0
+    success_rate_min: Annotated[float | None, _doc("Groups of a lower mean reward are dropped; none: any.")] = None
+    success_rate_max: Annotated[float | None, _doc("Groups of a higher mean reward are dropped; none: any.")] = None
+    mismatch_alarm: Annotated[
+        _Positive | None, _doc("Warn where engine and trainer differ by more, mean abs logprob; none: never.")
+    ] = 0.05
 
 
 class TrainerConfig(Section, kw_only=True):
@@ -162,6 +208,9 @@ class WeightsConfig(Section, kw_only=True):
     bucket_bytes: Annotated[int, _at_least(1024, "Size of one flattened bucket on the wire.")] = 1 << 30
     verify_every: Annotated[int, _at_least(1, "Compare digests at every k-th update (the first always).")] = 1
     update_timeout_s: Annotated[float, _above(0, "Deadline of one whole update; a late server is fenced.")] = 120.0
+    wire: Annotated[
+        Literal["bucket", "tensor"], _doc("One broadcast per bucket (slow links), or one per tensor of it (NVLink).")
+    ] = "bucket"
     dtype: Annotated[
         Literal["as_trained", "float32", "bfloat16", "float16"],
         _doc("Element type on the wire, cast at the source; as_trained: that of trainer.precision."),
@@ -181,8 +230,12 @@ class FaultsConfig(Section, kw_only=True):
     healthy_s: Annotated[float, _above(0, "A process that has lived so long starts counting restarts anew.")] = 600.0
     backoff_s: Annotated[float, _at_least(0, "Pause before a restart; doubles with each further one.")] = 1.0
     min_servers: Annotated[int, _at_least(1, "Servers below which the run ends, when others were given up.")] = 1
-    silence_s: Annotated[float, _above(0, "A worker not heard of for so long is lost, and killed and restarted.")] = 60.0
-    grace_s: Annotated[float, _above(0, "Seconds from SIGTERM to the end: spill, save, exit code 75 to requeue.")] = 60.0
+    silence_s: Annotated[float, _above(0, "A worker not heard of for so long is lost, and killed and restarted.")] = (
+        60.0
+    )
+    grace_s: Annotated[float, _above(0, "Seconds from SIGTERM to the end: spill, save, exit code 75 to requeue.")] = (
+        60.0
+    )
 
 
 class MonitorConfig(Section, kw_only=True):
@@ -351,17 +404,38 @@ def _cross_check(config: Config) -> None:
         raise ConfigError(
             f"algorithm.minibatches = {a.minibatches} is more than each data-parallel replica has samples; lower it"
         )
-    if a.group_normalize and a.samples_per_prompt == 1:
+    if a.advantage == "grpo" and a.group_normalize and a.samples_per_prompt == 1:
         raise ConfigError(
             "algorithm.group_normalize = true needs algorithm.samples_per_prompt >= 2 (a group of one has no spread); "
             "set samples_per_prompt, or group_normalize=false"
         )
+    if a.advantage in ("dr_grpo", "rloo") and a.samples_per_prompt == 1:
+        raise ConfigError(
+            f"algorithm.advantage = {a.advantage} needs algorithm.samples_per_prompt >= 2 (a group of one has no "
+            "others); set samples_per_prompt, or advantage=reinforce_pp"
+        )
+    if a.overlong_buffer_tokens > r.max_new_tokens:
+        raise ConfigError(
+            f"algorithm.overlong_buffer_tokens = {a.overlong_buffer_tokens} is more than rollout.max_new_tokens = "
+            f"{r.max_new_tokens}; lower it"
+        )
+    whole_samples = {
+        "algorithm.loss = gspo": a.loss == "gspo",
+        "algorithm.behavior_weight_level = sequence": a.behavior_weight_level == "sequence",
+        "algorithm.kl_in = reward": a.kl_in == "reward" and a.kl_coef > 0,
+    }
+    for setting, chosen in whole_samples.items():
+        if chosen and config.megatron.get("context_parallel_size", 1) != 1:
+            raise ConfigError(
+                f"{setting} needs whole samples on a rank, but megatron.context_parallel_size = "
+                f"{config.megatron['context_parallel_size']} cuts them; set that to 1, or choose another"
+            )
     if "port" in config.sglang and r.servers > 1:
         raise ConfigError(
             f"sglang.port = {config.sglang['port']} can serve one server of a host, not rollout.servers = {r.servers}; "
             "leave it out: each server then takes a free port"
         )
-    for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
+    for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model", "expert_tensor"):
         size = config.megatron.get(f"{name}_parallel_size", 1)
         if type(size) is not int or size < 1:
             raise ConfigError(f"megatron.{name}_parallel_size = {size!r}: expected an integer >= 1")

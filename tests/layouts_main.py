@@ -32,6 +32,7 @@ from megatron_async_rl.types import TrainSample  # noqa: E402
 from megatron_async_rl.weights.reshard import hf_tensors, manifest  # noqa: E402
 
 WORLD, VERSION, TEMPERATURE, VOCAB = 4, 5, 0.7, 51
+GSPO = {"loss": "gspo", "behavior_weight_level": "sequence", "behavior_weight_action": "truncate"}
 
 
 def global_batch() -> list[TrainSample]:
@@ -52,7 +53,15 @@ def global_batch() -> list[TrainSample]:
     return samples
 
 
-def make_config(folder: Path, tp: int = 1, pp: int = 1, budget: int = 64, minibatches: int = 1, **megatron: Any) -> Any:
+def make_config(
+    folder: Path,
+    tp: int = 1,
+    pp: int = 1,
+    budget: int = 64,
+    minibatches: int = 1,
+    algorithm: dict[str, Any] | None = None,
+    **megatron: Any,
+) -> Any:
     return configuration.from_tree(
         {
             "run": {"dir": "unused", "steps": 10},
@@ -65,7 +74,8 @@ def make_config(folder: Path, tp: int = 1, pp: int = 1, budget: int = 64, miniba
                 "minibatches": minibatches,
                 "entropy_coef": 0.01,
                 "behavior_weight_cap": 2.0,
-            },
+            }
+            | (algorithm or {}),
             "trainer": {
                 "precision": "fp32",
                 "data_parallel_size": WORLD // tp // pp // megatron.get("context_parallel_size", 1),
@@ -161,6 +171,8 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         "tied tp2 pp2": make_config(folders / "qwen2", 2, 2),
         "tp2 pp2 sp small microbatches": make_config(qwen3, 2, 2, budget=40, sequence_parallel=True),
         "tp2 pp2": make_config(qwen3, 2, 2),
+        "gspo tp2 pp2 sp": make_config(qwen3, 2, 2, budget=40, sequence_parallel=True, algorithm=GSPO),
+        "gspo": make_config(qwen3, 1, 1, algorithm=GSPO),
     }
     for name, config in layouts.items():
         # The distributed optimizer leaves each rank a part of the gradient: without it every rank has all.
@@ -183,6 +195,32 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
     [with_proximal] = step.with_proximal(model, minibatches, config)
     results["explicit proximal"] = step.accumulate_gradients(model, with_proximal, config)
     results["implicit proximal"] = step.accumulate_gradients(model, minibatches[0], config)
+
+    # The ways to have no pass, or a smaller one.
+    for proximal in ("recompute", "reuse_first_minibatch", "loglinear"):
+        config = make_config(qwen3, 2, 2, minibatches=2, algorithm={"proximal": proximal})
+        results[f"proximal {proximal}"] = step.train_step(start(config), share(), VERSION, config)
+
+    # KL to the starting policy: nothing at the first step, something at the second; in the reward too.
+    config = make_config(qwen3, 2, 2, algorithm={"kl_coef": 0.5})
+    model = start(config)
+    results["kl"] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
+    config = make_config(qwen3, 2, 2, algorithm={"kl_coef": 0.5, "kl_in": "reward"})
+    model = start(config)
+    [plain_cut] = cut_minibatches(share(), 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1)
+    [[taken, *_]] = step.with_reference(model, [plain_cut], config)
+    changed = taken.reference_T is not None and not torch.equal(taken.advantages_T, plain_cut[0].advantages_T)
+    told = [None] * WORLD
+    dist.all_gather_object(told, (changed, mpu.is_pipeline_last_stage()))
+    results["kl in reward changes advantages, last stage"] = told
+
+    # A minibatch far from the policy that sampled it makes no step.
+    config = make_config(qwen3, 2, 2, algorithm={"loss": "ppo", "stop_ratio": 1.001})
+    model = start(config)
+    before = [p.clone() for p in model.module.parameters()]
+    results["stopped"] = step.train_step(model, share(), VERSION, config)
+    same = all(torch.equal(a, b) for a, b in zip(before, model.module.parameters(), strict=True))
+    results["stopped, weights same"] = same
 
     # A non-finite advantage: refused on all ranks, weights untouched.
     before = [p.clone() for p in model.module.parameters()]

@@ -143,7 +143,8 @@ def test_a_missing_section_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "choices"), [("algorithm.loss", "'decoupled_ppo', 'ppo'"), ("trainer.precision", "'fp32', 'bf16'")]
+    ("key", "choices"),
+    [("algorithm.loss", "'decoupled_ppo', 'ppo', 'gspo', 'cispo'"), ("trainer.precision", "'fp32', 'bf16'")],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(key: str, choices: str) -> None:
     assert refusal(**{key: "other"}).startswith(f"{key} = 'other': expected one of {choices}.")

@@ -226,6 +226,14 @@ def test_groups_with_equal_rewards_are_dropped_only_when_asked() -> None:
     assert [a.reason for a in actions if isinstance(a, Dropped)] == [DropReason.EQUAL_REWARDS]
 
 
+@pytest.mark.parametrize("band, dropped", [((0.5, 0.9), True), ((0.0, 0.4), True), ((1.0, 1.0), False)])
+def test_groups_outside_the_band_of_success_rates_are_dropped(band: tuple[float, float], dropped: bool) -> None:
+    core = make_core(prompts_per_step=1, eta=0, success_rates=band)
+    [lease] = serve(core)
+    actions = finish(core, lease, 0)  # every reward is 1
+    assert [a.reason for a in actions if isinstance(a, Dropped)] == [DropReason.SUCCESS_RATE] * dropped
+
+
 def test_a_fenced_server_keeps_no_work_and_gets_none() -> None:
     core = make_core(prompts_per_step=1, eta=0)
     [lease] = serve(core)

@@ -41,6 +41,7 @@ LAYOUTS = {  # layout: the one it must equal
     "tp2 cp2 sp": "tp1",
     "pp2 recompute": "tp1",
     "tied tp2 pp2": "tied",
+    "gspo tp2 pp2 sp": "gspo",
 }
 
 
@@ -206,6 +207,34 @@ def test_the_second_minibatch_is_off_the_proximal_policy(results: dict[str, Any]
         assert metrics["train/approx_kl"] != 0
         assert metrics["train/tokens"] == results["metrics"]["tp1"]["train/tokens"]
     assert first["perf/time/proximal_s"] > 0
+
+
+def test_the_first_minibatch_needs_no_proximal_pass(results: dict[str, Any]) -> None:
+    """Its own forward pass is under the same weights: the steps are the same."""
+    whole, without_first = results["proximal recompute"], results["proximal reuse_first_minibatch"]
+    for name, value in whole.items():
+        if not name.startswith("perf/"):
+            assert without_first[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_loglinear_makes_no_pass_and_other_weights(results: dict[str, Any]) -> None:
+    loglinear, whole = results["proximal loglinear"], results["proximal recompute"]
+    assert loglinear["perf/time/proximal_s"] < 0.2 * whole["perf/time/proximal_s"]
+    assert loglinear["train/behavior_weight_mean"] != pytest.approx(whole["train/behavior_weight_mean"], rel=1e-3)
+
+
+def test_the_kl_to_the_starting_policy_is_0_at_first_and_not_after(results: dict[str, Any]) -> None:
+    first, second, third = (metrics["train/reference_kl"] for metrics in results["kl"])
+    assert abs(first) < 1e-6 and second > 1e-4 and third > 1e-4
+
+
+def test_the_kl_in_the_reward_is_taken_where_the_loss_is(results: dict[str, Any]) -> None:
+    assert all(changed == last for changed, last in results["kl in reward changes advantages, last stage"])
+
+
+def test_a_minibatch_with_too_large_a_ratio_makes_no_step(results: dict[str, Any]) -> None:
+    assert results["stopped"]["train/stopped_minibatches"] == 1
+    assert results["stopped, weights same"]
 
 
 def test_a_non_finite_step_is_refused_by_all_ranks_before_it_writes(results: dict[str, Any]) -> None:

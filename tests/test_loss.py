@@ -9,7 +9,7 @@ import torch
 
 from megatron_async_rl.config import AlgorithmConfig
 from megatron_async_rl.trainer.logprobs import token_logprobs
-from megatron_async_rl.trainer.loss import LossInputs, ppo_loss
+from megatron_async_rl.trainer.loss import LossInputs, policy_loss
 
 CASES = {
     "decoupled": {},
@@ -42,7 +42,7 @@ def inputs(seed: int, spread: float, length: int = 40) -> LossInputs:
         behavior_T=behavior,
         advantages_T=normal(),
         mask_T=torch.rand(length, generator=g) < 0.7,
-        current_T=torch.rand(length, generator=g) < 0.3,
+        lag_T=torch.randint(0, 4, (length,), generator=g),
     )
 
 
@@ -77,7 +77,7 @@ def reference(x: LossInputs, c: AlgorithmConfig) -> tuple[float, list[float], di
 
 
 def check(x: LossInputs, c: AlgorithmConfig) -> dict[str, torch.Tensor]:
-    loss, metrics = ppo_loss(x, c)
+    loss, metrics = policy_loss(x, c)
     loss.backward()
     want, gradient, counts = reference(x, c)
     assert loss.item() == pytest.approx(want, rel=1e-9, abs=1e-9)
@@ -97,9 +97,9 @@ def test_value_gradient_and_counts_are_the_formula(case: str, spread: float) -> 
 def test_without_proximal_logprobs_the_current_policy_is_the_proximal_one() -> None:
     x = inputs(0, 0.5)
     same = LossInputs(**{f: getattr(x, f) for f in LossInputs.__slots__} | {"proximal_T": None})
-    loss, _ = ppo_loss(same, algorithm())
+    loss, _ = policy_loss(same, algorithm())
     given = LossInputs(**{f: getattr(x, f) for f in LossInputs.__slots__} | {"proximal_T": x.logprobs_T.detach()})
-    want, _ = ppo_loss(given, algorithm())
+    want, _ = policy_loss(given, algorithm())
     g, h = torch.autograd.grad(loss, x.logprobs_T)[0], torch.autograd.grad(want, x.logprobs_T)[0]
     assert torch.equal(loss, want) and torch.equal(g, h)
 
@@ -107,7 +107,7 @@ def test_without_proximal_logprobs_the_current_policy_is_the_proximal_one() -> N
 def test_the_behavior_weight_carries_no_gradient() -> None:
     x = inputs(1, 0.3)
     proximal = x.logprobs_T.detach().clone().requires_grad_()
-    loss, _ = ppo_loss(
+    loss, _ = policy_loss(
         LossInputs(**{f: getattr(x, f) for f in LossInputs.__slots__} | {"proximal_T": None}), algorithm()
     )
     loss.backward()
@@ -121,8 +121,8 @@ def test_all_masked_gives_zero_and_no_nan_even_over_garbage() -> None:
     garbage = torch.full_like(x.behavior_T, float("nan"))
     nothing = torch.zeros_like(x.mask_T)
     logprobs = torch.full_like(garbage, float("-inf")).requires_grad_()
-    loss, metrics = ppo_loss(
-        LossInputs(logprobs, x.entropy_T, garbage, garbage, garbage, nothing, x.current_T), algorithm()
+    loss, metrics = policy_loss(
+        LossInputs(logprobs, x.entropy_T, garbage, garbage, garbage, nothing, x.lag_T), algorithm()
     )
     loss.backward()
     assert loss.item() == 0 and metrics["tokens"].item() == 0
@@ -133,8 +133,8 @@ def test_extreme_ratios_are_removed_by_the_cap_not_turned_into_nan() -> None:
     x = inputs(3, 1.0)
     far = x.behavior_T + 1000.0  # exp overflows
     current = far.clone().requires_grad_()
-    loss, metrics = ppo_loss(
-        LossInputs(current, x.entropy_T, far, x.behavior_T, x.advantages_T, x.mask_T, x.current_T), algorithm()
+    loss, metrics = policy_loss(
+        LossInputs(current, x.entropy_T, far, x.behavior_T, x.advantages_T, x.mask_T, x.lag_T), algorithm()
     )
     loss.backward()
     assert loss.item() == 0 and metrics["masked_by_cap"] == metrics["tokens"]
@@ -142,15 +142,15 @@ def test_extreme_ratios_are_removed_by_the_cap_not_turned_into_nan() -> None:
 
 
 def test_masked_by_cap_tokens_still_count_in_the_normaliser() -> None:
-    _, metrics = ppo_loss(inputs(4, 3.0), algorithm(behavior_weight_cap=1.0))
+    _, metrics = policy_loss(inputs(4, 3.0), algorithm(behavior_weight_cap=1.0))
     assert metrics["masked_by_cap"] > 0
     assert metrics["tokens"] == inputs(4, 3.0).mask_T.sum()
 
 
 def test_trainer_and_engine_are_compared_on_current_tokens_only() -> None:
     x = inputs(5, 0.5)
-    _, metrics = ppo_loss(x, algorithm())
-    chosen = x.mask_T & x.current_T
+    _, metrics = policy_loss(x, algorithm())
+    chosen = x.mask_T & (x.lag_T == 0)
     diff = (x.proximal_T - x.behavior_T).abs()[chosen]
     torch.testing.assert_close(metrics["logprob_diff"], diff.sum())
     torch.testing.assert_close(metrics["logprob_diff_max"], diff.max())

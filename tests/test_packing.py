@@ -67,7 +67,7 @@ def test_everything_is_aligned_at_the_predicting_position() -> None:
     assert got.ids_T.tolist() == [500, 501, 502, 503, 600, 601, 602, 0]
     assert got.targets_T.tolist() == [501, 502, 503, 0, 601, 602, 0, 0]
     assert got.mask_T.tolist() == [False, True, True, False, True, True, False, False]
-    assert got.current_T.tolist() == [False, False, False, False, True, True, False, False]
+    assert got.lag_T[got.mask_T].tolist() == [1, 1, 0, 0]
     assert got.behavior_T[1].item() == pytest.approx(-0.02)
     assert got.advantages_T[4].item() == pytest.approx(0.1)
     assert got.sequences.positions_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]

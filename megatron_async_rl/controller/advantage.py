@@ -1,4 +1,17 @@
-"""Rewards to advantages: shaped, centered in their group, normalised over the batch (facts: AReaL's order)."""
+"""Rewards to advantages, one of a sample: with gamma = lambda = 1 and no critic each of its tokens has the same.
+
+The order: the reward r is shaped, s = clip(((r - 0.5) * 2 - bias) * scale), less the overlong penalty; then, for sample i
+of a group of G samples with shaped rewards s,
+
+    grpo           (s_i - mean s) / (std s + GROUP_EPS), std biased           DeepSeekMath, arXiv 2402.03300
+                   s_i itself with group_normalize = false                    AReaL, arXiv 2505.24298
+    dr_grpo        s_i - mean s                                               Dr. GRPO, arXiv 2503.20783
+    rloo           s_i - mean of the group's others = G / (G - 1) (s_i - mean s)          arXiv 2402.14740
+    reinforce_pp   s_i, normalised over the batch                             REINFORCE++, arXiv 2501.03262
+
+and with batch_normalize (always for reinforce_pp) (A - mean) / (std + BATCH_EPS) over all generated tokens of the batch,
+std biased. Everything is float64.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +23,66 @@ GROUP_EPS = 1e-6  # added to a group's standard deviation
 BATCH_EPS = 1e-5  # added outside the square root, as AReaL does
 
 
-def sample_advantages(rewards_GS: np.ndarray, tokens_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
-    """One advantage per sample; with gamma = lambda = 1 and no critic, each of its tokens has the same.
+def sample_advantages(
+    rewards_GS: np.ndarray, tokens_GS: np.ndarray, algorithm: AlgorithmConfig, max_new_tokens: int | None = None
+) -> np.ndarray:
+    """[groups, samples] of one batch: rewards, generated tokens -> advantages, float64.
 
-    rewards_GS: [groups, samples] of one batch; tokens_GS: generated tokens of each, the weights of batch_normalize.
-    Returns [groups, samples] float64.
+    max_new_tokens: what a sample may generate; needed for the overlong penalty alone.
     """
-    advantages_GS = ((np.asarray(rewards_GS, np.float64) - 0.5) * 2 - algorithm.reward_bias) * algorithm.reward_scale
-    if algorithm.group_normalize:
-        centered_GS = advantages_GS - advantages_GS.mean(axis=1, keepdims=True)
-        advantages_GS = centered_GS / (centered_GS.std(axis=1, keepdims=True) + GROUP_EPS)
-    if algorithm.batch_normalize and (num_tokens := tokens_GS.sum()):
-        mean = (advantages_GS * tokens_GS).sum() / num_tokens
-        variance = ((advantages_GS - mean) ** 2 * tokens_GS).sum() / num_tokens  # biased
-        advantages_GS = (advantages_GS - mean) / (np.sqrt(variance) + BATCH_EPS)
+    shaped_GS = shaped_rewards(rewards_GS, algorithm)
+    if algorithm.overlong_buffer_tokens:
+        if max_new_tokens is None:
+            raise ValueError("the overlong penalty needs max_new_tokens")
+        shaped_GS = shaped_GS - algorithm.overlong_penalty * overlong_share(
+            tokens_GS, max_new_tokens, algorithm.overlong_buffer_tokens
+        )
+    advantages_GS = _BASELINES[algorithm.advantage](shaped_GS, algorithm)
+    if algorithm.batch_normalize or algorithm.advantage == "reinforce_pp":
+        advantages_GS = batch_normalized(advantages_GS, tokens_GS)
     return advantages_GS
+
+
+def shaped_rewards(rewards_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
+    shaped_GS = ((np.asarray(rewards_GS, np.float64) - 0.5) * 2 - algorithm.reward_bias) * algorithm.reward_scale
+    if algorithm.reward_clip is not None:
+        shaped_GS = shaped_GS.clip(-algorithm.reward_clip, algorithm.reward_clip)
+    return shaped_GS
+
+
+def overlong_share(tokens_GS: np.ndarray, max_new_tokens: int, buffer: int) -> np.ndarray:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13): 0 before the buffer, rising to 1 at its end."""
+    return ((np.asarray(tokens_GS, np.float64) - (max_new_tokens - buffer)) / buffer).clip(0.0, 1.0)
+
+
+def _grpo(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
+    if not algorithm.group_normalize:
+        return shaped_GS
+    centered_GS = _dr_grpo(shaped_GS, algorithm)
+    return centered_GS / (centered_GS.std(axis=1, keepdims=True) + GROUP_EPS)
+
+
+def _dr_grpo(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
+    return shaped_GS - shaped_GS.mean(axis=1, keepdims=True)
+
+
+def _rloo(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
+    size = shaped_GS.shape[1]
+    return _dr_grpo(shaped_GS, algorithm) * (size / (size - 1)) if size > 1 else np.zeros_like(shaped_GS)
+
+
+def _reinforce_pp(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
+    return shaped_GS
+
+
+_BASELINES = {"grpo": _grpo, "dr_grpo": _dr_grpo, "rloo": _rloo, "reinforce_pp": _reinforce_pp}
+
+
+def batch_normalized(advantages_GS: np.ndarray, tokens_GS: np.ndarray) -> np.ndarray:
+    """Zero mean and, but for BATCH_EPS, unit variance over the tokens; unchanged where no token was generated."""
+    num_tokens = tokens_GS.sum()
+    if not num_tokens:
+        return advantages_GS
+    mean = (advantages_GS * tokens_GS).sum() / num_tokens
+    variance = ((advantages_GS - mean) ** 2 * tokens_GS).sum() / num_tokens
+    return (advantages_GS - mean) / (np.sqrt(variance) + BATCH_EPS)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import time
@@ -370,7 +371,7 @@ class Controller:
     def _advantages(self, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
         rewards = np.asarray([group.rewards for group in groups], np.float64)
         tokens = np.asarray([[sample.num_generated for sample in group.samples if sample] for group in groups])
-        return rewards, sample_advantages(rewards, tokens, self.config.algorithm)
+        return rewards, sample_advantages(rewards, tokens, self.config.algorithm, self.config.rollout.max_new_tokens)
 
     # ---- stages of the run
 
@@ -562,6 +563,10 @@ def _rules(config: Config) -> Rules:
         max_attempts=config.rollout.max_attempts,
         max_verdict_attempts=config.reward.max_attempts,
         drop_equal_rewards=config.algorithm.drop_equal_rewards,
+        success_rates=(
+            -math.inf if config.algorithm.success_rate_min is None else config.algorithm.success_rate_min,
+            math.inf if config.algorithm.success_rate_max is None else config.algorithm.success_rate_max,
+        ),
         silence_limit_s=config.faults.silence_s,
         steps=config.run.steps,
         data_parallel_size=config.trainer.data_parallel_size,

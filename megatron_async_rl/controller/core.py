@@ -27,6 +27,8 @@ again (CutBatch or Replay), changes nothing in the books, and ends up where it w
 from __future__ import annotations
 
 import enum
+import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -159,6 +161,7 @@ class Rules:
     silence_limit_s: float
     steps: int
     data_parallel_size: int
+    success_rates: tuple[float, float] = (-math.inf, math.inf)  # groups of a lower or higher mean reward are dropped
 
 
 class Core:
@@ -571,6 +574,9 @@ class Core:
             return self._end_eval(group)
         if self.rules.drop_equal_rewards and len(set(group.rewards)) == 1:
             return self._drop(group, DropReason.EQUAL_REWARDS)
+        low, high = self.rules.success_rates
+        if not low <= statistics.fmean(r for r in group.rewards if r is not None) <= high:
+            return self._drop(group, DropReason.SUCCESS_RATE)
         return []
 
     def _cut(self, now: float) -> list[Action]:

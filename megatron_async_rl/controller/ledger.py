@@ -21,6 +21,7 @@ class DropReason(enum.Enum):
     POISON = "poison"  # the same, on several servers: the prompt itself is suspected, and kept out
     REWARD_UNAVAILABLE = "reward_unavailable"  # the judge broke max_attempts times: never a reward of 0
     EQUAL_REWARDS = "equal_rewards"  # nothing to learn from, and algorithm.drop_equal_rewards
+    SUCCESS_RATE = "success_rate"  # too hard or too easy: outside algorithm.success_rate_min and _max
     RUN_ENDED = "run_ended"  # pending when the last step was done
 
 

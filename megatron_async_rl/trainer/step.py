@@ -7,6 +7,7 @@ both. So the gradient is that of sum / N with N global, however the batch is cut
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,14 @@ from megatron_async_rl.config import Config
 from megatron_async_rl.errors import StepRefused
 from megatron_async_rl.trainer import layers
 from megatron_async_rl.trainer.data import Microbatch, Packing, cut_minibatches
+from megatron_async_rl.trainer.importance import kl_reward_to_go
 from megatron_async_rl.trainer.logprobs import token_logprobs
-from megatron_async_rl.trainer.loss import MAXIMA, SUMS, LossInputs, ppo_loss
+from megatron_async_rl.trainer.loss import MAXIMA, SUMS, LossInputs, policy_loss
 from megatron_async_rl.trainer.model import TrainerModel
+from megatron_async_rl.trainer.reference import reference_weights
 from megatron_async_rl.types import TrainSample
+
+logger = logging.getLogger(__name__)
 
 
 def train_step(model: TrainerModel, samples: Sequence[TrainSample], version: int, config: Config) -> dict[str, float]:
@@ -45,17 +50,20 @@ def train_step(model: TrainerModel, samples: Sequence[TrainSample], version: int
         mpu.get_data_parallel_group(),
         config.run.seed,
     )
-    # With one minibatch the proximal policy is the current one: the loss takes it from its own forward pass.
-    if config.algorithm.loss != "ppo" and len(minibatches) > 1:
-        minibatches = with_proximal(model, minibatches, config)
+    minibatches = with_reference(model, minibatches, config)
+    minibatches = with_proximal(model, minibatches, config)
     trained_from = time.monotonic()
     steps = []
     for minibatch in minibatches:
         totals = accumulate_gradients(model, minibatch, config)
-        steps.append(totals | {"grad_norm": apply_gradients(model, totals, version)})
+        stopped = _ratio_too_large(totals, config)
+        norm = 0.0 if stopped else apply_gradients(model, totals, version)
+        steps.append(totals | {"grad_norm": norm, "stopped": float(stopped)})
     learning_rate = model.optimizer.param_groups[0]["lr"]
     model.scheduler.step(increment=1)
-    return _summary(steps) | {
+    stats = _summary(steps)
+    _warn_of_mismatch(stats, version, config)
+    return stats | {
         "train/lr": float(learning_rate),
         "perf/time/proximal_s": trained_from - started,
         "perf/time/train_s": time.monotonic() - trained_from,
@@ -76,16 +84,71 @@ def packing(model: TrainerModel, config: Config) -> Packing:
 
 
 def with_proximal(model: TrainerModel, minibatches: list[list[Microbatch]], config: Config) -> list[list[Microbatch]]:
-    """The same, with the logprobs of the weights as they are: one pass over the whole batch before any step."""
+    """The same, with the logprobs of the weights as they are where the loss needs them given.
+
+    With one minibatch, and with reuse_first_minibatch for the first of several, the proximal policy is the current one:
+    no step lies between them, and the loss takes it from its own forward pass.
+    """
+    if config.algorithm.loss == "ppo" or config.algorithm.proximal == "loglinear" or len(minibatches) == 1:
+        return minibatches
+    given = 1 if config.algorithm.proximal == "reuse_first_minibatch" else 0
+    rest = minibatches[given:]
+    logprobs = _current_logprobs(model, rest, config)
+    return minibatches[:given] + [
+        [replace(microbatch, proximal_T=logprobs.pop(0)) if logprobs else microbatch for microbatch in minibatch]
+        for minibatch in rest
+    ]
+
+
+def with_reference(model: TrainerModel, minibatches: list[list[Microbatch]], config: Config) -> list[list[Microbatch]]:
+    """With kl_coef: the same, with the starting policy's logprobs; with kl_in = reward, taken from the advantages."""
+    algorithm = config.algorithm
+    if not algorithm.kl_coef:
+        return minibatches
+    with reference_weights(model, config):
+        logprobs = _current_logprobs(model, minibatches, config)
+
+    def filled(microbatch: Microbatch) -> Microbatch:
+        if not logprobs:
+            return microbatch
+        microbatch = replace(microbatch, reference_T=logprobs.pop(0))
+        if algorithm.kl_in == "loss":
+            return microbatch
+        assert microbatch.owners is not None and microbatch.reference_T is not None
+        kl_T = kl_reward_to_go(microbatch.behavior_T, microbatch.reference_T, microbatch.mask_T, microbatch.owners)
+        return replace(microbatch, advantages_T=microbatch.advantages_T - algorithm.kl_coef * kl_T)
+
+    return [[filled(microbatch) for microbatch in minibatch] for minibatch in minibatches]
+
+
+def _current_logprobs(model: TrainerModel, minibatches: list[list[Microbatch]], config: Config) -> list[Tensor]:
+    """Of every micro-batch in order, under the weights as they are; empty but on the last pipeline stage."""
     flat = [microbatch for minibatch in minibatches for microbatch in minibatch]
     model.chunk.eval()
     with torch.no_grad():
         logprobs = _run(model, flat, partial(_proximal_step, model, config), forward_only=True, collect=True)
     model.chunk.train()
-    if not logprobs:  # not the last pipeline stage: it has the loss to itself
-        return minibatches
-    filled = iter([replace(microbatch, proximal_T=p) for microbatch, p in zip(flat, logprobs, strict=True)])
-    return [[next(filled) for _ in minibatch] for minibatch in minibatches]
+    return logprobs
+
+
+def _ratio_too_large(totals: dict[str, float], config: Config) -> bool:
+    """Whether the minibatch is so far from the proximal policy that it shall make no step (AReaL's early stop)."""
+    limit = config.algorithm.stop_ratio
+    return limit is not None and totals["importance_weight"] / max(totals["tokens"], 1) > limit
+
+
+def _warn_of_mismatch(stats: dict[str, float], version: int, config: Config) -> None:
+    limit = config.algorithm.mismatch_alarm
+    if limit is not None and stats["train/logprob_diff_mean"] > limit and dist.get_rank() == 0:
+        logger.warning(
+            "training step %d: engine and trainer differ by %.4g a token (mean abs logprob under the same version), more "
+            "than algorithm.mismatch_alarm = %g; largest %.4g, beyond the cap %.2g of the tokens",
+            version,
+            stats["train/logprob_diff_mean"],
+            limit,
+            stats["train/logprob_diff_max"],
+            stats["train/mismatch_beyond_cap_fraction"],
+        )
 
 
 def accumulate_gradients(model: TrainerModel, minibatch: list[Microbatch], config: Config) -> dict[str, float]:
@@ -193,9 +256,11 @@ def _loss_step(
             behavior_T=microbatch.behavior_T,
             advantages_T=microbatch.advantages_T,
             mask_T=microbatch.mask_T,
-            current_T=microbatch.current_T,
+            lag_T=microbatch.lag_T,
+            owners=microbatch.owners,
+            reference_T=microbatch.reference_T,
         )
-        loss, metrics = ppo_loss(inputs, config.algorithm)
+        loss, metrics = policy_loss(inputs, config.algorithm)
         count = microbatch.mask_T.sum(dtype=torch.int32)
         sums = torch.stack([metrics[name].double() for name in SUMS])
         return loss, count, (sums, torch.stack([metrics[name].double() for name in MAXIMA]))
@@ -223,6 +288,10 @@ def _summary(steps: list[dict[str, float]]) -> dict[str, float]:
         "train/masked_by_cap_fraction": total["masked_by_cap"] / tokens,
         "train/logprob_diff_mean": total["logprob_diff"] / max(total["current_tokens"], 1),
         "train/logprob_diff_max": largest["logprob_diff_max"],
+        "train/mismatch_kl": total["mismatch_kl"] / max(total["current_tokens"], 1),
+        "train/mismatch_beyond_cap_fraction": total["mismatch_beyond_cap"] / max(total["current_tokens"], 1),
+        "train/reference_kl": total["reference_kl"] / tokens,
+        "train/stopped_minibatches": sum(step["stopped"] for step in steps),
         "train/current_version_fraction": total["current_tokens"] / tokens,
         "train/tokens": total["tokens"],
         "train/packed_tokens": total["packed"],
