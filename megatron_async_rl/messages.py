@@ -215,6 +215,7 @@ class PublishOffer(Message, frozen=True):
     num_stages: int
     buckets: list[Bucket]
     backend: Literal["nccl", "gloo"]
+    flattened: bool = True
 
 
 class OpenGroup(Message, frozen=True):
@@ -285,6 +286,7 @@ class ReceiveBuckets(Message, frozen=True):
     version: int
     stages: list[StageBuckets]
     verify: bool
+    flattened: bool = True  # a bucket is one broadcast; else each of its tensors is one
 
 
 class BucketsSent(Message, frozen=True):

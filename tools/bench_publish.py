@@ -10,11 +10,12 @@ Publisher behind a Hub here, a rollout worker process with its SGLang server, an
 the time. Beside it: a plain broadcast of the same bytes in buckets of the same size, from the trainer's first GPU to
 the engine's first, before the engine takes its memory. Writes OUT/updates.json and OUT/table.md.
 
-Seconds of an update (Publisher's own): interrupt: abort until no request is out; flush: the prefix cache dropped; load:
-all buckets received and loaded, by the server; wire: the same seen by the trainer, from the first gather to the last
-byte sent; gather, trainer_digest: on the trainer's GPU, inside wire; digest: the server's checksums and the comparison;
-pause: from closing the gate for requests to opening it, in the rollout worker; total: from the controller's first
-message to its last.
+Seconds of an update (Publisher's own): interrupt: the gate for requests closed and all aborted; drain: until the last
+of them was answered; load: from there all buckets received and loaded, by the server (it waits for the drain first);
+wire: the same seen by the trainer, from the first gather to the last byte sent; gather, trainer_digest: on the trainer's
+GPU, inside wire; flush: the prefix cache dropped; digest: the server's checksums and the comparison; pause: from closing
+the gate to opening it, in the rollout worker; total: from the controller's first message to its last. Every bucket size
+is run twice: with the server idle, which is where the rate of the wire is taken, and with its --requests running.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 320,
     },
 }
-PHASES = ("interrupt", "flush", "gather", "trainer_digest", "wire", "load", "digest", "pause", "total")
+PHASES = ("interrupt", "drain", "gather", "trainer_digest", "wire", "load", "flush", "digest", "pause", "total")
 PROMPT_TOKENS = 64
 UPDATE_TIMEOUT_S = 20.0
 CPU_ENGINE = {
@@ -153,7 +154,13 @@ def make_config(arguments: argparse.Namespace, model: Path, run_dir: Path) -> Co
 # ---- the trainer's ranks
 
 
-def trainer(run_dir: Path, buckets: list[int], updates: int, kill: bool) -> None:
+def way(text: str) -> tuple[int, str]:
+    """weights.bucket_bytes and weights.wire."""
+    size, _, wire = text.partition(":")
+    return int(size), wire or "bucket"
+
+
+def trainer(run_dir: Path, buckets: list[str], updates: int, kill: bool) -> None:
     """One rank: publishes `updates` versions with each bucket size."""
     from megatron_async_rl import patches
 
@@ -166,15 +173,15 @@ def trainer(run_dir: Path, buckets: list[int], updates: int, kill: bool) -> None
 
     settings = configuration.load(run_dir / "config.yaml")
     parallel.init_parallel(settings)
-    _, shape, module = model.build_module(settings)
+    _, shape, modules = model.build_modules(settings)
     socket = None
     if mpu.get_tensor_model_parallel_rank() == 0:
         socket = SyncLink(run_dir)
         socket.join(Hello("trainer", f"trainer-{dist.get_rank()}", os.getpid(), stage=0))
     version = 0
-    for size in buckets:
-        weights = msgspec.structs.replace(settings.weights, bucket_bytes=size)
-        publisher = WeightPublisher(module, shape, msgspec.structs.replace(settings, weights=weights), socket)
+    for size, wire in 2 * list(map(way, buckets)):  # once idle, once busy
+        weights = msgspec.structs.replace(settings.weights, bucket_bytes=size, wire=wire)
+        publisher = WeightPublisher(modules, shape, msgspec.structs.replace(settings, weights=weights), socket)
         for _ in range(updates):
             publisher.publish(version)
             version += 1
@@ -281,7 +288,12 @@ class Bench:
             await asyncio.sleep(0.2)
         rows: list[dict[str, Any]] = []
         version = 0
-        for size in self._arguments.buckets:
+        ways = list(map(way, self._arguments.buckets))
+        for busy, (size, wire) in [*((False, w) for w in ways), *((True, w) for w in ways)]:
+            if busy and not self._next_group:
+                for _ in range(self._arguments.requests):
+                    await self.lease()
+                await asyncio.sleep(self._arguments.gap_s)
             self.publisher.forget_groups()
             for number in range(self._arguments.updates):
                 outcome, offer = await self.publish(version)
@@ -289,6 +301,8 @@ class Bench:
                 row = {
                     "version": version,
                     "bucket_bytes": size,
+                    "wire": wire,
+                    "busy": busy,
                     "buckets": len(offer.buckets),
                     "bytes": total_bytes,
                     "first": number == 0,
@@ -301,11 +315,8 @@ class Bench:
                 rows.append(row)
                 print(json.dumps(row), flush=True)
                 (self._arguments.out / "updates.json").write_text(json.dumps(rows, indent=1))
-                if not version:
-                    for _ in range(self._arguments.requests):
-                        await self.lease()
                 version += 1
-                await asyncio.sleep(self._arguments.gap_s)
+                await asyncio.sleep(self._arguments.gap_s if busy else 0.2)
         if self._arguments.kill:
             await self._kill_in_the_middle(version)
         for name in self._peers:
@@ -331,23 +342,28 @@ def spec_bytes(dtype: str, shape: list[int]) -> int:
 
 def table(rows: list[dict[str, Any]], plain: dict[int, float]) -> str:
     """One line per bucket size and kind of update: medians after the first, in milliseconds."""
-    columns = ["bucket GB", "digests", "updates", *(f"{phase} ms" for phase in PHASES)]
-    columns += ["GB/s (wire)", "plain GB/s", "share", "peak GB", "worst pause ms"]
+    columns = ["bucket GB", "wire", "interrupted", "digests", "updates", *(f"{phase} ms" for phase in PHASES)]
+    columns += ["GB/s", "plain GB/s", "share", "peak GB", "worst pause ms"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for size in dict.fromkeys(row["bucket_bytes"] for row in rows):
-        for verified in (False, True):
-            chosen = [r for r in rows if r["bucket_bytes"] == size and r["verified"] == verified and not r["first"]]
-            if not chosen:
-                continue
-            seconds = {phase: statistics.median(r["seconds"].get(phase, 0.0) for r in chosen) for phase in PHASES}
-            rate = chosen[0]["bytes"] / seconds["wire"] / 1e9
-            plain_rate = chosen[0]["bytes"] / plain[size] / 1e9 if size in plain else float("nan")
-            cells = [f"{size / 1e9:.2f}", "yes" if verified else "no", str(len(chosen))]
-            cells += [f"{1000 * seconds[phase]:.1f}" for phase in PHASES]
-            cells += [f"{rate:.1f}", f"{plain_rate:.1f}", f"{rate / plain_rate:.2f}"]
-            cells += [f"{max(r['peak_bytes'] for r in chosen) / 1e9:.2f}"]
-            cells += [f"{1000 * max(r['seconds']['pause'] for r in chosen):.0f}"]
-            lines.append("| " + " | ".join(cells) + " |")
+    kinds = ("bucket_bytes", "wire", "busy", "verified")
+    for size, wire, busy, verified in sorted({tuple(row[kind] for kind in kinds) for row in rows}):
+        chosen = [
+            row
+            for row in rows
+            if tuple(row[kind] for kind in kinds) == (size, wire, busy, verified) and not row["first"]
+        ]
+        if not chosen:
+            continue
+        seconds = {phase: statistics.median(r["seconds"].get(phase, 0.0) for r in chosen) for phase in PHASES}
+        rate = chosen[0]["bytes"] / seconds["wire"] / 1e9
+        plain_rate = chosen[0]["bytes"] / plain[size] / 1e9 if size in plain else float("nan")
+        cells = [f"{size / 1e9:.2f}", wire, str(statistics.median(r["interrupted"] for r in chosen))]
+        cells += ["yes" if verified else "no", str(len(chosen))]
+        cells += [f"{1000 * seconds[phase]:.1f}" for phase in PHASES]
+        cells += ["", "", ""] if busy else [f"{rate:.1f}", f"{plain_rate:.1f}", f"{rate / plain_rate:.2f}"]
+        cells += [f"{max(r['peak_bytes'] for r in chosen) / 1e9:.2f}"]
+        cells += [f"{1000 * max(r['seconds']['pause'] for r in chosen):.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -358,7 +374,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--trainer-tp", type=int, default=1)
     parser.add_argument("--engine-tp", type=int, default=1)
-    parser.add_argument("--buckets", type=int, nargs="+", default=[2 << 30])
+    parser.add_argument("--buckets", nargs="+", default=["2147483648"], help="bytes, or bytes:tensor for weights.wire")
     parser.add_argument("--updates", type=int, default=7, help="per bucket size; every second one verifies digests")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=4096)
@@ -372,7 +388,13 @@ def main() -> None:
     if arguments.role == "trainer":
         trainer(arguments.out, arguments.buckets, arguments.updates, arguments.kill)
     elif arguments.role == "baseline":
-        baseline(arguments.rank, arguments.port, arguments.device, arguments.buckets, arguments.total_bytes)
+        baseline(
+            arguments.rank,
+            arguments.port,
+            arguments.device,
+            sorted({way(text)[0] for text in arguments.buckets}),
+            arguments.total_bytes,
+        )
     else:
         asyncio.run(benchmark(arguments))
 

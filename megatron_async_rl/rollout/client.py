@@ -142,16 +142,17 @@ class EngineClient:
         if self.version >= _HAS_SESSIONS:
             await self._call("POST", "/begin_weight_update", {}, self._admin)
 
-    async def receive_bucket(self, group: str, bucket: Bucket, version: int | None) -> None:
-        """Takes in one flattened broadcast; `version` with the last one: it is recorded per call."""
-        request = {
+    async def receive_bucket(self, group: str, bucket: Bucket, flattened: bool, version: int | None) -> None:
+        """Takes in one flattened broadcast, or one per tensor; `version` with the last one: it is recorded per call."""
+        request: dict[str, Any] = {
             "names": [tensor.name for tensor in bucket.tensors],
             "dtypes": [tensor.dtype for tensor in bucket.tensors],
             "shapes": [tensor.shape for tensor in bucket.tensors],
             "group_name": group,
-            "load_format": "flattened_bucket",
             "flush_cache": False,  # done once, after the last bucket
         }
+        if flattened:
+            request["load_format"] = "flattened_bucket"
         if version is not None:
             request["weight_version"] = str(version)
         await self._call("POST", "/update_weights_from_distributed", request, self._admin)

@@ -2,9 +2,8 @@
 
 An update, seen from here:
 
-    UpdateWeights    new requests wait at the gate; running ones are aborted and return what they have; idle. The
-                     prefix cache is dropped: nothing of the old weights is left, and nothing can come until the end
-    ReceiveBuckets   begin, bucket after bucket, end
+    UpdateWeights    new requests wait at the gate; running ones are aborted and return what they have
+    ReceiveBuckets   begin, bucket after bucket, end; the prefix cache is dropped: nothing of the old weights is left
     WeightDigests    the engine's digests against the trainer's; equal: the gate opens, requests go on by a new
                      prefill of prompt + tokens so far. Anything else: `Updated` with an error, and the gate stays shut
 
@@ -234,23 +233,35 @@ class RolloutWorker:
                 await self._link.send(Updated(message.version, self._update_seconds, error=str(e)))
 
     async def _interrupt(self, version: int) -> None:
-        started = time.monotonic()
+        """Closes the gate and aborts; the last answers come in while the update begins.
+
+        The engine takes no weights before its last request has been answered, and no request while it takes them (it
+        holds a lock), so nobody need wait here for the answers, which take long when they are many.
+        """
+        self._paused_since = started = time.monotonic()
         self._serving.clear()
         self._num_interrupted = self._num_requests
-        deadline = started + self._config.rollout.request_timeout_s
-        while self._num_requests:
+        if self._num_requests:
             await self._client.abort_all()
-            async with self._idle:
-                try:
-                    await asyncio.wait_for(self._idle.wait_for(lambda: not self._num_requests), ABORT_AGAIN_S)
-                except TimeoutError:
-                    if time.monotonic() > deadline:
-                        raise EngineError(f"{self._num_requests} requests did not end after an abort") from None
-        idle = time.monotonic()
-        await self._client.flush_cache(deadline - idle)
-        self._update_seconds = {"interrupt": idle - started, "flush": time.monotonic() - idle}
-        self._paused_since = started
+        self._drained = self._spawn(self._drain(started + self._config.rollout.request_timeout_s))
+        self._update_seconds = {"interrupt": time.monotonic() - started}
         await self._link.send(UpdateReady(version, self._update_seconds))
+
+    async def _drain(self, deadline: float) -> str:
+        """Until no request is out: one that was on its way escapes an abort. What is wrong, if anything."""
+        try:
+            while self._num_requests:
+                async with self._idle:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._idle.wait_for(lambda: not self._num_requests), ABORT_AGAIN_S)
+                if self._num_requests:
+                    if time.monotonic() > deadline:
+                        return f"{self._num_requests} requests did not end after an abort"
+                    await self._client.abort_all()
+        except EngineError as e:
+            return str(e)
+        self._update_seconds["drain"] = time.monotonic() - self._paused_since
+        return ""
 
     async def _join(self, join: JoinGroup) -> None:
         formation = join.group.rsplit("-", 1)[0]
@@ -272,9 +283,15 @@ class RolloutWorker:
 
         await self._client.begin_update()
         for number, (group, bucket) in enumerate(buckets, 1):
-            await self._client.receive_bucket(group, bucket, update.version if number == len(buckets) else None)
+            await self._client.receive_bucket(
+                group, bucket, update.flattened, update.version if number == len(buckets) else None
+            )
         await self._client.end_update()
         lap("load")
+        if error := await self._drained:
+            raise EngineError(error)
+        await self._client.flush_cache()
+        lap("flush")
         held, served = await asyncio.gather(self._held(update.verify), self._client.served_version())
         if served != str(update.version):
             raise EngineError(f"the engine says it holds version {served}, expected {update.version}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_async_rl.trainer.model import TrainerModel
 from megatron_async_rl.weights.folder import ModelFolder
-from megatron_async_rl.weights.reshard import hf_tensors
+from megatron_async_rl.weights.reshard import hf_tensors, is_first_replica, takes_part
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +36,10 @@ def save_hf(model: TrainerModel, source_dir: str | Path, out_dir: str | Path, dt
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    if mpu.get_data_parallel_rank(with_context_parallel=True) == 0:
+    if takes_part():
         tensors = hf_tensors(model.module, model.shape, dtype or _stored_dtype(source))
-        _write_stage(
-            tensors, partial, mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank() == 0
-        )
+        writes = is_first_replica() and mpu.get_tensor_model_parallel_rank() == 0
+        _write_stage(tensors, partial, mpu.get_pipeline_model_parallel_rank(), writes)
     dist.barrier()
     if dist.get_rank() == 0:
         _write_index(partial)

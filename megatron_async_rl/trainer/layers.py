@@ -30,19 +30,24 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules | Any:
+def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules | Any:
+    experts = config.num_moe_experts
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(num_experts=experts, qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+    parts.input_layernorm = IdentityOp
+    parts.pre_mlp_layernorm = RMSNorm if experts else IdentityOp  # the router needs the normed tokens too
     attention = parts.self_attention.submodules
     attention.linear_qkv, attention.core_attention = NormedColumnParallelLinear, PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    mlp = parts.mlp  # ModuleSpec in 0.16, partial(MLP, submodules=...) in 0.19
-    (mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules).linear_fc1 = NormedColumnParallelLinear
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    if not experts:
+        mlp = parts.mlp  # ModuleSpec in 0.16, partial(MLP, submodules=...) in 0.19
+        dense = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+        dense.linear_fc1 = NormedColumnParallelLinear
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
 def _norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_async_rl.config import Config
-from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.trainer import layers, parallel, settings
 from megatron_async_rl.weights.folder import Architecture, ModelFolder
 from megatron_async_rl.weights.load import load_folder
@@ -43,7 +43,13 @@ class TrainerModel:
 
 def build(config: Config) -> TrainerModel:
     """Builds this rank's part with the weights of model.path. `parallel.init_parallel` must have been called."""
-    transformer, shape, module = build_module(config)
+    transformer, shape, modules = build_modules(config)
+    if len(modules) > 1:
+        raise ConfigError(
+            f"megatron.virtual_pipeline_model_parallel_size = {len(modules)}: interleaved pipelines can be converted and "
+            "published, but not trained yet; remove the key"
+        )
+    [module] = modules
     ddp = settings.ddp_config(config)
     wrapped = Float16Module(transformer, module) if transformer.bf16 else module
     chunk = DistributedDataParallel(transformer, ddp, wrapped)
@@ -56,15 +62,11 @@ def build(config: Config) -> TrainerModel:
     return TrainerModel(transformer, shape, module, chunk, optimizer, scheduler, parallel.device())
 
 
-def build_module(config: Config) -> tuple[TransformerConfig, ModelShape, GPTModel]:
-    """The weights alone, without what training needs beside them."""
+def build_modules(config: Config) -> tuple[TransformerConfig, ModelShape, list[GPTModel]]:
+    """The weights alone, without what training needs beside them: one module, or the chunks of an interleaved pipeline."""
     settings.check_keys(config.megatron)
     folder = ModelFolder(config.model.path)
     shape, architecture = folder.shape(settings.padded_vocab_multiple(config)), folder.architecture()
-    if shape.family.experts:
-        raise DataError(
-            f"model.path = {config.model.path}: {shape.family.architecture} can be mapped but not trained yet"
-        )
     if config.parallel_size("context") > 1 and torch.cuda.is_available() and not layers.has_transformer_engine():
         raise ConfigError(
             f"megatron.context_parallel_size = {config.parallel_size('context')} needs Transformer Engine on a GPU; install "
@@ -78,15 +80,21 @@ def build_module(config: Config) -> tuple[TransformerConfig, ModelShape, GPTMode
             architecture.max_positions,
         )
     transformer = settings.transformer_config(config, shape, architecture)
-    module = _build_module(transformer, shape, architecture)
+    vpp = config.parallel_size("virtual_pipeline_model")
+    stages = range(vpp) if vpp > 1 else [None]
+    modules = [_build_module(transformer, shape, architecture, stage) for stage in stages]
     if config.model.random_init:
-        fill_random(module, shape, config.run.seed)
+        fill_random(modules, shape, config.run.seed)
     else:
-        load_folder(module, folder, shape)
-    return transformer, shape, module
+        load_folder(modules, folder, shape)
+    return transformer, shape, modules
 
 
-def _build_module(config: TransformerConfig, shape: ModelShape, architecture: Architecture) -> GPTModel:
+def _build_module(
+    config: TransformerConfig, shape: ModelShape, architecture: Architecture, vp_stage: int | None
+) -> GPTModel:
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    first, last = vp_stage in (None, 0), vp_stage in (None, chunks - 1)
     rotary = {
         "rotary_base": architecture.rotary_base,
         "rope_scaling": architecture.rope_scaling_factor is not None,
@@ -94,13 +102,14 @@ def _build_module(config: TransformerConfig, shape: ModelShape, architecture: Ar
     }
     module = GPTModel(
         config,
-        layers.block_spec(config),
+        layers.block_spec(config, vp_stage),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=architecture.max_positions,
-        pre_process=mpu.is_pipeline_first_stage(),
-        post_process=mpu.is_pipeline_last_stage(),
+        pre_process=first and mpu.is_pipeline_first_stage(ignore_virtual=True),
+        post_process=last and mpu.is_pipeline_last_stage(ignore_virtual=True),
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
+        vp_stage=vp_stage,
         **rotary,
     )
     if not layers.has_transformer_engine():

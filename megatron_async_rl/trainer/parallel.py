@@ -49,6 +49,11 @@ def init_parallel(config: Config) -> None:
     mpu.initialize_model_parallel(
         config.parallel_size("tensor_model"),
         config.parallel_size("pipeline_model"),
+        virtual_pipeline_model_parallel_size=vpp
+        if (vpp := config.parallel_size("virtual_pipeline_model")) > 1
+        else None,
+        expert_model_parallel_size=config.parallel_size("expert_model"),
+        expert_tensor_parallel_size=config.megatron.get("expert_tensor_parallel_size"),
         context_parallel_size=config.parallel_size("context"),
         distributed_timeout_minutes=timeout / timedelta(minutes=1),
     )

@@ -67,8 +67,7 @@ _DECIDED = dict.fromkeys(
     "attention_dropout": "a policy is trained without dropout; remove the key",
     "calculate_per_token_loss": "the loss is always normalised by the global token count; remove the key",
     "variable_seq_lengths": "packed micro-batches always vary in length; remove the key",
-    "virtual_pipeline_model_parallel_size": "interleaved pipelines are not supported yet; remove the key",
-    "expert_model_parallel_size": "mixture-of-experts models are not supported yet; remove the key",
+    "moe_grouped_gemm": "each expert's weights are parameters of their own here; remove the key",
     "overlap_param_gather": "parameters are read between steps, which it does not wait for; remove the key",
     "use_megatron_fsdp": "FSDP is not supported; use tensor, pipeline and data parallelism",
     "optimizer": "adam is the only optimizer supported; remove the key",
@@ -118,6 +117,23 @@ def _make(cls: type, **fields: Any) -> Any:
 def check_layout(config: Config, shape: ModelShape) -> None:
     """Refuses parallel sizes that do not divide the model."""
     tp, pp = config.parallel_size("tensor_model"), config.parallel_size("pipeline_model")
+    ep, vpp = config.parallel_size("expert_model"), config.parallel_size("virtual_pipeline_model")
+    if ep > 1 and shape.num_experts % ep:
+        raise ConfigError(
+            f"megatron.expert_model_parallel_size = {ep} does not divide the model's num_experts = {shape.num_experts}; "
+            f"use {'1' if not shape.num_experts else 'a divisor of it'}"
+        )
+    etp = int(config.megatron.get("expert_tensor_parallel_size", tp))
+    if config.trainer_ranks // pp % (ep * etp):
+        raise ConfigError(
+            f"megatron.expert_model_parallel_size = {ep} times expert_tensor_parallel_size = {etp} does not divide the "
+            f"{config.trainer_ranks // pp} ranks of a pipeline stage; raise trainer.data_parallel_size or lower one of them"
+        )
+    if vpp > 1 and (pp == 1 or shape.num_layers % (pp * vpp)):
+        raise ConfigError(
+            f"megatron.virtual_pipeline_model_parallel_size = {vpp} with pipeline_model_parallel_size = {pp}: an interleaved "
+            f"pipeline has at least 2 stages, and their product divides num_hidden_layers = {shape.num_layers}"
+        )
     rules = (
         ("tensor_model", tp, "num_attention_heads", shape.num_attention_heads),
         ("tensor_model", tp, "num_key_value_heads", shape.num_query_groups),
@@ -181,6 +197,17 @@ def transformer_config(config: Config, shape: ModelShape, architecture: Architec
         "variable_seq_lengths": config.parallel_size("pipeline_model") > 1,
         "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths refuses the default, MoE or not
     }
+    if shape.num_experts:
+        fields |= {
+            "num_moe_experts": shape.num_experts,
+            "moe_ffn_hidden_size": shape.expert_ffn_hidden_size,
+            "moe_router_topk": architecture.router_top_k,
+            # softmax over all experts first, or over the chosen ones, which is the same as normalising what was chosen
+            "moe_router_pre_softmax": not architecture.router_normalizes,
+            "moe_router_load_balancing_type": "none",
+            "moe_router_dtype": "fp32",
+            "moe_aux_loss_coeff": 0.0,
+        }
     chosen = _chosen(TransformerConfig, config)
     if config.parallel_size("tensor_model") == 1:
         chosen["sequence_parallel"] = False  # Megatron refuses it; here a layout can be changed by one key

@@ -32,6 +32,8 @@ class Architecture:
     """Llama 3's rope scaling; None: plain RoPE."""
     max_positions: int
     router_top_k: int = 0
+    router_normalizes: bool = True
+    """The weights of the chosen experts are made to add up to 1."""
 
 
 class ModelFolder:
@@ -101,6 +103,7 @@ class ModelFolder:
             rope_scaling_factor=self._rope_scaling(rope),
             max_positions=int(c.get("max_position_embeddings", 4096)),
             router_top_k=int(c.get("num_experts_per_tok", 0)) if family.experts else 0,
+            router_normalizes=bool(c.get("norm_topk_prob", False)),
         )
 
     def read(self, name: str, index: Index) -> Tensor:

@@ -57,6 +57,7 @@ class WeightPublisher:
         self._device = next(chunks(modules)[0].parameters()).device
         self._dtype = DTYPES[config.weights.dtype]
         self._buckets = plan_buckets(manifest(modules, shape, self._dtype), config.weights.bucket_bytes)
+        self._flattened = config.weights.wire == "bucket"
         self._digest_kind: Kind = "sha256" if config.sglang.get("device") == "cpu" else "tiles"
         self._group: UpdateGroup | None = None
 
@@ -76,6 +77,7 @@ class WeightPublisher:
                 mpu.get_pipeline_model_parallel_world_size(),
                 self._buckets,
                 "nccl" if self._device.type == "cuda" else "gloo",
+                self._flattened,
             )
         )
         return self._lead(version, self._socket)
@@ -152,12 +154,15 @@ class WeightPublisher:
             if error:
                 continue
             try:
-                group.broadcast(flat)
+                tensors_of = dict(split_bucket(bucket, flat))
+                pieces = [flat] if self._flattened else list(tensors_of.values())
+                for piece in pieces:
+                    group.broadcast(piece)
                 if verify:
                     with watch("trainer_digest"):
-                        for name, tensor in split_bucket(bucket, flat):
+                        for name, tensor in tensors_of.items():
                             digests.add(name, tensor)
-                group.wait(keep=1)  # the buffer of the one before is filled next
+                group.wait(keep=len(pieces))  # the buffer of the bucket before is filled next
             except RuntimeError as e:
                 error = f"broadcast of version {version}: {e}"
         for _ in tensors:  # nothing is left, but the other ranks' gather ends only with this one
