@@ -126,7 +126,8 @@ def test_a_server_with_a_wrong_digest_is_fenced_by_name() -> None:
     assert "model.norm.weight" in outcome.fenced["rollout-0"]
 
 
-def test_a_broken_broadcast_is_repeated_without_the_server_that_broke_it() -> None:
+@pytest.mark.parametrize("dead", [True, False])
+def test_whoever_answers_after_a_broken_broadcast_is_given_a_second_try_and_no_third(dead: bool) -> None:
     broken = iter([True])
 
     def send(name: str, message: Message) -> Message:
@@ -135,11 +136,28 @@ def test_a_broken_broadcast_is_repeated_without_the_server_that_broke_it() -> No
 
     cluster = Cluster()
     cluster.faults[("trainer-0", SendBuckets)] = send
-    cluster.faults[("rollout-1", ReceiveBuckets)] = lambda name, message: Updated(0, {}, error="engine died")
+
+    def receive(name: str, message: Message) -> Message | None:
+        first = len(cluster.sent(SendBuckets)) == 0
+        return Updated(0, {}, error="engine died") if first or (dead and name == "rollout-1") else None
+
+    cluster.faults |= {(name, ReceiveBuckets): receive for name in ("rollout-0", "rollout-1")}
     outcome = cluster.publish(0, "rollout-0", "rollout-1")
-    assert outcome.serving == ["rollout-0"]
-    assert outcome.fenced["rollout-1"] == "engine died"
-    assert cluster.sent(OpenGroup)[-1].world_size == 2
+    assert outcome.serving == (["rollout-0"] if dead else ["rollout-0", "rollout-1"])
+    assert outcome.fenced == ({"rollout-1": "engine died"} if dead else {})
+    assert len(cluster.sent(OpenGroup)) == 2
+
+
+def test_a_broadcast_that_never_works_ends_with_an_error() -> None:
+    cluster = Cluster()
+    cluster.faults[("trainer-0", SendBuckets)] = lambda name, message: BucketsSent(0, 0, {}, {}, "no network")
+    cluster.faults |= {
+        (name, ReceiveBuckets): lambda name, message: Updated(0, {}, error="no network")
+        for name in ("rollout-0", "rollout-1")
+    }
+    with pytest.raises(PublishError, match="no network"):
+        cluster.publish(0, "rollout-0", "rollout-1")
+    assert len(cluster.sent(OpenGroup)) == 2
 
 
 def test_no_server_left_is_an_error_and_the_sources_are_released() -> None:

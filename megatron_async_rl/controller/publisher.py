@@ -12,8 +12,9 @@
     BucketsSent(digests)  ---------------------> WeightDigests  ------------->  compare, resume
                        <--------- Published      <------------------ Updated    (mismatch: fenced)
 
-Every wait has the one deadline of the update. A server that fails is fenced, never trusted; when that broke a
-collective, the others start again without it. Sources stay alive whatever happens to servers.
+Every wait has the one deadline of the update. A server that fails is fenced, never trusted. When one breaks a
+collective, the others fail with it: whoever still answers is given a second try in new groups. Sources stay alive
+whatever happens to servers.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Publisher:
         self._deadline = 0.0
         self._sources: frozenset[str] = frozenset()
         self._members: tuple[str, ...] = ()
+        self._suspects: set[str] = set()  # servers that failed in a broken collective of this update: once is forgiven
         self._groups: list[str] = []
         self._num_formations = 0
         self._num_updates = 0
@@ -107,13 +109,15 @@ class Publisher:
         for message in ready.values():
             _keep_slowest(outcome.seconds, message.seconds)
         remaining = sorted(ready)
+        self._suspects.clear()
         while remaining and not outcome.serving:
+            num_known = len(self._suspects) + len(outcome.fenced)
             self._deadline = time.monotonic() + self._timeout_s
             if await self._form_groups(sources, remaining, offers, outcome):
                 outcome.serving = await self._transfer(version, sources, remaining, offers, verify, outcome)
             if not outcome.serving:
                 self._members = ()  # the collective is broken: new groups, without whoever was fenced
-                if not any(name in outcome.fenced for name in remaining):
+                if len(self._suspects) + len(outcome.fenced) == num_known:
                     break  # the sources' own fault: another try would end the same way
             remaining = [name for name in remaining if name not in outcome.fenced]
         for source in sources:
@@ -176,7 +180,8 @@ class Publisher:
             await self._send(server, ReceiveBuckets(version, stages, verify, offers[sources[0]].flattened))
         for source in sources:
             await self._send(source, SendBuckets(version, verify))
-        sent = await self._collect(BucketsSent, sources, outcome, version=version)
+        failed: dict[str, str] = {}
+        sent = await self._collect(BucketsSent, sources, outcome, failed, version=version)
         digests: dict[str, str] = {}
         for message in sent.values():
             digests.update(message.digests)
@@ -186,8 +191,11 @@ class Publisher:
             raise PublishError(f"weight sources {sorted(set(sources) - set(sent))} did not send version {version}")
         if any(message.error for message in sent.values()):
             logger.warning("sources failed: %s", {name: m.error for name, m in sent.items() if m.error})
-            await self._abandon(version, servers, outcome)
+            await self._abandon(version, [s for s in servers if s not in failed], outcome, failed)
+            outcome.fenced |= {name: error for name, error in failed.items() if name in self._suspects}
+            self._suspects |= failed.keys()
             return []
+        outcome.fenced |= failed
         for server in servers:
             if server not in outcome.fenced:
                 await self._send(server, WeightDigests(version, digests))
@@ -197,18 +205,26 @@ class Publisher:
             outcome.num_interrupted += message.num_interrupted
         return sorted(updated)
 
-    async def _abandon(self, version: int, servers: list[str], outcome: Outcome) -> None:
-        """Ends a broken try: servers that took everything in stay, those that failed or hang are fenced."""
+    async def _abandon(self, version: int, servers: list[str], outcome: Outcome, failed: dict[str, str]) -> None:
+        """Ends a broken try: servers that took everything in, or report their failure, stay; those that hang are fenced."""
         for server in servers:
-            if server not in outcome.fenced:
-                await self._send(server, AbandonUpdate(version))
-        await self._collect(UpdateReady, servers, outcome, version=version)
+            await self._send(server, AbandonUpdate(version))
+        await self._collect(UpdateReady, servers, outcome, failed, version=version)
 
-    async def _collect(self, kind: type[M], names: Collection[str], outcome: Outcome, **match: Any) -> dict[str, M]:
+    async def _collect(
+        self,
+        kind: type[M],
+        names: Collection[str],
+        outcome: Outcome,
+        failed: dict[str, str] | None = None,
+        **match: Any,
+    ) -> dict[str, M]:
         """The answers of that kind and for that version or group, by name, until the deadline.
 
-        A server that answers with an error, or not at all, is fenced and left out. A source's error is for the caller.
+        A server that answers not at all is fenced and left out, and one that answers with an error too, unless the caller
+        gives `failed` for its error. A source's error is for the caller.
         """
+        failed = outcome.fenced if failed is None else failed
         answers: dict[str, M] = {}
         waiting = {name for name in names if name not in outcome.fenced}
         while waiting:
@@ -224,7 +240,7 @@ class Publisher:
                 continue  # of an earlier update or group
             error = getattr(message, "error", "")
             if error and name not in self._sources:
-                outcome.fenced[name] = error
+                failed[name] = error
                 waiting.discard(name)
             elif name in waiting and isinstance(message, kind):
                 answers[name] = message

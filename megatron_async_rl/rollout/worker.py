@@ -282,10 +282,14 @@ class RolloutWorker:
             self._update_seconds[phase], clock = now - clock, now
 
         await self._client.begin_update()
-        for number, (group, bucket) in enumerate(buckets, 1):
-            await self._client.receive_bucket(
-                group, bucket, update.flattened, update.version if number == len(buckets) else None
-            )
+        try:
+            for number, (group, bucket) in enumerate(buckets, 1):
+                version = update.version if number == len(buckets) else None
+                await self._client.receive_bucket(group, bucket, update.flattened, version)
+        except EngineError:
+            with contextlib.suppress(EngineError):
+                await self._client.end_update()  # another try begins anew
+            raise
         await self._client.end_update()
         lap("load")
         if error := await self._drained:
