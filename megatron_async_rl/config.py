@@ -198,6 +198,10 @@ class AlgorithmConfig(Section, kw_only=True):
 class TrainerConfig(Section, kw_only=True):
     data_parallel_size: Annotated[int, _at_least(1, "Replicas of the tensor/pipeline-parallel trainer.")] = 1
     max_tokens_per_microbatch: Annotated[int, _at_least(1, "Token budget of a packed micro-batch.")] = 8192
+    packing: Annotated[
+        Literal["ffd", "karmarkar_karp"],
+        _doc("Samples into micro-batches: first fit decreasing, or micro-batches of equal FLOPs."),
+    ] = "ffd"
     precision: Annotated[Literal["fp32", "bf16"], _doc("Parameters' type; gradients and optimizer are fp32.")] = "bf16"
     threads: Annotated[int, _at_least(1, "CPU threads of a trainer rank.")] = 1
     start_timeout_s: Annotated[float, _above(0, "Seconds the ranks may take to come up.")] = 600.0

@@ -17,7 +17,8 @@ prepare_megatron()
 
 from megatron_async_rl.errors import DataError  # noqa: E402
 from megatron_async_rl.trainer.attention import _dense, pack_sequences  # noqa: E402
-from megatron_async_rl.trainer.data import Packing, allocate, pack  # noqa: E402
+from megatron_async_rl.trainer.data import Packing, pack  # noqa: E402
+from megatron_async_rl.trainer.packing import allocate, allocate_even, cost, karmarkar_karp  # noqa: E402
 from megatron_async_rl.types import TrainSample  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -39,11 +40,46 @@ def test_a_new_sequence_goes_to_the_fitting_bin_with_the_fewest() -> None:
     assert allocate([6, 5, 3, 2], 10, min_bins=2) == [[0, 2], [1, 3]]
 
 
-def test_packing_is_dense() -> None:
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(100, 4000, 500).tolist()
+def long_tailed(count: int, seed: int) -> list[int]:
+    """Log-normal, mean 8k, at most 32k."""
+    lengths = np.random.default_rng(seed).lognormal(np.log(8192) - 0.5, 1.0, count)
+    return lengths.clip(16, 32768).astype(int).tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_of_a_long_tailed_batch_is_dense(seed: int) -> None:
+    """The share of one rank of eight of 512 x 16 samples; the bar is 97 %."""
+    lengths = long_tailed(1024, seed)
     bins = allocate(lengths, 32768)
     assert sum(lengths) / (len(bins) * 32768) > 0.97
+
+
+@pytest.mark.parametrize("count", [64, 256])
+@pytest.mark.parametrize("seed", range(3))
+def test_micro_batches_of_equal_flops_stay_within_the_budget(seed: int, count: int) -> None:
+    lengths = long_tailed(count, seed)
+    first_fit, even = allocate(lengths, 65536), allocate_even(lengths, 65536, attention_length=50_000.0)
+    assert sorted(n for b in even for n in b) == list(range(len(lengths)))
+    assert all(sum(lengths[n] for n in b) <= 65536 for b in even)
+    assert len(even) <= 1.15 * len(first_fit)
+
+    def imbalance(bins: list[list[int]]) -> float:
+        costs = [sum(cost(lengths[n], 50_000.0) for n in b) for b in bins]
+        return max(costs) / (sum(costs) / len(costs))
+
+    assert imbalance(even) < 1.02 < 1.2 < imbalance(first_fit)
+
+
+def test_differencing_partitions_the_textbook_case() -> None:
+    bins = karmarkar_karp([8, 7, 6, 5, 4], 2)
+    assert sorted(sum([8, 7, 6, 5, 4][n] for n in b) for b in bins) == [14, 16]  # 15 and 15 is not found
+
+
+@given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_differencing_loses_and_doubles_nothing(costs: list[int], count: int) -> None:
+    bins = karmarkar_karp(costs, count)
+    assert len(bins) == count and sorted(n for b in bins for n in b) == list(range(len(costs)))
 
 
 def test_a_sample_over_the_budget_names_the_setting() -> None:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_async_rl.errors import DataError
 from megatron_async_rl.trainer.attention import PackedSequences, pack_sequences
 from megatron_async_rl.trainer.importance import Owners
+from megatron_async_rl.trainer.packing import agree_on_bins, allocate, allocate_even
 from megatron_async_rl.types import NOT_GENERATED, TrainSample
 
 
@@ -57,6 +58,10 @@ class Packing:
     """Sequences are padded into dense batches for attention."""
     cp: int = 1
     cp_rank: int = 0
+    divisor: int = 1
+    """The number of micro-batches is a multiple of it, for interleaved pipelines."""
+    attention_length: float | None = None
+    """Bins are balanced by cost, with this length (see packing.py); None: first fit decreasing."""
 
     @property
     def unit(self) -> int:
@@ -67,56 +72,19 @@ class Packing:
         return -(-length // self.unit) * self.unit
 
 
-def allocate(lengths: Sequence[int], capacity: int, min_bins: int = 1) -> list[list[int]]:
-    """First fit decreasing: indices into `lengths`, in bins whose lengths add up to at most `capacity`.
-
-    Longest first; a new bin while there are fewer than `min_bins` or where none fits, else the fitting bin with the
-    fewest sequences. Fewer than `min_bins` come back only where there are fewer sequences.
-    """
-    bins: list[list[int]] = []
-    loads: list[int] = []
-    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        if lengths[n] > capacity:
-            raise DataError(
-                f"a sample of {lengths[n]} tokens exceeds trainer.max_tokens_per_microbatch = {capacity}; raise it to at "
-                "least model.context_tokens"
-            )
-        fitting = [b for b in range(len(bins)) if loads[b] + lengths[n] <= capacity]
-        if len(bins) < min_bins or not fitting:
-            bins.append([])
-            loads.append(0)
-            fitting = [len(bins) - 1]
-        chosen = min(fitting, key=lambda b: len(bins[b]))
-        bins[chosen].append(n)
-        loads[chosen] += lengths[n]
-    return bins
-
-
-def agree_on_bins(
-    lengths: Sequence[int], capacity: int, group: dist.ProcessGroup, device: torch.device
-) -> list[list[int]]:
-    """`allocate`, with as many bins on every rank of `group`, at least one; some may be empty."""
-    bins = allocate(lengths, capacity) or [[]]
-    while True:
-        # One number tells both the largest and, negated, the smallest count.
-        count = torch.tensor([len(bins), -len(bins)], device=device)
-        dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
-        most, least = int(count[0]), -int(count[1])
-        if most == least:
-            return bins
-        bins = allocate(lengths, capacity, min_bins=most)
-        bins += [[] for _ in range(most - len(bins))]
-
-
 def cut_minibatches(
     samples: Sequence[TrainSample], count: int, version: int, packing: Packing, group: dist.ProcessGroup, seed: int
 ) -> list[list[Microbatch]]:
     """The share's micro-batches, by minibatch: `count` parts of equal numbers of samples after a seeded shuffle."""
     order = np.random.default_rng((seed, version)).permutation(len(samples)) if count > 1 else np.arange(len(samples))
+    method = allocate
+    if packing.attention_length is not None:
+        method = partial(allocate_even, attention_length=packing.attention_length)
     minibatches = []
     for part in np.array_split(order, count):
         chosen = [samples[n] for n in part]
-        bins = agree_on_bins([packing.padded(len(s.ids)) for s in chosen], packing.budget, group, packing.device)
+        lengths = [packing.padded(len(s.ids)) for s in chosen]
+        bins = agree_on_bins(lengths, packing.budget, group, packing.device, packing.divisor, method)
         minibatches.append([pack([chosen[n] for n in bin_], version, packing) for bin_ in bins])
     return minibatches
 

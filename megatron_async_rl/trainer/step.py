@@ -80,7 +80,20 @@ def packing(model: TrainerModel, config: Config) -> Packing:
         dense=not te and (model.device.type == "cpu" or model.config.params_dtype == torch.float32),
         cp=mpu.get_context_parallel_world_size(),
         cp_rank=mpu.get_context_parallel_rank(),
+        divisor=mpu.get_pipeline_model_parallel_world_size()
+        if config.parallel_size("virtual_pipeline_model") > 1
+        else 1,
+        attention_length=_attention_length(model) if config.trainer.packing == "karmarkar_karp" else None,
     )
+
+
+def _attention_length(model: TrainerModel) -> float:
+    """Tokens of a sequence whose causal attention costs as much as its matrix products."""
+    s = model.shape
+    layer = s.hidden_size * s.kv_channels * 2 * (s.num_attention_heads + s.num_query_groups)
+    layer += 3 * s.hidden_size * s.ffn_hidden_size
+    weights = s.num_layers * layer + s.hidden_size * s.vocab_size
+    return weights / (s.num_layers * s.num_attention_heads * s.kv_channels)
 
 
 def with_proximal(model: TrainerModel, minibatches: list[list[Microbatch]], config: Config) -> list[list[Microbatch]]:
