@@ -328,7 +328,9 @@ class World:
             before = [] if partial is None else partial.versions[partial.num_input :].tolist()
             server.tasks[key], server.leases[key] = before, lease
             life = server.life
-            self.at(self.random.expovariate(server.speed), lambda k=key, e=lease, n=life: self.generate(server, k, e, n))
+            self.at(
+                self.random.expovariate(server.speed), lambda k=key, e=lease, n=life: self.generate(server, k, e, n)
+            )
 
     def generate(self, server: Server, key: tuple[int, int], lease: Generate, life: int) -> None:
         """A few more tokens under the weights that the server has now; at the end the sample goes out."""

@@ -189,17 +189,19 @@ def f11_checkpoint_is_damaged(job: Job) -> None:
     f4_trainer_rank_dies(job)
 
 
-def f12_preempted(job: Job) -> None:
-    """SIGTERM to the whole job, as Slurm sends it; it is requeued by its exit code."""
+def f12_preempted(job: Job) -> int:
+    """SIGTERM to the whole job, as Slurm sends it; it is requeued by its exit code. The version at which it ended."""
     assert job.process
     job.process.send_signal(signal.SIGTERM)
     code = job.process.wait(90)
     if code != 75:
         raise RuntimeError(f"exit code {code} instead of 75")
+    ended_at = read_status(job.run_dir).version
     job.start()
+    return ended_at
 
 
-FAULTS: dict[str, tuple[Callable[[Job], None], ...]] = {
+FAULTS: dict[str, tuple[Callable[[Job], int | None], ...]] = {
     "F1": (f1_rollout_worker_dies, f1_server_dies),
     "F2": (f2_rollout_worker_hangs, f2_worker_answers_late),
     "F3": (f3_server_is_slow,),
@@ -249,13 +251,13 @@ def main() -> int:
     return int(not survived) | audit.run(job.run_dir, load(job.run_dir / "config.yaml").staleness.eta)
 
 
-def _inject_all(job: Job, plan: list[tuple[str, Callable[[Job], None]]]) -> bool:
+def _inject_all(job: Job, plan: list[tuple[str, Callable[[Job], int | None]]]) -> bool:
     if job.wait_for_version(2, 300) is None:
         raise SystemExit(f"the job did not start; see {job.run_dir.with_suffix('.out')}")
     for name, inject in plan:
         time.sleep(SETTLE_S + job.random.random() * 2)
         before = job.version
-        inject(job)
+        before = inject(job) or before
         started = time.monotonic()
         time.sleep(NEWS_S)  # until status.json tells what was trained before the fault
         with contextlib.suppress(DataError):

@@ -77,6 +77,7 @@ class Group:
     worker: str = ""
     deadline: float = 0.0
     floor_version: int = 0  # no token of the running samples is older
+    oldest_returned: int | None = None  # of the samples that are back; kept, as looking it up reads every token
     verdict_attempts: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -86,8 +87,9 @@ class Group:
     @property
     def oldest_version(self) -> int:
         """The oldest version any token has or, while samples are out, may turn out to have."""
-        known = [sample.oldest_version for sample in self.samples if sample is not None and sample.num_generated]
-        return min([*known, self.floor_version] if self.missing else known, default=self.floor_version)
+        if self.oldest_returned is None or (self.missing and self.floor_version < self.oldest_returned):
+            return self.floor_version
+        return self.oldest_returned
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,8 @@ class Core:
             group.partials[fact.index] = fact.partial
         elif isinstance(fact, Returned):
             group.samples[fact.index] = fact.sample
+            oldest = fact.sample.oldest_version
+            group.oldest_returned = min(oldest, oldest if group.oldest_returned is None else group.oldest_returned)
             group.partials.pop(fact.index, None)
         else:
             group.rewards[fact.index] = fact.reward
@@ -514,9 +518,8 @@ class Core:
 
     def _is_whole(self, group: Group, sample: Sample) -> bool:
         """Whether the engine can have sampled this: every version between the lease's floor and the trainer's."""
-        if not sample.num_generated:
-            return False
-        return group.floor_version <= sample.oldest_version and sample.newest_version <= self.version
+        versions = sample.versions[sample.generated]
+        return len(versions) > 0 and group.floor_version <= versions.min() and versions.max() <= self.version
 
     def _unload(self, worker: str, count: int = 1) -> None:
         if server := self.fleet.rollout.get(worker):
