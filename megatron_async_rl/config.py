@@ -439,7 +439,14 @@ def _cross_check(config: Config) -> None:
             f"sglang.port = {config.sglang['port']} can serve one server of a host, not rollout.servers = {r.servers}; "
             "leave it out: each server then takes a free port"
         )
-    for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model", "expert_tensor"):
+    for name in (
+        "tensor_model",
+        "pipeline_model",
+        "virtual_pipeline_model",
+        "context",
+        "expert_model",
+        "expert_tensor",
+    ):
         size = config.megatron.get(f"{name}_parallel_size", 1)
         if type(size) is not int or size < 1:
             raise ConfigError(f"megatron.{name}_parallel_size = {size!r}: expected an integer >= 1")

@@ -269,9 +269,7 @@ def test_workers_find_the_controller_s_next_life_and_say_again_what_they_wait_fo
                 told.append(message)
                 if isinstance(message, Hello):
                     await hub.send(peer, Welcome(2))
-                if isinstance(message, GetBatch):
-                    await hub.send(peer, Shutdown("over"))
-                elif isinstance(message, Hello) and message.role == "reward":
+                if isinstance(message, GetBatch) or (isinstance(message, Hello) and message.role == "reward"):
                     await hub.send(peer, Shutdown("over"))
         assert GetBatch(4) in told and Hello("reward", "reward-0", 2) in told
         assert await waiting == await receiving == Shutdown("over")
