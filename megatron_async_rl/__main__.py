@@ -46,6 +46,28 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     doctor.set_defaults(command=_doctor)
 
+    selftest = commands.add_parser("selftest", help="compare CONFIG's parallel layout with none: loss, gradients")
+    selftest.add_argument("config", metavar="CONFIG", help="YAML file")
+    selftest.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
+    selftest.set_defaults(command=_selftest)
+
+    replay = commands.add_parser("replay", help="train one saved batch, with no fleet")
+    replay.add_argument(
+        "batches", metavar="BATCH", nargs="+", type=Path, help="files of one step, as a refused one left"
+    )
+    replay.add_argument("--config", type=Path, help="YAML file; otherwise the run's, from a folder above")
+    replay.add_argument("--set", metavar="key=value", action="append", default=[], help="a setting to change")
+    replay.set_defaults(command=_replay)
+
+    plan = commands.add_parser("plan-weights", help="show and prove the way of every weight from trainer to engine")
+    plan.add_argument("config", metavar="CONFIG", help="YAML file; model.path needs config.json alone")
+    plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
+    plan.add_argument("--json", metavar="FILE", type=Path, help="write every route there")
+    plan.add_argument(
+        "--link-gb-s", metavar="RATE", type=float, default=50.0, help="10^9 bytes/s of a source's link (50)"
+    )
+    plan.set_defaults(command=_plan_weights)
+
     audit = commands.add_parser("audit", help="check a run's books and staleness from its journal, by counting anew")
     audit.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="its run.dir")
     audit.set_defaults(command=_audit)
@@ -69,6 +91,33 @@ def _doctor(args: argparse.Namespace) -> int:
     from megatron_async_rl import doctor
 
     return doctor.run(args.config)
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from megatron_async_rl import offline
+    from megatron_async_rl.config import load
+
+    return offline.selftest(load(args.config, args.overrides))
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from megatron_async_rl import offline
+
+    return offline.replay(args.batches, args.config, args.set)
+
+
+def _plan_weights(args: argparse.Namespace) -> int:
+    import msgspec
+
+    from megatron_async_rl.config import load
+    from megatron_async_rl.weights import plan as plans
+
+    plan = plans.make(load(args.config, args.overrides), args.link_gb_s)
+    print(plans.summary(plan))
+    if args.json:
+        args.json.write_bytes(msgspec.json.encode(plan))
+        print(f"every route: {args.json}")
+    return 0
 
 
 def _audit(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ Error
 ├── ProtocolError    a peer sent what the protocol does not allow
 ├── ConservationError  the ledger does not add up: the run must not go on
 ├── StepRefused      a training step would have written non-finite weights
+├── SelftestFailed   a parallel layout does not compute what one without parallelism does
 └── Preempted        no failure: the job was told to end, saved what it had, and asks to be run again (exit code 75)
 
 A process ends with exit code 2 and one `error: ...` line on any of them (processes.main).
@@ -43,6 +44,10 @@ class ConservationError(Error):
 
 
 class StepRefused(Error):
+    pass
+
+
+class SelftestFailed(Error):
     pass
 
 

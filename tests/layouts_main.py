@@ -64,7 +64,7 @@ def make_config(
 ) -> Any:
     return configuration.from_tree(
         {
-            "run": {"dir": "unused", "steps": 10},
+            "run": {"dir": str(folder.parent.parent / "run"), "steps": 10},
             "model": {"path": str(folder), "context_tokens": 64},
             "data": {"train": "unused"},
             "rollout": {"max_new_tokens": 32, "temperature": TEMPERATURE},

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from layouts_main import TEMPERATURE, VOCAB, global_batch
 
+from megatron_async_rl import batches
 from megatron_async_rl.config import AlgorithmConfig
 
 HERE = Path(__file__).parent
@@ -240,6 +242,12 @@ def test_a_minibatch_with_too_large_a_ratio_makes_no_step(results: dict[str, Any
 def test_a_non_finite_step_is_refused_by_all_ranks_before_it_writes(results: dict[str, Any]) -> None:
     assert "training step 5" in results["refused"] and "nan" in results["refused"]
     assert results["refused everywhere, weights same"] == [[True, True]] * 4
+
+
+def test_a_refused_batch_is_kept(ran: Path) -> None:
+    version, samples = batches.load(ran / "run" / "refused" / "v5-replica0.npz")
+    assert version == 5 and len(samples) == len(global_batch())
+    assert np.isnan(samples[0].advantages).all() and np.array_equal(samples[1].ids, global_batch()[1].ids)
 
 
 def test_bf16_trains(results: dict[str, Any]) -> None:

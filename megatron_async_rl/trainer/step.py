@@ -21,6 +21,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_async_rl import batches
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import StepRefused
 from megatron_async_rl.trainer import layers
@@ -57,7 +58,12 @@ def train_step(model: TrainerModel, samples: Sequence[TrainSample], version: int
     for minibatch in minibatches:
         totals = accumulate_gradients(model, minibatch, config)
         stopped = _ratio_too_large(totals, config)
-        norm = 0.0 if stopped else apply_gradients(model, totals, version)
+        norm = 0.0
+        if not stopped:
+            try:
+                norm = apply_gradients(model, totals, version)
+            except StepRefused as e:
+                raise StepRefused(f"{e}. {_keep_batch(samples, version, config)}") from None
         steps.append(totals | {"grad_norm": norm, "stopped": float(stopped)})
     learning_rate = model.optimizer.param_groups[0]["lr"]
     model.scheduler.step(increment=1)
@@ -142,6 +148,14 @@ def _current_logprobs(model: TrainerModel, minibatches: list[list[Microbatch]], 
         logprobs = _run(model, flat, partial(_proximal_step, model, config), forward_only=True, collect=True)
     model.chunk.train()
     return logprobs
+
+
+def _keep_batch(samples: Sequence[TrainSample], version: int, config: Config) -> str:
+    """Saves a refused batch, each replica its share; says how to train it again."""
+    folder = config.run_dir / "refused"
+    if mpu.get_model_parallel_group().rank() == 0 and mpu.get_context_parallel_rank() == 0:
+        batches.save(folder / f"v{version}-replica{mpu.get_data_parallel_rank()}.npz", version, list(samples))
+    return f"The batch is kept; to train it again: python -m megatron_async_rl replay {folder}/v{version}-replica*.npz"
 
 
 def _ratio_too_large(totals: dict[str, float], config: Config) -> bool:
