@@ -199,7 +199,10 @@ class Controller:
             await self._act(self.core.tick(_now()))
         while await self._publish_next() < self.config.run.steps:
             pass
-        await self._evaluate()
+        if any(worker.is_serving for worker in self.core.fleet.rollout.values()):
+            await self._evaluate()
+        else:
+            logger.error("no server took the last version: it is trained and exported, but not evaluated")
         await self._act(self.core.end())
         await self.journal.durable()
         self.progress.ledger = self.core.ledger.table(self.core.pending)
@@ -430,6 +433,8 @@ class Controller:
                 break
             except PublishError as e:
                 logger.error("the update to version %d failed: %s", version, e)
+                if version == self.config.run.steps:
+                    break  # the trainer has no further offer; only the last evaluation needed it
             except asyncio.CancelledError:
                 if not self._publishing.cancelled():
                     raise
