@@ -223,6 +223,8 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
     results["stopped, weights same"] = same
 
     # A non-finite advantage: refused on all ranks, weights untouched.
+    config = make_config(qwen3, 2, 2)
+    model = start(config)
     before = [p.clone() for p in model.module.parameters()]
     poisoned = [sample if n else poison(sample) for n, sample in enumerate(share())]
     try:
