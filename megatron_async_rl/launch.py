@@ -87,12 +87,11 @@ def run(config: Config, from_scratch: bool = False) -> int:
             console.print(f"{run_dir} is complete: raise run.steps to go on, or begin anew with --from-scratch")
             return 0
         (run_dir / "config.yaml").write_text(config_module.dump(config))
-        tell = lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False)  # noqa: E731
-        run = Run(run_dir, Supervisor(run_dir, config.faults, tell), config.faults.grace_s)
+        run = Run(run_dir, Supervisor(run_dir, config.faults, lambda text: _tell(console, text)), config.faults.grace_s)
         previous = [signal.signal(s, run.signalled) for s in _STOP_SIGNALS]
         try:
             _start_all(run, config)
-            display.live(run_dir, run.over, console)
+            _follow(run, console)
             if not run.supervisor.failed and not run.interrupted and run.preempted_at is None:
                 _wait_for_the_rest(run)
         finally:
@@ -154,6 +153,21 @@ def _why(run: Run) -> str:
         return f"{lead}{text}\n({failed} ended the run; its log: {log})"
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ""
     return f"{lead}{failed} ended with exit code {code}; its log: {log}\n{tail}"
+
+
+def _tell(console: Console, text: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk under our output is no reason to end a run
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _follow(run: Run, console: Console) -> None:
+    """Shows the run until it is over."""
+    while True:
+        try:
+            display.live(run.run_dir, run.over, console)
+            return
+        except OSError:  # as above: shown again when there is room
+            time.sleep(display.POLL_S)
 
 
 def _is_complete(run_dir: Path, config: Config) -> bool:

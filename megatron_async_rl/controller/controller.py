@@ -224,6 +224,9 @@ class Controller:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
+            if self.journal.error:  # a batch waits for the disk, and so do we, before we listen again
+                for name in self.workers:
+                    self.core.fleet.heard(name, _now())
             await self._act(self.core.tick(_now()))
             await self._ask_for_weights()
             self._check_stall()
@@ -550,6 +553,8 @@ class Controller:
         trainer = (
             "the trainer waits for a batch" if self._waits_for_batch_since else "the controller waits for the trainer"
         )
+        if self.journal.error:
+            trainer += f"; the journal cannot be written ({self.journal.error}): make room on the disk of run.dir"
         servers = ", ".join(f"{w.name} {w.state.value} with {w.load} samples" for w in self.core.fleet.rollout.values())
         return f"{trainer}; groups {groups}; {servers}; next group would be of step {self.core.next_step}"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +30,7 @@ class Progress:
         self.last_progress = time.monotonic()
         self.lost: list[str] = []  # workers that are silent: whoever started them should start them anew
         self._log = run_log
+        self._write_error = ""
         self._status = Status(steps=config.run.steps, staleness_limit=config.staleness.eta)
         self._training_began = 0.0
         self._last_step = 0.0
@@ -78,7 +81,7 @@ class Progress:
             )
             for g, group in enumerate(groups)
         ]
-        self._log.train_samples(version, trained)
+        self._record(self._log.train_samples, version, trained)
         staleness = np.concatenate([version - s.versions[s.generated] for group in trained for s in group.samples])
         self._waited_s += waited_s
         self._status.staleness_mean = float(staleness.mean()) if staleness.size else 0.0
@@ -105,7 +108,7 @@ class Progress:
         self._step_stats["perf/train_tokens_per_s"] = status.train_tokens_per_s
         self._step_stats["perf/generate_tokens_per_s"] = self._generate_rate()
         self._step_stats |= {f"ledger/{name}": count for name, count in self.ledger.items()}
-        self._log.step(version, self._step_stats)
+        self._record(self._log.step, version, self._step_stats)
         self._step_stats = {}
         books = ", ".join(f"{name} {count}" for name, count in self.ledger.items())
         logger.info(
@@ -120,7 +123,9 @@ class Progress:
         self._status.update_s = outcome.seconds["total"]
         if self.training:
             self._status.update_fraction = self._updating_s / (self.last_progress - self._training_began)
-        self._log.step(outcome.version, {f"sync/{phase}_s": value for phase, value in outcome.seconds.items()})
+        self._record(
+            self._log.step, outcome.version, {f"sync/{phase}_s": value for phase, value in outcome.seconds.items()}
+        )
         phases = ", ".join(f"{phase} {value:.3f}" for phase, value in outcome.seconds.items())
         logger.info(
             "version %d is served by %s; %d requests interrupted; seconds: %s",
@@ -129,7 +134,7 @@ class Progress:
 
     def evaluated(self, version: int, accuracy: float, num: int) -> None:
         self._status.evals.append(Evaluation(version, accuracy, num))
-        self._log.step(version, {"eval/accuracy": accuracy})
+        self._record(self._log.step, version, {"eval/accuracy": accuracy})
         logger.info("evaluation of version %d: %.1f %% of %d", version, 100 * accuracy, num)
 
     def write(self, fleet: Fleet) -> None:
@@ -139,11 +144,20 @@ class Progress:
         status.lost = self.lost
         status.generate_tokens_per_s = self._generate_rate()
         status.fleet = [Server(w.name, w.state.value, w.version, w.load) for w in fleet.rollout.values()]
-        self._log.status(status)
+        self._record(self._log.status, status)
 
     def end(self, state: State, message: str) -> None:
         self.state, self.message = state, message
         self.write(Fleet())
+
+    def _record(self, write: Callable[..., None], *values: Any) -> None:
+        """A full disk costs what people would look at, never the run."""
+        try:
+            write(*values)
+        except OSError as e:
+            if self._write_error != str(e):
+                logger.error("%s could not write: %s; the run goes on", write.__name__, e)
+            self._write_error = str(e)
 
     def _generate_rate(self) -> float:
         now = time.monotonic()

@@ -1,0 +1,129 @@
+"""The controller's shell over its real socket: who is welcome, who must say hello, and what its next life remembers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from test_config import tree
+from test_journal import some_facts, write_checkpoint
+from tiny import make_dataset, make_model
+
+from megatron_async_rl import config
+from megatron_async_rl.controller.controller import Controller
+from megatron_async_rl.controller.journal import JOURNAL_FILE, Journal
+from megatron_async_rl.errors import DataError, Error
+from megatron_async_rl.messages import Heartbeat, Hello, Message, Refused, SayHello, Welcome
+from megatron_async_rl.metrics import RunLog
+from megatron_async_rl.transport import Hub, Link
+
+TIMEOUT_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return make_model(folder / "model"), make_dataset(folder / "train.jsonl", 20)
+
+
+def settings(inputs: tuple[Path, Path], run_dir: Path) -> config.Config:
+    model, train = inputs
+    return config.from_tree(
+        tree(
+            run={"dir": str(run_dir), "steps": 5},
+            model={"path": str(model), "context_tokens": 96},
+            data={"train": str(train)},
+            algorithm={"prompts_per_step": 2, "samples_per_prompt": 2},
+        )
+    )
+
+
+def with_controller(
+    inputs: tuple[Path, Path], run_dir: Path, test: Callable[[Controller, Link], Awaitable[None]]
+) -> None:
+    """A controller that runs, and a worker's socket."""
+
+    async def body() -> None:
+        chosen = settings(inputs, run_dir)
+        journal, hub, log = Journal(run_dir / JOURNAL_FILE), Hub(run_dir), RunLog(run_dir, chosen)
+        link = Link(run_dir)
+        controller = Controller(chosen, hub, log, journal)
+        running = asyncio.create_task(controller.run())
+        try:
+            await asyncio.wait_for(test(controller, link), TIMEOUT_S)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            link.close()
+            hub.close()
+            log.close()
+            journal.close()
+
+    asyncio.run(body())
+
+
+async def answer(link: Link, message: Message) -> Message:
+    await link.send(message)
+    return await link._receive()
+
+
+def test_a_worker_of_another_version_is_refused_with_both_versions(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    async def test(controller: Controller, link: Link) -> None:
+        refused = await answer(link, Hello("reward", "reward-0", 1, protocol=999))
+        assert isinstance(refused, Refused) and "protocol 999, this controller" in refused.reason
+        assert not controller.workers
+
+    with_controller(inputs, tmp_path, test)
+
+
+def test_who_is_not_known_must_say_hello_and_who_was_lost_too(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    async def test(controller: Controller, link: Link) -> None:
+        assert await answer(link, Heartbeat()) == SayHello()
+        assert isinstance(await answer(link, Hello("rollout", "rollout-0", 1, capacity=4, serving=0)), Welcome)
+        assert controller.core.fleet.rollout["rollout-0"].is_serving  # it served before this life began
+        controller.core.worker_lost("rollout-0", 0.0)
+        assert await answer(link, Heartbeat()) == SayHello()
+        assert isinstance(await answer(link, Hello("rollout", "rollout-0", 1, capacity=4, serving=0)), Welcome)
+        assert not controller.core.fleet.rollout["rollout-0"].is_serving  # lost once in this life: not trusted again
+
+    with_controller(inputs, tmp_path, test)
+
+
+def test_each_life_has_an_epoch_of_its_own(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    epochs = []
+
+    async def test(controller: Controller, link: Link) -> None:
+        welcome = await answer(link, Hello("reward", "reward-0", 1, capacity=1))
+        assert isinstance(welcome, Welcome)
+        epochs.append(welcome.epoch)
+        await controller.journal.durable()
+
+    for _ in range(3):
+        with_controller(inputs, tmp_path, test)
+    assert epochs == [1, 2, 3]
+
+
+def test_a_journal_that_is_shorter_than_the_checkpoint_says_is_refused(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path, 2, journal_seq=100)
+
+    async def test(controller: Controller, link: Link) -> None:
+        raise AssertionError("it must not start")
+
+    with pytest.raises(DataError, match=r"written after 100 facts, but the journal .* has 0.*--from-scratch"):
+        with_controller(inputs, tmp_path, test)
+
+
+def test_a_journal_of_another_dataset_is_refused(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    journal = Journal(tmp_path / JOURNAL_FILE)
+    journal.append(some_facts())
+    journal.close()
+
+    async def test(controller: Controller, link: Link) -> None:
+        raise AssertionError("it must not start")
+
+    with pytest.raises(Error, match=r"the dataset or run\.seed changed"):
+        with_controller(inputs, tmp_path, test)
