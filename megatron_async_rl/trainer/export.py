@@ -16,6 +16,8 @@ from torch import Tensor
 
 from megatron_async_rl.trainer.model import TrainerModel
 from megatron_async_rl.weights.folder import ModelFolder
+from megatron_async_rl.weights.load import Modules
+from megatron_async_rl.weights.mapping import ModelShape
 from megatron_async_rl.weights.reshard import hf_tensors, is_first_replica, takes_part
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,17 @@ _WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", 
 
 
 def save_hf(model: TrainerModel, source_dir: str | Path, out_dir: str | Path, dtype: torch.dtype | None = None) -> None:
+    """The policy as it is now; see export_hf."""
+    export_hf(model.module, model.shape, source_dir, out_dir, dtype)
+
+
+def export_hf(
+    modules: Modules,
+    shape: ModelShape,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Collective over all trainer ranks, which must share the file system.
 
     Each pipeline stage writes its own files; config, generation config and tokenizer are copied from source_dir. dtype
@@ -37,7 +50,7 @@ def save_hf(model: TrainerModel, source_dir: str | Path, out_dir: str | Path, dt
         partial.mkdir(parents=True)
     dist.barrier()
     if takes_part():
-        tensors = hf_tensors(model.module, model.shape, dtype or _stored_dtype(source))
+        tensors = hf_tensors(modules, shape, dtype or _stored_dtype(source))
         writes = is_first_replica() and mpu.get_tensor_model_parallel_rank() == 0
         _write_stage(tensors, partial, mpu.get_pipeline_model_parallel_rank(), writes)
     dist.barrier()

@@ -89,11 +89,16 @@ class UpdateGroup:
             time.sleep(_POLL_S)
 
     def abort(self) -> None:
-        """Ends what hangs in the GPU. The group is of no use after it."""
+        """Ends what hangs, here and at the other ranks, who see the connection closed. The group is of no use after it."""
         self._work.clear()
-        if self._group is not None and self._backend == "nccl" and not self._broken:
-            self._broken = True
+        if self._group is None or self._broken:
+            return
+        self._broken = True
+        if self._backend == "nccl":
             c10d._abort_process_group(self._group)
+        else:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def close(self) -> None:
         self._work.clear()

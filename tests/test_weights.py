@@ -1,0 +1,302 @@
+"""What arrives at a receiver is the Hugging Face folder, bit for bit, from every parallel layout; and what breaks on the
+way breaks no one else. Trainer ranks (weights_main.py), update groups, Publisher and transport are the real ones; the
+receivers (weights_receiver.py) are processes of the tests, for an engine shows its tensors only as digests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_async_rl.controller.publisher import Outcome, Publisher
+from megatron_async_rl.errors import PublishError
+from megatron_async_rl.messages import (
+    BucketsSent,
+    GroupJoined,
+    GroupOpened,
+    Hello,
+    Message,
+    PublishOffer,
+    Shutdown,
+    Updated,
+    UpdateReady,
+    Welcome,
+)
+from megatron_async_rl.transport import Hub, Peer
+from megatron_async_rl.weights.folder import ModelFolder
+from megatron_async_rl.weights.mapping import place
+
+HERE = Path(__file__).parent
+WORLD = 4
+SIZES: dict[str, Any] = {
+    "vocab_size": 51,  # odd: padded under TP
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
+    "qwen3 two groups": {"architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 2},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+}
+LAYOUTS: list[tuple[str, dict[str, int], dict[str, Any]]] = [  # family, megatron's sizes, weights' settings
+    ("llama", {}, {}),
+    ("qwen2", {"tensor_model": 2}, {}),
+    ("qwen2", {"tensor_model": 2, "pipeline_model": 2}, {}),
+    ("qwen3", {"tensor_model": 4}, {"wire": "tensor"}),
+    ("qwen3 two groups", {"tensor_model": 2, "context": 2}, {"dtype": "bfloat16"}),
+    ("qwen3", {"pipeline_model": 2, "virtual_pipeline_model": 2}, {"dtype": "float16"}),
+    ("llama", {"tensor_model": 2, "pipeline_model": 2, "virtual_pipeline_model": 2}, {}),
+    ("qwen3_moe", {}, {}),
+    ("qwen3_moe", {"expert_model": 2}, {}),
+    ("qwen3_moe", {"expert_model": 4}, {"bucket_bytes": 1 << 20}),
+    ("qwen3_moe", {"tensor_model": 2, "expert_model": 2}, {}),
+    ("qwen3_moe", {"tensor_model": 2, "pipeline_model": 2}, {}),
+    ("qwen3_moe", {"pipeline_model": 2, "expert_model": 2, "virtual_pipeline_model": 2}, {}),
+]
+FAULTS = ["die:0", "die:1", "die:2", "die:3", "die:4", "flip", "drop", "absent"]
+TIMEOUT_S = 4.0
+
+
+def make_folder(folder: Path, family: str) -> Path:
+    """Every tensor of the family's table, random, in an HF folder."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(SIZES | FAMILIES[family]))
+    shape = ModelFolder(folder).shape()
+    generator = torch.Generator().manual_seed(0)
+    names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"]
+    for layer in range(shape.num_layers):
+        for rule in shape.family.layer:
+            experts = range(shape.num_experts) if "{e}" in rule.megatron else [0]
+            names += [f"decoder.layers.{layer}.{rule.megatron}".replace("{e}", str(e)) for e in experts]
+    pieces = dict(piece for name in names for piece in place(name, shape).pieces)
+    save_file({hf: torch.randn(size, generator=generator) for hf, size in pieces.items()}, folder / "model.safetensors")
+    return folder
+
+
+def make_config(model: Path, sizes: dict[str, int], weights: dict[str, Any]) -> dict[str, Any]:
+    ranks = 1
+    for name in ("tensor_model", "pipeline_model", "context"):
+        ranks *= sizes.get(name, 1)
+    return {
+        "run": {"dir": "unused", "steps": 1},
+        "model": {"path": str(model), "context_tokens": 64},
+        "data": {"train": "unused"},
+        "rollout": {"max_new_tokens": 32},
+        "algorithm": {"prompts_per_step": 4, "samples_per_prompt": 2},
+        "trainer": {"precision": "fp32", "data_parallel_size": WORLD // ranks, "collective_timeout_s": 100},
+        "weights": {"bucket_bytes": 20000, "update_timeout_s": TIMEOUT_S} | weights,
+        "megatron": {f"{name}_parallel_size": size for name, size in sizes.items()},
+        "sglang": {"device": "cpu"},
+    }
+
+
+@dataclass
+class Control:
+    """The controller's end: everyone connects here, updates are driven one by one."""
+
+    hub: Hub
+    peers: dict[str, Peer] = field(default_factory=dict)
+    offers: dict[str, PublishOffer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.publisher = Publisher(self.send, 1, TIMEOUT_S, verify_every=1)
+        self.changed = asyncio.Condition()
+        self.num_buckets = 0
+
+    async def send(self, name: str, message: Message) -> None:
+        await self.hub.send(self.peers[name], message)
+
+    async def receive(self) -> None:
+        while True:
+            peer, message = await self.hub.receive()
+            name = next((n for n, p in self.peers.items() if p == peer), "")
+            if isinstance(message, Hello):
+                self.peers[message.name] = peer
+                self.publisher.forget_groups()
+                await self.hub.send(peer, Welcome(0))
+            elif isinstance(message, PublishOffer):
+                self.offers[name] = message
+            elif isinstance(message, UpdateReady | GroupOpened | GroupJoined | BucketsSent | Updated):
+                self.publisher.inbox.put_nowait((name, message))
+            async with self.changed:
+                self.changed.notify_all()
+
+    async def wait_for(self, what: Any) -> None:
+        async with self.changed:
+            await asyncio.wait_for(self.changed.wait_for(what), 100)
+
+    async def publish(self, version: int, servers: list[str]) -> tuple[Outcome, float]:
+        await self.wait_for(lambda: self._all_offer(version))
+        offers, self.offers = self.offers, {}
+        self.num_buckets = sum(len(offer.buckets) for offer in offers.values())
+        started = time.monotonic()
+        outcome = await self.publisher.publish(version, offers, servers, lambda name: None)
+        return outcome, time.monotonic() - started
+
+    def _all_offer(self, version: int) -> bool:
+        mine = [offer for offer in self.offers.values() if offer.version == version]
+        return bool(mine) and len(mine) == mine[0].num_stages
+
+
+@contextmanager
+def processes(folder: Path, work: list[dict[str, Any]], lives: dict[str, list[str]]) -> Iterator[None]:
+    (folder / "keys").mkdir(mode=0o700)
+    (folder / "work.json").write_text(json.dumps(work))
+    environment = os.environ | {
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    commands = [[*torchrun, str(HERE / "weights_main.py"), str(folder)]]
+    commands += [
+        [sys.executable, str(HERE / "weights_receiver.py"), str(folder), name, *lives_of]
+        for name, lives_of in lives.items()
+    ]
+    children = []
+    try:
+        for number, command in enumerate(commands):
+            log = (folder / f"process-{number}.log").open("w")
+            children.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+        yield
+        assert children[0].wait(60) == 0, (folder / "process-0.log").read_text()[-6000:]
+    except BaseException:
+        print((folder / "process-0.log").read_text()[-6000:])
+        raise
+    finally:
+        for child in children:
+            if child.poll() is None:
+                os.killpg(child.pid, 15)
+        for child in children:
+            child.wait(20)
+
+
+async def drive(folder: Path, body: Any) -> Any:
+    hub = Hub(folder)
+    control = Control(hub)
+    loop = asyncio.create_task(control.receive())
+    try:
+        return await body(control)
+    finally:
+        for peer in control.peers.values():
+            await hub.send(peer, Shutdown("over"))
+        loop.cancel()
+        hub.close()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("models")
+    return {family: make_folder(base / family.replace(" ", "-"), family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def arrived(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each layout publishes one version, its number in LAYOUTS."""
+    folder = tmp_path_factory.mktemp("arrived")
+    work = [
+        {"config": make_config(folders[family], sizes, weights), "versions": [number, number]}
+        for number, (family, sizes, weights) in enumerate(LAYOUTS)
+    ]
+
+    async def body(control: Control) -> None:
+        await control.wait_for(lambda: "rollout-0" in control.peers)
+        for number in range(len(LAYOUTS)):
+            outcome, _ = await control.publish(number, ["rollout-0"])
+            assert outcome.serving == ["rollout-0"]
+
+    with processes(folder, work, {"rollout-0": ["ok"]}):
+        asyncio.run(drive(folder, body))
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=[f"{f} {s} {w}" for f, s, w in LAYOUTS])
+def test_what_arrives_is_the_folder_bit_for_bit(arrived: Path, folders: dict[str, Path], number: int) -> None:
+    family, _, weights = LAYOUTS[number]
+    dtype = getattr(torch, weights.get("dtype", "float32"))
+    want = {name: tensor.to(dtype) for name, tensor in load_file(folders[family] / "model.safetensors").items()}
+    got = load_file(arrived / f"rollout-0-v{number}.safetensors")
+    assert set(got) == set(want)
+    for name, tensor in want.items():
+        assert got[name].dtype == dtype and torch.equal(got[name], tensor), name
+
+
+def test_a_faulty_receiver_is_fenced_in_time_and_the_other_and_the_next_update_go_on(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two receivers and a pipeline of two stages; after each fault the faulty one comes back healthy."""
+    lives = [life for fault in FAULTS for life in (fault, "ok")]
+    config = make_config(folders["qwen3"], {"tensor_model": 2, "pipeline_model": 2}, {"bucket_bytes": 70000})
+    outcomes: list[tuple[str, Outcome, float]] = []
+
+    async def body(control: Control) -> None:
+        await control.wait_for(lambda: {"rollout-0", "rollout-1"} <= control.peers.keys())
+        for number, life in enumerate(lives):
+            known = control.peers["rollout-1"]
+            outcome, seconds = await control.publish(number, ["rollout-0", "rollout-1"])
+            outcomes.append((life, outcome, seconds))
+            if number + 1 == len(lives):
+                assert control.num_buckets == sum(
+                    fault.startswith("die:") for fault in FAULTS
+                )  # after each of them once
+                return
+            if life in ("ok", "absent"):
+                await control.send("rollout-1", Shutdown("the next life takes over"))
+            await control.wait_for(lambda known=known: control.peers["rollout-1"] != known)
+
+    with processes(
+        tmp_path, [{"config": config, "versions": [0, len(lives) - 1]}], {"rollout-0": ["ok"], "rollout-1": lives}
+    ):
+        asyncio.run(drive(tmp_path, body))
+    reference = load_file(folders["qwen3"] / "model.safetensors")
+    for number, (life, outcome, seconds) in enumerate(outcomes):
+        assert "rollout-0" in outcome.serving, (life, outcome)
+        assert ("rollout-1" in outcome.serving) == (life == "ok"), (life, outcome)
+        assert seconds < 2.5 * TIMEOUT_S, (life, seconds)
+        got = load_file(tmp_path / f"rollout-0-v{number}.safetensors")
+        assert all(torch.equal(got[name], tensor) for name, tensor in reference.items())
+        if life in ("flip", "drop"):
+            assert "model.norm.weight" in outcome.fenced["rollout-1"]
+
+
+def test_an_update_with_no_receiver_left_fails_by_name_and_the_trainer_lives(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = make_config(folders["llama"], {"tensor_model": 2}, {})
+
+    async def body(control: Control) -> None:
+        await control.wait_for(lambda: "rollout-0" in control.peers)
+        known = control.peers["rollout-0"]
+        with pytest.raises(PublishError, match="rollout-0"):
+            await control.publish(0, ["rollout-0"])
+        await control.wait_for(lambda: control.peers["rollout-0"] != known)
+        outcome, _ = await control.publish(1, ["rollout-0"])
+        assert outcome.serving == ["rollout-0"]
+
+    with processes(tmp_path, [{"config": config, "versions": [0, 1]}], {"rollout-0": ["die:1", "ok"]}):
+        asyncio.run(drive(tmp_path, body))

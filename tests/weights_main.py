@@ -1,0 +1,45 @@
+"""Run by test_weights.py under torchrun with four processes: the trainer's end of many weight updates, one layout after
+the other. The work is a JSON list of {"config": tree, "versions": [first, last]} in RUN_DIR/work.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from megatron_async_rl.patches import prepare_megatron
+
+prepare_megatron()
+
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state as mpu  # noqa: E402
+
+from megatron_async_rl import config as configuration  # noqa: E402
+from megatron_async_rl.messages import Hello  # noqa: E402
+from megatron_async_rl.trainer import model, parallel  # noqa: E402
+from megatron_async_rl.transport import SyncLink  # noqa: E402
+from megatron_async_rl.weights.publish import WeightPublisher  # noqa: E402
+from megatron_async_rl.weights.reshard import is_first_replica  # noqa: E402
+
+if __name__ == "__main__":
+    run_dir = Path(sys.argv[1])
+    for item in json.loads((run_dir / "work.json").read_text()):
+        settings = configuration.from_tree(item["config"])
+        if mpu.model_parallel_is_initialized():
+            mpu.destroy_model_parallel()
+        parallel.init_parallel(settings)
+        _, shape, modules = model.build_modules(settings)
+        socket = None
+        if is_first_replica() and mpu.get_tensor_model_parallel_rank() == 0:
+            socket = SyncLink(run_dir)
+            stage = mpu.get_pipeline_model_parallel_rank()
+            socket.join(Hello("trainer", f"trainer-{dist.get_rank()}", os.getpid(), stage=stage))
+        publisher = WeightPublisher(modules, shape, settings, socket)
+        first, last = item["versions"]
+        for version in range(first, last + 1):
+            publisher.publish(version)
+        dist.barrier()
+        if socket is not None:
+            socket.close()
+    dist.destroy_process_group()

@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""A Hugging Face folder to a Megatron checkpoint (torch_dist) and back, in any parallel layout.
+
+    torchrun --nproc-per-node 8 tools/convert_checkpoint.py to-megatron CONFIG OUT [key=value ...]
+    torchrun --nproc-per-node 8 tools/convert_checkpoint.py to-hf CONFIG CHECKPOINT OUT [key=value ...]
+
+CONFIG is a run's YAML: its model.path names the Hugging Face folder (to-hf needs config.json and the tokenizer of it
+alone), `megatron:` and trainer.data_parallel_size the layout, trainer.precision the type in memory. The layout of
+writing and of reading may differ. A rank holds its own shard, and while writing a Hugging Face file at most
+FILE_BYTES of trainer/export.py more; the whole model is never in one process of several. A checkpoint of a run works
+too: its optimizer is left unread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_async_rl.patches import prepare_megatron
+
+prepare_megatron()
+
+import msgspec  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import dist_checkpointing  # noqa: E402
+
+from megatron_async_rl import config as configuration  # noqa: E402
+from megatron_async_rl.errors import DataError, Error  # noqa: E402
+from megatron_async_rl.trainer import model, parallel  # noqa: E402
+from megatron_async_rl.trainer.export import export_hf  # noqa: E402
+
+
+def to_megatron(config: configuration.Config, out: Path) -> None:
+    parallel.init_parallel(config)
+    _, _, modules = model.build_modules(config)
+    partial = out.with_name(f".{out.name}.partial")
+    if dist.get_rank() == 0:
+        if out.exists():
+            raise DataError(f"{out} is there already; remove it or name another folder")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_state(modules), str(partial))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        partial.rename(out)
+
+
+def to_hf(config: configuration.Config, checkpoint: Path, out: Path) -> None:
+    if not (checkpoint / "metadata.json").is_file():
+        raise DataError(f"{checkpoint} is no Megatron checkpoint: it has no metadata.json; give the folder that has")
+    parallel.init_parallel(config)
+    blank = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, random_init=True))
+    _, shape, modules = model.build_modules(blank)
+    state = dist_checkpointing.load(_state(modules), str(checkpoint))
+    for number, module in enumerate(modules):
+        module.load_state_dict(state[_key(modules, number)])
+    export_hf(modules, shape, config.model.path, out)
+
+
+def _state(modules: list[model.GPTModel]) -> dict[str, object]:
+    return {_key(modules, number): module.sharded_state_dict() for number, module in enumerate(modules)}
+
+
+def _key(modules: list[model.GPTModel], number: int) -> str:
+    return "model" if len(modules) == 1 else f"model{number}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    for name, paths in (("to-megatron", ["out"]), ("to-hf", ["checkpoint", "out"])):
+        command = commands.add_parser(name)
+        command.add_argument("config", type=Path)
+        for path in paths:
+            command.add_argument(path, type=Path)
+        command.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    try:
+        config = configuration.load(arguments.config, arguments.overrides)
+        if arguments.command == "to-megatron":
+            to_megatron(config, arguments.out)
+        else:
+            to_hf(config, arguments.checkpoint, arguments.out)
+    except Error as e:
+        sys.stderr.write(f"error: {e}\n")
+        return 2
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
