@@ -30,6 +30,8 @@ from megatron_async_rl.errors import DataError
 from megatron_async_rl.trainer.model import TrainerModel
 
 logger = logging.getLogger(__name__)
+BYTES_PER_PARAMETER = 16
+MARGIN_BYTES = 1 << 23
 
 
 class Checkpointer:
@@ -116,29 +118,35 @@ class Checkpointer:
 
     def _begin(self, version: int) -> None:
         folder = self._folder(version)
-        refused = False
-        if dist.get_rank() == 0:
+        needed, refused = self._bytes(), ""
+        if dist.get_rank() == 0:  # asked before, because ranks that fail in the middle of a save leave the others waiting
             try:
                 shutil.rmtree(folder, ignore_errors=True)  # of a life that did not finish it
                 folder.mkdir(parents=True)
+                if (free := shutil.disk_usage(folder).free) < needed:
+                    refused = f"it needs {needed:,} bytes and the disk has {free:,}"
             except OSError as e:
-                logger.error("checkpoint of version %d: %s; training goes on without it", version, e)
-                refused = True
-        if self._any(refused):
+                refused = str(e)
+        if self._any(bool(refused)):
+            if refused:
+                logger.error("checkpoint of version %d: %s; training goes on without it", version, refused)
             return
         self._version = version
         metadata = {name: value for name, value in _metadata().items() if name != "dp_cp_group"}
         options: dict[str, Any] = {"content_metadata": metadata, "async_sharded_save": self._asynchronous}
         if self._asynchronous and "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
             options["async_strategy"] = "mcore"  # newer versions' default needs nvidia-resiliency-ext
-        try:
-            request = dist_checkpointing.save(self._state(loading=False), str(folder), **options)
-        except OSError as e:
-            self._error = e
-        else:
-            if self._asynchronous:
-                self._queue.schedule_async_request(request)
+        request = dist_checkpointing.save(self._state(loading=False), str(folder), **options)
+        if self._asynchronous:
+            self._queue.schedule_async_request(request)
         self._writing = True
+
+    def _bytes(self) -> int:
+        """What a checkpoint takes at most: parameters, their fp32 copies and Adam's two moments."""
+        own = sum(parameter.numel() for parameter in self._model.module.parameters())
+        total = torch.tensor([own], dtype=torch.int64, device=self._model.device)
+        dist.all_reduce(total)
+        return BYTES_PER_PARAMETER * int(total) // mpu.get_data_parallel_world_size() + MARGIN_BYTES
 
     def _digest(self) -> None:
         """Digests of what this rank wrote: its own shards, and on rank 0 whatever bears no rank's number."""
