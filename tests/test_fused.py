@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_async_rl.patches import prepare_megatron
 
@@ -111,6 +113,34 @@ def test_logprobs(
         )
 
     compare(ours, lambda x: logprobs_formula(x, targets, vocab, temperature), [logits.to(device)], 1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any float32 result had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, Tensor) and x.dtype == torch.float32:
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_no_float32_temporary_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory bound of logprobs.py, forward and backward: bfloat16 logits stay bfloat16."""
+    tokens, vocab = 700, 500
+    logits = torch.randn(tokens, vocab).bfloat16().requires_grad_()
+    given = {"vocab_size": vocab, "temperature": 0.7, "overwrite_logits": True}
+    peaks = []
+    for chunk in (10 * vocab, tokens * vocab):
+        monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
+        with Largest() as largest:
+            got, entropy = logprobs.token_logprobs(logits * 1, torch.zeros(tokens, dtype=torch.int64), **given)
+            (got + entropy).sum().backward()
+        peaks.append(largest.elements)
+    assert peaks == [10 * vocab, tokens * vocab]
 
 
 @pytest.mark.gpu

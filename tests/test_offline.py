@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,10 +47,18 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "TORCHDYNAMO_DISABLE": "1"}
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def command(*arguments: str, repository: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(repository), "TORCHDYNAMO_DISABLE": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "megatron_async_rl", *arguments], env=env, capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "megatron_async_rl", *arguments],
+        env=env,
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
 
 
@@ -109,6 +119,58 @@ def test_selftest_of_a_layout_agrees_with_none(run_dir: Path) -> None:
     done = command("selftest", str(run_dir / "config.yaml"), "trainer.data_parallel_size=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("4 ranks") and "25 of 25 gradients agree" in done.stdout
+
+
+MOE = {  # of a size that selftest makes small
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"expert_model_parallel_size": 2},
+        {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+        {"context_parallel_size": 2},
+    ],
+    ids=lambda layout: " ".join(layout),
+)
+def test_selftest_of_experts_and_contexts_in_parallel(run_dir: Path, tmp_path: Path, layout: dict[str, object]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MOE))
+    tree = yaml.safe_load((run_dir / "config.yaml").read_text())
+    tree["model"]["path"] = str(tmp_path)
+    tree["trainer"]["data_parallel_size"] = 1 if "context_parallel_size" in layout else 2
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"megatron": layout}))
+    done = command("selftest", str(tmp_path / "config.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert "69 of 69 gradients agree" in done.stdout
+
+
+def test_selftest_finds_a_planted_fault_and_names_the_parameter(run_dir: Path, tmp_path: Path) -> None:
+    """Norms not marked for sequence parallelism: each rank has the gradient of its own tokens alone."""
+    for folder in ("megatron_async_rl", "patches"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    layers = tmp_path / "megatron_async_rl" / "trainer" / "layers.py"
+    marked = "weight.sequence_parallel = config.sequence_parallel"
+    assert marked in layers.read_text()
+    layers.write_text(layers.read_text().replace(marked, "weight.sequence_parallel = False"))
+    done = command("selftest", str(run_dir / "config.yaml"), repository=tmp_path)
+    assert done.returncode != 0
+    assert "the first parameter that differs is model.layers.0.input_layernorm.weight" in done.stderr
 
 
 def test_selftest_names_the_first_parameter_that_differs() -> None:
