@@ -44,9 +44,10 @@ class Inputs:
         """A YAML for a run into `run_dir`; `sections` change its standard settings."""
         standard: dict[str, dict[str, Any]] = {
             "run": {"dir": str(run_dir), "steps": STEPS, "seed": 3, "export_every": 1},
-            "model": {"path": str(self.model), "context_tokens": 96},
+            "model": {"path": str(self.model), "context_tokens": 128},
             "data": {"train": str(self.train), "eval": str(self.eval)},
-            "rollout": {"max_new_tokens": 64, "max_concurrent_samples": 24},
+            # one group at a time: generation is what takes long, so that updates meet it in flight on any machine
+            "rollout": {"max_new_tokens": 96, "max_concurrent_samples": 4},
             "staleness": {"eta": ETA},
             "reward": {"function": "loop_reward:even_digits"},
             "algorithm": {"prompts_per_step": 4, "samples_per_prompt": 4, "minibatches": 2},
