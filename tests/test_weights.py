@@ -78,7 +78,7 @@ LAYOUTS: list[tuple[str, dict[str, int], dict[str, Any]]] = [  # family, megatro
     ("qwen3_moe", {"tensor_model": 2, "pipeline_model": 2}, {}),
     ("qwen3_moe", {"pipeline_model": 2, "expert_model": 2, "virtual_pipeline_model": 2}, {}),
 ]
-FAULTS = ["die:0", "die:1", "die:2", "die:3", "die:4", "flip", "drop", "absent"]
+FAULTS = ["absent", "die:0", "die:1", "die:2", "die:3", "flip", "drop"]
 TIMEOUT_S = 4.0
 
 

@@ -111,8 +111,11 @@ def live(run_dir: Path, name: str, life: str) -> None:
         if isinstance(message, UpdateWeights):
             link.send(UpdateReady(message.version, {}))
         elif isinstance(message, JoinGroup) and life != "absent":
-            groups[message.group] = join(message)
-            link.send(GroupJoined(message.group))
+            try:
+                groups[message.group] = join(message)
+                link.send(GroupJoined(message.group))
+            except RuntimeError as e:
+                link.send(GroupJoined(message.group, error=str(e)))
         elif isinstance(message, ReceiveBuckets):
             tensors, verify = {}, message.verify
             try:

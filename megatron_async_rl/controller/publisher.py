@@ -155,7 +155,10 @@ class Publisher:
                         group, opened.address, opened.port, 1 + index * self._engine_tp, world_size, offer.backend
                     ),
                 )
-            joined = await self._collect(GroupJoined, [source, *servers], outcome, group=group)
+            victims: dict[str, str] = {}  # of one that never came: all wait for it in the same place
+            joined = await self._collect(GroupJoined, [source, *servers], outcome, victims, group=group)
+            outcome.fenced |= {name: error for name, error in victims.items() if name in self._suspects}
+            self._suspects |= victims.keys()
             if len(joined) < 1 + len(servers) or joined[source].error:
                 return False
             self._groups.append(group)
@@ -225,6 +228,8 @@ class Publisher:
         gives `failed` for its error. A source's error is for the caller.
         """
         failed = outcome.fenced if failed is None else failed
+        # who cannot join a group is at fault, unless its source gave up first
+        at_fault = outcome.fenced if kind is GroupJoined else failed
         answers: dict[str, M] = {}
         waiting = {name for name in names if name not in outcome.fenced}
         while waiting:
@@ -239,8 +244,10 @@ class Publisher:
             if any(getattr(message, key, value) != value for key, value in match.items()):
                 continue  # of an earlier update or group
             error = getattr(message, "error", "")
+            if error and name in self._sources:
+                at_fault = failed
             if error and name not in self._sources:
-                failed[name] = error
+                at_fault[name] = error
                 waiting.discard(name)
             elif name in waiting and isinstance(message, kind):
                 answers[name] = message

@@ -7,6 +7,7 @@ Its keys lie in a file that only this user can read, never on its command line.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import secrets
 import subprocess
@@ -140,6 +141,11 @@ class Server:
                 "SGLANG_EXTERNAL_MODEL_PACKAGE": "cpu_models",
                 "OMP_NUM_THREADS": "1",  # more threads decode a small model several times slower
             }
+            if (
+                tp := int(self._config.sglang.get("tp_size", 1))
+            ) > 1:  # SGLang wants a NUMA node per rank, or to be told
+                cores = os.cpu_count() or 1
+                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % cores) for rank in range(tp))
         return environment
 
     @property

@@ -31,7 +31,7 @@ class UpdateGroup:
         self._backend = backend
         self._timeout_s = timeout_s
         self.address = address  # of this host, as the engines' hosts reach it
-        self._store = dist.TCPStore(
+        self._store: dist.TCPStore | None = dist.TCPStore(
             address,
             0,  # the store picks a free port and holds it
             world_size,
@@ -45,7 +45,14 @@ class UpdateGroup:
         self._work: list[dist.Work] = []
 
     def join(self) -> None:
-        """Raises RuntimeError (torch's) when not all engine ranks join in time."""
+        """Raises RuntimeError (torch's) when not all engine ranks join in time; those that wait for them then see it too."""
+        try:
+            self._join()
+        except RuntimeError:
+            self._store = None  # closes their connections
+            raise
+
+    def _join(self) -> None:
         self._group, _ = c10d._new_process_group_helper(
             self._world_size,
             0,
