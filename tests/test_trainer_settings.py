@@ -50,7 +50,7 @@ def test_an_unknown_key_names_the_nearest() -> None:
         ("num_layers", 3, "config.json"),
         ("bf16", True, "trainer.precision"),
         ("hidden_dropout", 0.1, "without dropout"),
-        ("virtual_pipeline_model_parallel_size", 2, "not supported"),
+        ("moe_grouped_gemm", True, "parameters of their own"),
     ],
 )
 def test_what_another_setting_decides_is_refused_with_the_remedy(key: str, value: object, remedy: str) -> None:

@@ -57,6 +57,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3 two groups": {"architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 2},
     "qwen3_moe": {
         "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
@@ -82,7 +83,7 @@ FAULTS = ["absent", "die:0", "die:1", "die:2", "die:3", "flip", "drop"]
 TIMEOUT_S = 4.0
 
 
-def make_folder(folder: Path, family: str) -> Path:
+def make_folder(folder: Path, family: str, scale: float = 1.0) -> Path:
     """Every tensor of the family's table, random, in an HF folder."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(SIZES | FAMILIES[family]))
@@ -94,7 +95,8 @@ def make_folder(folder: Path, family: str) -> Path:
             experts = range(shape.num_experts) if "{e}" in rule.megatron else [0]
             names += [f"decoder.layers.{layer}.{rule.megatron}".replace("{e}", str(e)) for e in experts]
     pieces = dict(piece for name in names for piece in place(name, shape).pieces)
-    save_file({hf: torch.randn(size, generator=generator) for hf, size in pieces.items()}, folder / "model.safetensors")
+    tensors = {hf: scale * torch.randn(size, generator=generator) for hf, size in pieces.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

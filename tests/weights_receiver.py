@@ -133,6 +133,7 @@ def live(run_dir: Path, name: str, life: str) -> None:
             except EngineError as e:
                 link.send(Updated(message.version, {}, error=str(e)))
                 if life != "ok":
+                    link.close()  # the message leaves
                     os._exit(0)  # the next life takes over
 
 
