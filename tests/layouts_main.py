@@ -60,6 +60,7 @@ def make_config(
     budget: int = 64,
     minibatches: int = 1,
     algorithm: dict[str, Any] | None = None,
+    packing: str = "ffd",
     **megatron: Any,
 ) -> Any:
     return configuration.from_tree(
@@ -80,6 +81,7 @@ def make_config(
                 "precision": "fp32",
                 "data_parallel_size": WORLD // tp // pp // megatron.get("context_parallel_size", 1),
                 "max_tokens_per_microbatch": budget,
+                "packing": packing,
                 "collective_timeout_s": 240,
             },
             "megatron": {
@@ -159,6 +161,7 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         "tp1 small microbatches": make_config(qwen3, 1, 1, budget=40),
         "tp1 one microbatch": make_config(qwen3, 1, 1, budget=1000),
         "tp1 uneven shares": make_config(qwen3, 1, 1),
+        "tp1 equal flops": make_config(qwen3, 1, 1, packing="karmarkar_karp"),
         "tied": make_config(folders / "qwen2", 1, 1),
         "tp2": make_config(qwen3, 2, 1),
         "tp2 sp": make_config(qwen3, 2, 1, sequence_parallel=True),

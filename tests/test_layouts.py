@@ -34,6 +34,7 @@ LAYOUTS = {  # layout: the one it must equal
     "tp1 small microbatches": "tp1",
     "tp1 one microbatch": "tp1",
     "tp1 uneven shares": "tp1",
+    "tp1 equal flops": "tp1",
     "tp2": "tp1",
     "tp2 sp": "tp1",
     "pp2": "tp1",
@@ -78,9 +79,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("layouts")
     make_models(out / "models")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     ranks = subprocess.Popen(
         [*command, str(HERE / "layouts_main.py"), str(out / "models"), str(out)],
-        env=os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
+        env=os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
