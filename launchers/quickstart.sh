@@ -14,4 +14,6 @@ python=$MEGATRON_ASYNC_RL_PYTHON
 [ -f runs/arithmetic/eval.jsonl ] || "$python" tools/arithmetic.py runs/arithmetic/eval.jsonl --count 256 --seed 2 --split eval
 [ -f runs/tiny_model/config.json ] || OMP_NUM_THREADS=1 "$python" tools/make_tiny_model.py runs/tiny_model
 
-exec "$python" -m megatron_async_rl run configs/quickstart.yaml "$@"
+fresh=()  # a stopped run goes on; a finished one is kept aside and another begins
+[ ! -d runs/quickstart/policy ] || fresh=(--from-scratch)
+exec "$python" -m megatron_async_rl run configs/quickstart.yaml "${fresh[@]}" "$@"
