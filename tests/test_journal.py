@@ -96,7 +96,7 @@ def test_a_process_killed_while_it_writes_leaves_a_prefix(tmp_path: Path) -> Non
         """
     )
     path = tmp_path / "journal.sqlite"
-    for kill_after in (1, 7, 30):
+    for kill_after in (1, 4):
         path.unlink(missing_ok=True)
         child = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
         assert child.stdout
@@ -114,14 +114,14 @@ def test_a_full_disk_delays_and_loses_nothing(tmp_path: Path, monkeypatch: pytes
     journal = Journal(tmp_path / "journal.sqlite")
     pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
     journal._db.execute(f"PRAGMA max_page_count = {pages}")  # SQLite refuses as it does on a full disk
-    facts = [fact for fact in some_facts() for _ in range(1)] * 200
+    facts = some_facts() * 60
     journal.append(facts)
     waiter = journal.flush()
     with pytest.raises(TimeoutError):
         waiter.result(1.0)
     assert "full" in journal.error
     journal._db.execute("PRAGMA max_page_count = 1000000")
-    waiter.result(10)
+    waiter.result(60)
     assert journal.error == ""
     assert sum(1 for _ in journal.facts()) == len(facts)
     journal.close()

@@ -14,7 +14,6 @@ import logging
 import queue
 import sqlite3
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -54,6 +53,7 @@ class Journal:
         path.chmod(0o600)
         self.last_seq: int = self._db.execute("SELECT COALESCE(MAX(seq), 0) FROM facts").fetchone()[0]
         self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._closing = threading.Event()
         self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
         self._writer.start()
 
@@ -82,6 +82,7 @@ class Journal:
 
     def close(self) -> None:
         """Commits what is queued, unless the disk refuses it."""
+        self._closing.set()
         self._items.put(None)
         self._writer.join()
         self._db.close()
@@ -143,10 +144,10 @@ class Journal:
             rows = [_row(codec, *item) for item in items if isinstance(item, tuple)]
             pruned = [group for item in items if isinstance(item, list) for group in item]
             ends = None in items
-            while (rows or pruned) and not self._commit(rows, pruned) and not ends:
-                time.sleep(RETRY_S)
+            while (rows or pruned) and not self._commit(rows, pruned) and not self._closing.wait(RETRY_S):
+                pass
             for item in items:
-                if isinstance(item, Future):
+                if isinstance(item, Future) and not self.error:
                     item.set_result(None)
             if ends:
                 return
