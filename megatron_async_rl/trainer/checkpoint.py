@@ -119,7 +119,9 @@ class Checkpointer:
     def _begin(self, version: int) -> None:
         folder = self._folder(version)
         needed, refused = self._bytes(), ""
-        if dist.get_rank() == 0:  # asked before, because ranks that fail in the middle of a save leave the others waiting
+        if (
+            dist.get_rank() == 0
+        ):  # asked before, because ranks that fail in the middle of a save leave the others waiting
             try:
                 shutil.rmtree(folder, ignore_errors=True)  # of a life that did not finish it
                 folder.mkdir(parents=True)
