@@ -165,8 +165,8 @@ def test_a_reply_that_cannot_be_trusted_is_refused(answer: dict[str, Any], compl
 def test_an_update_opens_a_session_only_where_there_are_sessions(version: str) -> None:
     async def update(client: EngineClient) -> str:
         await client.begin_update()
-        await client.receive_bucket("g", BUCKET, None)
-        await client.receive_bucket("g", BUCKET, 7)
+        await client.receive_bucket("g", BUCKET, True, None)
+        await client.receive_bucket("g", BUCKET, True, 7)
         await client.end_update()
         return await client.served_version()
 

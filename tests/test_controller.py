@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from test_config import tree
@@ -20,6 +22,7 @@ from megatron_async_rl.metrics import RunLog
 from megatron_async_rl.transport import Hub, Link
 
 TIMEOUT_S = 20.0
+Closes = TypeVar("Closes", Journal, RunLog, Hub, Link)
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +50,22 @@ def with_controller(
 
     async def body() -> None:
         chosen = settings(inputs, run_dir)
-        journal, hub, log = Journal(run_dir / JOURNAL_FILE), Hub(run_dir), RunLog(run_dir, chosen)
-        link = Link(run_dir)
-        controller = Controller(chosen, hub, log, journal)
-        running = asyncio.create_task(controller.run())
-        try:
-            await asyncio.wait_for(test(controller, link), TIMEOUT_S)
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-            link.close()
-            hub.close()
-            log.close()
-            journal.close()
+        with contextlib.ExitStack() as opened:
+
+            def closing(part: Closes) -> Closes:
+                opened.callback(part.close)
+                return part
+
+            journal, log = closing(Journal(run_dir / JOURNAL_FILE)), closing(RunLog(run_dir, chosen))
+            hub = closing(Hub(run_dir))
+            link = closing(Link(run_dir))
+            controller = Controller(chosen, hub, log, journal)
+            running = asyncio.create_task(controller.run())
+            try:
+                await asyncio.wait_for(test(controller, link), TIMEOUT_S)
+            finally:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(body())
 
