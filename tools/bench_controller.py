@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_async_rl import processes
 from megatron_async_rl.controller.batching import train_sample
 from megatron_async_rl.controller.core import Action, Core, CutBatch, Rules, Send
 from megatron_async_rl.controller.journal import JOURNAL_FILE, Journal
@@ -44,6 +45,7 @@ NUM_PROMPT = 16
 
 
 def client(run_dir: str, name: str, tokens: int, core: int) -> None:
+    processes.die_with_parent()
     os.sched_setaffinity(0, {core})
     versions = np.zeros(tokens, np.int32)
     versions[:NUM_PROMPT] = NOT_GENERATED
@@ -69,6 +71,7 @@ def client(run_dir: str, name: str, tokens: int, core: int) -> None:
 
 
 def trainer(run_dir: str, core: int) -> None:
+    processes.die_with_parent()
     os.sched_setaffinity(0, {core})
 
     async def body() -> None:
