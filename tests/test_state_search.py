@@ -17,9 +17,10 @@ import pytest
 from test_core import rules, sample
 
 from megatron_async_rl.controller.core import Action, Core, CutBatch, Group, GroupState, Replay, Send
-from megatron_async_rl.controller.facts import Batched, Fact
+from megatron_async_rl.controller.facts import AnyFact, Batched, Fact, Returned
 from megatron_async_rl.controller.fleet import Fleet
 from megatron_async_rl.controller.ledger import DropReason, Ledger
+from megatron_async_rl.errors import ConservationError
 from megatron_async_rl.messages import Generate, Generated, Score, Scored
 from megatron_async_rl.types import Prompt
 
@@ -262,6 +263,13 @@ def test_every_reachable_state_of_a_small_setting_keeps_the_promises() -> None:
 
 
 def test_the_search_sees_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Core, "_leased_to", lambda self, worker, message: self.groups.get(message.group_id))
-    with pytest.raises((AssertionError, TypeError, ValueError)):
+    apply = Core._apply
+
+    def forgetful(self: Core, fact: AnyFact) -> None:
+        apply(self, fact)
+        if isinstance(fact, Returned):
+            self.groups.pop(fact.group_id)
+
+    monkeypatch.setattr(Core, "_apply", forgetful)
+    with pytest.raises(ConservationError, match="a group was lost"):
         search()
