@@ -29,6 +29,8 @@ def _train(run_dir: Path) -> None:
         samples = controller.next_batch(version, publisher.publish)  # waits for enough fresh ones; all ranks get theirs
         if samples is None:
             saver.save(version)
+            saver.close()
+            controller.close()
             return
         stats = step.train_step(policy, samples, version, settings)
         controller.report(version + 1, stats)
