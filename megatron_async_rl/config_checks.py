@@ -1,0 +1,75 @@
+"""Rules between settings, each refused with the key, the value, the rule and what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_async_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_async_rl.config import Config
+
+
+def cross_check(config: Config) -> None:
+    a, r, m = config.algorithm, config.rollout, config.model
+    if r.max_new_tokens >= m.context_tokens:
+        raise ConfigError(
+            f"rollout.max_new_tokens = {r.max_new_tokens} leaves no room for a prompt in model.context_tokens = "
+            f"{m.context_tokens}; lower the first or raise the second"
+        )
+    if a.samples_per_prompt > r.max_concurrent_samples:
+        raise ConfigError(
+            f"algorithm.samples_per_prompt = {a.samples_per_prompt} is more than a server takes at once; raise "
+            f"rollout.max_concurrent_samples = {r.max_concurrent_samples} to at least that"
+        )
+    if a.prompts_per_step * a.samples_per_prompt % config.trainer.data_parallel_size:
+        raise ConfigError(
+            f"algorithm.prompts_per_step * samples_per_prompt = {a.prompts_per_step * a.samples_per_prompt} samples do not "
+            f"divide over trainer.data_parallel_size = {config.trainer.data_parallel_size}; change one of them"
+        )
+    if a.prompts_per_step * a.samples_per_prompt < a.minibatches * config.trainer.data_parallel_size:
+        raise ConfigError(
+            f"algorithm.minibatches = {a.minibatches} is more than each data-parallel replica has samples; lower it"
+        )
+    if a.advantage == "grpo" and a.group_normalize and a.samples_per_prompt == 1:
+        raise ConfigError(
+            "algorithm.group_normalize = true needs algorithm.samples_per_prompt >= 2 (a group of one has no spread); "
+            "set samples_per_prompt, or group_normalize=false"
+        )
+    if a.advantage in ("dr_grpo", "rloo") and a.samples_per_prompt == 1:
+        raise ConfigError(
+            f"algorithm.advantage = {a.advantage} needs algorithm.samples_per_prompt >= 2 (a group of one has no "
+            "others); set samples_per_prompt, or advantage=reinforce_pp"
+        )
+    if a.overlong_buffer_tokens > r.max_new_tokens:
+        raise ConfigError(
+            f"algorithm.overlong_buffer_tokens = {a.overlong_buffer_tokens} is more than rollout.max_new_tokens = "
+            f"{r.max_new_tokens}; lower it"
+        )
+    whole_samples = {
+        "algorithm.loss = gspo": a.loss == "gspo",
+        "algorithm.behavior_weight_level = sequence": a.behavior_weight_level == "sequence",
+        "algorithm.kl_in = reward": a.kl_in == "reward" and a.kl_coef > 0,
+    }
+    for setting, chosen in whole_samples.items():
+        if chosen and config.megatron.get("context_parallel_size", 1) != 1:
+            raise ConfigError(
+                f"{setting} needs whole samples on a rank, but megatron.context_parallel_size = "
+                f"{config.megatron['context_parallel_size']} cuts them; set that to 1, or choose another"
+            )
+    if "port" in config.sglang and r.servers > 1:
+        raise ConfigError(
+            f"sglang.port = {config.sglang['port']} can serve one server of a host, not rollout.servers = {r.servers}; "
+            "leave it out: each server then takes a free port"
+        )
+    for name in (
+        "tensor_model",
+        "pipeline_model",
+        "virtual_pipeline_model",
+        "context",
+        "expert_model",
+        "expert_tensor",
+    ):
+        size = config.megatron.get(f"{name}_parallel_size", 1)
+        if type(size) is not int or size < 1:
+            raise ConfigError(f"megatron.{name}_parallel_size = {size!r}: expected an integer >= 1")
