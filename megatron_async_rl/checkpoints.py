@@ -11,8 +11,6 @@ up to `journal_seq` when it was written, so a journal that is shorter is not the
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -21,9 +19,9 @@ from pathlib import Path
 import msgspec
 
 from megatron_async_rl.errors import DataError
+from megatron_async_rl.files import digest, sync, write
 
 FOLDER = "checkpoints"
-_READ_BYTES = 1 << 22
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,21 +36,13 @@ def folder_name(version: int) -> str:
     return f"v{version:06d}"
 
 
-def digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            sha.update(block)
-    return sha.hexdigest()
-
-
 def write_digests(folder: Path, rank: int, names: Iterable[str]) -> None:
     """Digests of files that this rank has written, forced to disk with the files themselves."""
     digests = {}
     for name in names:
         digests[name] = digest(folder / name)
-        _sync(folder / name)
-    _write(folder / f"digests.{rank}.json", msgspec.json.encode(digests))
+        sync(folder / name)
+    write(folder / f"digests.{rank}.json", msgspec.json.encode(digests))
 
 
 def commit(run_dir: Path, version: int, folder: str, journal_seq: int, prompts: int) -> Manifest:
@@ -66,8 +56,8 @@ def commit(run_dir: Path, version: int, folder: str, journal_seq: int, prompts: 
     if names != files.keys():
         raise DataError(f"checkpoint {path}: files and digests differ: {sorted(names ^ files.keys())}")
     manifest = Manifest(version, folder, journal_seq, prompts, files)
-    _sync(path)
-    _write(run_dir / FOLDER / f"{folder}.json", msgspec.json.format(msgspec.json.encode(manifest)))
+    sync(path)
+    write(run_dir / FOLDER / f"{folder}.json", msgspec.json.format(msgspec.json.encode(manifest)))
     return manifest
 
 
@@ -106,22 +96,3 @@ def prune(run_dir: Path, keep: int) -> int:
         elif path.is_dir():
             shutil.rmtree(path)
     return kept[-1].version if kept else -1
-
-
-def _write(path: Path, data: bytes) -> None:
-    """The whole file or the one before, whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -177,11 +177,39 @@ class WeightsConfig(Section, kw_only=True):
     bucket_bytes: Annotated[int, _at_least(1024, "Size of one bucket on the wire; 2 GiB was fastest on NVLink.")] = (
         2 << 30
     )
-    verify_every: Annotated[int, _at_least(1, "Compare digests at every k-th update (the first always).")] = 1
+    verify_every: Annotated[
+        int, _at_least(1, "Compare digests at every k-th update, and whenever a server is new to it.")
+    ] = 1
     update_timeout_s: Annotated[float, _above(0, "Deadline of one whole update; a late server is fenced.")] = 120.0
+    kv_cache: Annotated[
+        Literal["recompute", "keep"],
+        _doc("At an update drop all KV, and prefill again under the new weights; or keep it (tokens are labelled)."),
+    ] = "recompute"
+    interrupt: Annotated[
+        Literal["abort", "retract"],
+        _doc(
+            "With recompute. abort: requests come back with their tokens; retract: they stay in the engine's queue, "
+            "which is faster, but a server that dies takes their tokens with it (SGLang >= 0.5.21)."
+        ),
+    ] = "abort"
     wire: Annotated[
         Literal["bucket", "tensor"], _doc("One broadcast per bucket (slow links), or one per tensor of it (NVLink).")
     ] = "bucket"
+    transport: Annotated[
+        Literal["network", "disk"],
+        _doc(
+            "network: broadcast over NCCL or gloo. disk: through run.dir/weights, which servers must see at the same path; "
+            "for hosts that can have no process group between them."
+        ),
+    ] = "network"
+    folder_every: Annotated[
+        int,
+        _at_least(
+            0,
+            "With transport = network: also write the weights to run.dir/weights at every k-th version, the last two kept, "
+            "so that a server that comes (back) need not wait for the trainer. 0: never.",
+        ),
+    ] = 0
     dtype: Annotated[
         Literal["as_trained", "float32", "bfloat16", "float16"],
         _doc("Element type on the wire, cast at the source; as_trained: that of trainer.precision."),

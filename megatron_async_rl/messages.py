@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from megatron_async_rl.errors import ProtocolError
+from megatron_async_rl.snapshots import FileEntry
 from megatron_async_rl.types import Partial, Prompt, Purpose, Sample, TrainSample
 
 PROTOCOL = 1
@@ -314,6 +315,33 @@ class AbandonUpdate(Message, frozen=True):
     version: int
 
 
+class WriteFolder(Message, frozen=True):
+    """Controller -> weight sources: write your tensors of `version` as files into this folder. Answered by FolderWritten."""
+
+    version: int
+    folder: str
+    part: int  # number of the source, for the files' names
+
+
+class FolderWritten(Message, frozen=True):
+    """Weight source -> controller: the files are on disk, or why not; and what each tensor must digest to in the engine."""
+
+    version: int
+    files: list[FileEntry]
+    digests: dict[str, str]
+    digest_kind: str
+    seconds: dict[str, float]
+    error: str = ""
+
+
+class LoadFolder(Message, frozen=True):
+    """Controller -> rollout worker: verify the folder (snapshots.py), interrupt all requests, have the engine load it,
+    compare digests, resume. Answered by Updated."""
+
+    version: int
+    folder: str
+
+
 class Updated(Message, frozen=True):
     """Rollout worker -> controller: serving `version` with digests that match, or why not."""
 
@@ -321,6 +349,7 @@ class Updated(Message, frozen=True):
     seconds: dict[str, float]
     error: str = ""
     num_interrupted: int = 0  # requests that the update stopped; they go on under the new weights
+    damaged: bool = False  # the folder is not what its manifest says; the server was not touched
 
 
 class Published(Message, frozen=True):
@@ -336,6 +365,7 @@ AnyMessage = Union[
     GetBatch, TrainBatch, Republish, CheckpointSaved, StepDone,
     PublishOffer, OpenGroup, GroupOpened, JoinGroup, GroupJoined,
     UpdateWeights, UpdateReady, SendBuckets, ReceiveBuckets, BucketsSent, WeightDigests, AbandonUpdate, Updated, Published,
+    WriteFolder, FolderWritten, LoadFolder,
 ]  # fmt: skip
 
 

@@ -80,6 +80,7 @@ class Publisher:
         self._groups: list[str] = []
         self._num_formations = 0
         self._num_updates = 0
+        self._trusted: set[str] = set()  # took the last update; anyone else proves what it holds, whatever verify_every
         self.outcome = Outcome(-1, [])  # of the last update, also of one that failed
 
     def begin_life(self, epoch: int) -> None:
@@ -88,6 +89,7 @@ class Publisher:
 
     def forget(self, name: str) -> None:
         """A new life of this worker: groups with the old one in them are of no use."""
+        self._trusted.discard(name)
         if name in self._members:
             self._members = ()
 
@@ -98,7 +100,7 @@ class Publisher:
         sources = sorted(offers, key=lambda name: offers[name].stage)
         self._sources = frozenset(sources)
         outcome = self.outcome = Outcome(version, [])
-        verify = self._num_updates % self._verify_every == 0
+        verify = self._num_updates % self._verify_every == 0 or not self._trusted.issuperset(servers)
         self._num_updates += 1
         started = time.monotonic()
         self._deadline = started + self._timeout_s
@@ -120,12 +122,17 @@ class Publisher:
                 if len(self._suspects) + len(outcome.fenced) == num_known:
                     break  # the sources' own fault: another try would end the same way
             remaining = [name for name in remaining if name not in outcome.fenced]
-        for source in sources:
-            await self._send(source, Published(version, len(outcome.serving)))
+        self._trusted = set(outcome.serving)
+        await self._release(version, sources, outcome)
         if not outcome.serving:
             raise PublishError(f"no server took version {version}: {outcome.fenced}")
         outcome.seconds["total"] = time.monotonic() - started
         return outcome
+
+    async def _release(self, version: int, sources: list[str], outcome: Outcome) -> None:
+        """The sources' part is done."""
+        for source in sources:
+            await self._send(source, Published(version, len(outcome.serving)))
 
     def forget_groups(self) -> None:
         """A party was started anew under its old name: the next update makes new groups."""

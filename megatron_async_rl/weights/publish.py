@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from megatron_async_rl.config import Config
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.messages import (
     BucketsSent,
+    FolderWritten,
     GroupJoined,
     GroupOpened,
     OpenGroup,
@@ -27,10 +29,12 @@ from megatron_async_rl.messages import (
     PublishOffer,
     SendBuckets,
     Shutdown,
+    WriteFolder,
 )
 from megatron_async_rl.transport import SyncLink
 from megatron_async_rl.weights.bucket import fill_buckets, plan_buckets, split_bucket
 from megatron_async_rl.weights.digest import EngineDigests, Kind
+from megatron_async_rl.weights.disk import FolderWriter
 from megatron_async_rl.weights.load import Modules, chunks
 from megatron_async_rl.weights.mapping import ModelShape
 from megatron_async_rl.weights.reshard import hf_tensors, manifest, takes_part
@@ -101,6 +105,9 @@ class WeightPublisher:
             elif isinstance(message, SendBuckets):
                 self._tell(_SEND)
                 socket.send(self._transfer(version, message.verify))
+            elif isinstance(message, WriteFolder):
+                self._tell(_SEND)
+                socket.send(self._write_folder(message))
             elif isinstance(message, Published):
                 self._tell(_DONE)
                 return True
@@ -139,11 +146,24 @@ class WeightPublisher:
             logger.error("%s", error)
         socket.send(GroupJoined(order.group, error))
 
+    def _new_digests(self) -> EngineDigests:
+        return EngineDigests(self._shape, int(self._config.sglang.get("tp_size", 1)), self._digest_kind)
+
+    def _write_folder(self, order: WriteFolder) -> FolderWritten:
+        writer, digests = FolderWriter(Path(order.folder), order.part), self._new_digests()
+        started = time.monotonic()
+        writer.write(self._buckets, hf_tensors(self._modules, self._shape, self._dtype), self._device, digests)
+        if writer.error:
+            logger.error("%s", writer.error)
+            return FolderWritten(order.version, [], {}, self._digest_kind, {}, writer.error)
+        seconds = writer.seconds | {"folder": time.monotonic() - started}
+        return FolderWritten(order.version, writer.files, digests.result(), self._digest_kind, seconds)
+
     def _transfer(self, version: int, verify: bool) -> BucketsSent:
         """Gathers bucket k+1 while bucket k is on the wire; on a wire error the gather still runs to its end."""
         group = self._group
         assert group is not None
-        digests = EngineDigests(self._shape, int(self._config.sglang.get("tp_size", 1)), self._digest_kind)
+        digests = self._new_digests()
         watch = Stopwatch(self._device)
         error = ""
         tensors = hf_tensors(self._modules, self._shape, self._dtype)

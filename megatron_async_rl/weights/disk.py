@@ -1,0 +1,74 @@
+"""A weight source's part of a snapshot (snapshots.py): its tensors as safetensors files, one bucket each.
+
+The same two buffers as on the wire: bucket k is written, read back and digested by a thread while bucket k+1 is gathered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_async_rl.files import digest, sync
+from megatron_async_rl.messages import Bucket
+from megatron_async_rl.snapshots import FileEntry
+from megatron_async_rl.weights.bucket import fill_buckets, split_bucket
+from megatron_async_rl.weights.digest import EngineDigests
+
+
+class FolderWriter:
+    """Writes one part; `write` exhausts `tensors` whatever happens, for other ranks gather with this one."""
+
+    def __init__(self, folder: Path, part: int) -> None:
+        self._folder = folder
+        self._part = part
+        self.files: list[FileEntry] = []
+        self.error = ""
+        self.seconds = {"write": 0.0}
+
+    def write(
+        self,
+        plan: list[Bucket],
+        tensors: Iterable[tuple[str, Tensor]],
+        device: torch.device,
+        digests: EngineDigests | None,
+    ) -> None:
+        """`plan` and `tensors` as for fill_buckets; `digests` takes in every tensor."""
+        pending: Future[None] | None = None
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            for number, (bucket, flat) in enumerate(fill_buckets(plan, tensors, device), 1):
+                self._settle(pending)
+                if self.error:
+                    continue
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # the thread's copies are on another stream
+                pending = thread.submit(self._write_bucket, number, bucket, flat, digests)
+            self._settle(pending)
+        for _ in tensors:
+            pass
+
+    def _settle(self, pending: Future[None] | None) -> None:
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except (OSError, SafetensorError) as e:  # such as a full disk
+            self.error = self.error or f"writing to {self._folder}: {e}"
+
+    def _write_bucket(self, number: int, bucket: Bucket, flat: Tensor, digests: EngineDigests | None) -> None:
+        started = time.monotonic()
+        tensors = dict(split_bucket(bucket, flat))
+        if digests:
+            for name, tensor in tensors.items():
+                digests.add(name, tensor)
+        path = self._folder / f"model-{self._part + 1:05d}-{number:05d}.safetensors"
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        sync(path)
+        self.files.append(FileEntry(path.name, path.stat().st_size, digest(path), list(tensors)))
+        self.seconds["write"] += time.monotonic() - started
