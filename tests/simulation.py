@@ -17,9 +17,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_async_rl.controller.core import Action, Core, CutBatch, Group, GroupState, Replay, Rules, Send
+from megatron_async_rl.controller.actions import Action, CutBatch, Replay, Send
+from megatron_async_rl.controller.core import Core
 from megatron_async_rl.controller.facts import Admitted, Batched, Closed, Fact, Returned, Trained
 from megatron_async_rl.controller.fleet import ServerState
+from megatron_async_rl.controller.groups import Group, GroupState
+from megatron_async_rl.controller.rules import Rules
 from megatron_async_rl.messages import Generate, Generated, GenerateFailed, PartialSample, Score, Scored
 from megatron_async_rl.types import NOT_GENERATED, Partial, Prompt, Sample
 
@@ -65,7 +68,7 @@ class Result:
 
 
 class World:
-    def __init__(self, seed: int, core_class: type[Core] = Core, restore: Callable | None = None) -> None:
+    def __init__(self, seed: int, restore: Callable | None = None) -> None:
         r = self.random = random.Random(seed)
         self.rules = Rules(
             prompts_per_step=r.choice([1, 2, 3]), samples_per_prompt=r.choice([1, 2]), eta=r.choice([0, 1, 2, 4]),
@@ -76,7 +79,6 @@ class World:
         )  # fmt: skip
         if self.rules.samples_per_prompt > 1 and r.random() < 0.5:
             self.rules = replace(self.rules, drop_equal_rewards=True)
-        self.core_class = core_class
         self.restore_facts = restore or (lambda facts: facts)
         self.fault_rate = r.choice([0.0, 0.02, 0.05, 0.1])
         self.now, self.num_events, self.num_faults, self.num_crashes = 0.0, 0, 0, 0
@@ -105,9 +107,7 @@ class World:
 
     def new_core(self) -> Core:
         numbers = itertools.count()
-        return self.core_class(
-            self.rules, lambda: Prompt(str(next(numbers)), np.arange(2, dtype=np.int32), {}), epoch=0
-        )
+        return Core(self.rules, lambda: Prompt(str(next(numbers)), np.arange(2, dtype=np.int32), {}), epoch=0)
 
     # ---- the clock and the wire
 
@@ -372,6 +372,6 @@ class World:
         self.at(self.random.expovariate(3.0), lambda: self.act(self.core.scored(name, scored, self.now)))
 
 
-def simulate(seed: int, core_class: type[Core] = Core, restore: Callable | None = None) -> Result:
+def simulate(seed: int, restore: Callable | None = None) -> Result:
     """One whole run. Raises Breach or ConservationError when a promise is broken."""
-    return World(seed, core_class, restore).run()
+    return World(seed, restore).run()

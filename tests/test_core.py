@@ -11,8 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from megatron_async_rl.controller.core import Action, Core, CutBatch, Dropped, EvalFinished, GroupState, Rules, Send
+from megatron_async_rl.controller.actions import Action, CutBatch, Dropped, EvalFinished, Send
+from megatron_async_rl.controller.core import Core
+from megatron_async_rl.controller.groups import GroupState
 from megatron_async_rl.controller.ledger import DropReason
+from megatron_async_rl.controller.rules import Rules
 from megatron_async_rl.errors import ConservationError
 from megatron_async_rl.messages import Generate, Generated, GenerateFailed, Score, Scored
 from megatron_async_rl.types import NOT_GENERATED, Prompt, Sample

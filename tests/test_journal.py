@@ -17,7 +17,7 @@ from test_recovery import partial, reborn
 
 from megatron_async_rl import audit, checkpoints
 from megatron_async_rl.controller import journal as journal_module
-from megatron_async_rl.controller.core import CutBatch
+from megatron_async_rl.controller.actions import CutBatch
 from megatron_async_rl.controller.facts import Admitted, Fact
 from megatron_async_rl.controller.journal import Journal, read_facts
 from megatron_async_rl.controller.lengths import ALARM_RATIO, MIN_GROUPS, LengthMeter

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from test_core import World, finish, generated, make_core, messages, sample, serve
 
-from megatron_async_rl.controller.core import Action, Core, CutBatch, GroupState, Replay
+from megatron_async_rl.controller.actions import Action, CutBatch, Replay
+from megatron_async_rl.controller.core import Core
 from megatron_async_rl.controller.facts import Admitted, Batched, Closed, Fact, Trained
+from megatron_async_rl.controller.groups import GroupState
 from megatron_async_rl.messages import Generate, GenerateFailed, PartialSample
 from megatron_async_rl.types import NOT_GENERATED, Partial, Prompt
 

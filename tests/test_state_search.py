@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from test_core import rules, sample
 
-from megatron_async_rl.controller.core import Action, Core, CutBatch, Group, GroupState, Replay, Send
+from megatron_async_rl.controller.actions import Action, CutBatch, Replay, Send
+from megatron_async_rl.controller.books import Books
+from megatron_async_rl.controller.core import Core
 from megatron_async_rl.controller.facts import AnyFact, Batched, Fact, Returned
-from megatron_async_rl.controller.fleet import Fleet
-from megatron_async_rl.controller.ledger import DropReason, Ledger
+from megatron_async_rl.controller.groups import Group, GroupState
+from megatron_async_rl.controller.ledger import DropReason
 from megatron_async_rl.errors import ConservationError
 from megatron_async_rl.messages import Generate, Generated, Score, Scored
 from megatron_async_rl.types import Prompt
@@ -51,25 +53,23 @@ class Prompts:
 
 def cloned(core: Core) -> Core:
     """A copy that shares nothing that changes."""
-    new = copy.copy(core)
-    new._next_prompt = Prompts(core._next_prompt.position)
-    new.fleet = Fleet(
-        {k: copy.copy(w) for k, w in core.fleet.rollout.items()},
-        {k: copy.copy(w) for k, w in core.fleet.reward.items()},
-    )
-    new.ledger = Ledger()
-    new.ledger.admitted, new.ledger.trained = core.ledger.admitted, core.ledger.trained
-    new.ledger.dropped = Counter(core.ledger.dropped)
-    new.groups = {}
-    for key, group in core.groups.items():
-        new.groups[key] = twin = copy.copy(group)
+    was = core.books
+    new = Core(RULES, Prompts(was._next_prompt.position), core.epoch)
+    new.admitting, new.hold_batches = core.admitting, core.hold_batches
+    new.num_fenced_messages, new.num_replayed_steps = core.num_fenced_messages, core.num_replayed_steps
+    new.fleet.rollout.update((name, copy.copy(worker)) for name, worker in core.fleet.rollout.items())
+    new.fleet.reward.update((name, copy.copy(worker)) for name, worker in core.fleet.reward.items())
+    books, ledger = new.books, new.ledger
+    books.version, books._next_group_id, books.facts = was.version, was._next_group_id, list(was.facts)
+    ledger.admitted, ledger.trained = was.ledger.admitted, was.ledger.trained
+    ledger.dropped = Counter(was.ledger.dropped)
+    for key, group in was.groups.items():
+        books.groups[key] = twin = copy.copy(group)
         twin.samples, twin.rewards, twin.failed_on = list(group.samples), list(group.rewards), list(group.failed_on)
         twin.partials, twin.verdict_attempts = dict(group.partials), dict(group.verdict_attempts)
-    new.facts = list(core.facts)
-    new._to_score, new._scoring = deque(core._to_score), dict(core._scoring)
-    new._leaders_want = dict(core._leaders_want)
-    new._in_batch = [new.groups[group.group_id] for group in core._in_batch]
-    new._eval_ids, new._eval_ended = set(), []
+    books.in_batch = [books.groups[group.group_id] for group in was.in_batch]
+    new.verdicts.owed, new.verdicts.under_way = deque(core.verdicts.owed), dict(core.verdicts.under_way)
+    new.cut.leaders_want, new.cut.wanted_since = dict(core.cut.leaders_want), core.cut.wanted_since
     return new
 
 
@@ -99,7 +99,7 @@ class State:
         way = tuple((type(f).__name__, getattr(f, "group_id", -1)) for f in self.on_the_way)
         return (
             core.version, core.ledger.admitted, core.ledger.trained, dropped, groups, fleet, core.epoch,
-            tuple(core._scoring.items()), tuple(core._to_score), core._wanted_since, tuple(sorted(self.wire)),
+            tuple(core.verdicts.under_way.items()), tuple(core.verdicts.owed), core.cut.wanted_since, tuple(sorted(self.wire)),
             self.steps_done, self.batch, self.weights, self.faults, way,
         )  # fmt: skip
 
@@ -148,7 +148,7 @@ def successors(state: State) -> Iterator[State]:
             yield deliver(after(state, f"doubled {message}", faults=state.faults - 1), message)
             if message[0] == "score":
                 yield deliver(after(state, "no verdict", wire=rest, faults=state.faults - 1), message, reward=None)
-    if not state.batch and state.steps_done < RULES.steps and state.core._wanted_since is None:
+    if not state.batch and state.steps_done < RULES.steps and not state.core.batch_awaited:
         new = after(state, "batch wanted")
         yield take(new, new.core.batch_wanted(0, new.steps_done, 0.0))
     if state.batch:
@@ -180,7 +180,8 @@ def deliver(state: State, message: tuple, reward: float | None = 1.0) -> State:
 
 def expire(state: State, group: Group) -> State:
     state.core.groups[group.group_id].deadline = -1.0
-    state.core._scoring = {k: replace(v, deadline=-1.0) for k, v in state.core._scoring.items()}
+    verdicts = state.core.verdicts
+    verdicts.under_way = {key: replace(verdict, deadline=-1.0) for key, verdict in verdicts.under_way.items()}
     return take(state, state.core.tick(0.0))
 
 
@@ -263,13 +264,13 @@ def test_every_reachable_state_of_a_small_setting_keeps_the_promises() -> None:
 
 
 def test_the_search_sees_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    apply = Core._apply
+    apply = Books._apply
 
-    def forgetful(self: Core, fact: AnyFact) -> None:
+    def forgetful(self: Books, fact: AnyFact) -> None:
         apply(self, fact)
         if isinstance(fact, Returned):
             self.groups.pop(fact.group_id)
 
-    monkeypatch.setattr(Core, "_apply", forgetful)
+    monkeypatch.setattr(Books, "_apply", forgetful)
     with pytest.raises(ConservationError, match="a group was lost"):
         search()

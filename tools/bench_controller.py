@@ -21,9 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_async_rl import processes
+from megatron_async_rl.controller.actions import Action, CutBatch, Send
 from megatron_async_rl.controller.batching import train_sample
-from megatron_async_rl.controller.core import Action, Core, CutBatch, Rules, Send
+from megatron_async_rl.controller.core import Core
 from megatron_async_rl.controller.journal import JOURNAL_FILE, Journal
+from megatron_async_rl.controller.rules import Rules
 from megatron_async_rl.messages import (
     Generate,
     Generated,
@@ -158,7 +160,7 @@ class Bench:
             await self.act(core.batch_wanted(0, message.version, 0.0))
         elif isinstance(message, StepDone):
             if self.journal:  # as after a checkpoint of every step: the file does not grow without end
-                self.journal.prune([group.group_id for group in core._in_batch])
+                self.journal.prune([group.group_id for group in core.books.in_batch])
             await self.act(core.step_done(message.version, 0.0))
             for worker in list(core.fleet.rollout):
                 core.updating(worker)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from megatron_async_rl.config import Config
-from megatron_async_rl.controller.core import Group
 from megatron_async_rl.controller.fleet import Fleet
+from megatron_async_rl.controller.groups import Group
 from megatron_async_rl.controller.publisher import Outcome
 from megatron_async_rl.metrics import Evaluation, RunLog, Server, State, Status, TrainedGroup
 from megatron_async_rl.types import Sample
@@ -57,6 +57,10 @@ class Progress:
     def replayed(self, version: int, newest: int) -> None:
         self.last_progress = time.monotonic()
         logger.info("the trainer is back at version %d of %d by a recorded batch", version, newest)
+
+    def say(self, message: str) -> None:
+        """What the run is busy with, beside its state."""
+        self.message = message
 
     def warn(self, message: str) -> None:
         self.message = message

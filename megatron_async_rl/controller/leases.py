@@ -1,0 +1,119 @@
+"""Which server generates which samples: admission, leases, and who may answer for them.
+
+Admission (AReaL eq. 3). With B = prompts_per_step and N groups admitted and not dropped, a new one may start on a
+server of version v iff  N < (v + eta + 1) * B:  it will be trained at step N // B at the latest if order is kept. The
+server's version counts, not the trainer's, which is one ahead while an update is under way. That alone does not bound
+the staleness of stragglers; the cut does (cut.py).
+
+A lease is one attempt at the missing samples of a group, by one worker, until a deadline. Whatever comes back under
+another epoch, attempt or worker changes nothing (fencing).
+"""
+
+from __future__ import annotations
+
+from megatron_async_rl.controller.actions import Send
+from megatron_async_rl.controller.books import Books
+from megatron_async_rl.controller.facts import Leased, LeaseFailed
+from megatron_async_rl.controller.fleet import Fleet, RolloutWorker
+from megatron_async_rl.controller.groups import Group, GroupState
+from megatron_async_rl.controller.ledger import DropReason
+from megatron_async_rl.controller.rules import Rules
+from megatron_async_rl.messages import Generate, Generated, GenerateFailed, PartialSample
+from megatron_async_rl.types import Sample
+
+
+class Leases:
+    def __init__(self, rules: Rules, books: Books, fleet: Fleet) -> None:
+        self._rules = rules
+        self._books = books
+        self._fleet = fleet
+
+    @property
+    def next_step(self) -> int:
+        """The step at which a group admitted now is trained at the latest, if order is kept."""
+        return (self._books.ledger.trained + self._books.pending) // self._rules.prompts_per_step
+
+    # ---- out
+
+    def lease_queued(self, now: float, only_eval: bool) -> list[Send]:
+        """Groups that wait for a server, as far as there are free ones."""
+        sends = []
+        for group in self._books.in_state(GroupState.QUEUED, purpose="eval" if only_eval else None):
+            server = self._fleet.free_server(len(group.missing), self._books.version - self._rules.eta)
+            if server is not None:
+                sends.append(self._lease_to(server, group, now))
+        return sends
+
+    def admit(self, now: float) -> list[Send]:
+        """New groups, as far as eta and the servers allow."""
+        sends = []
+        while self.next_step < self._rules.steps:
+            server = self._fleet.free_server(self._rules.samples_per_prompt, self.next_step - self._rules.eta)
+            if server is None:
+                break
+            sends.append(self._lease_to(server, self._books.admit(), now))
+        return sends
+
+    def _lease_to(self, server: RolloutWorker, group: Group, now: float) -> Send:
+        rules, missing = self._rules, group.missing
+        oldest_allowed = self._books.version - rules.eta
+        partials = {i: p for i, p in group.partials.items() if p.oldest_version >= oldest_allowed}
+        floor_version = min([server.version, *(p.oldest_version for p in partials.values())])
+        self._books.record(Leased(group.group_id, group.attempt + 1, server.name, floor_version))
+        group.deadline = now + rules.lease_timeout_s
+        server.load += len(missing)
+        return Send(
+            server.name,
+            Generate(
+                epoch=self._books.epoch,
+                group_id=group.group_id,
+                attempt=group.attempt,
+                indices=missing,
+                purpose=group.purpose,
+                prompt=group.prompt,
+                max_new_tokens=rules.max_new_tokens,
+                temperature=rules.temperature if group.purpose == "train" else rules.eval_temperature,
+                partials=[partials.get(index) for index in missing] if partials else [],
+                floor_version=floor_version,
+            ),
+        )
+
+    # ---- back
+
+    def group_of(self, worker: str, reply: Generated | GenerateFailed | PartialSample) -> Group | None:
+        """The group that this reply may change; None for a late, duplicate or foreign one."""
+        group = self._books.groups.get(reply.group_id)
+        if group is None or reply.epoch != self._books.epoch or group.state is not GroupState.RUNNING:
+            return None
+        if group.worker != worker or group.attempt != reply.attempt or reply.index not in group.missing:
+            return None
+        return group
+
+    def is_whole(self, group: Group, sample: Sample) -> bool:
+        """Whether the engine can have sampled this: every version between the lease's floor and the trainer's."""
+        versions = sample.versions[sample.generated]
+        return len(versions) > 0 and group.floor_version <= versions.min() and versions.max() <= self._books.version
+
+    def unload(self, worker: str, count: int = 1) -> None:
+        if server := self._fleet.rollout.get(worker):
+            server.load -= count
+
+    # ---- taken back
+
+    def held_by(self, worker: str) -> list[Group]:
+        return [g for g in self._running() if g.worker == worker]
+
+    def overdue(self, now: float) -> list[Group]:
+        return [g for g in self._running() if now > g.deadline]
+
+    def release(self, group: Group) -> DropReason | None:
+        """Ends a lease. The samples that are back stay, the others go to another server: None, or why they do not."""
+        self.unload(group.worker, len(group.missing))
+        self._books.record(LeaseFailed(group.group_id, group.worker))
+        if len(group.failed_on) < self._rules.max_attempts:
+            return None
+        several = len(set(group.failed_on)) > 1  # then it is the prompt rather than a server
+        return DropReason.POISON if several else DropReason.GENERATION_FAILED
+
+    def _running(self) -> list[Group]:
+        return [g for g in self._books.in_state(GroupState.RUNNING) if g.missing]

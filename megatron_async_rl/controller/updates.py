@@ -1,0 +1,138 @@
+"""When which servers get which weights; how an update goes is the publisher's, publisher.py.
+
+the trainer offers v+1 after its step        -> the servers that lack it are updated
+a server is there without weights, and the   -> Republish: the trainer offers what it has, once more, and goes on
+trainer waits for a batch                       waiting
+a trainer from a checkpoint offers an old v  -> Published(v, 0): nobody needs it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from megatron_async_rl.controller.actions import Action
+from megatron_async_rl.controller.core import Core
+from megatron_async_rl.controller.fleet import ServerState
+from megatron_async_rl.controller.journal import Journal
+from megatron_async_rl.controller.progress import Progress
+from megatron_async_rl.controller.publisher import Publisher
+from megatron_async_rl.controller.workers import Workers
+from megatron_async_rl.errors import PublishError
+from megatron_async_rl.messages import Hello, Published, PublishOffer, Republish, Shutdown
+
+logger = logging.getLogger(__name__)
+
+
+class Updates:
+    def __init__(
+        self,
+        core: Core,
+        publisher: Publisher,
+        workers: Workers,
+        journal: Journal,
+        progress: Progress,
+        last_version: int,
+        act: Callable[[list[Action]], Awaitable[None]],
+    ) -> None:
+        self._core = core
+        self._publisher = publisher
+        self._workers = workers
+        self._journal = journal
+        self._progress = progress
+        self._last_version = last_version
+        self._act = act
+        self._offers: dict[str, PublishOffer] = {}  # by weight source
+        self._offered = asyncio.Event()  # every pipeline stage has offered
+        self._republish_asked: frozenset[str] = frozenset()
+        self._under_way: asyncio.Task[None] | None = None
+
+    # ---- messages
+
+    def offered(self, name: str, offer: PublishOffer) -> None:
+        self._offers[name] = offer
+        if len(self._offers) == offer.num_stages:
+            self._offered.set()
+
+    def server_joined(self, name: str) -> None:
+        self._republish_asked -= {name}
+
+    def trainer_joined(self, hello: Hello) -> None:
+        self._republish_asked = frozenset()
+        self._offers.pop(hello.name, None)
+        if self._under_way and hello.stage >= 0:
+            self._under_way.cancel()  # it waits for what the old one had promised
+
+    # ---- the loop's part
+
+    async def next(self) -> int:
+        """Waits for the trainer's next offers and brings the servers that lack them to these weights.
+
+        Returns the version that the fleet is at then. A broken update is tried again by the trainer's next offer.
+        """
+        while True:
+            await self._offered.wait()
+            offers, self._offers = self._offers, {}
+            self._offered.clear()
+            version = min(offer.version for offer in offers.values())
+            while version >= self._core.version and all(w.reason for w in self._core.fleet.rollout.values()):
+                await self._workers.one_more()  # nobody to give it to: the trainer waits with us
+            fleet = self._core.fleet.rollout.values()
+            servers = [w.name for w in fleet if not w.reason and not (w.is_serving and w.version >= version)]
+            if version < self._core.version or (not servers and any(w.is_serving for w in fleet)):
+                for name in offers:  # a trainer on its way back to where it was, or nobody needs them
+                    await self._workers.send(name, Published(version, 0))
+                if version == self._core.version:
+                    break
+                continue
+            await self._journal.durable()  # StepDone before anyone holds its weights
+            self._under_way = asyncio.create_task(self._publish(version, offers, servers))
+            try:
+                await self._under_way
+                break
+            except PublishError as e:
+                logger.error("the update to version %d failed: %s", version, e)
+                if version == self._last_version:
+                    break  # the trainer has no further offer; only the last evaluation needed it
+            except asyncio.CancelledError:
+                if not self._under_way.cancelled():
+                    raise
+                logger.warning("the trainer came back during the update to version %d: waiting for its offer", version)
+            finally:
+                self._under_way = None
+                self._core.hold_batches = False
+        self._core.hold_batches = False
+        await self._act(self._core.tick(time.monotonic()))
+        return version
+
+    async def ask_for_weights(self) -> None:
+        """A server that came (back) while the trainer waits for a batch would otherwise get no weights."""
+        core = self._core
+        if self._under_way or not core.batch_awaited or core.hold_batches:
+            return
+        without = (ServerState.STALE, ServerState.UPDATING)  # the latter: of an update that came to nothing
+        stale = frozenset(w.name for w in core.fleet.rollout.values() if w.state in without)
+        leader = next((w for w in self._workers.leaders if w.hello.leader == 0), None)
+        if stale <= self._republish_asked or not leader:
+            return
+        self._republish_asked = stale
+        core.hold_batches = True  # until the trainer is back from publishing
+        await self._workers.send(leader.name, Republish(core.version))
+
+    async def _publish(self, version: int, offers: dict[str, PublishOffer], servers: list[str]) -> None:
+        core = self._core
+        lives = {name: core.fleet.rollout[name] for name in servers}
+        try:
+            outcome = await self._publisher.publish(version, offers, servers, core.updating)
+        finally:
+            for name, reason in self._publisher.outcome.fenced.items():
+                logger.error("%s is fenced: %s", name, reason)
+                if core.fleet.rollout.get(name) is lives[name]:
+                    await self._act(core.fenced(name, reason, time.monotonic()))
+                    await self._workers.send(name, Shutdown(f"fenced: {reason}"))  # a new life of it starts clean
+        for name in outcome.serving:
+            if core.fleet.rollout.get(name) is lives[name]:
+                await self._act(core.serving(name, version, time.monotonic()))
+        self._progress.published(outcome)

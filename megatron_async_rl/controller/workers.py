@@ -1,0 +1,95 @@
+"""Who is connected: names to sockets. What each may do is the core's business, fleet.py."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_async_rl.config import Config
+from megatron_async_rl.errors import Error
+from megatron_async_rl.messages import Hello, Message
+from megatron_async_rl.transport import Hub, Peer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One life of a worker: its socket and what it said of itself."""
+
+    name: str
+    peer: Peer
+    hello: Hello
+
+
+class Workers:
+    """All that ever said hello, each with its newest life."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self._by_name: dict[str, Worker] = {}
+        self._names: dict[Peer, str] = {}
+        self._joined = asyncio.Event()
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(list(self._by_name.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __getitem__(self, name: str) -> Worker:
+        return self._by_name[name]
+
+    def join(self, peer: Peer, hello: Hello) -> bool:
+        """True for a name that was there before: this is its next life, and the socket before is nobody's."""
+        before = self._by_name.get(hello.name)
+        if before:
+            self._names.pop(before.peer, None)
+        self._by_name[hello.name] = Worker(hello.name, peer, hello)
+        self._names[peer] = hello.name
+        self._joined.set()
+        return before is not None
+
+    def name_of(self, peer: Peer) -> str | None:
+        """None for a socket that has not said hello in this life of the controller."""
+        return self._names.get(peer)
+
+    @property
+    def leaders(self) -> list[Worker]:
+        """Of the trainer's data-parallel replicas."""
+        return [worker for worker in self if worker.hello.leader >= 0]
+
+    async def send(self, name: str, message: Message) -> None:
+        worker = self._by_name.get(name)
+        if worker is None or not await self.hub.send(worker.peer, message):
+            logger.warning("%s is not connected; %s not delivered", name, type(message).__name__)
+
+    def one_more(self) -> Coroutine[Any, Any, Any]:
+        """To be awaited: until somebody joins after this call."""
+        self._joined.clear()  # here and not in a coroutine, which would start later
+        return self._joined.wait()
+
+    async def wait_for_all(self, config: Config, say: Callable[[str], None]) -> None:
+        """All the workers that the configuration asks for. Raises Error naming who is missing."""
+        limit_s = max(config.rollout.start_timeout_s, config.trainer.start_timeout_s)
+        deadline = time.monotonic() + limit_s
+        while missing := ", ".join(sorted(self._missing(config))):
+            say(f"waiting for {missing}")
+            try:
+                await asyncio.wait_for(self.one_more(), deadline - time.monotonic())
+            except TimeoutError:
+                raise Error(f"{missing} did not start within {limit_s:.0f} s; see logs/") from None
+
+    def _missing(self, config: Config) -> set[str]:
+        expected = {
+            *(f"rollout-{i}" for i in range(config.rollout.servers)),
+            *(f"reward-{i}" for i in range(config.reward.workers)),
+            *(f"trainer stage {stage}" for stage in range(config.parallel_size("pipeline_model"))),
+            *(f"trainer leader {replica}" for replica in range(config.trainer.data_parallel_size)),
+        }
+        there = {f"trainer stage {w.hello.stage}" for w in self} | {f"trainer leader {w.hello.leader}" for w in self}
+        return expected - there - self._by_name.keys()
