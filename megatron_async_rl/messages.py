@@ -349,7 +349,6 @@ class Updated(Message, frozen=True):
     seconds: dict[str, float]
     error: str = ""
     num_interrupted: int = 0  # requests that the update stopped; they go on under the new weights
-    damaged: bool = False  # the folder is not what its manifest says; the server was not touched
 
 
 class Published(Message, frozen=True):

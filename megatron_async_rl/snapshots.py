@@ -9,8 +9,8 @@ makes it whole, rollout workers and new servers read it.
         manifest.json                      version, digest of every file, and of every tensor that an engine must then hold
 
 The number after the version counts the times that the version was written, so that nothing is ever put in the place of a
-folder that is being read. A crash leaves a `.partial`, which nobody reads and the next write removes. The last two whole ones are kept, and those
-that a server is reading.
+folder that is being read. A crash leaves a `.partial`, which nobody reads and the next write removes. The last two whole
+ones are kept, and those that a server is reading.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import shutil
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
+from megatron_async_rl.config import Config
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.files import digest, sync, write
 
@@ -60,6 +62,11 @@ class Snapshot(msgspec.Struct, frozen=True):
     @property
     def version(self) -> int:
         return self.manifest.version
+
+
+def digest_kind(config: Config) -> Literal["sha256", "tiles"]:
+    """How the run's engines digest their tensors."""
+    return "sha256" if config.sglang.get("device") == "cpu" else "tiles"
 
 
 def begin(run_dir: Path, version: int) -> Path:

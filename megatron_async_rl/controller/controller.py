@@ -35,17 +35,18 @@ from megatron_async_rl import metrics
 from megatron_async_rl.config import Config
 from megatron_async_rl.controller import stall
 from megatron_async_rl.controller.actions import Action, CutBatch, Dropped, EvalFinished, Replay, Send
+from megatron_async_rl.controller.catch_up import CatchUp
 from megatron_async_rl.controller.core import Core
 from megatron_async_rl.controller.delivery import Delivery
 from megatron_async_rl.controller.evaluation import Evaluation
 from megatron_async_rl.controller.facts import Admitted, Batched, Evaluated
+from megatron_async_rl.controller.folders import FolderPublisher, Folders
 from megatron_async_rl.controller.handlers import Handlers
 from megatron_async_rl.controller.journal import Journal
 from megatron_async_rl.controller.ledger import DropReason
 from megatron_async_rl.controller.lengths import LengthMeter
 from megatron_async_rl.controller.progress import Progress
 from megatron_async_rl.controller.prompts import PromptStream, read_prompts
-from megatron_async_rl.controller.publisher import Publisher
 from megatron_async_rl.controller.rules import rules_of
 from megatron_async_rl.controller.saving import Saving
 from megatron_async_rl.controller.updates import Updates
@@ -72,14 +73,11 @@ class Controller:
         self.core = Core(rules_of(config), PromptStream(prompts, config.run.seed).next, epoch=0)
         self.lengths = LengthMeter()
         self.progress = Progress(run_log, config)
-        self.publisher = Publisher(
-            self.workers.send,
-            int(config.sglang.get("tp_size", 1)),
-            config.weights.update_timeout_s,
-            config.weights.verify_every,
-        )
+        folders = Folders(config)
+        self.publisher = FolderPublisher(self.workers.send, config, folders)
+        catch_up = CatchUp(self.core, self.workers, folders, config.weights.update_timeout_s, act)
         self.updates = Updates(
-            self.core, self.publisher, self.workers, journal, self.progress, config.run.steps, act
+            self.core, self.publisher, catch_up, self.workers, journal, self.progress, config.run.steps, act
         )  # fmt: skip
         self.delivery = Delivery(config, journal, self.workers, self.progress)
         self.saving = Saving(config, self.core, journal)

@@ -23,6 +23,7 @@ from megatron_async_rl.messages import (
     BucketsSent,
     CheckpointSaved,
     Failed,
+    FolderWritten,
     Generated,
     GenerateFailed,
     GetBatch,
@@ -43,7 +44,7 @@ from megatron_async_rl.messages import (
 from megatron_async_rl.transport import Peer
 
 logger = logging.getLogger(__name__)
-_PUBLISH_ANSWERS = (UpdateReady, GroupOpened, GroupJoined, BucketsSent, Updated)
+_PUBLISH_ANSWERS = (UpdateReady, GroupOpened, GroupJoined, BucketsSent, FolderWritten, Updated)
 
 
 class Handlers:
@@ -135,7 +136,7 @@ class Handlers:
         elif isinstance(message, PublishOffer):
             self._updates.offered(name, message)
         elif isinstance(message, _PUBLISH_ANSWERS):
-            self._publisher.inbox.put_nowait((name, message))
+            self._updates.answered(name, message)
         elif isinstance(message, Failed):
             await self._failed(name, message)
         elif not isinstance(message, Heartbeat):

@@ -4,6 +4,8 @@ the trainer offers v+1 after its step        -> the servers that lack it are upd
 a server is there without weights, and the   -> Republish: the trainer offers what it has, once more, and goes on
 trainer waits for a batch                       waiting
 a trainer from a checkpoint offers an old v  -> Published(v, 0): nobody needs it
+a server is behind, and a folder of weights  -> it loads that by itself (catch_up.py), and is in the next update again
+that `eta` still allows is on the disk
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ import time
 from collections.abc import Awaitable, Callable
 
 from megatron_async_rl.controller.actions import Action
+from megatron_async_rl.controller.catch_up import CatchUp
 from megatron_async_rl.controller.core import Core
-from megatron_async_rl.controller.fleet import ServerState
+from megatron_async_rl.controller.fleet import RolloutWorker, ServerState
+from megatron_async_rl.controller.folders import FolderPublisher
 from megatron_async_rl.controller.journal import Journal
 from megatron_async_rl.controller.progress import Progress
-from megatron_async_rl.controller.publisher import Publisher
 from megatron_async_rl.controller.workers import Workers
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.messages import Hello, Published, PublishOffer, Republish, Shutdown
+from megatron_async_rl.messages import Hello, Message, Published, PublishOffer, Republish
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,8 @@ class Updates:
     def __init__(
         self,
         core: Core,
-        publisher: Publisher,
+        publisher: FolderPublisher,
+        catch_up: CatchUp,
         workers: Workers,
         journal: Journal,
         progress: Progress,
@@ -39,6 +43,7 @@ class Updates:
     ) -> None:
         self._core = core
         self._publisher = publisher
+        self._catch_up = catch_up
         self._workers = workers
         self._journal = journal
         self._progress = progress
@@ -47,6 +52,7 @@ class Updates:
         self._offers: dict[str, PublishOffer] = {}  # by weight source
         self._offered = asyncio.Event()  # every pipeline stage has offered
         self._republish_asked: frozenset[str] = frozenset()
+        self._being_updated: frozenset[str] = frozenset()
         self._under_way: asyncio.Task[None] | None = None
 
     # ---- messages
@@ -56,7 +62,13 @@ class Updates:
         if len(self._offers) == offer.num_stages:
             self._offered.set()
 
+    def answered(self, name: str, message: Message) -> None:
+        """What a server or a weight source says in the course of an update."""
+        if not self._catch_up.hear(name, message):
+            self._publisher.inbox.put_nowait((name, message))
+
     def server_joined(self, name: str) -> None:
+        self._catch_up.forget(name)
         self._republish_asked -= {name}
 
     def trainer_joined(self, hello: Hello) -> None:
@@ -77,10 +89,10 @@ class Updates:
             offers, self._offers = self._offers, {}
             self._offered.clear()
             version = min(offer.version for offer in offers.values())
-            while version >= self._core.version and all(w.reason for w in self._core.fleet.rollout.values()):
-                await self._workers.one_more()  # nobody to give it to: the trainer waits with us
+            while version >= self._core.version and not self._available():  # the trainer waits with us
+                await (self._catch_up.one_done() if self._catch_up.is_busy() else self._workers.one_more())
             fleet = self._core.fleet.rollout.values()
-            servers = [w.name for w in fleet if not w.reason and not (w.is_serving and w.version >= version)]
+            servers = [w.name for w in self._available() if not (w.is_serving and w.version >= version)]
             if version < self._core.version or (not servers and any(w.is_serving for w in fleet)):
                 for name in offers:  # a trainer on its way back to where it was, or nobody needs them
                     await self._workers.send(name, Published(version, 0))
@@ -94,6 +106,7 @@ class Updates:
                 break
             except PublishError as e:
                 logger.error("the update to version %d failed: %s", version, e)
+                self._republish_asked = frozenset()
                 if version == self._last_version:
                     break  # the trainer has no further offer; only the last evaluation needed it
             except asyncio.CancelledError:
@@ -107,13 +120,21 @@ class Updates:
         await self._act(self._core.tick(time.monotonic()))
         return version
 
+    def _available(self) -> list[RolloutWorker]:
+        """Servers that an update can be given to."""
+        fleet = self._core.fleet.rollout.values()
+        return [worker for worker in fleet if not worker.reason and not self._catch_up.is_busy(worker.name)]
+
     async def ask_for_weights(self) -> None:
         """A server that came (back) while the trainer waits for a batch would otherwise get no weights."""
         core = self._core
+        self._catch_up.start(self._being_updated)
         if self._under_way or not core.batch_awaited or core.hold_batches:
             return
+        available = self._available()
+        nobody_is_up = not any(w.is_serving and w.version == core.version for w in available)
         without = (ServerState.STALE, ServerState.UPDATING)  # the latter: of an update that came to nothing
-        stale = frozenset(w.name for w in core.fleet.rollout.values() if w.state in without)
+        stale = frozenset(w.name for w in available if w.state in without or nobody_is_up)
         leader = next((w for w in self._workers.leaders if w.hello.leader == 0), None)
         if stale <= self._republish_asked or not leader:
             return
@@ -124,15 +145,15 @@ class Updates:
     async def _publish(self, version: int, offers: dict[str, PublishOffer], servers: list[str]) -> None:
         core = self._core
         lives = {name: core.fleet.rollout[name] for name in servers}
+        self._being_updated = frozenset(servers)
         try:
             outcome = await self._publisher.publish(version, offers, servers, core.updating)
         finally:
+            self._being_updated = frozenset()
             for name, reason in self._publisher.outcome.fenced.items():
-                logger.error("%s is fenced: %s", name, reason)
-                if core.fleet.rollout.get(name) is lives[name]:
-                    await self._act(core.fenced(name, reason, time.monotonic()))
-                    await self._workers.send(name, Shutdown(f"fenced: {reason}"))  # a new life of it starts clean
+                await self._catch_up.fence(lives[name], reason)
         for name in outcome.serving:
             if core.fleet.rollout.get(name) is lives[name]:
                 await self._act(core.serving(name, version, time.monotonic()))
         self._progress.published(outcome)
+        await self._publisher.afterwards()

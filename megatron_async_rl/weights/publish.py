@@ -31,9 +31,10 @@ from megatron_async_rl.messages import (
     Shutdown,
     WriteFolder,
 )
+from megatron_async_rl.snapshots import digest_kind
 from megatron_async_rl.transport import SyncLink
 from megatron_async_rl.weights.bucket import fill_buckets, plan_buckets, split_bucket
-from megatron_async_rl.weights.digest import EngineDigests, Kind
+from megatron_async_rl.weights.digest import EngineDigests
 from megatron_async_rl.weights.disk import FolderWriter
 from megatron_async_rl.weights.load import Modules, chunks
 from megatron_async_rl.weights.mapping import ModelShape
@@ -62,7 +63,7 @@ class WeightPublisher:
         self._dtype = DTYPES[config.weights.dtype]
         self._buckets = plan_buckets(manifest(modules, shape, self._dtype), config.weights.bucket_bytes)
         self._flattened = config.weights.wire == "bucket"
-        self._digest_kind: Kind = "sha256" if config.sglang.get("device") == "cpu" else "tiles"
+        self._digest_kind = digest_kind(config)
         self._group: UpdateGroup | None = None
 
     def publish(self, version: int) -> bool:
