@@ -57,6 +57,17 @@ def cross_check(config: Config) -> None:
                 f"{setting} needs whole samples on a rank, but megatron.context_parallel_size = "
                 f"{config.megatron['context_parallel_size']} cuts them; set that to 1, or choose another"
             )
+    if config.weights.kv_cache == "keep" and config.weights.interrupt == "retract":
+        raise ConfigError(
+            "weights.interrupt = retract drops the KV cache that weights.kv_cache = keep keeps; leave weights.interrupt "
+            "out, or set weights.kv_cache=recompute"
+        )
+    if config.weights.kv_cache == "keep" and config.sglang.get("disable_overlap_schedule") is not True:
+        raise ConfigError(
+            "weights.kv_cache = keep needs sglang.disable_overlap_schedule = true: the overlap scheduler has a batch under "
+            "way when the engine pauses, and its tokens would be labelled with weights that did not sample them; set that, "
+            "or weights.kv_cache=recompute"
+        )
     if "port" in config.sglang and r.servers > 1:
         raise ConfigError(
             f"sglang.port = {config.sglang['port']} can serve one server of a host, not rollout.servers = {r.servers}; "

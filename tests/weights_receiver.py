@@ -34,7 +34,7 @@ from megatron_async_rl.messages import (
     UpdateWeights,
     WeightDigests,
 )
-from megatron_async_rl.rollout.worker import _compare
+from megatron_async_rl.rollout.updates import compare
 from megatron_async_rl.transport import SyncLink
 
 TIMEOUT = timedelta(seconds=20)
@@ -127,7 +127,7 @@ def live(run_dir: Path, name: str, life: str) -> None:
         elif isinstance(message, WeightDigests):
             try:
                 if verify:
-                    _compare(digests(tensors), message.digests)
+                    compare(digests(tensors), message.digests)
                 save_file(tensors, run_dir / f"{name}-v{message.version}.safetensors")
                 link.send(Updated(message.version, {}))
             except EngineError as e:

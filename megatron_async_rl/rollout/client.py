@@ -4,6 +4,7 @@
 |--------|----------------------------------------------------------------------------------------------|
 | 0.5.18 | a reply lists the weight versions of its tokens as spans; before, it names one version       |
 | 0.5.21 | a weight update stands between /begin_weight_update and /end_weight_update                   |
+| 0.5.21 | the prefix cache can be dropped while retracted requests are queued                          |
 
 Every call has a deadline and carries a key: the admin key where the server asks for it, else the API key.
 """
@@ -30,6 +31,7 @@ class Part:
 
     segments: list[Segment]
     stop: Literal["stop", "length", "abort"]
+    num_cached: int = 0  # tokens of the input that came out of the prefix cache
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,12 @@ class EngineClient:
 
     # ---- generation
 
-    async def generate(self, ids: list[int], sampling: Sampling) -> Part:
-        """Token ids and their logprobs under softmax(logits / temperature), by the weight version of each."""
-        request = {
+    async def generate(self, ids: list[int], sampling: Sampling, cache_key: str | None = None) -> Part:
+        """Token ids and their logprobs under softmax(logits / temperature), by the weight version of each.
+
+        A cached prefix is shared only with requests of the same `cache_key`.
+        """
+        request: dict[str, Any] = {
             "input_ids": ids,
             "sampling_params": {
                 "max_new_tokens": sampling.max_new_tokens,
@@ -82,6 +87,8 @@ class EngineClient:
             "return_logprob": True,
             "logprob_start_len": -1,  # of the response only
         }
+        if cache_key is not None:
+            request["extra_key"] = cache_key
         reply = await self._call("POST", "/generate", request, self._api, self._generate_timeout_s)
         return self._part(reply)
 
@@ -100,7 +107,7 @@ class EngineClient:
         segments = [
             Segment(version, ids[start:end], logprobs[start:end]) for version, start, end in self._spans(meta, len(ids))
         ]
-        return Part(segments, finish)
+        return Part(segments, finish, meta.get("cached_tokens", 0))
 
     def _spans(self, meta: dict[str, Any], num_tokens: int) -> list[tuple[int, int, int]]:
         """(version, start, end) over the output tokens, from the reply and nowhere else."""
@@ -117,6 +124,15 @@ class EngineClient:
 
     async def abort_all(self) -> None:
         await self._call("POST", "/abort_request", {"abort_all": True}, self._admin)
+
+    async def pause(self, mode: Literal["retract", "in_place"]) -> None:
+        """Nothing is generated until `resume`. retract: running requests are queued again without their KV cache;
+        in_place: they freeze as they are. Clients see nothing of it; a weight update waits for nobody."""
+        await self._call("POST", "/pause_generation", {"mode": mode}, self._admin)
+
+    async def resume(self) -> None:
+        # giving the allocator's memory back takes 10 to 30 ms, and the next update would ask for it again
+        await self._call("POST", "/continue_generation", {"torch_empty_cache": False}, self._admin)
 
     async def flush_cache(self, patience_s: float = 0.0) -> None:
         """Drops every cached prefix. Raises EngineError when requests still run after `patience_s`."""
@@ -142,14 +158,19 @@ class EngineClient:
         if self.version >= _HAS_SESSIONS:
             await self._call("POST", "/begin_weight_update", {}, self._admin)
 
-    async def receive_bucket(self, group: str, bucket: Bucket, flattened: bool, version: int | None) -> None:
-        """Takes in one flattened broadcast, or one per tensor; `version` with the last one: it is recorded per call."""
+    async def receive_bucket(
+        self, group: str, bucket: Bucket, flattened: bool, version: int | None, flush: bool = False
+    ) -> None:
+        """Takes in one flattened broadcast, or one per tensor; `version` with the last one: it is recorded per call.
+
+        `flush` drops every cached prefix after it; an engine in which anything runs does not survive that.
+        """
         request: dict[str, Any] = {
             "names": [tensor.name for tensor in bucket.tensors],
             "dtypes": [tensor.dtype for tensor in bucket.tensors],
             "shapes": [tensor.shape for tensor in bucket.tensors],
             "group_name": group,
-            "flush_cache": False,  # done once, after the last bucket
+            "flush_cache": flush,
         }
         if flattened:
             request["load_format"] = "flattened_bucket"

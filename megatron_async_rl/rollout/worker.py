@@ -1,12 +1,5 @@
 """The rollout worker: samples in leases, interrupted by weight updates and resumed under the new weights.
 
-An update, seen from here:
-
-    UpdateWeights    new requests wait at the gate; running ones are aborted and return what they have
-    ReceiveBuckets   begin, bucket after bucket, end; the prefix cache is dropped: nothing of the old weights is left
-    WeightDigests    the engine's digests against the trainer's; equal: the gate opens, requests go on by a new
-                     prefill of prompt + tokens so far. Anything else: `Updated` with an error, and the gate stays shut
-
 What an interruption leaves of a sample goes to the controller, which hands it to whoever gets the sample next. When the
 controller itself was gone, all leases are void; what this worker had is kept here for the leases to come.
 """
@@ -17,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
 from typing import Any
 
 import numpy as np
@@ -26,25 +18,21 @@ from megatron_async_rl.config import Config
 from megatron_async_rl.errors import EngineError, Error
 from megatron_async_rl.messages import (
     AbandonUpdate,
-    AnyMessage,
     Failed,
     Generate,
     Generated,
     GenerateFailed,
-    GroupJoined,
     Heartbeat,
     Hello,
-    JoinGroup,
     PartialSample,
-    ReceiveBuckets,
     Shutdown,
-    Updated,
-    UpdateReady,
-    UpdateWeights,
     WeightDigests,
 )
-from megatron_async_rl.rollout.client import EngineClient, Sampling
+from megatron_async_rl.rollout.client import EngineClient, Part, Sampling
+from megatron_async_rl.rollout.gate import Gate
+from megatron_async_rl.rollout.interruption import ABORT_AGAIN_S
 from megatron_async_rl.rollout.server import Server
+from megatron_async_rl.rollout.updates import WeightUpdates
 from megatron_async_rl.rollout.workflow import Completion, Workflow
 from megatron_async_rl.tokenizer import Tokenizer
 from megatron_async_rl.transport import Link
@@ -54,7 +42,6 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 2.0
 HAND_IN_S = 5.0  # for the samples in flight to be handed in at the end
 MAX_LEFT = 4096  # samples whose tokens are kept here, for a controller that comes back
-ABORT_AGAIN_S = 0.05  # a request on its way to the scheduler escapes an abort: repeat until none is out
 
 
 class RolloutWorker:
@@ -66,18 +53,11 @@ class RolloutWorker:
         self._server = server
         self._client: EngineClient = server.client
         self._workflow = workflow
-        self._serving = asyncio.Event()  # the gate: set while the engine holds verified weights
-        self._num_requests = 0  # out at the engine
-        self._idle = asyncio.Condition()
+        self._gate = Gate()
+        self._updates = WeightUpdates(config, link, server.client, self._gate)
         self._tokens_generated = 0
-        self._groups: list[str] = []
-        self._digests: asyncio.Queue[WeightDigests | AbandonUpdate] = asyncio.Queue()
-        self._update_seconds: dict[str, float] = {}
-        self._num_interrupted = 0
-        self._paused_since = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._leases: set[asyncio.Task[None]] = set()  # those of them that make samples
-        self._version = -1  # of the weights, when last verified
         self.left: dict[tuple[int, int], Partial] = {}  # (group, index) -> its tokens so far
 
     async def run(self) -> None:
@@ -101,14 +81,14 @@ class RolloutWorker:
         """Said at the start, and again to a controller that does not know us: every lease so far is void then."""
         if self._leases:
             self._spawn(self._void_leases())
-        serving = self._version if self._serving.is_set() else -1
+        serving = self._updates.version if self._gate.is_open else -1
         return Hello("rollout", self._name, os.getpid(), capacity=self._capacity, serving=serving)
 
     async def generate(self, ids: list[int], sampling: Sampling, lease: SampleLease | None = None) -> Completion:
         """Generates to the end across any number of weight updates: one segment per version.
 
-        An update makes the engine return what it has. Its KV cache came from the old weights, so prompt and tokens so
-        far go in again as a new prompt and are prefilled under the new weights.
+        An update may make the engine return what it has. Its KV cache came from the old weights, so prompt and tokens
+        so far go in again as a new prompt and are prefilled under the new weights.
         """
         tokens, segments, budget = list(ids), lease.left_of(ids) if lease else [], sampling.max_new_tokens
         for segment in segments:
@@ -119,7 +99,7 @@ class RolloutWorker:
                 return Completion(_merge(segments), "stop")  # the abort met a request that had just ended
             if budget <= 0:
                 return Completion(_merge(segments), "length")
-            await self._serving.wait()
+            await self._gate.wait_open()
             part = await self._request(tokens, Sampling(budget, sampling.temperature, sampling.stop_token_ids))
             for segment in part.segments:
                 segments.append(segment)
@@ -131,15 +111,9 @@ class RolloutWorker:
             if part.stop != "abort":
                 return Completion(_merge(segments), part.stop)
 
-    async def _request(self, tokens: list[int], sampling: Sampling) -> Any:
-        self._num_requests += 1
-        try:
-            return await self._client.generate(tokens, sampling)
-        finally:
-            self._num_requests -= 1
-            if not self._num_requests:
-                async with self._idle:
-                    self._idle.notify_all()
+    async def _request(self, tokens: list[int], sampling: Sampling) -> Part:
+        async with self._gate.request():
+            return await self._client.generate(tokens, sampling, self._updates.interruption.cache_key())
 
     # ---- loops
 
@@ -151,7 +125,7 @@ class RolloutWorker:
                 await self._hand_in()
                 return
             if isinstance(message, WeightDigests | AbandonUpdate):
-                self._digests.put_nowait(message)
+                self._updates.hear(message)
             elif isinstance(message, Generate):
                 partials = message.partials or [None] * len(message.indices)
                 for index, partial in zip(message.indices, partials, strict=True):
@@ -159,7 +133,7 @@ class RolloutWorker:
                     self._leases.add(task)
                     task.add_done_callback(self._leases.discard)
             else:
-                self._spawn(self._weights(message))
+                self._spawn(self._updates.step(message))
 
     def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
@@ -169,7 +143,7 @@ class RolloutWorker:
 
     async def _beat(self) -> None:
         while True:
-            await self._link.send(Heartbeat(self._num_requests, self._tokens_generated))
+            await self._link.send(Heartbeat(self._gate.num_out, self._tokens_generated))
             await asyncio.sleep(HEARTBEAT_S)
 
     # ---- samples
@@ -179,14 +153,14 @@ class RolloutWorker:
 
     async def _hand_in(self) -> None:
         """Ends what runs, so that every sample's tokens so far reach the controller; bounded, and best effort."""
-        if not self._num_requests:
+        if not self._gate.num_out:
             return
-        self._serving.clear()
+        self._gate.shut()
         with contextlib.suppress(EngineError, TimeoutError):
             await asyncio.wait_for(self._until_idle(), HAND_IN_S)
 
     async def _until_idle(self) -> None:
-        while self._num_requests:
+        while self._gate.num_out:
             await self._client.abort_all()
             await asyncio.sleep(ABORT_AGAIN_S)
 
@@ -213,118 +187,6 @@ class RolloutWorker:
             await self._link.send(GenerateFailed(*who, error=f"{type(e).__name__}: {e}"))
         else:
             await self._link.send(Generated(*who, sample=sample))
-
-    # ---- weights
-
-    async def _weights(self, message: AnyMessage) -> None:
-        """One step of an update; an error is reported, and the gate stays shut."""
-        try:
-            if isinstance(message, UpdateWeights):
-                await self._interrupt(message.version)
-            elif isinstance(message, JoinGroup):
-                await self._join(message)
-            elif isinstance(message, ReceiveBuckets):
-                await self._take_in(message)
-        except EngineError as e:
-            logger.error("weight update: %s", e)
-            if isinstance(message, JoinGroup):
-                await self._link.send(GroupJoined(message.group, error=str(e)))
-            else:
-                await self._link.send(Updated(message.version, self._update_seconds, error=str(e)))
-
-    async def _interrupt(self, version: int) -> None:
-        """Closes the gate and aborts; the last answers come in while the update begins.
-
-        The engine takes no weights before its last request has been answered, and no request while it takes them (it
-        holds a lock), so nobody need wait here for the answers, which take long when they are many.
-        """
-        self._paused_since = started = time.monotonic()
-        self._serving.clear()
-        self._num_interrupted = self._num_requests
-        if self._num_requests:
-            await self._client.abort_all()
-        self._drained = self._spawn(self._drain(started + self._config.rollout.request_timeout_s))
-        self._update_seconds = {"interrupt": time.monotonic() - started}
-        await self._link.send(UpdateReady(version, self._update_seconds))
-
-    async def _drain(self, deadline: float) -> str:
-        """Until no request is out: one that was on its way escapes an abort. What is wrong, if anything."""
-        try:
-            while self._num_requests:
-                async with self._idle:
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._idle.wait_for(lambda: not self._num_requests), ABORT_AGAIN_S)
-                if self._num_requests:
-                    if time.monotonic() > deadline:
-                        return f"{self._num_requests} requests did not end after an abort"
-                    await self._client.abort_all()
-        except EngineError as e:
-            return str(e)
-        self._update_seconds["drain"] = time.monotonic() - self._paused_since
-        return ""
-
-    async def _join(self, join: JoinGroup) -> None:
-        formation = join.group.rsplit("-", 1)[0]
-        for old in [group for group in self._groups if group.rsplit("-", 1)[0] != formation]:
-            self._groups.remove(old)
-            await self._client.leave_group(old)
-        await self._client.join_group(join)
-        self._groups.append(join.group)
-        await self._link.send(GroupJoined(join.group))
-
-    async def _take_in(self, update: ReceiveBuckets) -> None:
-        buckets = [(stage.group, bucket) for stage in update.stages for bucket in stage.buckets]
-        clock = time.monotonic()
-
-        def lap(phase: str) -> None:
-            nonlocal clock
-            now = time.monotonic()
-            self._update_seconds[phase], clock = now - clock, now
-
-        await self._client.begin_update()
-        try:
-            for number, (group, bucket) in enumerate(buckets, 1):
-                version = update.version if number == len(buckets) else None
-                await self._client.receive_bucket(group, bucket, update.flattened, version)
-        except EngineError:
-            with contextlib.suppress(EngineError):
-                await self._client.end_update()  # another try begins anew
-            raise
-        await self._client.end_update()
-        lap("load")
-        if error := await self._drained:
-            raise EngineError(error)
-        await self._client.flush_cache()
-        lap("flush")
-        held, served = await asyncio.gather(self._held(update.verify), self._client.served_version())
-        if served != str(update.version):
-            raise EngineError(f"the engine says it holds version {served}, expected {update.version}")
-        expected = await self._digests_of(update.version)
-        if isinstance(expected, AbandonUpdate):
-            await self._link.send(UpdateReady(update.version, {}))
-            return
-        if update.verify:
-            _compare(held, expected.digests)
-        lap("digest")
-        self._version = update.version
-        self._serving.set()
-        self._update_seconds["pause"] = time.monotonic() - self._paused_since
-        await self._link.send(Updated(update.version, self._update_seconds, num_interrupted=self._num_interrupted))
-
-    async def _held(self, verify: bool) -> dict[str, str]:
-        return await self._client.checksums() if verify else {}
-
-    async def _digests_of(self, version: int) -> WeightDigests | AbandonUpdate:
-        timeout_s = self._config.weights.update_timeout_s
-        try:
-            while True:
-                message = await asyncio.wait_for(self._digests.get(), timeout_s)
-                if message.version == version:
-                    return message
-        except TimeoutError:
-            raise EngineError(
-                f"the trainer's digests of version {version} did not come within {timeout_s:.0f} s"
-            ) from None
 
 
 class SampleLease:
@@ -377,14 +239,3 @@ def _merge(segments: list[Segment]) -> list[Segment]:
         else:
             merged.append(segment)
     return merged
-
-
-def _compare(held: dict[str, str], expected: dict[str, str]) -> None:
-    """Raises EngineError naming the first tensor whose digest differs, is missing or is one too many."""
-    if not expected:
-        raise EngineError("the trainer sent no digests, so nothing can be verified")
-    for name in sorted(held.keys() | expected.keys()):
-        if held.get(name) != expected.get(name):
-            raise EngineError(
-                f"tensor {name} in the engine digests to {held.get(name)}, the trainer's to {expected.get(name)}"
-            )
