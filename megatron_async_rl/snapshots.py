@@ -134,6 +134,13 @@ def whole(run_dir: Path) -> list[Snapshot]:
     return [snapshot for _, snapshot in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
+def version_of(path: Path) -> int:
+    """By the folder's name."""
+    match = _NAME.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
 def read(path: Path) -> Snapshot | None:
     """None: no manifest there that can be read."""
     try:

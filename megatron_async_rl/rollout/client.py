@@ -12,6 +12,7 @@ Every call has a deadline and carries a key: the admin key where the server asks
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import aiohttp
@@ -177,6 +178,16 @@ class EngineClient:
         if version is not None:
             request["weight_version"] = str(version)
         await self._call("POST", "/update_weights_from_distributed", request, self._admin)
+
+    async def load_folder(self, folder: Path, version: int, flush: bool, timeout_s: float) -> None:
+        """Takes all weights from a Hugging Face folder; `flush` as above."""
+        request = {
+            "model_path": str(folder),
+            "load_format": "safetensors",  # whatever the server was started with, such as dummy
+            "weight_version": str(version),
+            "flush_cache": flush,
+        }
+        await self._call("POST", "/update_weights_from_disk", request, self._admin, timeout_s)
 
     async def end_update(self) -> None:
         if self.version >= _HAS_SESSIONS:

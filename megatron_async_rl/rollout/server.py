@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from megatron_async_rl import processes
+from megatron_async_rl import processes, snapshots
 from megatron_async_rl.config import Config
 from megatron_async_rl.doctor import engine_python
 from megatron_async_rl.errors import ConfigError, EngineError
@@ -41,6 +41,8 @@ class Server:
         self._log = run_dir / "logs" / f"{name}.sglang.log"
         self._keys = run_dir / "keys" / f"{name}.sglang.yaml"
         self._child: subprocess.Popen[bytes] | None = None
+        self._run_dir = run_dir
+        self.started_from: Path | None = None  # the snapshot (snapshots.py) whose weights it began with
         python = engine_python()
         if python is None:
             raise ConfigError(
@@ -49,15 +51,20 @@ class Server:
         self._python = python
 
     async def start(self) -> None:
-        """Returns when the server answers. Raises EngineError with its last words when it does not come up."""
+        """Returns when the server answers. Raises EngineError with its last words when it does not come up.
+
+        It begins with the newest weights that the run has on disk, else with model.path.
+        """
+        newest = None if "load_format" in self._config.sglang else next(iter(snapshots.whole(self._run_dir)), None)
         for attempt in range(1, START_TRIES + 1):
+            self.started_from = newest.path if newest and attempt == 1 else None  # it may be removed meanwhile
             port = int(self._config.sglang.get("port", free_port()))
             try:
                 await self._start_on(port)
                 return
             except EngineError:
                 lost_port = "address already in use" in self._log.read_text(errors="replace").lower()
-                if not lost_port or attempt == START_TRIES or "port" in self._config.sglang:
+                if not (lost_port or self.started_from) or attempt == START_TRIES or "port" in self._config.sglang:
                     raise
 
     async def watch(self) -> None:
@@ -109,7 +116,8 @@ class Server:
     def _command(self, host: str, port: int) -> list[str]:
         module = "launch" if self._on_cpu else "sglang.launch_server"
         ours: dict[str, Any] = {
-            "model_path": self._config.model.path,
+            "model_path": str(self.started_from or self._config.model.path),
+            "weight_version": self.started_from and snapshots.version_of(self.started_from),
             "host": host,
             "port": port,
             "config": str(self._keys),

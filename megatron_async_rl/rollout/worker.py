@@ -54,7 +54,7 @@ class RolloutWorker:
         self._client: EngineClient = server.client
         self._workflow = workflow
         self._gate = Gate()
-        self._updates = WeightUpdates(config, link, server.client, self._gate)
+        self._updates = WeightUpdates(config, link, server.client, self._gate, server.started_from)
         self._tokens_generated = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._leases: set[asyncio.Task[None]] = set()  # those of them that make samples
