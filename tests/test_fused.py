@@ -16,8 +16,11 @@ from megatron_async_rl.patches import prepare_megatron
 
 prepare_megatron()
 
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
 from megatron_async_rl.trainer import fused, logprobs  # noqa: E402
 from megatron_async_rl.trainer.attention import _varlen, pack_sequences  # noqa: E402
+from megatron_async_rl.trainer.layers import RMSNorm  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -76,6 +79,18 @@ def test_rms_norm(device: str, shape: tuple[int, ...]) -> None:
     compare(
         lambda *a: (fused._RMSNorm.apply(*a, 1e-6),), lambda *a: (rms_norm_formula(*a, 1e-6),), given, 1e-5
     )  # the GPU's way, here
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(7, 1, 64), (33, 1, 4, 32)])
+def test_swiglu(device: str, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
+
+    def formula(x: Tensor) -> tuple[Tensor]:
+        gate, up = x.chunk(2, -1)
+        return (gate / (1 + (-gate).exp()) * up,)
+
+    compare(lambda x: (fused.swiglu(x),), formula, [x.to(device)], 1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -147,13 +162,22 @@ def test_no_float32_temporary_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("lengths", [[5], [900, 1, 130, 300], [5000, 4096], [4608, 4100, 700, 3]])
 def test_varlen_attention_with_fewer_key_heads_is_each_sequence_alone(device: str, lengths: list[int]) -> None:
+    """Normed and rotated, as in the model: both are made again for backward."""
     g = torch.Generator().manual_seed(0)
     total = sum(lengths)
     given = [torch.randn(total, h, 128, generator=g).bfloat16().to(device) for h in (8, 2, 2)]
+    weight, angles = torch.rand(128, generator=g) + 0.5, torch.rand(total, 64, generator=g) * 100
     packed = pack_sequences(lengths, torch.device(device), thd=False, dense=False)
+    packed.rotary_cos_TF, packed.rotary_sin_TF = angles.cos().to(device), angles.sin().to(device)
+    norm = RMSNorm(TransformerConfig(num_layers=1, hidden_size=128, num_attention_heads=1), 128).to(device)
+    norm.weight.data.copy_(weight)
     borders = packed.cu_seqlens_q.tolist()
 
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        return (_varlen(norm(q[:, None]), norm(k[:, None]), v[:, None], packed, None),)
+
     def formula(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        q, k = (rotate_formula(rms_norm_formula(x, weight.double(), 1e-6), angles.double()) for x in (q, k))
         parts = []
         for a, b in pairwise(borders):
             out = F.scaled_dot_product_attention(
@@ -162,4 +186,26 @@ def test_varlen_attention_with_fewer_key_heads_is_each_sequence_alone(device: st
             parts.append(out[0].transpose(0, 1))
         return (torch.cat(parts),)
 
-    compare(lambda q, k, v: (_varlen(q, k, v, packed, None),), formula, given, 2e-2)
+    compare(ours, formula, given, 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("lengths", [[8192], [5000, 4096, 3000, 96]])
+def test_attention_keeps_nothing_of_what_it_makes_but_its_output(device: str, lengths: list[int]) -> None:
+    """Memory between forward and backward: the inputs, the output, and 1 % for the softmax's sums."""
+    total = sum(lengths)
+    q, k, v = (torch.randn(total, 1, h, 128, device=device).bfloat16().requires_grad_() for h in (8, 2, 2))
+    packed = pack_sequences(lengths, torch.device(device), thd=False, dense=False)
+    packed.rotary_cos_TF = packed.rotary_sin_TF = torch.ones(total, 64, device=device)
+    norm = RMSNorm(TransformerConfig(num_layers=1, hidden_size=128, num_attention_heads=1), 128).to(device)
+
+    def run() -> int:
+        before = torch.cuda.memory_allocated()
+        out = _varlen(norm(q), norm(k), v, packed, None)
+        kept = torch.cuda.memory_allocated() - before
+        out.sum().backward()
+        return kept
+
+    run()  # the first call may leave work space
+    assert run() <= 1.06 * q.numel() * 2 + 4 * 2 * 10 * total

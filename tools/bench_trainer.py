@@ -5,13 +5,14 @@
 
 Models are Qwen3 shapes with random weights; TP is the number of processes. Each argument is one scenario; keys:
 
-    model       1.7b, 8b (shapes of Qwen3), or tiny (for a try on the CPU)
+    model       0.6b, 1.7b, 8b (shapes of Qwen3), or tiny (for a try on the CPU)
     layers      fewer than the model has
     mix         8k: response lengths log-normal, mean 2k, at most 8k tokens; 32k: mean 8k, at most 32k; even32k: all 32k
     tokens      about so many tokens a step
     budget      tokens of a micro-batch
     recompute   none, full (every layer), or the number of layers
-    cutting     dynamic: packed under the budget; fixed: in order of arrival, as many a micro-batch as always fit
+    cutting     dynamic: packed under the budget; fixed: in order of arrival, as many a micro-batch as always fit; a
+                number: in order of arrival, so many micro-batches of equally many samples
     minibatches optimizer steps a step; more than 1 adds the proximal pass, which is timed apart
     steps       timed steps, after one that warms up
     profile     a file name: also writes where the time of one step goes
@@ -35,7 +36,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_async_rl import config as configuration
 from megatron_async_rl.config import Config
 from megatron_async_rl.patches import prepare_megatron
 
@@ -46,116 +46,26 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
+from trainer_scenarios import COMMON, MIXES, SHAPES, make_config, model_flops, samples_of, scenario  # noqa: E402
 
 from megatron_async_rl.trainer import model as trainer_model  # noqa: E402
 from megatron_async_rl.trainer import parallel, step  # noqa: E402
 from megatron_async_rl.trainer.data import pack  # noqa: E402
 from megatron_async_rl.trainer.model import TrainerModel  # noqa: E402
-from megatron_async_rl.types import NOT_GENERATED, TrainSample  # noqa: E402
-
-SHAPES: dict[str, dict[str, Any]] = {  # config.json of Qwen3; vocabulary and embeddings as published
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "1.7b": {
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "vocab_size": 1001,
-    },
-}
-COMMON = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 151936,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 40960,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
-MIXES = {"8k": (2048, 8192), "32k": (8192, 32768), "even32k": (1 << 40, 32768), "tiny": (64, 256)}  # mean, longest
-SIGMA = 1.0  # of the log-normal: half of the samples are shorter than 0.6 of the mean
-DEFAULTS = {"model": "8b", "layers": "", "mix": "32k", "tokens": "131072", "budget": "32768", "recompute": "none"}
-DEFAULTS |= {"cutting": "dynamic", "minibatches": "1", "steps": "2", "profile": ""}
+from megatron_async_rl.types import TrainSample  # noqa: E402
 
 
-def scenario(text: str) -> dict[str, str]:
-    given = dict(part.split("=", 1) for part in text.split(","))
-    if unknown := given.keys() - DEFAULTS.keys():
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not a key; known are {', '.join(DEFAULTS)}")
-    return DEFAULTS | given
-
-
-def samples_of(mix: str, tokens: int, vocab: int) -> list[TrainSample]:
-    """Random tokens; behavior logprobs about those of a random model, so that no importance weight is extreme."""
-    rng = np.random.default_rng(0)
-    mean, longest = MIXES[mix]
-    samples, total = [], 0
-    while total < tokens:
-        drawn = rng.lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA)
-        length = int(np.clip(drawn, 16, min(longest, max(tokens - total, 16))))
-        versions = np.where(np.arange(length) < min(512, length // 4), NOT_GENERATED, 0).astype(np.int32)
-        logprobs = (-np.log(vocab) + 0.05 * rng.normal(size=length)).astype(np.float32)
-        advantages = np.full(length, rng.choice([-1.0, 1.0]), np.float32)
-        samples.append(TrainSample(rng.integers(0, vocab, length).astype(np.int32), logprobs, versions, advantages))
-        total += length
-    return samples
-
-
-def model_flops(shape: dict[str, Any], lengths: list[int]) -> float:
-    h, f, heads, d = (shape[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim"))
-    layer = h * d * (2 * heads + 2 * shape["num_key_value_heads"]) + 3 * h * f
-    weights = shape["num_hidden_layers"] * layer + h * shape["vocab_size"]
-    attention = 6 * shape["num_hidden_layers"] * heads * d * sum(n * n for n in lengths)
-    return 6.0 * weights * sum(lengths) + attention
-
-
-def make_config(shape: dict[str, Any], s: dict[str, str], folder: Path) -> Config:
-    (folder / "config.json").write_text(json.dumps(shape))
-    tp = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-    megatron: dict[str, Any] = {"tensor_model_parallel_size": tp, "sequence_parallel": tp > 1, "lr": 1e-6}
-    if s["recompute"] == "full":
-        megatron |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif s["recompute"] != "none":
-        megatron |= {"recompute_granularity": "full", "recompute_method": "block"}
-        megatron["recompute_num_layers"] = int(s["recompute"])
-    return configuration.from_tree(
-        {
-            "run": {"dir": "unused", "steps": 1000},
-            "model": {"path": str(folder), "context_tokens": 40960, "random_init": True},
-            "data": {"train": "unused"},
-            "rollout": {"max_new_tokens": 40000},
-            "algorithm": {"prompts_per_step": 64, "samples_per_prompt": 8, "minibatches": int(s["minibatches"])},
-            "trainer": {
-                "max_tokens_per_microbatch": int(s["budget"]),
-                "precision": "bf16" if torch.cuda.is_available() else "fp32",
-            },
-            "megatron": megatron,
-        }
-    )
-
-
-def fixed_step(model: TrainerModel, samples: list[TrainSample], longest: int, config: Config) -> dict[str, float]:
-    """A step with micro-batches of equally many samples, few enough that the longest ones would fit."""
-    count = max(1, config.trainer.max_tokens_per_microbatch // longest)
+def fixed_step(
+    model: TrainerModel, samples: list[TrainSample], longest: int, cutting: str, config: Config
+) -> dict[str, float]:
+    """A step with micro-batches of equally many samples, however long they are."""
     packing = step.packing(model, config)
-    cut = [pack(samples[n : n + count], 0, packing) for n in range(0, len(samples), count)]
+    if cutting == "fixed":
+        count = max(1, config.trainer.max_tokens_per_microbatch // longest)
+        cut = [pack(samples[n : n + count], 0, packing) for n in range(0, len(samples), count)]
+    else:
+        parts = np.array_split(np.arange(len(samples)), min(int(cutting), len(samples)))
+        cut = [pack([samples[n] for n in part], 0, packing) for part in parts]
     totals = step.accumulate_gradients(model, cut, config)
     step.apply_gradients(model, totals, 0)
     return {"train/packing_efficiency": totals["packed"] / totals["budget"], "perf/time/proximal_s": 0.0}
@@ -194,8 +104,8 @@ def run(s: dict[str, str], rate: float) -> dict[str, Any]:
     lengths = [len(sample.ids) for sample in samples]
 
     def once() -> dict[str, float]:
-        if s["cutting"] == "fixed":
-            return fixed_step(model, samples, MIXES[s["mix"]][1], config)
+        if s["cutting"] != "dynamic":
+            return fixed_step(model, samples, MIXES[s["mix"]][1], s["cutting"], config)
         return step.train_step(model, samples, 0, config)
 
     once()
@@ -273,7 +183,7 @@ def main() -> None:
         try:
             result = run(s, rate)
         except torch.OutOfMemoryError as e:
-            say(f"| {s} | out of memory: {str(e).splitlines()[0][:150]} |")
+            say(f"| {s} | out of memory: {str(e).splitlines()[0][:600]} |")
             if dist.get_world_size() > 1:
                 raise SystemExit(1) from e  # the other ranks may be inside a collective
             result = None

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, takewhile
 from typing import Any
 
@@ -31,7 +32,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_async_rl.trainer.fused import rotate
+from megatron_async_rl.trainer.fused import rotate, rotate_one
+from megatron_async_rl.trainer.remake import Remake
 
 MAX_PADDING = 0.15
 """Share of a dense batch that may be padding; above it another batch is opened."""
@@ -151,41 +153,68 @@ class PackedAttention(DotProductAttention):
         assert packed_seq_params is not None, "the trainer packs every micro-batch"
         assert packed_seq_params.rotary_cos_TF is not None and packed_seq_params.rotary_sin_TF is not None
         rotary = (packed_seq_params.rotary_cos_TF, packed_seq_params.rotary_sin_TF)
+        if packed_seq_params.kept_T is None and not packed_seq_params.dense:
+            return _varlen(query, key, value, packed_seq_params, self.softmax_scale).reshape(query.size(0), 1, -1)
         qkv = (*rotate(query.squeeze(1), key.squeeze(1), *rotary), value.squeeze(1))
-        attend = _varlen
-        if packed_seq_params.kept_T is not None:
-            attend = _context_parallel
-        elif packed_seq_params.dense:
-            attend = _dense
+        attend = _dense if packed_seq_params.kept_T is None else _context_parallel
         return attend(*qkv, packed_seq_params, self.softmax_scale).reshape(query.size(0), 1, -1)
 
 
-def _varlen(
-    query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packed: PackedSequences, scale: float | None
-) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None) -> Tensor:
+    """query [T, 1, H, D], key and value [T, 1, groups, D], not rotated -> [T, H, D].
+
+    Rotated query and key are made again for backward where what they were normed from is known.
+    """
     from torch.nn.attention import varlen  # not in every build of torch for CPU
 
-    per_group = query_THD.size(1) // key_TGD.size(1)
+    grouped = query.size(2) != key.size(2)
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # all before, none after: causal
     if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:  # before, the kernel just took fewer key heads
-        options["enable_gqa"] = per_group > 1
+        options["enable_gqa"] = grouped
+    rest = query.size(0) - sum(packed.long)
+    sizes = [*packed.long, rest] if rest else list(packed.long)
     # split and cat, because backward of a slice fills a gradient of the whole pack with zeros
-    sizes = [*packed.long, query_THD.size(0) - sum(packed.long)]
-    *long, rest = zip(*(x.split(sizes) for x in (query_THD, key_TGD, value_TGD)), strict=True)
-    out = [_one_long(*qkv, scale) for qkv in long]
-    if sizes[-1]:
-        cu_seqlens, longest = packed.cu_seqlens_rest, packed.max_seqlen_rest
-        out.append(varlen.varlen_attn(*rest, cu_seqlens, cu_seqlens, longest, longest, **options))
-    return out[0] if len(out) == 1 else torch.cat(out)
+    parts = zip(*(x.squeeze(1).split(sizes) for x in (query, key, value.contiguous())), strict=True)
+    rotary = (packed.rotary_cos_TF, packed.rotary_sin_TF)
+    out, first = [], 0
+    with Remake() as remake:
+        for size, (q, k, v) in zip(sizes, parts, strict=True):
+            end, finish = first + size, _padded if len(out) < len(packed.long) else _as_is
+            angles = tuple(x[first:end] for x in rotary)
+            qkv = [finish(x) for x in (*rotate(q, k, *angles), v)]
+            for x, source in zip(qkv, (query, key), strict=False):
+                if norm := getattr(source, "made_again", None):
+                    remake.instead(x, partial(_rotated_again, partial(norm, first, end), *angles, finish))
+            if finish is _padded:
+                remake.instead(qkv[2], partial(_padded, v.detach())) if qkv[2] is not v else None
+                q, k, v = (x.transpose(0, 1)[None] for x in qkv)
+                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+                out.append(attended[0].transpose(0, 1)[:size])
+            else:
+                cu_seqlens, longest = packed.cu_seqlens_rest, packed.max_seqlen_rest
+                out.append(varlen.varlen_attn(*qkv, cu_seqlens, cu_seqlens, longest, longest, **options))
+            first = end
+        if len(out) == 1:
+            return out[0]
+        whole = torch.cat(out)  # the next layer keeps it
+        for n, (part, again) in enumerate(zip(out, whole.detach().split(sizes), strict=True)):
+            remake.instead(part, partial(_padded if n < len(packed.long) else _as_is, again))
+    return whole
 
 
-def _one_long(query_LHD: Tensor, key_LGD: Tensor, value_LGD: Tensor, scale: float | None) -> Tensor:
-    length = query_LHD.size(0)
-    padding = (0, 0, 0, 0, 0, -length % LONG_UNIT)
-    q, k, v = (F.pad(x, padding).transpose(0, 1)[None] for x in (query_LHD, key_LGD, value_LGD))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
-    return out[0].transpose(0, 1)[:length]
+def _rotated_again(norm: Callable[[], Tensor], cos: Tensor, sin: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
+    return finish(rotate_one(norm().squeeze(1), cos, sin))
+
+
+def _as_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _padded(x_LHD: Tensor) -> Tensor:
+    """With zeros up to a multiple of LONG_UNIT."""
+    padding = -x_LHD.size(0) % LONG_UNIT
+    return F.pad(x_LHD, (0, 0, 0, 0, 0, padding)) if padding else x_LHD
 
 
 def _dense(

@@ -79,12 +79,49 @@ def _norm_backward(dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tenso
     return dx.to(x_TD.dtype), (dy_TD.float() * n).sum(0).to(weight_D.dtype)
 
 
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up, the two halves of the last dimension."""
+    return _SwiGLU.apply(x)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _swiglu_forward(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        [x] = ctx.saved_tensors
+        return _swiglu_backward(dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))).view(x.shape)
+
+
+@gpu_compiled
+def _swiglu_forward(x_TD: Tensor) -> Tensor:
+    gate, up = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)).chunk(2, 1)
+    return (gate * gate.sigmoid() * up).to(x_TD.dtype)
+
+
+@gpu_compiled
+def _swiglu_backward(dy_TF: Tensor, x_TD: Tensor) -> Tensor:
+    """d gate = dy * up * s * (1 + gate * (1 - s)) with s = sigmoid(gate), d up = dy * gate * s."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    (gate, up), dy = x_TD.to(wide).chunk(2, 1), dy_TF.to(wide)
+    s = gate.sigmoid()
+    return torch.cat([dy * up * s * (1 + gate * (1 - s)), dy * gate * s], 1).to(x_TD.dtype)
+
+
 def rotate(query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary position embedding of query [T, H, D] and key [T, groups, D]: halves (a, b) -> (a cos - b sin, b cos + a sin).
 
     The angles of all T tokens come ready; only they are kept for backward, which rotates the other way.
     """
     return _Rotate.apply(query, key, cos_TF, sin_TF)
+
+
+def rotate_one(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    """`rotate` of one tensor, without gradient."""
+    return _turn_one(x, cos_TF, sin_TF)
 
 
 class _Rotate(torch.autograd.Function):
@@ -101,9 +138,15 @@ class _Rotate(torch.autograd.Function):
 
 @gpu_compiled
 def _turn(query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:
+    return _turned(query, cos_TF, sin_TF), _turned(key, cos_TF, sin_TF)
+
+
+@gpu_compiled
+def _turn_one(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    return _turned(x, cos_TF, sin_TF)
+
+
+def _turned(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     cos, sin = cos_TF[:, None], sin_TF[:, None]
-    out = []
-    for x in (query, key):
-        a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
-        out.append(torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype))
-    return out[0], out[1]
+    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

@@ -7,6 +7,7 @@ tables of weights/mapping.py are the same with either.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,17 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer import transformer_layer
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_async_rl.trainer.attention import PackedAttention, PackedSequences
-from megatron_async_rl.trainer.fused import rms_norm
+from megatron_async_rl.trainer.fused import rms_norm, swiglu
+from megatron_async_rl.trainer.remake import Remake
 
 
 def has_transformer_engine() -> bool:
@@ -43,11 +48,21 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if not experts:
-        mlp = parts.mlp  # ModuleSpec in 0.16, partial(MLP, submodules=...) in 0.19
-        dense = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
-        dense.linear_fc1 = NormedColumnParallelLinear
+        mlp = parts.mlp
+        if isinstance(mlp, partial):  # megatron-core 0.19
+            mlp.keywords["submodules"].linear_fc1 = NormedColumnParallelLinear
+            parts.mlp = partial(SwiGLUMLP.as_mlp_submodule, **mlp.keywords)
+        else:
+            mlp.submodules.linear_fc1 = NormedColumnParallelLinear
+            parts.mlp = ModuleSpec(SwiGLUMLP, submodules=mlp.submodules)
+            logging.getLogger(transformer_layer.__name__).addFilter(_not_about_mlp)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def _not_about_mlp(record: logging.LogRecord) -> bool:
+    """megatron-core 0.16 warns in every layer that it builds an MLP class other than its own with default arguments."""
+    return "Unknown MLP type" not in record.getMessage()
 
 
 def _norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
@@ -65,7 +80,15 @@ class RMSNorm(nn.Module):
         self.weight = _norm_weight(config, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        # Of its own: as a view, key and what comes with it would keep the whole product that they are cut from.
+        x = x.contiguous()
+        y = rms_norm(x, self.weight, self.eps)
+        y.made_again = partial(_norm_rows, x.detach(), self.weight, self.eps)  # for PackedAttention
+        return y
+
+
+def _norm_rows(x: Tensor, weight: Tensor, eps: float, first: int, end: int) -> Tensor:
+    return rms_norm(x[first:end], weight, eps)
 
 
 class NormedColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
@@ -78,19 +101,20 @@ class NormedColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         normed = rms_norm(x, self.layer_norm_weight, self.eps)
-        where = (normed.data_ptr(), normed.shape)
-
-        def keep(saved: Tensor) -> Tensor | None:
-            return None if (saved.data_ptr(), saved.shape) == where else saved
-
-        def restore(kept: Tensor | None) -> Tensor:
-            with torch.no_grad():
-                return rms_norm(x, self.layer_norm_weight, self.eps) if kept is None else kept
-
-        # The normed input is not kept for backward but computed again: a tenth of a layer's activations for two passes
-        # over memory. x is kept anyway, for the norm.
-        with torch.autograd.graph.saved_tensors_hooks(keep, restore):
+        with Remake() as remake:  # x is kept anyway, for the norm
+            remake.instead(normed, lambda: rms_norm(x, self.layer_norm_weight, self.eps))
             return super().forward(normed, *args, **kwargs)
+
+
+class SwiGLUMLP(MLP):
+    """Megatron's dense MLP for a gated SiLU without biases."""
+
+    def forward(self, hidden_states: Tensor, *unused: Any, **also_unused: Any) -> tuple[Tensor, Tensor | None]:
+        gate_up, _ = self.linear_fc1(hidden_states)
+        activated = swiglu(gate_up)
+        with Remake() as remake:  # gate_up is kept anyway, for the activation
+            remake.instead(activated, lambda: swiglu(gate_up))
+            return self.linear_fc2(activated)
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):
