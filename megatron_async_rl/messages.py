@@ -171,8 +171,8 @@ class TrainBatch(Message, frozen=True):
 
 
 class Republish(Message, frozen=True):
-    """Controller -> leader of replica 0 while it waits for a batch: a server has come (back) and needs the weights of
-    `version`. Its replica offers them; then it goes on waiting for the same batch."""
+    """Controller -> all leaders while they wait for a batch: a server has come (back) and needs the weights of
+    `version`. Those who have them offer them; then they go on waiting for the same batch."""
 
     version: int
 
@@ -209,11 +209,11 @@ class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PublishOffer(Message, frozen=True):
-    """Weight source of a pipeline stage -> controller: version `version` can be sent. Ends with Published."""
+    """Weight source -> controller: version `version` can be sent. Ends with Published."""
 
     version: int
-    stage: int
-    num_stages: int
+    source: int  # servers take the buckets of one source after the other, in this order
+    num_sources: int
     buckets: list[Bucket]
     backend: Literal["nccl", "gloo"]
     flattened: bool = True

@@ -143,11 +143,19 @@ def test_a_layout_that_cannot_be_is_refused_with_the_reason(
 def test_sizes_of_a_32b_and_a_235b_are_those_of_the_models(tmp_path: Path) -> None:
     dense = plan.make(make_config(tmp_path, DENSE_32B, tensor_model=8, pipeline_model=4, engine=4), 50.0)
     assert dense.total_bytes == 2 * 32_762_123_264  # parameters of Qwen3-32B
-    assert sum(dense.stage_bytes) == dense.total_bytes and dense.seconds["wire"] < dense.seconds["one_source_for_all"]
+    assert sum(source.num_bytes for source in dense.sources) == dense.total_bytes and len(dense.sources) == 4
+    gathered = sum(source.gather_bytes for source in dense.sources)
+    assert 0.87 < gathered / dense.total_bytes < 7 / 8  # all but the norms is cut in eight
     sizes = {"tensor_model": 4, "pipeline_model": 2, "expert_model": 8, "expert_tensor": 1}
     moe = plan.make(make_config(tmp_path, MOE_235B, data_parallel=8, engine=8, **sizes), 50.0)
     assert moe.total_bytes == 2 * 235_093_634_560  # of Qwen3-235B-A22B
     assert len(moe.routes) == 94 * (128 * 3 + 9) + 3
+    assert [(source.stage, source.expert_rank) for source in moe.sources] == [
+        (s, e) for s in range(2) for e in range(8)
+    ]
+    experts = 94 // 2 * 128 // 8 * 3 * 4096 * 1536 * 2  # bytes that one rank owns of one stage
+    assert {source.num_bytes for source in moe.sources if source.expert_rank} == {experts}
+    assert {source.gather_bytes for source in moe.sources if source.expert_rank} == {0}  # nobody cuts them
 
 
 def test_the_command_writes_every_route(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

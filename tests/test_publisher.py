@@ -42,9 +42,10 @@ class Cluster:
     log: list[tuple[str, Message]] = field(default_factory=list)
     num_stages: int = 1
     timeout_s: float = 0.3
+    verify_every: int = 1
 
     def __post_init__(self) -> None:
-        self.publisher = Publisher(self.send, 1, self.timeout_s, verify_every=1)
+        self.publisher = Publisher(self.send, 1, self.timeout_s, self.verify_every)
 
     async def send(self, name: str, message: Message) -> None:
         self.log.append((name, message))
@@ -86,7 +87,7 @@ def test_every_server_gets_the_version_and_the_sources_hear_of_it() -> None:
     assert outcome.num_interrupted == 4
     assert {"interrupt", "wire", "load", "total"} <= outcome.seconds.keys()
     [receive, _] = cluster.sent(ReceiveBuckets)
-    assert [stage.group for stage in receive.stages] == ["weights-1-stage0", "weights-1-stage1"]
+    assert [stage.group for stage in receive.stages] == ["weights-1-source0", "weights-1-source1"]
     [digests, _] = cluster.sent(WeightDigests)
     assert digests.digests == {"digest of trainer-0": "1", "digest of trainer-1": "1"}
     assert cluster.sent(Published) == [Published(3, 2)] * 2
@@ -105,6 +106,40 @@ def test_groups_are_kept_while_the_membership_is_the_same() -> None:
     assert len(cluster.sent(OpenGroup)) == 1
     cluster.publish(2, "rollout-0", "rollout-1")
     assert len(cluster.sent(OpenGroup)) == 2
+
+
+def test_digests_are_compared_at_every_kth_update_and_whatever_goes_through_new_groups() -> None:
+    cluster = Cluster(verify_every=3)
+
+    def verified(version: int, *servers: str) -> bool:
+        seen = len(cluster.sent(ReceiveBuckets))
+        cluster.publish(version, *servers)
+        [word] = {message.verify for message in cluster.sent(ReceiveBuckets)[seen:]}
+        return word
+
+    assert [verified(version, "rollout-0") for version in range(4)] == [True, False, False, True]
+    assert verified(4, "rollout-0", "rollout-1")  # one more server
+    assert not verified(5, "rollout-0", "rollout-1")
+    assert verified(6, "rollout-0", "rollout-1")  # the third after the fourth
+    cluster.publisher.forget_groups()  # the trainer was started anew
+    assert verified(7, "rollout-0", "rollout-1")
+
+
+def test_after_a_broken_broadcast_the_second_try_is_verified() -> None:
+    cluster = Cluster(verify_every=100)
+    cluster.publish(0, "rollout-0")
+    broken = iter([True])
+
+    def send(name: str, message: Message) -> Message:
+        return BucketsSent(1, 0, {}, {}, "connection closed" if next(broken, False) else "")
+
+    cluster.faults[("trainer-0", SendBuckets)] = send
+    cluster.faults[("rollout-0", ReceiveBuckets)] = lambda name, message: (
+        Updated(1, {}, error="connection closed") if len(cluster.sent(SendBuckets)) == 1 else None
+    )
+    assert cluster.publish(1, "rollout-0").serving == ["rollout-0"]
+    assert [message.verify for message in cluster.sent(ReceiveBuckets)] == [True, False, True]
+    assert [message.verify for message in cluster.sent(SendBuckets)] == [True, False, True]
 
 
 @pytest.mark.parametrize("kind", [UpdateWeights, JoinGroup, WeightDigests])

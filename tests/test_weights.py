@@ -24,6 +24,7 @@ from megatron_async_rl.controller.publisher import Outcome, Publisher
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.messages import (
     BucketsSent,
+    FolderWritten,
     GroupJoined,
     GroupOpened,
     Hello,
@@ -143,7 +144,7 @@ class Control:
                 await self.hub.send(peer, Welcome(0))
             elif isinstance(message, PublishOffer):
                 self.offers[name] = message
-            elif isinstance(message, UpdateReady | GroupOpened | GroupJoined | BucketsSent | Updated):
+            elif isinstance(message, UpdateReady | GroupOpened | GroupJoined | BucketsSent | FolderWritten | Updated):
                 self.publisher.inbox.put_nowait((name, message))
             async with self.changed:
                 self.changed.notify_all()
@@ -162,7 +163,7 @@ class Control:
 
     def _all_offer(self, version: int) -> bool:
         mine = [offer for offer in self.offers.values() if offer.version == version]
-        return bool(mine) and len(mine) == mine[0].num_stages
+        return bool(mine) and len(mine) == mine[0].num_sources
 
 
 @contextmanager

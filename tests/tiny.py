@@ -8,7 +8,7 @@ from pathlib import Path
 ALPHABET = "0123456789+-*/=()<>,;:abcdefghijkl"  # one token each; with three special tokens the vocabulary is odd
 
 
-def make_model(folder: Path, seed: int = 0, scale: float = 0.25) -> Path:
+def make_model(folder: Path, seed: int = 0, scale: float = 0.25, intermediate_size: int = 96) -> Path:
     """Random weights, so that every token is likely at times; two layers, two key-value heads."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -26,7 +26,7 @@ def make_model(folder: Path, seed: int = 0, scale: float = 0.25) -> Path:
         Qwen3Config(
             vocab_size=len(words),
             hidden_size=64,
-            intermediate_size=96,
+            intermediate_size=intermediate_size,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,

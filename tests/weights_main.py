@@ -20,7 +20,7 @@ from megatron_async_rl.messages import Hello  # noqa: E402
 from megatron_async_rl.trainer import model, parallel  # noqa: E402
 from megatron_async_rl.transport import SyncLink  # noqa: E402
 from megatron_async_rl.weights.publish import WeightPublisher  # noqa: E402
-from megatron_async_rl.weights.reshard import is_first_replica  # noqa: E402
+from megatron_async_rl.weights.reshard import is_source  # noqa: E402
 
 if __name__ == "__main__":
     run_dir = Path(sys.argv[1])
@@ -31,7 +31,7 @@ if __name__ == "__main__":
         parallel.init_parallel(settings)
         _, shape, modules = model.build_modules(settings)
         socket = None
-        if is_first_replica() and mpu.get_tensor_model_parallel_rank() == 0:
+        if is_source():
             socket = SyncLink(run_dir)
             stage = mpu.get_pipeline_model_parallel_rank()
             socket.join(Hello("trainer", f"trainer-{dist.get_rank()}", os.getpid(), stage=stage))

@@ -1,6 +1,6 @@
 """Weights by way of the disk: the sources write a folder, the controller makes it whole, servers load it (snapshots.py).
 
-    weight sources (one per pipeline stage)      controller                     rollout workers
+    weight sources (weights/reshard.py)          controller                     rollout workers
     PublishOffer(version) -------------------->
                        <--------- WriteFolder    begin
     files ............
@@ -101,7 +101,7 @@ class FolderPublisher(Publisher):
         self._held = []
         if not self._over_disk:
             return await super().publish(version, offers, servers, updating)
-        sources = sorted(offers, key=lambda name: offers[name].stage)
+        sources = sorted(offers, key=lambda name: offers[name].source)
         self._sources = frozenset(sources)
         outcome = self.outcome = Outcome(version, [])
         started = time.monotonic()

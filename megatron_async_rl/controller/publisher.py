@@ -1,6 +1,6 @@
 """One weight update, as the controller sees it. The whole exchange, for every version including 0:
 
-    weight sources (one per pipeline stage)      controller                     rollout workers
+    weight sources (weights/reshard.py)          controller                     rollout workers
     PublishOffer(version, buckets)  ------------>
                                                  UpdateWeights  ------------->  abort, pause
                                                  <-------------- UpdateReady    (late or failed: fenced)
@@ -97,7 +97,7 @@ class Publisher:
         self, version: int, offers: dict[str, PublishOffer], servers: list[str], updating: Callable[[str], None]
     ) -> Outcome:
         """Brings `servers` to `version`. `offers` by source name. Raises PublishError when no server is left."""
-        sources = sorted(offers, key=lambda name: offers[name].stage)
+        sources = sorted(offers, key=lambda name: offers[name].source)
         self._sources = frozenset(sources)
         outcome = self.outcome = Outcome(version, [])
         verify = self._num_updates % self._verify_every == 0 or not self._trusted.issuperset(servers)
@@ -115,6 +115,7 @@ class Publisher:
         while remaining and not outcome.serving:
             num_known = len(self._suspects) + len(outcome.fenced)
             self._deadline = time.monotonic() + self._timeout_s
+            verify = verify or self._members != (*sources, *remaining)  # whatever goes through new groups is proved
             if await self._form_groups(sources, remaining, offers, outcome):
                 outcome.serving = await self._transfer(version, sources, remaining, offers, verify, outcome)
             if not outcome.serving:
@@ -141,7 +142,7 @@ class Publisher:
     async def _form_groups(
         self, sources: list[str], servers: list[str], offers: dict[str, PublishOffer], outcome: Outcome
     ) -> bool:
-        """One update group per stage, of its source and all engine ranks; kept while the membership is the same."""
+        """One update group per source, of it and all engine ranks; kept while the membership is the same."""
         if self._members == (*sources, *servers):
             return True
         started = time.monotonic()
@@ -150,7 +151,7 @@ class Publisher:
         world_size = 1 + self._engine_tp * len(servers)
         for source in sources:
             offer = offers[source]
-            group = f"weights-{self._num_formations}-stage{offer.stage}"
+            group = f"weights-{self._num_formations}-source{offer.source}"
             await self._send(source, OpenGroup(group, world_size))
             opened = (await self._collect(GroupOpened, [source], outcome, group=group)).get(source)
             if opened is None:

@@ -50,7 +50,7 @@ class Updates:
         self._last_version = last_version
         self._act = act
         self._offers: dict[str, PublishOffer] = {}  # by weight source
-        self._offered = asyncio.Event()  # every pipeline stage has offered
+        self._offered = asyncio.Event()  # every source has offered
         self._republish_asked: frozenset[str] = frozenset()
         self._being_updated: frozenset[str] = frozenset()
         self._under_way: asyncio.Task[None] | None = None
@@ -59,7 +59,7 @@ class Updates:
 
     def offered(self, name: str, offer: PublishOffer) -> None:
         self._offers[name] = offer
-        if len(self._offers) == offer.num_stages:
+        if len(self._offers) == offer.num_sources:
             self._offered.set()
 
     def answered(self, name: str, message: Message) -> None:
@@ -135,12 +135,13 @@ class Updates:
         nobody_is_up = not any(w.is_serving and w.version == core.version for w in available)
         without = (ServerState.STALE, ServerState.UPDATING)  # the latter: of an update that came to nothing
         stale = frozenset(w.name for w in available if w.state in without or nobody_is_up)
-        leader = next((w for w in self._workers.leaders if w.hello.leader == 0), None)
-        if stale <= self._republish_asked or not leader:
+        leaders = self._workers.leaders
+        if stale <= self._republish_asked or not leaders:
             return
         self._republish_asked = stale
         core.hold_batches = True  # until the trainer is back from publishing
-        await self._workers.send(leader.name, Republish(core.version))
+        for leader in leaders:  # experts may be with other replicas than the first
+            await self._workers.send(leader.name, Republish(core.version))
 
     async def _publish(self, version: int, offers: dict[str, PublishOffer], servers: list[str]) -> None:
         core = self._core

@@ -1,8 +1,8 @@
 """The trainer's way to the controller: leaders hold a socket, the ranks of their replica hear from them.
 
 A leader is the first rank of each data-parallel replica (all its tensor, context and pipeline ranks): it fetches the
-replica's share of a batch and passes the very bytes on. A weight source is the first rank of each pipeline stage of
-replica 0; context-parallel ranks hold the same weights.
+replica's share of a batch and passes the very bytes on. From a weight source weights leave (weights/reshard.py): the
+first rank of each pipeline stage, and the first of those that hold the same experts.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from megatron_async_rl.messages import (
 )
 from megatron_async_rl.transport import SyncLink
 from megatron_async_rl.types import TrainSample
+from megatron_async_rl.weights.reshard import is_source
 
 LISTEN_S = 5.0  # a leader that waits tells its replica so this often: waiting is not a stuck collective
 
@@ -40,9 +41,8 @@ class ControllerLink:
         self._codec = Codec()
         self._group, self._root = _replica_group()
         replica, stage = mpu.get_data_parallel_rank(), mpu.get_pipeline_model_parallel_rank()
-        first_of_stage = mpu.get_tensor_model_parallel_rank() == mpu.get_context_parallel_rank() == 0
         self.is_leader = dist.get_rank() == self._root
-        self.is_source = first_of_stage and replica == 0
+        self.is_source = is_source()
         self.socket: SyncLink | None = None
         if self.is_leader or self.is_source:
             self.socket = SyncLink(run_dir, config.trainer.start_timeout_s)

@@ -85,25 +85,49 @@ class _Whole:
 class EngineDigests:
     """Takes the HF tensors as they are sent, in any order; holds a fused tensor's parts until it is whole.
 
+    With several `expert_owners` it sees the experts of one of them. Sums of tile hashes are added up over the owners
+    (`expert_sums`, `take_expert_sums`). Where that cannot be (`adds_up`) it passes experts over: they are for an object
+    that sees all of them.
+
     A tensor given to `add` may be overwritten once the parameter that it is part of is complete. On a GPU nothing waits
     for the device before `result`.
     """
 
-    def __init__(self, shape: ModelShape, engine_tp: int, kind: Kind = "sha256") -> None:
+    def __init__(self, shape: ModelShape, engine_tp: int, kind: Kind = "sha256", expert_owners: int = 1) -> None:
         self._shape = shape
-        self._tp = engine_tp
+        self._expert_owners = expert_owners
+        self.engine_tp = engine_tp
         self._kind = kind
         self._open: dict[str, _Whole] = {}
         self._digests: dict[str, str] = {}
         self._sums: dict[str, Tensor] = {}
+        self._expert_sums: dict[str, Tensor] = {}
         self._slots: list[Tensor] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         """`name`, `tensor`: a full HF tensor in the type in which it is sent."""
         place = engine_place(name, self._shape)
-        for rank in range(self._tp):
-            local = engine_cut(place.leaf, tensor, self._shape, rank, self._tp)
+        if self._expert_owners > 1 and _is_fused_expert(place) and not self.adds_up(tensor.element_size()):
+            return
+        for rank in range(self.engine_tp):
+            local = engine_cut(place.leaf, tensor, self._shape, rank, self.engine_tp)
             self._add_part(f"{rank}:{place.whole}", place, local)
+
+    def adds_up(self, element_bytes: int) -> bool:
+        """Whether experts' digests are made of what each owner works out of its own: they are whole tiles."""
+        local = self._shape.hidden_size * (self._shape.expert_ffn_hidden_size // self.engine_tp) * element_bytes
+        return self._kind == "tiles" and local % (4 * tile_hash.TILE_WORDS) == 0
+
+    def expert_sums(self) -> Tensor:
+        """[fused expert tensors] int64 on the CPU, in one order on all owners: what this one's add up to."""
+        if not self._expert_sums:
+            return torch.zeros(0, dtype=torch.int64)
+        return torch.stack(list(self._expert_sums.values())).cpu()
+
+    def take_expert_sums(self, totals: Tensor) -> None:
+        """The sum of all owners' expert_sums (mod 2^64): `result` then has the experts too."""
+        for name, total in zip(self._expert_sums, totals.tolist(), strict=True):
+            self._digests[name] = tile_hash.finish(total)
 
     def result(self) -> dict[str, str]:
         """Digests by `rank:engine tensor`. Raises PublishError when a part of a fused tensor never came."""
@@ -118,7 +142,7 @@ class EngineDigests:
 
     def _add_part(self, name: str, place: Place, local: Tensor) -> None:
         whole = self._open.setdefault(name, _Whole())
-        is_expert = place.whole.endswith(("w13_weight", "w2_weight"))
+        is_expert = _is_fused_expert(place)
         if is_expert and self._kind == "tiles" and local.nbytes % (4 * tile_hash.TILE_WORDS) == 0:
             # experts are of one size and on tile boundaries: no need to hold a layer's until all have come
             whole.slot = self._slot(local.device) if whole.slot is None else whole.slot
@@ -127,11 +151,13 @@ class EngineDigests:
             whole.num_streamed += 1
         else:
             whole.parts[place.part] = local.clone() if is_expert else local
-        if whole.num_streamed + len(whole.parts) < place.num_parts:
+        if whole.num_streamed + len(whole.parts) < place.num_parts // (self._expert_owners if is_expert else 1):
             return
         del self._open[name]
         if whole.slot is None:
             self._digest(name, [whole.parts[part] for part in range(place.num_parts)])
+        elif self._expert_owners > 1:
+            self._expert_sums[name] = whole.slot
         else:
             self._sums[name] = whole.slot
 
@@ -147,6 +173,10 @@ class EngineDigests:
         if not self._slots:
             self._slots = list(torch.zeros(512, dtype=torch.int64, device=device).unbind())
         return self._slots.pop()
+
+
+def _is_fused_expert(place: Place) -> bool:
+    return place.whole.endswith(("w13_weight", "w2_weight"))
 
 
 def sha256(*parts: Tensor) -> str:

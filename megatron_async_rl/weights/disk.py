@@ -39,13 +39,11 @@ class FolderWriter:
         device: torch.device,
         digests: EngineDigests | None,
     ) -> None:
-        """`plan` and `tensors` as for fill_buckets; `digests` takes in every tensor."""
+        """`plan` and `tensors` as for fill_buckets; `digests` takes in every tensor, written or not."""
         pending: Future[None] | None = None
         with ThreadPoolExecutor(max_workers=1) as thread:
             for number, (bucket, flat) in enumerate(fill_buckets(plan, tensors, device), 1):
                 self._settle(pending)
-                if self.error:
-                    continue
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)  # the thread's copies are on another stream
                 pending = thread.submit(self._write_bucket, number, bucket, flat, digests)
@@ -67,6 +65,8 @@ class FolderWriter:
         if digests:
             for name, tensor in tensors.items():
                 digests.add(name, tensor)
+        if self.error:
+            return
         path = self._folder / f"model-{self._part + 1:05d}-{number:05d}.safetensors"
         save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
         sync(path)

@@ -7,7 +7,7 @@ Hugging Face tensor comes from exactly one trainer shard (the others that hold i
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -40,15 +40,23 @@ class Route(msgspec.Struct, frozen=True):
     pieces: list[list[int]]  # [engine rank, start, end] of the Hugging Face tensor
 
 
+class Source(msgspec.Struct, frozen=True):
+    """A rank from which weights leave, through an update group of its own (reshard.py)."""
+
+    stage: int
+    expert_rank: int  # whose experts it sends; 0 sends everything else of the stage too
+    num_bytes: int
+    buckets: int
+    gather_bytes: int  # what it receives from the ranks that cut its tensors with it
+
+
 class Plan(msgspec.Struct, frozen=True):
     model: str
     trainer: dict[str, int]
     engine: dict[str, int]
     dtype: str
     total_bytes: int
-    stage_bytes: list[int]  # what each pipeline stage sends
-    gather_bytes: dict[str, int]  # most that a rank of the stage receives from its peers, by kind of link
-    buckets: list[int]  # per stage
+    sources: list[Source]  # in the order in which a server takes their buckets
     peak_bytes: int  # beside the model, on a source: two buckets
     seconds: dict[str, float]
     routes: list[Route]
@@ -82,7 +90,7 @@ class Layouts:
 
 
 def make(config: Config, link_gb_s: float) -> Plan:
-    """Raises ConfigError for a layout that cannot be. `link_gb_s`: what one source's link carries, in 10^9 bytes/s."""
+    """Raises ConfigError for a layout that cannot be. `link_gb_s`: what one rank's link carries, in 10^9 bytes/s."""
     folder = ModelFolder(config.model.path)
     layouts = Layouts.of(config)
     padding = int(config.megatron.get("make_vocab_size_divisible_by", 1)) * layouts.tp
@@ -92,30 +100,30 @@ def make(config: Config, link_gb_s: float) -> Plan:
     prove(routes, shape, layouts)
     dtype = config.weights.dtype if config.weights.dtype != "as_trained" else _PRECISION[config.trainer.precision]
     width = BYTES[dtype]
-    stage_bytes = [0] * layouts.pp
-    gathered = {"tensor_parallel": 0, "expert_parallel": 0}
+    num_bytes: Counter[tuple[int, int]] = Counter()
+    gathered: Counter[tuple[int, int]] = Counter()
     largest = 0
     for route in routes:
-        size = prod(route.shape) * width
-        stage_bytes[route.stage] += size
+        size, source = prod(route.shape) * width, (route.stage, max(route.expert_rank, 0))
+        num_bytes[source] += size
+        gathered[source] += size * (len(route.shards) - 1) // len(route.shards)
         largest = max(largest, size)
-        ranks = len(route.shards)
-        if route.expert_rank > 0:
-            gathered["expert_parallel"] += size
-        elif ranks > 1:
-            gathered["tensor_parallel"] += size * (ranks - 1) // ranks
-    wire = max(max(stage_bytes), sum(stage_bytes) / layouts.pp) / (link_gb_s * 1e9)
+    sources = [
+        Source(*source, size, -(-size // config.weights.bucket_bytes), gathered[source])
+        for source, size in sorted(num_bytes.items())
+    ]
+    total, most = num_bytes.total(), max(num_bytes.values())
+    link = link_gb_s * 1e9
     return Plan(
         model=str(config.model.path),
         trainer={k: getattr(layouts, k) for k in ("tp", "pp", "vpp", "ep", "etp", "cp", "dp")},
         engine={"tp": layouts.engine_tp, "servers": layouts.servers},
         dtype=dtype,
-        total_bytes=sum(stage_bytes),
-        stage_bytes=stage_bytes,
-        gather_bytes={kind: size // layouts.pp for kind, size in gathered.items()},
-        buckets=[-(-size // config.weights.bucket_bytes) for size in stage_bytes],
-        peak_bytes=2 * max(min(config.weights.bucket_bytes, max(stage_bytes)), largest),
-        seconds={"wire": wire, "one_source_for_all": sum(stage_bytes) / (link_gb_s * 1e9)},
+        total_bytes=total,
+        sources=sources,
+        peak_bytes=2 * max(min(config.weights.bucket_bytes, most), largest),
+        # a server takes one source after the other; a source gathers while it sends
+        seconds={"wire": total / link, "gather": max(gathered.values()) / link},
         routes=routes,
     )
 
@@ -289,10 +297,14 @@ def summary(plan: Plan) -> str:
         f"model {plan.model}: {plan.total_bytes / gb:.2f} GB as {plan.dtype}, {len(plan.routes)} tensors",
         f"trainer {plan.trainer} -> engine {plan.engine}",
         f"bytes to each server: {plan.total_bytes / gb:.2f} GB to each of its tensor-parallel ranks (they cut for themselves)",
-        f"gathered by each stage's source: {', '.join(f'{k} {v / gb:.2f} GB' for k, v in plan.gather_bytes.items())}",
         f"memory beside the model on a source: {plan.peak_bytes / gb:.2f} GB",
-        f"expected on the wire: {plan.seconds['wire']:.2f} s (one source for all stages: {plan.seconds['one_source_for_all']:.2f} s)",
+        f"expected on the wire: {plan.seconds['wire']:.2f} s; meanwhile gathered by the busiest source: {plan.seconds['gather']:.2f} s",
     ]
-    stages = zip(plan.stage_bytes, plan.buckets, strict=True)
-    lines += [f"  stage {n}: {size / gb:.2f} GB in {buckets} buckets" for n, (size, buckets) in enumerate(stages)]
+    for source in plan.sources:
+        whose = f"experts of rank {source.expert_rank}" if source.expert_rank else "all but other ranks' experts"
+        whose = f", {whose}" if plan.trainer["ep"] > 1 else ""
+        lines.append(
+            f"  stage {source.stage}{whose}: {source.num_bytes / gb:.2f} GB in {source.buckets} buckets, "
+            f"{source.gather_bytes / gb:.2f} GB of it gathered"
+        )
     return "\n".join(lines)

@@ -1,8 +1,14 @@
 """Megatron's shards to full Hugging Face tensors, one parameter at a time, per pipeline stage.
 
 Stages know nothing of each other: each yields the HF tensors of its own layers, so all stages can send at once. Within
-a stage the tensor-parallel ranks walk the same parameters in the same order, and each parameter is one all-gather; an
-expert is one more, over the ranks that hold the other experts.
+a stage the tensor-parallel ranks walk the same parameters in the same order, and each parameter is one all-gather.
+
+    own_tensors   experts stay with the expert-parallel rank that holds them: every owner yields its own. The way to the
+                  servers and to the disk
+    hf_tensors    experts are gathered over expert parallelism too: for what needs them all in one place
+
+Everything but the experts comes first. While it is gathered no rank waits for anything but its tensor-parallel peers,
+so an owner of experts may help to gather what another rank sends, although a server takes that rank's buckets first.
 """
 
 from __future__ import annotations
@@ -34,25 +40,46 @@ def takes_part() -> bool:
 
     Other data-parallel replicas and context-parallel ranks have the same weights.
     """
-    return is_first_replica() or (
-        mpu.get_expert_model_parallel_world_size() > 1 and mpu.get_expert_data_parallel_rank() == 0
-    )
+    return is_first_replica() or mpu.get_expert_data_parallel_rank() == 0
 
 
 def is_first_replica() -> bool:
     return mpu.get_data_parallel_rank() == mpu.get_context_parallel_rank() == 0
 
 
-def _owned(modules: Modules, shape: ModelShape) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters this stage answers for: the last stage's copy of a tied embedding is the first one's."""
-    for name, parameter in global_parameters(modules):
-        if not (shape.tied and name == "output_layer.weight"):
-            yield name, parameter
+def is_first_of_stage() -> bool:
+    return is_first_replica() and mpu.get_tensor_model_parallel_rank() == 0
+
+
+def is_source() -> bool:
+    """Whether own_tensors yields anything here: on the first rank of the stage, and the first of each expert-parallel
+    rank's, which differ from it only in their experts."""
+    return is_first_of_stage() or (num_expert_owners() > 1 and _is_expert_owner())
+
+
+def num_expert_owners() -> int:
+    """Sources of a pipeline stage: the stage's first rank, who owns experts too, and the other expert-parallel ranks'."""
+    return mpu.get_expert_model_parallel_world_size()
+
+
+def source_number() -> int:
+    """Of a source, its place among all: stage after stage, the one with everything but experts first."""
+    return mpu.get_pipeline_model_parallel_rank() * num_expert_owners() + mpu.get_expert_model_parallel_rank()
+
+
+def _is_expert_owner() -> bool:
+    return mpu.get_expert_data_parallel_rank() == 0 and mpu.get_expert_tensor_parallel_rank() == 0
+
+
+def _owned(modules: Modules, shape: ModelShape) -> list[tuple[str, nn.Parameter]]:
+    """The parameters this stage answers for, experts last: the last stage's copy of a tied embedding is the first's."""
+    named = [p for p in global_parameters(modules) if not (shape.tied and p[0] == "output_layer.weight")]
+    return sorted(named, key=lambda pair: is_expert(pair[0]))
 
 
 def _experts(name: str, shape: ModelShape) -> list[str]:
     """The names of the parameter on all expert-parallel ranks, in rank order."""
-    ranks = mpu.get_expert_model_parallel_world_size()
+    ranks = num_expert_owners()
     if not is_expert(name) or ranks == 1:
         return [name]
     per_rank = shape.num_experts // ranks
@@ -70,36 +97,77 @@ def manifest(modules: Modules, shape: ModelShape, dtype: torch.dtype | None = No
     ]
 
 
+def own_manifest(modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None) -> list[TensorInfo]:
+    """What own_tensors will yield on this rank."""
+    return [
+        TensorInfo(hf, size, dtype or parameter.dtype, name)
+        for name, parameter in _owned(modules, shape)
+        if (_is_expert_owner() if is_expert(name) else is_first_of_stage())
+        for hf, size in place(name, shape).pieces
+    ]
+
+
+@torch.no_grad()
+def own_tensors(modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(HF name, full tensor) of what leaves from this rank; nothing on a rank that only helps to gather.
+
+    Collective: every rank of the stage that `takes_part` must exhaust it. A yielded tensor may share memory with the
+    parameter: send or copy it before the next optimizer step.
+    """
+    for name, parameter in _owned(modules, shape):
+        holds, sends = (
+            (mpu.get_expert_data_parallel_rank() == 0, _is_expert_owner())
+            if is_expert(name)
+            else (is_first_replica(), is_first_of_stage())
+        )
+        if not holds:
+            continue
+        local = parameter.data.to(dtype or parameter.dtype).contiguous()
+        shards = [local] if place(name, shape).rule.split is None else _gather(local, _cutting_group(name))
+        if sends:
+            yield from to_hf(name, shards, shape)
+
+
 @torch.no_grad()
 def hf_tensors(
     modules: Modules,
     shape: ModelShape,
     dtype: torch.dtype | None = None,
     get: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data,
+    only_experts: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """(HF name, full tensor) of this pipeline stage, gathered over tensor and expert parallelism.
 
-    Collective: every rank of the stage that `takes_part` must exhaust it. Of use to the first replica's ranks, usually
-    the first of them: with expert parallelism the others yield the experts alone. A yielded tensor may share memory with
-    the parameter: send or copy it before the next optimizer step. `get` picks what is gathered, such as a parameter's
-    main_grad.
+    Collective as own_tensors. Of use to the first replica's ranks, usually the first of them: the others yield the
+    experts alone. `get` picks what is gathered, such as a parameter's main_grad.
     """
-    experts_only = mpu.get_expert_model_parallel_world_size() > 1 and not is_first_replica()
     for name, parameter in _owned(modules, shape):
-        if experts_only and not is_expert(name):
+        if not is_expert(name) and (only_experts or (num_expert_owners() > 1 and not is_first_replica())):
             continue
         local = get(parameter)
         local = local.to(dtype or local.dtype).contiguous()
-        tp = mpu.get_expert_tensor_parallel_group() if is_expert(name) else mpu.get_tensor_model_parallel_group()
-        names = _experts(name, shape)
-        cut = place(name, shape).rule.split is not None and tp.size() > 1
-        group = mpu.get_expert_tensor_and_model_parallel_group() if len(names) > 1 and cut else tp
-        if len(names) > 1 and not cut:
-            group = mpu.get_expert_model_parallel_group()
-        shards = [local]
-        if cut or len(names) > 1:
-            shards = [torch.empty_like(local) for _ in range(group.size())]
-            dist.all_gather(shards, local, group=group)
+        names, is_cut = _experts(name, shape), place(name, shape).rule.split is not None
+        if len(names) > 1:
+            joint, over_experts = (
+                mpu.get_expert_tensor_and_model_parallel_group(),
+                mpu.get_expert_model_parallel_group(),
+            )
+            shards = _gather(local, joint if is_cut else over_experts)
+        else:
+            shards = _gather(local, _cutting_group(name)) if is_cut else [local]
         per_expert = len(shards) // len(names)  # expert-parallel ranks are the outer ones of the joint group
         for number, one in enumerate(names):
             yield from to_hf(one, shards[number * per_expert : (number + 1) * per_expert], shape)
+
+
+def _cutting_group(name: str) -> dist.ProcessGroup:
+    return mpu.get_expert_tensor_parallel_group() if is_expert(name) else mpu.get_tensor_model_parallel_group()
+
+
+def _gather(local: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """All ranks' tensors of this shape."""
+    if group.size() == 1:
+        return [local]
+    shards = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(shards, local, group=group)
+    return shards
