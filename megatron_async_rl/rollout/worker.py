@@ -53,8 +53,8 @@ class RolloutWorker:
         self._server = server
         self._client: EngineClient = server.client
         self._workflow = workflow
-        self._gate = Gate()
-        self._updates = WeightUpdates(config, link, server.client, self._gate, server.started_from)
+        self.gate = Gate()
+        self.updates = WeightUpdates(config, link, server.client, self.gate, server.started_from)
         self._tokens_generated = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._leases: set[asyncio.Task[None]] = set()  # those of them that make samples
@@ -81,7 +81,7 @@ class RolloutWorker:
         """Said at the start, and again to a controller that does not know us: every lease so far is void then."""
         if self._leases:
             self._spawn(self._void_leases())
-        serving = self._updates.version if self._gate.is_open else -1
+        serving = self.updates.version if self.gate.is_open else -1
         return Hello("rollout", self._name, os.getpid(), capacity=self._capacity, serving=serving)
 
     async def generate(self, ids: list[int], sampling: Sampling, lease: SampleLease | None = None) -> Completion:
@@ -99,7 +99,7 @@ class RolloutWorker:
                 return Completion(_merge(segments), "stop")  # the abort met a request that had just ended
             if budget <= 0:
                 return Completion(_merge(segments), "length")
-            await self._gate.wait_open()
+            await self.gate.wait_open()
             part = await self._request(tokens, Sampling(budget, sampling.temperature, sampling.stop_token_ids))
             for segment in part.segments:
                 segments.append(segment)
@@ -112,8 +112,8 @@ class RolloutWorker:
                 return Completion(_merge(segments), part.stop)
 
     async def _request(self, tokens: list[int], sampling: Sampling) -> Part:
-        async with self._gate.request():
-            return await self._client.generate(tokens, sampling, self._updates.interruption.cache_key())
+        async with self.gate.request():
+            return await self._client.generate(tokens, sampling, self.updates.interruption.cache_key())
 
     # ---- loops
 
@@ -125,7 +125,7 @@ class RolloutWorker:
                 await self._hand_in()
                 return
             if isinstance(message, WeightDigests | AbandonUpdate):
-                self._updates.hear(message)
+                self.updates.hear(message)
             elif isinstance(message, Generate):
                 partials = message.partials or [None] * len(message.indices)
                 for index, partial in zip(message.indices, partials, strict=True):
@@ -133,7 +133,7 @@ class RolloutWorker:
                     self._leases.add(task)
                     task.add_done_callback(self._leases.discard)
             else:
-                self._spawn(self._updates.step(message))
+                self._spawn(self.updates.step(message))
 
     def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
@@ -143,7 +143,7 @@ class RolloutWorker:
 
     async def _beat(self) -> None:
         while True:
-            await self._link.send(Heartbeat(self._gate.num_out, self._tokens_generated))
+            await self._link.send(Heartbeat(self.gate.num_out, self._tokens_generated))
             await asyncio.sleep(HEARTBEAT_S)
 
     # ---- samples
@@ -153,14 +153,14 @@ class RolloutWorker:
 
     async def _hand_in(self) -> None:
         """Ends what runs, so that every sample's tokens so far reach the controller; bounded, and best effort."""
-        if not self._gate.num_out:
+        if not self.gate.num_out:
             return
-        self._gate.shut()
+        self.gate.shut()
         with contextlib.suppress(EngineError, TimeoutError):
             await asyncio.wait_for(self._until_idle(), HAND_IN_S)
 
     async def _until_idle(self) -> None:
-        while self._gate.num_out:
+        while self.gate.num_out:
             await self._client.abort_all()
             await asyncio.sleep(ABORT_AGAIN_S)
 
