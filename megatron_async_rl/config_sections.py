@@ -178,8 +178,8 @@ class WeightsConfig(Section, kw_only=True):
         2 << 30
     )
     verify_every: Annotated[
-        int, _at_least(1, "Compare digests at every k-th update, and whenever a server is new to it.")
-    ] = 1
+        int, _at_least(1, "Compare digests at every k-th update, and at any through new groups or with a new server.")
+    ] = 4
     update_timeout_s: Annotated[float, _above(0, "Deadline of one whole update; a late server is fenced.")] = 120.0
     kv_cache: Annotated[
         Literal["recompute", "keep"],

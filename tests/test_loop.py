@@ -52,7 +52,7 @@ class Inputs:
             "reward": {"function": "loop_reward:even_digits"},
             "algorithm": {"prompts_per_step": 4, "samples_per_prompt": 4, "minibatches": 2},
             "trainer": {"precision": "fp32"},
-            "weights": {"bucket_bytes": 65536},
+            "weights": {"bucket_bytes": 65536, "verify_every": 1},
             "megatron": {"tensor_model_parallel_size": 2, "lr": 0.01},
             "sglang": {
                 "device": "cpu",
@@ -164,7 +164,7 @@ def test_updates_meet_requests_in_flight_and_samples_span_versions(run: Finished
 def test_every_update_was_verified_by_digests(run: FinishedRun) -> None:
     assert "digests to" not in run.log("rollout-0")
     served = [line for line in run.log("controller").splitlines() if " is served by rollout-0" in line]
-    assert all("digest " in line for line in served) and len(served) == STEPS + 1
+    assert all("trainer_digest " in line for line in served) and len(served) == STEPS + 1
 
 
 @lru_cache
