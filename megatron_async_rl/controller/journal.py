@@ -3,8 +3,8 @@
 `append` only queues; the writer commits what has gathered. Before anything leaves the controller that could not be taken
 back (a batch, a weight update) the shell awaits `durable()`: whatever the trainer has seen, the journal knows.
 
-A row is a fact without its arrays, and the arrays as one blob. A full disk stops nothing at once: the writer keeps
-what it has, tries again every second and says so (`error`); only `durable()` waits.
+A row is a fact; one with arrays lies in files beside the database (spill.py), and its row tells where. A full disk stops
+nothing at once: the writer keeps what it has, tries again every second and says so (`error`); only `durable()` waits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import queue
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,17 +22,16 @@ from pathlib import Path
 import msgspec
 
 from megatron_async_rl.controller.facts import Admitted, AnyFact, Batched, Fact, Judged, Returned
+from megatron_async_rl.controller.spill import Place, Spill, SpillReader
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.messages import Codec
 
 logger = logging.getLogger(__name__)
 JOURNAL_FILE = "journal.sqlite"
-SCHEMA = 1
-PAGE_BYTES = 65536  # twice the throughput of SQLite's 4096 with blobs of 400 KB
+ARRAYS_FOLDER = "journal.arrays"  # beside the file
+SCHEMA = 2
 MAX_FACTS_PER_COMMIT = 512
 RETRY_S = 1.0  # after a failed commit
-_LARGE = ("Returned", "Kept")  # rows with arrays: all that pruning takes away
-
 _Item = tuple[int, Fact] | Future[None] | list[int] | None  # a fact, a waiter, groups to prune, the end
 
 
@@ -51,6 +51,9 @@ class Journal:
                 "which keeps the old folder aside"
             ) from None
         path.chmod(0o600)
+        live = self._db.execute("SELECT segment, COUNT(*) FROM facts WHERE segment IS NOT NULL GROUP BY segment")
+        self._spill = Spill(path.with_name(ARRAYS_FOLDER), Counter(dict(live.fetchall())))
+        self._codec = Codec(AnyFact)  # the writer's
         self.last_seq: int = self._db.execute("SELECT COALESCE(MAX(seq), 0) FROM facts").fetchone()[0]
         self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -85,28 +88,23 @@ class Journal:
         self._closing.set()
         self._items.put(None)
         self._writer.join()
+        self._spill.close()
         self._db.close()
 
     # ---- reading
 
     def facts(self, after: int = 0) -> Iterator[AnyFact]:
         """All facts in order, as they were recorded."""
-        yield from _select(self._path, "SELECT record, arrays FROM facts WHERE seq > ? ORDER BY seq", after)
+        yield from _select(self._path, "WHERE seq > ? ORDER BY seq", after)
 
     def batch(self, version: int) -> tuple[list[Admitted], list[Returned], list[Judged]]:
         """What rebuilds the batch that was trained on `version`. Raises DataError when it was pruned."""
-        batches = _select(self._path, "SELECT record, arrays FROM facts WHERE kind = 'Batched' ORDER BY seq DESC")
+        batches = _select(self._path, "WHERE kind = 'Batched' ORDER BY seq DESC")
         wanted = next((f for f in batches if isinstance(f, Batched) and f.version == version), None)
         if wanted is None:
             raise DataError(f"the journal {self._path} has no batch of version {version}")
         marks = ",".join("?" * len(wanted.group_ids))
-        rows = list(
-            _select(
-                self._path,
-                f"SELECT record, arrays FROM facts WHERE group_id IN ({marks}) ORDER BY seq",
-                *wanted.group_ids,
-            )
-        )
+        rows = list(_select(self._path, f"WHERE group_id IN ({marks}) ORDER BY seq", *wanted.group_ids))
         returned = [fact for fact in rows if isinstance(fact, Returned)]
         if {fact.group_id for fact in returned} != set(wanted.group_ids):
             raise DataError(
@@ -121,7 +119,6 @@ class Journal:
 
     def _open(self) -> None:
         db = self._db
-        db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         schema = db.execute("PRAGMA user_version").fetchone()[0]
@@ -129,22 +126,21 @@ class Journal:
             raise sqlite3.DatabaseError(f"it has schema {schema}, this program writes {SCHEMA}")
         db.execute(
             "CREATE TABLE IF NOT EXISTS facts "
-            "(seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, group_id INTEGER, record BLOB NOT NULL, arrays BLOB)"
+            "(seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, group_id INTEGER, record BLOB NOT NULL, segment INTEGER)"
         )
         db.execute("CREATE INDEX IF NOT EXISTS facts_of_group ON facts (group_id)")
         db.execute("CREATE INDEX IF NOT EXISTS batches ON facts (seq) WHERE kind = 'Batched'")
         db.execute(f"PRAGMA user_version = {SCHEMA}")
 
     def _write(self) -> None:
-        codec = Codec(AnyFact)
         while True:
             items = [self._items.get()]
             while len(items) < MAX_FACTS_PER_COMMIT and not self._items.empty():
                 items.append(self._items.get())
-            rows = [_row(codec, *item) for item in items if isinstance(item, tuple)]
+            facts = [item for item in items if isinstance(item, tuple)]
             pruned = [group for item in items if isinstance(item, list) for group in item]
             ends = None in items
-            while (rows or pruned) and not self._commit(rows, pruned) and not self._closing.wait(RETRY_S):
+            while (facts or pruned) and not self._commit(facts, pruned) and not self._closing.wait(RETRY_S):
                 pass
             for item in items:
                 if isinstance(item, Future) and not self.error:
@@ -152,48 +148,57 @@ class Journal:
             if ends:
                 return
 
-    def _commit(self, rows: list[tuple[int, str, int | None, bytes, bytes]], pruned: list[int]) -> bool:
+    def _commit(self, facts: list[tuple[int, Fact]], pruned: list[int]) -> bool:
+        position = self._spill.position
         try:
+            rows = [self._row(seq, fact) for seq, fact in facts]
+            self._spill.sync()
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany("INSERT INTO facts VALUES (?, ?, ?, ?, ?)", rows)
+            freed: list[int] = []
             for group in pruned:
-                self._db.execute(f"DELETE FROM facts WHERE group_id = ? AND kind IN {_LARGE}", (group,))
+                delete = "DELETE FROM facts WHERE group_id = ? AND segment IS NOT NULL RETURNING segment"
+                freed += [segment for (segment,) in self._db.execute(delete, (group,))]
             self._db.execute("COMMIT")
-        except sqlite3.OperationalError as e:
+        except (sqlite3.OperationalError, OSError) as e:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+            self._spill.back_to(position)
             if self.error != str(e):
                 logger.error("the journal %s cannot be written: %s; trying again every %.0f s", self._path, e, RETRY_S)
             self.error = str(e)
             return False
+        self._spill.settle([segment for *_, segment in rows if segment is not None], freed)
         if self.error:
             logger.warning("the journal is written again")
         self.error = ""
         self.num_commits += 1
         return True
 
+    def _row(self, seq: int, fact: Fact) -> tuple[int, str, int | None, bytes, int | None]:
+        frames = self._codec.encode(fact)
+        record, segment = bytes(frames[0]), None
+        if len(frames) > 1:
+            place = self._spill.write(frames)
+            record, segment = msgspec.msgpack.encode(place), place.segment
+        return seq, type(fact).__name__, getattr(fact, "group_id", None), record, segment
+
 
 def read_facts(path: Path) -> Iterator[AnyFact]:
     """All facts of a journal that may be in use, in order."""
-    yield from _select(path, "SELECT record, arrays FROM facts ORDER BY seq")
+    yield from _select(path, "ORDER BY seq")
 
 
-def _select(path: Path, query: str, *values: int) -> Iterator[AnyFact]:
+def _select(path: Path, which: str, *values: int) -> Iterator[AnyFact]:
     codec = Codec(AnyFact)
+    arrays = SpillReader(path.with_name(ARRAYS_FOLDER))
     db = sqlite3.connect(path)  # a connection of its own: the writer's may be inside a transaction
     try:
-        for record, arrays in db.execute(query, values):
-            header, sizes = msgspec.msgpack.decode(record)
-            view, frames, start = memoryview(arrays or b""), [], 0
-            for size in sizes:
-                frames.append(view[start : start + size])
-                start += size
-            yield codec.decode([header, *frames])
+        for record, segment in db.execute(f"SELECT record, segment FROM facts {which}", values):
+            if segment is None:
+                yield codec.decode([record])
+            else:
+                yield codec.decode(arrays.read(msgspec.msgpack.decode(record, type=Place)))
     finally:
         db.close()
-
-
-def _row(codec: Codec, seq: int, fact: Fact) -> tuple[int, str, int | None, bytes, bytes]:
-    header, *frames = codec.encode(fact)
-    record = msgspec.msgpack.encode([header, [len(frame) for frame in frames]])
-    return seq, type(fact).__name__, getattr(fact, "group_id", None), record, b"".join(frames)
+        arrays.close()
