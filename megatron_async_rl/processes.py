@@ -1,8 +1,9 @@
 """How a process of ours starts its children and how it ends: in order, with one error line, leaving nobody behind.
 
 A child dies with its parent (the kernel's parent-death signal, SIGKILL: it works on a process that is stuck in a
-collective), so even a killed launcher leaves no orphan. A child has a process group of its own: stopping it stops what
-it started, and a terminal's Ctrl-C reaches the launcher alone.
+collective), so even a killed launcher leaves no orphan. The signal is asked for by the child itself, which may be too
+late: it then looks whether its line of parents still leads to the launcher, and ends otherwise. A child has a process
+group of its own: stopping it stops what it started, and a terminal's Ctrl-C reaches the launcher alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megatron_async_rl.errors import Error, Preempted
 
 EXIT_REQUEUE = 75  # told to end, saved: run it again (Slurm: --requeue, or requeue on this code)
 EXIT_ERROR = 2  # an error with a message for people; anything else non-zero is a crash
+LAUNCHER_VARIABLE = "MEGATRON_ASYNC_RL_LAUNCHER"  # pid of the first of our processes on this host: all inherit it
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -66,10 +68,31 @@ def _exit_in_order(signum: int, frame: object) -> None:
     sys.exit(128 + signum)  # unwinds: finally blocks stop children
 
 
-def die_with_parent() -> None:
-    """The kernel kills this process when its parent ends."""
+def die_with_parent(parent: int = 0) -> None:
+    """The kernel kills this process when its parent ends (the very thread that started it). `parent`: its pid, if known.
+
+    One whose parent has ended already ends here.
+    """
     if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if (parent and os.getppid() != parent) or not _is_below(int(os.environ.get(LAUNCHER_VARIABLE, "0"))):
+        os._exit(128 + signal.SIGKILL)
+
+
+def forks_die_with_us() -> None:
+    """Also for whatever this process forks from here on, and for their forks: other people's libraries fork too."""
+    os.register_at_fork(after_in_child=die_with_parent)
+
+
+def _is_below(launcher: int) -> bool:
+    """Whether our line of parents leads to that process; true where there is no launcher."""
+    pid = os.getpid()
+    while pid not in (0, launcher):
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return False  # ended as we looked: so did everyone below it
+    return pid == launcher
 
 
 def start(
@@ -77,21 +100,22 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Starts a child in a process group of its own, its output appended to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.getpid()
+
+    def new_group_and_die_with_parent() -> None:
+        os.setpgid(0, 0)
+        die_with_parent(parent)
+
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env={LAUNCHER_VARIABLE: str(parent), **os.environ, **(env or {})},
             cwd=cwd,
-            preexec_fn=_new_group_and_die_with_parent,
+            preexec_fn=new_group_and_die_with_parent,
         )
-
-
-def _new_group_and_die_with_parent() -> None:
-    os.setpgid(0, 0)
-    die_with_parent()
 
 
 def stop(children: Iterable[subprocess.Popen[bytes]], grace_s: float) -> None:

@@ -1,6 +1,7 @@
 """What the ranks of test_checkpoint.py run: `torchrun ... checkpoint_main.py MODEL RUN_DIR save|load TP PP`.
 
 `save` trains two steps, saves, trains two more while the save may still be under way, saves again, and writes their losses;
+`save-for-ever` saves one version again and again;
 `load` loads, in whatever layout, and trains the same two. The guard below is needed: saving starts processes that import this.
 """
 
@@ -13,8 +14,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    from megatron_async_rl import config, patches
+    from megatron_async_rl import config, patches, processes
 
+    processes.die_with_parent()
     model_dir, run_dir, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     tp, pp = int(sys.argv[4]), int(sys.argv[5])
     patches.prepare_megatron()
@@ -42,7 +44,7 @@ def main() -> None:
                 "lr": 0.01,
                 "weight_decay": 0.1,
             },
-            "checkpoint": {"every": 1, "asynchronous": what == "save"},
+            "checkpoint": {"every": 1, "asynchronous": what != "load"},
         }
     )
     parallel.init_parallel(settings)
@@ -72,6 +74,11 @@ def main() -> None:
         stats = [step.train_step(policy, batch(version), version, settings) for version in (first, first + 1)]
         return [value for s in stats for value in (s["train/loss"], s["train/grad_norm"])]
 
+    if what == "save-for-ever":
+        train(0)
+    while what == "save-for-ever":
+        saver.save(2)
+        saver._version = -1
     if what == "save":
         train(0)
         saver.step(2)

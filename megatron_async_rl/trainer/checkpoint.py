@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import multiprocessing
+import multiprocessing.managers
 import shutil
 import threading
 from collections.abc import Callable
@@ -21,10 +23,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import distrib_optimizer
 
-from megatron_async_rl import checkpoints
+from megatron_async_rl import checkpoints, processes
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.trainer.model import TrainerModel
@@ -39,6 +42,7 @@ class Checkpointer:
 
     def __init__(self, model: TrainerModel, config: Config, run_dir: Path, saved: Callable[[int, str], None]) -> None:
         _repair_torch_adam()
+        processes.forks_die_with_us()  # writers too: one that outlived us would write into what our next life saves
         self._model = model
         self._every = config.checkpoint.every
         self._asynchronous = config.checkpoint.asynchronous
@@ -138,6 +142,8 @@ class Checkpointer:
         options: dict[str, Any] = {"content_metadata": metadata, "async_sharded_save": self._asynchronous}
         if self._asynchronous and "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
             options["async_strategy"] = "mcore"  # newer versions' default needs nvidia-resiliency-ext
+        if self._asynchronous:
+            _start_results_queue()
         request = dist_checkpointing.save(self._state(loading=False), str(folder), **options)
         if self._asynchronous:
             self._queue.schedule_async_request(request)
@@ -194,6 +200,15 @@ def _metadata() -> dict[str, Any]:
         "singleton_local_shards": False,
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
+
+
+def _start_results_queue() -> None:
+    """The queue through which Megatron's writers answer, in a manager process that ends with this rank: Megatron would
+    start one that waits for ever to be told."""
+    if filesystem_async._results_queue is None:
+        manager = multiprocessing.managers.SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(processes.die_with_parent)
+        filesystem_async._results_queue = manager.Queue()
 
 
 # ---- the distributed optimizer with torch's AdamW (no Apex, no Transformer Engine), in megatron-core 0.16.1 to 0.19.2
