@@ -107,8 +107,10 @@ class FolderPublisher(Publisher):
         started = time.monotonic()
         try:
             snapshot = await self._write(version, sources, outcome)
-        finally:
+        except PublishError:
             await super()._release(version, sources, outcome)
+            raise
+        await super()._release(version, sources, outcome)
         self._deadline = time.monotonic() + self._timeout_s
         with self._folders.reading(snapshot):
             for server in servers:

@@ -148,13 +148,15 @@ class Updates:
         lives = {name: core.fleet.rollout[name] for name in servers}
         self._being_updated = frozenset(servers)
         try:
-            outcome = await self._publisher.publish(version, offers, servers, core.updating)
+            try:
+                outcome = await self._publisher.publish(version, offers, servers, core.updating)
+            finally:
+                for name, reason in self._publisher.outcome.fenced.items():
+                    await self._catch_up.fence(lives[name], reason)
+            for name in outcome.serving:
+                if core.fleet.rollout.get(name) is lives[name]:
+                    await self._act(core.serving(name, version, time.monotonic()))
         finally:
             self._being_updated = frozenset()
-            for name, reason in self._publisher.outcome.fenced.items():
-                await self._catch_up.fence(lives[name], reason)
-        for name in outcome.serving:
-            if core.fleet.rollout.get(name) is lives[name]:
-                await self._act(core.serving(name, version, time.monotonic()))
         self._progress.published(outcome)
         await self._publisher.afterwards()
