@@ -52,15 +52,16 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def num_generated(self) -> int:
-        return int(self.generated.sum())
+        return int(np.count_nonzero(self.generated))
 
     @property
     def oldest_version(self) -> int:
-        return int(self.versions[self.generated].min())
+        """Of the generated tokens, of which there is one at least."""
+        return _oldest(self.versions)
 
     @property
     def newest_version(self) -> int:
-        return int(self.versions[self.generated].max())
+        return int(self.versions.max())
 
 
 class Partial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,7 +77,7 @@ class Partial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def oldest_version(self) -> int:
-        return int(self.versions[self.num_input :].min())
+        return _oldest(self.versions)
 
     def segments(self) -> list[Segment]:
         """The tokens after the input, by version."""
@@ -96,6 +97,11 @@ class TrainSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprobs: np.ndarray  # [num_tokens] float32, behavior logprob of token t given tokens < t
     versions: np.ndarray  # [num_tokens] int32
     advantages: np.ndarray  # [num_tokens] float32; anything where not generated
+
+
+def _oldest(versions: np.ndarray) -> int:
+    """Without a copy of the generated ones: NOT_GENERATED is the largest number of all when read as unsigned."""
+    return int(versions.view(np.uint32).min())
 
 
 def join_segments(prompt_ids: np.ndarray, segments: list[Segment], stop: StopReason, text: str) -> Sample:

@@ -65,7 +65,7 @@ def loses_in_flight(patch: pytest.MonkeyPatch) -> None:
 
     def owe_unjudged(self: Verdicts, group: Group) -> None:
         if group.missing:
-            del self._books.groups[group.group_id]
+            self._books.forget(group)
 
     patch.setattr(Verdicts, "owe_unjudged", owe_unjudged)
 
@@ -91,7 +91,7 @@ def drops_oldest_when_full(patch: pytest.MonkeyPatch) -> None:
     def complete(self: Core, group: Group) -> list[Action]:
         ready = self.books.in_state(GroupState.READY)
         if len(ready) > self.rules.prompts_per_step:
-            del self.groups[ready[0].group_id]
+            self.books.forget(ready[0])
         return right(self, group)
 
     patch.setattr(Core, "_complete", complete)
@@ -131,7 +131,7 @@ def cuts_incomplete(patch: pytest.MonkeyPatch) -> None:
     def apply_to_group(self: Books, group: Group, fact: Any) -> None:
         right(self, group, fact)
         if isinstance(fact, Judged):
-            group.state = GroupState.READY
+            self.move(group, GroupState.READY)
 
     patch.setattr(Books, "_apply_to_group", apply_to_group)
 
@@ -184,7 +184,7 @@ def new_batch_on_replay(patch: pytest.MonkeyPatch) -> None:
     def batch_wanted(self: Core, leader: int, version: int, now: float) -> list[Action]:
         if version <= self.version and self.books.in_batch:
             for group in self.books.in_batch:
-                group.state = GroupState.READY
+                self.books.move(group, GroupState.READY)
             self.books.in_batch = []
         return right(self, leader, version, now)
 
@@ -254,7 +254,7 @@ def drop_unrecorded(patch: pytest.MonkeyPatch) -> None:
     """A dropped group is forgotten without a reason."""
 
     def drop(self: Core, group: Group, reason: DropReason) -> list[Action]:
-        del self.groups[group.group_id]
+        self.books.forget(group)
         return []
 
     patch.setattr(Core, "_drop", drop)

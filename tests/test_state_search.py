@@ -64,7 +64,7 @@ def cloned(core: Core) -> Core:
     ledger.admitted, ledger.trained = was.ledger.admitted, was.ledger.trained
     ledger.dropped = Counter(was.ledger.dropped)
     for key, group in was.groups.items():
-        books.groups[key] = twin = copy.copy(group)
+        books.groups[key] = books._by_state[group.state][key] = twin = copy.copy(group)
         twin.samples, twin.rewards, twin.failed_on = list(group.samples), list(group.rewards), list(group.failed_on)
         twin.partials, twin.verdict_attempts = dict(group.partials), dict(group.verdict_attempts)
     books.in_batch = [books.groups[group.group_id] for group in was.in_batch]
@@ -269,7 +269,7 @@ def test_the_search_sees_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(self: Books, fact: AnyFact) -> None:
         apply(self, fact)
         if isinstance(fact, Returned):
-            self.groups.pop(fact.group_id)
+            self.forget(self.groups[fact.group_id])
 
     monkeypatch.setattr(Books, "_apply", forgetful)
     with pytest.raises(ConservationError, match="a group was lost"):

@@ -33,7 +33,8 @@ class Books:
         self.epoch = epoch
         self.version = 0  # of the trainer's weights
         self.ledger = Ledger()
-        self.groups: dict[int, Group] = {}  # pending ones, in the order of admission; those of an evaluation too
+        self.groups: dict[int, Group] = {}  # pending ones; those of an evaluation too
+        self._by_state: dict[GroupState, dict[int, Group]] = {state: {} for state in GroupState}  # the same
         self.in_batch: list[Group] = []  # with the trainer
         self.facts: list[Fact] = []  # recorded and not yet taken to the journal
         self._samples_per_prompt = samples_per_prompt
@@ -59,6 +60,15 @@ class Books:
             self.facts.append(fact)
         self._apply(fact)
 
+    def move(self, group: Group, state: GroupState) -> None:
+        del self._by_state[group.state][group.group_id]
+        self._by_state[state][group.group_id] = group
+        group.state = state
+
+    def forget(self, group: Group) -> None:
+        del self.groups[group.group_id]
+        del self._by_state[group.state][group.group_id]
+
     def take_facts(self) -> list[Fact]:
         facts, self.facts = self.facts, []
         return facts
@@ -74,11 +84,14 @@ class Books:
         return sum(group.purpose == "train" for group in self.groups.values())
 
     def in_state(self, *states: GroupState, purpose: Purpose | None = None) -> list[Group]:
-        return [g for g in self.groups.values() if g.state in states and purpose in (None, g.purpose)]
+        """In the order of admission. It is asked at every event, when thousands of groups may be pending."""
+        found = [g for state in states for g in self._by_state[state].values() if purpose in (None, g.purpose)]
+        return sorted(found, key=lambda group: group.group_id)
 
     def check(self) -> None:
         """Raises ConservationError unless every admitted group is accounted for."""
         self.ledger.check(self.pending)
+        assert sum(map(len, self._by_state.values())) == len(self.groups), "a group is in no state, or in two"
 
     # ---- inside
 
@@ -90,14 +103,15 @@ class Books:
         elif isinstance(fact, Batched):
             self.in_batch = [self.groups[group_id] for group_id in fact.group_ids]
             for group in self.in_batch:
-                group.state = GroupState.IN_BATCH
+                self.move(group, GroupState.IN_BATCH)
         elif isinstance(fact, Trained):
             for group in self.in_batch:
-                del self.groups[group.group_id]
+                self.forget(group)
                 self.ledger.trained += 1
             self.in_batch, self.version = [], fact.version
         elif isinstance(fact, Closed):
-            group = self.groups.pop(fact.group_id)
+            group = self.groups[fact.group_id]
+            self.forget(group)
             if group.purpose == "train":
                 self.ledger.dropped[DropReason(fact.reason)] += 1
         elif isinstance(fact, Leased | LeaseFailed | Kept | Returned | Judged):
@@ -114,11 +128,12 @@ class Books:
 
     def _apply_to_group(self, group: Group, fact: Leased | LeaseFailed | Kept | Returned | Judged) -> None:
         if isinstance(fact, Leased):
-            group.state, group.worker = GroupState.RUNNING, fact.worker
-            group.attempt, group.floor_version = fact.attempt, fact.floor_version
+            self.move(group, GroupState.RUNNING)
+            group.worker, group.attempt, group.floor_version = fact.worker, fact.attempt, fact.floor_version
         elif isinstance(fact, LeaseFailed):
             group.failed_on.append(fact.worker)
-            group.state, group.worker = GroupState.QUEUED, ""
+            self.move(group, GroupState.QUEUED)
+            group.worker = ""
         elif isinstance(fact, Kept):
             group.partials[fact.index] = fact.partial
         elif isinstance(fact, Returned):
@@ -129,7 +144,7 @@ class Books:
         else:
             group.rewards[fact.index] = fact.reward
             if group.is_judged:
-                group.state = GroupState.READY
+                self.move(group, GroupState.READY)
 
     def _admit(self, group_id: int, prompt: Prompt) -> Group:
         self.ledger.admitted += 1
@@ -138,5 +153,5 @@ class Books:
     def _open(self, group_id: int, prompt: Prompt, purpose: Purpose, num_samples: int) -> Group:
         group = Group(group_id, prompt, purpose, [None] * num_samples, [None] * num_samples)
         self._next_group_id = max(self._next_group_id, group_id + 1)
-        self.groups[group_id] = group
+        self.groups[group_id] = self._by_state[group.state][group_id] = group
         return group

@@ -95,7 +95,8 @@ class Core:
                 self._complete(group)  # the crash may have come before its drop was recorded
             elif group.state is not GroupState.IN_BATCH:
                 if group.missing:
-                    group.state, group.worker = GroupState.QUEUED, ""
+                    self.books.move(group, GroupState.QUEUED)
+                    group.worker = ""
                 self.verdicts.owe_unjudged(group)
         self.check()
 
@@ -285,7 +286,8 @@ class Core:
         return [Dropped(group, reason)]
 
     def _end_eval(self, group: Group) -> list[Action]:
-        self.groups.pop(group.group_id, None)
+        if group.group_id in self.groups:
+            self.books.forget(group)
         self._eval_ids.discard(group.group_id)
         self._eval_ended.append(group)
         if self._eval_ids:

@@ -56,7 +56,7 @@ class Cut:
         ready = self._ready()
         if len(ready) < self._rules.prompts_per_step or self._waits_for_straggler(now):
             return None
-        ready.sort(key=lambda g: (g.oldest_version, g.group_id))
+        ready.sort(key=lambda group: group.oldest_version)  # those of one version stay in order
         chosen = [group.group_id for group in ready[: self._rules.prompts_per_step]]
         self._books.record(Batched(self._books.version, chosen))
         self.wanted_since = None

@@ -19,7 +19,7 @@ from megatron_async_rl.controller.groups import Group, GroupState
 from megatron_async_rl.controller.ledger import DropReason
 from megatron_async_rl.controller.rules import Rules
 from megatron_async_rl.messages import Generate, Generated, GenerateFailed, PartialSample
-from megatron_async_rl.types import Sample
+from megatron_async_rl.types import NOT_GENERATED, Sample
 
 
 class Leases:
@@ -31,7 +31,7 @@ class Leases:
     @property
     def next_step(self) -> int:
         """The step at which a group admitted now is trained at the latest, if order is kept."""
-        return (self._books.ledger.trained + self._books.pending) // self._rules.prompts_per_step
+        return self._books.ledger.claimed // self._rules.prompts_per_step
 
     # ---- out
 
@@ -91,8 +91,9 @@ class Leases:
 
     def is_whole(self, group: Group, sample: Sample) -> bool:
         """Whether the engine can have sampled this: every version between the lease's floor and the trainer's."""
-        versions = sample.versions[sample.generated]
-        return len(versions) > 0 and group.floor_version <= versions.min() and versions.max() <= self._books.version
+        if sample.newest_version == NOT_GENERATED:
+            return False
+        return group.floor_version <= sample.oldest_version and sample.newest_version <= self._books.version
 
     def unload(self, worker: str, count: int = 1) -> None:
         if server := self._fleet.rollout.get(worker):

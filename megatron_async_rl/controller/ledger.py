@@ -36,6 +36,11 @@ class Ledger:
         """Groups that have reached their end."""
         return self.trained + self.dropped.total()
 
+    @property
+    def claimed(self) -> int:
+        """Groups that are trained or may still be: each is a place in a batch."""
+        return self.admitted - self.dropped.total()
+
     def check(self, pending: int) -> None:
         """Raises ConservationError unless the books balance."""
         if self.admitted != self.closed + pending:
