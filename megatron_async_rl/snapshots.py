@@ -163,6 +163,28 @@ def damage(snapshot: Snapshot) -> str:
         return next(filter(None, pool.map(wrong, snapshot.manifest.files.items())), "")
 
 
+def hold(snapshot: Snapshot, name: str) -> Path | None:
+    """The folder under a name of the holder's own, by links: it stays whatever is pruned, until it is released.
+
+    None: it was removed just now.
+    """
+    held = release(snapshot, name)
+    held.mkdir(mode=0o700)
+    try:
+        for file in (*snapshot.manifest.files, _MANIFEST_FILE):
+            (held / file).hardlink_to(snapshot.path / file)
+    except FileNotFoundError:
+        shutil.rmtree(held)
+        return None
+    return held
+
+
+def release(snapshot: Snapshot, name: str) -> Path:
+    held = snapshot.path.parent / f".held-{name}"
+    shutil.rmtree(held, ignore_errors=True)
+    return held
+
+
 def prune(run_dir: Path, in_use: Collection[Path] = (), keep: int = KEEP) -> None:
     """Removes all whole folders but the newest `keep` versions, and those in use."""
     found = whole(run_dir)

@@ -79,6 +79,20 @@ def test_a_third_version_removes_the_first_unless_a_server_reads_it(tmp_path: Pa
     assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["v000002.0", "v000003.1"]
 
 
+def test_who_holds_a_folder_has_it_whatever_is_pruned(tmp_path: Path, model: Path) -> None:
+    first = write(tmp_path, 1, model)
+    held = snapshots.hold(first, "rollout-0")
+    assert held
+    for version in (2, 3):
+        write(tmp_path, version, model)
+        snapshots.prune(tmp_path)
+    assert not first.path.exists() and snapshots.hold(first, "rollout-1") is None
+    assert snapshots.damage(msgspec.structs.replace(first, path=held)) == ""
+    assert [found.version for found in snapshots.whole(tmp_path)] == [3, 2]  # nobody takes it for a folder of its own
+    snapshots.release(first, "rollout-0")
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["v000002.0", "v000003.0"]
+
+
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
 def test_damage_is_seen_and_named(tmp_path: Path, model: Path, harm: str) -> None:
     snapshot = write(tmp_path, 1, model)

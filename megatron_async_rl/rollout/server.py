@@ -42,6 +42,8 @@ class Server:
         self._keys = run_dir / "keys" / f"{name}.sglang.yaml"
         self._child: subprocess.Popen[bytes] | None = None
         self._run_dir = run_dir
+        self._name = name
+        self._model_path = Path(config.model.path)
         self.started_from: Path | None = None  # the snapshot (snapshots.py) whose weights it began with
         python = engine_python()
         if python is None:
@@ -56,16 +58,24 @@ class Server:
         It begins with the newest weights that the run has on disk, else with model.path.
         """
         newest = None if "load_format" in self._config.sglang else next(iter(snapshots.whole(self._run_dir)), None)
-        for attempt in range(1, START_TRIES + 1):
-            self.started_from = newest.path if newest and attempt == 1 else None  # it may be removed meanwhile
-            port = int(self._config.sglang.get("port", free_port()))
-            try:
-                await self._start_on(port)
-                return
-            except EngineError:
-                lost_port = "address already in use" in self._log.read_text(errors="replace").lower()
-                if not (lost_port or self.started_from) or attempt == START_TRIES or "port" in self._config.sglang:
-                    raise
+        held = snapshots.hold(newest, self._name) if newest else None  # versions come and go while it starts
+        try:
+            for attempt in range(1, START_TRIES + 1):
+                self._model_path = held or Path(self._config.model.path)
+                self.started_from = newest.path if newest and held else None
+                port = int(self._config.sglang.get("port", free_port()))
+                try:
+                    await self._start_on(port)
+                    return
+                except EngineError:
+                    lost_port = "address already in use" in self._log.read_text(errors="replace").lower()
+                    try_again = held or (lost_port and "port" not in self._config.sglang)
+                    if not try_again or attempt == START_TRIES:
+                        raise
+                    held = held if lost_port else None
+        finally:
+            if newest:
+                snapshots.release(newest, self._name)
 
     async def watch(self) -> None:
         """Returns never. Raises EngineError when the server ends."""
@@ -116,7 +126,7 @@ class Server:
     def _command(self, host: str, port: int) -> list[str]:
         module = "launch" if self._on_cpu else "sglang.launch_server"
         ours: dict[str, Any] = {
-            "model_path": str(self.started_from or self._config.model.path),
+            "model_path": str(self._model_path),
             "weight_version": self.started_from and snapshots.version_of(self.started_from),
             "host": host,
             "port": port,
