@@ -148,7 +148,8 @@ class FolderPublisher(Publisher):
 
     async def _write(self, version: int, sources: list[str], outcome: Outcome) -> Snapshot:
         """Raises PublishError when the folder did not become whole; earlier ones stay."""
-        self._deadline = time.monotonic() + self._timeout_s
+        started = time.monotonic()
+        self._deadline = started + self._timeout_s
         try:
             partial = await self._folders.begin(version)
             for part, source in enumerate(sources):
@@ -162,4 +163,6 @@ class FolderPublisher(Publisher):
             raise PublishError(f"the folder of version {version} was not written: {e}") from None
         for message in written.values():
             _keep_slowest(outcome.seconds, message.seconds)
+        outcome.seconds["folder"] = time.monotonic() - started
+        logger.info("version %d lies in %s after %.2f s", version, snapshot.path, outcome.seconds["folder"])
         return snapshot

@@ -184,14 +184,12 @@ class WeightPublisher:
 
     def _write_folder(self, order: WriteFolder) -> FolderWritten:
         writer, digests = FolderWriter(Path(order.folder), order.part), self._new_digests()
-        started = time.monotonic()
         writer.write(self._buckets, own_tensors(self._modules, self._shape, self._dtype), self._device, digests)
         expected = self._experts_digests(digests)
         if writer.error:
             logger.error("%s", writer.error)
             return FolderWritten(order.version, [], {}, self._digest_kind, {}, writer.error)
-        seconds = writer.seconds | {"folder": time.monotonic() - started}
-        return FolderWritten(order.version, writer.files, expected, self._digest_kind, seconds)
+        return FolderWritten(order.version, writer.files, expected, self._digest_kind, writer.seconds)
 
     def _transfer(self, version: int, verify: bool) -> BucketsSent:
         """Gathers bucket k+1 while bucket k is on the wire; on a wire error the gather still runs to its end."""

@@ -1,0 +1,254 @@
+"""Updates by way of the disk and servers that catch up, with hand-written sources and servers that speak the real
+messages and write real folders: what happens when one of them fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_config import tree
+from test_core import make_core
+from test_snapshots import write_part
+from tiny import make_model
+
+from megatron_async_rl import config as configuration
+from megatron_async_rl import snapshots
+from megatron_async_rl.controller.catch_up import CatchUp
+from megatron_async_rl.controller.core import Core
+from megatron_async_rl.controller.fleet import ServerState
+from megatron_async_rl.controller.folders import FolderPublisher, Folders
+from megatron_async_rl.controller.publisher import Outcome
+from megatron_async_rl.errors import PublishError
+from megatron_async_rl.messages import (
+    FolderWritten,
+    LoadFolder,
+    Message,
+    Published,
+    PublishOffer,
+    Shutdown,
+    Updated,
+    UpdateWeights,
+    WriteFolder,
+)
+
+Answer = Callable[[Any], Message | None]
+SERVERS = ["rollout-0", "rollout-1"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "model")
+
+
+class Cluster:
+    """Two weight sources, two servers, and the controller's parts between them; `faults` answer instead of the healthy."""
+
+    def __init__(
+        self, run_dir: Path, model: Path, faults: dict[tuple[str, type], Answer] | None = None, **weights: Any
+    ) -> None:
+        self.config = configuration.from_tree(
+            tree(
+                run={"dir": str(run_dir), "steps": 5},
+                model={"path": str(model), "context_tokens": 96},
+                weights={"update_timeout_s": 0.5, "transport": "disk"} | weights,
+                sglang={"device": "cpu"},
+            )
+        )
+        self.faults = faults or {}
+        self.log: list[tuple[str, Message]] = []
+        self.core: Core = make_core(eta=1)
+        for name in SERVERS:
+            self.core.rollout_joined(name, 4, 0.0)
+        self.folders = Folders(self.config)
+        self.publisher = FolderPublisher(self.send, self.config, self.folders)
+        self.catch_up = CatchUp(self.core, self, self.folders, 0.5, self.act)  # type: ignore[arg-type]  # as its workers
+
+    async def act(self, actions: list[Any]) -> None:
+        self.core.take_facts()
+
+    async def send(self, name: str, message: Message) -> None:
+        self.log.append((name, message))
+        fault = self.faults.get((name, type(message)))
+        answer = fault(message) if fault else self.answer(message)
+        if answer is not None and not self.catch_up.hear(name, answer):
+            self.publisher.inbox.put_nowait((name, answer))
+
+    def answer(self, message: Message) -> Message | None:
+        if isinstance(message, WriteFolder):
+            files = write_part(Path(message.folder), message.version, message.part)
+            return FolderWritten(message.version, files, {f"0:part{message.part}": "ab"}, "sha256", {"write": 0.01})
+        if isinstance(message, LoadFolder):
+            snapshot = snapshots.read(Path(message.folder))
+            assert snapshot and snapshot.manifest.digests == {"0:part0": "ab", "0:part1": "ab"}
+            return Updated(message.version, {"load": 0.03}, num_interrupted=2, error=snapshots.damage(snapshot))
+        return None
+
+    async def publish(self, version: int) -> Outcome:
+        offers = {f"trainer-{n}": PublishOffer(version, n, 2, [], "gloo") for n in range(2)}
+        return await self.publisher.publish(version, offers, SERVERS, self.core.updating)
+
+    def sent(self, kind: type) -> list[str]:
+        return [name for name, message in self.log if isinstance(message, kind)]
+
+    async def settle(self) -> None:
+        while self.catch_up.is_busy():
+            await self.catch_up.one_done()
+
+
+def in_loop(body: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(body(), 30))  # type: ignore[arg-type]
+
+
+def test_the_trainer_is_released_when_the_folder_is_whole_and_servers_load_it_then(tmp_path: Path, model: Path) -> None:
+    cluster = Cluster(tmp_path, model)
+
+    async def body() -> None:
+        outcome = await cluster.publish(3)
+        assert outcome.serving == SERVERS and outcome.num_interrupted == 4
+        assert {"write", "folder", "load", "total"} <= outcome.seconds.keys()
+
+    in_loop(body)
+    kinds = [type(message) for _, message in cluster.log]
+    assert kinds == [WriteFolder] * 2 + [Published] * 2 + [LoadFolder] * 2
+    assert UpdateWeights not in kinds  # nobody is interrupted before
+
+
+@pytest.mark.parametrize("fault", ["error", "silence", "short"])
+def test_a_source_that_fails_leaves_the_folders_before_and_all_are_released(
+    tmp_path: Path, model: Path, fault: str
+) -> None:
+    cluster = Cluster(tmp_path, model)
+
+    def fails(message: WriteFolder) -> Message | None:
+        if fault == "silence":
+            return None
+        if fault == "error":
+            return FolderWritten(message.version, [], {}, "sha256", {}, error="No space left on device")
+        files = write_part(Path(message.folder), message.version, message.part)
+        (Path(message.folder) / files[0].name).write_bytes(b"")
+        return FolderWritten(message.version, files, {}, "sha256", {})
+
+    async def body() -> None:
+        await cluster.publish(1)
+        cluster.log.clear()
+        cluster.faults = {("trainer-1", WriteFolder): fails}
+        with pytest.raises(PublishError, match="the folder of version 2 was not written"):
+            await cluster.publish(2)
+        assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [1]
+        assert cluster.sent(Published) == ["trainer-0", "trainer-1"] and not cluster.sent(LoadFolder)
+        cluster.faults = {}
+        await cluster.publish(2)
+        assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [2, 1]
+
+    in_loop(body)
+
+
+def test_a_server_that_does_not_take_it_is_fenced_and_the_other_serves(tmp_path: Path, model: Path) -> None:
+    faults: dict[tuple[str, type], Answer] = {
+        ("rollout-1", LoadFolder): lambda message: Updated(message.version, {}, error="tensor x digests to 1, not 2")
+    }
+    cluster = Cluster(tmp_path, model, faults)
+
+    async def body() -> None:
+        outcome = await cluster.publish(1)
+        assert outcome.serving == ["rollout-0"] and "tensor x" in outcome.fenced["rollout-1"]
+        assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [1]  # the folder is not to blame
+
+    in_loop(body)
+
+
+def test_who_is_behind_catches_up_with_the_newest_that_eta_allows_and_nobody_else_is_asked(
+    tmp_path: Path, model: Path
+) -> None:
+    cluster = Cluster(tmp_path, model)
+    core, fleet = cluster.core, cluster.core.fleet.rollout
+
+    async def body() -> None:
+        for version in (1, 2):
+            await cluster.publish(version)
+        core.books.version = 2
+        core.serving("rollout-0", 2, 0.0)
+        core.rollout_joined("rollout-1", 4, 0.0)  # a new life
+        cluster.log.clear()
+        cluster.catch_up.start(others={"rollout-1"})  # an update has it
+        assert not cluster.catch_up.is_busy()
+        cluster.catch_up.start(others=())
+        assert fleet["rollout-1"].state is ServerState.UPDATING and not core.fleet.free_server(5, 0)
+        await cluster.settle()
+        assert cluster.log == [("rollout-1", LoadFolder(2, str(tmp_path / "weights" / "v000002.0")))]
+        assert fleet["rollout-1"].is_serving and fleet["rollout-1"].version == 2
+        core.books.version = 4  # two ahead, and eta is 1
+        core.rollout_joined("rollout-1", 4, 0.0)
+        cluster.catch_up.start(others=())
+        assert not cluster.catch_up.is_busy()
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("harm", ["digest", "silence", "damage", "new life"])
+def test_who_cannot_catch_up_is_fenced_unless_the_folder_is_to_blame(tmp_path: Path, model: Path, harm: str) -> None:
+    cluster = Cluster(tmp_path, model)
+    core, fleet = cluster.core, cluster.core.fleet.rollout
+
+    async def body() -> None:
+        for version in (1, 2):
+            await cluster.publish(version)
+        core.books.version = 2
+        for name in SERVERS:
+            core.serving(name, 2, 0.0)
+        core.rollout_joined("rollout-1", 4, 0.0)
+        newest = snapshots.whole(tmp_path)[0]
+        if harm == "damage":
+            next(newest.path.glob("*.safetensors")).write_bytes(b"not what it was")
+        else:
+            error = "tensor x digests to 1, not 2"
+            cluster.faults[("rollout-1", LoadFolder)] = lambda message: (
+                Updated(message.version, {}, error=error) if harm == "digest" else None
+            )
+        cluster.log.clear()
+        cluster.catch_up.start(others=())
+        if harm == "new life":
+            core.rollout_joined("rollout-1", 4, 0.0)
+            cluster.catch_up.forget("rollout-1")
+        await cluster.settle()
+        server = fleet["rollout-1"]
+        if harm == "damage":
+            assert server.state is ServerState.STALE and not newest.path.exists()
+            cluster.catch_up.start(others=())
+            await cluster.settle()
+            assert server.is_serving and server.version == 1  # of the folder before
+        elif harm == "new life":
+            assert server.state is ServerState.STALE and not cluster.sent(Shutdown)
+        else:
+            assert server.state is ServerState.FENCED and cluster.sent(Shutdown) == ["rollout-1"]
+            assert ("tensor x" if harm == "digest" else "update_timeout_s") in server.reason
+            assert newest.path.exists()
+
+    in_loop(body)
+
+
+def test_beside_the_network_a_folder_is_written_when_the_servers_serve_already(tmp_path: Path, model: Path) -> None:
+    cluster = Cluster(tmp_path, model, transport="network", folder_every=2)
+    publisher = cluster.publisher
+
+    async def body() -> None:
+        for version, released_at_once in ((1, True), (2, False)):
+            cluster.log.clear()
+            outcome = publisher.outcome = Outcome(version, ["rollout-0"])
+            publisher._sources = frozenset({"trainer-0", "trainer-1"})
+            await publisher._release(version, ["trainer-0", "trainer-1"], outcome)
+            assert bool(cluster.sent(Published)) == released_at_once
+            await publisher.afterwards()
+            assert cluster.sent(Published) == ["trainer-0", "trainer-1"]
+        assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [2]
+        cluster.faults = {("trainer-0", WriteFolder): lambda message: None}
+        publisher.outcome = Outcome(4, ["rollout-0"])
+        await publisher._release(4, ["trainer-0", "trainer-1"], publisher.outcome)
+        cluster.log.clear()
+        await publisher.afterwards()  # an error in the log, and the trainer goes on
+        assert cluster.sent(Published) == ["trainer-0", "trainer-1"]
+
+    in_loop(body)
