@@ -1,7 +1,7 @@
 """What crosses a process border, who sends it to whom, and what answers it.
 
-On the wire a message is a msgpack header and one raw frame per array; nothing is ever pickled. Everything goes through
-the controller (a star), so "worker" below means the peer at the other end of the controller's one socket.
+wire.py tells how they travel. Everything goes through the controller (a star), so "worker" below means the peer at the
+other end of the controller's one socket.
 
 `epoch` is the controller's life, `attempt` counts the leases of one group. A reply that carries an old one changes a
 counter and nothing else (fencing).
@@ -12,16 +12,11 @@ from __future__ import annotations
 from typing import Any, Literal, Union
 
 import msgspec
-import numpy as np
 
-from megatron_async_rl.errors import ProtocolError
 from megatron_async_rl.snapshots import FileEntry
 from megatron_async_rl.types import Partial, Prompt, Purpose, Sample, TrainSample
 
-PROTOCOL = 1
 Role = Literal["rollout", "reward", "trainer"]
-Frame = bytes | memoryview
-_DTYPES = {"<i4": np.dtype("<i4"), "<f4": np.dtype("<f4")}  # the only element types that travel
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -32,16 +27,23 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 
 
 class Hello(Message, frozen=True):
-    """Worker -> controller, first of all. Answered by Welcome or Refused."""
+    """Worker -> controller, first of all. Answered by Welcome or, where the two ends do not match, by Refused.
+
+    Every version of this package must be able to read `name`, `package` and `schema` of any other's.
+    """
 
     role: Role
     name: str
     pid: int
-    protocol: int = PROTOCOL
     leader: int = -1  # trainer: data-parallel rank whose share this rank fetches; -1: none
     capacity: int = 0  # rollout: samples in flight at most; reward: verdicts at once
     stage: int = -1  # trainer: pipeline stage whose weights this rank sends; -1: none
     serving: int = -1  # rollout: version that its server holds, verified, with the gate open; -1: none
+    tokenizer: str = (
+        ""  # tokenizer.fingerprint of the model folder as this worker sees it; empty: it has no use for one
+    )
+    package: str = ""  # version of this package; filled in by the transport, like the next
+    schema: str = ""  # digest of all message types, wire.SCHEMA
 
 
 class Welcome(Message, frozen=True):
@@ -366,53 +368,3 @@ AnyMessage = Union[
     UpdateWeights, UpdateReady, SendBuckets, ReceiveBuckets, BucketsSent, WeightDigests, AbandonUpdate, Updated, Published,
     WriteFolder, FolderWritten, LoadFolder,
 ]  # fmt: skip
-
-
-class Codec:
-    """Messages (or another tagged union of structs) to frames and back. Not for use from two threads at once."""
-
-    def __init__(self, kind: Any = AnyMessage) -> None:
-        self._frames: list[Frame] = []
-        self._num_read = 0
-        self._encoder = msgspec.msgpack.Encoder(enc_hook=self._put_array)
-        self._decoder = msgspec.msgpack.Decoder(kind, dec_hook=self._get_array)
-
-    def encode(self, message: msgspec.Struct) -> list[Frame]:
-        """Frames: msgpack header | one raw frame per array, in the order in which the header names them."""
-        self._frames = []
-        try:
-            header = self._encoder.encode(message)
-        except (UnicodeEncodeError, OverflowError) as e:
-            raise ProtocolError(f"a {type(message).__name__} holds what cannot travel: {e}") from None
-        return [header, *self._frames]
-
-    def decode(self, frames: list[Frame]) -> Any:
-        """The message; its arrays are read-only views of the frames. Raises ProtocolError on anything malformed."""
-        self._frames, self._num_read = frames[1:], 0
-        try:
-            message = self._decoder.decode(frames[0])
-            if self._num_read != len(frames) - 1:
-                raise ValueError(f"the header names {self._num_read} arrays")
-        except (msgspec.DecodeError, IndexError, ValueError, TypeError, RecursionError) as e:
-            raise ProtocolError(f"malformed message of {len(frames)} frames: {e}") from None
-        finally:
-            self._frames = []
-        return message
-
-    def _put_array(self, value: Any) -> Any:
-        if not isinstance(value, np.ndarray) or value.dtype.str not in _DTYPES or value.ndim != 1:
-            raise ProtocolError(
-                f"{type(value).__name__} {getattr(value, 'dtype', '')} does not travel; 1-D int32/float32 do"
-            )
-        self._frames.append(np.ascontiguousarray(value).view(np.uint8).data if value.size else b"")
-        return (value.dtype.str, len(self._frames) - 1)
-
-    def _get_array(self, kind: type, value: Any) -> Any:
-        if kind is not np.ndarray:
-            raise ProtocolError(f"no decoder for {kind}")
-        dtype, index = value
-        if dtype not in _DTYPES or index != self._num_read:
-            raise ValueError(f"array of type {dtype!r} in frame {index}, expected frame {self._num_read}")
-        self._num_read += 1
-        frame = self._frames[index]
-        return np.frombuffer(frame, _DTYPES[dtype]) if len(frame) else np.empty(0, _DTYPES[dtype])

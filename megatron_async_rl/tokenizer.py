@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 
 from megatron_async_rl.errors import ConfigError, DataError
+
+
+def fingerprint(model_path: str | Path) -> str:
+    """Digest of what text becomes under this folder: vocabulary, merges, special tokens, chat template.
+
+    Of the content, not of how the files are written: two hosts with the same one may have copies that were saved anew.
+    """
+    folder = Path(model_path)
+    tokenizer, settings = _read_json(folder / "tokenizer.json"), _read_json(folder / "tokenizer_config.json")
+    parts = ("model", "added_tokens", "normalizer", "pre_tokenizer", "decoder")
+    shared = [tokenizer.get(part) for part in parts] + [settings.get(part) for part in ("chat_template", "bos_token")]
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Tokenizer:

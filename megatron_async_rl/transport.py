@@ -18,16 +18,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import zmq
 import zmq.asyncio
 import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
+from megatron_async_rl import __version__
 from megatron_async_rl.errors import ConfigError, ProtocolError
 from megatron_async_rl.messages import (
     AnyMessage,
     CheckpointSaved,
-    Codec,
     GetBatch,
     Heartbeat,
     Hello,
@@ -41,11 +42,17 @@ from megatron_async_rl.messages import (
     TrainBatch,
     Welcome,
 )
+from megatron_async_rl.wire import SCHEMA, Codec, Stranger, read_stranger
 
 MAX_FRAME_BYTES = 1 << 30  # a larger frame closes the connection that sent it
 LINGER_MS = 2000  # what is queued at close has this long to leave
 REBIND_S = 30.0  # an earlier life's port must be free by then
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def with_versions(hello: Hello) -> Hello:
+    """Says which messages this end speaks: the controller refuses others."""
+    return msgspec.structs.replace(hello, package=__version__, schema=SCHEMA)
 
 
 class Peer(bytes):
@@ -84,14 +91,17 @@ class Hub:
             port = self._socket.bind_to_random_port(f"tcp://{host}")
             _write_atomic(before, f"tcp://{host}:{port}\n")
 
-    async def receive(self) -> tuple[Peer, AnyMessage]:
-        """The next well-formed message; malformed ones are counted and dropped."""
+    async def receive(self) -> tuple[Peer, AnyMessage | Stranger]:
+        """The next well-formed message, or a Hello of another version; malformed ones are counted and dropped."""
         while True:
             peer, *frames = await self._socket.recv_multipart(copy=False)
+            buffers = [frame.buffer for frame in frames]
             try:
-                return Peer(peer.bytes), self._codec.decode([frame.buffer for frame in frames])
+                return Peer(peer.bytes), self._codec.decode(buffers)
             except ProtocolError:
                 self.num_malformed += 1
+                if buffers and (stranger := read_stranger(buffers[0])):
+                    return Peer(peer.bytes), stranger
 
     async def send(self, peer: Peer, message: Message) -> bool:
         """False where that worker is no longer connected: the caller learns of the loss by its missing heartbeat."""
@@ -137,7 +147,7 @@ class Link:
 
         A callable is asked again whenever the controller wants a new hello: what was leased before it is void.
         """
-        self._hello = hello if callable(hello) else lambda: hello
+        self._hello = lambda: with_versions(hello() if callable(hello) else hello)
         await self.send(self._hello())
         try:
             return _epoch(await asyncio.wait_for(self._receive(), timeout_s))
@@ -190,6 +200,7 @@ class SyncLink:
             return probe.getsockname()[0]
 
     def join(self, hello: Hello, timeout_s: float = 60.0) -> int:
+        hello = with_versions(hello)
         self.send(hello)
         try:
             epoch = _epoch(self._receive(timeout_s))

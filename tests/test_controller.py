@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+import msgspec
 import pytest
 from test_config import tree
 from test_journal import some_facts, write_checkpoint
 from tiny import make_dataset, make_model
 
-from megatron_async_rl import config
+from megatron_async_rl import __version__, config
 from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.journal import JOURNAL_FILE, Journal
 from megatron_async_rl.errors import DataError, Error
 from megatron_async_rl.messages import Heartbeat, Hello, Message, Refused, SayHello, Welcome
 from megatron_async_rl.metrics import RunLog
-from megatron_async_rl.transport import Hub, Link
+from megatron_async_rl.tokenizer import fingerprint
+from megatron_async_rl.transport import Hub, Link, with_versions
+from megatron_async_rl.wire import SCHEMA
 
 TIMEOUT_S = 20.0
 Closes = TypeVar("Closes", Journal, RunLog, Hub, Link)
@@ -75,23 +79,74 @@ async def answer(link: Link, message: Message) -> Message:
     return await link._receive()
 
 
-def test_a_worker_of_another_version_is_refused_with_both_versions(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def hello_of(inputs: tuple[Path, Path], role: Literal["rollout", "reward", "trainer"], name: str, **more: int) -> Hello:
+    """As a worker of this version that sees this model folder says it."""
+    return with_versions(Hello(role, name, 1, capacity=4, tokenizer=fingerprint(inputs[0]), **more))
+
+
+@pytest.mark.parametrize(
+    ("field", "theirs", "what", "remedy"),
+    [
+        ("package", "0.0.9", f"package version 0.0.9 there, {__version__} here", "install the same version"),
+        ("schema", "feed", f"message schema feed there, {SCHEMA} here", "install the same version"),
+        ("schema", "", f"message schema unknown there, {SCHEMA} here", "install the same version"),
+        ("tokenizer", "beef", "tokenizer beef there, ", "put the same files under model.path"),
+    ],
+)
+def test_a_worker_that_differs_is_refused_with_both_sides_and_the_remedy(
+    inputs: tuple[Path, Path], tmp_path: Path, field: str, theirs: str, what: str, remedy: str
+) -> None:
     async def test(controller: Controller, link: Link) -> None:
-        refused = await answer(link, Hello("reward", "reward-0", 1, protocol=999))
-        assert isinstance(refused, Refused) and "protocol 999, this controller" in refused.reason
-        assert not controller.workers
+        other = msgspec.structs.replace(hello_of(inputs, "rollout", "rollout-0"), **{field: theirs})
+        refused = await answer(link, other)
+        assert isinstance(refused, Refused)
+        assert refused.reason.startswith(f"rollout-0 and the controller differ: {what}") and remedy in refused.reason
+        assert len(controller.workers) == 0
+        assert isinstance(await answer(link, hello_of(inputs, "rollout", "rollout-0")), Welcome)  # the run goes on
 
     with_controller(inputs, tmp_path, test)
+
+
+def test_a_worker_whose_hello_cannot_be_read_is_refused_by_name(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    async def test(controller: Controller, link: Link) -> None:
+        old = {"type": "Hello", "role": "trainer", "name": "trainer-0", "pid": 1, "protocol": 1}
+        await link._socket.send_multipart([msgspec.msgpack.encode(old)])
+        refused = await link._receive()
+        assert isinstance(refused, Refused) and refused.reason.startswith(
+            "trainer-0 and the controller differ: package"
+        )
+        assert len(controller.workers) == 0
+
+    with_controller(inputs, tmp_path, test)
+
+
+def test_a_model_folder_saved_anew_is_the_same_tokenizer_and_any_other_is_not(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tokenizer = json.loads((inputs[0] / "tokenizer.json").read_text())
+    settings = json.loads((inputs[0] / "tokenizer_config.json").read_text())
+
+    def saved(tokenizer: dict, settings: dict) -> str:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3, sort_keys=True))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        return fingerprint(tmp_path)
+
+    assert saved(tokenizer, settings) == fingerprint(inputs[0])
+    assert saved(tokenizer, settings | {"chat_template": "{{ messages }}"}) != fingerprint(inputs[0])
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second, *_ = vocabulary
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    assert saved(tokenizer, settings) != fingerprint(inputs[0])
 
 
 def test_who_is_not_known_must_say_hello_and_who_was_lost_too(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     async def test(controller: Controller, link: Link) -> None:
         assert await answer(link, Heartbeat()) == SayHello()
-        assert isinstance(await answer(link, Hello("rollout", "rollout-0", 1, capacity=4, serving=0)), Welcome)
+        assert isinstance(await answer(link, hello_of(inputs, "rollout", "rollout-0", serving=0)), Welcome)
         assert controller.core.fleet.rollout["rollout-0"].is_serving  # it served before this life began
         controller.core.worker_lost("rollout-0", 0.0)
         assert await answer(link, Heartbeat()) == SayHello()
-        assert isinstance(await answer(link, Hello("rollout", "rollout-0", 1, capacity=4, serving=0)), Welcome)
+        assert isinstance(await answer(link, hello_of(inputs, "rollout", "rollout-0", serving=0)), Welcome)
         assert not controller.core.fleet.rollout["rollout-0"].is_serving  # lost once in this life: not trusted again
 
     with_controller(inputs, tmp_path, test)
@@ -101,7 +156,7 @@ def test_each_life_has_an_epoch_of_its_own(inputs: tuple[Path, Path], tmp_path: 
     epochs = []
 
     async def test(controller: Controller, link: Link) -> None:
-        welcome = await answer(link, Hello("reward", "reward-0", 1, capacity=1))
+        welcome = await answer(link, hello_of(inputs, "reward", "reward-0"))
         assert isinstance(welcome, Welcome)
         epochs.append(welcome.epoch)
         await controller.journal.durable()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 import types
 import typing
 from typing import Any, get_args, get_origin
@@ -15,8 +18,9 @@ from hypothesis import strategies as st
 
 from megatron_async_rl import messages
 from megatron_async_rl.errors import ProtocolError
-from megatron_async_rl.messages import AnyMessage, Codec, Score, TrainBatch
+from megatron_async_rl.messages import AnyMessage, Score, TrainBatch
 from megatron_async_rl.types import TrainSample
+from megatron_async_rl.wire import SCHEMA, Codec, Frame, read_stranger, schema_of
 
 MESSAGES = get_args(AnyMessage)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)  # lone surrogates are no text
@@ -78,7 +82,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def received(frames: list[messages.Frame]) -> list[bytes]:
+def received(frames: list[Frame]) -> list[bytes]:
     return [bytes(frame) for frame in frames]
 
 
@@ -228,3 +232,58 @@ def test_flipped_bytes_are_refused_or_decode_to_a_message(frame: int, data: st.D
     except ProtocolError:
         return
     assert isinstance(message, messages.Message)
+
+
+class Told(messages.Message, frozen=True, tag="Told"):
+    version: int
+    sample: TrainSample
+    error: str = ""
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [("version", int), ("sample", TrainSample), ("error", str)],  # must be there
+        [("version", int), ("sample", TrainSample), ("error", str, ""), ("more", int, 0)],
+        [("version", int), ("sample", TrainSample)],
+        [("version", float), ("sample", TrainSample), ("error", str, "")],
+        [("version", int), ("sample", TrainSample | None), ("error", str, "")],
+        [("version", int), ("sample", messages.Bucket), ("error", str, "")],
+        [("number", int), ("sample", TrainSample), ("error", str, "")],
+    ],
+)
+def test_any_change_to_a_message_changes_the_schema(fields: list[tuple]) -> None:
+    changed = msgspec.defstruct("Told", fields, bases=(messages.Message,), tag="Told", frozen=True, module=__name__)
+    assert schema_of(changed) != schema_of(Told)
+
+
+def test_a_change_inside_what_a_message_holds_changes_the_schema() -> None:
+    inner = msgspec.defstruct("TrainSample", [(f.name, f.type) for f in msgspec.structs.fields(TrainSample)][:-1])
+    fields = [("version", int), ("sample", inner), ("error", str, "")]
+    changed = msgspec.defstruct("Told", fields, bases=(messages.Message,), tag="Told", frozen=True)
+    assert schema_of(changed) != schema_of(Told)
+
+
+def test_the_schema_is_the_same_in_every_process() -> None:
+    program = "from megatron_async_rl.wire import SCHEMA; print(SCHEMA)"
+    seeds = ("0", "1")  # of str hashes, which order sets
+    answers = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in seeds
+    ]
+    assert answers == [f"{SCHEMA}\n"] * 2
+
+
+def test_of_another_version_s_hello_the_name_and_versions_are_read_and_of_nothing_else() -> None:
+    old = {"type": "Hello", "role": "rollout", "name": "rollout-0", "protocol": 1, "shoes": [1, 2]}
+    stranger = read_stranger(msgspec.msgpack.encode(old))
+    assert stranger is not None and (stranger.name, stranger.package, stranger.schema) == ("rollout-0", "", "")
+    for other in ({"type": "Heartbeat", "name": "x"}, {"name": "x"}, [1], "Hello", {"type": "Hello", "name": 1}):
+        assert read_stranger(msgspec.msgpack.encode(other)) is None
+    assert read_stranger(b"\x80\x04\x95.") is None

@@ -17,7 +17,6 @@ import zmq.auth
 from megatron_async_rl import transport
 from megatron_async_rl.errors import ConfigError, ProtocolError
 from megatron_async_rl.messages import (
-    Codec,
     GetBatch,
     Heartbeat,
     Hello,
@@ -27,8 +26,9 @@ from megatron_async_rl.messages import (
     TrainBatch,
     Welcome,
 )
-from megatron_async_rl.transport import Hub, Link, Peer, SyncLink
+from megatron_async_rl.transport import Hub, Link, Peer, SyncLink, with_versions
 from megatron_async_rl.types import TrainSample
+from megatron_async_rl.wire import Codec
 
 TIMEOUT_S = 10.0
 HELLO = Hello(role="reward", name="reward-0", pid=1)
@@ -125,7 +125,7 @@ def test_a_socket_without_this_runs_keys_delivers_nothing(tmp_path: Path, who: s
         link = Link(tmp_path)
         joining = asyncio.create_task(link.join(Hello(role="rollout", name="ours", pid=2)))
         peer, message = await hub.receive()
-        assert message == Hello(role="rollout", name="ours", pid=2)
+        assert message == with_versions(Hello(role="rollout", name="ours", pid=2))
         await hub.send(peer, Welcome(epoch=0))
         await joining
         with pytest.raises(TimeoutError):
@@ -271,7 +271,7 @@ def test_workers_find_the_controller_s_next_life_and_say_again_what_they_wait_fo
                     await hub.send(peer, Welcome(2))
                 if isinstance(message, GetBatch) or (isinstance(message, Hello) and message.role == "reward"):
                     await hub.send(peer, Shutdown("over"))
-        assert GetBatch(4) in told and Hello("reward", "reward-0", 2) in told
+        assert GetBatch(4) in told and with_versions(Hello("reward", "reward-0", 2)) in told
         assert await waiting == await receiving == Shutdown("over")
         assert sync.ended == Shutdown("over")
         sync.close()

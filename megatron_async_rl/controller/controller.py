@@ -53,7 +53,7 @@ from megatron_async_rl.controller.updates import Updates
 from megatron_async_rl.controller.workers import Workers
 from megatron_async_rl.errors import Error, Preempted
 from megatron_async_rl.messages import Shutdown
-from megatron_async_rl.tokenizer import Tokenizer
+from megatron_async_rl.tokenizer import Tokenizer, fingerprint
 from megatron_async_rl.transport import Hub
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class Controller:
         self.saving = Saving(config, self.core, journal)
         self.evaluation = Evaluation(eval_prompts, self.core, journal, self.progress, act)
         self.handlers = Handlers(
+            fingerprint(config.model.path),
             self.core, self.workers, self.publisher, self.updates, self.delivery, self.saving, self.lengths,
             self.progress, act,
         )  # fmt: skip

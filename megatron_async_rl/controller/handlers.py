@@ -18,7 +18,6 @@ from megatron_async_rl.controller.updates import Updates
 from megatron_async_rl.controller.workers import Workers
 from megatron_async_rl.errors import Error, ProtocolError
 from megatron_async_rl.messages import (
-    PROTOCOL,
     AnyMessage,
     BucketsSent,
     CheckpointSaved,
@@ -42,6 +41,7 @@ from megatron_async_rl.messages import (
     Welcome,
 )
 from megatron_async_rl.transport import Peer
+from megatron_async_rl.wire import SCHEMA, Stranger
 
 logger = logging.getLogger(__name__)
 _PUBLISH_ANSWERS = (UpdateReady, GroupOpened, GroupJoined, BucketsSent, FolderWritten, Updated)
@@ -50,6 +50,7 @@ _PUBLISH_ANSWERS = (UpdateReady, GroupOpened, GroupJoined, BucketsSent, FolderWr
 class Handlers:
     def __init__(
         self,
+        tokenizer: str,
         core: Core,
         workers: Workers,
         publisher: Publisher,
@@ -60,6 +61,7 @@ class Handlers:
         progress: Progress,
         act: Callable[[list[Action]], Awaitable[None]],
     ) -> None:
+        self._tokenizer = tokenizer  # fingerprint of ours
         self._core = core
         self._workers = workers
         self._publisher = publisher
@@ -70,7 +72,11 @@ class Handlers:
         self._progress = progress
         self._act = act
 
-    async def received(self, peer: Peer, message: AnyMessage) -> None:
+    async def received(self, peer: Peer, message: AnyMessage | Stranger) -> None:
+        if isinstance(message, Hello | Stranger) and (difference := self._difference(message)):
+            logger.error("refused: %s", difference)
+            await self._workers.hub.send(peer, Refused(difference))
+            return
         if isinstance(message, Hello):
             await self._welcome(peer, message)
             return
@@ -88,11 +94,25 @@ class Handlers:
 
     # ---- joining
 
+    def _difference(self, hello: Hello | Stranger) -> str:
+        """Why this worker and we would not understand each other; empty when we do."""
+        found = []
+        for what, theirs, ours in (
+            ("package version", hello.package, __version__),
+            ("message schema", hello.schema, SCHEMA),
+        ):
+            if theirs != ours:
+                found.append(f"{what} {theirs or 'unknown'} there, {ours} here")
+        if found:
+            remedy = "install the same version of megatron_async_rl on every host"
+        elif isinstance(hello, Hello) and hello.role != "reward" and hello.tokenizer != self._tokenizer:
+            found = [f"tokenizer {hello.tokenizer or 'unknown'} there, {self._tokenizer} here"]
+            remedy = "put the same files under model.path on every host (tokenizer.json, tokenizer_config.json)"
+        else:
+            return ""
+        return f"{hello.name} and the controller differ: {'; '.join(found)}; {remedy}"
+
     async def _welcome(self, peer: Peer, hello: Hello) -> None:
-        if hello.protocol != PROTOCOL:
-            reason = f"{hello.name} speaks protocol {hello.protocol}, this controller ({__version__}) {PROTOCOL}"
-            await self._workers.hub.send(peer, Refused(f"{reason}; install the same version everywhere"))
-            return
         core, now = self._core, time.monotonic()
         was_here = self._workers.join(peer, hello)
         await self._workers.hub.send(peer, Welcome(core.epoch))

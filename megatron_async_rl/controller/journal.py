@@ -24,7 +24,7 @@ import msgspec
 from megatron_async_rl.controller.facts import Admitted, AnyFact, Batched, Fact, Judged, Returned
 from megatron_async_rl.controller.spill import Place, Spill, SpillReader
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.messages import Codec
+from megatron_async_rl.wire import Codec
 
 logger = logging.getLogger(__name__)
 JOURNAL_FILE = "journal.sqlite"

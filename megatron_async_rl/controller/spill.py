@@ -20,7 +20,7 @@ import msgspec
 
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.files import sync
-from megatron_async_rl.messages import Frame
+from megatron_async_rl.wire import Frame
 
 SEGMENT_BYTES = 256 << 20  # a file is closed at this size; it goes when the last group in it is pruned
 ALLOCATE_BYTES = 8 << 20  # taken from the file system at once: growing a file write by write costs six times the CPU

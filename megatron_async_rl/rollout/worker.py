@@ -34,7 +34,7 @@ from megatron_async_rl.rollout.interruption import ABORT_AGAIN_S
 from megatron_async_rl.rollout.server import Server
 from megatron_async_rl.rollout.updates import WeightUpdates
 from megatron_async_rl.rollout.workflow import Completion, Workflow
-from megatron_async_rl.tokenizer import Tokenizer
+from megatron_async_rl.tokenizer import Tokenizer, fingerprint
 from megatron_async_rl.transport import Link
 from megatron_async_rl.types import Partial, Segment, join_segments
 
@@ -47,6 +47,7 @@ MAX_LEFT = 4096  # samples whose tokens are kept here, for a controller that com
 class RolloutWorker:
     def __init__(self, name: str, config: Config, link: Link, server: Server, workflow: Workflow) -> None:
         self.tokenizer = Tokenizer(config.model.path)
+        self._fingerprint = fingerprint(config.model.path)
         self._name = name
         self._config = config
         self._link = link
@@ -82,7 +83,14 @@ class RolloutWorker:
         if self._leases:
             self._spawn(self._void_leases())
         serving = self.updates.version if self.gate.is_open else -1
-        return Hello("rollout", self._name, os.getpid(), capacity=self._capacity, serving=serving)
+        return Hello(
+            "rollout",
+            self._name,
+            os.getpid(),
+            capacity=self._capacity,
+            serving=serving,
+            tokenizer=self._fingerprint,
+        )
 
     async def generate(self, ids: list[int], sampling: Sampling, lease: SampleLease | None = None) -> Completion:
         """Generates to the end across any number of weight updates: one segment per version.

@@ -21,7 +21,6 @@ from megatron_async_rl.errors import ProtocolError
 from megatron_async_rl.messages import (
     AnyMessage,
     CheckpointSaved,
-    Codec,
     GetBatch,
     Hello,
     Republish,
@@ -29,9 +28,11 @@ from megatron_async_rl.messages import (
     StepDone,
     TrainBatch,
 )
+from megatron_async_rl.tokenizer import fingerprint
 from megatron_async_rl.transport import SyncLink
 from megatron_async_rl.types import TrainSample
 from megatron_async_rl.weights.reshard import is_source
+from megatron_async_rl.wire import Codec
 
 LISTEN_S = 5.0  # a leader that waits tells its replica so this often: waiting is not a stuck collective
 
@@ -53,6 +54,7 @@ class ControllerLink:
                     os.getpid(),
                     leader=replica if self.is_leader else -1,
                     stage=stage if self.is_source else -1,
+                    tokenizer=fingerprint(config.model.path),
                 )
             )
 
