@@ -14,7 +14,7 @@ from megatron_async_rl import checkpoints
 from megatron_async_rl.controller.facts import Admitted, Batched, Began, Closed, Judged, Kept, Leased, Returned, Trained
 from megatron_async_rl.controller.journal import JOURNAL_FILE, read_facts
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.metrics import read_samples
+from megatron_async_rl.sample_log import read_samples
 
 
 @dataclass

@@ -37,7 +37,7 @@ def render(status: Status, now_unix: float | None = None) -> RenderableType:
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="bold", no_wrap=True)
     rows.add_column(ratio=1)
-    rows.add_row("step", _progress(status, now_unix))
+    rows.add_row("step", _progress(status))
     if status.reward_mean is not None:
         rows.add_row("reward", _reward(status))
     if status.generate_tokens_per_s is not None:
@@ -73,7 +73,7 @@ def ledger(status: Status) -> RenderableType:
 
 def summary(status: Status) -> str:
     """The last lines of a run: what it was for, before and after."""
-    took = _duration(status.updated_unix - status.started_unix)
+    took = _duration(status.elapsed_s)
     lines = [f"{status.state} after {status.version} of {status.steps} steps in {took}"]
     if status.message:
         lines[0] += f": {status.message}"
@@ -91,8 +91,9 @@ def summary(status: Status) -> str:
         lines.append(f"reward      {first:.3f} in the first step  ->  {last:.3f} in the last")
     if status.staleness_max is not None:
         lines.append(
-            f"staleness   mean {_number(status.staleness_mean)}, max {status.staleness_max} of "
-            f"{status.staleness_limit} allowed; {status.interrupted_samples:,} samples went on under newer weights"
+            f"staleness   mean {_number(status.staleness_mean)}, max {status.staleness_max} in the last step, "
+            f"{status.staleness_worst} in the whole run, of {status.staleness_limit} allowed; "
+            f"{status.interrupted_samples:,} samples went on under newer weights"
         )
     if status.ledger:
         lines.append(f"groups      {_books(status.ledger).plain}")
@@ -113,7 +114,9 @@ def line(status: Status) -> str:
     if status.generate_tokens_per_s is not None:
         parts.append(f"{status.generate_tokens_per_s:,.0f} tokens/s generated")
     if status.staleness_max is not None:
-        parts.append(f"staleness max {status.staleness_max} of {status.staleness_limit}")
+        parts.append(
+            f"staleness max {status.staleness_max}, worst {status.staleness_worst} of {status.staleness_limit}"
+        )
     if status.update_s is not None:
         parts.append(f"update {status.update_s:.2f} s")
     if status.evals:
@@ -126,22 +129,26 @@ def line(status: Status) -> str:
 def live(run_dir: Path, stop: Callable[[], bool], console: Console | None = None) -> None:
     """Follows the run until `stop()`: a panel on a terminal, else a line at each change of version or state."""
     console = console or Console()
-    began_unix = time.time()
+    began, before = time.monotonic(), _ended_before(run_dir)
+
+    def read() -> Status:
+        return _read(run_dir, before, time.monotonic() - began)
+
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as panel:
             while not stop():
-                panel.update(render(_read(run_dir, began_unix)), refresh=True)
+                panel.update(render(read()), refresh=True)
                 time.sleep(POLL_S)
-            panel.update(render(_read(run_dir, began_unix)), refresh=True)
+            panel.update(render(read()), refresh=True)
         return
     shown, shown_at = None, 0.0
     while True:
         stopping = stop()  # asked first: what was written before it is still shown
-        status = _read(run_dir, began_unix)
+        status = read()
         change = (status.state, status.version, status.message)
         waiting = status.state not in ("training", *FINAL_STATES)
         if change != shown or (waiting and time.monotonic() - shown_at > PLAIN_LINE_S - POLL_S):
-            waited = f" | {_duration(time.time() - began_unix)} so far" if waiting and change == shown else ""
+            waited = f" | {_duration(time.monotonic() - began)} so far" if waiting and change == shown else ""
             console.print(line(status) + waited, soft_wrap=True, markup=False, highlight=False)
             shown, shown_at = change, time.monotonic()
         if stopping:
@@ -156,25 +163,35 @@ def screenshot_svg(status: Status, width: int = 88) -> str:
     return console.export_svg(title="python -m megatron_async_rl run")
 
 
-def _read(run_dir: Path, began_unix: float) -> Status:
-    """The status, or that of a run that starts: also while the end of an earlier run in this folder still stands."""
-    starting = Status(message="waiting for the controller", started_unix=began_unix)
+def _ended_before(run_dir: Path) -> Status | None:
+    """The end of an earlier run in this folder, which stands there until the next one writes."""
     try:
         status = read_status(run_dir)
     except DataError:
-        return starting
-    return starting if status.state in FINAL_STATES and status.updated_unix < began_unix else status
+        return None
+    return status if status.state in FINAL_STATES else None
 
 
-def _progress(status: Status, now_unix: float) -> RenderableType:
+def _read(run_dir: Path, before: Status | None, waited_s: float) -> Status:
+    """The status, or that of a run that starts."""
+    try:
+        status = read_status(run_dir)
+    except DataError:
+        status = before
+    if status is None or status == before:
+        return Status(message="waiting for the controller", elapsed_s=waited_s)
+    return status
+
+
+def _progress(status: Status) -> RenderableType:
     row = Table.grid(padding=(0, 2))
     row.add_column(no_wrap=True)
     row.add_column(ratio=1, min_width=10)
     row.add_column(no_wrap=True, justify="right")
     if status.state in FINAL_STATES:
-        clock = f"took {_duration(status.updated_unix - status.started_unix)}"
+        clock = f"took {_duration(status.elapsed_s)}"
     else:
-        parts = [f"{_duration(now_unix - status.started_unix)} gone"] if status.started_unix else []
+        parts = [f"{_duration(status.elapsed_s)} gone"] if status.elapsed_s else []
         parts += [f"{_duration(status.eta_s)} left"] if status.eta_s is not None else []
         clock = ", ".join(parts)
     bar = ProgressBar(total=status.steps or 1, completed=status.version, finished_style="green")
@@ -197,12 +214,14 @@ def _throughput(status: Status) -> Text:
 
 
 def _staleness(status: Status) -> Text:
-    over = (status.staleness_max or 0) > status.staleness_limit
+    over = (status.staleness_worst or 0) > status.staleness_limit
     text = Text.assemble(
         "mean ",
         (_number(status.staleness_mean), "bold"),
         "   max ",
-        (str(status.staleness_max), "bold red" if over else "bold"),
+        (str(status.staleness_max), "bold"),
+        "   worst so far ",
+        (str(status.staleness_worst), "bold red" if over else "bold"),
         f" of {status.staleness_limit}",
     )
     if status.interrupted_samples:

@@ -16,8 +16,8 @@ def make_status(**changes: object) -> Status:
     status = Status(
         state="training",
         pid=77,
-        started_unix=1000.0,
         updated_unix=1252.0,
+        elapsed_s=252.0,
         version=37,
         steps=60,
         eta_s=72.0,
@@ -26,7 +26,8 @@ def make_status(**changes: object) -> Status:
         generate_tokens_per_s=12345.2,
         train_tokens_per_s=8910.0,
         staleness_mean=0.83,
-        staleness_max=3,
+        staleness_max=2,
+        staleness_worst=3,
         staleness_limit=4,
         update_s=0.113,
         update_fraction=0.006,
@@ -53,8 +54,8 @@ def test_the_panel_shows_what_matters_and_fits(width: int) -> None:
     text = draw(make_status(), width)
     assert all(len(row) <= width for row in text.splitlines())
     for part in (
-        "training", "37/60", "4:13 gone, 1:12 left", "0.710", "▁", "█", "12,345 generated", "8,910 trained",
-        "mean 0.83   max 3 of 4", "0.11 s", "0.6% of the time", "waits for samples 3%", "rollout-1  updating",
+        "training", "37/60", "4:12 gone, 1:12 left", "0.710", "▁", "█", "12,345 generated", "8,910 trained",
+        "mean 0.83   max 2   worst so far 3 of 4", "0.11 s", "0.6% of the time", "waits for samples 3%", "rollout-1  updating",
         "31.2% (v0)  ->  65.5% (v37)", "1,220 admitted = 1,184 trained + 33 pending + 3 dropped",
     ):  # fmt: skip
         assert part in text
@@ -84,7 +85,7 @@ def test_the_summary_tells_the_evaluation_before_and_after() -> None:
     text = display.summary(make_status(state="finished", version=60))
     assert text.splitlines()[0] == "finished after 60 of 60 steps in 4:12"
     assert "31.2% before (v0)  ->  65.5% after (v37), on 256 problems" in text
-    assert "max 3 of 4 allowed; 214 samples went on under newer weights" in text
+    assert "max 2 in the last step, 3 in the whole run, of 4 allowed; 214 samples went on under newer weights" in text
 
 
 def test_the_summary_of_a_failed_run_says_why() -> None:

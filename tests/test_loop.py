@@ -27,7 +27,8 @@ from tiny import make_dataset, make_model
 
 from megatron_async_rl import config
 from megatron_async_rl.doctor import engine_python
-from megatron_async_rl.metrics import SampleLine, Status, read_samples, read_status
+from megatron_async_rl.metrics import Status, read_status
+from megatron_async_rl.sample_log import SampleLine, read_samples
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS, ETA = 6, 3
@@ -180,7 +181,7 @@ def fresh_logprobs(run_dir: Path, version: int, line: SampleLine) -> np.ndarray:
     """[num_generated]: logprob of each generated token, by one prefill of the whole under the weights of `version`."""
     import torch
 
-    ids = torch.tensor(line.ids)
+    ids = torch.tensor(line.ids, dtype=torch.long)
     with torch.no_grad():
         logits = policy(run_dir, version)(input_ids=ids[None]).logits[0, :-1]
     logprobs = torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[:, 0]

@@ -1,3 +1,4 @@
+import base64
 import json
 import subprocess
 import sys
@@ -15,10 +16,9 @@ from megatron_async_rl.metrics import (
     RunLog,
     Server,
     Status,
-    TrainedGroup,
-    read_samples,
     read_status,
 )
+from megatron_async_rl.sample_log import TrainedGroup, read_samples
 from megatron_async_rl.types import NOT_GENERATED, Sample, Segment, join_segments
 
 
@@ -122,9 +122,13 @@ def test_every_trained_sample_becomes_one_line_that_people_can_grep(tmp_path: Pa
     assert first == {
         "version": 4, "group_id": 5, "prompt_id": "p5", "index": 0, "reward": 1.0, "advantage": 0.5,
         "num_prompt": 3, "num_generated": 20, "versions": [[3, 12], [4, 8]], "stop": "stop", "num_interrupts": 1,
-        "text": "1+1=2", "ids": [1, 2, 3] + [7] * 20, "logprobs": [-0.5] * 20,
+        "text": "1+1=2", "ids": first["ids"], "logprobs": first["logprobs"],
     }  # fmt: skip
+    assert np.frombuffer(base64.b64decode(first["ids"]), "<i4").tolist() == [1, 2, 3] + [7] * 20
+    assert np.frombuffer(base64.b64decode(first["logprobs"]), "<f4").tolist() == [-0.5] * 20
     assert (second["index"], second["reward"], second["versions"]) == (1, 0.0, [[4, 2]])
+    line, _ = read_samples(tmp_path)
+    assert line.ids.tolist() == [1, 2, 3] + [7] * 20 and line.logprobs.tolist() == [-0.5] * 20
 
 
 def test_tokens_of_tools_between_turns_are_in_no_version_run(tmp_path: Path) -> None:
@@ -166,7 +170,7 @@ def test_a_status_comes_back_as_it_was_written(tmp_path: Path) -> None:
     status = Status(
         state="training", version=3, steps=10, ledger={"admitted": 4, "dropped.stale": 1}, reward_history=[0.5],
         fleet=[Server("rollout-0", "serving", 3, 8)], evals=[Evaluation(0, 0.25, 64)],
-        pid=1, started_unix=2.0,
+        pid=1, elapsed_s=2.0, staleness_max=1, staleness_worst=3,
     )  # fmt: skip
     log.status(status)
     log.close()
@@ -174,6 +178,9 @@ def test_a_status_comes_back_as_it_was_written(tmp_path: Path) -> None:
     status.updated_unix = read.updated_unix
     assert read == status and read.updated_unix > 2.0
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+    again = RunLog(tmp_path, make_config(tmp_path, tensorboard=False))
+    assert again.staleness_worst == read_status(tmp_path).staleness_worst == 3  # the run's, over its lives
+    again.close()
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from megatron_async_rl.config import Config
 from megatron_async_rl.controller.fleet import Fleet
 from megatron_async_rl.controller.groups import Group
 from megatron_async_rl.controller.publisher import Outcome
-from megatron_async_rl.metrics import Evaluation, RunLog, Server, State, Status, TrainedGroup
+from megatron_async_rl.metrics import Evaluation, RunLog, Server, State, Status
+from megatron_async_rl.sample_log import TrainedGroup
 from megatron_async_rl.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,9 @@ class Progress:
         self.lost: list[str] = []  # workers that are silent: whoever started them should start them anew
         self._log = run_log
         self._write_error = ""
-        self._status = Status(steps=config.run.steps, staleness_limit=config.staleness.eta)
+        self._status = Status(
+            steps=config.run.steps, staleness_limit=config.staleness.eta, staleness_worst=run_log.staleness_worst
+        )
         self._training_began = 0.0
         self._last_step = 0.0
         self._step_times: deque[float] = deque(maxlen=ETA_STEPS)
@@ -90,6 +93,7 @@ class Progress:
         self._waited_s += waited_s
         self._status.staleness_mean = float(staleness.mean()) if staleness.size else 0.0
         self._status.staleness_max = int(staleness.max()) if staleness.size else 0
+        self._status.staleness_worst = max(self._status.staleness_max, self._status.staleness_worst or 0)
         self._status.reward_mean = float(rewards.mean())
         self._status.reward_history.append(self._status.reward_mean)
         self._step_stats["perf/time/wait_for_batch_s"] = waited_s
@@ -111,13 +115,13 @@ class Progress:
         self._step_stats["perf/time/step_s"] = step_s
         self._step_stats["perf/train_tokens_per_s"] = status.train_tokens_per_s
         self._step_stats["perf/generate_tokens_per_s"] = self._generate_rate()
-        self._step_stats |= {f"ledger/{name}": count for name, count in self.ledger.items()}
+        self._step_stats |= {f"ledger/{name.replace('.', '_')}": count for name, count in self.ledger.items()}
         self._record(self._log.step, version, self._step_stats)
         self._step_stats = {}
         books = ", ".join(f"{name} {count}" for name, count in self.ledger.items())
         logger.info(
-            "step %d/%d: reward %.3f, staleness mean %.2f max %d, loss %.4f, step %.1f s, waited %.1f s; ledger: %s",
-            version, status.steps, status.reward_mean, status.staleness_mean, status.staleness_max,
+            "step %d/%d: reward %.3f, staleness mean %.2f max %d (worst %d), loss %.4f, step %.1f s, waited %.1f s; ledger: %s",
+            version, status.steps, status.reward_mean, status.staleness_mean, status.staleness_max, status.staleness_worst,
             stats["train/loss"], step_s, self._waited_s, books,
         )  # fmt: skip
 
