@@ -3,7 +3,7 @@
 
     python tools/bench_publish.py OUT --model 8b --buckets 2147483648 1073741824      # 2 GPUs: trainer TP=1, engine tp=1
     python tools/bench_publish.py OUT --model 8b --interrupts abort retract           # SGLang >= 0.5.21
-    python tools/bench_publish.py OUT --model 8b --interrupts abort retract --no-radix-cache      # any SGLang
+    python tools/bench_publish.py OUT --model 8b --interrupts abort retract --no-radix-cache      # any
     python tools/bench_publish.py OUT --model 8b --trainer-tp 2 --engine-tp 2         # 4 GPUs
     python tools/bench_publish.py OUT --model tiny --device cpu                       # a try on a laptop, gloo
 
@@ -67,16 +67,22 @@ def table(rows: list[dict[str, Any]], plain: dict[int, float]) -> str:
     ]
     columns += ["GB/s", "plain GB/s", "share", "peak GB", "worst pause ms"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    kinds = ("busy", "bucket_bytes", "wire", "interrupt", "verified")
+    kinds = ("busy", "gap_s", "bucket_bytes", "wire", "interrupt", "verified")
     for kind in sorted({tuple(row[name] for name in kinds) for row in rows}):
-        busy, size, wire, interrupt, verified = kind
+        busy, gap_s, size, wire, interrupt, verified = kind
         chosen = [row for row in rows if tuple(row[name] for name in kinds) == kind and not row["first"]]
         if not chosen:
             continue
         seconds = {phase: statistics.median(r["seconds"].get(phase, 0.0) for r in chosen) for phase in PHASES}
         rate = chosen[0]["bytes"] / seconds["wire"] / 1e9
         plain_rate = chosen[0]["bytes"] / plain[size] / 1e9 if size in plain else float("nan")
-        cells = [f"{size / 1e9:.2f}", wire, interrupt, str(statistics.median(r["interrupted"] for r in chosen))]
+        cells = [
+            f"{gap_s:g}" if busy else "",
+            f"{size / 1e9:.2f}",
+            wire,
+            interrupt,
+            f"{statistics.median(r['interrupted'] for r in chosen):.0f}",
+        ]
         cells += ["yes" if verified else "no", str(len(chosen))]
         cells += [f"{1000 * seconds[phase]:.1f}" for phase in PHASES]
         cells += ["", "", ""] if busy else [f"{rate:.1f}", f"{plain_rate:.1f}", f"{rate / plain_rate:.2f}"]
@@ -99,7 +105,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=7, help="per round; every second one verifies digests")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=4096)
-    parser.add_argument("--gap-s", type=float, default=6.0, help="seconds of generation between updates")
+    parser.add_argument("--gap-s", type=float, nargs="+", default=[6.0], help="seconds of generation between updates")
     parser.add_argument("--kill", action="store_true", help="at the end kill the server in the middle of an update")
     parser.add_argument("--role", choices=["trainer", "rollout", "baseline"], help="for the processes that this starts")
     parser.add_argument("--rank", type=int, default=0)
@@ -140,7 +146,13 @@ async def benchmark(arguments: argparse.Namespace) -> None:
     hub = Hub(out)
     children: list[subprocess.Popen[bytes]] = []
     me = [sys.executable, __file__, str(out), "--updates", str(arguments.updates), "--buckets", *arguments.buckets]
-    me += ["--interrupts", *arguments.interrupts, *(["--no-radix-cache"] if arguments.no_radix_cache else [])]
+    me += [
+        "--gap-s",
+        *map(str, arguments.gap_s),
+        "--interrupts",
+        *arguments.interrupts,
+        *(["--no-radix-cache"] if arguments.no_radix_cache else []),
+    ]
     try:
         children.append(start(arguments, "rollout-0", [*me, "--role", "rollout"], engine_gpus))
         plain = await measure_plain(arguments, me, trainer_gpus, engine_gpus)

@@ -104,7 +104,7 @@ class Bench:
             if kind.busy and not self._next_group:
                 for _ in range(self._arguments.requests):
                     await self.lease()
-                await asyncio.sleep(self._arguments.gap_s)
+                await asyncio.sleep(kind.gap_s)
             self.publisher.forget_groups()
             for number in range(self._arguments.updates):
                 outcome, offer = await self.publish(version)
@@ -115,6 +115,7 @@ class Bench:
                     "wire": kind.wire,
                     "interrupt": kind.interrupt,
                     "busy": kind.busy,
+                    "gap_s": kind.gap_s,
                     "buckets": len(offer.buckets),
                     "bytes": total_bytes,
                     "first": number == 0,
@@ -128,7 +129,7 @@ class Bench:
                 print(json.dumps(row), flush=True)
                 (self._arguments.out / "updates.json").write_text(json.dumps(rows, indent=1))
                 version += 1
-                await asyncio.sleep(self._arguments.gap_s if kind.busy else 0.2)
+                await asyncio.sleep(kind.gap_s)
         if self._arguments.kill:
             await self._kill_in_the_middle(version)
         for name in self._peers:

@@ -34,6 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 PROMPT_TOKENS = 64
 UPDATE_TIMEOUT_S = 20.0
+IDLE_GAP_S = 0.2
 CPU_ENGINE = {
     "device": "cpu",
     "dtype": "float32",
@@ -59,13 +60,14 @@ class Round:
     bucket_bytes: int
     wire: str
     interrupt: str
+    gap_s: float  # between updates
 
 
 def rounds(arguments: argparse.Namespace) -> list[Round]:
     """Idle first: there only the wire matters."""
-    idle = [Round(False, *way(text), arguments.interrupts[0]) for text in arguments.buckets]
-    busy = itertools.product(arguments.buckets, arguments.interrupts)
-    return idle + [Round(True, *way(text), interrupt) for text, interrupt in busy]
+    idle = [Round(False, *way(text), arguments.interrupts[0], IDLE_GAP_S) for text in arguments.buckets]
+    busy = itertools.product(arguments.gap_s, arguments.buckets, arguments.interrupts)
+    return idle + [Round(True, *way(text), interrupt, gap_s) for gap_s, text, interrupt in busy]
 
 
 def way(text: str) -> tuple[int, str]:
