@@ -73,7 +73,11 @@ class Partial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def num_input(self) -> int:
-        return int((self.versions == NOT_GENERATED).sum())
+        return int(np.count_nonzero(self.versions == NOT_GENERATED))
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.ids) - self.num_input
 
     @property
     def oldest_version(self) -> int:

@@ -10,7 +10,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 from test_core import finish, generated, make_core, serve
 from test_recovery import partial, reborn
@@ -20,7 +19,6 @@ from megatron_async_rl.controller import journal as journal_module
 from megatron_async_rl.controller.actions import CutBatch
 from megatron_async_rl.controller.facts import Admitted, Fact
 from megatron_async_rl.controller.journal import Journal, read_facts
-from megatron_async_rl.controller.lengths import ALARM_RATIO, MIN_GROUPS, LengthMeter
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.messages import PartialSample
 
@@ -221,7 +219,7 @@ def test_two_generations_are_kept_and_one_being_written_is_left_alone(tmp_path: 
     ]  # fmt: skip
 
 
-# ---- the offline audit, and the length meter
+# ---- the offline audit
 
 
 def test_the_audit_counts_anew_and_sees_what_does_not_add_up(tmp_path: Path) -> None:
@@ -237,27 +235,3 @@ def test_the_audit_counts_anew_and_sees_what_does_not_add_up(tmp_path: Path) -> 
     journal.close()
     result = audit.audit(tmp_path, eta=1)
     assert result.duplicated >= 1 and result.breaches
-
-
-def test_starved_long_answers_are_warned_of_once() -> None:
-    from megatron_async_rl.controller.facts import Batched, Closed, Returned
-    from megatron_async_rl.types import NOT_GENERATED, Sample
-
-    def sample_of(length: int) -> Sample:
-        versions = np.asarray([NOT_GENERATED] + [0] * length, np.int32)
-        zeros = np.zeros(len(versions), np.float32)
-        return Sample(ids=versions, logprobs=zeros, versions=versions, stop="stop", text="")
-
-    def warnings(short: int, long: int) -> list[str]:
-        meter, told = LengthMeter(), []
-        for number in range(0, 4 * MIN_GROUPS, 2):
-            meter.saw(Returned(number, 0, sample_of(short)))
-            meter.saw(Returned(number + 1, 0, sample_of(long)))
-            meter.saw(Batched(number, [number]))
-            meter.saw(Closed(number + 1, "stale"))
-            meter.check(told.append)
-        return told
-
-    assert warnings(100, 100) == []
-    [warning] = warnings(100, 300)
-    assert "staleness.eta" in warning and ALARM_RATIO * 200 > 100
