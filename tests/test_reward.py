@@ -236,6 +236,22 @@ def test_hostile_answers_end_at_the_deadline_and_the_others_are_judged_right() -
     with_worker(test, timeout_s=0.5)
 
 
+def test_a_clock_that_jumps_ahead_is_no_timeout_and_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool counts seconds by the wall clock: an hour passes in an instant for the answer that is being judged."""
+    now, ahead_s = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: now() + ahead_s[0])
+
+    async def test(worker: RewardWorker) -> None:
+        await worker.score(score(r"\boxed{\sqrt{4}}", "2"))  # the child is there
+        judged = asyncio.create_task(worker.score(score(HOSTILE, "7")))
+        await asyncio.sleep(1)
+        ahead_s[0] = 3600.0
+        scored = await asyncio.wait_for(judged, 15)
+        assert scored.reward is None and "this host's clock was changed" in scored.error
+
+    with_worker(test, timeout_s=30.0)
+
+
 CUSTOM = """
 import os, sys, time
 from pathlib import Path

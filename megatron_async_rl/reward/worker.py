@@ -109,6 +109,9 @@ class RewardWorker:
             reward, error = await self._run(function, arguments, timeout_s)
         except FutureTimeout:  # the pool's, which killed the child
             reward, error = (0.0, "timeout") if self._builtin else (None, f"not judged within {timeout_s:g} s")
+            taken_s = time.perf_counter() - started
+            if taken_s < timeout_s:  # the pool goes by the wall clock: it has jumped, and the answer had no time
+                reward, error = None, f"ended after {taken_s:.1f} s of {timeout_s:g} s: this host's clock was changed"
         except (ProcessExpired, BrokenProcessPool, _PoolStuck) as e:
             reward, error = None, f"the judging process died: {e}"
         return _scored(message, reward, error, started)
