@@ -40,7 +40,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--from-scratch", action="store_true", help="begin anew; a run that is in run.dir is kept under another name"
     )
+    run.add_argument(
+        "--elsewhere",
+        metavar="NAME,...",
+        default="",
+        help="processes that `join` starts on other hosts, such as rollout-1",
+    )
     run.set_defaults(command=_run)
+
+    join = commands.add_parser("join", help="start some processes of a run from this host, also in place of lost ones")
+    join.add_argument(
+        "run_dir", metavar="RUN_DIR", type=Path, help="its run.dir, on a file system that all hosts share"
+    )
+    join.add_argument("names", metavar="NAME", nargs="+", help="rollout-N, reward-N or trainer")
+    join.set_defaults(command=_join)
 
     doctor = commands.add_parser("doctor", help="say what is missing on this host, or for this CONFIG")
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
@@ -84,7 +97,13 @@ def _run(args: argparse.Namespace) -> int:
     config = load(args.config, args.overrides)
     from megatron_async_rl import launch  # after the YAML was understood: it brings in more
 
-    return launch.run(config, args.from_scratch)
+    return launch.run(config, args.from_scratch, [name for name in args.elsewhere.split(",") if name])
+
+
+def _join(args: argparse.Namespace) -> int:
+    from megatron_async_rl import join
+
+    return join.join(args.run_dir, args.names)
 
 
 def _doctor(args: argparse.Namespace) -> int:

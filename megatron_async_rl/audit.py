@@ -14,7 +14,7 @@ from megatron_async_rl import checkpoints
 from megatron_async_rl.controller.facts import Admitted, Batched, Began, Closed, Judged, Kept, Leased, Returned, Trained
 from megatron_async_rl.controller.journal import JOURNAL_FILE, read_facts
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.sample_log import read_samples
+from megatron_async_rl.sample_log import SAMPLES_FILE, read_samples
 
 
 @dataclass
@@ -42,15 +42,15 @@ class Audit:
         )
 
 
-def audit(run_dir: Path, eta: int) -> Audit:
-    """Reads the whole journal, the sample log and the manifests."""
+def audit(run_dir: Path, eta: int, until: int | None = None) -> Audit:
+    """Reads the whole journal, the sample log and the manifests; `until`: as things stood after that many facts."""
     result = Audit()
     state: dict[int, str] = {}
     batches: dict[int, list[int]] = {}
     version = 0
     returned: Counter[tuple[int, int]] = Counter()
     judged: Counter[tuple[int, int]] = Counter()
-    for fact in read_facts(run_dir / JOURNAL_FILE):
+    for fact in read_facts(run_dir / JOURNAL_FILE, until):
         if isinstance(fact, Began):
             result.lives += 1
         elif isinstance(fact, Admitted):
@@ -91,8 +91,9 @@ def audit(run_dir: Path, eta: int) -> Audit:
     result.lost = result.admitted - result.trained - result.pending - result.dropped.total()
     if result.lost:
         result.breaches.append(f"{result.lost} groups are unaccounted for")
-    _check_samples(run_dir, eta, batches, result)
-    _check_manifests(run_dir, version, result)
+    _check_samples(run_dir, eta, batches, until is None, result)
+    if until is None:
+        _check_manifests(run_dir, version, result)
     return result
 
 
@@ -103,11 +104,16 @@ def _move(result: Audit, state: dict[int, str], group_id: int, source: str, targ
     state[group_id] = target
 
 
-def _check_samples(run_dir: Path, eta: int, batches: dict[int, list[int]], result: Audit) -> None:
-    """Staleness of every trained token, and that what was trained is what the journal says."""
+def _check_samples(run_dir: Path, eta: int, batches: dict[int, list[int]], whole: bool, result: Audit) -> None:
+    """Staleness of every trained token, and that what was trained is what the journal says (`whole`, or its beginning)."""
+    if not (run_dir / SAMPLES_FILE).exists():
+        result.breaches += [f"{SAMPLES_FILE} is missing, and {len(batches)} batches were trained"] * bool(batches)
+        return
     seen: Counter[tuple[int, int]] = Counter()
     by_version: dict[int, set[int]] = defaultdict(set)
     for line in read_samples(run_dir):
+        if not whole and line.version not in batches:
+            continue
         seen[line.group_id, line.index] += 1
         by_version[line.version].add(line.group_id)
         lags = [line.version - version for version, _ in line.versions]

@@ -36,6 +36,10 @@ class RunConfig(Section, kw_only=True):
     export_every: Annotated[
         int, _at_least(0, "Also save the policy at every k-th version, as run.dir/policy-vN; 0: never.")
     ] = 0
+    host: Annotated[
+        str,
+        msgspec.Meta(min_length=1, description="Address on which the controller listens; loopback: this host alone."),
+    ] = "127.0.0.1"
     stall_s: Annotated[
         float, _above(0, "Seconds without any progress after which the run ends and names who waits.")
     ] = 600.0

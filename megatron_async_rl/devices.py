@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Collection
 
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import ConfigError
@@ -26,23 +27,25 @@ def visible_gpus() -> list[str]:
     return listed.stdout.split() if listed.returncode == 0 else []
 
 
-def assign_gpus(config: Config, gpus: list[str]) -> dict[str, str]:
+def assign_gpus(config: Config, gpus: list[str], here: Collection[str] | None = None) -> dict[str, str]:
     """CUDA_VISIBLE_DEVICES by process name. Raises ConfigError when there are too few for trainer and servers.
 
-    `sglang.device: cpu` says that nothing of the run uses a GPU.
+    `here`: the processes that this host starts, when not all. `sglang.device: cpu` says that nothing of the run uses a GPU.
     """
-    servers = [f"rollout-{i}" for i in range(config.rollout.servers)]
+    chosen = ["trainer", *(f"rollout-{i}" for i in range(config.rollout.servers))] if here is None else here
+    servers = [name for name in chosen if name.startswith("rollout-")]
     if config.sglang.get("device") == "cpu":
-        return dict.fromkeys(["trainer", *servers], "")
+        return dict.fromkeys(chosen, "")
     per_server = int(config.sglang.get("tp_size", 1))
-    needed = config.trainer_ranks + per_server * len(servers)
+    trainer_ranks = config.trainer_ranks if "trainer" in chosen else 0
+    needed = trainer_ranks + per_server * len(servers)
     if len(gpus) < needed:
         raise ConfigError(
-            f"this run needs {needed} GPUs: {config.trainer_ranks} trainer ranks, and rollout.servers = {len(servers)} times "
+            f"this run needs {needed} GPUs: {trainer_ranks} trainer ranks, and rollout.servers = {len(servers)} times "
             f"sglang.tp_size = {per_server}; this host has {len(gpus)}. Lower them, or set sglang.device=cpu for a laptop"
         )
-    shares = {"trainer": gpus[: config.trainer_ranks]}
+    shares = {"trainer": gpus[:trainer_ranks]} if trainer_ranks else {}
     for index, server in enumerate(servers):
-        first = config.trainer_ranks + index * per_server
+        first = trainer_ranks + index * per_server
         shares[server] = gpus[first : first + per_server]
     return {name: ",".join(share) for name, share in shares.items()}

@@ -4,6 +4,7 @@
 
 The run is complete when the controller and the trainer have both ended well; who dies before is started again
 (supervise.py). A run.dir with a run in it is gone on with, from its journal and checkpoints; --from-scratch keeps it aside.
+Processes named by --elsewhere are left to other hosts (join.py).
 
 SIGTERM: nothing new is started, rollouts are handed in, the trainer saves, and the exit code asks to be requeued (75).
 Ctrl-C, or a second SIGTERM, stops at once; the journal holds what was finished either way.
@@ -13,21 +14,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from rich.console import Console
 
 from megatron_async_rl import config as config_module
-from megatron_async_rl import devices, display, doctor, processes
+from megatron_async_rl import display, doctor, processes, roles
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import ConfigError, DataError, Error
 from megatron_async_rl.metrics import read_status
@@ -35,7 +35,6 @@ from megatron_async_rl.supervise import Supervisor
 
 GRACE_S = 15.0  # from SIGTERM to SIGKILL
 LAST_WORDS_S = 20.0  # for the others to end by themselves after controller and trainer have
-REPOSITORY = Path(__file__).resolve().parent.parent
 FIXED = ("model.path", "data.train", "run.seed", "algorithm.samples_per_prompt")  # a run's journal depends on them
 
 
@@ -49,10 +48,9 @@ class Run:
     interrupted: int = 0  # the signal that ends the run at once
     preempted_at: float | None = None
 
-    def start(self, name: str, *command: str, env: dict[str, str] | None = None) -> None:
-        paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-        child_env = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **(env or {})}
-        self.supervisor.start(name, lambda: processes.start([sys.executable, *command], self.log(name), child_env))
+    def start(self, config: Config, names: Collection[str]) -> None:
+        for name, command in roles.commands(config, self.run_dir, names).items():
+            self.supervisor.start(name, partial(processes.start, command.arguments, self.log(name), command.env))
 
     def log(self, name: str) -> Path:
         return self.run_dir / "logs" / f"{name}.log"
@@ -67,17 +65,47 @@ class Run:
         else:
             self.interrupted = number
 
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM come to us while it lasts."""
+        previous = {number: signal.signal(number, self.signalled) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def wait_for_the_rest(self) -> None:
+        """The workers were told to end; whoever is late is stopped."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        while any(child.poll() is None for child in self.supervisor.processes) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def why(self) -> str:
+        """The failed process's own error line, else its last words; the first failure names the cause."""
+        supervisor, failed = self.supervisor, self.supervisor.failed
+        log = self.log(failed)
+        lead = f"{supervisor.why}; the last time: " if supervisor.why else ""
+        code = supervisor.children[failed].last_code
+        if text := processes.error_text(log):
+            return f"{lead}{text}\n({failed} ended the run; its log: {log})"
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ""
+        return f"{lead}{failed} ended with exit code {code}; its log: {log}\n{tail}"
+
     def over(self) -> bool:
         if self.interrupted:
             return True
         if self.preempted_at is None:
             return self.supervisor.over()
+        if "controller" not in self.supervisor.children:
+            return True  # nobody here to end what runs in order
         ended = all(process.poll() is not None for process in self.supervisor.processes)
         return ended or time.monotonic() - self.preempted_at > self.grace_s
 
 
-def run(config: Config, from_scratch: bool = False) -> int:
-    """Runs to the end. Returns the exit code. Raises Error when the run failed."""
+def run(config: Config, from_scratch: bool = False, elsewhere: Collection[str] = ()) -> int:
+    """Runs to the end. Returns the exit code. Raises Error when the run failed. `elsewhere`: not started here."""
+    roles.check_joining(elsewhere)
     doctor.preflight(config)
     run_dir = config.run_dir.resolve()
     console = Console()
@@ -87,17 +115,15 @@ def run(config: Config, from_scratch: bool = False) -> int:
             console.print(f"{run_dir} is complete: raise run.steps to go on, or begin anew with --from-scratch")
             return 0
         (run_dir / "config.yaml").write_text(config_module.dump(config))
-        run = Run(run_dir, Supervisor(run_dir, config.faults, lambda text: _tell(console, text)), config.faults.grace_s)
-        previous = [signal.signal(s, run.signalled) for s in _STOP_SIGNALS]
-        try:
-            _start_all(run, config)
-            _follow(run, console)
-            if not run.supervisor.failed and not run.interrupted and run.preempted_at is None:
-                _wait_for_the_rest(run)
-        finally:
-            processes.stop(run.supervisor.processes, GRACE_S if run.preempted_at is None else 0.0)
-            for signum, handler in zip(_STOP_SIGNALS, previous, strict=True):
-                signal.signal(signum, handler)
+        run = Run(run_dir, Supervisor(run_dir, config.faults, lambda text: tell(console, text)), config.faults.grace_s)
+        with run.signals():
+            try:
+                run.start(config, [name for name in roles.names(config) if name not in elsewhere])
+                _follow(run, console)
+                if not run.supervisor.failed and not run.interrupted and run.preempted_at is None:
+                    run.wait_for_the_rest()
+            finally:
+                processes.stop(run.supervisor.processes, GRACE_S if run.preempted_at is None else 0.0)
         if run.interrupted:
             console.print(f"stopped by {signal.Signals(run.interrupted).name}; what was written is in {run_dir}")
             return 128 + run.interrupted
@@ -105,57 +131,13 @@ def run(config: Config, from_scratch: bool = False) -> int:
             console.print(f"told to end; run it again to go on from what is in {run_dir}")
             return processes.EXIT_REQUEUE
         if run.supervisor.failed:
-            raise Error(_why(run))
+            raise Error(run.why())
         console.print(display.summary(read_status(run_dir)), highlight=False)
         console.print(f"policy: {run_dir / 'policy'}\nTensorBoard: tensorboard --logdir {run_dir / 'tensorboard'}")
         return 0
 
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _start_all(run: Run, config: Config) -> None:
-    package, run_dir = "megatron_async_rl", str(run.run_dir)
-    gpus = devices.assign_gpus(config, devices.visible_gpus())
-    run.start("controller", "-m", f"{package}.controller", run_dir)
-    for i in range(config.rollout.servers):
-        name = f"rollout-{i}"
-        run.start(name, "-m", f"{package}.rollout", run_dir, name, env={"CUDA_VISIBLE_DEVICES": gpus[name]})
-    run.start(
-        "trainer",
-        *("-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={config.trainer_ranks}"),
-        *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--no-python"),
-        *(sys.executable, "-m", f"{package}.trainer", run_dir),
-        env={
-            "CUDA_VISIBLE_DEVICES": gpus["trainer"],
-            "OMP_NUM_THREADS": str(config.trainer.threads),
-            "NCCL_CUMEM_ENABLE": "0",  # as SGLang sets it
-        },
-    )
-    for i in range(config.reward.workers):
-        run.start(f"reward-{i}", "-m", f"{package}.reward", run_dir, f"reward-{i}")
-
-
-def _wait_for_the_rest(run: Run) -> None:
-    """The workers were told to end; whoever is late is stopped."""
-    deadline = time.monotonic() + LAST_WORDS_S
-    while any(child.poll() is None for child in run.supervisor.processes) and time.monotonic() < deadline:
-        time.sleep(0.1)
-
-
-def _why(run: Run) -> str:
-    """The failed process's own error line, else its last words; the first failure names the cause."""
-    supervisor, failed = run.supervisor, run.supervisor.failed
-    log = run.log(failed)
-    lead = f"{supervisor.why}; the last time: " if supervisor.why else ""
-    code = supervisor.children[failed].last_code
-    if text := processes.error_text(log):
-        return f"{lead}{text}\n({failed} ended the run; its log: {log})"
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ""
-    return f"{lead}{failed} ended with exit code {code}; its log: {log}\n{tail}"
-
-
-def _tell(console: Console, text: str) -> None:
+def tell(console: Console, text: str) -> None:
     with contextlib.suppress(OSError):  # a full disk under our output is no reason to end a run
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 

@@ -160,6 +160,8 @@ class Link:
             message = await self._receive()
             if isinstance(message, SayHello):
                 await self.send(self._hello())
+            elif isinstance(message, Refused):
+                raise _refused(message)
             elif not isinstance(message, Welcome):
                 return message
 
@@ -221,6 +223,8 @@ class SyncLink:
             if isinstance(message, SayHello) and self._hello is not None:
                 for again in (self._hello, *self._unanswered):
                     self._send(again)
+            elif isinstance(message, Refused):
+                raise _refused(message)
             elif not isinstance(message, Welcome):
                 break
         if isinstance(message, TrainBatch | Published | Shutdown):
@@ -256,10 +260,14 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 def _epoch(answer: AnyMessage) -> int:
     if isinstance(answer, Refused):
-        raise ProtocolError(f"the controller refused this worker: {answer.reason}")
+        raise _refused(answer)
     if not isinstance(answer, Welcome):
         raise ProtocolError(f"expected Welcome from the controller, got {type(answer).__name__}")
     return answer.epoch
+
+
+def _refused(answer: Refused) -> ProtocolError:
+    return ProtocolError(f"the controller refused this worker: {answer.reason}")
 
 
 def _connect(context: zmq.Context, run_dir: Path, timeout_s: float) -> zmq.Socket:

@@ -80,6 +80,35 @@ def test_a_process_whose_parent_ended_before_it_could_ask_ends_by_itself() -> No
         parent.communicate()
 
 
+SPAWNS = """
+import multiprocessing, time
+
+def sleep():
+    time.sleep(600)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=sleep).start()
+    time.sleep(600)
+"""
+
+
+def test_what_the_engine_spawns_is_tied_before_it_imports_anything(tmp_path: Path) -> None:
+    """A child that never asks for it: patches/sglang_tie does, on the engine's PYTHONPATH."""
+    program = tmp_path / "engine.py"
+    program.write_text(SPAWNS)
+    parent = subprocess.Popen(
+        [sys.executable, str(program)], env={**os.environ, "PYTHONPATH": str(HERE.parent / "patches" / "sglang_tie")}
+    )
+    deadline = time.monotonic() + 20
+    while not (spawned := [p for p in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(p.cmdline())]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(1)
+    parent.kill()
+    parent.wait()
+    assert psutil.wait_procs(spawned, 5)[1] == []
+
+
 RANKS = """
 import sys, time
 from pathlib import Path

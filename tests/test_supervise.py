@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from megatron_async_rl import processes
+from megatron_async_rl.claims import Claims
 from megatron_async_rl.config import FaultsConfig
 from megatron_async_rl.metrics import STATUS_FILE, Status
 from megatron_async_rl.supervise import Supervisor
@@ -143,3 +144,30 @@ def test_when_controller_and_trainer_have_ended_well_all_is_over(make: Callable[
     bench.start(controller="pass", trainer="pass", rollout_0="raise SystemExit(1)")
     assert bench.watch()
     assert not bench.supervisor.failed
+
+
+def test_a_process_that_another_launcher_has_taken_over_is_left_to_it(make: Callable[..., Bench]) -> None:
+    bench = make()
+    bench.start(rollout_0=SLEEP)
+    bench.watch(0.1)
+    Claims(bench.run_dir).take("rollout-0")
+    bench.supervisor.children["rollout-0"].process.kill()
+    assert not bench.watch(until=lambda: bench.supervisor.children["rollout-0"].given_up)
+    assert bench.supervisor.num_restarts == 0 and "is not started again here" in bench.told[-1]
+    assert not bench.watch(0.3)  # the run goes on
+
+
+def test_servers_of_other_launchers_count_for_the_floor(make: Callable[..., Bench]) -> None:
+    bench = make(max_restarts=0, min_servers=1)
+    Claims(bench.run_dir).take("rollout-1")
+    bench.start(rollout_0="raise SystemExit(1)")
+    assert not bench.watch(until=lambda: bench.supervisor.children["rollout-0"].given_up)
+    assert "is given up; 1 rollout workers go on" in bench.told[-1]
+
+
+def test_a_launcher_without_the_controller_ends_with_the_run(make: Callable[..., Bench]) -> None:
+    bench = make()
+    bench.supervisor.start("rollout-0", child(SLEEP))
+    assert not bench.watch(0.3)
+    bench.status("finished")
+    assert bench.watch() and not bench.supervisor.failed

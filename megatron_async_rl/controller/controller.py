@@ -214,7 +214,8 @@ class Controller:
         if not self.progress.training or silent_s <= self.config.run.stall_s:
             return
         stall.dump_stacks(self.workers)
-        waits = stall.who_waits(self.core, self.delivery.awaited_since is not None, self.journal.error)
+        since = self.delivery.awaited_since
+        waits = stall.who_waits(self.core, self.workers, since, self.journal.error, time.monotonic())
         raise Error(
             f"nothing was generated or trained for {silent_s:.0f} s (run.stall_s = {self.config.run.stall_s:.0f}): {waits}"
         )

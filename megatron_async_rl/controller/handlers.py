@@ -77,6 +77,9 @@ class Handlers:
             logger.error("refused: %s", difference)
             await self._workers.hub.send(peer, Refused(difference))
             return
+        if newer := self._workers.replaced_by(peer):
+            await self._workers.hub.send(peer, Refused(f"its name was taken over: {newer}"))
+            return
         if isinstance(message, Hello):
             await self._welcome(peer, message)
             return

@@ -184,9 +184,19 @@ class Journal:
         return seq, type(fact).__name__, getattr(fact, "group_id", None), record, segment
 
 
-def read_facts(path: Path) -> Iterator[AnyFact]:
-    """All facts of a journal that may be in use, in order."""
-    yield from _select(path, "ORDER BY seq")
+def read_facts(path: Path, until: int | None = None) -> Iterator[AnyFact]:
+    """All facts of a journal that may be in use, in order; `until`: those up to that number."""
+    last = (1 << 63) - 1 if until is None else until
+    yield from _select(path, "WHERE seq <= ? ORDER BY seq", last)
+
+
+def last_seq(path: Path) -> int:
+    """The number of the newest fact of a journal that may be in use."""
+    db = sqlite3.connect(path)
+    try:
+        return db.execute("SELECT COALESCE(MAX(seq), 0) FROM facts").fetchone()[0]
+    finally:
+        db.close()
 
 
 def _select(path: Path, which: str, *values: int) -> Iterator[AnyFact]:

@@ -15,6 +15,7 @@ from megatron_async_rl.messages import Hello, Message
 from megatron_async_rl.transport import Hub, Peer
 
 logger = logging.getLogger(__name__)
+MAX_REPLACED = 1024  # sockets remembered as replaced
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Workers:
         self.hub = hub
         self._by_name: dict[str, Worker] = {}
         self._names: dict[Peer, str] = {}
+        self._replaced: dict[Peer, str] = {}  # sockets whose name a newer process has taken -> who it is
         self._joined = asyncio.Event()
 
     def __iter__(self) -> Iterator[Worker]:
@@ -45,14 +47,21 @@ class Workers:
         return self._by_name[name]
 
     def join(self, peer: Peer, hello: Hello) -> bool:
-        """True for a name that was there before: this is its next life, and the socket before is nobody's."""
+        """True for a name that was there before: this is its next life, and the socket before is nobody's any more."""
         before = self._by_name.get(hello.name)
-        if before:
+        if before and before.peer != peer:
             self._names.pop(before.peer, None)
+            self._replaced[before.peer] = f"{hello.name} is process {hello.pid} now"
+            for old in list(self._replaced)[:-MAX_REPLACED]:
+                del self._replaced[old]
         self._by_name[hello.name] = Worker(hello.name, peer, hello)
         self._names[peer] = hello.name
         self._joined.set()
         return before is not None
+
+    def replaced_by(self, peer: Peer) -> str:
+        """Who has taken the name of this socket: the one before must end, or they would take it from each other."""
+        return self._replaced.get(peer, "")
 
     def name_of(self, peer: Peer) -> str | None:
         """None for a socket that has not said hello in this life of the controller."""

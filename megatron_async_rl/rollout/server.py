@@ -149,12 +149,12 @@ class Server:
         environment = {
             "NCCL_CUMEM_ENABLE": "0",  # SGLang sets it; both ends of an update group must agree
             "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": "",
+            "PYTHONPATH": str(patches_dir() / "sglang_tie"),
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # /health must not generate between updates
         }
         if self._on_cpu:
             environment |= {
-                "PYTHONPATH": str(patches_dir() / "sglang_cpu"),
+                "PYTHONPATH": os.pathsep.join(str(patches_dir() / name) for name in ("sglang_tie", "sglang_cpu")),
                 "SGLANG_USE_CPU_ENGINE": "1",
                 "SGLANG_EXTERNAL_MODEL_PACKAGE": "cpu_models",
                 "OMP_NUM_THREADS": "1",  # more threads decode a small model several times slower

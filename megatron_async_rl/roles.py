@@ -1,0 +1,70 @@
+"""The processes of a run by name, and the command that starts each: rollout-0, rollout-1, ..., reward-0, ..., trainer.
+
+Rollout and reward workers may have any number: one beyond rollout.servers is an additional server.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_async_rl import devices
+from megatron_async_rl.config import Config
+from megatron_async_rl.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_JOINING = re.compile(r"trainer|(rollout|reward)-\d+")
+
+
+@dataclass(frozen=True)
+class Command:
+    arguments: list[str]
+    env: dict[str, str]
+
+
+def names(config: Config) -> list[str]:
+    """All processes of a run, in the order in which they are started."""
+    servers = [f"rollout-{i}" for i in range(config.rollout.servers)]
+    return ["controller", *servers, "trainer", *(f"reward-{i}" for i in range(config.reward.workers))]
+
+
+def check_joining(chosen: Collection[str]) -> None:
+    """Raises ConfigError for a name that no process of another launcher can have."""
+    for name in chosen:
+        if not _JOINING.fullmatch(name):
+            raise ConfigError(
+                f"{name!r} cannot be started apart from the controller; expected rollout-N, reward-N or trainer"
+            )
+
+
+def commands(config: Config, run_dir: Path, chosen: Collection[str]) -> dict[str, Command]:
+    """How to start each of these on this host. Raises ConfigError when it has too few GPUs for them."""
+    gpus = devices.assign_gpus(config, devices.visible_gpus(), chosen)
+    return {name: _command(name, config, str(run_dir), gpus.get(name)) for name in chosen}
+
+
+def _command(name: str, config: Config, run_dir: str, gpus: str | None) -> Command:
+    role = name.split("-")[0]
+    module = f"megatron_async_rl.{role}"
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    if gpus is not None:
+        env["CUDA_VISIBLE_DEVICES"] = gpus
+    if role != "trainer":
+        return Command([sys.executable, "-m", module, run_dir, *([] if role == "controller" else [name])], env)
+    return Command(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={config.trainer_ranks}"),
+            *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--no-python"),
+            *(sys.executable, "-m", module, run_dir),
+        ],
+        env
+        | {
+            "OMP_NUM_THREADS": str(config.trainer.threads),
+            "NCCL_CUMEM_ENABLE": "0",  # as SGLang sets it
+        },
+    )

@@ -1,0 +1,17 @@
+"""Every process that SGLang spawns dies with the one that spawned it, from its first instant on.
+
+Python imports this file at its start, long before SGLang's own code asks for the same: SGLang imports for seconds first, and
+a scheduler whose server is killed in that time goes on alone and keeps its GPU.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+
+if any("multiprocessing.spawn" in argument for argument in sys.orig_argv):
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() == 1:
+        os._exit(128 + signal.SIGKILL)
