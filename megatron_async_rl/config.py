@@ -21,6 +21,7 @@ from megatron_async_rl.config_checks import cross_check
 from megatron_async_rl.config_sections import (
     AlgorithmConfig,
     CheckpointConfig,
+    CriticConfig,
     DataConfig,
     FaultsConfig,
     ModelConfig,
@@ -64,6 +65,7 @@ class Config(Section, kw_only=True):
     data: DataConfig
     rollout: RolloutConfig
     algorithm: AlgorithmConfig
+    critic: CriticConfig = CriticConfig()
     staleness: StalenessConfig = StalenessConfig()
     reward: RewardConfig = RewardConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -81,6 +83,15 @@ class Config(Section, kw_only=True):
     def parallel_size(self, name: str) -> int:
         """A parallel size under `megatron:`, such as tensor_model_parallel_size; 1 where it is not set."""
         return int(self.megatron.get(f"{name}_parallel_size", 1))
+
+    @property
+    def has_trainer(self) -> bool:
+        return self.run.mode == "train"
+
+    @property
+    def num_leaders(self) -> int:
+        """Who asks for a share of each batch: data-parallel replicas, or the recorder alone."""
+        return self.trainer.data_parallel_size if self.has_trainer else 1
 
     @property
     def trainer_ranks(self) -> int:

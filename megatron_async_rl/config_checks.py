@@ -46,7 +46,14 @@ def cross_check(config: Config) -> None:
             f"algorithm.overlong_buffer_tokens = {a.overlong_buffer_tokens} is more than rollout.max_new_tokens = "
             f"{r.max_new_tokens}; lower it"
         )
+    if a.m2_threshold is not None and (a.proximal != "recompute" or a.loss == "ppo"):
+        raise ConfigError(
+            f"algorithm.m2_threshold = {a.m2_threshold:g} needs every token's proximal logprob before the step, which "
+            f"algorithm.proximal = {a.proximal} with loss = {a.loss} does not give; set proximal=recompute and a loss other "
+            "than ppo"
+        )
     whole_samples = {
+        "algorithm.advantage = gae": a.advantage == "gae",
         "algorithm.loss = gspo": a.loss == "gspo",
         "algorithm.behavior_weight_level = sequence": a.behavior_weight_level == "sequence",
         "algorithm.kl_in = reward": a.kl_in == "reward" and a.kl_coef > 0,
@@ -67,6 +74,11 @@ def cross_check(config: Config) -> None:
             "weights.kv_cache = keep needs sglang.disable_overlap_schedule = true: the overlap scheduler has a batch under "
             "way when the engine pauses, and its tokens would be labelled with weights that did not sample them; set that, "
             "or weights.kv_cache=recompute"
+        )
+    if not config.has_trainer and (m.random_init or config.sglang.get("load_format") == "dummy"):
+        raise ConfigError(
+            "run.mode = rollout_only generates from the weights in model.path, which "
+            f"{'model.random_init' if m.random_init else 'sglang.load_format = dummy'} leaves unread; remove that"
         )
     if "port" in config.sglang and r.servers > 1:
         raise ConfigError(

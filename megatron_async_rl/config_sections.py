@@ -33,6 +33,12 @@ class RunConfig(Section, kw_only=True):
     ]
     seed: Annotated[int, _at_least(0, "Seed of prompt order, sampling and initialisation.")] = 1
     steps: Annotated[int, _at_least(1, "Training steps (one weight version each).")]
+    mode: Annotated[
+        Literal["train", "rollout_only"],
+        _doc(
+            "rollout_only: no trainer; batches are written to run.dir/batches, for `replay`, under the model as it is."
+        ),
+    ] = "train"
     export_every: Annotated[
         int, _at_least(0, "Also save the policy at every k-th version, as run.dir/policy-vN; 0: never.")
     ] = 0
@@ -100,12 +106,17 @@ class AlgorithmConfig(Section, kw_only=True):
     samples_per_prompt: Annotated[int, _at_least(1, "Samples of a group.")]
     minibatches: Annotated[int, _at_least(1, "Optimizer steps per training step.")] = 1
     advantage: Annotated[
-        Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"],
+        Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "gae"],
         _doc(
             "grpo: centered in the group, over its standard deviation; dr_grpo: centered; rloo: less the mean of the "
-            "group's others; reinforce_pp: no group, normalised over the batch's tokens."
+            "group's others; reinforce_pp: no group, normalised over the batch's tokens; gae: token by token, against a "
+            "critic that is trained beside the policy."
         ),
     ] = "grpo"
+    gamma: Annotated[float, msgspec.Meta(gt=0, le=1, description="With gae: discount of a reward per token.")] = 1.0
+    gae_lambda: Annotated[
+        float, msgspec.Meta(ge=0, le=1, description="With gae: 1 trusts what was earned, 0 the critic's next value.")
+    ] = 1.0
     loss: Annotated[
         Literal["decoupled_ppo", "ppo", "gspo", "cispo"],
         _doc(
@@ -133,6 +144,13 @@ class AlgorithmConfig(Section, kw_only=True):
     behavior_weight_level: Annotated[
         Literal["token", "sequence"], _doc("A ratio for each token, or their geometric mean for the whole sample.")
     ] = "token"
+    m2_threshold: Annotated[
+        _Positive | None,
+        _doc(
+            "M2PO: the tokens whose log ratio of proximal to behavior is largest are masked until the mean of its square "
+            "over the batch is at most this; the paper's 0.04 goes with a wide clip_eps. None: off."
+        ),
+    ] = None
     stop_ratio: Annotated[
         _AboveOne | None, _doc("A minibatch whose mean current/old ratio exceeds it makes no step; none: off.")
     ] = None
@@ -164,6 +182,16 @@ class AlgorithmConfig(Section, kw_only=True):
     ] = 0.05
 
 
+class CriticConfig(Section, kw_only=True):
+    path: Annotated[
+        str | None, _doc("Hugging Face folder whose body the critic starts from; none: model.path. Same vocabulary.")
+    ] = None
+    lr: Annotated[_Positive | None, _doc("Its learning rate, under megatron's schedule; none: megatron.lr.")] = None
+    clip_eps: Annotated[
+        _Positive | None, _doc("A value's clip range around the one that the step began with; none: off.")
+    ] = 0.2
+
+
 class TrainerConfig(Section, kw_only=True):
     data_parallel_size: Annotated[int, _at_least(1, "Replicas of the tensor/pipeline-parallel trainer.")] = 1
     max_tokens_per_microbatch: Annotated[int, _at_least(1, "Token budget of a packed micro-batch.")] = 8192
@@ -171,7 +199,12 @@ class TrainerConfig(Section, kw_only=True):
         Literal["ffd", "karmarkar_karp"],
         _doc("Samples into micro-batches: first fit decreasing, or micro-batches of equal FLOPs."),
     ] = "ffd"
-    precision: Annotated[Literal["fp32", "bf16"], _doc("Parameters' type; gradients and optimizer are fp32.")] = "bf16"
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"],
+        _doc(
+            "Parameters' type; gradients and optimizer are fp32. fp16 scales the loss, as megatron's *_loss_scale say."
+        ),
+    ] = "bf16"
     threads: Annotated[int, _at_least(1, "CPU threads of a trainer rank.")] = 1
     start_timeout_s: Annotated[float, _above(0, "Seconds the ranks may take to come up.")] = 600.0
     collective_timeout_s: Annotated[float, _above(0, "Deadline of every collective among trainer ranks.")] = 600.0

@@ -19,6 +19,8 @@ def main() -> None:
     processes.die_with_parent()
     model_dir, run_dir, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     tp, pp = int(sys.argv[4]), int(sys.argv[5])
+    vpp = int(sys.argv[6]) if len(sys.argv) > 6 else 1
+    advantage = sys.argv[7] if len(sys.argv) > 7 else "grpo"
     patches.prepare_megatron()
     import numpy as np
     import torch.distributed as dist
@@ -36,11 +38,12 @@ def main() -> None:
             "model": {"path": str(model_dir), "context_tokens": 64},
             "data": {"train": "unused"},
             "rollout": {"max_new_tokens": 16},
-            "algorithm": {"prompts_per_step": 4, "samples_per_prompt": 2},
+            "algorithm": {"prompts_per_step": 4, "samples_per_prompt": 2, "advantage": advantage},
             "trainer": {"precision": "fp32", "data_parallel_size": ranks // tp // pp},
             "megatron": {
                 "tensor_model_parallel_size": tp,
                 "pipeline_model_parallel_size": pp,
+                "virtual_pipeline_model_parallel_size": vpp,
                 "lr": 0.01,
                 "weight_decay": 0.1,
             },
@@ -72,7 +75,7 @@ def main() -> None:
 
     def train(first: int) -> list[float]:
         stats = [step.train_step(policy, batch(version), version, settings) for version in (first, first + 1)]
-        return [value for s in stats for value in (s["train/loss"], s["train/grad_norm"])]
+        return [value for s in stats for value in (s["train/loss"], s["train/grad_norm"], s.get("critic/loss", 0.0))]
 
     if what == "save-for-ever":
         train(0)
@@ -92,7 +95,7 @@ def main() -> None:
         version = saver.load()
         losses = train(2)
         if dist.get_rank() == 0:
-            (run_dir / f"loaded-{tp}-{pp}.json").write_text(json.dumps({"version": version, "losses": losses}))
+            (run_dir / f"loaded-{tp}-{pp}-{vpp}.json").write_text(json.dumps({"version": version, "losses": losses}))
     saver.close()
     dist.barrier()
     dist.destroy_process_group()

@@ -22,16 +22,20 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # noqa: E402
 
+from megatron_async_rl import checkpoints  # noqa: E402
 from megatron_async_rl import config as configuration  # noqa: E402
 from megatron_async_rl.errors import StepRefused  # noqa: E402
-from megatron_async_rl.trainer import parallel, step  # noqa: E402
+from megatron_async_rl.trainer import parallel, pipeline, step  # noqa: E402
+from megatron_async_rl.trainer.checkpoint import Checkpointer  # noqa: E402
 from megatron_async_rl.trainer.data import cut_minibatches, pack  # noqa: E402
 from megatron_async_rl.trainer.export import save_hf  # noqa: E402
 from megatron_async_rl.trainer.model import TrainerModel, build  # noqa: E402
+from megatron_async_rl.trainer.value_head import ValueHead  # noqa: E402
 from megatron_async_rl.types import TrainSample  # noqa: E402
 from megatron_async_rl.weights.reshard import hf_tensors, manifest  # noqa: E402
 
 WORLD, VERSION, TEMPERATURE, VOCAB = 4, 5, 0.7, 51
+M2PO = {"m2_threshold": 0.5, "behavior_weight_cap": None}
 GSPO = {"loss": "gspo", "behavior_weight_level": "sequence", "behavior_weight_action": "truncate"}
 
 
@@ -61,6 +65,7 @@ def make_config(
     minibatches: int = 1,
     algorithm: dict[str, Any] | None = None,
     packing: str = "ffd",
+    precision: str = "fp32",
     **megatron: Any,
 ) -> Any:
     return configuration.from_tree(
@@ -78,7 +83,7 @@ def make_config(
             }
             | (algorithm or {}),
             "trainer": {
-                "precision": "fp32",
+                "precision": precision,
                 "data_parallel_size": WORLD // tp // pp // megatron.get("context_parallel_size", 1),
                 "max_tokens_per_microbatch": budget,
                 "packing": packing,
@@ -97,11 +102,14 @@ def make_config(
 
 def start(config: Any) -> TrainerModel:
     """Builds the model, with new process groups where the sizes changed: old ones keep their threads to the end."""
-    sizes = [config.parallel_size(name) for name in ("tensor_model", "pipeline_model", "context")]
+    sizes = [
+        config.parallel_size(name) for name in ("tensor_model", "pipeline_model", "context", "virtual_pipeline_model")
+    ]
     if not dist.is_initialized() or sizes != [
         mpu.get_tensor_model_parallel_world_size(),
         mpu.get_pipeline_model_parallel_world_size(),
         mpu.get_context_parallel_world_size(),
+        mpu.get_virtual_pipeline_model_parallel_world_size() or 1,
     ]:
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
@@ -122,10 +130,12 @@ def uneven_share() -> list[TrainSample]:
 
 def merged(model: TrainerModel, out: Path, get: Any = lambda p: p.data) -> None:
     """Saves all stages' HF tensors as one file; rank 0 of the world is on the first stage."""
-    mine = {name: tensor.clone() for name, tensor in hf_tensors(model.module, model.shape, get=get)}
+    mine = {name: tensor.clone() for name, tensor in hf_tensors(model.modules, model.shape, get=get)}
     assert [(n, tuple(t.shape), t.dtype) for n, t in mine.items()] == [
-        (i.name, i.shape, i.dtype) for i in manifest(model.module, model.shape)
+        (i.name, i.shape, i.dtype) for i in manifest(model.modules, model.shape)
     ]
+    if model.shape.tied and isinstance(getattr(model.modules[-1], "output_layer", None), ValueHead):
+        mine["value head"] = get(model.modules[-1].output_layer.weight).clone()
     parts = [None] * WORLD
     dist.all_gather_object(parts, mine)
     if dist.get_rank() == 0:
@@ -144,10 +154,10 @@ def logits_of(model: TrainerModel, config: Any) -> torch.Tensor | None:
         def collect(logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
             return gather_from_tensor_model_parallel_region(logits)[0, :, :VOCAB]
 
-        return step._forward(model, chunk, next(data)), collect
+        return pipeline.forward(model, chunk, next(data)), collect
 
     with torch.no_grad():
-        got = step._run(model, [microbatch], forward, forward_only=True, collect=True)
+        got = pipeline.run(model, [microbatch], forward, forward_only=True, collect=True)
     box = [got[0] if got else None]
     dist.broadcast_object_list(box, src=WORLD - 1)
     return box[0]
@@ -176,6 +186,13 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         "tp2 pp2": make_config(qwen3, 2, 2),
         "gspo tp2 pp2 sp": make_config(qwen3, 2, 2, budget=40, sequence_parallel=True, algorithm=GSPO),
         "gspo": make_config(qwen3, 1, 1, algorithm=GSPO),
+        "m2po": make_config(qwen3, 1, 1, algorithm=M2PO),
+        "m2po tp2 pp2 sp": make_config(qwen3, 2, 2, budget=40, sequence_parallel=True, algorithm=M2PO),
+        "pp2 vpp2": make_config(qwen3, 1, 2, virtual_pipeline_model_parallel_size=2),
+        "tied tp2 pp2 vpp2 sp": make_config(
+            folders / "qwen2", 2, 2, virtual_pipeline_model_parallel_size=2, sequence_parallel=True
+        ),
+        "pp2 vpp2 small microbatches": make_config(qwen3, 2, 2, budget=40, virtual_pipeline_model_parallel_size=2),
     }
     for name, config in layouts.items():
         # The distributed optimizer leaves each rank a part of the gradient: without it every rank has all.
@@ -220,22 +237,22 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
     # A minibatch far from the policy that sampled it makes no step.
     config = make_config(qwen3, 2, 2, algorithm={"loss": "ppo", "stop_ratio": 1.001})
     model = start(config)
-    before = [p.clone() for p in model.module.parameters()]
+    before = [p.clone() for p in model.parameters()]
     results["stopped"] = step.train_step(model, share(), VERSION, config)
-    same = all(torch.equal(a, b) for a, b in zip(before, model.module.parameters(), strict=True))
+    same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     results["stopped, weights same"] = same
 
     # A non-finite advantage: refused on all ranks, weights untouched.
     config = make_config(qwen3, 2, 2)
     model = start(config)
-    before = [p.clone() for p in model.module.parameters()]
+    before = [p.clone() for p in model.parameters()]
     poisoned = [sample if n else poison(sample) for n, sample in enumerate(share())]
     try:
         step.train_step(model, poisoned, VERSION, config)
         refused = ""
     except StepRefused as e:
         refused = str(e)
-    same = all(torch.equal(a, b) for a, b in zip(before, model.module.parameters(), strict=True))
+    same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     results["refused"] = refused
     told = [None] * WORLD
     dist.all_gather_object(told, (bool(refused), same))
@@ -255,14 +272,68 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
             merged(model, out / "weights trained.pt")
 
     # bf16: the wrapped model, fp32 main weights.
-    config = make_config(qwen3, 2, 2)
-    tree = to_tree(config)
-    tree["trainer"]["precision"] = "bf16"
-    config = configuration.from_tree(tree)
+    config = make_config(qwen3, 2, 2, precision="bf16")
     model = start(config)
     results["bf16"] = step.train_step(model, share(), VERSION, config)
-    results["bf16 dtypes"] = sorted({str(p.dtype) for p in model.module.parameters()})
+    results["bf16 dtypes"] = sorted({str(p.dtype) for p in model.parameters()})
+    results["fp16"] = {str(shard): fp16(qwen3, out, shard) for shard in (True, False)}
+
+    # Values are 0 at first: three steps, so that they take part.
+    for name, config in {
+        "gae": make_config(qwen3, 1, 1, algorithm=GAE),
+        "gae tp2 pp2 sp": make_config(qwen3, 2, 2, budget=40, algorithm=GAE, sequence_parallel=True),
+        "gae pp2 vpp2": make_config(qwen3, 1, 2, algorithm=GAE, virtual_pipeline_model_parallel_size=2),
+    }.items():
+        model = start(config)
+        results[name] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
+        merged(model, out / f"weights {name}.pt")
+        merged(model.critic, out / f"critic {name}.pt")
+    config = make_config(qwen3, 2, 2, algorithm=GAE, minibatches=2)
+    results["gae two minibatches"] = step.train_step(start(config), share(), VERSION, config)
     return results
+
+
+GAE = {"advantage": "gae", "gamma": 0.99, "gae_lambda": 0.9, "batch_normalize": True, "entropy_coef": 0.0}
+
+
+def fp16(folder: Path, out: Path, shard: bool) -> dict[str, Any]:
+    """A step; one whose gradient overflows; one whose loss is not finite; one that overflows at the smallest scale."""
+    options = {"precision": "fp16", "use_distributed_optimizer": shard}
+    config = make_config(folder, 2, 2, **options, initial_loss_scale=1024.0, loss_scale_window=1)
+    model = start(config)
+    told: dict[str, Any] = {"dtypes": sorted({str(p.dtype) for p in model.parameters()})}
+    told["step"] = step.train_step(model, share(), VERSION, config)
+    saved: list[tuple[int, str]] = []
+    run_dir = out / f"fp16 {shard}"
+    saver = Checkpointer(model, config, run_dir, lambda version, folder: saved.append((version, folder)))
+    saver.save(1)
+    saver.close()
+    if dist.get_rank() == 0:
+        checkpoints.commit(run_dir, *saved[0], 0, 0)
+    dist.barrier()
+    model = start(config)
+    saver = Checkpointer(model, config, run_dir, lambda version, folder: None)
+    told["loaded"] = saver.load()
+    saver.close()
+    told["loaded scale"] = model.optimizer.get_loss_scale().item()
+    told["step after loading"] = step.train_step(model, share(), VERSION + 1, config)
+    told["published as"] = sorted({str(info.dtype) for info in manifest(model.modules, model.shape)})
+
+    config = make_config(folder, 2, 2, **options, initial_loss_scale=2.0**60, hysteresis=2)
+    model = start(config)
+    before = [p.clone() for p in model.parameters()]
+    told["overflows"] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
+    told["weights same"] = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    for what, scale, samples in (("nan", 1.0, [poison(s) for s in share()]), ("smallest", 2.0**60, share())):
+        config = make_config(folder, 2, 2, **options, initial_loss_scale=scale, min_loss_scale=scale)
+        model = start(config)
+        before = [p.clone() for p in model.parameters()]
+        try:
+            step.train_step(model, samples, VERSION + 1, config)
+        except StepRefused as e:
+            told[what] = str(e)
+        told[f"{what}, weights same"] = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return told
 
 
 def poison(sample: TrainSample) -> TrainSample:

@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from test_weights import make_config  # noqa: E402
 
 from megatron_async_rl import config as configuration  # noqa: E402
-from megatron_async_rl.trainer import model, parallel, step  # noqa: E402
+from megatron_async_rl.trainer import model, parallel, pipeline, step  # noqa: E402
 from megatron_async_rl.trainer.data import pack  # noqa: E402
 from megatron_async_rl.types import TrainSample  # noqa: E402
 
@@ -31,7 +31,7 @@ if __name__ == "__main__":
     sample = TrainSample(ids, np.full(24, -4, np.float32), versions, np.ones(24, np.float32))
     microbatch = pack([sample], 0, step.packing(policy, settings))
     with torch.no_grad():
-        logits = step._forward(policy, policy.chunk, microbatch)[0, :24, :51]
+        logits = pipeline.forward(policy, policy.chunks[0], microbatch)[0, :24, :51]
     stats = step.train_step(policy, [sample], 0, settings)
     torch.save(
         {"ids": torch.from_numpy(ids), "logits": logits, "grad_norm": torch.tensor(stats["train/grad_norm"])}, out

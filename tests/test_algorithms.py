@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_async_rl.config import AlgorithmConfig
 from megatron_async_rl.controller.advantage import BATCH_EPS, GROUP_EPS, overlong_share, sample_advantages
 from megatron_async_rl.errors import ConfigError
-from megatron_async_rl.trainer.importance import Owners, kl_reward_to_go
+from megatron_async_rl.trainer.importance import Owners, kl_reward_to_go, second_moment_cutoff
 from megatron_async_rl.trainer.loss import LossInputs, policy_loss
 
 CHOICES = {
@@ -66,6 +68,12 @@ def test_advantages_are_the_formula(advantage: str, extra: dict[str, object], sa
     got = sample_advantages(rewards, tokens, c)
     assert got.dtype == np.float64
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_critic_is_given_the_shaped_reward() -> None:
+    """Whatever else is asked for: the trainer normalises what it makes of it."""
+    c = algorithm(advantage="gae", reward_scale=5.0, reward_bias=0.1, reward_clip=4.0, batch_normalize=True)
+    assert np.allclose(sample_advantages([[1.0, 0.0], [0.5, 0.2]], np.ones((2, 2), int), c), [[4, -4], [-0.5, -3.5]])
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo"])
@@ -246,6 +254,62 @@ def test_loglinear_takes_fresh_tokens_proximal_from_the_engine() -> None:
     _, metrics = policy_loss(x, algorithm(proximal="loglinear"))
     assert metrics["behavior_weight"] == metrics["tokens"]  # w = 1 ...
     assert metrics["logprob_diff"] > 0  # ... and the mismatch is still the trainer's against the engine's
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.one_of(st.floats(0, 8, width=32), st.sampled_from([0.0, 0.5, 2.0])), max_size=40),
+    st.sampled_from([0.01, 0.04, 0.5, 3.0]),
+)
+def test_m2po_leaves_out_the_largest_until_the_mean_is_small(squares: list[float], threshold: float) -> None:
+    cutoff = second_moment_cutoff(torch.tensor(squares, dtype=torch.float32), threshold)
+    left = sorted(squares)
+    while left and sum(left) > threshold * len(left):
+        largest = left[-1]
+        left = [x for x in left if x < largest]  # those of equal size go together
+    assert [x for x in sorted(squares) if x <= cutoff] == left
+
+
+def test_m2po_over_ranks_is_that_of_the_whole() -> None:
+    whole = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 8
+    alone = second_moment_cutoff(whole, 0.04)
+    assert 0 < alone < whole.max()
+    parts, barrier = [whole[:300], whole[300:], whole[:0]], threading.Barrier(3)
+    given: list[torch.Tensor] = [torch.zeros(2)] * 3
+    cutoffs = [0.0] * 3
+
+    def one_rank(rank: int) -> None:
+        def total(sums: torch.Tensor) -> torch.Tensor:
+            given[rank] = sums
+            barrier.wait(20)
+            result = given[0] + given[1] + given[2]
+            barrier.wait(20)
+            return result
+
+        cutoffs[rank] = second_moment_cutoff(parts[rank], 0.04, total)
+
+    ranks = [threading.Thread(target=one_rank, args=(rank,)) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(30)
+    assert cutoffs == [alone] * 3
+
+
+def test_m2po_leaves_infinity_out_and_keeps_nothing_of_nothing() -> None:
+    assert second_moment_cutoff(torch.tensor([float("inf"), 0.01]), 0.04) < float("inf")
+    assert second_moment_cutoff(torch.empty(0), 0.04) > 1e38
+
+
+def test_a_token_that_is_not_trusted_has_no_gradient() -> None:
+    inputs, c = pack_of([4, 1, 9], 0, 0.5), algorithm(behavior_weight_cap=None)
+    trusted_T = torch.arange(len(inputs.mask_T)) % 3 > 0
+    logprobs_T = inputs.logprobs_T.detach().clone().requires_grad_()
+    loss, metrics = policy_loss(replace(inputs, logprobs_T=logprobs_T, trusted_T=trusted_T), c)
+    loss.backward()
+    assert logprobs_T.grad is not None and not logprobs_T.grad[~trusted_T].any()
+    assert metrics["masked_by_cap"] == (inputs.mask_T & ~trusted_T).sum()
+    assert metrics["tokens"] == inputs.mask_T.sum()  # counted before any is left out
 
 
 def test_gspo_clips_whole_samples() -> None:

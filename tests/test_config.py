@@ -144,7 +144,7 @@ def test_a_missing_section_is_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("key", "choices"),
-    [("algorithm.loss", "'decoupled_ppo', 'ppo', 'gspo', 'cispo'"), ("trainer.precision", "'fp32', 'bf16'")],
+    [("algorithm.loss", "'decoupled_ppo', 'ppo', 'gspo', 'cispo'"), ("trainer.precision", "'fp32', 'bf16', 'fp16'")],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(key: str, choices: str) -> None:
     assert refusal(**{key: "other"}).startswith(f"{key} = 'other': expected one of {choices}.")
@@ -167,6 +167,8 @@ def test_an_integer_is_an_integer(value: Any) -> None:
         ({"algorithm.minibatches": 9}, ["algorithm.minibatches = 9", "lower it"]),
         ({"algorithm.minibatches": 5, "trainer.data_parallel_size": 2}, ["algorithm.minibatches = 5", "lower it"]),
         ({"algorithm.samples_per_prompt": 1}, ["algorithm.group_normalize", "algorithm.samples_per_prompt >= 2"]),
+        ({"algorithm.m2_threshold": 0.04, "algorithm.loss": "ppo"}, ["m2_threshold = 0.04", "loss = ppo", "recompute"]),
+        ({"algorithm.advantage": "gae", "megatron.context_parallel_size": 2}, ["gae", "context_parallel_size = 2"]),
         ({"megatron.tensor_model_parallel_size": 0}, ["megatron.tensor_model_parallel_size = 0", "integer >= 1"]),
         ({"megatron.context_parallel_size": "2"}, ["megatron.context_parallel_size = '2'", "integer >= 1"]),
     ],

@@ -121,6 +121,13 @@ def test_selftest_of_a_layout_agrees_with_none(run_dir: Path) -> None:
     assert done.stdout.startswith("4 ranks") and "25 of 25 gradients agree" in done.stdout
 
 
+def test_selftest_of_an_interleaved_pipeline(run_dir: Path) -> None:
+    changes = ["megatron.pipeline_model_parallel_size=2", "megatron.virtual_pipeline_model_parallel_size=2"]
+    done = command("selftest", str(run_dir / "config.yaml"), "megatron.tensor_model_parallel_size=1", *changes)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 ranks") and "47 of 47 gradients agree" in done.stdout
+
+
 MOE = {  # of a size that selftest makes small
     "architectures": ["Qwen3MoeForCausalLM"],
     "hidden_size": 2048,

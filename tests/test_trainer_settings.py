@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from megatron_async_rl.patches import prepare_megatron
 
 prepare_megatron()
 
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 from test_mapping import shape_of  # noqa: E402
 
 from megatron_async_rl import config as configuration  # noqa: E402
@@ -104,6 +107,55 @@ def test_the_schedule_counts_training_steps() -> None:
     with pytest.raises(ConfigError, match="lr_warmup_iters = 300"):
         bad = config_with(lr_warmup_iters=300, lr_decay_iters=250)
         settings.schedule_arguments(bad, settings.optimizer_config(bad))
+
+
+def test_a_schedule_step_by_step() -> None:
+    """Megatron's scheduler with our arguments: up over two steps, down a half cosine to min_lr, which stays."""
+    config = config_with(lr=1.0, min_lr=0.1, lr_warmup_iters=2, lr_decay_iters=6, lr_decay_style="cosine")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
+    scheduler = OptimizerParamScheduler(
+        optimizer, **settings.schedule_arguments(config, settings.optimizer_config(config))
+    )
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(increment=1)
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * n / 4)) for n in range(5)]
+    assert rates == pytest.approx([0.0, 0.5, *cosine, 0.1])
+
+
+def test_the_critic_has_its_own_learning_rate() -> None:
+    config = config_with(lr=1e-6, adam_beta2=0.95)
+    critic = settings.optimizer_config(config, 1e-3)
+    assert (critic.lr, critic.adam_beta2, settings.optimizer_config(config).lr) == (1e-3, 0.95, 1e-6)
+    assert settings.schedule_arguments(config, critic)["max_lr"] == 1e-3
+
+
+def test_an_interleaved_pipeline_sends_one_way_at_a_time() -> None:
+    sizes = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    shape = dataclasses.replace(shape_of(QWEN3), num_layers=4)
+    made = settings.transformer_config(config_with(**sizes), shape, ARCHITECTURE)
+    assert made.overlap_p2p_comm and not made.batch_p2p_comm and made.variable_seq_lengths
+    plain = settings.transformer_config(
+        config_with(**(sizes | {"virtual_pipeline_model_parallel_size": 1})), shape, ARCHITECTURE
+    )
+    assert plain.virtual_pipeline_model_parallel_size is None and plain.batch_p2p_comm
+
+
+def test_fp16_scales_the_loss_by_megatrons_settings() -> None:
+    config = config_with("fp16", loss_scale_window=5, hysteresis=3, min_loss_scale=4.0)
+    made, optimizer = (
+        settings.transformer_config(config, shape_of(QWEN3), ARCHITECTURE),
+        settings.optimizer_config(config),
+    )
+    assert made.fp16 and made.params_dtype == torch.float16 and optimizer.fp16 and not optimizer.bf16
+    assert (optimizer.initial_loss_scale, optimizer.loss_scale_window) == (65536, 5)
+    assert (optimizer.hysteresis, optimizer.min_loss_scale, optimizer.loss_scale) == (3, 4.0, None)
+
+
+def test_fp16_with_experts_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.precision = fp16 with a model of experts.*use bf16"):
+        settings.check_layout(config_with("fp16"), dataclasses.replace(shape_of(QWEN3), num_experts=4))
 
 
 def test_the_number_of_ranks_must_be_the_product_of_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 ALPHABET = "0123456789+-*/=()<>,;:abcdefghijkl"  # one token each; with three special tokens the vocabulary is odd
 
 
-def make_model(folder: Path, seed: int = 0, scale: float = 0.25, intermediate_size: int = 96) -> Path:
-    """Random weights, so that every token is likely at times; two layers, two key-value heads."""
+def make_model(folder: Path, seed: int = 0, scale: float = 0.25, intermediate_size: int = 96, layers: int = 2) -> Path:
+    """Random weights, so that every token is likely at times; two key-value heads."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -27,7 +27,7 @@ def make_model(folder: Path, seed: int = 0, scale: float = 0.25, intermediate_si
             vocab_size=len(words),
             hidden_size=64,
             intermediate_size=intermediate_size,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=32,

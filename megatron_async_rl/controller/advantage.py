@@ -1,5 +1,7 @@
 """Rewards to advantages, one of a sample: with gamma = lambda = 1 and no critic each of its tokens has the same.
 
+With a critic (gae) it is the shaped reward that travels: the trainer makes advantages of it (trainer/critic.py).
+
 The order: the reward r is shaped, s = clip(((r - 0.5) * 2 - bias) * scale), less the overlong penalty; then, for sample i
 of a group of G samples with shaped rewards s,
 
@@ -38,6 +40,8 @@ def sample_advantages(
             tokens_GS, max_new_tokens, algorithm.overlong_buffer_tokens
         )
     advantages_GS = _BASELINES[algorithm.advantage](shaped_GS, algorithm)
+    if algorithm.advantage == "gae":
+        return advantages_GS  # rewards yet
     if algorithm.batch_normalize or algorithm.advantage == "reinforce_pp":
         advantages_GS = batch_normalized(advantages_GS, tokens_GS)
     return advantages_GS
@@ -71,11 +75,11 @@ def _rloo(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
     return _dr_grpo(shaped_GS, algorithm) * (size / (size - 1)) if size > 1 else np.zeros_like(shaped_GS)
 
 
-def _reinforce_pp(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
+def _as_shaped(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
     return shaped_GS
 
 
-_BASELINES = {"grpo": _grpo, "dr_grpo": _dr_grpo, "rloo": _rloo, "reinforce_pp": _reinforce_pp}
+_BASELINES = {"grpo": _grpo, "dr_grpo": _dr_grpo, "rloo": _rloo, "reinforce_pp": _as_shaped, "gae": _as_shaped}
 
 
 def batch_normalized(advantages_GS: np.ndarray, tokens_GS: np.ndarray) -> np.ndarray:

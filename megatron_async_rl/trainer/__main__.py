@@ -18,7 +18,7 @@ def _train(run_dir: Path) -> None:
     policy = model.build(settings)
     controller = ControllerLink(settings, run_dir)
     publisher = WeightPublisher(
-        policy.module, policy.shape, settings, controller.socket if controller.is_source else None
+        policy.modules, policy.shape, settings, controller.socket if controller.is_source else None
     )
 
     saver = Checkpointer(policy, settings, run_dir, controller.saved)

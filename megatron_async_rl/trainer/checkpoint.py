@@ -25,6 +25,7 @@ from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import distrib_optimizer
 
 from megatron_async_rl import checkpoints, processes
@@ -151,7 +152,7 @@ class Checkpointer:
 
     def _bytes(self) -> int:
         """What a checkpoint takes at most: parameters, their fp32 copies and Adam's two moments."""
-        own = sum(parameter.numel() for parameter in self._model.module.parameters())
+        own = sum(parameter.numel() for model in self._models().values() for parameter in model.parameters())
         total = torch.tensor([own], dtype=torch.int64, device=self._model.device)
         dist.all_reduce(total)
         return BYTES_PER_PARAMETER * int(total) // mpu.get_data_parallel_world_size() + MARGIN_BYTES
@@ -170,17 +171,33 @@ class Checkpointer:
 
     def _load(self, folder: Path) -> None:
         state = dist_checkpointing.load(self._state(loading=True), str(folder))
-        self._model.module.load_state_dict(state["model"])
-        self._model.optimizer.load_state_dict(state["optimizer"])
-        self._model.scheduler.load_state_dict(state["scheduler"])
+        for prefix, model in self._models().items():
+            for number, module in enumerate(model.modules):
+                module.load_state_dict(state[f"{prefix}model{number}"])
+            model.optimizer.load_state_dict(state[f"{prefix}optimizer"])
+            model.scheduler.load_state_dict(state[f"{prefix}scheduler"])
+
+    def _models(self) -> dict[str, TrainerModel]:
+        """The policy, and the critic where there is one, by the prefix of their names on disk."""
+        critic = self._model.critic
+        return {"": self._model} | ({"critic.": critic} if critic else {})
 
     def _state(self, loading: bool) -> dict[str, Any]:
-        metadata = _metadata()
-        if loading:
-            _begin_torch_adam(self._model.optimizer)
-        model = self._model.module.sharded_state_dict(metadata=metadata)
-        optimizer = self._model.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
-        return {"model": model, "optimizer": optimizer, "scheduler": self._model.scheduler.state_dict()}
+        metadata, state = _metadata(), {}
+        for prefix, model in self._models().items():
+            if loading:
+                _begin_torch_adam(model.optimizer)
+            # The keys here say which chunk of an interleaved pipeline it is; on disk tensors bear the whole model's names.
+            chunks = {
+                f"{prefix}model{number}": module.sharded_state_dict(metadata=metadata)
+                for number, module in enumerate(model.modules)
+            }
+            if prefix:
+                add_prefix_for_sharding(chunks, prefix)
+            optimizer = model.optimizer.sharded_state_dict(chunks, is_loading=loading, metadata=metadata)
+            state |= chunks
+            state |= {f"{prefix}optimizer": optimizer, f"{prefix}scheduler": model.scheduler.state_dict()}
+        return state
 
     def _folder(self, version: int) -> Path:
         return self._run_dir / checkpoints.FOLDER / checkpoints.folder_name(version)

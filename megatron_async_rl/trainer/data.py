@@ -8,6 +8,7 @@ Suffix T: tokens of one micro-batch, padding included.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from megatron_async_rl.trainer.attention import PackedSequences, pack_sequences
 from megatron_async_rl.trainer.importance import Owners
-from megatron_async_rl.trainer.packing import agree_on_bins, allocate, allocate_even
+from megatron_async_rl.trainer.packing import agree_on_bins, allocate, allocate_even, cost
 from megatron_async_rl.types import NOT_GENERATED, TrainSample
 
 
@@ -38,9 +39,15 @@ class Microbatch:
     lag_T: Tensor  # int32: versions between the one that generated the next token and the one now trained
     sequences: PackedSequences
     num_tokens: int  # of the whole pack, without padding
+    cost: float  # FLOPs of the whole pack, in those of one token without attention
     owners: Owners | None = None  # None under context parallelism
     proximal_T: Tensor | None = None  # float32, set by the proximal pass; on the last pipeline stage only
+    trusted_T: Tensor | None = None  # bool, with m2_threshold; likewise
     reference_T: Tensor | None = None  # float32, by the reference pass; likewise
+    values_T: Tensor | None = (
+        None  # float32, the critic's before the step: what the sample will earn from here; likewise
+    )
+    returns_T: Tensor | None = None  # float32, what it is taught
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +67,10 @@ class Packing:
     cp_rank: int = 0
     divisor: int = 1
     """The number of micro-batches is a multiple of it, for interleaved pipelines."""
-    attention_length: float | None = None
-    """Bins are balanced by cost, with this length (see packing.py); None: first fit decreasing."""
+    even: bool = False
+    """Bins are balanced by cost; False: first fit decreasing."""
+    attention_length: float = math.inf
+    """Of the cost: see packing.py."""
 
     @property
     def unit(self) -> int:
@@ -78,7 +87,7 @@ def cut_minibatches(
     """The share's micro-batches, by minibatch: `count` parts of equal numbers of samples after a seeded shuffle."""
     order = np.random.default_rng((seed, version)).permutation(len(samples)) if count > 1 else np.arange(len(samples))
     method = allocate
-    if packing.attention_length is not None:
+    if packing.even:
         method = partial(allocate_even, attention_length=packing.attention_length)
     minibatches = []
     for part in np.array_split(order, count):
@@ -124,4 +133,5 @@ def pack(samples: Sequence[TrainSample], version: int, packing: Packing) -> Micr
         sequences=sequences,
         owners=owners,
         num_tokens=sum(len(s.ids) for s in samples),
+        cost=sum(cost(len(s.ids), packing.attention_length) for s in samples),
     )

@@ -28,7 +28,7 @@ _WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", 
 
 def save_hf(model: TrainerModel, source_dir: str | Path, out_dir: str | Path, dtype: torch.dtype | None = None) -> None:
     """The policy as it is now; see export_hf."""
-    export_hf(model.module, model.shape, source_dir, out_dir, dtype)
+    export_hf(model.modules, model.shape, source_dir, out_dir, dtype)
 
 
 def export_hf(

@@ -5,6 +5,8 @@ Suffixes: T tokens of a packed micro-batch, N samples in it.
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +64,33 @@ def behavior_weights(
     if floor is not None:
         keep_T = keep_T & (w_T >= floor)
     return w_T, keep_T
+
+
+def second_moment_cutoff(
+    squares: Tensor, threshold: float, total: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> float:
+    """M2PO's mask: tokens with larger squared log ratios than this are left out (H. Zheng et al., "Prosperity before
+    collapse: how far can off-policy RL reach with stale data on LLMs?", 2025).
+
+    The paper takes the largest (log pi / pi_behavior)^2 out, one after another, until the mean of the rest is at most
+    the threshold. The mean of what is at most x grows with x, so the largest such x is found by bisection, exactly: over
+    the bits of a float32, whose order is that of the numbers. squares: float32 >= 0, this rank's tokens; `total` sums
+    [sum, count] over the ranks. All of equal size go together, and infinity is always left out.
+    """
+    low, high = 0, _INFINITY_BITS  # the cutoff is at least low, less than high, as the bits of a float32
+    while high - low > 1:
+        middle = (low + high) // 2
+        kept = squares[squares <= _float_of(middle)].double()
+        summed, count = total(torch.stack([kept.sum(), kept.new_tensor(float(len(kept)))])).tolist()
+        low, high = (middle, high) if summed <= threshold * count else (low, middle)
+    return _float_of(low)
+
+
+_INFINITY_BITS = 0x7F800000
+
+
+def _float_of(bits: int) -> float:
+    return struct.unpack("<f", struct.pack("<I", bits))[0]
 
 
 def kl_reward_to_go(behavior_T: Tensor, reference_T: Tensor, mask_T: Tensor, owners: Owners) -> Tensor:

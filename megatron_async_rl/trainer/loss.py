@@ -45,6 +45,7 @@ class LossInputs:
     lag_T: Tensor  # versions between the one that sampled the token and the one now trained; 0: they should agree
     owners: Owners | None = None  # None: the rank has no whole samples (context parallelism)
     reference_T: Tensor | None = None  # with kl_coef
+    trusted_T: Tensor | None = None  # bool, with m2_threshold: the others are masked, as beyond the cap
 
 
 SUMS = (
@@ -95,6 +96,8 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, di
         assert inputs.owners is not None
         log_u_T = inputs.owners.means(log_u_T, mask_T)
         advantages_T = inputs.owners.means(advantages_T, mask_T)
+    if inputs.trusted_T is not None:
+        keep_T = keep_T & inputs.trusted_T
     u_T = log_u_T.exp()
     if config.loss == "cispo":
         objective_T, clipped_T, dual_T = _cispo(u_T, logprobs_T, advantages_T, config)

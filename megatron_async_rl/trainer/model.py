@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -18,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.trainer import layers, parallel, settings
+from megatron_async_rl.trainer.value_head import ValueHead
 from megatron_async_rl.weights.folder import Architecture, ModelFolder
 from megatron_async_rl.weights.load import load_folder
 from megatron_async_rl.weights.mapping import ModelShape
@@ -32,40 +35,75 @@ class TrainerModel:
 
     config: TransformerConfig
     shape: ModelShape
-    module: GPTModel
-    """This pipeline stage's part, unwrapped: its parameters carry the names of weights/mapping.py."""
-    chunk: DistributedDataParallel
+    modules: list[GPTModel]
+    """This pipeline stage's part, unwrapped: its parameters carry the names of weights/mapping.py. One, or the chunks
+    of an interleaved pipeline."""
+    chunks: list[DistributedDataParallel]
     """The same, wrapped for training."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     device: torch.device
+    critic: TrainerModel | None = None
+    """With algorithm.advantage = gae; of the same layout."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Of all chunks, in order."""
+        return itertools.chain.from_iterable(module.parameters() for module in self.modules)
 
 
 def build(config: Config) -> TrainerModel:
     """Builds this rank's part with the weights of model.path. `parallel.init_parallel` must have been called."""
-    transformer, shape, modules = build_modules(config)
-    if len(modules) > 1:
-        raise ConfigError(
-            f"megatron.virtual_pipeline_model_parallel_size = {len(modules)}: interleaved pipelines can be converted and "
-            "published, but not trained yet; remove the key"
-        )
-    [module] = modules
+    critic = _build_critic(config) if config.algorithm.advantage == "gae" else None
+    return _for_training(config, *build_modules(config), critic=critic)
+
+
+def _build_critic(config: Config) -> TrainerModel:
+    transformer, shape, modules = build_modules(config, critic=True)
+    if modules[-1].post_process:
+        modules[-1].output_layer = ValueHead(transformer)
+    # A shape that says tied has no output layer of its own: the head is no part of what mapping.py knows.
+    return _for_training(config, transformer, replace(shape, tied=True), modules, config.critic.lr)
+
+
+def _for_training(
+    config: Config,
+    transformer: TransformerConfig,
+    shape: ModelShape,
+    modules: list[GPTModel],
+    lr: float | None = None,
+    critic: TrainerModel | None = None,
+) -> TrainerModel:
+    """Adds what training needs beside the weights."""
     ddp = settings.ddp_config(config)
-    wrapped = Float16Module(transformer, module) if transformer.bf16 else module
-    chunk = DistributedDataParallel(transformer, ddp, wrapped)
+    low = transformer.bf16 or transformer.fp16
+    chunks = [
+        DistributedDataParallel(
+            transformer,
+            ddp,
+            Float16Module(transformer, module) if low else module,
+            disable_bucketing=number > 0,  # an interleaved pipeline overlaps its later chunks' gradients as wholes
+        )
+        for number, module in enumerate(modules)
+    ]
     transformer.finalize_model_grads_func = finalize_model_grads
     if ddp.overlap_grad_reduce:
-        transformer.no_sync_func = chunk.no_sync
-    optimizer_config = settings.optimizer_config(config)
-    optimizer = get_megatron_optimizer(optimizer_config, [chunk])
+        no_sync = [chunk.no_sync for chunk in chunks]
+        transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    optimizer_config = settings.optimizer_config(config, lr)
+    optimizer = get_megatron_optimizer(optimizer_config, chunks)
+    if transformer.fp16:
+        transformer.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(optimizer, **settings.schedule_arguments(config, optimizer_config))
-    return TrainerModel(transformer, shape, module, chunk, optimizer, scheduler, parallel.device())
+    return TrainerModel(transformer, shape, modules, chunks, optimizer, scheduler, parallel.device(), critic)
 
 
-def build_modules(config: Config) -> tuple[TransformerConfig, ModelShape, list[GPTModel]]:
-    """The weights alone, without what training needs beside them: one module, or the chunks of an interleaved pipeline."""
+def build_modules(config: Config, critic: bool = False) -> tuple[TransformerConfig, ModelShape, list[GPTModel]]:
+    """The weights alone, without what training needs beside them: one module, or the chunks of an interleaved pipeline.
+
+    critic: those of critic.path, with an output layer that shares nothing and gives way to a value head.
+    """
     settings.check_keys(config.megatron)
-    folder = ModelFolder(config.model.path)
+    folder = ModelFolder((config.critic.path if critic else None) or config.model.path)
     shape, architecture = folder.shape(settings.padded_vocab_multiple(config)), folder.architecture()
     if config.parallel_size("context") > 1 and torch.cuda.is_available() and not layers.has_transformer_engine():
         raise ConfigError(
@@ -82,7 +120,8 @@ def build_modules(config: Config) -> tuple[TransformerConfig, ModelShape, list[G
     transformer = settings.transformer_config(config, shape, architecture)
     vpp = config.parallel_size("virtual_pipeline_model")
     stages = range(vpp) if vpp > 1 else [None]
-    modules = [_build_module(transformer, shape, architecture, stage) for stage in stages]
+    built = replace(shape, tied=False) if critic else shape
+    modules = [_build_module(transformer, built, architecture, stage) for stage in stages]
     if config.model.random_init:
         fill_random(modules, shape, config.run.seed)
     else:

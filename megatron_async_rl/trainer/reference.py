@@ -16,17 +16,18 @@ from megatron_async_rl.weights.folder import ModelFolder
 from megatron_async_rl.weights.load import load_folder
 from megatron_async_rl.weights.random_init import fill_random
 
-_kept: WeakKeyDictionary[GPTModel, list[Tensor]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[GPTModel, list[Tensor]] = WeakKeyDictionary()  # by the first chunk
 
 
 @contextmanager
 def reference_weights(model: TrainerModel, config: Config) -> Iterator[None]:
     """The model has the weights of model.path inside, and its own again after. For forward passes alone."""
-    parameters = list(model.module.parameters())
-    if model.module not in _kept:
-        _kept[model.module] = _read(model, config)
+    parameters = list(model.parameters())
+    first = model.modules[0]
+    if first not in _kept:
+        _kept[first] = _read(model, config)
     own = [p.data for p in parameters]
-    for p, reference in zip(parameters, _kept[model.module], strict=True):
+    for p, reference in zip(parameters, _kept[first], strict=True):
         p.data = reference
     try:
         yield
@@ -38,12 +39,12 @@ def reference_weights(model: TrainerModel, config: Config) -> Iterator[None]:
 @torch.no_grad()
 def _read(model: TrainerModel, config: Config) -> list[Tensor]:
     """From model.path again, not from the weights at the first step: those may be a checkpoint's."""
-    own = [p.clone() for p in model.module.parameters()]
+    own = [p.clone() for p in model.parameters()]
     if config.model.random_init:
-        fill_random(model.module, model.shape, config.run.seed)
+        fill_random(model.modules, model.shape, config.run.seed)
     else:
-        load_folder(model.module, ModelFolder(config.model.path), model.shape)
-    reference = [p.clone() for p in model.module.parameters()]
-    for p, data in zip(model.module.parameters(), own, strict=True):
+        load_folder(model.modules, ModelFolder(config.model.path), model.shape)
+    reference = [p.clone() for p in model.parameters()]
+    for p, data in zip(model.parameters(), own, strict=True):
         p.copy_(data)
     return reference

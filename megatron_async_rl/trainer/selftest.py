@@ -94,7 +94,7 @@ def gradients(config: Config) -> tuple[dict[str, float], dict[str, Any]]:
     totals = step.accumulate_gradients(policy, minibatch, config)
     mine = {
         name: tensor.float().cpu().numpy().copy()
-        for name, tensor in hf_tensors(policy.module, policy.shape, get=lambda p: p.main_grad)
+        for name, tensor in hf_tensors(policy.modules, policy.shape, get=lambda p: p.main_grad)
     }
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)

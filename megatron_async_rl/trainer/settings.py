@@ -123,6 +123,11 @@ def check_layout(config: Config, shape: ModelShape) -> None:
             f"megatron.expert_model_parallel_size = {ep} does not divide the model's num_experts = {shape.num_experts}; "
             f"use {'1' if not shape.num_experts else 'a divisor of it'}"
         )
+    if shape.num_experts and config.trainer.precision == "fp16":
+        raise ConfigError(
+            "trainer.precision = fp16 with a model of experts: megatron.core scales the losses of experts and of the rest "
+            "apart, and one overflow would be no overflow to the other; use bf16"
+        )
     etp = int(config.megatron.get("expert_tensor_parallel_size", tp))
     if config.trainer_ranks // pp % (ep * etp):
         raise ConfigError(
@@ -155,7 +160,7 @@ def padded_vocab_multiple(config: Config) -> int:
 
 
 def param_dtype(config: Config) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.trainer.precision]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.trainer.precision]
 
 
 def _leave_as_is(parameter: torch.Tensor) -> torch.Tensor:
@@ -188,6 +193,7 @@ def transformer_config(config: Config, shape: ModelShape, architecture: Architec
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
         "bias_activation_fusion": not on_cpu,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
@@ -195,6 +201,9 @@ def transformer_config(config: Config, shape: ModelShape, architecture: Architec
         "tensor_model_parallel_size": 1,
         "calculate_per_token_loss": True,
         "variable_seq_lengths": config.parallel_size("pipeline_model") > 1,
+        # Interleaved, two stages are each other's both neighbours: sends and receives of one batch would meet wrongly.
+        "overlap_p2p_comm": config.parallel_size("virtual_pipeline_model") > 1,
+        "batch_p2p_comm": config.parallel_size("virtual_pipeline_model") == 1,
         "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths refuses the default, MoE or not
     }
     if shape.num_experts:
@@ -211,10 +220,13 @@ def transformer_config(config: Config, shape: ModelShape, architecture: Architec
     chosen = _chosen(TransformerConfig, config)
     if config.parallel_size("tensor_model") == 1:
         chosen["sequence_parallel"] = False  # Megatron refuses it; here a layout can be changed by one key
+    if config.parallel_size("virtual_pipeline_model") == 1:
+        chosen.pop("virtual_pipeline_model_parallel_size", None)  # to Megatron 1 is an interleaved pipeline
     return _make(TransformerConfig, **(fields | chosen))
 
 
-def optimizer_config(config: Config) -> OptimizerConfig:
+def optimizer_config(config: Config, lr: float | None = None) -> OptimizerConfig:
+    """lr: instead of megatron.lr."""
     dtype = param_dtype(config)
     fields = {
         "optimizer": "adam",
@@ -223,10 +235,15 @@ def optimizer_config(config: Config) -> OptimizerConfig:
         "weight_decay": 0.0,
         "clip_grad": 1.0,
         "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        # Megatron's 2^32 needs some 17 steps without an update to come down to where fp16 holds: those of a long
+        # pretraining, but not of reinforcement learning, are cheap.
+        "initial_loss_scale": 2.0**16,
         "params_dtype": dtype,
         "use_distributed_optimizer": True,
     }
-    return _make(OptimizerConfig, **(fields | _chosen(OptimizerConfig, config)))
+    chosen = _chosen(OptimizerConfig, config)
+    return _make(OptimizerConfig, **(fields | chosen | ({} if lr is None else {"lr": lr})))
 
 
 def ddp_config(config: Config) -> DistributedDataParallelConfig:

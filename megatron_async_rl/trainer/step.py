@@ -1,4 +1,5 @@
-"""One training step: proximal logprobs of the whole batch, then one optimizer step per minibatch.
+"""One training step: what the loss needs of the whole batch (values, reference and proximal logprobs), then an optimizer step
+per minibatch.
 
 What Megatron divides by: with calculate_per_token_loss the loss function returns (sum, count), gradients are summed
 over micro-batches and data-parallel ranks undivided, and finalize_model_grads divides them once by the count summed over
@@ -7,7 +8,6 @@ both. So the gradient is that of sum / N with N global, however the batch is cut
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -18,22 +18,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_async_rl import batches
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import StepRefused
-from megatron_async_rl.trainer import layers
+from megatron_async_rl.trainer import critic as critics
+from megatron_async_rl.trainer import layers, pipeline, report, updates
 from megatron_async_rl.trainer.data import Microbatch, Packing, cut_minibatches
-from megatron_async_rl.trainer.importance import kl_reward_to_go
+from megatron_async_rl.trainer.importance import kl_reward_to_go, second_moment_cutoff
 from megatron_async_rl.trainer.logprobs import token_logprobs
 from megatron_async_rl.trainer.loss import MAXIMA, SUMS, LossInputs, policy_loss
 from megatron_async_rl.trainer.model import TrainerModel
 from megatron_async_rl.trainer.reference import reference_weights
+from megatron_async_rl.trainer.report import PACKING_SUMS
 from megatron_async_rl.types import TrainSample
-
-logger = logging.getLogger(__name__)
 
 
 def train_step(model: TrainerModel, samples: Sequence[TrainSample], version: int, config: Config) -> dict[str, float]:
@@ -52,28 +51,47 @@ def train_step(model: TrainerModel, samples: Sequence[TrainSample], version: int
         config.run.seed,
     )
     minibatches = with_reference(model, minibatches, config)
-    minibatches = with_proximal(model, minibatches, config)
+    if model.critic:
+        minibatches = critics.with_advantages(model.critic, minibatches, config)
+    minibatches = with_trust(with_proximal(model, minibatches, config), config)
     trained_from = time.monotonic()
-    steps = []
-    for minibatch in minibatches:
-        totals = accumulate_gradients(model, minibatch, config)
-        stopped = _ratio_too_large(totals, config)
-        norm = 0.0
-        if not stopped:
-            try:
-                norm = apply_gradients(model, totals, version)
-            except StepRefused as e:
-                raise StepRefused(f"{e}. {_keep_batch(samples, version, config)}") from None
-        steps.append(totals | {"grad_norm": norm, "stopped": float(stopped)})
+    try:
+        steps = [_train_minibatch(model, minibatch, version, config) for minibatch in minibatches]
+    except StepRefused as e:
+        raise StepRefused(f"{e}. {_keep_batch(samples, version, config)}") from None
     learning_rate = model.optimizer.param_groups[0]["lr"]
     model.scheduler.step(increment=1)
-    stats = _summary(steps)
-    _warn_of_mismatch(stats, version, config)
+    stats = report.summary([policy for policy, _ in steps])
+    if model.critic:
+        model.critic.scheduler.step(increment=1)
+        stats |= critics.summary([critic for _, critic in steps])
+    report.warn_of_mismatch(stats, version, config)
     return stats | {
         "train/lr": float(learning_rate),
+        "train/loss_scale": float(model.optimizer.get_loss_scale()) if model.config.fp16 else 1.0,
         "perf/time/proximal_s": trained_from - started,
         "perf/time/train_s": time.monotonic() - trained_from,
     }
+
+
+def _train_minibatch(
+    model: TrainerModel, minibatch: list[Microbatch], version: int, config: Config
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One optimizer step of the policy, and of the critic where there is one; metrics of both."""
+    totals = accumulate_gradients(model, minibatch, config)
+    values: dict[str, float] = {}
+    if model.critic:
+        values = critics.accumulate_gradients(model.critic, minibatch, config)
+        value_norm = updates.checked_norm(model.critic, values["value_loss"], values, version, "lower critic.lr")
+    norm, overflowed = 0.0, False
+    stopped = _ratio_too_large(totals, config)
+    if not stopped:
+        norm, overflowed = apply_gradients(model, totals, version)
+    totals |= {"grad_norm": norm, "overflowed": float(overflowed), "stopped": float(stopped)}
+    if model.critic:
+        norm, overflowed = updates.step(model.critic, value_norm, version)
+        values |= {"grad_norm": norm, "overflowed": float(overflowed)}
+    return totals, values
 
 
 def packing(model: TrainerModel, config: Config) -> Packing:
@@ -86,10 +104,9 @@ def packing(model: TrainerModel, config: Config) -> Packing:
         dense=not te and (model.device.type == "cpu" or model.config.params_dtype == torch.float32),
         cp=mpu.get_context_parallel_world_size(),
         cp_rank=mpu.get_context_parallel_rank(),
-        divisor=mpu.get_pipeline_model_parallel_world_size()
-        if config.parallel_size("virtual_pipeline_model") > 1
-        else 1,
-        attention_length=_attention_length(model) if config.trainer.packing == "karmarkar_karp" else None,
+        divisor=model.config.microbatch_group_size_per_vp_stage if len(model.chunks) > 1 else 1,
+        even=config.trainer.packing == "karmarkar_karp",
+        attention_length=_attention_length(model),
     )
 
 
@@ -108,15 +125,37 @@ def with_proximal(model: TrainerModel, minibatches: list[list[Microbatch]], conf
     With one minibatch, and with reuse_first_minibatch for the first of several, the proximal policy is the current one:
     no step lies between them, and the loss takes it from its own forward pass.
     """
-    if config.algorithm.loss == "ppo" or config.algorithm.proximal == "loglinear" or len(minibatches) == 1:
+    algorithm = config.algorithm
+    if algorithm.loss == "ppo" or algorithm.proximal == "loglinear":
         return minibatches
-    given = 1 if config.algorithm.proximal == "reuse_first_minibatch" else 0
+    if len(minibatches) == 1 and algorithm.m2_threshold is None:
+        return minibatches
+    given = 1 if algorithm.proximal == "reuse_first_minibatch" else 0
     rest = minibatches[given:]
     logprobs = _current_logprobs(model, rest, config)
     return minibatches[:given] + [
         [replace(microbatch, proximal_T=logprobs.pop(0)) if logprobs else microbatch for microbatch in minibatch]
         for minibatch in rest
     ]
+
+
+def with_trust(minibatches: list[list[Microbatch]], config: Config) -> list[list[Microbatch]]:
+    """With m2_threshold: the same, with the tokens of the batch that are trusted, by the proximal logprobs they have."""
+    threshold = config.algorithm.m2_threshold
+    if threshold is None or not mpu.is_pipeline_last_stage():
+        return minibatches
+
+    def squares_T(microbatch: Microbatch) -> Tensor:
+        assert microbatch.proximal_T is not None
+        return (microbatch.proximal_T - microbatch.behavior_T).square()
+
+    def total(sums: Tensor) -> Tensor:
+        dist.all_reduce(sums, group=mpu.get_data_parallel_group(with_context_parallel=True))
+        return sums
+
+    flat = [microbatch for minibatch in minibatches for microbatch in minibatch]
+    cutoff = second_moment_cutoff(torch.cat([squares_T(m)[m.mask_T] for m in flat]), threshold, total)
+    return [[replace(m, trusted_T=squares_T(m) <= cutoff) for m in minibatch] for minibatch in minibatches]
 
 
 def with_reference(model: TrainerModel, minibatches: list[list[Microbatch]], config: Config) -> list[list[Microbatch]]:
@@ -131,7 +170,7 @@ def with_reference(model: TrainerModel, minibatches: list[list[Microbatch]], con
         if not logprobs:
             return microbatch
         microbatch = replace(microbatch, reference_T=logprobs.pop(0))
-        if algorithm.kl_in == "loss":
+        if algorithm.kl_in == "loss" or model.critic:  # a critic's advantages are made of it later
             return microbatch
         assert microbatch.owners is not None and microbatch.reference_T is not None
         kl_T = kl_reward_to_go(microbatch.behavior_T, microbatch.reference_T, microbatch.mask_T, microbatch.owners)
@@ -143,11 +182,7 @@ def with_reference(model: TrainerModel, minibatches: list[list[Microbatch]], con
 def _current_logprobs(model: TrainerModel, minibatches: list[list[Microbatch]], config: Config) -> list[Tensor]:
     """Of every micro-batch in order, under the weights as they are; empty but on the last pipeline stage."""
     flat = [microbatch for minibatch in minibatches for microbatch in minibatch]
-    model.chunk.eval()
-    with torch.no_grad():
-        logprobs = _run(model, flat, partial(_proximal_step, model, config), forward_only=True, collect=True)
-    model.chunk.train()
-    return logprobs
+    return pipeline.evaluate(model, flat, partial(_proximal_step, model, config))
 
 
 def _keep_batch(samples: Sequence[TrainSample], version: int, config: Config) -> str:
@@ -164,84 +199,43 @@ def _ratio_too_large(totals: dict[str, float], config: Config) -> bool:
     return limit is not None and totals["importance_weight"] / max(totals["tokens"], 1) > limit
 
 
-def _warn_of_mismatch(stats: dict[str, float], version: int, config: Config) -> None:
-    limit = config.algorithm.mismatch_alarm
-    if limit is not None and stats["train/logprob_diff_mean"] > limit and dist.get_rank() == 0:
-        logger.warning(
-            "training step %d: engine and trainer differ by %.4g a token (mean abs logprob under the same version), more "
-            "than algorithm.mismatch_alarm = %g; largest %.4g, beyond the cap %.2g of the tokens",
-            version,
-            stats["train/logprob_diff_mean"],
-            limit,
-            stats["train/logprob_diff_max"],
-            stats["train/mismatch_beyond_cap_fraction"],
-        )
-
-
 def accumulate_gradients(model: TrainerModel, minibatch: list[Microbatch], config: Config) -> dict[str, float]:
     """Forward and backward over a minibatch: leaves its gradient in the buffers and returns its metrics, global."""
-    model.chunk.zero_grad_buffer()
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
-    parts = _run(model, minibatch, partial(_loss_step, model, config), forward_only=False)
-    sums = torch.zeros(len(SUMS) + 2, dtype=torch.float64)
-    maxima = torch.zeros(len(MAXIMA), dtype=torch.float64)
+    parts = pipeline.run(model, minibatch, partial(_loss_step, model, config), forward_only=False)
+    sums = torch.zeros(len(SUMS) + len(PACKING_SUMS), dtype=torch.float64)
+    maxima = torch.zeros(len(MAXIMA) + 1, dtype=torch.float64)
     if mpu.get_tensor_model_parallel_rank() == 0:  # the others compute the same: count it once
         if parts:
             sums[: len(SUMS)] = torch.stack([part[0] for part in parts]).sum(0).cpu()
-            maxima = torch.stack([part[1] for part in parts]).amax(0).cpu()
+            maxima[: len(MAXIMA)] = torch.stack([part[1] for part in parts]).amax(0).cpu()
         if mpu.is_pipeline_first_stage() and mpu.get_context_parallel_rank() == 0:
-            sums[-2] = sum(microbatch.num_tokens for microbatch in minibatch)
-            sums[-1] = len(minibatch) * config.trainer.max_tokens_per_microbatch
+            budget, costs = config.trainer.max_tokens_per_microbatch, [microbatch.cost for microbatch in minibatch]
+            tokens = sum(microbatch.num_tokens for microbatch in minibatch)
+            least = max(1, math.ceil(tokens / budget))
+            sums[len(SUMS) :] = torch.tensor(
+                [tokens, len(costs) * budget, least * budget, sum(costs), len(costs)], dtype=torch.float64
+            )
+            maxima[-1] = max(costs)
     sums, maxima = sums.to(model.device), maxima.to(model.device)
     dist.all_reduce(sums)
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    return dict(zip((*SUMS, "packed", "budget", *MAXIMA), sums.tolist() + maxima.tolist(), strict=True))
+    return dict(zip((*SUMS, *PACKING_SUMS, *MAXIMA, "cost_max"), sums.tolist() + maxima.tolist(), strict=True))
 
 
-def apply_gradients(model: TrainerModel, totals: dict[str, float], version: int) -> float:
-    """One optimizer step; returns the gradient's norm before clipping. All ranks refuse it, or none."""
-    # Both numbers are global, so all ranks decide alike. The optimizer would write before it could be asked.
-    model.optimizer.prepare_grads()
-    norm = float(model.optimizer.get_grad_norm())
-    loss = totals["loss"]
-    if not math.isfinite(norm) or not math.isfinite(loss):
-        raise StepRefused(
-            f"training step {version}: loss {loss / max(totals['tokens'], 1):.6g}, gradient norm {norm:.6g}; weights are as "
-            f"before. Largest importance weight {totals['importance_weight_max']:.4g}, behavior weight "
-            f"{totals['behavior_weight_max']:.4g}: if these are large lower megatron.lr or algorithm.behavior_weight_cap"
-        )
-    updated, _, _ = model.optimizer.step()
-    if not updated:
-        raise StepRefused(f"training step {version}: the optimizer found non-finite gradients; weights are as before")
-    return norm
+def apply_gradients(model: TrainerModel, totals: dict[str, float], version: int) -> tuple[float, bool]:
+    """One optimizer step: (the gradient's norm before clipping, whether fp16 overflowed and it was skipped).
 
-
-def _run(
-    model: TrainerModel, microbatches: list[Microbatch], step: Any, *, forward_only: bool, collect: bool = False
-) -> list:
-    """Drives micro-batches through the pipeline; returns what the last stage collected, elsewhere nothing."""
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iter(microbatches),
-        model=model.chunk,
-        num_microbatches=len(microbatches),
-        seq_length=1,  # with variable_seq_lengths shapes travel with the tensors
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=collect,
+    All ranks take it, skip it, or refuse it.
+    """
+    remedy = (
+        f"largest importance weight {totals['importance_weight_max']:.4g}, behavior weight "
+        f"{totals['behavior_weight_max']:.4g}: if these are large lower megatron.lr or algorithm.behavior_weight_cap"
     )
-
-
-def _forward(model: TrainerModel, chunk: torch.nn.Module, microbatch: Microbatch) -> Tensor:
-    """Logits [1, T, V] of this rank's part of the vocabulary, in the model's precision; hidden states before the last stage."""
-    options = {"fp32_output": False} if model.config.bf16 else {}
-    return chunk(
-        microbatch.ids_T[None],
-        microbatch.sequences.positions_T[None],
-        None,
-        packed_seq_params=microbatch.sequences,
-        **options,
-    )
+    norm = updates.checked_norm(model, totals["loss"], totals, version, remedy)
+    return updates.step(model, norm, version)
 
 
 def _logprobs(
@@ -266,7 +260,7 @@ def _proximal_step(
     def collect(logits: Tensor, non_loss_data: bool) -> Tensor:
         return _logprobs(model, config, microbatch, logits, entropy=False)[0]
 
-    return _forward(model, chunk, microbatch), collect
+    return pipeline.forward(model, chunk, microbatch), collect
 
 
 def _loss_step(
@@ -286,41 +280,11 @@ def _loss_step(
             lag_T=microbatch.lag_T,
             owners=microbatch.owners,
             reference_T=microbatch.reference_T,
+            trusted_T=microbatch.trusted_T,
         )
         loss, metrics = policy_loss(inputs, config.algorithm)
         count = microbatch.mask_T.sum(dtype=torch.int32)
         sums = torch.stack([metrics[name].double() for name in SUMS])
         return loss, count, (sums, torch.stack([metrics[name].double() for name in MAXIMA]))
 
-    return _forward(model, chunk, microbatch), loss_of
-
-
-def _summary(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The step's metrics: sums over its minibatches divided by counts, maxima, and the mean gradient norm."""
-    total = {name: sum(step[name] for step in steps) for name in (*SUMS, "packed", "budget")}
-    largest = {name: max(step[name] for step in steps) for name in MAXIMA}
-    tokens = max(total["tokens"], 1)
-    return {
-        "train/loss": total["loss"] / tokens,
-        "train/grad_norm": sum(step["grad_norm"] for step in steps) / len(steps),
-        "train/entropy": total["entropy"] / tokens,
-        "train/approx_kl": total["approx_kl"] / tokens,
-        "train/behavior_approx_kl": total["behavior_approx_kl"] / tokens,
-        "train/importance_weight_mean": total["importance_weight"] / tokens,
-        "train/importance_weight_max": largest["importance_weight_max"],
-        "train/behavior_weight_mean": total["behavior_weight"] / tokens,
-        "train/behavior_weight_max": largest["behavior_weight_max"],
-        "train/clip_fraction": total["clipped"] / tokens,
-        "train/dual_clip_fraction": total["dual_clipped"] / tokens,
-        "train/masked_by_cap_fraction": total["masked_by_cap"] / tokens,
-        "train/logprob_diff_mean": total["logprob_diff"] / max(total["current_tokens"], 1),
-        "train/logprob_diff_max": largest["logprob_diff_max"],
-        "train/mismatch_kl": total["mismatch_kl"] / max(total["current_tokens"], 1),
-        "train/mismatch_beyond_cap_fraction": total["mismatch_beyond_cap"] / max(total["current_tokens"], 1),
-        "train/reference_kl": total["reference_kl"] / tokens,
-        "train/stopped_minibatches": sum(step["stopped"] for step in steps),
-        "train/current_version_fraction": total["current_tokens"] / tokens,
-        "train/tokens": total["tokens"],
-        "train/packed_tokens": total["packed"],
-        "train/packing_efficiency": total["packed"] / max(total["budget"], 1),
-    }
+    return pipeline.forward(model, chunk, microbatch), loss_of

@@ -1,0 +1,60 @@
+"""Micro-batches through the pipeline: 1F1B, or interleaved where a rank holds several chunks of the model.
+
+Interleaved, chunk c of stage s holds the layers of virtual stage c * stages + s, and every chunk walks the same
+micro-batches in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_async_rl.trainer.data import Microbatch
+from megatron_async_rl.trainer.model import TrainerModel
+
+
+def run(
+    model: TrainerModel, microbatches: list[Microbatch], step: Any, *, forward_only: bool, collect: bool = False
+) -> list:
+    """Drives micro-batches through the pipeline; returns what the last stage collected, elsewhere nothing."""
+    several = len(model.chunks) > 1
+    iterators = [iter(microbatches) for _ in model.chunks]
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators if several else iterators[0],
+        model=model.chunks if several else model.chunks[0],
+        num_microbatches=len(microbatches),
+        seq_length=1,  # with variable_seq_lengths shapes travel with the tensors
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=collect,
+    )
+
+
+def evaluate(model: TrainerModel, microbatches: list[Microbatch], step: Any) -> list:
+    """`run` forward alone, without gradients; what the last stage collected, elsewhere nothing."""
+    for chunk in model.chunks:
+        chunk.eval()
+    with torch.no_grad():
+        collected = run(model, microbatches, step, forward_only=True, collect=True)
+    for chunk in model.chunks:
+        chunk.train()
+    return collected
+
+
+def forward(model: TrainerModel, chunk: torch.nn.Module, microbatch: Microbatch) -> Tensor:
+    """Logits [1, T, V] of this rank's part of the vocabulary, in the model's precision; hidden states before the last stage.
+
+    Of a critic: values [1, T, 1].
+    """
+    options = {"fp32_output": False} if model.config.bf16 or model.config.fp16 else {}
+    return chunk(
+        microbatch.ids_T[None],
+        microbatch.sequences.positions_T[None],
+        None,
+        packed_seq_params=microbatch.sequences,
+        **options,
+    )

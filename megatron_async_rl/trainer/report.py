@@ -1,0 +1,64 @@
+"""What a training step says of itself."""
+
+from __future__ import annotations
+
+import logging
+
+import torch.distributed as dist
+
+from megatron_async_rl.config import Config
+from megatron_async_rl.trainer.loss import MAXIMA, SUMS
+
+logger = logging.getLogger(__name__)
+PACKING_SUMS = ("packed", "budget", "least_budget", "cost", "microbatches")
+
+
+def warn_of_mismatch(stats: dict[str, float], version: int, config: Config) -> None:
+    limit = config.algorithm.mismatch_alarm
+    if limit is not None and stats["train/logprob_diff_mean"] > limit and dist.get_rank() == 0:
+        logger.warning(
+            "training step %d: engine and trainer differ by %.4g a token (mean abs logprob under the same version), more "
+            "than algorithm.mismatch_alarm = %g; largest %.4g, beyond the cap %.2g of the tokens",
+            version,
+            stats["train/logprob_diff_mean"],
+            limit,
+            stats["train/logprob_diff_max"],
+            stats["train/mismatch_beyond_cap_fraction"],
+        )
+
+
+def summary(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The step's metrics: sums over its minibatches divided by counts, maxima, and the mean gradient norm."""
+    total = {name: sum(step[name] for step in steps) for name in (*SUMS, *PACKING_SUMS)}
+    largest = {name: max(step[name] for step in steps) for name in (*MAXIMA, "cost_max")}
+    tokens = max(total["tokens"], 1)
+    overflowed = sum(step["overflowed"] for step in steps)
+    return {
+        "train/loss": total["loss"] / tokens,
+        "train/grad_norm": sum(step["grad_norm"] for step in steps) / max(1, len(steps) - overflowed),
+        "train/entropy": total["entropy"] / tokens,
+        "train/approx_kl": total["approx_kl"] / tokens,
+        "train/behavior_approx_kl": total["behavior_approx_kl"] / tokens,
+        "train/importance_weight_mean": total["importance_weight"] / tokens,
+        "train/importance_weight_max": largest["importance_weight_max"],
+        "train/behavior_weight_mean": total["behavior_weight"] / tokens,
+        "train/behavior_weight_max": largest["behavior_weight_max"],
+        "train/clip_fraction": total["clipped"] / tokens,
+        "train/dual_clip_fraction": total["dual_clipped"] / tokens,
+        "train/masked_by_cap_fraction": total["masked_by_cap"] / tokens,
+        "train/logprob_diff_mean": total["logprob_diff"] / max(total["current_tokens"], 1),
+        "train/logprob_diff_max": largest["logprob_diff_max"],
+        "train/mismatch_kl": total["mismatch_kl"] / max(total["current_tokens"], 1),
+        "train/mismatch_beyond_cap_fraction": total["mismatch_beyond_cap"] / max(total["current_tokens"], 1),
+        "train/reference_kl": total["reference_kl"] / tokens,
+        "train/stopped_minibatches": sum(step["stopped"] for step in steps),
+        "train/overflowed_minibatches": overflowed,
+        "train/current_version_fraction": total["current_tokens"] / tokens,
+        "train/tokens": total["tokens"],
+        "train/packed_tokens": total["packed"],
+        "train/packing_efficiency": total["packed"] / max(total["budget"], 1),
+        "train/packing_bound": total["packed"]
+        / max(total["least_budget"], 1),  # of whole micro-batches: none can do better
+        # FLOPs of the largest micro-batch over the mean: what ranks and pipeline stages wait for
+        "train/packing_imbalance": largest["cost_max"] * total["microbatches"] / max(total["cost"], 1e-9),
+    }
