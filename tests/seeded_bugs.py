@@ -245,7 +245,7 @@ def trusts_any_version(patch: pytest.MonkeyPatch) -> None:
         if isinstance(fact, Returned):
             group.samples[fact.index] = relabelled(fact.sample, self.version + 1)
 
-    patch.setattr(Leases, "is_whole", lambda self, group, sample: True)
+    patch.setattr(Leases, "fault", lambda self, group, sample: "")
     patch.setattr(Books, "_apply_to_group", apply_to_group)
 
 

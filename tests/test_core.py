@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -220,6 +221,38 @@ def test_a_lost_judge_s_verdicts_are_asked_of_another() -> None:
     [score] = messages(core.generated("rollout-0", generated(lease, 0, 0), 0), Score)
     assert messages(core.worker_lost("reward-0", 0), Score) == []
     assert messages(core.reward_joined("reward-1", 4, 0), Score) == [score]
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_is_no_number_is_a_broken_judge(reward: float) -> None:
+    core = make_core(prompts_per_step=1, eta=0)
+    [lease] = serve(core)
+    [score] = messages(core.generated("rollout-0", generated(lease, 0, 0), 0), Score)
+    [retry] = messages(core.scored("reward-0", scored(score, reward), 0), Score)
+    assert (retry.group_id, retry.index) == (score.group_id, score.index)
+    assert core.groups[lease.group_id].rewards == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        ({"logprobs": np.asarray([0, 0, 0, np.nan], np.float32)}, "logprobs that are not finite"),
+        ({"logprobs": np.asarray([0, 0, 0, -np.inf], np.float32)}, "logprobs that are not finite"),
+        ({"logprobs": np.zeros(3, np.float32)}, "4 ids, 3 logprobs, 4 versions"),
+        ({"ids": np.zeros(0, np.int32)}, "0 ids, 4 logprobs, 4 versions"),
+        ({"versions": np.full(4, NOT_GENERATED, np.int32)}, "no token was generated"),
+        ({"versions": np.asarray([-1, -1, -1, 7], np.int32)}, "versions 7 to 7, possible are 0 to 0"),
+    ],
+)
+def test_a_sample_that_no_engine_can_have_made_is_never_trained(damage: dict[str, np.ndarray], fault: str) -> None:
+    core = make_core(prompts_per_step=1, eta=0)
+    [lease] = serve(core)
+    bad = msgspec.structs.replace(sample(0), **damage)
+    reply = Generated(lease.epoch, lease.group_id, lease.attempt, 0, bad)
+    [again] = messages(core.generated("rollout-0", reply, 0), Generate)
+    assert core.last_fault == f"rollout-0: sample {lease.group_id}.0 is refused: {fault}"
+    assert (again.attempt, again.indices) == (lease.attempt + 1, [0, 1])
+    assert core.groups[lease.group_id].samples == [None, None]
 
 
 def test_groups_with_equal_rewards_are_dropped_only_when_asked() -> None:

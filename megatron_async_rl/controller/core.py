@@ -15,6 +15,7 @@ What must outlive a crash is in books.py, as facts; liveness, load and who was a
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable
 
@@ -43,6 +44,7 @@ class Core:
         self.admitting = False  # the shell opens the gate when version 0 is served and evaluated
         self.hold_batches = False  # the trainer is busy with something else: nothing is cut
         self.num_fenced_messages = 0
+        self.last_fault = ""  # of the last sample that no engine can have made
         self.num_replayed_steps = 0
         self._eval_ids: set[int] = set()
         self._eval_ended: list[Group] = []
@@ -145,9 +147,10 @@ class Core:
         if group is None:
             self.num_fenced_messages += 1
             return []
-        if not self.leases.is_whole(group, reply.sample):
-            self.num_fenced_messages += 1  # versions no server can have had: refused like a failure
-            return self._release(group) + self._advance(now)
+        if fault := self.leases.fault(group, reply.sample):
+            self.num_fenced_messages += 1
+            self.last_fault = f"{worker}: sample {reply.group_id}.{reply.index} is refused: {fault}"
+            return self._release(group) + self._advance(now)  # like a failure: another server may do better
         self.books.record(Returned(group.group_id, reply.index, reply.sample))
         self.leases.unload(worker)
         self.verdicts.owe(group, reply.index)
@@ -176,7 +179,7 @@ class Core:
         self.verdicts.settle((reply.group_id, reply.index))
         group = self.groups.get(reply.group_id)
         actions: list[Action] = []
-        if group is not None and reply.reward is not None:
+        if group is not None and reply.reward is not None and math.isfinite(reply.reward):
             self.books.record(Judged(group.group_id, reply.index, reply.reward))
             if group.is_judged:
                 actions += self._complete(group)

@@ -138,8 +138,7 @@ class Handlers:
     async def _handle(self, name: str, message: AnyMessage) -> None:
         core, now = self._core, time.monotonic()
         if isinstance(message, Generated):
-            self._progress.generated(message.sample)
-            await self._act(core.generated(name, message, now))
+            await self._generated(name, message, now)
         elif isinstance(message, PartialSample):
             await self._act(core.interrupted(name, message))
         elif isinstance(message, GenerateFailed):
@@ -164,6 +163,15 @@ class Handlers:
             await self._failed(name, message)
         elif not isinstance(message, Heartbeat):
             raise ProtocolError(f"{name} sent {type(message).__name__}, which is not for the controller")
+
+    async def _generated(self, name: str, message: Generated, now: float) -> None:
+        core = self._core
+        core.last_fault = ""
+        await self._act(core.generated(name, message, now))
+        if core.last_fault:
+            logger.error("%s", core.last_fault)
+        else:
+            self._progress.generated(message.sample)
 
     async def _step_done(self, message: StepDone) -> None:
         core, progress = self._core, self._progress

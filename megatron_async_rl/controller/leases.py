@@ -11,6 +11,8 @@ another epoch, attempt or worker changes nothing (fencing).
 
 from __future__ import annotations
 
+import math
+
 from megatron_async_rl.controller.actions import Send
 from megatron_async_rl.controller.books import Books
 from megatron_async_rl.controller.facts import Leased, LeaseFailed
@@ -89,11 +91,18 @@ class Leases:
             return None
         return group
 
-    def is_whole(self, group: Group, sample: Sample) -> bool:
-        """Whether the engine can have sampled this: every version between the lease's floor and the trainer's."""
+    def fault(self, group: Group, sample: Sample) -> str:
+        """What shows that no engine of ours can have sampled this; empty when nothing does."""
+        if not len(sample.ids) == len(sample.logprobs) == len(sample.versions) > 0:
+            return f"{len(sample.ids)} ids, {len(sample.logprobs)} logprobs, {len(sample.versions)} versions"
         if sample.newest_version == NOT_GENERATED:
-            return False
-        return group.floor_version <= sample.oldest_version and sample.newest_version <= self._books.version
+            return "no token was generated"
+        oldest, newest = sample.oldest_version, sample.newest_version
+        if oldest < group.floor_version or newest > self._books.version:
+            return f"versions {oldest} to {newest}, possible are {group.floor_version} to {self._books.version}"
+        if not math.isfinite(sample.logprobs.sum()):
+            return "logprobs that are not finite"
+        return ""
 
     def unload(self, worker: str, count: int = 1) -> None:
         if server := self._fleet.rollout.get(worker):
