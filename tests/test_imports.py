@@ -13,7 +13,19 @@ PACKAGE = "megatron_async_rl"
 PROCESSES = {"controller", "rollout", "reward", "trainer"}
 HEAVY = {"trainer", "weights"}  # the folders that may import torch and Megatron
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+UNSAFE_NAMES = {  # of modules that are fine otherwise: never imported bare, so that calls of them can be seen
+    "yaml": {"load", "load_all", "unsafe_load", "full_load"},
+    "torch": {"load"},
+    "numpy": {"load"},
+    "os": {"system", "popen"},
+    "subprocess": {"getoutput", "getstatusoutput"},
+    "builtins": {"eval", "exec", "compile"},
+}
 YAML_LOADER = f"{PACKAGE}/config.py"  # holds the one SafeLoader subclass
+
+
+GET_OUTPUT = {"subprocess.getoutput", "subprocess.getstatusoutput"}  # a shell each
+BUILTINS = {"builtins.eval", "builtins.exec"}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -48,10 +60,18 @@ def import_violations(path: str, tree: ast.AST) -> list[str]:
 def safety_violations(path: str, tree: ast.AST) -> list[str]:
     """Ways to run what came by wire or file as code."""
     found = [f"{path} imports {name}" for name in imported(tree) if name.split(".")[0] in UNSAFE_MODULES]
+    found += [
+        f"{path} imports {module}.{name} bare"
+        for module, names in UNSAFE_NAMES.items()
+        for name in names & bare_names(tree, module)
+    ]
+    modules = {alias.asname: alias.name for alias in imports(tree) if alias.asname}
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name, line = ast.unparse(call.func), call.lineno
+        owner, _, attribute = name.rpartition(".")
+        name = f"{modules.get(owner, owner)}.{attribute}" if owner else name  # `import torch as t` hides nothing
         keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-        if name in {"eval", "exec", "os.system", "os.popen"}:
+        if name in {"eval", "exec", "__import__", "os.system", "os.popen"} | GET_OUTPUT | BUILTINS:
             found.append(f"{path}:{line} calls {name}")
         if name.endswith((".recv_pyobj", ".send_pyobj")):
             found.append(f"{path}:{line} calls {name}: pickle on a socket")
@@ -64,6 +84,15 @@ def safety_violations(path: str, tree: ast.AST) -> list[str]:
         if is_true(keywords.get("allow_pickle")):
             found.append(f"{path}:{line} passes allow_pickle=True")
     return found
+
+
+def imports(tree: ast.AST) -> list[ast.alias]:
+    return [alias for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+
+
+def bare_names(tree: ast.AST, module: str) -> set[str]:
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == module)
+    return {alias.name for node in nodes for alias in node.names}
 
 
 def is_true(node: ast.AST | None) -> bool:
@@ -127,7 +156,24 @@ def test_a_forbidden_import_is_seen(path: str, source: str) -> None:
     [
         "import pickle",
         "from cloudpickle import dumps",
+        "import pickle as p",
+        "def f():\n    import dill",
         "socket.recv_pyobj()",
+        "self._socket.send_pyobj(x)",
+        "yaml.load(text)",
+        "yaml.unsafe_load(text)",
+        "import yaml as y\ny.load(text, Loader=y.FullLoader)",
+        "from yaml import load\nload(text)",
+        "import torch as t\nt.load(path)",
+        "from torch import load\nload(path)",
+        "torch.load(path, weights_only=flag)",
+        "import builtins\nbuiltins.eval(text)",
+        "from os import system",
+        "os.popen(command)",
+        "subprocess.getoutput(command)",
+        "subprocess.run(command, shell=flag)",
+        "subprocess.Popen(command, shell=1)",
+        "__import__('pickle')",
         "yaml.load(text, Loader=yaml.Loader)",
         "torch.load(path)",
         "torch.load(path, weights_only=False)",

@@ -17,6 +17,7 @@ import zmq.auth
 from megatron_async_rl import transport
 from megatron_async_rl.errors import ConfigError, ProtocolError
 from megatron_async_rl.messages import (
+    Failed,
     GetBatch,
     Heartbeat,
     Hello,
@@ -151,6 +152,50 @@ def test_a_malformed_message_is_counted_and_the_next_one_is_read(tmp_path: Path)
         context.term()
 
     run_with_hub(tmp_path, test)
+
+
+def test_a_frame_over_the_limit_is_dropped_and_costs_its_sender_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "MAX_FRAME_BYTES", 1 << 16)
+
+    async def test(hub: Hub) -> None:
+        link = Link(tmp_path)
+        joining = asyncio.create_task(link.join(HELLO))
+        await welcome(hub)
+        await joining
+        context = zmq.asyncio.Context()
+        socket = stranger(context, tmp_path, zmq.auth.load_certificate(tmp_path / "keys" / "worker.key_secret"))
+        await socket.send_multipart(Codec().encode(Failed("x" * (1 << 17))))  # well-formed but for its size
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(hub.receive(), 0.5)
+        await link.send(Heartbeat(running=2))
+        _, message = await hub.receive()
+        assert message == Heartbeat(running=2)
+        socket.close()
+        context.term()
+        link.close()
+
+    run_with_hub(tmp_path, test)
+
+
+def test_without_curve_nothing_listens_beyond_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def open_hub(host: str) -> int:
+        hub = Hub(tmp_path, host)
+        try:
+            return hub._socket.getsockopt(zmq.MECHANISM)
+        finally:
+            hub.close()
+
+    for host in ("127.0.0.1", "0.0.0.0"):
+        (tmp_path / "controller.address").unlink(missing_ok=True)
+        assert asyncio.run(open_hub(host)) == zmq.CURVE
+    (tmp_path / "controller.address").unlink()
+    monkeypatch.setattr(transport, "has_curve", lambda: False)
+    for host in ("0.0.0.0", "10.0.0.1", "::"):
+        with pytest.raises(ConfigError, match=f"does not listen on {host} without CURVE"):
+            asyncio.run(open_hub(host))
+    assert not (tmp_path / "controller.address").exists()  # nobody was told of it
 
 
 def test_secret_keys_are_for_their_owner_alone_and_new_for_each_run(tmp_path: Path) -> None:
