@@ -7,12 +7,14 @@ Models are Qwen3 shapes with random weights; TP is the number of processes. Each
 
     model       0.6b, 1.7b, 8b (shapes of Qwen3), or tiny (for a try on the CPU)
     layers      fewer than the model has
-    mix         8k: response lengths log-normal, mean 2k, at most 8k tokens; 32k: mean 8k, at most 32k; even32k: all 32k
+    mix         8k: response lengths log-normal, mean 2k, at most 8k tokens; 32k: mean 8k, at most 32k; even32k: all 32k;
+                MEAN-LONGEST: another log-normal one
     tokens      about so many tokens a step
     budget      tokens of a micro-batch
     recompute   none, full (every layer), or the number of layers
     cutting     dynamic: packed under the budget; fixed: in order of arrival, as many a micro-batch as always fit; a
                 number: in order of arrival, so many micro-batches of equally many samples
+    overlap     yes: tensor-parallel communication beside the matrix products (megatron.tp_comm_overlap)
     minibatches optimizer steps a step; more than 1 adds the proximal pass, which is timed apart
     steps       timed steps, after one that warms up
     profile     a file name: also writes where the time of one step goes
@@ -46,10 +48,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
-from trainer_scenarios import COMMON, MIXES, SHAPES, make_config, model_flops, samples_of, scenario  # noqa: E402
+from trainer_scenarios import COMMON, SHAPES, make_config, mean_and_longest, model_flops, samples_of, scenario  # noqa: E402
 
 from megatron_async_rl.trainer import model as trainer_model  # noqa: E402
-from megatron_async_rl.trainer import parallel, step  # noqa: E402
+from megatron_async_rl.trainer import parallel, report, step  # noqa: E402
 from megatron_async_rl.trainer.data import pack  # noqa: E402
 from megatron_async_rl.trainer.model import TrainerModel  # noqa: E402
 from megatron_async_rl.types import TrainSample  # noqa: E402
@@ -66,9 +68,8 @@ def fixed_step(
     else:
         parts = np.array_split(np.arange(len(samples)), min(int(cutting), len(samples)))
         cut = [pack([samples[n] for n in part], 0, packing) for part in parts]
-    totals = step.accumulate_gradients(model, cut, config)
-    step.apply_gradients(model, totals, 0)
-    return {"train/packing_efficiency": totals["packed"] / totals["budget"], "perf/time/proximal_s": 0.0}
+    totals, _ = step._train_minibatch(model, cut, 0, config)
+    return report.summary([totals]) | {"perf/time/proximal_s": 0.0}
 
 
 def synchronize() -> None:
@@ -105,7 +106,7 @@ def run(s: dict[str, str], rate: float) -> dict[str, Any]:
 
     def once() -> dict[str, float]:
         if s["cutting"] != "dynamic":
-            return fixed_step(model, samples, MIXES[s["mix"]][1], s["cutting"], config)
+            return fixed_step(model, samples, mean_and_longest(s["mix"])[1], s["cutting"], config)
         return step.train_step(model, samples, 0, config)
 
     once()
@@ -135,6 +136,8 @@ def run(s: dict[str, str], rate: float) -> dict[str, Any]:
         "tflops_per_gpu": flops / median / world / 1e12,
         "utilisation": flops / median / world / rate,
         "packing": stats["train/packing_efficiency"],
+        "imbalance": stats["train/packing_imbalance"],
+        "largest_over_mean": stats["train/packing_imbalance"],
         "peak_gib": peak,
     }
 

@@ -62,7 +62,7 @@ COMMON = {
 MIXES = {"8k": (2048, 8192), "32k": (8192, 32768), "even32k": (1 << 40, 32768), "tiny": (64, 256)}  # mean, longest
 SIGMA = 1.0  # of the log-normal: half of the samples are shorter than 0.6 of the mean
 DEFAULTS = {"model": "8b", "layers": "", "mix": "32k", "tokens": "131072", "budget": "32768", "recompute": "none"}
-DEFAULTS |= {"cutting": "dynamic", "minibatches": "1", "steps": "2", "profile": ""}
+DEFAULTS |= {"cutting": "dynamic", "minibatches": "1", "overlap": "no", "steps": "2", "profile": ""}
 
 
 def scenario(text: str) -> dict[str, str]:
@@ -72,10 +72,17 @@ def scenario(text: str) -> dict[str, str]:
     return DEFAULTS | given
 
 
+def mean_and_longest(mix: str) -> tuple[int, int]:
+    if mix in MIXES:
+        return MIXES[mix]
+    mean, longest = map(int, mix.split("-"))
+    return mean, longest
+
+
 def samples_of(mix: str, tokens: int, vocab: int) -> list[TrainSample]:
     """Random tokens; behavior logprobs about those of a random model, so that no importance weight is extreme."""
     rng = np.random.default_rng(0)
-    mean, longest = MIXES[mix]
+    mean, longest = mean_and_longest(mix)
     samples, total = [], 0
     while total < tokens:
         drawn = rng.lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA)
@@ -100,6 +107,8 @@ def make_config(shape: dict[str, Any], s: dict[str, str], folder: Path) -> Confi
     (folder / "config.json").write_text(json.dumps(shape))
     tp = int(os.environ.get("WORLD_SIZE", 1))
     megatron: dict[str, Any] = {"tensor_model_parallel_size": tp, "sequence_parallel": tp > 1, "lr": 1e-6}
+    if s["overlap"] == "yes":
+        megatron["tp_comm_overlap"] = True
     if s["recompute"] == "full":
         megatron |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif s["recompute"] != "none":

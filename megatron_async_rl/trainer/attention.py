@@ -15,6 +15,7 @@ Suffixes: T tokens of the pack, N sequences of a dense batch, L their length, H 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, 
 
     grouped = query.size(2) != key.size(2)
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # all before, none after: causal
-    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:  # before, the kernel just took fewer key heads
+    if "enable_gqa" in _parameters(varlen.varlen_attn):  # before, the kernel just took fewer key heads
         options["enable_gqa"] = grouped
     rest = query.size(0) - sum(packed.long)
     sizes = [*packed.long, rest] if rest else list(packed.long)
@@ -201,6 +202,11 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, 
         for n, (part, again) in enumerate(zip(out, whole.detach().split(sizes), strict=True)):
             remake.instead(part, partial(_padded if n < len(packed.long) else _as_is, again))
     return whole
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _rotated_again(norm: Callable[[], Tensor], cos: Tensor, sin: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:

@@ -26,8 +26,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.trainer.attention import PackedAttention, PackedSequences
 from megatron_async_rl.trainer.fused import rms_norm, swiglu
+from megatron_async_rl.trainer.overlap import OverlappedRowParallelLinear, gather_linear, overlaps
 from megatron_async_rl.trainer.remake import Remake
 
 
@@ -38,6 +40,11 @@ def has_transformer_engine() -> bool:
 def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules | Any:
     experts = config.num_moe_experts
     if has_transformer_engine():
+        if config.tp_comm_overlap:
+            raise ConfigError(
+                "megatron.tp_comm_overlap = True: Transformer Engine's layers need buffers for it that are not set up here; "
+                "remove the key, or train without Transformer Engine"
+            )
         return get_gpt_layer_with_transformer_engine_spec(num_experts=experts, qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules
@@ -45,17 +52,19 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     parts.pre_mlp_layernorm = RMSNorm if experts else IdentityOp  # the router needs the normed tokens too
     attention = parts.self_attention.submodules
     attention.linear_qkv, attention.core_attention = NormedColumnParallelLinear, PackedAttention
+    attention.linear_proj = OverlappedRowParallelLinear
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if not experts:
         mlp = parts.mlp
         if isinstance(mlp, partial):  # megatron-core 0.19
-            mlp.keywords["submodules"].linear_fc1 = NormedColumnParallelLinear
+            dense = mlp.keywords["submodules"]
             parts.mlp = partial(SwiGLUMLP.as_mlp_submodule, **mlp.keywords)
         else:
-            mlp.submodules.linear_fc1 = NormedColumnParallelLinear
-            parts.mlp = ModuleSpec(SwiGLUMLP, submodules=mlp.submodules)
+            dense = mlp.submodules
+            parts.mlp = ModuleSpec(SwiGLUMLP, submodules=dense)
             logging.getLogger(transformer_layer.__name__).addFilter(_not_about_mlp)
+        dense.linear_fc1, dense.linear_fc2 = NormedColumnParallelLinear, OverlappedRowParallelLinear
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
@@ -104,6 +113,12 @@ class NormedColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
         with Remake() as remake:  # x is kept anyway, for the norm
             remake.instead(normed, lambda: rms_norm(x, self.layer_norm_weight, self.eps))
             return super().forward(normed, *args, **kwargs)
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not overlaps(self.config) or self.explicit_expert_comm:
+            return super()._forward_impl(input, weight, *args, **kwargs)
+        y = gather_linear(input, weight, self.tp_group)
+        return y if kwargs["bias"] is None else y + kwargs["bias"]
 
 
 class SwiGLUMLP(MLP):

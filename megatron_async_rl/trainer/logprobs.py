@@ -5,8 +5,8 @@ temperature nor entropy nor padded vocabulary rows. Here the work goes in chunks
 backward recomputes the softmax from the logits. Each rank reduces its part of the vocabulary to four numbers a token,
 and one collective brings them together.
 
-Memory beyond the logits: on a GPU the chunk's work is a few fused kernels, so nothing of the logits' size is float32;
-on the CPU no temporary is larger than CHUNK_ELEMENTS.
+Memory beyond the logits: [R, 4, T] in float32, and temporaries of a chunk, CHUNK_ELEMENTS * 4 bytes (512 MiB) each on the
+CPU; on a GPU the chunk's work is a few fused kernels that have none. A float32 copy of 32768 x 151936 logits is 19.9 GB.
 
 Suffixes: T tokens, C tokens of a chunk, V this rank's part of the vocabulary, R ranks.
 """
