@@ -19,7 +19,18 @@ from megatron_async_rl import __version__, config
 from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.journal import JOURNAL_FILE, Journal
 from megatron_async_rl.errors import DataError, Error
-from megatron_async_rl.messages import Heartbeat, Hello, Message, Refused, SayHello, Welcome
+from megatron_async_rl.messages import (
+    Bucket,
+    Heartbeat,
+    Hello,
+    Message,
+    PublishOffer,
+    Refused,
+    SayHello,
+    TensorSpec,
+    UpdateWeights,
+    Welcome,
+)
 from megatron_async_rl.metrics import RunLog
 from megatron_async_rl.tokenizer import fingerprint
 from megatron_async_rl.transport import Hub, Link, with_versions
@@ -188,3 +199,28 @@ def test_a_journal_of_another_dataset_is_refused(inputs: tuple[Path, Path], tmp_
 
     with pytest.raises(Error, match=r"the dataset or run\.seed changed"):
         with_controller(inputs, tmp_path, test)
+
+
+def test_the_end_of_the_run_is_not_taken_for_a_trainer_that_came_back(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Told to end in the middle of an update, the controller ends: it does not wait for the trainer's next offer."""
+
+    async def test(controller: Controller, link: Link) -> None:
+        trainer, judge = Link(tmp_path), Link(tmp_path)
+        try:
+            await answer(link, hello_of(inputs, "rollout", "rollout-0"))
+            await answer(judge, hello_of(inputs, "reward", "reward-0"))
+            await answer(trainer, hello_of(inputs, "trainer", "trainer-0", leader=0, stage=0))
+            await trainer.send(PublishOffer(0, 0, 1, [Bucket([TensorSpec("w", "float32", [2])])], "gloo"))
+            while not isinstance(await link._receive(), UpdateWeights):
+                pass  # and it is never answered
+            [conducting] = [t for t in asyncio.all_tasks() if getattr(t.get_coro(), "__name__", "") == "_conduct"]
+            conducting.cancel()
+            await asyncio.wait({conducting}, timeout=5)
+            assert conducting.cancelled()
+        finally:
+            trainer.close()
+            judge.close()
+
+    with_controller(inputs, tmp_path, test)

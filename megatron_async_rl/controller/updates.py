@@ -110,8 +110,9 @@ class Updates:
                 if version == self._last_version:
                     break  # the trainer has no further offer; only the last evaluation needed it
             except asyncio.CancelledError:
-                if not self._under_way.cancelled():
-                    raise
+                ourselves = asyncio.current_task()
+                if (ourselves and ourselves.cancelling()) or not self._under_way.cancelled():
+                    raise  # the run ends; else it was trainer_joined, and the update alone that was cancelled
                 logger.warning("the trainer came back during the update to version %d: waiting for its offer", version)
             finally:
                 self._under_way = None
