@@ -25,7 +25,7 @@ import pytest
 import yaml
 from tiny import make_dataset, make_model
 
-from megatron_async_rl import config
+from megatron_async_rl import config, processes
 from megatron_async_rl.doctor import engine_python
 from megatron_async_rl.metrics import Status, read_status
 from megatron_async_rl.sample_log import SampleLine, read_samples
@@ -89,6 +89,7 @@ def start(path: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=processes.die_with_parent,  # with pytest, also when that is killed
     )
 
 

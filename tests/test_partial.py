@@ -16,6 +16,7 @@ import psutil
 import pytest
 from descendants import Descendants
 from test_loop import Inputs, start
+from test_resume import wait_for_version
 from tiny import make_dataset, make_model
 
 from megatron_async_rl import audit, config
@@ -74,8 +75,7 @@ def went_on(facts: list[AnyFact], life: int, before: dict[Key, Partial]) -> int:
 
 
 def journal(run_dir: Path) -> list[AnyFact]:
-    path = run_dir / JOURNAL_FILE
-    return list(read_facts(path)) if path.exists() else []
+    return list(read_facts(run_dir / JOURNAL_FILE))
 
 
 def wait_for_half_finished(run_dir: Path, life: int, at_least: int = 4) -> None:
@@ -119,6 +119,7 @@ def test_half_finished_samples_go_on_after_a_killed_controller_and_after_a_kille
     child = start(path)
     watch = Descendants(child.pid)
     try:
+        wait_for_version(run_dir, 0)
         wait_for_half_finished(run_dir, life=0)
         controller = next(p for p in watch.look() if p.is_running() and "megatron_async_rl.controller" in p.cmdline())
         controller.kill()

@@ -17,7 +17,6 @@ world.py). Exit code 1 when a fault was not survived or a promise was broken.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import time
@@ -57,7 +56,7 @@ def main() -> int:
     parser.add_argument("--faults", default=",".join(f for f in FAULTS if f not in ("F8", "F10")))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--recover-limit-s", type=float, default=120.0)
+    parser.add_argument("--recover-limit-s", type=float, default=150.0)
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="no further fault begins after so long")
     parser.add_argument(
         "--disk-mb", type=int, help="run.dir lies on a file system of its own of this size (F10 needs it)"
@@ -169,8 +168,9 @@ def _report_f20(run_dir: Path) -> bool:
     events.Reload()
     diffs = {event.step: event.value for event in events.Scalars("train/logprob_diff_max")}
     resumed = [s for s in read_samples(run_dir) if len(s.versions) > 1 and s.versions[-1][0] == s.version]
-    good = [s for s in resumed if diffs.get(s.version + 1, math.inf) < MAX_LOGPROB_DIFF]
-    worst = max((diffs.get(s.version + 1, math.inf) for s in resumed), default=0.0)
+    resumed = [s for s in resumed if s.version + 1 in diffs]  # not those of a step that is still under way
+    good = [s for s in resumed if diffs[s.version + 1] < MAX_LOGPROB_DIFF]
+    worst = max((diffs[s.version + 1] for s in resumed), default=0.0)
     print(
         f"fault=F20 injected={len(resumed)} survived={len(good)} max_logprob_diff={worst:.2g} "
         "what=samples_that_went_on_under_the_weights_they_are_trained_on"
