@@ -37,7 +37,7 @@ def assign_gpus(config: Config, gpus: list[str], here: Collection[str] | None = 
     if config.sglang.get("device") == "cpu":
         return dict.fromkeys(chosen, "")
     per_server = int(config.sglang.get("tp_size", 1))
-    trainer_ranks = config.trainer_ranks if "trainer" in chosen else 0
+    trainer_ranks = config.trainer_ranks if "trainer" in chosen and config.has_trainer else 0
     needed = trainer_ranks + per_server * len(servers)
     if len(gpus) < needed:
         raise ConfigError(

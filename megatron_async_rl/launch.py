@@ -35,7 +35,8 @@ from megatron_async_rl.supervise import Supervisor
 
 GRACE_S = 15.0  # from SIGTERM to SIGKILL
 LAST_WORDS_S = 20.0  # for the others to end by themselves after controller and trainer have
-FIXED = ("model.path", "data.train", "run.seed", "algorithm.samples_per_prompt")  # a run's journal depends on them
+# a run's journal depends on them
+FIXED = ("model.path", "data.train", "run.seed", "run.mode", "algorithm.samples_per_prompt")
 
 
 @dataclass
@@ -133,7 +134,8 @@ def run(config: Config, from_scratch: bool = False, elsewhere: Collection[str] =
         if run.supervisor.failed:
             raise Error(run.why())
         console.print(display.summary(read_status(run_dir)), highlight=False)
-        console.print(f"policy: {run_dir / 'policy'}\nTensorBoard: tensorboard --logdir {run_dir / 'tensorboard'}")
+        result = f"policy: {run_dir / 'policy'}" if config.has_trainer else f"batches: {run_dir / 'batches'}"
+        console.print(f"{result}\nTensorBoard: tensorboard --logdir {run_dir / 'tensorboard'}")
         return 0
 
 

@@ -336,6 +336,13 @@ class FolderWritten(Message, frozen=True):
     error: str = ""
 
 
+class Relabel(Message, frozen=True):
+    """Controller -> rollout worker, with run.mode = rollout_only: what the engine holds counts as `version` from now on.
+    Answered by Updated."""
+
+    version: int
+
+
 class LoadFolder(Message, frozen=True):
     """Controller -> rollout worker: verify the folder (snapshots.py), interrupt all requests, have the engine load it,
     compare digests, resume. Answered by Updated."""
@@ -366,5 +373,5 @@ AnyMessage = Union[
     GetBatch, TrainBatch, Republish, CheckpointSaved, StepDone,
     PublishOffer, OpenGroup, GroupOpened, JoinGroup, GroupJoined,
     UpdateWeights, UpdateReady, SendBuckets, ReceiveBuckets, BucketsSent, WeightDigests, AbandonUpdate, Updated, Published,
-    WriteFolder, FolderWritten, LoadFolder,
+    WriteFolder, FolderWritten, LoadFolder, Relabel,
 ]  # fmt: skip

@@ -1,5 +1,7 @@
 """The processes of a run by name, and the command that starts each: rollout-0, rollout-1, ..., reward-0, ..., trainer.
 
+With run.mode = rollout_only the recorder is what bears the trainer's name.
+
 Rollout and reward workers may have any number: one beyond rollout.servers is an additional server.
 """
 
@@ -54,6 +56,8 @@ def _command(name: str, config: Config, run_dir: str, gpus: str | None) -> Comma
     env = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     if gpus is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpus
+    if role == "trainer" and not config.has_trainer:
+        return Command([sys.executable, "-m", "megatron_async_rl.recorder", run_dir], env)
     if role != "trainer":
         return Command([sys.executable, "-m", module, run_dir, *([] if role == "controller" else [name])], env)
     return Command(

@@ -73,7 +73,9 @@ class Supervisor:
 
     def start(self, name: str, start: Callable[[], subprocess.Popen[bytes]]) -> None:
         self.claims.take(name)
-        joining = name != "controller" and "controller" not in self.children  # the run is on: the name may be reported lost
+        joining = (
+            name != "controller" and "controller" not in self.children
+        )  # the run is on: the name may be reported lost
         self.children[name] = Child(name, start, start(), time.monotonic(), joining=joining)
 
     @property

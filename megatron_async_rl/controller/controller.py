@@ -47,6 +47,7 @@ from megatron_async_rl.controller.ledger import DropReason
 from megatron_async_rl.controller.lengths import LengthMeter
 from megatron_async_rl.controller.progress import Progress
 from megatron_async_rl.controller.prompts import PromptStream, read_prompts
+from megatron_async_rl.controller.relabel import Relabeler
 from megatron_async_rl.controller.rules import rules_of
 from megatron_async_rl.controller.saving import Saving
 from megatron_async_rl.controller.updates import Updates
@@ -74,7 +75,7 @@ class Controller:
         self.lengths = LengthMeter()
         self.progress = Progress(run_log, config)
         folders = Folders(config)
-        self.publisher = FolderPublisher(self.workers.send, config, folders)
+        self.publisher = (FolderPublisher if config.has_trainer else Relabeler)(self.workers.send, config, folders)
         catch_up = CatchUp(self.core, self.workers, folders, config.weights.update_timeout_s, act)
         self.updates = Updates(
             self.core, self.publisher, catch_up, self.workers, journal, self.progress, config.run.steps, act
@@ -144,7 +145,9 @@ class Controller:
             await self._act(self.core.tick(time.monotonic()))
         while await self.updates.next() < self.config.run.steps:
             pass
-        if any(worker.is_serving for worker in self.core.fleet.rollout.values()):
+        if not self.config.has_trainer:
+            pass  # the model is the one that was evaluated at the start
+        elif any(worker.is_serving for worker in self.core.fleet.rollout.values()):
             await self.evaluation.run()
         else:
             logger.error("no server took the last version: it is trained and exported, but not evaluated")
@@ -182,8 +185,9 @@ class Controller:
         self.saving.newest_saved.clear()
         for worker in self.workers:
             await self.workers.send(worker.name, Shutdown(reason))
+        save_s = self.config.faults.grace_s * DRAIN_SHARE if self.config.has_trainer else 0.0
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.saving.newest_saved.wait(), self.config.faults.grace_s * DRAIN_SHARE)
+            await asyncio.wait_for(self.saving.newest_saved.wait(), save_s)
         await self._act([])
         await self.journal.durable()
         raise Preempted(reason)

@@ -51,7 +51,7 @@ class Delivery:
             for s, sample in enumerate(group.samples)
             if sample is not None
         ]
-        shares = balanced_shares(samples, self._config.trainer.data_parallel_size)
+        shares = balanced_shares(samples, self._config.num_leaders)
         for worker in self._workers.leaders:
             await self._workers.send(worker.name, TrainBatch(cut.version, shares[worker.hello.leader]))
         return rewards, advantages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -110,7 +111,8 @@ class Progress:
         status.step_s = step_s
         status.eta_s = (status.steps - version) * float(np.mean(self._step_times))
         status.train_wait_fraction = self._waited_s / wall_s
-        status.train_tokens_per_s = stats["train/tokens"] / stats["perf/time/train_s"]
+        if "train/tokens" in stats:
+            status.train_tokens_per_s = stats["train/tokens"] / stats["perf/time/train_s"]
         self._step_stats |= stats
         self._step_stats["perf/time/step_s"] = step_s
         self._step_stats["perf/train_tokens_per_s"] = status.train_tokens_per_s
@@ -122,7 +124,7 @@ class Progress:
         logger.info(
             "step %d/%d: reward %.3f, staleness mean %.2f max %d (worst %d), loss %.4f, step %.1f s, waited %.1f s; ledger: %s",
             version, status.steps, status.reward_mean, status.staleness_mean, status.staleness_max, status.staleness_worst,
-            stats["train/loss"], step_s, self._waited_s, books,
+            stats.get("train/loss", math.nan), step_s, self._waited_s, books,
         )  # fmt: skip
 
     def published(self, outcome: Outcome) -> None:

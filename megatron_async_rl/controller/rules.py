@@ -49,5 +49,5 @@ def rules_of(config: Config) -> Rules:
         ),
         silence_limit_s=config.faults.silence_s,
         steps=config.run.steps,
-        data_parallel_size=config.trainer.data_parallel_size,
+        data_parallel_size=config.num_leaders,
     )

@@ -8,7 +8,7 @@ import logging
 from megatron_async_rl import checkpoints
 from megatron_async_rl.config import Config
 from megatron_async_rl.controller.core import Core
-from megatron_async_rl.controller.facts import Batched, Closed, Fact
+from megatron_async_rl.controller.facts import Batched, Closed, Fact, Trained
 from megatron_async_rl.controller.journal import Journal
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.messages import CheckpointSaved
@@ -30,6 +30,8 @@ class Saving:
             self._batches[fact.version] = fact.group_ids
         elif isinstance(fact, Closed):
             self._journal.prune([fact.group_id])
+        elif isinstance(fact, Trained) and not self._config.has_trainer:
+            self._forget(fact.version - 1)  # the newest file is asked for again at a start, none before it
 
     async def commit(self, saved: CheckpointSaved) -> None:
         """Ties the trainer's files to the books, and forgets what no kept checkpoint can ask for."""
@@ -49,10 +51,14 @@ class Saving:
             logger.error("checkpoint %s is not usable: %s; the one before stays", saved.folder, e)
             return
         logger.info("checkpoint of version %d is complete", saved.version)
-        for version in [version for version in self._batches if version < oldest]:
-            self._journal.prune(self._batches.pop(version))
+        self._forget(oldest)
         if saved.version == self._core.version:
             self.newest_saved.set()
+
+    def _forget(self, oldest: int) -> None:
+        """The samples of batches before `oldest`."""
+        for version in [version for version in self._batches if version < oldest]:
+            self._journal.prune(self._batches.pop(version))
 
     def check_journal(self) -> None:
         """Raises DataError when a checkpoint knows of facts that the journal lacks."""

@@ -94,11 +94,12 @@ class Workers:
                 raise Error(f"{missing} did not start within {limit_s:.0f} s; see logs/") from None
 
     def _missing(self, config: Config) -> set[str]:
+        stages = config.parallel_size("pipeline_model") if config.has_trainer else 1
         expected = {
             *(f"rollout-{i}" for i in range(config.rollout.servers)),
             *(f"reward-{i}" for i in range(config.reward.workers)),
-            *(f"trainer stage {stage}" for stage in range(config.parallel_size("pipeline_model"))),
-            *(f"trainer leader {replica}" for replica in range(config.trainer.data_parallel_size)),
+            *(f"trainer stage {stage}" for stage in range(stages)),
+            *(f"trainer leader {replica}" for replica in range(config.num_leaders)),
         }
         there = {f"trainer stage {w.hello.stage}" for w in self} | {f"trainer leader {w.hello.leader}" for w in self}
         return expected - there - self._by_name.keys()

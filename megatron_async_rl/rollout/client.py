@@ -189,6 +189,11 @@ class EngineClient:
         }
         await self._call("POST", "/update_weights_from_disk", request, self._admin, timeout_s)
 
+    async def relabel(self, version: int) -> None:
+        """The weights stay; tokens sampled from now on bear this version."""
+        request = {"new_version": str(version), "abort_all_requests": False}
+        await self._call("POST", "/update_weight_version", request, self._admin)
+
     async def end_update(self) -> None:
         if self.version >= _HAS_SESSIONS:
             await self._call("POST", "/end_weight_update", {}, self._admin)

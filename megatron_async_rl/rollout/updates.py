@@ -7,6 +7,7 @@ WeightDigests    the engine's digests against the trainer's; equal: requests go 
                  `Updated` with an error, and the gate stays shut
 
 Or by way of the disk: LoadFolder, which has its digests in the folder. Requests go on until its files are verified.
+Without a trainer (run.mode = rollout_only) there is Relabel alone.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from megatron_async_rl.messages import (
     JoinGroup,
     LoadFolder,
     ReceiveBuckets,
+    Relabel,
     Updated,
     UpdateReady,
     UpdateWeights,
@@ -78,6 +80,8 @@ class WeightUpdates:
                 await self._take_in(message)
             elif isinstance(message, LoadFolder):
                 await self._load(message)
+            elif isinstance(message, Relabel):
+                await self._relabel(message.version)
         except EngineError as e:
             logger.error("weight update: %s", e)
             if isinstance(message, JoinGroup):
@@ -125,6 +129,17 @@ class WeightUpdates:
         lap("digest")
         self._seconds["check_files"] = checked - started
         await self._serve(order.version, lap)
+
+    async def _relabel(self, version: int) -> None:
+        """Nothing is interrupted: only the label changes."""
+        lap = self._laps()
+        self._seconds, self._num_interrupted = {}, 0
+        await self._client.relabel(version)
+        await self._held(version, False)
+        lap("relabel")
+        self.version = version
+        self._gate.open()
+        await self._link.send(Updated(version, self._seconds))
 
     def _laps(self) -> Callable[[str], None]:
         clock = time.monotonic()
