@@ -14,7 +14,7 @@ import msgspec
 from megatron_async_rl import config as configuration
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import ConfigError, DataError
-from megatron_async_rl.launch import REPOSITORY
+from megatron_async_rl.roles import REPOSITORY
 
 
 def replay(paths: list[Path], config_path: Path | None, overrides: list[str]) -> int:
