@@ -169,6 +169,11 @@ def test_an_integer_is_an_integer(value: Any) -> None:
         ({"algorithm.samples_per_prompt": 1}, ["algorithm.group_normalize", "algorithm.samples_per_prompt >= 2"]),
         ({"algorithm.m2_threshold": 0.04, "algorithm.loss": "ppo"}, ["m2_threshold = 0.04", "loss = ppo", "recompute"]),
         ({"algorithm.advantage": "gae", "megatron.context_parallel_size": 2}, ["gae", "context_parallel_size = 2"]),
+        (
+            {"weights.kv_cache": "keep", "weights.interrupt": "retract"},
+            ["weights.kv_cache = keep", "weights.interrupt = retract", "weights.kv_cache=recompute"],
+        ),
+        ({"weights.kv_cache": "keep"}, ["weights.kv_cache = keep", "sglang.disable_overlap_schedule = true"]),
         ({"megatron.tensor_model_parallel_size": 0}, ["megatron.tensor_model_parallel_size = 0", "integer >= 1"]),
         ({"megatron.context_parallel_size": "2"}, ["megatron.context_parallel_size = '2'", "integer >= 1"]),
     ],
@@ -183,6 +188,7 @@ def test_settings_that_contradict_each_other_are_refused_by_both_names(
 def test_settings_on_the_edge_of_a_contradiction_are_allowed() -> None:
     config.from_tree(tree(**{"rollout.max_new_tokens": 127}))
     config.from_tree(tree(**{"algorithm.samples_per_prompt": 256}))
+    config.from_tree(tree(**{"weights.kv_cache": "keep", "sglang.disable_overlap_schedule": True}))
     config.from_tree(tree(**{"algorithm.minibatches": 4, "trainer.data_parallel_size": 2}))
     config.from_tree(tree(**{"algorithm.samples_per_prompt": 1, "algorithm.group_normalize": False}))
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,15 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 from transformers import AutoModelForCausalLM
+from update_parts import NEW_TOKENS, Sent, make_config
 
-from megatron_async_rl import config as configuration
-from megatron_async_rl.config import Config
 from megatron_async_rl.doctor import engine_python
-from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.messages import (
     Bucket,
     JoinGroup,
-    Message,
     ReceiveBuckets,
     StageBuckets,
     TensorSpec,
@@ -39,49 +34,15 @@ from megatron_async_rl.messages import (
 )
 from megatron_async_rl.rollout.client import EngineClient, Part, Sampling
 from megatron_async_rl.rollout.gate import Gate
-from megatron_async_rl.rollout.interruption import Abort, Pause, interruption
+from megatron_async_rl.rollout.interruption import Pause
 from megatron_async_rl.rollout.server import Server
 from megatron_async_rl.rollout.updates import WeightUpdates
 from megatron_async_rl.weights.digest import EngineDigests
 from megatron_async_rl.weights.folder import ModelFolder
 from megatron_async_rl.weights.update_group import UpdateGroup
 
-NEW_TOKENS = 160
-CPU_ENGINE = {
-    "device": "cpu",
-    "dtype": "float32",
-    "attention_backend": "torch_native",
-    "sampling_backend": "pytorch",
-    "mem_fraction_static": 0.1,
-    "max_total_tokens": 8192,
-    "disable_overlap_schedule": True,
-}
-real_engine = pytest.mark.skipif(engine_python() is None, reason="no engine environment: bash tools/setup_env.sh")
+pytestmark = pytest.mark.skipif(engine_python() is None, reason="no engine environment: bash tools/setup_env.sh")
 formations = itertools.count(1)
-
-
-def make_config(model: Path, run_dir: Path, **weights: str) -> Config:
-    return configuration.from_tree(
-        {
-            "run": {"dir": str(run_dir), "steps": 1},
-            "model": {"path": str(model), "context_tokens": 240},
-            "data": {"train": "unused"},
-            "rollout": {"max_new_tokens": NEW_TOKENS},
-            "algorithm": {"prompts_per_step": 1, "samples_per_prompt": 2},
-            "weights": weights,
-            "sglang": CPU_ENGINE,
-        }
-    )
-
-
-@dataclass
-class Sent:
-    """The worker's end of the link to the controller, as far as an update uses it."""
-
-    messages: list[Message] = field(default_factory=list)
-
-    async def send(self, message: Message) -> None:
-        self.messages.append(message)
 
 
 @dataclass
@@ -147,13 +108,16 @@ class Rollout:
             key = self.updates.interruption.cache_key()
             return await self.client.generate(prompt, Sampling(num_new, 1.0, []), key)
 
-    async def interrupted_by(self, version: int, folder: Path, prompts: list[list[int]]) -> list[Part]:
-        """One request per prompt; the update comes when about a third of their tokens are there."""
-        started = time.monotonic()
-        await asyncio.gather(*map(self.generate, prompts))  # as long as it takes; and prompts are in the prefix cache
-        seconds = time.monotonic() - started
+    async def start(self, prompts: list[list[int]]) -> list[asyncio.Task[Part]]:
+        """One request per prompt; returns when they have a dozen tokens each."""
         requests = [asyncio.create_task(self.generate(prompt)) for prompt in prompts]
-        await asyncio.sleep(seconds / 3)
+        await self.generate(prompts[0], 12)  # in one batch with them
+        return requests
+
+    async def interrupted_by(self, version: int, folder: Path, prompts: list[list[int]]) -> list[Part]:
+        """One request per prompt, whose prompts are in the prefix cache, in the middle of which the update comes."""
+        await asyncio.gather(*(self.generate(prompt, 2) for prompt in prompts))
+        requests = await self.start(prompts)
         updated = await self.trainer.publish(version, folder)
         assert not updated.error and updated.num_interrupted >= len(prompts) // 2
         return list(await asyncio.gather(*requests))
@@ -224,10 +188,6 @@ def segments(part: Part) -> list[tuple[int, list[int], np.ndarray]]:
     return [(segment.version, segment.ids, np.asarray(segment.logprobs)) for segment in part.segments]
 
 
-Scenario = Callable[[Rollout], Awaitable[None]]
-
-
-@real_engine
 def test_retracted_requests_and_new_ones_see_nothing_of_the_old_weights(
     server: tuple[asyncio.Runner, Server], models: Models, tmp_path: Path
 ) -> None:
@@ -259,7 +219,6 @@ def test_retracted_requests_and_new_ones_see_nothing_of_the_old_weights(
         runner.run(scenario(it))
 
 
-@real_engine
 def test_kept_kv_goes_on_labelled_and_no_new_request_meets_it(
     server: tuple[asyncio.Runner, Server], models: Models, tmp_path: Path
 ) -> None:
@@ -290,7 +249,6 @@ def test_kept_kv_goes_on_labelled_and_no_new_request_meets_it(
         runner.run(scenario(it))
 
 
-@real_engine
 @pytest.mark.parametrize("weights", [{"interrupt": "retract"}, {"kv_cache": "keep"}], ids=str)
 def test_requests_stay_frozen_behind_weights_that_are_wrong_and_go_on_after_the_next_update(
     server: tuple[asyncio.Runner, Server], models: Models, tmp_path: Path, weights: dict[str, str]
@@ -299,8 +257,7 @@ def test_requests_stay_frozen_behind_weights_that_are_wrong_and_go_on_after_the_
 
     async def scenario(rollout: Rollout) -> None:
         assert not (await rollout.trainer.publish(30, models.folders[0])).error
-        requests = [asyncio.create_task(rollout.generate(prompt)) for prompt in asked]
-        await asyncio.sleep(0.3)
+        requests = await rollout.start(asked)
         updated = await rollout.trainer.publish(31, models.folders[1], corrupt=True)
         assert "model.norm.weight" in updated.error and not rollout.gate.is_open
         under_way = [request for request in requests if not request.done()]
@@ -312,52 +269,3 @@ def test_requests_stay_frozen_behind_weights_that_are_wrong_and_go_on_after_the_
     runner, engine = server
     with rollout(engine, models, tmp_path, **weights) as it:
         runner.run(scenario(it))
-
-
-class Engine:
-    """A client that knows its server's version and no more."""
-
-    def __init__(self, *version: int) -> None:
-        self.version = version
-
-
-def interruption_of(version: tuple[int, ...], **weights: str) -> Any:
-    return interruption(make_config(Path("m"), Path("r"), **weights), Engine(*version), Gate())  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("weights", [{"interrupt": "retract"}, {"kv_cache": "keep"}], ids=str)
-@pytest.mark.parametrize("version", [(0, 5, 16), (0, 5, 17), (0, 5, 20)])
-def test_an_engine_too_old_for_a_way_of_interrupting_is_refused_by_name(
-    version: tuple[int, ...], weights: dict[str, str]
-) -> None:
-    [(key, value)] = weights.items()
-    with pytest.raises(
-        ConfigError, match=rf"weights\.{key} = {value} needs SGLang 0\.5\.21 .* this is 0\.5\.{version[2]}"
-    ):
-        interruption_of(version, **weights)
-
-
-def test_abort_works_with_any_engine_and_newer_ones_pause() -> None:
-    assert isinstance(interruption_of((0, 5, 16)), Abort)
-    assert isinstance(interruption_of((0, 5, 21), interrupt="retract"), Pause)
-    assert isinstance(interruption_of((0, 5, 23), kv_cache="keep"), Pause)
-
-
-def test_a_kept_cache_is_keyed_anew_with_every_update() -> None:
-    """By the update, not the version: a run that goes back to a checkpoint makes other weights of the same version."""
-
-    class Paused(Engine):
-        async def pause(self, mode: str) -> None: ...
-
-        async def resume(self) -> None: ...
-
-    async def keys(mode: Any) -> list[str | None]:
-        pause, seen = Pause(Paused(0, 5, 21), mode), []  # type: ignore[arg-type]
-        for _ in range(3):
-            await pause.stop()
-            await pause.resume()
-            seen.append(pause.cache_key())
-        return seen
-
-    assert len(set(asyncio.run(keys("in_place")))) == 3
-    assert asyncio.run(keys("retract")) == [None] * 3

@@ -1,0 +1,45 @@
+"""What tests of weight updates at a server share: a configuration, and the worker's end of its link."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_async_rl import config as configuration
+from megatron_async_rl.config import Config
+from megatron_async_rl.messages import Message
+
+NEW_TOKENS = 100
+CPU_ENGINE = {
+    "device": "cpu",
+    "dtype": "float32",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "mem_fraction_static": 0.1,
+    "max_total_tokens": 8192,
+    "disable_overlap_schedule": True,
+}
+
+
+def make_config(model: Path, run_dir: Path, **weights: str) -> Config:
+    return configuration.from_tree(
+        {
+            "run": {"dir": str(run_dir), "steps": 1},
+            "model": {"path": str(model), "context_tokens": 240},
+            "data": {"train": "unused"},
+            "rollout": {"max_new_tokens": NEW_TOKENS},
+            "algorithm": {"prompts_per_step": 1, "samples_per_prompt": 2},
+            "weights": weights,
+            "sglang": CPU_ENGINE,
+        }
+    )
+
+
+@dataclass
+class Sent:
+    """The worker's end of the link to the controller, as far as an update uses it."""
+
+    messages: list[Message] = field(default_factory=list)
+
+    async def send(self, message: Message) -> None:
+        self.messages.append(message)
