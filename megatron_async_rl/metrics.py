@@ -32,7 +32,7 @@ from megatron_async_rl.sample_log import (
     TrainedGroup,
     cut_torn_line,
     last_version,
-    sample_lines,
+    sample_line,
 )
 
 TENSORBOARD_DIR, STATUS_FILE = "tensorboard", "status.json"
@@ -95,6 +95,7 @@ class RunLog:
         self._run_dir = run_dir
         self._eta = config.staleness.eta
         self._num_texts = config.monitor.sample_texts
+        self._num_tokens = config.monitor.sample_tokens
         self._began = time.monotonic()
         self._board = TensorBoard(run_dir / TENSORBOARD_DIR) if config.monitor.tensorboard else None
         cut_torn_line(run_dir / SAMPLES_FILE)
@@ -115,7 +116,8 @@ class RunLog:
         if version <= self._last_recorded:
             return
         self._last_recorded = version
-        lines = [line for group in groups for line in sample_lines(version, group)]
+        places = [(group, index) for group in groups for index in range(len(group.samples))]
+        lines = [sample_line(version, *place, number < self._num_tokens) for number, place in enumerate(places)]
         self._samples.write(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
         self._samples.flush()
         if self._board and lines:

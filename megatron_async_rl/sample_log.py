@@ -1,7 +1,8 @@
 """`samples.jsonl`: every sample that was trained, one line each, in order; a torn last line costs that line only.
 
-Text and numbers are plain; token ids and logprobs are base64 of little-endian int32 and float32, which takes a tenth of
-the time of writing them out: np.frombuffer(base64.b64decode(line["ids"]), "<i4").
+Text and numbers are plain. Token ids and logprobs are base64 of little-endian int32 and float32, which takes a tenth of
+the time of writing them out, np.frombuffer(base64.b64decode(line["ids"]), "<i4"); and they are kept of the first
+`monitor.sample_tokens` samples of a step alone: a step may have gigabytes of them.
 """
 
 from __future__ import annotations
@@ -66,35 +67,25 @@ def read_samples(run_dir: Path) -> Iterator[SampleLine]:
                 yield decoder.decode(line)
 
 
-def sample_lines(version: int, group: TrainedGroup) -> Iterator[SampleLine]:
-    for index, (sample, reward, advantage) in enumerate(
-        zip(group.samples, group.rewards, group.advantages, strict=True)
-    ):
-        generated = sample.generated
-        num_generated = int(generated.sum())
-        yield SampleLine(
-            version=version,
-            group_id=group.group_id,
-            prompt_id=group.prompt_id,
-            index=index,
-            reward=float(reward),
-            advantage=float(advantage),
-            num_prompt=int(generated.argmax()) if num_generated else len(sample.ids),
-            num_generated=num_generated,
-            versions=_run_lengths(sample.versions[generated]),
-            stop=sample.stop,
-            num_interrupts=sample.num_interrupts,
-            text=sample.text,
-            ids_bytes=sample.ids.astype("<i4", copy=False).tobytes(),
-            logprobs_bytes=sample.logprobs[generated].astype("<f4", copy=False).tobytes(),
-        )
-
-
-def _run_lengths(versions: np.ndarray) -> list[list[int]]:
-    """[3, 3, 3, 4] -> [[3, 3], [4, 1]]"""
-    starts = np.flatnonzero(np.diff(versions, prepend=versions[:1] - 1))
-    lengths = np.diff(starts, append=len(versions))
-    return [[int(version), int(length)] for version, length in zip(versions[starts], lengths, strict=True)]
+def sample_line(version: int, group: TrainedGroup, index: int, with_tokens: bool) -> SampleLine:
+    sample = group.samples[index]
+    runs = sample.version_runs()
+    return SampleLine(
+        version=version,
+        group_id=group.group_id,
+        prompt_id=group.prompt_id,
+        index=index,
+        reward=float(group.rewards[index]),
+        advantage=float(group.advantages[index]),
+        num_prompt=int(sample.generated.argmax()) if runs else len(sample.ids),
+        num_generated=sum(count for _, count in runs),
+        versions=runs,
+        stop=sample.stop,
+        num_interrupts=sample.num_interrupts,
+        text=sample.text,
+        ids_bytes=sample.ids.astype("<i4", copy=False).tobytes() if with_tokens else b"",
+        logprobs_bytes=sample.logprobs[sample.generated].astype("<f4", copy=False).tobytes() if with_tokens else b"",
+    )
 
 
 def cut_torn_line(path: Path) -> None:

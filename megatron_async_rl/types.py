@@ -63,6 +63,20 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def newest_version(self) -> int:
         return int(self.versions.max())
 
+    def version_runs(self) -> list[list[int]]:
+        """[[version, tokens], ...] of the generated tokens in order: versions 3 3 - - 3 4 are [[3, 3], [4, 1]]."""
+        cuts = (np.flatnonzero(self.versions[1:] != self.versions[:-1]) + 1).tolist()
+        runs: list[list[int]] = []
+        for start, end in itertools.pairwise([0, *cuts, len(self.versions)]):
+            version = int(self.versions[start]) if start < end else NOT_GENERATED
+            if version == NOT_GENERATED:
+                continue
+            if runs and runs[-1][0] == version:
+                runs[-1][1] += end - start
+            else:
+                runs.append([version, end - start])
+        return runs
+
 
 class Partial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A sample that was interrupted: the input of the policy's call that was under way, and what it gave so far."""

@@ -131,6 +131,20 @@ def test_every_trained_sample_becomes_one_line_that_people_can_grep(tmp_path: Pa
     assert line.ids.tolist() == [1, 2, 3] + [7] * 20 and line.logprobs.tolist() == [-0.5] * 20
 
 
+def test_token_ids_are_kept_of_as_many_samples_as_asked_for(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, make_config(tmp_path, tensorboard=False, sample_tokens=3))
+    group = make_group(make_sample((3, 12)), make_sample((4, 2)))
+    log.train_samples(4, [group, group])
+    log.close()
+    lines = list(read_samples(tmp_path))
+    assert [len(line.ids) for line in lines] == [15, 5, 15, 0]
+    assert [len(line.logprobs) for line in lines] == [12, 2, 12, 0]
+    assert [(line.num_prompt, line.num_generated, line.versions) for line in lines[2:]] == [
+        (3, 12, [[3, 12]]),
+        (3, 2, [[4, 2]]),
+    ]
+
+
 def test_tokens_of_tools_between_turns_are_in_no_version_run(tmp_path: Path) -> None:
     versions = np.array([NOT_GENERATED, 2, 2, NOT_GENERATED, NOT_GENERATED, 3, 2], np.int32)
     sample = Sample(np.arange(7, dtype=np.int32), np.zeros(7, np.float32), versions, "length", "text")

@@ -1,170 +1,224 @@
-"""How many trajectories one controller takes in per second: CURVE, core and journal on, everything of it on one core.
+"""How many trajectories one controller takes from rollout to trainer per second, all of it on one core.
 
-    python tools/bench_controller.py [--seconds 10] [--tokens 32768] [--clients 2] [--no-journal] [--deliver]
+    python tools/bench_controller.py [--seconds 10] [--tokens 32768] [--clients 2] [--profile]
 
-A trajectory is 32,768 tokens with logprobs and versions: 393,216 bytes. Clients are processes on the other cores: they
-answer every lease with one, and every verdict asked for. `--deliver` sends each cut batch on to a trainer, too.
+The controller is the product's, whole: CURVE on every socket, journal, sample log, TensorBoard, weight updates with their
+handshake, checkpoints that let the journal forget. A trajectory is 32,768 tokens with logprobs and versions: 393,216
+bytes in, and 524,288 out to the trainer, with its advantages. Everyone else is a process on the other cores that speaks
+the real messages: rollout clients answer every lease at once, a judge every question, a trainer every batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
+import cProfile
+import json
+import logging
 import multiprocessing
 import os
+import pstats
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer, models
 
-from megatron_async_rl import processes
-from megatron_async_rl.controller.actions import Action, CutBatch, Send
-from megatron_async_rl.controller.batching import train_sample
-from megatron_async_rl.controller.core import Core
+from megatron_async_rl import checkpoints, config, metrics, processes
+from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.journal import JOURNAL_FILE, Journal
-from megatron_async_rl.controller.rules import Rules
 from megatron_async_rl.messages import (
+    Bucket,
+    BucketsSent,
+    CheckpointSaved,
     Generate,
     Generated,
     GetBatch,
+    GroupJoined,
+    GroupOpened,
     Hello,
+    JoinGroup,
+    OpenGroup,
+    Published,
+    PublishOffer,
     Score,
     Scored,
+    SendBuckets,
     Shutdown,
     StepDone,
+    TensorSpec,
     TrainBatch,
-    Welcome,
+    Updated,
+    UpdateReady,
+    UpdateWeights,
+    WeightDigests,
 )
-from megatron_async_rl.transport import Hub, Link, Peer
-from megatron_async_rl.types import NOT_GENERATED, Prompt, Sample
+from megatron_async_rl.tokenizer import fingerprint
+from megatron_async_rl.transport import Hub, Link
+from megatron_async_rl.types import NOT_GENERATED, Sample
 
 GROUPS_PER_STEP, SAMPLES = 16, 8
-IN_FLIGHT = 64  # per rollout client
-NUM_PROMPT = 16
+NUM_PROMPT = 1
+CHECKPOINT_EVERY = 4  # steps; what is older than two of them leaves the journal
+WARM_UP_STEPS = 8
+BUCKETS = [Bucket([TensorSpec("w", "bfloat16", [1])])]
+STATS = {"train/loss": 0.0, "train/tokens": 1.0, "perf/time/train_s": 1.0}
 
 
-def client(run_dir: str, name: str, tokens: int, core: int) -> None:
-    processes.die_with_parent()
-    os.sched_setaffinity(0, {core})
-    versions = np.zeros(tokens, np.int32)
-    versions[:NUM_PROMPT] = NOT_GENERATED
+def settings(folder: Path, tokens: int, clients: int) -> config.Config:
+    """A model folder of one word, a dataset of one prompt a row, and a configuration for them."""
+    model = folder / "model"
+    model.mkdir()
+    Tokenizer(models.WordLevel({"1": 0, "<|end|>": 1}, unk_token="1")).save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    (model / "config.json").write_text(json.dumps({"vocab_size": tokens}))
+    rows = ({"id": str(n), "prompt": "1", "answer": "1"} for n in range(1000))
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return config.from_tree(
+        {
+            "run": {"dir": str(folder / "run"), "steps": 10**6},
+            "model": {"path": str(model), "context_tokens": tokens + 8},
+            "data": {"train": str(folder / "train.jsonl")},
+            "rollout": {"max_new_tokens": tokens, "servers": clients, "max_concurrent_samples": 64},
+            "reward": {"workers": 1},
+            "algorithm": {"prompts_per_step": GROUPS_PER_STEP, "samples_per_prompt": SAMPLES},
+            "staleness": {"eta": 2},
+        }
+    )
+
+
+# ---- the others
+
+
+def rollout(run_dir: Path, number: int, tokens: int, tokenizer: str) -> None:
+    versions = np.full(tokens, NOT_GENERATED, np.int32)
     ids, logprobs = np.arange(tokens, dtype=np.int32), np.zeros(tokens, np.float32)
 
     async def body() -> None:
-        link = Link(Path(run_dir))
-        await link.join(
-            Hello("rollout" if name.startswith("rollout") else "reward", name, os.getpid(), capacity=IN_FLIGHT)
-        )
+        link = Link(run_dir)
+        await link.join(Hello("rollout", f"rollout-{number}", os.getpid(), capacity=64, tokenizer=tokenizer))
         while not isinstance(message := await link.receive(), Shutdown):
             if isinstance(message, Generate):
                 versions[NUM_PROMPT:] = message.floor_version
                 for index in message.indices:
-                    sample = Sample(ids=ids, logprobs=logprobs, versions=versions, stop="stop", text="4")
-                    who = (message.epoch, message.group_id, message.attempt, index)
-                    await link.send(Generated(*who, sample))
-            elif isinstance(message, Score):
-                await link.send(Scored(message.epoch, message.group_id, message.attempt, message.index, 1.0))
+                    sample = Sample(ids=ids, logprobs=logprobs, versions=versions, stop="stop", text="1")
+                    await link.send(Generated(message.epoch, message.group_id, message.attempt, index, sample))
+            elif isinstance(message, UpdateWeights):
+                await link.send(UpdateReady(message.version, {}))
+            elif isinstance(message, JoinGroup):
+                await link.send(GroupJoined(message.group))
+            elif isinstance(message, WeightDigests):
+                await link.send(Updated(message.version, {}))
         link.close()
 
     asyncio.run(body())
 
 
-def trainer(run_dir: str, core: int) -> None:
+def judge(run_dir: Path) -> None:
+    async def body() -> None:
+        link = Link(run_dir)
+        await link.join(Hello("reward", "reward-0", os.getpid(), capacity=256))
+        while not isinstance(message := await link.receive(), Shutdown):
+            if isinstance(message, Score):
+                reward = float(message.index % 2)
+                await link.send(Scored(message.epoch, message.group_id, message.attempt, message.index, reward))
+        link.close()
+
+    asyncio.run(body())
+
+
+def trainer(run_dir: Path, tokenizer: str) -> None:
+    async def body() -> None:
+        link = Link(run_dir)
+        await link.join(Hello("trainer", "trainer-0", os.getpid(), leader=0, stage=0, tokenizer=tokenizer))
+        await link.send(PublishOffer(0, 0, 1, BUCKETS, "gloo"))
+        while not isinstance(message := await link.receive(), Shutdown):
+            if isinstance(message, OpenGroup):
+                await link.send(GroupOpened(message.group, 0, "127.0.0.1", 1))
+                await link.send(GroupJoined(message.group))
+            elif isinstance(message, SendBuckets):
+                await link.send(BucketsSent(message.version, 0, {"w": "digest"}, {}))
+            elif isinstance(message, Published):
+                await link.send(GetBatch(message.version))
+            elif isinstance(message, TrainBatch):
+                version = message.version + 1
+                assert len(message.samples) == GROUPS_PER_STEP * SAMPLES
+                await link.send(StepDone(version, STATS))
+                if version % CHECKPOINT_EVERY == 0:
+                    await link.send(CheckpointSaved(version, saved(run_dir, version)))
+                await link.send(PublishOffer(version, 0, 1, BUCKETS, "gloo"))
+        link.close()
+
+    asyncio.run(body())
+
+
+def saved(run_dir: Path, version: int) -> str:
+    """A checkpoint of one small file."""
+    folder = run_dir / checkpoints.FOLDER / checkpoints.folder_name(version)
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"w")
+    checkpoints.write_digests(folder, 0, ["weights"])
+    return folder.name
+
+
+def child(core: int, body: object, *values: object) -> None:
     processes.die_with_parent()
     os.sched_setaffinity(0, {core})
-
-    async def body() -> None:
-        link = Link(Path(run_dir))
-        await link.join(Hello("trainer", "trainer-0", os.getpid(), leader=0))
-        await link.send(GetBatch(0))
-        while not isinstance(message := await link.receive(), Shutdown):
-            if isinstance(message, TrainBatch):
-                await link.send(StepDone(message.version + 1, {}))
-                await link.send(GetBatch(message.version + 1))
-        link.close()
-
-    asyncio.run(body())
+    body(*values)  # type: ignore[operator]
 
 
-class Bench:
-    """The controller's shell without its stages: what comes in goes to the core, what comes out is done."""
+# ---- the controller
 
-    def __init__(self, hub: Hub, journal: Journal | None, deliver: bool) -> None:
-        numbers = itertools.count()
-        rules = Rules(
-            prompts_per_step=GROUPS_PER_STEP, samples_per_prompt=SAMPLES, eta=2, wait_for_stragglers=False,
-            straggler_wait_s=1.0, max_new_tokens=8, temperature=1.0, eval_temperature=0.0, lease_timeout_s=600.0,
-            max_attempts=3, max_verdict_attempts=3, drop_equal_rewards=False, silence_limit_s=600.0, steps=10**9,
-            data_parallel_size=1,
-        )  # fmt: skip
-        self.core = Core(rules, lambda: Prompt(str(next(numbers)), np.arange(NUM_PROMPT, dtype=np.int32), {}))
-        self.core.admitting = True
-        self.hub, self.journal, self.deliver = hub, journal, deliver
-        self.names: dict[Peer, str] = {}
-        self.peers: dict[str, Peer] = {}
-        self.taken = 0
 
-    async def act(self, actions: list[Action]) -> None:
-        facts = self.core.take_facts()
-        if self.journal:
-            self.journal.append(facts)
-        for action in actions:
-            if isinstance(action, Send):
-                await self.hub.send(self.peers[action.worker], action.message)
-            elif isinstance(action, CutBatch):
-                if self.journal:
-                    await self.journal.durable()
-                samples = [train_sample(s, 0.0) for group in action.groups for s in group.samples]
-                batch = TrainBatch(action.version, samples if self.deliver else [])
-                await self.hub.send(self.peers["trainer-0"], batch)
+def cpu_seconds() -> dict[str, float]:
+    """Of this process, by thread."""
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    used: dict[str, float] = {}
+    for task in Path("/proc/self/task").iterdir():
+        command, fields = (task / "stat").read_text().rsplit(") ", 1)
+        name = names.get(int(task.name), command.split("(", 1)[1])
+        ticks = sum(map(int, fields.split()[11:13]))
+        used[name] = used.get(name, 0.0) + ticks / os.sysconf("SC_CLK_TCK")
+    return used
 
-    async def serve(self, seconds: float, num_peers: int) -> tuple[float, float]:
-        """Trajectories per second and CPU seconds of this process for each, after a first quarter that does not count."""
-        while len(self.names) < num_peers:
-            await self._one()
-        await self._for(seconds / 4)
-        taken, began, cpu = self.taken, time.monotonic(), time.process_time()
-        await self._for(seconds)
-        if self.journal:
-            await self.journal.durable()
-        taken, cpu = self.taken - taken, time.process_time() - cpu
-        for peer in self.peers.values():
-            await self.hub.send(peer, Shutdown("done"))
-        return taken / (time.monotonic() - began), cpu / max(taken, 1)
 
-    async def _for(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            await self._one()
+async def measure(
+    chosen: config.Config, seconds: float, profile: cProfile.Profile | None
+) -> tuple[int, float, dict[str, float]]:
+    """(trajectories, seconds, CPU seconds by thread) between two steps, after some that do not count."""
+    journal, log = Journal(chosen.run_dir / JOURNAL_FILE), metrics.RunLog(chosen.run_dir, chosen)
+    hub = Hub(chosen.run_dir)
+    controller = Controller(chosen, hub, log, journal)
+    running = asyncio.create_task(controller.run())
 
-    async def _one(self) -> None:
-        core = self.core
-        peer, message = await self.hub.receive()
-        if isinstance(message, Hello):
-            self.names[peer], self.peers[message.name] = message.name, peer
-            await self.hub.send(peer, Welcome(core.epoch))
-            if message.role == "rollout":
-                await self.act(core.rollout_joined(message.name, message.capacity, 0.0))
-                await self.act(core.serving(message.name, core.version, 0.0))
-            elif message.role == "reward":
-                await self.act(core.reward_joined(message.name, message.capacity, 0.0))
-        elif isinstance(message, Generated):
-            self.taken += 1
-            await self.act(core.generated(self.names[peer], message, 0.0))
-        elif isinstance(message, Scored):
-            await self.act(core.scored(self.names[peer], message, 0.0))
-        elif isinstance(message, GetBatch):
-            await self.act(core.batch_wanted(0, message.version, 0.0))
-        elif isinstance(message, StepDone):
-            if self.journal:  # as after a checkpoint of every step: the file does not grow without end
-                self.journal.prune([group.group_id for group in core.books.in_batch])
-            await self.act(core.step_done(message.version, 0.0))
-            for worker in list(core.fleet.rollout):
-                core.updating(worker)
-                await self.act(core.serving(worker, core.version, 0.0))
+    async def step_after(version: int) -> int:
+        while controller.core.version <= version:
+            if running.done():
+                running.result()
+            await asyncio.sleep(0.005)
+        return controller.core.version
+
+    try:
+        first = await step_after(WARM_UP_STEPS)
+        began, cpu = time.monotonic(), cpu_seconds()
+        if profile:
+            profile.enable()
+        await asyncio.sleep(seconds)
+        last = await step_after(controller.core.version)
+        if profile:
+            profile.disable()
+        wall_s, after = time.monotonic() - began, cpu_seconds()
+        await journal.durable()
+        return (last - first) * GROUPS_PER_STEP * SAMPLES, wall_s, {n: after[n] - cpu.get(n, 0.0) for n in after}
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        hub.close()
+        journal.close()
+        log.close()
 
 
 def main() -> int:
@@ -172,42 +226,34 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--clients", type=int, default=2)
-    parser.add_argument("--no-journal", action="store_true")
-    parser.add_argument("--deliver", action="store_true")
-    parser.add_argument("--dir", default=None, help="where the journal lies; default: a temporary folder")
+    parser.add_argument("--profile", action="store_true", help="where the event loop's thread spends its time")
+    parser.add_argument("--dir", default=None, help="where the run lies meanwhile; default: a temporary folder")
     arguments = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0))
+    logging.basicConfig(level=logging.WARNING)
+    own, *others = sorted(os.sched_getaffinity(0))
+    others = others or [own]
     spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
-        names = [*(f"rollout-{i}" for i in range(arguments.clients)), "reward-0"]
-        others = cores[1:] or cores
-        children = [
-            spawn.Process(target=client, args=(folder, name, arguments.tokens, others[i % len(others)]))
-            for i, name in enumerate(names)
-        ]
-        children.append(spawn.Process(target=trainer, args=(folder, others[-1])))
-        for child in children:
-            child.start()
-        os.sched_setaffinity(0, {cores[0]})  # all threads made from here on: zmq's, the journal's
-
-        async def body() -> tuple[float, float]:
-            hub = Hub(Path(folder))
-            journal = None if arguments.no_journal else Journal(Path(folder) / JOURNAL_FILE)
-            try:
-                return await Bench(hub, journal, arguments.deliver).serve(arguments.seconds, len(children))
-            finally:
-                hub.close()
-                if journal:
-                    journal.close()
-
-        rate, cpu = asyncio.run(body())
-        for child in children:
-            child.join(10)
-    size = arguments.tokens * 12
+    profile = cProfile.Profile(time.thread_time) if arguments.profile else None
+    with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
+        chosen = settings(Path(name), arguments.tokens, arguments.clients)
+        run_dir, tokenizer = chosen.run_dir, fingerprint(chosen.model.path)
+        run_dir.mkdir()
+        bodies = [(trainer, run_dir, tokenizer), (judge, run_dir)]
+        bodies += [(rollout, run_dir, n, arguments.tokens, tokenizer) for n in range(arguments.clients)]
+        children = [spawn.Process(target=child, args=(others[n % len(others)], *body)) for n, body in enumerate(bodies)]
+        for process in children:
+            process.start()
+        os.sched_setaffinity(0, {own})  # all threads made from here on: zmq's, the journal's
+        count, wall_s, cpu = asyncio.run(measure(chosen, arguments.seconds, profile))
+        for process in children:
+            process.join(10)
+    if profile:
+        pstats.Stats(profile).sort_stats("tottime").print_stats(30)
+    size, total = arguments.tokens * 12, sum(cpu.values())
+    parts = ", ".join(f"{name} {1e3 * used / count:.2f}" for name, used in cpu.items() if used / total > 0.01)
     print(
-        f"{rate:.0f} trajectories/s of {size:,} bytes = {rate * size / 1e6:.0f} MB/s; CURVE on, "
-        f"journal {'off' if arguments.no_journal else 'on'}, delivery {'on' if arguments.deliver else 'off'}, "
-        f"{1e3 * cpu:.2f} ms of CPU each: {1 / cpu:.0f} per second of one core"
+        f"{count / wall_s:.0f} trajectories/s of {size:,} bytes, {count} in {wall_s:.1f} s; "
+        f"{1e3 * total / count:.2f} ms of CPU each ({parts}): {count / total:.0f} per second of one core"
     )
     return 0
 

@@ -90,10 +90,11 @@ class Progress:
             for g, group in enumerate(groups)
         ]
         self._record(self._log.train_samples, version, trained)
-        staleness = np.concatenate([version - s.versions[s.generated] for group in trained for s in group.samples])
+        runs = [run for group in trained for sample in group.samples for run in sample.version_runs()]
+        tokens = sum(count for _, count in runs)
         self._waited_s += waited_s
-        self._status.staleness_mean = float(staleness.mean()) if staleness.size else 0.0
-        self._status.staleness_max = int(staleness.max()) if staleness.size else 0
+        self._status.staleness_mean = sum((version - v) * count for v, count in runs) / tokens if tokens else 0.0
+        self._status.staleness_max = max((version - v for v, _ in runs), default=0)
         self._status.staleness_worst = max(self._status.staleness_max, self._status.staleness_worst or 0)
         self._status.reward_mean = float(rewards.mean())
         self._status.reward_history.append(self._status.reward_mean)
