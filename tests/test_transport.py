@@ -139,6 +139,54 @@ def test_a_socket_without_this_runs_keys_delivers_nothing(tmp_path: Path, who: s
     run_with_hub(tmp_path, test)
 
 
+def test_a_flood_of_messages_arrives_whole_and_lets_others_have_their_turn(tmp_path: Path) -> None:
+    count = 500
+    body = np.arange(50_000, dtype=np.int32)
+    zeros = np.zeros(len(body), np.float32)
+
+    async def test(hub: Hub) -> None:
+        links = [Link(tmp_path) for _ in range(2)]
+        for link in links:
+            joining = asyncio.create_task(link.join(HELLO))
+            await welcome(hub)
+            await joining
+
+        async def flood(link: Link) -> None:
+            for number in range(count):
+                await link.send(TrainBatch(number, [TrainSample(body + number, zeros, body, zeros)][: number % 2]))
+            await asyncio.sleep(0.2)  # what comes after the socket was empty for a while comes too
+            await link.send(Heartbeat())
+
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        senders = [asyncio.create_task(flood(link)) for link in links]
+        beside = asyncio.create_task(other())
+        got: dict[Peer, list[int]] = {}
+        ended = 0
+        while ended < len(links):
+            peer, message = await hub.receive()
+            if isinstance(message, Heartbeat):
+                ended += 1
+                continue
+            assert isinstance(message, TrainBatch) and len(message.samples) == message.version % 2
+            assert all(np.array_equal(sample.ids, body + message.version) for sample in message.samples)
+            got.setdefault(peer, []).append(message.version)
+        assert list(got.values()) == [list(range(count))] * 2
+        assert turns >= 2 * count / transport.MAX_IN_A_ROW and hub.num_malformed == 0
+        beside.cancel()
+        await asyncio.gather(*senders)
+        for link in links:
+            link.close()
+
+    run_with_hub(tmp_path, test)
+
+
 def test_a_malformed_message_is_counted_and_the_next_one_is_read(tmp_path: Path) -> None:
     async def test(hub: Hub) -> None:
         context = zmq.asyncio.Context()
