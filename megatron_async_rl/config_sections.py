@@ -279,4 +279,4 @@ class MonitorConfig(Section, kw_only=True):
     sample_texts: Annotated[int, _at_least(0, "Samples shown as text in TensorBoard each step.")] = 2
     sample_tokens: Annotated[
         int, _at_least(0, "Samples of each step whose token ids and logprobs samples.jsonl keeps; it has text of all.")
-    ] = 64
+    ] = 16
