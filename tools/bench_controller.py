@@ -198,7 +198,7 @@ async def measure(
         while controller.core.version <= version:
             if running.done():
                 running.result()
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.02)
         return controller.core.version
 
     try:
