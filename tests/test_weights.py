@@ -20,6 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_async_rl import config as configuration
+from megatron_async_rl.controller.folders import FolderPublisher, Folders
 from megatron_async_rl.controller.publisher import Outcome, Publisher
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.messages import (
@@ -65,6 +67,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
+# experts of whole tiles, for an engine on a GPU: their digests are added up over the ranks that own them
+FAMILIES["qwen3_moe of tiles"] = FAMILIES["qwen3_moe"] | {"moe_intermediate_size": 256, "num_hidden_layers": 2}
 LAYOUTS: list[tuple[str, dict[str, int], dict[str, Any]]] = [  # family, megatron's sizes, weights' settings
     ("llama", {}, {}),
     ("qwen2", {"tensor_model": 2}, {}),
@@ -79,6 +83,8 @@ LAYOUTS: list[tuple[str, dict[str, int], dict[str, Any]]] = [  # family, megatro
     ("qwen3_moe", {"tensor_model": 2, "expert_model": 2}, {}),
     ("qwen3_moe", {"tensor_model": 2, "pipeline_model": 2}, {}),
     ("qwen3_moe", {"pipeline_model": 2, "expert_model": 2, "virtual_pipeline_model": 2}, {}),
+    ("qwen3_moe", {"tensor_model": 2, "expert_model": 2, "expert_tensor": 1}, {}),
+    ("qwen3_moe of tiles", {"tensor_model": 2, "expert_model": 2}, {"bucket_bytes": 200_000}),
 ]
 FAULTS = ["absent", "die:0", "die:1", "die:2", "die:3", "flip", "drop"]
 TIMEOUT_S = 4.0
@@ -114,7 +120,7 @@ def make_config(model: Path, sizes: dict[str, int], weights: dict[str, Any]) -> 
         "trainer": {"precision": "fp32", "data_parallel_size": WORLD // ranks, "collective_timeout_s": 100},
         "weights": {"bucket_bytes": 20000, "update_timeout_s": TIMEOUT_S} | weights,
         "megatron": {f"{name}_parallel_size": size for name, size in sizes.items()},
-        "sglang": {"device": "cpu"},
+        "sglang": {} if model.name.endswith("tiles") else {"device": "cpu"},
     }
 
 
@@ -157,6 +163,8 @@ class Control:
         await self.wait_for(lambda: self._all_offer(version))
         offers, self.offers = self.offers, {}
         self.num_buckets = sum(len(offer.buckets) for offer in offers.values())
+        by_source = sorted(offers.values(), key=lambda offer: offer.source)
+        self.senders = [[spec.name for bucket in offer.buckets for spec in bucket.tensors] for offer in by_source]
         started = time.monotonic()
         outcome = await self.publisher.publish(version, offers, servers, lambda name: None)
         return outcome, time.monotonic() - started
@@ -220,18 +228,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def arrived(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each layout publishes one version, its number in LAYOUTS."""
+    """Each layout publishes twice: version 2n over the network, 2n + 1 by way of the disk; n is its number in LAYOUTS."""
     folder = tmp_path_factory.mktemp("arrived")
     work = [
-        {"config": make_config(folders[family], sizes, weights), "versions": [number, number]}
+        {"config": make_config(folders[family], sizes, weights), "versions": [2 * number, 2 * number + 1]}
         for number, (family, sizes, weights) in enumerate(LAYOUTS)
     ]
 
     async def body(control: Control) -> None:
         await control.wait_for(lambda: "rollout-0" in control.peers)
-        for number in range(len(LAYOUTS)):
-            outcome, _ = await control.publish(number, ["rollout-0"])
+        for number, item in enumerate(work):
+            outcome, _ = await control.publish(2 * number, ["rollout-0"])
             assert outcome.serving == ["rollout-0"]
+            (folder / f"senders-{number}.json").write_text(json.dumps(control.senders))
+            over_network, disk = (
+                control.publisher,
+                {"run": {"dir": str(folder), "steps": 1}, "weights": {"transport": "disk"}},
+            )
+            chosen = configuration.from_tree(item["config"] | disk)
+            control.publisher = FolderPublisher(control.send, chosen, Folders(chosen))
+            outcome, _ = await control.publish(2 * number + 1, ["rollout-0"])
+            assert outcome.serving == ["rollout-0"]
+            control.publisher = over_network
 
     with processes(folder, work, {"rollout-0": ["ok"]}):
         asyncio.run(drive(folder, body))
@@ -243,10 +261,24 @@ def test_what_arrives_is_the_folder_bit_for_bit(arrived: Path, folders: dict[str
     family, _, weights = LAYOUTS[number]
     dtype = getattr(torch, weights.get("dtype", "float32"))
     want = {name: tensor.to(dtype) for name, tensor in load_file(folders[family] / "model.safetensors").items()}
-    got = load_file(arrived / f"rollout-0-v{number}.safetensors")
-    assert set(got) == set(want)
-    for name, tensor in want.items():
-        assert got[name].dtype == dtype and torch.equal(got[name], tensor), name
+    for version in (2 * number, 2 * number + 1):  # over the network, and by way of the disk
+        got = load_file(arrived / f"rollout-0-v{version}.safetensors")
+        assert set(got) == set(want)
+        for name, tensor in want.items():
+            assert got[name].dtype == dtype and torch.equal(got[name], tensor), name
+
+
+@pytest.mark.parametrize("number", [n for n, layout in enumerate(LAYOUTS) if "expert_model" in layout[1]])
+def test_experts_leave_from_the_ranks_that_own_them(arrived: Path, number: int) -> None:
+    sizes = LAYOUTS[number][1]
+    owners, stages = sizes["expert_model"], sizes.get("pipeline_model", 1)
+    senders: list[list[str]] = json.loads((arrived / f"senders-{number}.json").read_text())
+    assert len(senders) == owners * stages
+    for source, names in enumerate(senders):
+        owner = source % owners
+        experts = {int(name.split(".")[5]) for name in names if ".experts." in name}
+        assert experts == set(range(owner * 4 // owners, (owner + 1) * 4 // owners))
+        assert any(".experts." not in name for name in names) == (owner == 0)
 
 
 def test_a_faulty_receiver_is_fenced_in_time_and_the_other_and_the_next_update_go_on(

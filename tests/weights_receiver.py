@@ -18,15 +18,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed import distributed_c10d as c10d
 
+from megatron_async_rl import snapshots
 from megatron_async_rl.errors import EngineError
 from megatron_async_rl.messages import (
     AbandonUpdate,
     GroupJoined,
     Hello,
     JoinGroup,
+    LoadFolder,
     ReceiveBuckets,
     Shutdown,
     Updated,
@@ -36,13 +38,15 @@ from megatron_async_rl.messages import (
 )
 from megatron_async_rl.rollout.updates import compare
 from megatron_async_rl.transport import SyncLink
+from megatron_async_rl.weights import tile_hash
 
 TIMEOUT = timedelta(seconds=20)
 
 
-def digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """What an engine of one rank would say, written down without the product's own layout code."""
-    held: dict[str, list[torch.Tensor]] = {}
+def digests(tensors: dict[str, torch.Tensor], expected: dict[str, str]) -> dict[str, str]:
+    """What an engine of one rank would say, written down without the product's own layout code: in sha256 as one on a
+    CPU, or in tiles as one on a GPU, whichever more of the expected digests are in."""
+    held: dict[str, dict[int, torch.Tensor]] = {}
     experts: dict[str, dict[tuple[int, int], torch.Tensor]] = {}
     for name, tensor in tensors.items():
         parts = name.split(".")
@@ -54,15 +58,28 @@ def digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
         if parts[0] == "lm_head" or parts[1] == "embed_tokens":
             rows = -(-len(tensor) // 64) * 64
             tensor = torch.cat([tensor, torch.zeros(rows - len(tensor), tensor.shape[1], dtype=tensor.dtype)])
-        for leaf, fused in (("q", "qkv"), ("k", "qkv"), ("v", "qkv"), ("gate", "gate_up"), ("up", "gate_up")):
-            if parts[-2] == f"{leaf}_proj":
+        place = 0
+        for fused, leaves in (("qkv", ["q", "k", "v"]), ("gate_up", ["gate", "up"])):
+            if parts[-2].removesuffix("_proj") in leaves and parts[-2].endswith("_proj"):
                 name = ".".join([*parts[:-2], f"{fused}_proj", parts[-1]])
-        held.setdefault(name, []).append(tensor)
-    held |= {name: [parts[key] for key in sorted(parts)] for name, parts in experts.items()}
+                place = leaves.index(parts[-2].removesuffix("_proj"))
+        held.setdefault(name, {})[place] = tensor
     flat = {
-        name: torch.cat([t.contiguous().view(torch.uint8).flatten() for t in parts]) for name, parts in held.items()
+        name: torch.cat([parts[key].contiguous().view(torch.uint8).flatten() for key in sorted(parts)])
+        for name, parts in (held | experts).items()
     }
-    return {f"0:{name}": hashlib.sha256(raw.numpy()).hexdigest()[:16] for name, raw in flat.items()}
+    said = [{f"0:{name}": digest(raw) for name, raw in flat.items()} for digest in (sha256, tiles)]
+    return max(said, key=lambda digests: len(digests.items() & expected.items()))
+
+
+def sha256(raw: torch.Tensor) -> str:
+    return hashlib.sha256(raw.numpy()).hexdigest()[:16]
+
+
+def tiles(raw: torch.Tensor) -> str:
+    total = torch.zeros((), dtype=torch.int64)
+    tile_hash.add_tile_sum(tile_hash.as_words(raw), total)
+    return tile_hash.finish(int(total))
 
 
 def join(order: JoinGroup) -> dist.ProcessGroup:
@@ -122,12 +139,21 @@ def live(run_dir: Path, name: str, life: str) -> None:
                 tensors = receive(message, groups, life)
             except RuntimeError as e:
                 link.send(Updated(message.version, {}, error=str(e)))
+        elif isinstance(message, LoadFolder):
+            snapshot = snapshots.read(Path(message.folder))
+            assert snapshot and not snapshots.damage(snapshot)
+            tensors = {
+                name: tensor for file in snapshot.path.glob("*.safetensors") for name, tensor in load_file(file).items()
+            }
+            compare(digests(tensors, snapshot.manifest.digests), snapshot.manifest.digests)
+            save_file(tensors, run_dir / f"{name}-v{message.version}.safetensors")
+            link.send(Updated(message.version, {}))
         elif isinstance(message, AbandonUpdate) and tensors:
             link.send(UpdateReady(message.version, {}))
         elif isinstance(message, WeightDigests):
             try:
                 if verify:
-                    compare(digests(tensors), message.digests)
+                    compare(digests(tensors, message.digests), message.digests)
                 save_file(tensors, run_dir / f"{name}-v{message.version}.safetensors")
                 link.send(Updated(message.version, {}))
             except EngineError as e:
