@@ -36,6 +36,7 @@ from megatron_async_rl.messages import (
 
 Answer = Callable[[Any], Message | None]
 SERVERS = ["rollout-0", "rollout-1"]
+LONG_S, SHORT_S = 20.0, 0.5  # deadlines of who answers, on any machine, and of who never does
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ class Cluster:
             tree(
                 run={"dir": str(run_dir), "steps": 5},
                 model={"path": str(model), "context_tokens": 96},
-                weights={"update_timeout_s": 0.5, "transport": "disk"} | weights,
+                weights={"update_timeout_s": LONG_S, "transport": "disk"} | weights,
                 sglang={"device": "cpu"},
             )
         )
@@ -64,7 +65,7 @@ class Cluster:
             self.core.rollout_joined(name, 4, 0.0)
         self.folders = Folders(self.config)
         self.publisher = FolderPublisher(self.send, self.config, self.folders)
-        self.catch_up = CatchUp(self.core, self, self.folders, 0.5, self.act)  # type: ignore[arg-type]  # as its workers
+        self.catch_up = CatchUp(self.core, self, self.folders, self.config.weights.update_timeout_s, self.act)  # type: ignore[arg-type]  # as its workers
 
     async def act(self, actions: list[Any]) -> None:
         self.core.take_facts()
@@ -99,7 +100,7 @@ class Cluster:
 
 
 def in_loop(body: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(body(), 30))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(body(), 60))  # type: ignore[arg-type]
 
 
 def test_the_trainer_is_released_when_the_folder_is_whole_and_servers_load_it_then(tmp_path: Path, model: Path) -> None:
@@ -135,11 +136,13 @@ def test_a_source_that_fails_leaves_the_folders_before_and_all_are_released(
         await cluster.publish(1)
         cluster.log.clear()
         cluster.faults = {("trainer-1", WriteFolder): fails}
+        cluster.publisher._timeout_s = SHORT_S if fault == "silence" else LONG_S
         with pytest.raises(PublishError, match="the folder of version 2 was not written"):
             await cluster.publish(2)
         assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [1]
         assert cluster.sent(Published) == ["trainer-0", "trainer-1"] and not cluster.sent(LoadFolder)
         cluster.faults = {}
+        cluster.publisher._timeout_s = LONG_S
         await cluster.publish(2)
         assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [2, 1]
 
@@ -209,6 +212,7 @@ def test_who_cannot_catch_up_is_fenced_unless_the_folder_is_to_blame(tmp_path: P
                 Updated(message.version, {}, error=error) if harm == "digest" else None
             )
         cluster.log.clear()
+        cluster.catch_up._timeout_s = SHORT_S if harm == "silence" else LONG_S
         cluster.catch_up.start(others=())
         if harm == "new life":
             core.rollout_joined("rollout-1", 4, 0.0)
@@ -245,6 +249,7 @@ def test_beside_the_network_a_folder_is_written_when_the_servers_serve_already(t
             assert cluster.sent(Published) == ["trainer-0", "trainer-1"]
         assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [2]
         cluster.faults = {("trainer-0", WriteFolder): lambda message: None}
+        publisher._timeout_s = SHORT_S
         publisher.outcome = Outcome(4, ["rollout-0"])
         await publisher._release(4, ["trainer-0", "trainer-1"], publisher.outcome)
         cluster.log.clear()
