@@ -1,5 +1,8 @@
 """Messages as frames: a msgpack header and one raw frame per array. Nothing is ever pickled.
 
+A long array of few runs, such as the version or the advantage of each token, travels as its runs: a trajectory of 32k
+tokens is 262 KB instead of 393, on the wire and in the journal, and less to encrypt.
+
 Also what tells two versions of the messages apart (SCHEMA), and what can be read of a Hello that is not of ours.
 """
 
@@ -17,6 +20,11 @@ from megatron_async_rl.messages import AnyMessage
 
 Frame = bytes | memoryview
 _DTYPES = {"<i4": np.dtype("<i4"), "<f4": np.dtype("<f4")}  # the only element types that travel
+_RUNS = " runs"  # after the element type, of an array that travels as values and lengths
+_MIN_LENGTH, _MIN_MEAN_RUN = 256, 16  # of an array that is worth it
+_MAX_LENGTH = 1 << 24  # of an array that comes as runs: a small frame must not become a huge array
+_LOOK_AT = 64  # elements that tell most arrays of many runs from those of few
+ENCODING = 2  # to be raised when frames change
 
 
 class Codec:
@@ -55,6 +63,10 @@ class Codec:
             raise ProtocolError(
                 f"{type(value).__name__} {getattr(value, 'dtype', '')} does not travel; 1-D int32/float32 do"
             )
+        runs = _as_runs(value)
+        if runs is not None:
+            self._frames.append(runs.view(np.uint8).data)
+            return (value.dtype.str + _RUNS, len(self._frames) - 1)
         self._frames.append(np.ascontiguousarray(value).view(np.uint8).data if value.size else b"")
         return (value.dtype.str, len(self._frames) - 1)
 
@@ -62,11 +74,38 @@ class Codec:
         if kind is not np.ndarray:
             raise ProtocolError(f"no decoder for {kind}")
         dtype, index = value
+        as_runs = str(dtype).endswith(_RUNS)
+        dtype = str(dtype).removesuffix(_RUNS)
         if dtype not in _DTYPES or index != self._num_read:
             raise ValueError(f"array of type {dtype!r} in frame {index}, expected frame {self._num_read}")
         self._num_read += 1
         frame = self._frames[index]
+        if as_runs:
+            return _from_runs(np.frombuffer(frame, "<i4"), _DTYPES[dtype])
         return np.frombuffer(frame, _DTYPES[dtype]) if len(frame) else np.empty(0, _DTYPES[dtype])
+
+
+def _as_runs(array: np.ndarray) -> np.ndarray | None:
+    """[2 * num_runs] int32: the bits of each run's value, then the runs' lengths; None where that is not much shorter."""
+    if len(array) < _MIN_LENGTH:
+        return None
+    bits = np.ascontiguousarray(array).view("<i4")
+    if np.count_nonzero(bits[1:_LOOK_AT] != bits[: _LOOK_AT - 1]) * _MIN_MEAN_RUN > _LOOK_AT:
+        return None
+    changes = bits[1:] != bits[:-1]
+    if (np.count_nonzero(changes) + 1) * _MIN_MEAN_RUN > len(bits):
+        return None
+    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+    return np.concatenate([bits[starts], np.diff(starts, append=len(bits))]).astype("<i4")
+
+
+def _from_runs(runs: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    values, lengths = runs[: len(runs) // 2], runs[len(runs) // 2 :]
+    if len(runs) % 2 or (lengths < 1).any() or lengths.sum(dtype=np.int64) > _MAX_LENGTH:
+        raise ValueError(f"{len(runs)} numbers are no runs of at most {_MAX_LENGTH} elements")
+    array = np.repeat(values.view(dtype), lengths)
+    array.flags.writeable = False  # as those are that came as they are
+    return array
 
 
 class Stranger(msgspec.Struct, frozen=True):
@@ -89,7 +128,7 @@ def read_stranger(header: Frame) -> Stranger | None:
 def schema_of(kind: Any) -> str:
     """A digest of a type as it travels: names, fields, their types and which of them may be left out."""
     structs: dict[str, str] = {}
-    text = _describe(kind, structs)
+    text = f"encoding {ENCODING}: {_describe(kind, structs)}"
     for name in sorted(structs):
         text += f"\n{name}: {structs[name]}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]

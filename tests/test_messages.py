@@ -130,6 +130,54 @@ def test_a_received_array_cannot_be_written_to() -> None:
         batch.samples[0].ids[0] = 1
 
 
+LONG_ARRAYS = {
+    "constant": np.full(30_000, 7, np.int32),
+    "prompt and two versions": np.repeat(np.array([-1, 3, 4], np.int32), [500, 20_000, 9_500]),
+    "one run and then noise": np.concatenate([np.zeros(500), np.random.default_rng(0).random(30_000)]).astype(
+        np.float32
+    ),
+    "noise and then one run": np.concatenate([np.random.default_rng(0).random(80), np.zeros(30_000)]).astype(
+        np.float32
+    ),
+    "not a number, and zeros of both signs": np.repeat(np.array([np.nan, 0.0, -0.0, np.inf], np.float32), 1000),
+    "a run every 17": np.repeat(np.arange(1000, dtype=np.int32), 17),
+    "a run every 15": np.repeat(np.arange(1000, dtype=np.int32), 15),
+    "strided": np.repeat(np.arange(100, dtype=np.int32), 200)[::2],
+    "extremes": np.repeat(np.array([-(2**31), 2**31 - 1], np.int32), 600),
+}
+
+
+@pytest.mark.parametrize("name", LONG_ARRAYS)
+def test_long_arrays_arrive_bit_by_bit_whatever_their_runs(name: str) -> None:
+    array = LONG_ARRAYS[name]
+    sample = TrainSample(ids=array, logprobs=array[:0], versions=array[:300], advantages=array)
+    frames = received(Codec().encode(TrainBatch(1, [sample])))
+    batch = Codec().decode(frames)
+    got = batch.samples[0]
+    for mine, theirs in ((got.ids, array), (got.versions, array[:300]), (got.advantages, array)):
+        assert mine.dtype == theirs.dtype and mine.tobytes() == theirs.tobytes()
+    assert not got.ids.flags.writeable
+    if name in ("constant", "prompt and two versions", "extremes"):
+        assert len(frames[1]) <= 24  # as runs
+
+
+@given(st.lists(st.tuples(st.integers(-(2**31), 2**31 - 1), st.integers(1, 400)), max_size=40))
+def test_any_runs_arrive(runs: list[tuple[int, int]]) -> None:
+    values, lengths = np.array(runs, np.int64).reshape(-1, 2).T
+    array = np.repeat(values.astype(np.int32), lengths)
+    sample = TrainSample(array, array.view(np.float32), array, array.view(np.float32))
+    got = Codec().decode(received(Codec().encode(TrainBatch(1, [sample])))).samples[0]
+    assert got.ids.tobytes() == got.logprobs.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("runs", [[7], [7, 8, 9], [7, 0], [7, -1], [7, 8, 1 << 30, 1 << 30], [7, (1 << 24) + 1]])
+def test_runs_that_are_none_or_would_fill_the_memory_are_malformed(runs: list[int]) -> None:
+    frames = received(Codec().encode(TrainBatch(1, [TrainSample(*[np.full(1000, 7, np.int32)] * 4)])))
+    frames[1] = np.array(runs, np.int32).tobytes()
+    with pytest.raises(ProtocolError, match="malformed"):
+        Codec().decode(frames)
+
+
 def test_an_array_with_strides_travels_by_value() -> None:
     codec = Codec()
     sample = TrainSample(

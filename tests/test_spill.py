@@ -24,9 +24,10 @@ NUM_TOKENS = 1000
 
 
 def returned(group_id: int) -> Returned:
-    """A sample whose every token says which group it is of."""
-    ids = np.full(NUM_TOKENS, group_id, np.int32)
-    return Returned(group_id, 0, Sample(ids, np.full(NUM_TOKENS, 0.5, np.float32), ids, "stop", f"text {group_id}"))
+    """A sample whose every token says which group it is of. Its versions are one run: 8 bytes a token in all."""
+    ids = np.arange(NUM_TOKENS, dtype=np.int32) + group_id * NUM_TOKENS
+    versions = np.full(NUM_TOKENS, group_id, np.int32)
+    return Returned(group_id, 0, Sample(ids, -ids.astype(np.float32), versions, "stop", f"text {group_id}"))
 
 
 def written(tmp_path: Path, *group_ids: int) -> Path:
@@ -40,8 +41,9 @@ def check(facts: list[AnyFact], group_ids: list[int]) -> None:
     assert [fact.group_id for fact in facts] == group_ids
     for fact in facts:
         assert isinstance(fact, Returned) and fact.sample.text == f"text {fact.group_id}"
-        assert fact.sample.ids.tolist() == fact.sample.versions.tolist() == [fact.group_id] * NUM_TOKENS
-        assert fact.sample.logprobs.tolist() == [0.5] * NUM_TOKENS
+        expected = returned(fact.group_id).sample
+        assert np.array_equal(fact.sample.ids, expected.ids) and np.array_equal(fact.sample.versions, expected.versions)
+        assert np.array_equal(fact.sample.logprobs, expected.logprobs)
 
 
 def files(path: Path) -> list[str]:
@@ -54,11 +56,11 @@ def test_arrays_come_back_in_this_life_and_the_next_ones(tmp_path: Path) -> None
     check(list(read_facts(path)), [1, 2, 3])
     assert files(path) == ["000001.bin", "000002.bin"]
     sizes = [file.stat().st_size for file in sorted(path.with_name(ARRAYS_FOLDER).iterdir())]
-    assert sizes[0] < 2.1 * 12 * NUM_TOKENS and sizes[1] < 1.1 * 12 * NUM_TOKENS  # what was allocated is given back
+    assert sizes[0] < 2.1 * 8 * NUM_TOKENS and sizes[1] < 1.1 * 8 * NUM_TOKENS  # what was allocated is given back
 
 
 def test_a_file_goes_with_its_last_group_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spill, "SEGMENT_BYTES", 2 * 12 * NUM_TOKENS + 1000)  # two groups a file
+    monkeypatch.setattr(spill, "SEGMENT_BYTES", 2 * 8 * NUM_TOKENS + 1000)  # two groups a file
     path = tmp_path / "journal.sqlite"
     journal = Journal(path)
     journal.append(returned(group_id) for group_id in range(5))
@@ -112,7 +114,7 @@ def test_a_disk_that_refuses_arrays_delays_and_loses_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(journal_module, "RETRY_S", 0.05)
-    monkeypatch.setattr(spill, "SEGMENT_BYTES", 2 * 12 * NUM_TOKENS + 1000)
+    monkeypatch.setattr(spill, "SEGMENT_BYTES", 2 * 8 * NUM_TOKENS + 1000)
     path = tmp_path / "journal.sqlite"
     journal = Journal(path)
     with monkeypatch.context() as full:
