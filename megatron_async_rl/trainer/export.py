@@ -10,20 +10,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_async_rl import snapshots
 from megatron_async_rl.trainer.model import TrainerModel
 from megatron_async_rl.weights.folder import ModelFolder
 from megatron_async_rl.weights.load import Modules
 from megatron_async_rl.weights.mapping import ModelShape
-from megatron_async_rl.weights.reshard import hf_tensors, is_first_replica, takes_part
+from megatron_async_rl.weights.reshard import own_tensors, source_number, takes_part
 
 logger = logging.getLogger(__name__)
 
 FILE_BYTES = 4 << 30
-_WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 def save_hf(model: TrainerModel, source_dir: str | Path, out_dir: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -40,8 +39,9 @@ def export_hf(
 ) -> None:
     """Collective over all trainer ranks, which must share the file system.
 
-    Each pipeline stage writes its own files; config, generation config and tokenizer are copied from source_dir. dtype
-    None: the one config.json names. out_dir appears by a rename when it is complete, and replaces an older one.
+    Each weight source (weights/reshard.py) writes its own files; config, generation config and tokenizer are copied from
+    source_dir. dtype None: the one config.json names. out_dir appears by a rename when it is complete, and replaces an
+    older one.
     """
     source, out = Path(source_dir), Path(out_dir)
     partial = out.with_name(f".{out.name}.partial")
@@ -50,15 +50,11 @@ def export_hf(
         partial.mkdir(parents=True)
     dist.barrier()
     if takes_part():
-        tensors = hf_tensors(modules, shape, dtype or _stored_dtype(source))
-        writes = is_first_replica() and mpu.get_tensor_model_parallel_rank() == 0
-        _write_stage(tensors, partial, mpu.get_pipeline_model_parallel_rank(), writes)
+        _write_part(own_tensors(modules, shape, dtype or _stored_dtype(source)), partial, source_number())
     dist.barrier()
     if dist.get_rank() == 0:
         _write_index(partial)
-        for file in source.iterdir():
-            if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
-                shutil.copyfile(file, partial / file.name)
+        snapshots.copy_settings(source, partial)
         _replace(partial, out)
         logger.info("exported the policy to %s", out)
     dist.barrier()
@@ -70,42 +66,39 @@ def _stored_dtype(source: Path) -> torch.dtype | None:
     return getattr(torch, name) if isinstance(name, str) else None
 
 
-def _write_stage(tensors: Iterator[tuple[str, Tensor]], folder: Path, stage: int, writes: bool) -> None:
-    """Exhausts `tensors`; the writing rank saves them in files of about FILE_BYTES, and leaves a list of what is where."""
+def _write_part(tensors: Iterator[tuple[str, Tensor]], folder: Path, number: int) -> None:
+    """Exhausts `tensors`, which only a source has; saves them in files of about FILE_BYTES, and a list of what is where."""
     held: dict[str, Tensor] = {}
     file_of: dict[str, str] = {}
     sizes: list[int] = []
 
     def flush() -> None:
-        name = f"model-{stage + 1:05d}-{len(sizes) + 1:05d}.safetensors"
+        name = f"model-{number + 1:05d}-{len(sizes) + 1:05d}.safetensors"
         save_file(held, folder / name, metadata={"format": "pt"})
         file_of.update(dict.fromkeys(held, name))
         sizes.append(sum(t.nbytes for t in held.values()))
         held.clear()
 
     for name, tensor in tensors:
-        if not writes:
-            continue
         held[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)  # it may be a view of a parameter
         if sum(t.nbytes for t in held.values()) >= FILE_BYTES:
             flush()
     if held:
         flush()
-    if writes:
-        (folder / f".stage-{stage}.json").write_text(json.dumps({"bytes": sum(sizes), "file_of": file_of}))
+    if file_of:
+        (folder / f".part-{number}.json").write_text(json.dumps({"bytes": sum(sizes), "file_of": file_of}))
 
 
 def _write_index(folder: Path) -> None:
-    stages = sorted(folder.glob(".stage-*.json"))
-    parts = [json.loads(stage.read_text()) for stage in stages]
+    lists = sorted(folder.glob(".part-*.json"))
+    parts = [json.loads(path.read_text()) for path in lists]
     weight_map = {name: file for part in parts for name, file in part["file_of"].items()}
     if len(set(weight_map.values())) == 1:
         (folder / next(iter(weight_map.values()))).rename(folder / "model.safetensors")
     else:
-        index = {"metadata": {"total_size": sum(part["bytes"] for part in parts)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-    for stage in stages:
-        stage.unlink()
+        snapshots.write_index(folder, weight_map, sum(part["bytes"] for part in parts))
+    for path in lists:
+        path.unlink()
 
 
 def _replace(partial: Path, out: Path) -> None:
