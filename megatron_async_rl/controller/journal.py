@@ -14,6 +14,7 @@ import logging
 import queue
 import sqlite3
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -31,6 +32,7 @@ JOURNAL_FILE = "journal.sqlite"
 ARRAYS_FOLDER = "journal.arrays"  # beside the file
 SCHEMA = 2
 MAX_FACTS_PER_COMMIT = 512
+GATHER_S = 0.01  # for which a fact waits for others
 RETRY_S = 1.0  # after a failed commit
 _Item = tuple[int, Fact] | Future[None] | list[int] | None  # a fact, a waiter, groups to prune, the end
 
@@ -135,6 +137,8 @@ class Journal:
     def _write(self) -> None:
         while True:
             items = [self._items.get()]
+            if isinstance(items[0], tuple):  # nobody waits yet: others will come to share the commit
+                time.sleep(GATHER_S)
             while len(items) < MAX_FACTS_PER_COMMIT and not self._items.empty():
                 items.append(self._items.get())
             facts = [item for item in items if isinstance(item, tuple)]
