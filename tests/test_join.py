@@ -171,7 +171,7 @@ def test_a_lost_host_is_replaced_under_its_name_and_refused_when_it_comes_back(
         wait(lambda: trained(frozen_at + 8))  # more than the buffer held: the second's samples
         first.thaw()  # and is back
         wait(lambda: first.process.poll() is not None, 60)
-        assert first.process.returncode == 0
+        assert first.process.returncode == 0 and first.says("nothing more to do here")
         assert "is not started again here" in first.log.read_text()
         assert "its name was taken over: rollout-0 is process" in (run_dir / "logs" / "rollout-0.log").read_text()
         assert first.watch.left() == []
@@ -184,10 +184,13 @@ def test_a_lost_host_is_replaced_under_its_name_and_refused_when_it_comes_back(
         third = joined("third")
         wait(lambda: trained(killed_at + 8))
 
+        third.process.send_signal(signal.SIGTERM)  # and this one is taken away in order
+        assert third.process.wait(60) == 75
+        log = run_dir / "logs" / "controller.log"
+        wait(lambda: "rollout-0: told to end (SIGTERM)" in log.read_text(), 10)  # not by its silence
+
         main.process.send_signal(signal.SIGTERM)
         assert main.process.wait(90) == 75
-        wait(lambda: third.process.poll() is not None, 60)
-        assert third.process.returncode == 0 and third.says("nothing more to do here")
         assert main.watch.left() == [] and third.watch.left() == []
         result = audit.audit(run_dir, config.load(run_dir / "config.yaml").staleness.eta)
         assert result.breaches == [] and result.lost == result.duplicated == 0 and result.lives == 1

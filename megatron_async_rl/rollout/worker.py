@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 from typing import Any
 
 import numpy as np
 
 from megatron_async_rl.config import Config
-from megatron_async_rl.errors import EngineError, Error
+from megatron_async_rl.errors import EngineError, Error, Preempted
 from megatron_async_rl.messages import (
     AbandonUpdate,
     Failed,
@@ -62,11 +63,11 @@ class RolloutWorker:
         self.left: dict[tuple[int, int], Partial] = {}  # (group, index) -> its tokens so far
 
     async def run(self) -> None:
-        """Serves until Shutdown. Raises EngineError when the server dies."""
+        """Serves until Shutdown. Raises EngineError when the server dies, Preempted at SIGTERM."""
         rollout = self._config.rollout
         self._capacity = rollout.max_concurrent_samples
         await self._link.join(self._hello)
-        loops = [asyncio.create_task(loop()) for loop in (self._receive, self._beat, self._server.watch)]
+        loops = [asyncio.create_task(loop()) for loop in (self._receive, self._beat, self._server.watch, self._leave)]
         try:
             done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -153,6 +154,14 @@ class RolloutWorker:
         while True:
             await self._link.send(Heartbeat(self.gate.num_out, self._tokens_generated))
             await asyncio.sleep(HEARTBEAT_S)
+
+    async def _leave(self) -> None:
+        """SIGTERM: this host is taken away and the run goes on elsewhere, with the tokens that are here. Raises Preempted."""
+        asked = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
+        await asked.wait()
+        await self._hand_in()
+        raise Preempted("told to end (SIGTERM)")
 
     # ---- samples
 
