@@ -302,6 +302,7 @@ def _run_checks(config: Config) -> Iterator[tuple[Check, type[Error]]]:
     yield _dataset("data.train", config.data.train, config), DataError
     if config.data.eval is not None:
         yield _dataset("data.eval", config.data.eval, config), DataError
+    yield _controller_host(config), ConfigError
     yield _engine_port(config), ConfigError
 
 
@@ -411,6 +412,16 @@ def _row_problem(line: bytes, needs_answer: bool) -> str | None:
     if needs_answer and row.get("answer") in (None, ""):
         return "no `answer`, which reward.function = math compares with"
     return None
+
+
+def _controller_host(config: Config) -> Check:
+    host = config.run.host
+    try:
+        socket.create_server((host, 0)).close()
+    except OSError as e:
+        remedy = "set run.host to an address of this host (ip addr shows them), or to 127.0.0.1 for a run on this host alone"
+        return Check("controller host", False, f"run.host = {host!r} is no address of this host: {e}", remedy)
+    return Check("controller host", True, host)
 
 
 def _engine_port(config: Config) -> Check:

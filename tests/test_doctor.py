@@ -257,6 +257,12 @@ def test_a_host_with_gpus_is_held_to_the_versions_for_gpus(tmp_path: Path, monke
     assert not result("megatron-core").ok and "supported is ~=0.19.2" in result("megatron-core").detail
 
 
+@pytest.mark.parametrize("host", ["198.51.100.1", "no such host"])
+def test_an_address_of_another_host_is_named_before_the_controller_starts(host: str) -> None:
+    with pytest.raises(ConfigError, match=rf"run\.host = '{host}' is no address of this host.*ip addr shows them"):
+        preflight(make_config(run={"host": host}))
+
+
 def test_a_run_folder_that_cannot_be_written_is_named() -> None:
     Path("file").write_text("")
     check = result("disk", make_config(run={"dir": "file/run"}))
