@@ -224,3 +224,31 @@ def test_the_end_of_the_run_is_not_taken_for_a_trainer_that_came_back(
             judge.close()
 
     with_controller(inputs, tmp_path, test)
+
+
+def test_a_trainer_that_says_hello_twice_has_offered_nothing_until_it_offers_again(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """After a crash of the controller each message on the way is answered by SayHello, and each of those by a hello."""
+
+    async def test(controller: Controller, link: Link) -> None:
+        trainer, judge = Link(tmp_path), Link(tmp_path)
+        hello = hello_of(inputs, "trainer", "trainer-0", leader=0, stage=0)
+        offer = PublishOffer(0, 0, 1, [Bucket([TensorSpec("w", "float32", [2])])], "gloo")
+        try:
+            await answer(trainer, hello)
+            await trainer.send(offer)
+            await answer(trainer, hello)
+            await answer(link, hello_of(inputs, "rollout", "rollout-0"))
+            await answer(judge, hello_of(inputs, "reward", "reward-0"))  # all are there: the first update may begin
+            await asyncio.sleep(0.3)
+            [conducting] = [t for t in asyncio.all_tasks() if getattr(t.get_coro(), "__name__", "") == "_conduct"]
+            assert not conducting.done()
+            await trainer.send(offer)
+            while not isinstance(await link._receive(), UpdateWeights):
+                pass
+        finally:
+            trainer.close()
+            judge.close()
+
+    with_controller(inputs, tmp_path, test)

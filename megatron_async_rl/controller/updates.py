@@ -74,6 +74,7 @@ class Updates:
     def trainer_joined(self, hello: Hello) -> None:
         self._republish_asked = frozenset()
         self._offers.pop(hello.name, None)
+        self._offered.clear()  # all are there again when this one has offered anew
         if self._under_way and hello.stage >= 0:
             self._under_way.cancel()  # it waits for what the old one had promised
 

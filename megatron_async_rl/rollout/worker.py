@@ -184,6 +184,8 @@ class RolloutWorker:
     async def _void_leases(self) -> None:
         """The samples of all leases end where they are; their tokens stay here for a new lease."""
         leases = list(self._leases)
+        if not leases:
+            return  # an earlier hello has seen to them
         self._leases.clear()
         with contextlib.suppress(EngineError):
             await self._client.abort_all()
