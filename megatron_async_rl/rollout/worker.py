@@ -41,6 +41,7 @@ from megatron_async_rl.types import Partial, Segment, join_segments
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 2.0
+FAILURE_PAUSE_S = 1.0  # a server that has just died fails all it is given at once: its end is known before we say so
 HAND_IN_S = 5.0  # for the samples in flight to be handed in at the end
 MAX_LEFT = 4096  # samples whose tokens are kept here, for a controller that comes back
 
@@ -200,6 +201,7 @@ class RolloutWorker:
         try:
             sample = await self._workflow.run(lease.prompt, policy, sampling)
         except EngineError as e:
+            await asyncio.sleep(FAILURE_PAUSE_S)
             await self._link.send(GenerateFailed(*who, error=str(e)))
         except Exception as e:  # the user's workflow: its failure is this sample's, not the worker's
             logger.exception("the workflow failed on group %d", lease.group_id)
