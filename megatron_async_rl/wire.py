@@ -93,7 +93,10 @@ def _as_runs(array: np.ndarray) -> np.ndarray | None:
     if np.count_nonzero(bits[1:_LOOK_AT] != bits[: _LOOK_AT - 1]) * _MIN_MEAN_RUN > _LOOK_AT:
         return None
     changes = bits[1:] != bits[:-1]
-    if (np.count_nonzero(changes) + 1) * _MIN_MEAN_RUN > len(bits):
+    num_changes = np.count_nonzero(changes)
+    if not num_changes:
+        return np.array([bits[0], len(bits)], "<i4")
+    if (num_changes + 1) * _MIN_MEAN_RUN > len(bits):
         return None
     starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
     return np.concatenate([bits[starts], np.diff(starts, append=len(bits))]).astype("<i4")
