@@ -155,6 +155,17 @@ def test_trainer_and_engine_are_compared_on_current_tokens_only() -> None:
     torch.testing.assert_close(metrics["logprob_diff"], diff.sum())
     torch.testing.assert_close(metrics["logprob_diff_max"], diff.max())
     assert metrics["current_tokens"] == chosen.sum()
+    assert metrics["compared_tokens"] == chosen.sum()
+
+
+def test_logprobs_of_weights_that_a_minibatch_has_moved_are_no_mismatch() -> None:
+    x = inputs(5, 0.5)
+    fresh = {f: getattr(x, f) for f in LossInputs.__slots__} | {"proximal_T": None}
+    _, first = policy_loss(LossInputs(**fresh), algorithm(loss="ppo"))
+    _, later = policy_loss(LossInputs(**fresh | {"moved": True}), algorithm(loss="ppo"))
+    assert first["logprob_diff_max"] > 0 and first["compared_tokens"] > 0
+    assert later["logprob_diff_max"] == later["logprob_diff"] == later["compared_tokens"] == 0
+    assert later["current_tokens"] == first["current_tokens"]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

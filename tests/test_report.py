@@ -34,14 +34,19 @@ def test_the_mismatch_is_over_tokens_of_the_current_version() -> None:
     stats = summary(
         [
             minibatch(
-                current_tokens=4, logprob_diff=0.4, logprob_diff_max=0.3, mismatch_kl=0.02, mismatch_beyond_cap=1
+                current_tokens=5,
+                compared_tokens=4,
+                logprob_diff=0.4,
+                logprob_diff_max=0.3,
+                mismatch_kl=0.02,
+                mismatch_beyond_cap=1,
             ),
-            minibatch(current_tokens=1, logprob_diff=0.1, logprob_diff_max=0.1),
+            minibatch(current_tokens=1, compared_tokens=1, logprob_diff=0.1, logprob_diff_max=0.1),
         ]
     )
     assert stats["train/logprob_diff_mean"] == pytest.approx(0.1) and stats["train/logprob_diff_max"] == 0.3
     assert stats["train/mismatch_kl"] == pytest.approx(0.004)
-    assert stats["train/mismatch_beyond_cap_fraction"] == 0.2 and stats["train/current_version_fraction"] == 0.25
+    assert stats["train/mismatch_beyond_cap_fraction"] == 0.2 and stats["train/current_version_fraction"] == 0.3
 
 
 def test_a_skipped_minibatch_has_no_gradient_norm() -> None:
@@ -62,7 +67,7 @@ def test_drift_of_engine_and_trainer_raises_the_alarm(
 ) -> None:
     tree = configuration.msgspec.to_builtins(config_with())
     tree["algorithm"]["mismatch_alarm"] = alarm
-    stats = summary([minibatch(current_tokens=4, logprob_diff=0.4, logprob_diff_max=0.3)])
+    stats = summary([minibatch(current_tokens=4, compared_tokens=4, logprob_diff=0.4, logprob_diff_max=0.3)])
     warn_of_mismatch(stats, 7, configuration.from_tree(tree))
     assert bool(caplog.records) == heard
     if heard:

@@ -42,6 +42,7 @@ class Microbatch:
     cost: float  # FLOPs of the whole pack, in those of one token without attention
     owners: Owners | None = None  # None under context parallelism
     proximal_T: Tensor | None = None  # float32, set by the proximal pass; on the last pipeline stage only
+    moved: bool = False  # without it: earlier minibatches have moved the weights that train this one
     trusted_T: Tensor | None = None  # bool, with m2_threshold; likewise
     reference_T: Tensor | None = None  # float32, by the reference pass; likewise
     values_T: Tensor | None = (

@@ -46,6 +46,7 @@ class LossInputs:
     owners: Owners | None = None  # None: the rank has no whole samples (context parallelism)
     reference_T: Tensor | None = None  # with kl_coef
     trusted_T: Tensor | None = None  # bool, with m2_threshold: the others are masked, as beyond the cap
+    moved: bool = False  # no logprobs of the step's first weights are known: nothing to compare the engine's with
 
 
 SUMS = (
@@ -61,6 +62,7 @@ SUMS = (
     "dual_clipped",
     "masked_by_cap",
     "current_tokens",
+    "compared_tokens",
     "logprob_diff",
     "mismatch_kl",
     "mismatch_beyond_cap",
@@ -115,10 +117,11 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, di
 
     with torch.no_grad():
         current_T = mask_T & (inputs.lag_T == 0)
-        log_w_T = torch.where(current_T, trainer_T - behavior_T, 0.0)
+        compared_T = torch.zeros_like(mask_T) if inputs.moved else current_T
+        log_w_T = torch.where(compared_T, trainer_T - behavior_T, 0.0)
         beyond_T = torch.zeros_like(mask_T)
         if config.behavior_weight_cap is not None:
-            beyond_T = current_T & (log_w_T.exp() > config.behavior_weight_cap)
+            beyond_T = compared_T & (log_w_T.exp() > config.behavior_weight_cap)
         sums = {
             "loss": loss,
             "tokens": mask_T,
@@ -132,6 +135,7 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, di
             "dual_clipped": keep_T & dual_T,
             "masked_by_cap": mask_T & ~keep_T,
             "current_tokens": current_T,
+            "compared_tokens": compared_T,
             "logprob_diff": log_w_T.abs(),
             "mismatch_kl": log_w_T.exp() - log_w_T - 1,  # of the engine's policy from the trainer's
             "mismatch_beyond_cap": beyond_T,

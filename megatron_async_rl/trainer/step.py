@@ -127,7 +127,8 @@ def with_proximal(model: TrainerModel, minibatches: list[list[Microbatch]], conf
     """
     algorithm = config.algorithm
     if algorithm.loss == "ppo" or algorithm.proximal == "loglinear":
-        return minibatches
+        moved = [[replace(microbatch, moved=True) for microbatch in minibatch] for minibatch in minibatches[1:]]
+        return minibatches[:1] + moved
     if len(minibatches) == 1 and algorithm.m2_threshold is None:
         return minibatches
     given = 1 if algorithm.proximal == "reuse_first_minibatch" else 0
@@ -281,6 +282,7 @@ def _loss_step(
             owners=microbatch.owners,
             reference_T=microbatch.reference_T,
             trusted_T=microbatch.trusted_T,
+            moved=microbatch.moved,
         )
         loss, metrics = policy_loss(inputs, config.algorithm)
         count = microbatch.mask_T.sum(dtype=torch.int32)
