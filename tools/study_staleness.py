@@ -56,7 +56,9 @@ def final_reward(status: Status) -> float:
 
 
 def accuracy(status: Status) -> float | None:
-    return status.evals[-1].accuracy if status.evals else None
+    """After the last step; None where no server was left to evaluate it."""
+    last = status.evals[-1] if status.evals else None
+    return last.accuracy if last and last.version == status.version else None
 
 
 def table(results: dict[Case, list[Status]]) -> str:

@@ -126,6 +126,7 @@ class Handlers:
             await self._act(core.rollout_joined(hello.name, hello.capacity, now))
             if not was_here and 0 <= hello.serving <= core.version:  # it took that version in, digests and all
                 await self._act(core.serving(hello.name, hello.serving, now))
+            self._updates.catch_up()
         elif hello.role == "reward":
             await self._act(core.reward_joined(hello.name, hello.capacity, now))
         else:

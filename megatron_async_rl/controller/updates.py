@@ -127,10 +127,14 @@ class Updates:
         fleet = self._core.fleet.rollout.values()
         return [worker for worker in fleet if not worker.reason and not self._catch_up.is_busy(worker.name)]
 
+    def catch_up(self) -> None:
+        """Servers that no update is under way to take the newest folder in, where that helps."""
+        self._catch_up.start(self._being_updated)
+
     async def ask_for_weights(self) -> None:
         """A server that came (back) while the trainer waits for a batch would otherwise get no weights."""
         core = self._core
-        self._catch_up.start(self._being_updated)
+        self.catch_up()
         if self._under_way or not core.batch_awaited or core.hold_batches:
             return
         available = self._available()
