@@ -146,6 +146,7 @@ def test_a_lost_host_is_replaced_under_its_name_and_refused_when_it_comes_back(
         data={"eval": None},
         rollout={"lease_timeout_s": 30, "max_new_tokens": 12, "max_concurrent_samples": 16},
         faults={"silence_s": 5, "backoff_s": 0.1},
+        weights={"update_timeout_s": 10.0},  # the host may vanish in the middle of one
         megatron={"tensor_model_parallel_size": 1},
         checkpoint={"every": 2},
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from descendants import Descendants
 from test_loop import Inputs, start
@@ -25,9 +27,10 @@ def kill_one(watch: Descendants, module: str, not_pid: int = 0) -> int:
     deadline = time.monotonic() + START_S
     while True:
         for process in watch.look():
-            if process.is_running() and process.pid != not_pid and f"megatron_async_rl.{module}" in process.cmdline():
-                process.kill()
-                return process.pid
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                if process.pid != not_pid and f"megatron_async_rl.{module}" in process.cmdline():
+                    process.kill()
+                    return process.pid
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
