@@ -4,6 +4,7 @@ Error
 ├── ConfigError      a setting is wrong: names the setting, its value, the rule, the remedy
 ├── DataError        a dataset row or a model folder cannot be used
 ├── EngineError      the inference server failed, or refused a call
+│   └── EngineSilent     it did not answer in time
 ├── PublishError     a weight update failed on the sender's side
 ├── ProtocolError    a peer sent what the protocol does not allow
 ├── ConservationError  the ledger does not add up: the run must not go on
@@ -28,6 +29,10 @@ class DataError(Error):
 
 
 class EngineError(Error):
+    pass
+
+
+class EngineSilent(EngineError):
     pass
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import aiohttp
 import msgspec
 
-from megatron_async_rl.errors import EngineError
+from megatron_async_rl.errors import EngineError, EngineSilent
 from megatron_async_rl.messages import Bucket, JoinGroup
 from megatron_async_rl.types import Segment
 
@@ -70,6 +70,14 @@ class EngineClient:
                 return reply.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
+
+    async def generates(self) -> bool:
+        """Whether a token comes out of it: its scheduler may hang while its HTTP side answers everything else."""
+        try:
+            await self._call("GET", "/health_generate", None, self._api)
+        except EngineError:
+            return False
+        return True
 
     # ---- generation
 
@@ -236,7 +244,7 @@ class EngineClient:
                 is_json = "json" in reply.content_type
                 body = msgspec.json.decode(await reply.read()) if is_json else await reply.text()
         except TimeoutError:
-            raise EngineError(f"{path} did not answer within {timeout_s:.0f} s") from None
+            raise EngineSilent(f"{path} did not answer within {timeout_s:.0f} s") from None
         except aiohttp.ClientError as e:
             raise EngineError(f"{path}: {type(e).__name__}: {e}") from None
         if isinstance(body, dict) and body.get("success") is False:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_async_rl.config import Config
-from megatron_async_rl.errors import EngineError, Error, Preempted
+from megatron_async_rl.errors import EngineError, EngineSilent, Error, Preempted
 from megatron_async_rl.messages import (
     AbandonUpdate,
     Failed,
@@ -59,6 +59,7 @@ class RolloutWorker:
         self.gate = Gate()
         self.updates = WeightUpdates(config, link, server.client, self.gate, server.started_from)
         self._tokens_generated = 0
+        self._doubted = asyncio.Event()  # a request was not answered in time
         self._tasks: set[asyncio.Task[None]] = set()
         self._leases: set[asyncio.Task[None]] = set()  # those of them that make samples
         self.left: dict[tuple[int, int], Partial] = {}  # (group, index) -> its tokens so far
@@ -68,7 +69,10 @@ class RolloutWorker:
         rollout = self._config.rollout
         self._capacity = rollout.max_concurrent_samples
         await self._link.join(self._hello)
-        loops = [asyncio.create_task(loop()) for loop in (self._receive, self._beat, self._server.watch, self._leave)]
+        loops = [
+            asyncio.create_task(loop())
+            for loop in (self._receive, self._beat, self._probe, self._server.watch, self._leave)
+        ]
         try:
             done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -122,8 +126,12 @@ class RolloutWorker:
                 return Completion(_merge(segments), part.stop)
 
     async def _request(self, tokens: list[int], sampling: Sampling) -> Part:
-        async with self.gate.request():
-            return await self._client.generate(tokens, sampling, self.updates.interruption.cache_key())
+        try:
+            async with self.gate.request():
+                return await self._client.generate(tokens, sampling, self.updates.interruption.cache_key())
+        except EngineSilent:
+            self._doubted.set()
+            raise
 
     # ---- loops
 
@@ -150,6 +158,21 @@ class RolloutWorker:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def _probe(self) -> None:
+        """Raises EngineError when a server that left a request unanswered generates nothing at all any more."""
+        while True:
+            await self._doubted.wait()
+            await self.gate.wait_open()
+            async with self.gate.request():  # an update would find out by itself
+                alive = await self._client.generates()
+            if not alive:
+                limit_s = self._config.rollout.lease_timeout_s
+                raise EngineError(
+                    f"the SGLang server hangs: a request was not answered within rollout.lease_timeout_s = {limit_s:.0f}, "
+                    "and then a probe of one token was not either"
+                )
+            self._doubted.clear()
 
     async def _beat(self) -> None:
         while True:
