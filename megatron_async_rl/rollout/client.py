@@ -23,6 +23,7 @@ from megatron_async_rl.messages import Bucket, JoinGroup
 from megatron_async_rl.types import Segment
 
 OLDEST, NEWEST = (0, 5, 16), (0, 5, 23)
+PROBE_S = 30.0  # SGLang itself gives up a probe after 20 s
 _HAS_SPANS, _HAS_SESSIONS = (0, 5, 18), (0, 5, 21)
 
 
@@ -74,7 +75,7 @@ class EngineClient:
     async def generates(self) -> bool:
         """Whether a token comes out of it: its scheduler may hang while its HTTP side answers everything else."""
         try:
-            await self._call("GET", "/health_generate", None, self._api)
+            await self._call("GET", "/health_generate", None, self._api, PROBE_S)
         except EngineError:
             return False
         return True
