@@ -30,6 +30,7 @@ from megatron_async_rl.sample_log import (
     SAMPLES_FILE,
     SampleLine,
     TrainedGroup,
+    append_whole,
     cut_torn_line,
     last_version,
     sample_line,
@@ -100,7 +101,7 @@ class RunLog:
         self._board = TensorBoard(run_dir / TENSORBOARD_DIR) if config.monitor.tensorboard else None
         cut_torn_line(run_dir / SAMPLES_FILE)
         self._last_recorded = last_version(run_dir / SAMPLES_FILE)
-        self._samples = (run_dir / SAMPLES_FILE).open("ab")
+        self._samples = (run_dir / SAMPLES_FILE).open("ab", buffering=0)
         self.staleness_worst = _staleness_worst(run_dir)  # of the lives before
         self.status(Status(steps=config.run.steps, staleness_limit=self._eta, staleness_worst=self.staleness_worst))
 
@@ -118,8 +119,7 @@ class RunLog:
         self._last_recorded = version
         places = [(group, index) for group in groups for index in range(len(group.samples))]
         lines = [sample_line(version, *place, number < self._num_tokens) for number, place in enumerate(places)]
-        self._samples.write(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
-        self._samples.flush()
+        append_whole(self._samples, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
         if self._board and lines:
             self._write_numbers(self._board, version, lines)
             self._write_texts(self._board, version, lines)

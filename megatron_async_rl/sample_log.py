@@ -7,6 +7,7 @@ the time of writing them out, np.frombuffer(base64.b64decode(line["ids"]), "<i4"
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,18 @@ def sample_line(version: int, group: TrainedGroup, index: int, with_tokens: bool
         ids_bytes=sample.ids.astype("<i4", copy=False).tobytes() if with_tokens else b"",
         logprobs_bytes=sample.logprobs[sample.generated].astype("<f4", copy=False).tobytes() if with_tokens else b"",
     )
+
+
+def append_whole(file: io.FileIO, data: bytes) -> None:
+    """All of it or, on a disk that is full, nothing: half a line would be glued to the next. Raises OSError."""
+    end = os.fstat(file.fileno()).st_size
+    left = memoryview(data)
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 def cut_torn_line(path: Path) -> None:

@@ -221,3 +221,23 @@ print(sorted({{"torch", "tensorflow", "megatron", "transformers"}} & set(sys.mod
 """
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert answer.stdout.strip() == "[]", answer.stderr
+
+
+def test_lines_that_a_full_disk_refuses_leave_no_half_line(tmp_path: Path) -> None:
+    program = """
+import resource, signal, sys
+from megatron_async_rl.sample_log import append_whole
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # a write beyond is cut short, the next one fails
+with open(sys.argv[1], "ab", buffering=0) as file:
+    append_whole(file, b"a" * 59 + b"\\n")
+    try:
+        append_whole(file, b"b" * 59 + b"\\n")
+    except OSError:
+        print("refused")
+    append_whole(file, b"c" * 19 + b"\\n")
+"""
+    path = tmp_path / "samples.jsonl"
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "refused\n", done.stderr
+    assert path.read_bytes() == b"a" * 59 + b"\n" + b"c" * 19 + b"\n"
