@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from test_loop import FinishedRun, Inputs, assert_nobody_left, fresh_logprobs, processes_of, start
-from tiny import make_dataset, make_model
+from test_loop import FinishedRun, Inputs, assert_nobody_left, fresh_logprobs, make_inputs, processes_of, start
 
 from megatron_async_rl import snapshots
 from megatron_async_rl.doctor import engine_python
@@ -25,12 +24,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    folder = tmp_path_factory.mktemp("inputs")
-    return Inputs(
-        make_model(folder / "model"),
-        make_dataset(folder / "train.jsonl", 60),
-        make_dataset(folder / "eval.jsonl", 6, 100),
-    )
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def test_a_run_whose_weights_go_by_way_of_the_disk(inputs: Inputs, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import pytest
 import test_weights
 import torch
 from test_weights import Control, drive
-from tiny import make_model
+from tiny import CPU_ENGINE, make_model
 
 from megatron_async_rl import config as configuration
 from megatron_async_rl import snapshots
@@ -57,16 +57,7 @@ def settings(run_dir: Path, model: Path, tp: int, transport: str) -> dict[str, A
         "trainer": {"precision": "fp32", "data_parallel_size": 2, "collective_timeout_s": 100},
         "weights": {"bucket_bytes": 40000, "transport": transport},
         "megatron": {"tensor_model_parallel_size": 2},
-        "sglang": {
-            "device": "cpu",
-            "dtype": "float32",
-            "attention_backend": "torch_native",
-            "sampling_backend": "pytorch",
-            "mem_fraction_static": 0.1,
-            "max_total_tokens": 1024,
-            "disable_overlap_schedule": True,
-            "tp_size": tp,
-        },
+        "sglang": CPU_ENGINE | {"max_total_tokens": 1024, "tp_size": tp},
     }
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from tiny import make_dataset, make_model
+from tiny import CPU_ENGINE, make_dataset, make_model
 
 from megatron_async_rl import config, processes
 from megatron_async_rl.doctor import engine_python
@@ -55,15 +55,7 @@ class Inputs:
             "trainer": {"precision": "fp32"},
             "weights": {"bucket_bytes": 65536, "verify_every": 1},
             "megatron": {"tensor_model_parallel_size": 2, "lr": 0.01},
-            "sglang": {
-                "device": "cpu",
-                "dtype": "float32",
-                "attention_backend": "torch_native",
-                "sampling_backend": "pytorch",
-                "mem_fraction_static": 0.1,
-                "max_total_tokens": 8192,
-                "disable_overlap_schedule": True,
-            },
+            "sglang": CPU_ENGINE,
         }
         tree = {name: standard.get(name, {}) | sections.get(name, {}) for name in standard | sections}
         path = run_dir.with_suffix(".yaml")
@@ -71,14 +63,17 @@ class Inputs:
         return path
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    folder = tmp_path_factory.mktemp("inputs")
+def make_inputs(folder: Path) -> Inputs:
     return Inputs(
         make_model(folder / "model"),
         make_dataset(folder / "train.jsonl", 60),
         make_dataset(folder / "eval.jsonl", 6, 100),
     )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def start(path: Path) -> subprocess.Popen[str]:

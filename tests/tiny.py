@@ -6,6 +6,15 @@ import json
 from pathlib import Path
 
 ALPHABET = "0123456789+-*/=()<>,;:abcdefghijkl"  # one token each; with three special tokens the vocabulary is odd
+CPU_ENGINE = {
+    "device": "cpu",
+    "dtype": "float32",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "mem_fraction_static": 0.1,
+    "max_total_tokens": 8192,
+    "disable_overlap_schedule": True,
+}  # `sglang:` of every engine that tests start
 
 
 def make_model(folder: Path, seed: int = 0, scale: float = 0.25, intermediate_size: int = 96, layers: int = 2) -> Path:

@@ -5,20 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tiny import CPU_ENGINE
+
 from megatron_async_rl import config as configuration
 from megatron_async_rl.config import Config
 from megatron_async_rl.messages import Message
 
 NEW_TOKENS = 100
-CPU_ENGINE = {
-    "device": "cpu",
-    "dtype": "float32",
-    "attention_backend": "torch_native",
-    "sampling_backend": "pytorch",
-    "mem_fraction_static": 0.1,
-    "max_total_tokens": 8192,
-    "disable_overlap_schedule": True,
-}
 
 
 def make_config(model: Path, run_dir: Path, **weights: str) -> Config:
