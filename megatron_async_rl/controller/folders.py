@@ -25,7 +25,7 @@ from pathlib import Path
 
 from megatron_async_rl import snapshots
 from megatron_async_rl.config import Config
-from megatron_async_rl.controller.publisher import Outcome, Publisher, _keep_slowest
+from megatron_async_rl.controller.publisher import Outcome, Publisher, keep_slowest
 from megatron_async_rl.errors import DataError, PublishError
 from megatron_async_rl.messages import FolderWritten, LoadFolder, Message, PublishOffer, Updated, WriteFolder
 from megatron_async_rl.snapshots import Manifest, Snapshot
@@ -118,7 +118,7 @@ class FolderPublisher(Publisher):
                 await self._send(server, LoadFolder(version, str(snapshot.path)))
             updated = await self._collect(Updated, servers, outcome, version=version)
         for message in updated.values():
-            _keep_slowest(outcome.seconds, message.seconds)
+            keep_slowest(outcome.seconds, message.seconds)
             outcome.num_interrupted += message.num_interrupted
         outcome.serving = sorted(updated)
         outcome.seconds["total"] = time.monotonic() - started
@@ -162,7 +162,7 @@ class FolderPublisher(Publisher):
         except (OSError, DataError) as e:
             raise PublishError(f"the folder of version {version} was not written: {e}") from None
         for message in written.values():
-            _keep_slowest(outcome.seconds, message.seconds)
+            keep_slowest(outcome.seconds, message.seconds)
         outcome.seconds["folder"] = time.monotonic() - started
         logger.info("version %d lies in %s after %.2f s", version, snapshot.path, outcome.seconds["folder"])
         return snapshot

@@ -109,7 +109,7 @@ class Publisher:
             await self._send(server, UpdateWeights(version))
         ready = await self._collect(UpdateReady, servers, outcome, version=version)
         for message in ready.values():
-            _keep_slowest(outcome.seconds, message.seconds)
+            keep_slowest(outcome.seconds, message.seconds)
         remaining = sorted(ready)
         self._suspects.clear()
         while remaining and not outcome.serving:
@@ -196,7 +196,7 @@ class Publisher:
         digests: dict[str, str] = {}
         for message in sent.values():
             digests.update(message.digests)
-            _keep_slowest(outcome.seconds, message.seconds)
+            keep_slowest(outcome.seconds, message.seconds)
             outcome.peak_bytes = max(outcome.peak_bytes, message.peak_bytes)
         if len(sent) < len(sources):
             raise PublishError(f"weight sources {sorted(set(sources) - set(sent))} did not send version {version}")
@@ -212,7 +212,7 @@ class Publisher:
                 await self._send(server, WeightDigests(version, digests))
         updated = await self._collect(Updated, servers, outcome, version=version)
         for message in updated.values():
-            _keep_slowest(outcome.seconds, message.seconds)
+            keep_slowest(outcome.seconds, message.seconds)
             outcome.num_interrupted += message.num_interrupted
         return sorted(updated)
 
@@ -263,6 +263,6 @@ class Publisher:
         return answers
 
 
-def _keep_slowest(into: dict[str, float], seconds: dict[str, float]) -> None:
+def keep_slowest(into: dict[str, float], seconds: dict[str, float]) -> None:
     for phase, value in seconds.items():
         into[phase] = max(into.get(phase, 0.0), value)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from megatron_async_rl.controller.folders import FolderPublisher
-from megatron_async_rl.controller.publisher import Outcome, _keep_slowest
+from megatron_async_rl.controller.publisher import Outcome, keep_slowest
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.messages import Published, PublishOffer, Relabel, Updated
 
@@ -36,7 +36,7 @@ class Relabeler(FolderPublisher):
             await self._send(server, Relabel(version))
         updated = await self._collect(Updated, servers, outcome, version=version)
         for message in updated.values():
-            _keep_slowest(outcome.seconds, message.seconds)
+            keep_slowest(outcome.seconds, message.seconds)
         outcome.serving = sorted(updated)
         outcome.seconds["total"] = time.monotonic() - started
         for source in sources:
