@@ -5,6 +5,7 @@
     python tools/bench_publish.py OUT --model 8b --interrupts abort retract           # SGLang >= 0.5.21
     python tools/bench_publish.py OUT --model 8b --interrupts abort retract --no-radix-cache      # any
     python tools/bench_publish.py OUT --model 8b --trainer-tp 2 --engine-tp 2         # 4 GPUs
+    python tools/bench_publish.py OUT --model 8b --trainer-tp 2 --engine-gpu 1        # 2 GPUs, the engine beside rank 1
     python tools/bench_publish.py OUT --model tiny --device cpu                       # a try on a laptop, gloo
 
 What runs is the product: WeightPublisher in trainer ranks with megatron-core's model (random weights, no optimizer),
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--trainer-tp", type=int, default=1)
     parser.add_argument("--engine-tp", type=int, default=1)
+    parser.add_argument("--engine-gpu", type=int, help="the engine's first; default: the first that no trainer rank has")
     parser.add_argument("--buckets", nargs="+", default=["2147483648"], help="bytes, or bytes:tensor for weights.wire")
     parser.add_argument("--interrupts", nargs="+", choices=["abort", "retract"], default=["abort"])
     parser.add_argument("--no-radix-cache", action="store_true", help="an engine without prefix cache")
@@ -142,7 +144,8 @@ async def benchmark(arguments: argparse.Namespace) -> None:
     config = make_config(arguments, make_model(out / "model", arguments.model), out)
     (out / "config.yaml").write_text(configuration.dump(config))
     trainer_gpus = range(arguments.trainer_tp)
-    engine_gpus = range(arguments.trainer_tp, arguments.trainer_tp + arguments.engine_tp)
+    first = arguments.trainer_tp if arguments.engine_gpu is None else arguments.engine_gpu
+    engine_gpus = range(first, first + arguments.engine_tp)
     hub = Hub(out)
     children: list[subprocess.Popen[bytes]] = []
     me = [sys.executable, __file__, str(out), "--updates", str(arguments.updates), "--buckets", *arguments.buckets]
