@@ -24,6 +24,7 @@ from megatron_async_rl.messages import (
     Heartbeat,
     Hello,
     Message,
+    Published,
     PublishOffer,
     Refused,
     SayHello,
@@ -222,6 +223,33 @@ def test_the_end_of_the_run_is_not_taken_for_a_trainer_that_came_back(
         finally:
             trainer.close()
             judge.close()
+
+    with_controller(inputs, tmp_path, test)
+
+
+def test_an_update_ends_when_a_new_life_of_the_server_that_it_waits_for_says_hello(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Long before weights.update_timeout_s = 120; and the new life is in the next one."""
+
+    async def test(controller: Controller, link: Link) -> None:
+        trainer, judge, anew = Link(tmp_path), Link(tmp_path), Link(tmp_path)
+        offer = PublishOffer(0, 0, 1, [Bucket([TensorSpec("w", "float32", [2])])], "gloo")
+        try:
+            await answer(link, hello_of(inputs, "rollout", "rollout-0"))
+            await answer(judge, hello_of(inputs, "reward", "reward-0"))
+            await answer(trainer, hello_of(inputs, "trainer", "trainer-0", leader=0, stage=0))
+            await trainer.send(offer)
+            while not isinstance(await link._receive(), UpdateWeights):
+                pass  # and it is never answered
+            assert isinstance(await answer(anew, hello_of(inputs, "rollout", "rollout-0")), Welcome)
+            assert await trainer._receive() == Published(0, 0)
+            await trainer.send(offer)
+            while not isinstance(await anew._receive(), UpdateWeights):
+                pass
+        finally:
+            for opened in (trainer, judge, anew):
+                opened.close()
 
     with_controller(inputs, tmp_path, test)
 

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from megatron_async_rl.controller.actions import Action, CutBatch, Dropped, EvalFinished, Send
+from megatron_async_rl.controller.actions import Action, CutBatch, Dropped, EvalFinished, Send, ServerLost
 from megatron_async_rl.controller.core import Core
 from megatron_async_rl.controller.groups import GroupState
 from megatron_async_rl.controller.ledger import DropReason
@@ -181,6 +181,22 @@ def test_a_lost_server_s_samples_go_to_another_and_what_is_back_stays() -> None:
     [again] = messages(core.worker_lost("rollout-0", 1), Generate)
     assert (again.group_id, again.attempt, again.indices) == (lease.group_id, 2, [1])
     assert core.generated("rollout-0", generated(lease, 1, 0), 1) == []  # the lost one speaks up: too late
+
+
+def test_that_a_server_is_lost_is_said_once_and_only_of_one_that_was_there() -> None:
+    core = make_core(prompts_per_step=1, eta=0)
+
+    def said(actions: list[Action]) -> list[str]:
+        return [action.name for action in actions if isinstance(action, ServerLost)]
+
+    assert said(core.rollout_joined("rollout-0", 4, 0)) == []
+    assert said(core.rollout_joined("rollout-0", 4, 0)) == ["rollout-0"]  # the life before
+    assert said(core.worker_lost("rollout-0", 0)) == ["rollout-0"]
+    assert said(core.worker_lost("rollout-0", 0)) == said(core.rollout_joined("rollout-0", 4, 0)) == []
+    assert said(core.reward_joined("reward-0", 4, 0)) == said(core.worker_lost("reward-0", 0)) == []
+    assert said(core.fenced("rollout-0", "bad digest", 0)) == said(core.tick(SILENCE_S)) == []
+    assert said(core.tick(SILENCE_S + 1)) == ["rollout-0"]
+    assert said(core.tick(SILENCE_S + 2)) == []
 
 
 def test_a_group_is_dropped_after_the_last_attempt_with_its_reason() -> None:

@@ -26,6 +26,7 @@ from tiny import CPU_ENGINE, make_model
 from megatron_async_rl import config as configuration
 from megatron_async_rl import snapshots
 from megatron_async_rl.config import Config
+from megatron_async_rl.controller.exchange import Exchange
 from megatron_async_rl.controller.folders import FolderPublisher, Folders
 from megatron_async_rl.doctor import engine_python
 from megatron_async_rl.messages import LoadFolder, Updated
@@ -62,13 +63,14 @@ def settings(run_dir: Path, model: Path, tp: int, transport: str) -> dict[str, A
 
 
 def publish_by(control: Control, config: Config) -> None:
-    control.publisher = FolderPublisher(control.send, config, Folders(config))
+    exchange = Exchange(control.send, config.weights.update_timeout_s)
+    control.publisher = FolderPublisher(exchange, config, Folders(config))
 
 
 async def load(control: Control, folder: Path, version: int) -> Updated:
     await control.send(NAME, LoadFolder(version, str(folder)))
     while True:
-        _, message = await asyncio.wait_for(control.publisher.inbox.get(), 100)
+        _, message = await asyncio.wait_for(control.publisher.exchange.inbox.get(), 100)
         if isinstance(message, Updated) and message.version == version:
             return message
 

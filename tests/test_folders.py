@@ -16,21 +16,31 @@ from tiny import make_model
 
 from megatron_async_rl import config as configuration
 from megatron_async_rl import snapshots
+from megatron_async_rl.controller.actions import ServerLost
 from megatron_async_rl.controller.catch_up import CatchUp
 from megatron_async_rl.controller.core import Core
+from megatron_async_rl.controller.exchange import Exchange, Outcome
 from megatron_async_rl.controller.fleet import ServerState
 from megatron_async_rl.controller.folders import FolderPublisher, Folders
-from megatron_async_rl.controller.publisher import Outcome
+from megatron_async_rl.controller.updates import Updates
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.messages import (
+    BucketsSent,
     FolderWritten,
+    GroupJoined,
+    GroupOpened,
+    JoinGroup,
     LoadFolder,
     Message,
+    OpenGroup,
     Published,
     PublishOffer,
+    SendBuckets,
     Shutdown,
     Updated,
+    UpdateReady,
     UpdateWeights,
+    WeightDigests,
     WriteFolder,
 )
 
@@ -64,18 +74,27 @@ class Cluster:
         for name in SERVERS:
             self.core.rollout_joined(name, 4, 0.0)
         self.folders = Folders(self.config)
-        self.publisher = FolderPublisher(self.send, self.config, self.folders)
-        self.catch_up = CatchUp(self.core, self, self.folders, self.config.weights.update_timeout_s, self.act)  # type: ignore[arg-type]  # as its workers
+        self.exchange = Exchange(self.send, self.config.weights.update_timeout_s)
+        self.publisher = FolderPublisher(self.exchange, self.config, self.folders)
+        self.catch_up = CatchUp(self.core, self, self.folders, self.exchange.timeout_s, self.act)  # type: ignore[arg-type]  # as its workers
+
+        self.updates = Updates(self.core, self.publisher, self.catch_up, self, None, None, 5, self.act)  # type: ignore[arg-type]  # no loop runs
 
     async def act(self, actions: list[Any]) -> None:
+        self.take(actions)
+
+    def take(self, actions: list[Any]) -> None:
         self.core.take_facts()
+        for action in actions:
+            if isinstance(action, ServerLost):
+                self.updates.server_lost(action.name)
 
     async def send(self, name: str, message: Message) -> None:
         self.log.append((name, message))
         fault = self.faults.get((name, type(message)))
         answer = fault(message) if fault else self.answer(message)
         if answer is not None and not self.catch_up.hear(name, answer):
-            self.publisher.inbox.put_nowait((name, answer))
+            self.exchange.inbox.put_nowait((name, answer))
 
     def answer(self, message: Message) -> Message | None:
         if isinstance(message, WriteFolder):
@@ -85,6 +104,20 @@ class Cluster:
             snapshot = snapshots.read(Path(message.folder))
             assert snapshot and snapshot.manifest.digests == {"0:part0": "ab", "0:part1": "ab"}
             return Updated(message.version, {"load": 0.03}, num_interrupted=2, error=snapshots.damage(snapshot))
+        return self.over_the_network(message)
+
+    def over_the_network(self, message: Message) -> Message | None:
+        if isinstance(message, UpdateWeights):
+            return UpdateReady(message.version, {})
+        if isinstance(message, OpenGroup):
+            source = int(message.group[-1])
+            self.exchange.inbox.put_nowait((f"trainer-{source}", GroupOpened(message.group, source, "127.0.0.1", 1)))
+        if isinstance(message, OpenGroup | JoinGroup):
+            return GroupJoined(message.group)
+        if isinstance(message, SendBuckets):
+            return BucketsSent(message.version, 0, {}, {})
+        if isinstance(message, WeightDigests):
+            return Updated(message.version, {})
         return None
 
     async def publish(self, version: int) -> Outcome:
@@ -136,13 +169,13 @@ def test_a_source_that_fails_leaves_the_folders_before_and_all_are_released(
         await cluster.publish(1)
         cluster.log.clear()
         cluster.faults = {("trainer-1", WriteFolder): fails}
-        cluster.publisher._timeout_s = SHORT_S if fault == "silence" else LONG_S
+        cluster.exchange.timeout_s = SHORT_S if fault == "silence" else LONG_S
         with pytest.raises(PublishError, match="the folder of version 2 was not written"):
             await cluster.publish(2)
         assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [1]
         assert cluster.sent(Published) == ["trainer-0", "trainer-1"] and not cluster.sent(LoadFolder)
         cluster.faults = {}
-        cluster.publisher._timeout_s = LONG_S
+        cluster.exchange.timeout_s = LONG_S
         await cluster.publish(2)
         assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [2, 1]
 
@@ -159,6 +192,26 @@ def test_a_server_that_does_not_take_it_is_fenced_and_the_other_serves(tmp_path:
         outcome = await cluster.publish(1)
         assert outcome.serving == ["rollout-0"] and "tensor x" in outcome.fenced["rollout-1"]
         assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [1]  # the folder is not to blame
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("kind", [WriteFolder, LoadFolder])
+def test_a_server_that_is_lost_is_not_waited_for(tmp_path: Path, model: Path, kind: type) -> None:
+    cluster = Cluster(tmp_path, model)
+
+    def loses(message: Message) -> Message | None:
+        cluster.take(cluster.core.worker_lost("rollout-1", 0.0))
+        return cluster.answer(message) if kind is WriteFolder else None
+
+    async def body() -> None:
+        cluster.faults[("trainer-0" if kind is WriteFolder else "rollout-1", kind)] = loses
+        outcome = await asyncio.wait_for(cluster.publish(1), LONG_S / 2)
+        assert outcome.serving == ["rollout-0"] and "lost in the middle" in outcome.fenced["rollout-1"]
+        assert cluster.sent(LoadFolder).count("rollout-1") == (kind is LoadFolder)
+        cluster.faults.clear()
+        cluster.core.rollout_joined("rollout-1", 4, 0.0)
+        assert (await cluster.publish(2)).serving == SERVERS
 
     in_loop(body)
 
@@ -191,7 +244,7 @@ def test_who_is_behind_catches_up_with_the_newest_that_eta_allows_and_nobody_els
     in_loop(body)
 
 
-@pytest.mark.parametrize("harm", ["digest", "silence", "damage", "new life"])
+@pytest.mark.parametrize("harm", ["digest", "silence", "damage", "new life", "lost"])
 def test_who_cannot_catch_up_is_fenced_unless_the_folder_is_to_blame(tmp_path: Path, model: Path, harm: str) -> None:
     cluster = Cluster(tmp_path, model)
     core, fleet = cluster.core, cluster.core.fleet.rollout
@@ -215,9 +268,13 @@ def test_who_cannot_catch_up_is_fenced_unless_the_folder_is_to_blame(tmp_path: P
         cluster.catch_up._timeout_s = SHORT_S if harm == "silence" else LONG_S
         cluster.catch_up.start(others=())
         if harm == "new life":
-            core.rollout_joined("rollout-1", 4, 0.0)
-            cluster.catch_up.forget("rollout-1")
-        await cluster.settle()
+            cluster.take(core.rollout_joined("rollout-1", 4, 0.0))
+        elif harm == "lost":
+            cluster.take(core.worker_lost("rollout-1", 0.0))
+        await asyncio.wait_for(cluster.settle(), LONG_S / 2)
+        if harm == "lost":
+            assert not cluster.sent(Shutdown)
+            return
         server = fleet["rollout-1"]
         if harm == "damage":
             assert server.state is ServerState.STALE and not newest.path.exists()
@@ -241,17 +298,14 @@ def test_beside_the_network_a_folder_is_written_when_the_servers_serve_already(t
     async def body() -> None:
         for version, released_at_once in ((1, True), (2, False)):
             cluster.log.clear()
-            outcome = publisher.outcome = Outcome(version, ["rollout-0"])
-            publisher._sources = frozenset({"trainer-0", "trainer-1"})
-            await publisher._release(version, ["trainer-0", "trainer-1"], outcome)
+            assert (await cluster.publish(version)).serving == SERVERS
             assert bool(cluster.sent(Published)) == released_at_once
             await publisher.afterwards()
             assert cluster.sent(Published) == ["trainer-0", "trainer-1"]
         assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [2]
         cluster.faults = {("trainer-0", WriteFolder): lambda message: None}
-        publisher._timeout_s = SHORT_S
-        publisher.outcome = Outcome(4, ["rollout-0"])
-        await publisher._release(4, ["trainer-0", "trainer-1"], publisher.outcome)
+        await cluster.publish(4)
+        cluster.exchange.timeout_s = SHORT_S
         cluster.log.clear()
         await publisher.afterwards()  # an error in the log, and the trainer goes on
         assert cluster.sent(Published) == ["trainer-0", "trainer-1"]

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from test_metrics import make_config, make_sample, read_board
 
+from megatron_async_rl.controller.exchange import Outcome
 from megatron_async_rl.controller.fleet import Fleet
 from megatron_async_rl.controller.groups import Group
 from megatron_async_rl.controller.progress import Progress
-from megatron_async_rl.controller.publisher import Outcome
 from megatron_async_rl.metrics import RunLog, read_status
 from megatron_async_rl.types import Prompt
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 
-from megatron_async_rl.controller.publisher import Outcome, Publisher
+from megatron_async_rl.controller.exchange import Exchange, Outcome
+from megatron_async_rl.controller.publisher import Publisher
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.messages import (
     AbandonUpdate,
@@ -45,20 +47,21 @@ class Cluster:
     verify_every: int = 1
 
     def __post_init__(self) -> None:
-        self.publisher = Publisher(self.send, 1, self.timeout_s, self.verify_every)
+        self.exchange = Exchange(self.send, self.timeout_s)
+        self.publisher = Publisher(self.exchange, 1, self.verify_every)
 
     async def send(self, name: str, message: Message) -> None:
         self.log.append((name, message))
         fault = self.faults.get((name, type(message)))
         answer = fault(name, message) if fault else self.answer(name, message)
         if answer is not None:
-            self.publisher.inbox.put_nowait((name, answer))
+            self.exchange.inbox.put_nowait((name, answer))
 
     def answer(self, name: str, message: Message) -> Message | None:
         if isinstance(message, UpdateWeights):
             return UpdateReady(message.version, {"interrupt": 0.01})
         if isinstance(message, OpenGroup):
-            self.publisher.inbox.put_nowait((name, GroupOpened(message.group, 0, "127.0.0.1", 1)))
+            self.exchange.inbox.put_nowait((name, GroupOpened(message.group, 0, "127.0.0.1", 1)))
             return GroupJoined(message.group)
         if isinstance(message, JoinGroup):
             return GroupJoined(message.group)
@@ -151,6 +154,66 @@ def test_a_server_that_stays_silent_is_fenced_and_the_others_go_on(kind: type) -
     assert not cluster.sent(ReceiveBuckets, "rollout-1") or kind is WeightDigests
 
 
+LOST_AT = [UpdateWeights, OpenGroup, JoinGroup, SendBuckets, AbandonUpdate, WeightDigests]
+
+
+@pytest.mark.parametrize("kind", LOST_AT)
+def test_a_server_that_is_lost_is_not_waited_for_and_its_next_life_is_in_the_next_update(kind: type) -> None:
+    cluster = Cluster(timeout_s=30.0)
+    at_source = kind in (OpenGroup, SendBuckets)  # it is lost while the source is waited for
+    lost: list[str] = []
+
+    def loses(name: str, message: Message) -> Message | None:
+        if not lost:
+            lost.append("rollout-1")
+            if at_source:
+                cluster.exchange.lost("rollout-1")
+            else:
+                asyncio.get_running_loop().call_later(0.05, cluster.exchange.lost, "rollout-1")
+        elif not at_source:
+            raise AssertionError("nothing is sent to a server that is lost")
+        return cluster.answer(name, message) if at_source else None
+
+    def breaks(name: str, message: Message) -> Message | None:
+        error = "" if lost else "connection closed"
+        return BucketsSent(0, 0, {} if error else {"a": "1"}, {}, error)
+
+    cluster.faults[("trainer-0" if at_source else "rollout-1", kind)] = loses
+    if kind is AbandonUpdate:  # it hangs in a broken broadcast
+        cluster.faults[("trainer-0", SendBuckets)] = breaks
+    elif kind is JoinGroup:  # who waits for it in the group gives up when the others do
+
+        def gives_up(name: str, message: Message) -> Message | None:
+            error = "" if len(cluster.sent(OpenGroup)) > 1 else "the group is not full"
+            asyncio.get_running_loop().call_later(
+                0.1, cluster.exchange.inbox.put_nowait, ("rollout-0", GroupJoined(message.group, error))
+            )
+            return None
+
+        cluster.faults[("rollout-0", JoinGroup)] = gives_up
+    started = time.monotonic()
+    outcome = cluster.publish(0, "rollout-0", "rollout-1")
+    assert time.monotonic() - started < 5.0
+    assert outcome.serving == ["rollout-0"]
+    assert list(outcome.fenced) == ["rollout-1"] and "lost in the middle" in outcome.fenced["rollout-1"]
+    cluster.faults.clear()
+    cluster.publisher.forget("rollout-1")
+    assert cluster.publish(1, "rollout-0", "rollout-1").serving == ["rollout-0", "rollout-1"]
+
+
+def test_a_server_that_is_lost_between_updates_or_was_not_in_this_one_is_nobody_s_matter() -> None:
+    cluster = Cluster()
+    cluster.exchange.lost("rollout-0")
+    cluster.publish(0, "rollout-0")
+    cluster.exchange.lost("rollout-0")
+    cluster.faults[("trainer-0", SendBuckets)] = lambda name, message: (
+        cluster.exchange.lost("rollout-1"),
+        cluster.answer(name, message),
+    )[1]
+    outcome = cluster.publish(1, "rollout-0")
+    assert outcome.serving == ["rollout-0"] and not outcome.fenced
+
+
 def test_a_server_with_a_wrong_digest_is_fenced_by_name() -> None:
     def mismatch(name: str, message: Message) -> Message:
         return Updated(0, {}, error="tensor model.norm.weight in the engine digests to 1")
@@ -204,6 +267,6 @@ def test_no_server_left_is_an_error_and_the_sources_are_released() -> None:
 
 def test_an_answer_of_an_earlier_update_is_not_taken_for_this_one() -> None:
     cluster = Cluster()
-    cluster.publisher.inbox.put_nowait(("rollout-0", Updated(6, {}, error="old trouble")))
-    cluster.publisher.inbox.put_nowait(("rollout-0", UpdateReady(6, {})))
+    cluster.exchange.inbox.put_nowait(("rollout-0", Updated(6, {}, error="old trouble")))
+    cluster.exchange.inbox.put_nowait(("rollout-0", UpdateReady(6, {})))
     assert cluster.publish(7, "rollout-0").serving == ["rollout-0"]

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_async_rl import config as configuration
+from megatron_async_rl.controller.exchange import Exchange, Outcome
 from megatron_async_rl.controller.folders import FolderPublisher, Folders
-from megatron_async_rl.controller.publisher import Outcome, Publisher
+from megatron_async_rl.controller.publisher import Publisher
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.messages import (
     BucketsSent,
@@ -133,7 +134,7 @@ class Control:
     offers: dict[str, PublishOffer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.publisher = Publisher(self.send, 1, TIMEOUT_S, verify_every=1)
+        self.publisher: Publisher | FolderPublisher = Publisher(Exchange(self.send, TIMEOUT_S), 1, verify_every=1)
         self.changed = asyncio.Condition()
         self.num_buckets = 0
 
@@ -151,7 +152,7 @@ class Control:
             elif isinstance(message, PublishOffer):
                 self.offers[name] = message
             elif isinstance(message, UpdateReady | GroupOpened | GroupJoined | BucketsSent | FolderWritten | Updated):
-                self.publisher.inbox.put_nowait((name, message))
+                self.publisher.exchange.inbox.put_nowait((name, message))
             async with self.changed:
                 self.changed.notify_all()
 
@@ -246,7 +247,7 @@ def arrived(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
                 {"run": {"dir": str(folder), "steps": 1}, "weights": {"transport": "disk"}},
             )
             chosen = configuration.from_tree(item["config"] | disk)
-            control.publisher = FolderPublisher(control.send, chosen, Folders(chosen))
+            control.publisher = FolderPublisher(over_network.exchange, chosen, Folders(chosen))
             outcome, _ = await control.publish(2 * number + 1, ["rollout-0"])
             assert outcome.serving == ["rollout-0"]
             control.publisher = over_network

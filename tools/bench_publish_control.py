@@ -12,7 +12,8 @@ import numpy as np
 import psutil
 from bench_publish_setup import PROMPT_TOKENS, SHAPES, UPDATE_TIMEOUT_S, rounds
 
-from megatron_async_rl.controller.publisher import Outcome, Publisher
+from megatron_async_rl.controller.exchange import Exchange, Outcome
+from megatron_async_rl.controller.publisher import Publisher
 from megatron_async_rl.errors import Error, PublishError
 from megatron_async_rl.messages import (
     BucketsSent,
@@ -47,7 +48,7 @@ class Bench:
         self._offers: asyncio.Queue[tuple[str, PublishOffer]] = asyncio.Queue()
         self._next_group = 0
         self._rng = np.random.default_rng(0)
-        self.publisher = Publisher(self._send, arguments.engine_tp, UPDATE_TIMEOUT_S, verify_every=2)
+        self.publisher = Publisher(Exchange(self._send, UPDATE_TIMEOUT_S), arguments.engine_tp, verify_every=2)
         self.num_failed = self.num_generated = self.num_running = 0
         self._server_to_kill: psutil.Process | None = None
 
@@ -76,7 +77,7 @@ class Bench:
                 print(f"a sample failed: {message.error}", flush=True)
                 await self.lease()
             elif isinstance(message, UpdateReady | GroupOpened | GroupJoined | BucketsSent | Updated):
-                self.publisher.inbox.put_nowait((name, message))
+                self.publisher.exchange.inbox.put_nowait((name, message))
             elif isinstance(message, Failed):
                 if self._server_to_kill is None:
                     raise Error(f"{name}: {message.error}")

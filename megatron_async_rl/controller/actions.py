@@ -46,4 +46,11 @@ class EvalFinished:
     groups: list[Group]
 
 
-Action = Send | CutBatch | Replay | Dropped | EvalFinished
+@dataclass(frozen=True)
+class ServerLost:
+    """This rollout worker is gone: nobody is to wait for an answer of it."""
+
+    name: str
+
+
+Action = Send | CutBatch | Replay | Dropped | EvalFinished | ServerLost

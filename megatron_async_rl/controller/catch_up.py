@@ -70,7 +70,7 @@ class CatchUp:
         return True
 
     def forget(self, name: str) -> None:
-        """A new life of the server: what the old one was doing came to nothing."""
+        """The server is lost, or a new life of it is there: what the old one was doing came to nothing."""
         if task := self._busy.pop(name, None):
             task.cancel()
 

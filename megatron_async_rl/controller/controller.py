@@ -34,11 +34,12 @@ import time
 from megatron_async_rl import metrics
 from megatron_async_rl.config import Config
 from megatron_async_rl.controller import stall
-from megatron_async_rl.controller.actions import Action, CutBatch, Dropped, EvalFinished, Replay, Send
+from megatron_async_rl.controller.actions import Action, CutBatch, Dropped, EvalFinished, Replay, Send, ServerLost
 from megatron_async_rl.controller.catch_up import CatchUp
 from megatron_async_rl.controller.core import Core
 from megatron_async_rl.controller.delivery import Delivery
 from megatron_async_rl.controller.evaluation import Evaluation
+from megatron_async_rl.controller.exchange import Exchange
 from megatron_async_rl.controller.facts import Admitted, Batched, Evaluated
 from megatron_async_rl.controller.folders import FolderPublisher, Folders
 from megatron_async_rl.controller.handlers import Handlers
@@ -75,7 +76,8 @@ class Controller:
         self.lengths = LengthMeter()
         self.progress = Progress(run_log, config)
         folders = Folders(config)
-        self.publisher = (FolderPublisher if config.has_trainer else Relabeler)(self.workers.send, config, folders)
+        exchange = Exchange(self.workers.send, config.weights.update_timeout_s)
+        self.publisher = FolderPublisher(exchange, config, folders) if config.has_trainer else Relabeler(exchange)
         catch_up = CatchUp(self.core, self.workers, folders, config.weights.update_timeout_s, act)
         self.updates = Updates(
             self.core, self.publisher, catch_up, self.workers, journal, self.progress, config.run.steps, act
@@ -200,6 +202,9 @@ class Controller:
         for fact in facts:
             self.lengths.saw(fact)
             self.saving.saw(fact)
+        for action in actions:
+            if isinstance(action, ServerLost):  # before anything is awaited: its next life may be in the next update
+                self.updates.server_lost(action.name)
         for action in actions:
             if isinstance(action, Send):
                 await self.workers.send(action.worker, action.message)

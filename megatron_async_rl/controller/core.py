@@ -19,7 +19,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 
-from megatron_async_rl.controller.actions import Action, Dropped, EvalFinished
+from megatron_async_rl.controller.actions import Action, Dropped, EvalFinished, ServerLost
 from megatron_async_rl.controller.books import Books
 from megatron_async_rl.controller.cut import Cut
 from megatron_async_rl.controller.facts import AnyFact, Began, Closed, Fact, Judged, Kept, Returned, Trained
@@ -135,7 +135,7 @@ class Core:
 
     def worker_lost(self, name: str, now: float) -> list[Action]:
         if self.fleet.rollout.pop(name, None):
-            return self._take_back(name) + self._advance(now)
+            return [ServerLost(name), *self._take_back(name), *self._advance(now)]
         self.fleet.reward.pop(name, None)
         self.verdicts.take_back(name)
         return self._advance(now)

@@ -9,8 +9,9 @@
                                                  LoadFolder  ---------------->  verify files; abort, load, digest,
                                                              <--------- Updated  compare, resume (mismatch: fenced)
 
-Requests are interrupted only for the loading. With `transport: network` the folder is written after the broadcast, at
-every `folder_every`-th version, for servers that come later (catch_up.py).
+Requests are interrupted only for the loading. A server that is lost meanwhile is not waited for (exchange.py). With
+`transport: network` the folder is written after the broadcast, at every `folder_every`-th version, for servers that come
+later (catch_up.py).
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_async_rl import snapshots
 from megatron_async_rl.config import Config
-from megatron_async_rl.controller.publisher import Outcome, Publisher, keep_slowest
+from megatron_async_rl.controller.exchange import Exchange, Outcome
+from megatron_async_rl.controller.publisher import Publisher
 from megatron_async_rl.errors import DataError, PublishError
-from megatron_async_rl.messages import FolderWritten, LoadFolder, Message, PublishOffer, Updated, WriteFolder
+from megatron_async_rl.messages import FolderWritten, LoadFolder, PublishOffer, Updated, WriteFolder
 from megatron_async_rl.snapshots import Manifest, Snapshot
 
 logger = logging.getLogger(__name__)
@@ -84,43 +86,62 @@ class Folders:
         return damage
 
 
-class FolderPublisher(Publisher):
-    """A publisher that writes folders: instead of sending buckets, or after it."""
+class FolderPublisher:
+    """What the controller publishes by where there is a trainer: over the disk, or over the network and then to the disk."""
 
-    def __init__(self, send: Callable[[str, Message], Awaitable[None]], config: Config, folders: Folders) -> None:
-        weights = config.weights
-        super().__init__(send, int(config.sglang.get("tp_size", 1)), weights.update_timeout_s, weights.verify_every)
+    def __init__(self, exchange: Exchange, config: Config, folders: Folders) -> None:
+        self.exchange = exchange
+        self._network = Publisher(exchange, int(config.sglang.get("tp_size", 1)), config.weights.verify_every)
         self._folders = folders
-        self._over_disk = weights.transport == "disk"
-        self._every = weights.folder_every
+        self._over_disk = config.weights.transport == "disk"
+        self._every = config.weights.folder_every
         self._held: list[str] = []  # sources that are not released yet
+
+    def begin_life(self, epoch: int) -> None:
+        self._network.begin_life(epoch)
+
+    def forget(self, name: str) -> None:
+        """A new life of this worker."""
+        self._network.forget(name)
+
+    def forget_groups(self) -> None:
+        self._network.forget_groups()
 
     async def publish(
         self, version: int, offers: dict[str, PublishOffer], servers: list[str], updating: Callable[[str], None]
     ) -> Outcome:
+        """Brings `servers` to `version`. `offers` by source name. Raises PublishError when no server is left."""
         self._held = []
-        if not self._over_disk:
-            return await super().publish(version, offers, servers, updating)
         sources = sorted(offers, key=lambda name: offers[name].source)
-        self._sources = frozenset(sources)
-        outcome = self.outcome = Outcome(version, [])
-        started = time.monotonic()
-        try:
-            snapshot = await self._write(version, sources, outcome)
-        except PublishError:
-            await super()._release(version, sources, outcome)
-            raise
-        await super()._release(version, sources, outcome)
-        self._deadline = time.monotonic() + self._timeout_s
-        with self._folders.reading(snapshot):
-            for server in servers:
-                updating(server)
-                await self._send(server, LoadFolder(version, str(snapshot.path)))
-            updated = await self._collect(Updated, servers, outcome, version=version)
+        if self._over_disk:
+            return await self._by_the_disk(version, sources, servers, updating)
+        hold = bool(self._every) and version % self._every == 0
+        outcome = await self._network.publish(version, offers, servers, updating, hold)
+        self._held = sources if hold else []  # until `afterwards`: the servers need not wait for it
+        return outcome
+
+    async def _by_the_disk(
+        self, version: int, sources: list[str], servers: list[str], updating: Callable[[str], None]
+    ) -> Outcome:
+        exchange, started = self.exchange, time.monotonic()
+        with exchange.update(version, sources, servers) as outcome:
+            try:
+                snapshot = await self._write(version, sources, outcome)
+            except PublishError:
+                await exchange.release(version, sources)
+                raise
+            await exchange.release(version, sources)
+            exchange.start_clock()
+            with self._folders.reading(snapshot):
+                for server in servers:
+                    if server not in outcome.fenced:  # lost while the folder was written
+                        updating(server)
+                        await exchange.send(server, LoadFolder(version, str(snapshot.path)))
+                updated = await exchange.collect(Updated, servers, version=version)
+            outcome.serving = sorted(updated)
         for message in updated.values():
-            keep_slowest(outcome.seconds, message.seconds)
+            outcome.keep_slowest(message.seconds)
             outcome.num_interrupted += message.num_interrupted
-        outcome.serving = sorted(updated)
         outcome.seconds["total"] = time.monotonic() - started
         if outcome.fenced:
             await self._folders.discard_if_damaged(snapshot)
@@ -128,33 +149,27 @@ class FolderPublisher(Publisher):
             raise PublishError(f"no server took version {version}: {outcome.fenced}")
         return outcome
 
-    async def _release(self, version: int, sources: list[str], outcome: Outcome) -> None:
-        if self._every and version % self._every == 0 and outcome.serving:
-            self._held = sources  # until `afterwards`: the servers need not wait for it
-        else:
-            await super()._release(version, sources, outcome)
-
     async def afterwards(self) -> None:
         """What is left to do of an update when its servers serve. A folder that fails is an error in the log alone."""
         sources, self._held = self._held, []
         if not sources:
             return
-        version = self.outcome.version
+        outcome = self.exchange.outcome
         try:
-            await self._write(version, sources, self.outcome)
+            await self._write(outcome.version, sources, outcome)
         except PublishError as e:
             logger.error("%s; the run goes on without it", e)
-        await super()._release(version, sources, self.outcome)
+        await self.exchange.release(outcome.version, sources)
 
     async def _write(self, version: int, sources: list[str], outcome: Outcome) -> Snapshot:
         """Raises PublishError when the folder did not become whole; earlier ones stay."""
         started = time.monotonic()
-        self._deadline = started + self._timeout_s
+        self.exchange.start_clock()
         try:
             partial = await self._folders.begin(version)
             for part, source in enumerate(sources):
-                await self._send(source, WriteFolder(version, str(partial), part))
-            written = await self._collect(FolderWritten, sources, outcome, version=version)
+                await self.exchange.send(source, WriteFolder(version, str(partial), part))
+            written = await self.exchange.collect(FolderWritten, sources, version=version)
             late = [f"{source} did not answer" for source in sources if source not in written]
             if errors := late + [message.error for message in written.values() if message.error]:
                 raise PublishError(f"the folder of version {version} was not written: {'; '.join(errors)}")
@@ -162,7 +177,7 @@ class FolderPublisher(Publisher):
         except (OSError, DataError) as e:
             raise PublishError(f"the folder of version {version} was not written: {e}") from None
         for message in written.values():
-            keep_slowest(outcome.seconds, message.seconds)
+            outcome.keep_slowest(message.seconds)
         outcome.seconds["folder"] = time.monotonic() - started
         logger.info("version %d lies in %s after %.2f s", version, snapshot.path, outcome.seconds["folder"])
         return snapshot

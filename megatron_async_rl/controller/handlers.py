@@ -10,9 +10,10 @@ from megatron_async_rl import __version__
 from megatron_async_rl.controller.actions import Action
 from megatron_async_rl.controller.core import Core
 from megatron_async_rl.controller.delivery import Delivery
+from megatron_async_rl.controller.folders import FolderPublisher
 from megatron_async_rl.controller.lengths import LengthMeter
 from megatron_async_rl.controller.progress import Progress
-from megatron_async_rl.controller.publisher import Publisher
+from megatron_async_rl.controller.relabel import Relabeler
 from megatron_async_rl.controller.saving import Saving
 from megatron_async_rl.controller.updates import Updates
 from megatron_async_rl.controller.workers import Workers
@@ -53,7 +54,7 @@ class Handlers:
         tokenizer: str,
         core: Core,
         workers: Workers,
-        publisher: Publisher,
+        publisher: FolderPublisher | Relabeler,
         updates: Updates,
         delivery: Delivery,
         saving: Saving,

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_async_rl.config import Config
+from megatron_async_rl.controller.exchange import Outcome
 from megatron_async_rl.controller.fleet import Fleet
 from megatron_async_rl.controller.groups import Group
-from megatron_async_rl.controller.publisher import Outcome
 from megatron_async_rl.metrics import Evaluation, RunLog, Server, State, Status
 from megatron_async_rl.sample_log import TrainedGroup
 from megatron_async_rl.types import Sample

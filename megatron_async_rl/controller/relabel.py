@@ -14,33 +14,41 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from megatron_async_rl.controller.folders import FolderPublisher
-from megatron_async_rl.controller.publisher import Outcome, keep_slowest
+from megatron_async_rl.controller.exchange import Exchange, Outcome
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.messages import Published, PublishOffer, Relabel, Updated
+from megatron_async_rl.messages import PublishOffer, Relabel, Updated
 
 
-class Relabeler(FolderPublisher):
-    """Writes no folders either."""
+class Relabeler:
+    """What the controller publishes by where there is no trainer: no groups, no folders."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+
+    def begin_life(self, epoch: int) -> None:
+        """Nothing: engines hold no groups of earlier lives."""
+
+    def forget(self, name: str) -> None:
+        """Nothing: no group has the worker in it."""
 
     async def publish(
         self, version: int, offers: dict[str, PublishOffer], servers: list[str], updating: Callable[[str], None]
     ) -> Outcome:
-        sources = sorted(offers)
-        self._sources = frozenset(sources)
-        outcome = self.outcome = Outcome(version, [])
-        started = time.monotonic()
-        self._deadline = started + self._timeout_s
-        for server in servers:
-            updating(server)
-            await self._send(server, Relabel(version))
-        updated = await self._collect(Updated, servers, outcome, version=version)
+        exchange, sources, started = self.exchange, sorted(offers), time.monotonic()
+        with exchange.update(version, sources, servers) as outcome:
+            for server in servers:
+                if server not in outcome.fenced:  # lost while the others were told
+                    updating(server)
+                    await exchange.send(server, Relabel(version))
+            updated = await exchange.collect(Updated, servers, version=version)
+            outcome.serving = sorted(updated)
         for message in updated.values():
-            keep_slowest(outcome.seconds, message.seconds)
-        outcome.serving = sorted(updated)
+            outcome.keep_slowest(message.seconds)
         outcome.seconds["total"] = time.monotonic() - started
-        for source in sources:
-            await self._send(source, Published(version, len(outcome.serving)))
+        await exchange.release(version, sources)
         if not outcome.serving:
             raise PublishError(f"no server took version {version}: {outcome.fenced}")
         return outcome
+
+    async def afterwards(self) -> None:
+        """Nothing is left to do of an update when its servers serve."""

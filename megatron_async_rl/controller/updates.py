@@ -22,6 +22,7 @@ from megatron_async_rl.controller.fleet import RolloutWorker, ServerState
 from megatron_async_rl.controller.folders import FolderPublisher
 from megatron_async_rl.controller.journal import Journal
 from megatron_async_rl.controller.progress import Progress
+from megatron_async_rl.controller.relabel import Relabeler
 from megatron_async_rl.controller.workers import Workers
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.messages import Hello, Message, Published, PublishOffer, Republish
@@ -33,7 +34,7 @@ class Updates:
     def __init__(
         self,
         core: Core,
-        publisher: FolderPublisher,
+        publisher: FolderPublisher | Relabeler,
         catch_up: CatchUp,
         workers: Workers,
         journal: Journal,
@@ -65,7 +66,12 @@ class Updates:
     def answered(self, name: str, message: Message) -> None:
         """What a server or a weight source says in the course of an update."""
         if not self._catch_up.hear(name, message):
-            self._publisher.inbox.put_nowait((name, message))
+            self._publisher.exchange.inbox.put_nowait((name, message))
+
+    def server_lost(self, name: str) -> None:
+        """Whoever waits for it, waits no longer."""
+        self._catch_up.forget(name)
+        self._publisher.exchange.lost(name)
 
     def server_joined(self, name: str) -> None:
         self._catch_up.forget(name)
@@ -151,13 +157,13 @@ class Updates:
 
     async def _publish(self, version: int, offers: dict[str, PublishOffer], servers: list[str]) -> None:
         core = self._core
-        lives = {name: core.fleet.rollout[name] for name in servers}
-        self._being_updated = frozenset(servers)
+        lives = {name: core.fleet.rollout[name] for name in servers if name in core.fleet.rollout}  # not lost since
+        self._being_updated = frozenset(lives)
         try:
             try:
-                outcome = await self._publisher.publish(version, offers, servers, core.updating)
+                outcome = await self._publisher.publish(version, offers, list(lives), core.updating)
             finally:
-                for name, reason in self._publisher.outcome.fenced.items():
+                for name, reason in self._publisher.exchange.outcome.fenced.items():
                     await self._catch_up.fence(lives[name], reason)
             for name in outcome.serving:
                 if core.fleet.rollout.get(name) is lives[name]:
