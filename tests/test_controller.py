@@ -254,6 +254,22 @@ def test_an_update_ends_when_a_new_life_of_the_server_that_it_waits_for_says_hel
     with_controller(inputs, tmp_path, test)
 
 
+def test_a_server_that_is_lost_before_its_update_begins_is_left_out(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """The journal is waited for between the choice of servers and the update."""
+
+    async def test(controller: Controller, link: Link) -> None:
+        await answer(link, hello_of(inputs, "rollout", "rollout-0"))
+        offer = PublishOffer(0, 0, 1, [Bucket([TensorSpec("w", "float32", [2])])], "gloo")
+        chosen = ["rollout-0", "rollout-1"]  # of these rollout-1 is there no more
+        update = asyncio.create_task(controller.updates._publish(0, {"trainer-0": offer}, chosen))
+        while not isinstance(await link._receive(), UpdateWeights):
+            pass
+        assert not update.done()
+        update.cancel()
+
+    with_controller(inputs, tmp_path, test)
+
+
 def test_a_trainer_that_says_hello_twice_has_offered_nothing_until_it_offers_again(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
