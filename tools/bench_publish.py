@@ -100,7 +100,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--trainer-tp", type=int, default=1)
     parser.add_argument("--engine-tp", type=int, default=1)
-    parser.add_argument("--engine-gpu", type=int, help="the engine's first; default: the first that no trainer rank has")
+    parser.add_argument(
+        "--engine-gpu", type=int, help="the engine's first; default: the first that no trainer rank has"
+    )
     parser.add_argument("--buckets", nargs="+", default=["2147483648"], help="bytes, or bytes:tensor for weights.wire")
     parser.add_argument("--interrupts", nargs="+", choices=["abort", "retract"], default=["abort"])
     parser.add_argument("--no-radix-cache", action="store_true", help="an engine without prefix cache")

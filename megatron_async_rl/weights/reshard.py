@@ -123,9 +123,12 @@ def own_tensors(modules: Modules, shape: ModelShape, dtype: torch.dtype | None =
         if not holds:
             continue
         local = parameter.data.to(dtype or parameter.dtype).contiguous()
-        shards = [local] if place(name, shape).rule.split is None else _gather(local, _cutting_group(name))
+        rule = place(name, shape).rule
+        shards = local[None] if rule.split is None else _gather(local, _cutting_group(name))
+        if rule.split == 0 and rule.join == "one":
+            shards = shards.flatten(0, 1)[None]  # they are whole as they lie: no second copy of a vocabulary's matrix
         if sends:
-            yield from to_hf(name, shards, shape)
+            yield from to_hf(name, list(shards), shape)
 
 
 @torch.no_grad()
@@ -154,20 +157,20 @@ def hf_tensors(
             )
             shards = _gather(local, joint if is_cut else over_experts)
         else:
-            shards = _gather(local, _cutting_group(name)) if is_cut else [local]
+            shards = _gather(local, _cutting_group(name)) if is_cut else local[None]
         per_expert = len(shards) // len(names)  # expert-parallel ranks are the outer ones of the joint group
         for number, one in enumerate(names):
-            yield from to_hf(one, shards[number * per_expert : (number + 1) * per_expert], shape)
+            yield from to_hf(one, list(shards[number * per_expert : (number + 1) * per_expert]), shape)
 
 
 def _cutting_group(name: str) -> dist.ProcessGroup:
     return mpu.get_expert_tensor_parallel_group() if is_expert(name) else mpu.get_tensor_model_parallel_group()
 
 
-def _gather(local: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """All ranks' tensors of this shape."""
+def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All ranks' tensors of this shape: [ranks, *shape]."""
     if group.size() == 1:
-        return [local]
-    shards = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(shards, local, group=group)
+        return local[None]
+    shards = local.new_empty(group.size(), *local.shape)
+    dist.all_gather_into_tensor(shards.flatten(0, 1), local, group=group)
     return shards
