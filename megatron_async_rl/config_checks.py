@@ -52,18 +52,6 @@ def cross_check(config: Config) -> None:
             f"algorithm.proximal = {a.proximal} with loss = {a.loss} does not give; set proximal=recompute and a loss other "
             "than ppo"
         )
-    whole_samples = {
-        "algorithm.advantage = gae": a.advantage == "gae",
-        "algorithm.loss = gspo": a.loss == "gspo",
-        "algorithm.behavior_weight_level = sequence": a.behavior_weight_level == "sequence",
-        "algorithm.kl_in = reward": a.kl_in == "reward" and a.kl_coef > 0,
-    }
-    for setting, chosen in whole_samples.items():
-        if chosen and config.megatron.get("context_parallel_size", 1) != 1:
-            raise ConfigError(
-                f"{setting} needs whole samples on a rank, but megatron.context_parallel_size = "
-                f"{config.megatron['context_parallel_size']} cuts them; set that to 1, or choose another"
-            )
     if config.weights.kv_cache == "keep" and config.weights.interrupt == "retract":
         raise ConfigError(
             "weights.interrupt = retract drops the KV cache that weights.kv_cache = keep keeps; leave weights.interrupt "
@@ -96,3 +84,27 @@ def cross_check(config: Config) -> None:
         size = config.megatron.get(f"{name}_parallel_size", 1)
         if type(size) is not int or size < 1:
             raise ConfigError(f"megatron.{name}_parallel_size = {size!r}: expected an integer >= 1")
+
+
+def check_trainer_hosts(config: Config) -> None:
+    hosts, ranks = config.trainer.hosts, config.trainer_ranks
+    if ranks % hosts:
+        fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise ConfigError(
+            f"trainer.hosts = {hosts} does not divide the {ranks} trainer ranks (trainer.data_parallel_size * megatron's "
+            f"tensor, pipeline and context sizes) evenly; set trainer.hosts to one of {fitting}, or change a size"
+        )
+
+
+def straddling(config: Config) -> str:
+    """A warning where ranks that exchange activations in every layer are on several hosts; else empty."""
+    here = config.ranks_per_host
+    for name, rest in (("tensor_model", 1), ("context", config.parallel_size("tensor_model"))):
+        size = config.parallel_size(name)
+        if size > 1 and here % (size * rest):
+            return (
+                f"megatron.{name}_parallel_size = {size} with {here} ranks a host (trainer.hosts = {config.trainer.hosts}) "
+                "puts a group that exchanges activations in every layer on several hosts: slow, unless NVLink joins them; "
+                "lower it, or trainer.hosts"
+            )
+    return ""

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron_async_rl import checkpoints  # noqa: E402
 from megatron_async_rl import config as configuration  # noqa: E402
 from megatron_async_rl.errors import StepRefused  # noqa: E402
+from megatron_async_rl.trainer import critic as critics  # noqa: E402
 from megatron_async_rl.trainer import parallel, pipeline, step  # noqa: E402
 from megatron_async_rl.trainer.checkpoint import Checkpointer  # noqa: E402
 from megatron_async_rl.trainer.data import cut_minibatches, pack  # noqa: E402
@@ -37,6 +38,8 @@ from megatron_async_rl.weights.reshard import hf_tensors, manifest  # noqa: E402
 WORLD, VERSION, TEMPERATURE, VOCAB = 4, 5, 0.7, 51
 M2PO = {"m2_threshold": 0.5, "behavior_weight_cap": None}
 GSPO = {"loss": "gspo", "behavior_weight_level": "sequence", "behavior_weight_action": "truncate"}
+KL_REWARD = {"kl_coef": 0.5, "kl_in": "reward"}
+SEQUENCE_MASK = {"behavior_weight_level": "sequence", "behavior_weight_cap": 1.2, "behavior_weight_floor": 0.5}
 
 
 def global_batch() -> list[TrainSample]:
@@ -143,8 +146,22 @@ def merged(model: TrainerModel, out: Path, get: Any = lambda p: p.data) -> None:
 
 
 def gradient_of(model: TrainerModel, config: Any, samples: list[TrainSample]) -> dict[str, float]:
-    [minibatch] = cut_minibatches(samples, 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1)
-    return step.accumulate_gradients(model, minibatch, config)
+    """Of policy and critic, in their buffers."""
+    cut = cut_minibatches(samples, 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1)
+    cut = step.with_reference(model, cut, config)
+    critic_totals = {}
+    if model.critic:
+        cut = critics.with_advantages(model.critic, cut, config)
+        critic_totals = critics.accumulate_gradients(model.critic, cut[0], config)
+    [minibatch] = step.with_trust(step.with_proximal(model, cut, config), config)
+    return step.accumulate_gradients(model, minibatch, config) | {f"critic {k}": v for k, v in critic_totals.items()}
+
+
+def with_values(model: TrainerModel) -> None:
+    """Gives the critic a value head as from training: its zeros would hide what becomes of the values."""
+    head = getattr(model.critic.modules[-1], "output_layer", None)
+    if isinstance(head, ValueHead):
+        head.weight.data.copy_(torch.linspace(-1, 1, head.weight.numel()).view_as(head.weight))
 
 
 def logits_of(model: TrainerModel, config: Any) -> torch.Tensor | None:
@@ -180,13 +197,26 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
             qwen3, 1, 2, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
         ),
         "cp2": make_config(qwen3, 1, 1, context_parallel_size=2),
+        "gspo cp2": make_config(qwen3, 1, 1, algorithm=GSPO, context_parallel_size=2),
+        "sequence mask cp2": make_config(qwen3, 1, 1, algorithm=SEQUENCE_MASK, context_parallel_size=2),
+        "kl in reward cp2": make_config(qwen3, 1, 1, budget=40, algorithm=KL_REWARD, context_parallel_size=2),
+        "m2po cp2": make_config(qwen3, 1, 1, algorithm=M2PO, context_parallel_size=2),
         "tp2 cp2 sp": make_config(qwen3, 2, 1, context_parallel_size=2, sequence_parallel=True),
+        "gspo tp2 cp2 sp": make_config(
+            qwen3, 2, 1, budget=40, algorithm=GSPO, context_parallel_size=2, sequence_parallel=True
+        ),
+        "kl in reward tp2 cp2 sp": make_config(
+            qwen3, 2, 1, algorithm=KL_REWARD, context_parallel_size=2, sequence_parallel=True
+        ),
+        "gspo pp2 cp2": make_config(qwen3, 1, 2, algorithm=GSPO, context_parallel_size=2),
         "tied tp2 pp2": make_config(folders / "qwen2", 2, 2),
         "tp2 pp2 sp small microbatches": make_config(qwen3, 2, 2, budget=40, sequence_parallel=True),
         "tp2 pp2": make_config(qwen3, 2, 2),
         "gspo tp2 pp2 sp": make_config(qwen3, 2, 2, budget=40, sequence_parallel=True, algorithm=GSPO),
         "gspo": make_config(qwen3, 1, 1, algorithm=GSPO),
         "m2po": make_config(qwen3, 1, 1, algorithm=M2PO),
+        "sequence mask": make_config(qwen3, 1, 1, algorithm=SEQUENCE_MASK),
+        "kl in reward": make_config(qwen3, 1, 1, algorithm=KL_REWARD),
         "m2po tp2 pp2 sp": make_config(qwen3, 2, 2, budget=40, sequence_parallel=True, algorithm=M2PO),
         "pp2 vpp2": make_config(qwen3, 1, 2, virtual_pipeline_model_parallel_size=2),
         "tied tp2 pp2 vpp2 sp": make_config(
@@ -225,7 +255,7 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
     config = make_config(qwen3, 2, 2, algorithm={"kl_coef": 0.5})
     model = start(config)
     results["kl"] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
-    config = make_config(qwen3, 2, 2, algorithm={"kl_coef": 0.5, "kl_in": "reward"})
+    config = make_config(qwen3, 2, 2, algorithm=KL_REWARD)
     model = start(config)
     [plain_cut] = cut_minibatches(share(), 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1)
     [[taken, *_]] = step.with_reference(model, [plain_cut], config)
@@ -279,11 +309,21 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
     results["fp16"] = {str(shard): fp16(qwen3, out, shard) for shard in (True, False)}
 
     # Values are 0 at first: three steps, so that they take part.
+    cp2 = {"context_parallel_size": 2, "algorithm": GAE}
     for name, config in {
-        "gae": make_config(qwen3, 1, 1, algorithm=GAE),
         "gae tp2 pp2 sp": make_config(qwen3, 2, 2, budget=40, algorithm=GAE, sequence_parallel=True),
+        "gae": make_config(qwen3, 1, 1, algorithm=GAE),
         "gae pp2 vpp2": make_config(qwen3, 1, 2, algorithm=GAE, virtual_pipeline_model_parallel_size=2),
+        "gae cp2": make_config(qwen3, 1, 1, budget=40, **cp2),
+        "gae tp2 cp2 sp": make_config(qwen3, 2, 1, sequence_parallel=True, **cp2),
     }.items():
+        plain = configuration.from_tree(to_tree(config))
+        plain.megatron["use_distributed_optimizer"] = False
+        model = start(plain)
+        with_values(model)
+        results["totals"][name] = gradient_of(model, plain, share())
+        merged(model, out / f"gradient {name}.pt", get=lambda p: p.main_grad)
+        merged(model.critic, out / f"critic gradient {name}.pt", get=lambda p: p.main_grad)
         model = start(config)
         results[name] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
         merged(model, out / f"weights {name}.pt")
@@ -294,6 +334,7 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
 
 
 GAE = {"advantage": "gae", "gamma": 0.99, "gae_lambda": 0.9, "batch_normalize": True, "entropy_coef": 0.0}
+GAE |= {"kl_coef": 0.05, "kl_in": "reward"}
 
 
 def fp16(folder: Path, out: Path, shard: bool) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from megatron_async_rl.config import AlgorithmConfig
 from megatron_async_rl.controller.advantage import BATCH_EPS, GROUP_EPS, overlong_share, sample_advantages
-from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.trainer.importance import Owners, kl_reward_to_go, second_moment_cutoff
 from megatron_async_rl.trainer.loss import LossInputs, policy_loss
 
@@ -331,24 +330,3 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens() -> None:
     loss, metrics = policy_loss(x, algorithm(loss="cispo", behavior_weight_cap=None))
     loss.backward()
     assert metrics["clipped"] > 0 and x.logprobs_T.grad[x.mask_T].all()
-
-
-# ---- what the configuration refuses
-
-
-@pytest.mark.parametrize(
-    "chosen", [{"loss": "gspo"}, {"behavior_weight_level": "sequence"}, {"kl_coef": 0.1, "kl_in": "reward"}]
-)
-def test_what_needs_whole_samples_is_refused_under_context_parallelism(chosen: dict[str, object]) -> None:
-    from megatron_async_rl.config import from_tree
-
-    tree = {
-        "run": {"dir": "d", "steps": 1},
-        "model": {"path": "m", "context_tokens": 64},
-        "data": {"train": "t"},
-        "rollout": {"max_new_tokens": 32},
-        "algorithm": {"prompts_per_step": 2, "samples_per_prompt": 2, **chosen},
-    }
-    from_tree(tree)
-    with pytest.raises(ConfigError, match="context_parallel_size = 2"):
-        from_tree(tree | {"megatron": {"context_parallel_size": 2}})

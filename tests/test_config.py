@@ -168,7 +168,6 @@ def test_an_integer_is_an_integer(value: Any) -> None:
         ({"algorithm.minibatches": 5, "trainer.data_parallel_size": 2}, ["algorithm.minibatches = 5", "lower it"]),
         ({"algorithm.samples_per_prompt": 1}, ["algorithm.group_normalize", "algorithm.samples_per_prompt >= 2"]),
         ({"algorithm.m2_threshold": 0.04, "algorithm.loss": "ppo"}, ["m2_threshold = 0.04", "loss = ppo", "recompute"]),
-        ({"algorithm.advantage": "gae", "megatron.context_parallel_size": 2}, ["gae", "context_parallel_size = 2"]),
         (
             {"weights.kv_cache": "keep", "weights.interrupt": "retract"},
             ["weights.kv_cache = keep", "weights.interrupt = retract", "weights.kv_cache=recompute"],

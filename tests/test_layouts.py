@@ -42,6 +42,13 @@ LAYOUTS = {  # layout: the one it must equal
     "tp2 pp2 sp small microbatches": "tp1",
     "cp2": "tp1",
     "tp2 cp2 sp": "tp1",
+    "gspo cp2": "gspo",
+    "gspo tp2 cp2 sp": "gspo",
+    "gspo pp2 cp2": "gspo",
+    "sequence mask cp2": "sequence mask",
+    "kl in reward cp2": "kl in reward",
+    "kl in reward tp2 cp2 sp": "kl in reward",
+    "m2po cp2": "m2po",
     "pp2 recompute": "tp1",
     "tied tp2 pp2": "tied",
     "gspo tp2 pp2 sp": "gspo",
@@ -50,6 +57,7 @@ LAYOUTS = {  # layout: the one it must equal
     "pp2 vpp2 small microbatches": "tp1",
     "tied tp2 pp2 vpp2 sp": "tied",
 }
+GAE_LAYOUTS = ["gae tp2 pp2 sp", "gae pp2 vpp2", "gae cp2", "gae tp2 cp2 sp"]
 
 
 def make_models(folder: Path) -> None:
@@ -159,6 +167,21 @@ def test_loss_and_gradient_do_not_depend_on_layout_or_cut(ran: Path, results: di
     assert difference < 1e-4, name
 
 
+@pytest.mark.parametrize("layout", GAE_LAYOUTS)
+def test_gradients_of_policy_and_critic_do_not_depend_on_layout_or_cut(
+    ran: Path, results: dict[str, Any], layout: str
+) -> None:
+    """With a value head that is not zeros."""
+    for name, want in results["totals"]["gae"].items():
+        if name not in ("budget", "least_budget", "microbatches", "cost_max"):
+            assert results["totals"][layout][name] == pytest.approx(want, rel=1e-4, abs=1e-4), name
+    assert results["totals"]["gae"]["critic value"] != 0
+    for who in ("gradient", "critic gradient"):
+        want = load(ran / f"{who} gae.pt")
+        difference, name = worst(load(ran / f"{who} {layout}.pt"), want, want)
+        assert difference < 1e-4, (who, name)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_after_a_step_do_not_depend_on_layout_or_cut(ran: Path, results: dict[str, Any], layout: str) -> None:
     want = load(ran / f"weights {LAYOUTS[layout]}.pt")
@@ -241,8 +264,15 @@ def test_the_kl_in_the_reward_is_taken_where_the_loss_is(results: dict[str, Any]
 
 
 def test_m2po_masks_some_tokens_by_the_whole_batch(results: dict[str, Any]) -> None:
-    fractions = [results["metrics"][name]["train/masked_by_cap_fraction"] for name in ("m2po", "m2po tp2 pp2 sp")]
-    assert 0 < fractions[0] < 0.5 and fractions[0] == fractions[1]
+    layouts = ("m2po", "m2po tp2 pp2 sp", "m2po cp2")
+    fractions = [results["metrics"][name]["train/masked_by_cap_fraction"] for name in layouts]
+    assert 0 < fractions[0] < 0.5 and len(set(fractions)) == 1
+
+
+def test_whole_samples_are_masked_where_context_parallelism_cuts_them(results: dict[str, Any]) -> None:
+    layouts = ("sequence mask", "sequence mask cp2")
+    fractions = [results["metrics"][name]["train/masked_by_cap_fraction"] for name in layouts]
+    assert 0 < fractions[0] < 1 and fractions[0] == fractions[1]
 
 
 def test_a_minibatch_with_too_large_a_ratio_makes_no_step(results: dict[str, Any]) -> None:
@@ -267,7 +297,7 @@ def test_bf16_trains(results: dict[str, Any]) -> None:
     assert results["bf16"]["train/loss"] == pytest.approx(results["metrics"]["tp1"]["train/loss"], abs=0.05)
 
 
-@pytest.mark.parametrize("layout", ["gae tp2 pp2 sp", "gae pp2 vpp2"])
+@pytest.mark.parametrize("layout", GAE_LAYOUTS)
 def test_policy_and_critic_do_not_depend_on_layout_or_cut(ran: Path, results: dict[str, Any], layout: str) -> None:
     """After three steps in which the critic's values make the advantages."""
     last, want = results[layout][-1], results["gae"][-1]

@@ -182,5 +182,6 @@ def test_context_parallel_ranks_hold_the_first_and_last_chunks_of_every_sequence
     got = pack([sample(7, 1, 5), sample(4, 1, 6)], 6, packing)  # padded to 8 and 4; 4 of padding for TP
     assert got.sequences.positions_T.tolist() == positions
     assert got.sequences.cu_seqlens_q.tolist() == [0, 8, 12, 16]
+    assert got.owners.sample_T.tolist() == [0] * 4 + [1] * 2 + [2] * 2 and got.owners.count == 3
     at = positions.index(2) if 2 in positions else positions.index(1)
     assert got.ids_T[at] == 500 + positions[at] and got.targets_T[at] == 501 + positions[at]

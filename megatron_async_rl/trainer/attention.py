@@ -9,7 +9,8 @@ attention and does not come here.)
 Context parallelism cuts every sequence into 2 * ranks chunks; rank r holds chunks r and 2 * ranks - 1 - r, as Megatron and
 Transformer Engine do, so that each has as much to attend to. Here keys and values are gathered over the ranks.
 
-Suffixes: T tokens of the pack, N sequences of a dense batch, L their length, H heads, D size of a head.
+Suffixes: T tokens of the pack that this rank holds, W those of the whole pack where context parallelism cuts it, N sequences of a
+dense batch, L their length, H heads, D size of a head.
 """
 
 from __future__ import annotations
@@ -71,6 +72,17 @@ class PackedSequences(PackedSeqParams):
     gathered_T: Tensor | None = None  # and where each token of the whole pack is after a gather over the ranks
     rotary_cos_TF: Tensor | None = None  # float32 angles of this rank's tokens; F is half of D
     rotary_sin_TF: Tensor | None = None
+
+    def own(self, x_W: Tensor) -> Tensor:
+        """Of the whole pack's tokens those that this rank holds."""
+        return x_W if self.kept_T is None else x_W[self.kept_T]
+
+    def whole(self, x_T: Tensor) -> Tensor:
+        """Of all tokens of the pack, in order, on every context-parallel rank; collective over them, differentiable."""
+        if self.gathered_T is None:
+            return x_T
+        gathered = gather_from_sequence_parallel_region(x_T, group=mpu.get_context_parallel_group())
+        return gathered.index_select(0, self.gathered_T)
 
 
 def pack_sequences(
@@ -247,8 +259,7 @@ def _context_parallel(
     """This rank's queries against the keys and values of all ranks. Plain, a call per chunk: on GPUs TE does this."""
     group = mpu.get_context_parallel_group()
     ranks, rank, groups = group.size(), group.rank(), key_TGD.size(1)
-    gathered = gather_from_sequence_parallel_region(torch.cat([key_TGD, value_TGD], 1), group=group)
-    key, value = gathered.index_select(0, packed.gathered_T).split(groups, 1)
+    key, value = packed.whole(torch.cat([key_TGD, value_TGD], 1)).split(groups, 1)
     out, first = [], 0
     cu_seqlens = packed.cu_seqlens_q.tolist()
     for start, end in pairwise(cu_seqlens):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_async_rl.config import AlgorithmConfig, Config
 from megatron_async_rl.trainer import pipeline
-from megatron_async_rl.trainer.data import Microbatch
+from megatron_async_rl.trainer.data import Microbatch, whole
 from megatron_async_rl.trainer.gae import SUMS, final_rewards, generalized_advantages, value_loss
 from megatron_async_rl.trainer.model import TrainerModel
 
@@ -72,22 +72,24 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _estimated(microbatch: Microbatch, values_T: Tensor, algorithm: AlgorithmConfig) -> Microbatch:
-    mask_T, owners = microbatch.mask_T, microbatch.owners
-    assert owners is not None
-    rewards_T = final_rewards(microbatch.advantages_T, mask_T, owners)
+    microbatch = replace(microbatch, values_T=values_T)
+    pack = whole(microbatch)
+    assert pack.values_T is not None
+    rewards_W = final_rewards(pack.advantages_T, pack.mask_T, pack.owners)
     if algorithm.kl_coef and algorithm.kl_in == "reward":
-        assert microbatch.reference_T is not None
-        kl_T = microbatch.behavior_T - microbatch.reference_T
-        rewards_T = rewards_T - algorithm.kl_coef * torch.where(mask_T, kl_T, 0.0)
-    advantages_T, returns_T = generalized_advantages(
-        values_T, rewards_T, mask_T, owners, algorithm.gamma, algorithm.gae_lambda
+        assert pack.reference_T is not None
+        kl_W = pack.behavior_T - pack.reference_T
+        rewards_W = rewards_W - algorithm.kl_coef * torch.where(pack.mask_T, kl_W, 0.0)
+    estimates = generalized_advantages(
+        pack.values_T, rewards_W, pack.mask_T, pack.owners, algorithm.gamma, algorithm.gae_lambda
     )
-    return replace(microbatch, values_T=values_T, advantages_T=advantages_T.float(), returns_T=returns_T.float())
+    advantages_T, returns_T = (microbatch.sequences.own(x_W).float() for x_W in estimates)
+    return replace(microbatch, advantages_T=advantages_T, returns_T=returns_T)
 
 
 def _normalized(microbatches: list[Microbatch]) -> list[Microbatch]:
     """Advantages with zero mean and unit variance over the tokens of the global batch, but for ADVANTAGE_EPS."""
-    group = mpu.get_data_parallel_group()
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
 
     def total(of: Any) -> Tensor:
         sums = torch.stack([torch.where(m.mask_T, of(m), 0.0).sum() for m in microbatches]).sum()

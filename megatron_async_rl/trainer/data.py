@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_async_rl.trainer.attention import PackedSequences, pack_sequences
 from megatron_async_rl.trainer.importance import Owners
 from megatron_async_rl.trainer.packing import agree_on_bins, allocate, allocate_even, cost
+from megatron_async_rl.trainer.parallel import context_parallel_sum
 from megatron_async_rl.types import NOT_GENERATED, TrainSample
 
 
@@ -38,9 +39,9 @@ class Microbatch:
     advantages_T: Tensor  # float32
     lag_T: Tensor  # int32: versions between the one that generated the next token and the one now trained
     sequences: PackedSequences
+    owners: Owners  # whose sums are over all ranks that hold chunks
     num_tokens: int  # of the whole pack, without padding
     cost: float  # FLOPs of the whole pack, in those of one token without attention
-    owners: Owners | None = None  # None under context parallelism
     proximal_T: Tensor | None = None  # float32, set by the proximal pass; on the last pipeline stage only
     moved: bool = False  # without it: earlier minibatches have moved the weights that train this one
     trusted_T: Tensor | None = None  # bool, with m2_threshold; likewise
@@ -112,16 +113,16 @@ def pack(samples: Sequence[TrainSample], version: int, packing: Packing) -> Micr
     def joined(arrays: list[np.ndarray], dtype: torch.dtype) -> Tensor:
         padded = [np.pad(a, (0, length - len(a))) for a, length in zip(arrays, lengths, strict=False)]
         flat = torch.from_numpy(np.concatenate([*padded, np.zeros(padding, bool)])).to(packing.device, dtype)
-        return flat if sequences.kept_T is None else flat[sequences.kept_T]
+        return sequences.own(flat)
 
     def next_of(array: np.ndarray, last: float = 0) -> np.ndarray:
         """Entry t + 1 at t."""
         return np.append(array[1:], array.dtype.type(last))
 
-    owners = None
-    if packing.cp == 1:
-        of_token = np.repeat(np.arange(len(lengths)), lengths)
-        owners = Owners(torch.from_numpy(of_token).to(packing.device), len(lengths))
+    of_token = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(packing.device)
+    owners = Owners(sequences.own(of_token), len(lengths))
+    if packing.cp > 1:
+        owners = replace(owners, total=context_parallel_sum)
     generated = [next_of(s.versions, NOT_GENERATED) for s in samples]
     mask_T = joined([g != NOT_GENERATED for g in generated], torch.bool)
     return Microbatch(
@@ -136,3 +137,16 @@ def pack(samples: Sequence[TrainSample], version: int, packing: Packing) -> Micr
         num_tokens=sum(len(s.ids) for s in samples),
         cost=sum(cost(len(s.ids), packing.attention_length) for s in samples),
     )
+
+
+def whole(microbatch: Microbatch) -> Microbatch:
+    """With what every context-parallel rank knows of its tokens, for all tokens of the pack, in order; collective over them.
+
+    For what a sum over a sample does not tell. To be computed with, not run; `sequences.own` cuts the results again.
+    """
+    sequences, owners = microbatch.sequences, microbatch.owners
+    if sequences.kept_T is None:
+        return microbatch
+    known = {f.name: getattr(microbatch, f.name) for f in fields(microbatch) if f.name.endswith("_T")}
+    gathered = {name: sequences.whole(x_T) for name, x_T in known.items() if x_T is not None}
+    return replace(microbatch, owners=Owners(sequences.whole(owners.sample_T), owners.count), **gathered)

@@ -21,14 +21,16 @@ class Owners:
 
     sample_T: Tensor  # int64, 0 <= it < count
     count: int
+    total: Callable[[Tensor], Tensor] = lambda sums: sums
+    """Sums over the ranks that hold the other tokens of these samples; differentiable."""
 
-    def sums(self, x_T: Tensor) -> Tensor:
-        """[N]"""
-        return x_T.new_zeros(self.count).index_add(0, self.sample_T, x_T)
+    def sums(self, x_TC: Tensor) -> Tensor:
+        """[N, C]"""
+        return self.total(x_TC.new_zeros(self.count, *x_TC.shape[1:]).index_add(0, self.sample_T, x_TC))
 
     def means(self, x_T: Tensor, mask_T: Tensor) -> Tensor:
         """[T]: at each token, the mean of x over the masked tokens of its sample, or 0 of none. Differentiable."""
-        sums_N, counts_N = self.sums(torch.where(mask_T, x_T, 0.0)), self.sums(mask_T.to(x_T.dtype))
+        sums_N, counts_N = self.sums(torch.stack([torch.where(mask_T, x_T, 0.0), mask_T.to(x_T.dtype)], 1)).unbind(1)
         return (sums_N / counts_N.clamp(min=1))[self.sample_T]
 
 
@@ -97,6 +99,7 @@ def kl_reward_to_go(behavior_T: Tensor, reference_T: Tensor, mask_T: Tensor, own
     """[T]: sum over this and the later generated tokens of the sample of log pi_behavior - log pi_reference.
 
     It is what beta times is taken from each token's advantage where the KL is part of the reward (gamma = lambda = 1).
+    Of a whole pack (data.whole): the order of the tokens counts.
     """
     kl_T = torch.where(mask_T, behavior_T - reference_T, 0.0).double()
     before_T = kl_T.cumsum(0) - kl_T  # of all earlier tokens in the pack

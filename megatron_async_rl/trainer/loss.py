@@ -43,7 +43,7 @@ class LossInputs:
     advantages_T: Tensor
     mask_T: Tensor  # bool
     lag_T: Tensor  # versions between the one that sampled the token and the one now trained; 0: they should agree
-    owners: Owners | None = None  # None: the rank has no whole samples (context parallelism)
+    owners: Owners | None = None  # for gspo and the sequence level
     reference_T: Tensor | None = None  # with kl_coef
     trusted_T: Tensor | None = None  # bool, with m2_threshold: the others are masked, as beyond the cap
     moved: bool = False  # no logprobs of the step's first weights are known: nothing to compare the engine's with

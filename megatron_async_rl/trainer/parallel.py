@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import random
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
+from torch import Tensor
 
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import ConfigError
@@ -62,3 +64,24 @@ def init_parallel(config: Config) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def context_parallel_sum(x: Tensor) -> Tensor:
+    """The sum over the ranks that share this one's samples, on each of them; collective, in backward too.
+
+    Each rank's loss is made of all the summands, and the loss is the sum of them: so a summand's gradient is the sum of
+    what comes back on all ranks.
+    """
+    return _ContextParallelSum.apply(x)
+
+
+class _ContextParallelSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        summed = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed, group=mpu.get_context_parallel_group())
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _ContextParallelSum.forward(ctx, grad)

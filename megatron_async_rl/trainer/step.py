@@ -25,7 +25,7 @@ from megatron_async_rl.config import Config
 from megatron_async_rl.errors import StepRefused
 from megatron_async_rl.trainer import critic as critics
 from megatron_async_rl.trainer import layers, pipeline, report, updates
-from megatron_async_rl.trainer.data import Microbatch, Packing, cut_minibatches
+from megatron_async_rl.trainer.data import Microbatch, Packing, cut_minibatches, whole
 from megatron_async_rl.trainer.importance import kl_reward_to_go, second_moment_cutoff
 from megatron_async_rl.trainer.logprobs import token_logprobs
 from megatron_async_rl.trainer.loss import MAXIMA, SUMS, LossInputs, policy_loss
@@ -173,8 +173,9 @@ def with_reference(model: TrainerModel, minibatches: list[list[Microbatch]], con
         microbatch = replace(microbatch, reference_T=logprobs.pop(0))
         if algorithm.kl_in == "loss" or model.critic:  # a critic's advantages are made of it later
             return microbatch
-        assert microbatch.owners is not None and microbatch.reference_T is not None
-        kl_T = kl_reward_to_go(microbatch.behavior_T, microbatch.reference_T, microbatch.mask_T, microbatch.owners)
+        pack = whole(microbatch)
+        assert pack.reference_T is not None
+        kl_T = microbatch.sequences.own(kl_reward_to_go(pack.behavior_T, pack.reference_T, pack.mask_T, pack.owners))
         return replace(microbatch, advantages_T=microbatch.advantages_T - algorithm.kl_coef * kl_T)
 
     return [[filled(microbatch) for microbatch in minibatch] for minibatch in minibatches]
