@@ -27,6 +27,7 @@ Fault = Callable[[Job], int | None]
 ROLLOUT, TRAINER = "megatron_async_rl.rollout", "-m megatron_async_rl.trainer"
 CONTROLLER, REWARD, SERVER = "megatron_async_rl.controller", "-m megatron_async_rl.reward", "--model-path"
 CUT_S = 12.0  # longer than faults.silence_s
+FLAG_S = 180.0  # to meet a process that takes it: a server may have to start first
 HOUR_S = 3600
 
 
@@ -163,7 +164,7 @@ def f14_poison_prompt(job: Job) -> None:
     """From here on a prompt holds a token that the model lacks (workflow.py)."""
     (job.world.folder / "poisoned").unlink(missing_ok=True)
     job.world.raise_flag("poison")
-    job.world.wait_for_flag("poison", 60)
+    job.world.wait_for_flag("poison", FLAG_S)
 
 
 MALFORMED = {  # setting -> what the error must name
@@ -244,7 +245,7 @@ def f17_peers_of_other_versions(job: Job) -> None:
 def f18_loss_is_nan(job: Job) -> None:
     """The next loss on one rank is NaN (hooks/sitecustomize.py): the step is refused, nothing of it is served."""
     job.world.raise_flag("nan")
-    job.world.wait_for_flag("nan", 60)
+    job.world.wait_for_flag("nan", FLAG_S)
 
 
 def f19_the_run_ends(job: Job) -> int:
