@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument(
         "run_dir", metavar="RUN_DIR", type=Path, help="its run.dir, on a file system that all hosts share"
     )
-    join.add_argument("names", metavar="NAME", nargs="+", help="rollout-N, reward-N or trainer")
+    join.add_argument(
+        "names", metavar="NAME", nargs="+", help="rollout-N, reward-N, trainer, or trainer-N with trainer.hosts > 1"
+    )
     join.set_defaults(command=_join)
 
     doctor = commands.add_parser("doctor", help="say what is missing on this host, or for this CONFIG")

@@ -30,13 +30,25 @@ class Claims:
 
     def other(self, name: str) -> str:
         """The launcher that has taken the name from us; empty while it is ours, or nobody's."""
+        owner = self.owner(name)
+        return "" if owner == self._me else owner
+
+    def owner(self, name: str) -> str:
+        """The launcher that started it last; empty: nobody has."""
         try:
-            owner = (self._folder / name).read_text().strip()
+            return (self._folder / name).read_text().strip()
         except FileNotFoundError:
             return ""
-        return "" if owner == self._me else owner
 
     def elsewhere(self, role: str) -> int:
         """How many processes of that role other launchers have started."""
         names = [path.name for path in self._folder.glob(f"{role}*")]
         return sum(bool(self.other(name)) for name in names)
+
+
+def run_key(run_dir: Path) -> bytes:
+    """The controller's public key: another in each life of the run; empty while it is made."""
+    try:
+        return (run_dir / "keys" / "hub.key").read_bytes()
+    except FileNotFoundError:
+        return b""

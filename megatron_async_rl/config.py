@@ -17,7 +17,7 @@ from typing import Any, get_args
 import msgspec
 import yaml
 
-from megatron_async_rl.config_checks import cross_check
+from megatron_async_rl.config_checks import check_trainer_hosts, cross_check
 from megatron_async_rl.config_sections import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -101,6 +101,16 @@ class Config(Section, kw_only=True):
             ranks *= size
         return ranks
 
+    @property
+    def trainer_names(self) -> list[str]:
+        """The processes that start the trainer's ranks, in the ranks' order."""
+        one = self.trainer.hosts == 1 or not self.has_trainer
+        return ["trainer"] if one else [f"trainer-{i}" for i in range(self.trainer.hosts)]
+
+    @property
+    def ranks_per_host(self) -> int:
+        return self.trainer_ranks // len(self.trainer_names)
+
 
 def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
     """The configuration in a YAML file, with dotted overrides such as `staleness.eta=0` applied.
@@ -131,6 +141,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     except msgspec.ValidationError as e:
         raise ConfigError(_explain(str(e), tree)) from None
     cross_check(config)
+    check_trainer_hosts(config)
     return config
 
 

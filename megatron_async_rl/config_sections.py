@@ -194,6 +194,14 @@ class CriticConfig(Section, kw_only=True):
 
 class TrainerConfig(Section, kw_only=True):
     data_parallel_size: Annotated[int, _at_least(1, "Replicas of the tensor/pipeline-parallel trainer.")] = 1
+    hosts: Annotated[
+        int,
+        _at_least(
+            1,
+            "Hosts over which its ranks are spread evenly, in order. 1: the process `trainer`; more: `trainer-0`, "
+            "`trainer-1`, ..., one a host, which `run` or `join` starts.",
+        ),
+    ] = 1
     max_tokens_per_microbatch: Annotated[int, _at_least(1, "Token budget of a packed micro-batch.")] = 8192
     packing: Annotated[
         Literal["ffd", "karmarkar_karp"],

@@ -1,4 +1,4 @@
-"""Which GPUs of this host each process sees: the trainer's ranks first, then each server's, none shared."""
+"""Which GPUs of this host each process sees: the trainer's ranks first, those of this host, then each server's, none shared."""
 
 from __future__ import annotations
 
@@ -32,19 +32,21 @@ def assign_gpus(config: Config, gpus: list[str], here: Collection[str] | None = 
 
     `here`: the processes that this host starts, when not all. `sglang.device: cpu` says that nothing of the run uses a GPU.
     """
-    chosen = ["trainer", *(f"rollout-{i}" for i in range(config.rollout.servers))] if here is None else here
+    chosen = [*config.trainer_names, *(f"rollout-{i}" for i in range(config.rollout.servers))] if here is None else here
     servers = [name for name in chosen if name.startswith("rollout-")]
     if config.sglang.get("device") == "cpu":
         return dict.fromkeys(chosen, "")
     per_server = int(config.sglang.get("tp_size", 1))
-    trainer_ranks = config.trainer_ranks if "trainer" in chosen and config.has_trainer else 0
+    trainers = [name for name in config.trainer_names if name in chosen and config.has_trainer]
+    trainer_ranks = config.ranks_per_host * len(trainers)
     needed = trainer_ranks + per_server * len(servers)
     if len(gpus) < needed:
         raise ConfigError(
             f"this run needs {needed} GPUs: {trainer_ranks} trainer ranks, and rollout.servers = {len(servers)} times "
             f"sglang.tp_size = {per_server}; this host has {len(gpus)}. Lower them, or set sglang.device=cpu for a laptop"
         )
-    shares = {"trainer": gpus[:trainer_ranks]} if trainer_ranks else {}
+    each = config.ranks_per_host
+    shares = {name: gpus[index * each : (index + 1) * each] for index, name in enumerate(trainers)}
     for index, server in enumerate(servers):
         first = trainer_ranks + index * per_server
         shares[server] = gpus[first : first + per_server]

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from megatron_async_rl import config as config_module
 from megatron_async_rl import processes, roles
+from megatron_async_rl.claims import run_key
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import ConfigError, DataError, Error
 from megatron_async_rl.launch import GRACE_S, Run, tell
@@ -30,21 +31,21 @@ POLL_S = 0.2
 
 def join(run_dir: Path, names: Sequence[str]) -> int:
     """Serves the run to its end. Returns the exit code. Raises Error when our processes cannot be kept alive."""
-    roles.check_joining(names)
     run_dir = run_dir.resolve()
     config = _config_of(run_dir)
+    roles.check_joining(names, config)
     _wait_for_the_run(run_dir, config)
     console = Console()
     supervisor = Supervisor(run_dir, config.faults, lambda text: tell(console, text))
     run = Run(run_dir, supervisor, config.faults.grace_s)
     with run.signals():
         try:
-            keys = _keys(run_dir)
+            keys = run_key(run_dir)
             run.start(config, names)
             tell(console, f"{', '.join(names)} started for the run in {run_dir}")
             while not run.over():
-                if _keys(run_dir) != keys:
-                    keys = _keys(run_dir)
+                if run_key(run_dir) != keys:
+                    keys = run_key(run_dir)
                     tell(console, "the run has begun a new life: its workers here are started anew")
                     processes.stop(supervisor.processes, GRACE_S)
                     run.start(config, [name for name in names if not supervisor.children[name].given_up])
@@ -73,14 +74,6 @@ def _config_of(run_dir: Path) -> Config:
     if not path.exists():
         raise ConfigError(f"{run_dir} is not the folder of a run: it has no config.yaml; give the run.dir of a run")
     return config_module.load(path)
-
-
-def _keys(run_dir: Path) -> bytes:
-    """The controller's public key: another in each life of the run; empty while it is made."""
-    try:
-        return (run_dir / "keys" / "hub.key").read_bytes()
-    except FileNotFoundError:
-        return b""
 
 
 def _wait_for_the_run(run_dir: Path, config: Config) -> None:

@@ -29,9 +29,10 @@ from rich.console import Console
 from megatron_async_rl import config as config_module
 from megatron_async_rl import display, doctor, processes, roles
 from megatron_async_rl.config import Config
+from megatron_async_rl.config_checks import straddling
 from megatron_async_rl.errors import ConfigError, DataError, Error
 from megatron_async_rl.metrics import read_status
-from megatron_async_rl.supervise import Supervisor
+from megatron_async_rl.supervise import Child, Supervisor
 
 GRACE_S = 15.0  # from SIGTERM to SIGKILL
 LAST_WORDS_S = 20.0  # for the others to end by themselves after controller and trainer have
@@ -59,12 +60,18 @@ class Run:
     def signalled(self, number: int, _: object) -> None:
         if number == signal.SIGTERM and self.preempted_at is None:
             self.preempted_at = time.monotonic()
-            controller = self.supervisor.children.get("controller")
-            if controller:
+            children = self.supervisor.children
+            told = [children["controller"]] if "controller" in children else self.beside_trainers()
+            for child in told:
                 with contextlib.suppress(ProcessLookupError):
-                    controller.process.send_signal(signal.SIGTERM)
+                    child.process.send_signal(signal.SIGTERM)
         else:
             self.interrupted = number
+
+    def beside_trainers(self) -> list[Child]:
+        """The workers that need not wait for the trainer on this host to save; none without one."""
+        children = self.supervisor.children.values()
+        return [child for child in children if child.role != "trainer" and self.supervisor.trainers]
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -98,15 +105,16 @@ class Run:
             return True
         if self.preempted_at is None:
             return self.supervisor.over()
-        if "controller" not in self.supervisor.children:
-            return True  # nobody here to end what runs in order
-        ended = all(process.poll() is not None for process in self.supervisor.processes)
+        last = self.supervisor.processes
+        if "controller" not in self.supervisor.children:  # if it was told too, the trainer saves, on all hosts
+            last = [trainer.process for trainer in self.supervisor.trainers]
+        ended = all(process.poll() is not None for process in last)
         return ended or time.monotonic() - self.preempted_at > self.grace_s
 
 
 def run(config: Config, from_scratch: bool = False, elsewhere: Collection[str] = ()) -> int:
     """Runs to the end. Returns the exit code. Raises Error when the run failed. `elsewhere`: not started here."""
-    roles.check_joining(elsewhere)
+    roles.check_joining(elsewhere, config)
     doctor.preflight(config)
     run_dir = config.run_dir.resolve()
     console = Console()
@@ -115,6 +123,8 @@ def run(config: Config, from_scratch: bool = False, elsewhere: Collection[str] =
             console.print(display.summary(read_status(run_dir)), highlight=False)
             console.print(f"{run_dir} is complete: raise run.steps to go on, or begin anew with --from-scratch")
             return 0
+        if warning := straddling(config):
+            console.print(f"warning: {warning}", highlight=False)
         (run_dir / "config.yaml").write_text(config_module.dump(config))
         run = Run(run_dir, Supervisor(run_dir, config.faults, lambda text: tell(console, text)), config.faults.grace_s)
         with run.signals():

@@ -1,5 +1,6 @@
 """The processes of a run by name, and the command that starts each: rollout-0, rollout-1, ..., reward-0, ..., trainer.
 
+With trainer.hosts > 1 the trainer is trainer-0, trainer-1, ...: on each host a node (node/) that starts its ranks.
 With run.mode = rollout_only the recorder is what bears the trainer's name.
 
 Rollout and reward workers may have any number: one beyond rollout.servers is an additional server.
@@ -19,7 +20,7 @@ from megatron_async_rl.config import Config
 from megatron_async_rl.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_JOINING = re.compile(r"trainer|(rollout|reward)-\d+")
+_JOINING = re.compile(r"(rollout|reward)-\d+")
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,18 @@ class Command:
 def names(config: Config) -> list[str]:
     """All processes of a run, in the order in which they are started."""
     servers = [f"rollout-{i}" for i in range(config.rollout.servers)]
-    return ["controller", *servers, "trainer", *(f"reward-{i}" for i in range(config.reward.workers))]
+    return ["controller", *servers, *config.trainer_names, *(f"reward-{i}" for i in range(config.reward.workers))]
 
 
-def check_joining(chosen: Collection[str]) -> None:
+def check_joining(chosen: Collection[str], config: Config) -> None:
     """Raises ConfigError for a name that no process of another launcher can have."""
+    trainers = config.trainer_names
     for name in chosen:
-        if not _JOINING.fullmatch(name):
+        if not _JOINING.fullmatch(name) and name not in trainers:
+            several = f"; trainer.hosts = {config.trainer.hosts}" if config.has_trainer else ""
             raise ConfigError(
-                f"{name!r} cannot be started apart from the controller; expected rollout-N, reward-N or trainer"
+                f"{name!r} cannot be started apart from the controller; expected rollout-N, reward-N or "
+                f"{' or '.join(trainers)}{several}"
             )
 
 
@@ -60,15 +64,18 @@ def _command(name: str, config: Config, run_dir: str, gpus: str | None) -> Comma
         return Command([sys.executable, "-m", "megatron_async_rl.recorder", run_dir], env)
     if role != "trainer":
         return Command([sys.executable, "-m", module, run_dir, *([] if role == "controller" else [name])], env)
-    return Command(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={config.trainer_ranks}"),
-            *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--no-python"),
-            *(sys.executable, "-m", module, run_dir),
-        ],
-        env
-        | {
-            "OMP_NUM_THREADS": str(config.trainer.threads),
-            "NCCL_CUMEM_ENABLE": "0",  # as SGLang sets it
-        },
-    )
+    env |= {
+        "OMP_NUM_THREADS": str(config.trainer.threads),
+        "NCCL_CUMEM_ENABLE": "0",  # as SGLang sets it
+    }
+    if len(config.trainer_names) > 1:
+        return Command([sys.executable, "-m", "megatron_async_rl.node", run_dir, name], env)
+    return Command(torchrun(config, run_dir, "--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"), env)
+
+
+def torchrun(config: Config, run_dir: str, *meeting: str) -> list[str]:
+    """Starts this host's trainer ranks, which find the others as `meeting` says."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={config.ranks_per_host}"),
+        *("--no-python", sys.executable, "-m", "megatron_async_rl.trainer", run_dir),
+    ]

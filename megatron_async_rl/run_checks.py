@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from megatron_async_rl.config import Config
+from megatron_async_rl.config_checks import straddling
 from megatron_async_rl.errors import ConfigError, DataError, Error
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
@@ -109,9 +110,11 @@ def _trainer_layout(config: Config, model: ModelFolder) -> Check:
                 fitting = ", ".join(map(str, _common_divisors(*parts.values())))
                 return Check("trainer layout", False, detail, f"set megatron.{name}_parallel_size to one of {fitting}")
     sizes = {name: config.parallel_size(f"{name}_model") for name in ("tensor", "pipeline", "expert")}
-    return Check(
-        "trainer layout", True, f"{config.trainer_ranks} ranks: {', '.join(f'{k} {v}' for k, v in sizes.items())}"
-    )
+    detail = f"{config.trainer_ranks} ranks: {', '.join(f'{k} {v}' for k, v in sizes.items())}"
+    if len(config.trainer_names) > 1:
+        detail += f"; {config.ranks_per_host} on each of {config.trainer.hosts} hosts"
+    warning = straddling(config)
+    return Check("trainer layout", True, detail + (f"; warning: {warning}" if warning else ""))
 
 
 def _engine_layout(config: Config, model: ModelFolder) -> Check:

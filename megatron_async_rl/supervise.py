@@ -2,7 +2,8 @@
 
     rollout or reward worker   anew; given up after faults.max_restarts; the run ends below faults.min_servers
     trainer                    anew, all ranks: it goes on from its checkpoint and the recorded batches
-    controller                 anew when it was killed; an error that it names itself ends the run
+    trainer-0, trainer-1 ...   their lives are their own affair (node/): anew when one was killed, on all hosts
+    controller                 anew when it was killed; an error that it, or trainer-N, names itself ends the run
     silent worker              killed first: the controller tells of it in status.json
     controller without news    the same, when status.json has not changed for faults.silence_s
     taken over                 left alone: another launcher, on another host, has started it since (claims.py)
@@ -48,6 +49,11 @@ class Child:
         return self.name.split("-")[0]
 
     @property
+    def names_its_errors(self) -> bool:
+        """Exit code 2 is the run's end: it has seen to it itself that nothing else helps."""
+        return self.role == "controller" or (self.role == "trainer" and self.name != "trainer")
+
+    @property
     def ended_well(self) -> bool:
         return self.process.poll() == 0
 
@@ -83,6 +89,10 @@ class Supervisor:
         return [child.process for child in self.children.values()]
 
     @property
+    def trainers(self) -> list[Child]:
+        return [child for child in self.children.values() if child.role == "trainer"]
+
+    @property
     def silent_s(self) -> float:
         """Since the controller last wrote status.json."""
         return time.monotonic() - self._news[1]
@@ -91,8 +101,7 @@ class Supervisor:
         """Whether there is nothing more to wait for; starts again who died, unless that ends the run."""
         status = self._status()
         ending = self._is_ending(status)
-        trainer = self.children.get("trainer")
-        if ending and (trainer is None or trainer.ended_well or trainer.given_up):
+        if ending and all(trainer.ended_well or trainer.given_up for trainer in self.trainers):
             return True
         self._began = self._began or status.state == "training"
         if not ending:  # once the controller has ended well, whoever ends does so in order
@@ -119,7 +128,7 @@ class Supervisor:
             child.given_up = True
             self.tell(f"{child.name} ended with exit code {code} and is not started again here: {owner} has it")
             return
-        if not self._began or (child.role == "controller" and code == processes.EXIT_ERROR):
+        if not self._began or (child.names_its_errors and code == processes.EXIT_ERROR):
             self.failed = self.failed or child.name
             return
         if now - child.started > self.rules.healthy_s:
@@ -150,7 +159,7 @@ class Supervisor:
         left = sum(c.role == child.role and not c.given_up for c in self.children.values())
         left += self.claims.elsewhere(child.role)
         least = {"rollout": self.rules.min_servers}.get(child.role, 1)
-        if left >= least:
+        if left >= least and child.role != "trainer":  # all its hosts are needed
             self.tell(f"{times} and is given up; {left} {child.role} workers go on")
             return
         self.failed = self.failed or child.name

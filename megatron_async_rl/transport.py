@@ -24,7 +24,7 @@ import zmq.asyncio
 import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
-from megatron_async_rl import __version__
+from megatron_async_rl import __version__, addresses
 from megatron_async_rl.errors import ConfigError, ProtocolError
 from megatron_async_rl.messages import (
     AnyMessage,
@@ -214,10 +214,7 @@ class SyncLink:
     @property
     def own_address(self) -> str:
         """This host's address on the way to the controller: loopback where that is on this host."""
-        host, port = self._controller.removeprefix("tcp://").rsplit(":", 1)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, int(port)))  # routes, sends nothing
-            return probe.getsockname()[0]
+        return addresses.own_address(self._controller)
 
     def join(self, hello: Hello, timeout_s: float = 60.0) -> int:
         hello = with_versions(hello)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_async_rl"
-PROCESSES = {"controller", "rollout", "reward", "trainer", "recorder"}
+PROCESSES = {"controller", "rollout", "reward", "trainer", "recorder", "node"}
 HEAVY = {"trainer", "weights"}  # the folders that may import torch and Megatron
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 UNSAFE_NAMES = {  # of modules that are fine otherwise: never imported bare, so that calls of them can be seen

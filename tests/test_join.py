@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -76,9 +76,10 @@ def test_the_process_that_lost_its_name_is_refused_and_the_new_one_keeps_it(
     with_controller(inputs, tmp_path, test)
 
 
-def test_joining_nothing_is_one_clear_message(tmp_path: Path) -> None:
+def test_joining_nothing_is_one_clear_message(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no config\.yaml"):
         join(tmp_path, ["rollout-0"])
+    Inputs(*inputs, inputs[1]).config(tmp_path / "run").rename(tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match=r"'controller' cannot be started apart"):
         join(tmp_path, ["controller"])
 
@@ -94,12 +95,12 @@ def test_joining_a_run_that_is_not_on_says_so(inputs: tuple[Path, Path], tmp_pat
 class Host:
     """One launcher, in a session of its own as on a host of its own."""
 
-    def __init__(self, log: Path, *arguments: str) -> None:
+    def __init__(self, log: Path, *arguments: str, prefix: Sequence[str] = (), **env: str) -> None:
         self.log = log
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_async_rl", *arguments],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
+                [*prefix, sys.executable, "-m", "megatron_async_rl", *arguments],
+                env={**os.environ, **env, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -81,10 +81,10 @@ def some(servers: int, **sections: dict[str, object]) -> Config:
 
 def test_every_process_has_a_name_and_the_controller_stays_with_run() -> None:
     assert roles.names(some(2)) == ["controller", "rollout-0", "rollout-1", "trainer", "reward-0"]
-    roles.check_joining(["rollout-0", "rollout-17", "reward-3", "trainer"])
+    roles.check_joining(["rollout-0", "rollout-17", "reward-3", "trainer"], some(2))
     for name in ("controller", "rollout", "rollout-x", "trainer-0", ""):
         with pytest.raises(ConfigError, match="cannot be started apart from the controller"):
-            roles.check_joining([name])
+            roles.check_joining([name], some(2))
 
 
 def test_a_host_gives_its_gpus_to_what_it_starts_alone() -> None:

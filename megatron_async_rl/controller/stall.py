@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 from collections import Counter
+from pathlib import Path
 
 from megatron_async_rl.controller.core import Core
 from megatron_async_rl.controller.workers import Workers
@@ -14,9 +15,10 @@ from megatron_async_rl.controller.workers import Workers
 def dump_stacks(workers: Workers) -> None:
     """Every process of this host writes the stacks of its threads into its log; one that is stopped is woken for it."""
     for pid in [os.getpid(), *(worker.hello.pid for worker in workers)]:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGUSR2)
-            os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(OSError):  # it has ended
+            if b"megatron_async_rl" in Path(f"/proc/{pid}/cmdline").read_bytes():  # else a worker's of another host
+                os.kill(pid, signal.SIGUSR2)
+                os.kill(pid, signal.SIGCONT)
 
 
 def who_waits(core: Core, workers: Workers, awaited_since: float | None, journal_error: str, now: float) -> str:

@@ -1,0 +1,39 @@
+"""This host's own address and network interface, as seen on the way to another host."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import socket
+import struct
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
+_NAME_BYTES = 256  # room for struct ifreq
+
+
+def own_address(controller: str) -> str:
+    """This host's address on the way to the controller (`tcp://HOST:PORT`): loopback where that is on this host."""
+    host, port = controller.removeprefix("tcp://").rsplit(":", 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))  # routes, sends nothing
+        return probe.getsockname()[0]
+
+
+def interface_of(address: str) -> str:
+    """The interface that has this IPv4 address; empty where none has it as its first."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack(f"{_NAME_BYTES}s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == address:  # struct ifreq: a name of 16 bytes, a sockaddr_in
+                    return name
+    return ""
+
+
+def reserve_port() -> socket.socket:
+    """A socket bound to a free port, not listening: nobody is given the port while it is open, and a server that sets
+    SO_REUSEADDR, as torch's store does, can listen there all the same."""
+    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("", 0))
+    return held

@@ -1,0 +1,1 @@
+"""One host's part of a trainer that is on several: PROCESS."""

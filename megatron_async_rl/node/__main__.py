@@ -1,0 +1,15 @@
+"""`python -m megatron_async_rl.node RUN_DIR NAME`: the ranks of a trainer on several hosts that are on this one."""
+
+import sys
+from pathlib import Path
+
+from megatron_async_rl import config, processes
+from megatron_async_rl.node.node import Node
+
+
+def _run(run_dir: Path, name: str) -> None:
+    Node(config.load(run_dir / "config.yaml"), run_dir, name).run()
+
+
+if __name__ == "__main__":
+    processes.main(lambda: _run(Path(sys.argv[1]), sys.argv[2]))

@@ -1,0 +1,144 @@
+"""A run whose two pipeline stages are on two hosts, each a network namespace with an address of its own, and what becomes of
+it when a rank, a host or the whole job is lost. Runs inside namespaces (world.py); asserts as it goes.
+
+    python tests/trainer_hosts_main.py MODEL DATASET FOLDER
+"""
+
+from __future__ import annotations
+
+import signal
+import stat
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+from chaos_parts import world
+from test_join import Host, wait
+from test_loop import Inputs
+
+from megatron_async_rl import audit
+from megatron_async_rl.checkpoints import manifests
+from megatron_async_rl.metrics import read_status
+from megatron_async_rl.node.lives import FOLDER, Life
+
+ON_B = ("ip", "netns", "exec", "b")
+
+
+class Job:
+    def __init__(self, model: Path, dataset: Path, folder: Path) -> None:
+        self.run_dir = folder / "run"
+        self.path = Inputs(model, dataset, dataset).config(
+            self.run_dir,
+            run={"dir": str(self.run_dir), "steps": 5000, "export_every": 0, "host": world.HOST_A},
+            data={"eval": None},
+            rollout={"max_new_tokens": 12, "max_concurrent_samples": 16},
+            faults={"silence_s": 15, "backoff_s": 0.1, "max_restarts": 3},
+            trainer={"hosts": 2, "start_timeout_s": 100},
+            megatron={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2},
+            checkpoint={"every": 2},
+        )
+        self.folder = folder
+        self.hosts: list[Host] = []
+
+    def run(self, *overrides: str) -> Host:
+        """On host A, with all but the second half of the trainer. The engine's gloo needs the interface's name."""
+        arguments = ("run", str(self.path), *overrides, "--elsewhere", "trainer-1")
+        return self._add(Host(self.folder / "run.out", *arguments, GLOO_SOCKET_IFNAME="a0"))
+
+    def join(self) -> Host:
+        wait(lambda: (self.run_dir / "controller.address").exists())
+        return self._add(Host(self.folder / "join.out", "join", str(self.run_dir), "trainer-1", prefix=ON_B))
+
+    def _add(self, host: Host) -> Host:
+        self.hosts.append(host)
+        return host
+
+    def trained(self, version: int) -> bool:
+        assert self.hosts[0].process.poll() is None, self.hosts[0].log.read_text()[-3000:]
+        status = self.run_dir / "status.json"
+        return status.exists() and read_status(self.run_dir).version >= version
+
+    def goes_on(self, steps: int = 2) -> None:
+        now = read_status(self.run_dir).version
+        wait(lambda: self.trained(now + steps), 100)
+
+    def lives(self) -> list[Life]:
+        files = [self.run_dir / FOLDER / name for name in ("trainer-0", "trainer-1")]
+        assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
+        return [msgspec.json.decode(file.read_bytes(), type=Life) for file in files]
+
+    def check_books(self) -> None:
+        result = audit.audit(self.run_dir, 3)
+        assert result.breaches == [] and result.lost == result.duplicated == 0, result
+
+
+def rank_of(host: Host) -> psutil.Process:
+    """The one trainer rank that this launcher has."""
+    everyone = host.everyone()
+    (agent,) = (p for p in everyone if "torch.distributed.run" in p.cmdline())
+    (rank,) = agent.children()  # it has forks of its own, which write checkpoints
+    return rank
+
+
+def main(model: Path, dataset: Path, folder: Path) -> None:
+    world.World(folder / "chaos").make_hosts()
+    job = Job(model, dataset, folder)
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        sys.stderr.write(f"{time.monotonic() - began:6.1f} s  {text}\n")
+
+    try:
+        a = job.run()
+        b = job.join()
+        wait(lambda: job.trained(2), 150)
+        say("trains")
+        first, second = job.lives()
+        assert (first.life, first.restarts, second.life, second.restarts) == (1, 0, 1, 0)
+        assert first.address == world.HOST_A and first.port > 0
+        old = [rank_of(a), rank_of(b)]
+        old[1].kill()
+        wait(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in old), 20)  # both, not one
+        job.goes_on()
+        say("a rank was killed on the second host")
+        assert [(n.life, n.restarts) for n in job.lives()] == [(2, 1), (2, 1)]  # one restart, though two lost a rank
+        assert rank_of(a) != old[0] and rank_of(b) != old[1]
+
+        b.kill()
+        assert b.watch.left() == []
+        survivor = rank_of(a)
+        b = job.join()
+        job.goes_on()
+        say("the second host was lost and joined anew")
+        assert len({n.life for n in job.lives()}) == 1 and job.lives()[0].life >= 3
+        assert not survivor.is_running() or survivor.status() == psutil.STATUS_ZOMBIE
+
+        for host in (b, a):
+            host.process.send_signal(signal.SIGTERM)
+        assert [host.process.wait(90) for host in (b, a)] == [75, 75]
+        assert a.watch.left() == [] and b.watch.left() == []
+        version = read_status(job.run_dir).version
+        assert manifests(job.run_dir)[0].version == version  # saved on both hosts
+        job.check_books()
+        say("told to end")
+
+        job.hosts.clear()
+        a = job.run(f"run.steps={version + 2}")
+        b = job.join()
+        assert [host.process.wait(150) for host in (a, b)] == [0, 0], a.log.read_text()[-2000:]
+        status = read_status(job.run_dir)
+        assert (status.state, status.version) == ("finished", version + 2)
+        assert (job.run_dir / "policy" / "config.json").exists()
+        assert a.watch.left() == [] and b.watch.left() == []
+        job.check_books()
+        say("ended")
+    finally:
+        for host in job.hosts:
+            host.kill()
+
+
+if __name__ == "__main__":
+    world.enter()
+    main(*(Path(argument) for argument in sys.argv[1:]))
