@@ -100,7 +100,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
     )
     try:
-        said, _ = ranks.communicate(timeout=300)
+        said, _ = ranks.communicate(timeout=480)
     finally:
         ranks.terminate()  # torchrun ends its workers on SIGTERM; they would outlive a SIGKILL
         ranks.wait(30)
@@ -189,7 +189,7 @@ def test_weights_after_a_step_do_not_depend_on_layout_or_cut(ran: Path, results:
     moved = {n: want[n] - before[n] for n in want}
     assert min(m.abs().max().item() for m in moved.values()) > 0
     difference, name = worst(load(ran / f"weights {layout}.pt"), want, moved)
-    assert difference < 1e-3, name
+    assert difference < 1e-4, name
     for key in (
         "train/loss",
         "train/grad_norm",
@@ -309,7 +309,7 @@ def test_policy_and_critic_do_not_depend_on_layout_or_cut(ran: Path, results: di
         before = hf_model(ran / "models" / "qwen3").state_dict() | {"value head": torch.zeros(1, 32)}
         moved = {n: weights[n] - before[n] for n in weights}
         difference, name = worst(load(ran / f"{who} {layout}.pt"), weights, moved)
-        assert difference < 1e-2, name
+        assert difference < 2e-4, (who, name)
 
 
 def test_the_critic_is_a_model_of_its_own_that_learns(ran: Path, results: dict[str, Any]) -> None:
