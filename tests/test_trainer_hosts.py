@@ -222,13 +222,27 @@ def test_a_death_anywhere_is_one_life_and_one_restart_for_all(bench: Bench) -> N
     assert not any(Path(f"/proc/{pid}").exists() for pid in before)
 
 
+def test_ranks_that_do_not_listen_are_killed_when_another_life_begins(bench: Bench) -> None:
+    ready = bench.run_dir / "ready"
+    deaf = "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    bench.codes[0] = f"{deaf}pathlib.Path({str(ready)!r}).touch(); time.sleep(600)"
+    bench.start("trainer-0", "trainer-1")
+    bench.both_run(1)
+    bench.wait(ready.exists)
+    old = bench.pid("trainer-0")
+    os.kill(bench.pid("trainer-1"), 9)
+    bench.wait(lambda: bench.life("trainer-0").life == 2 and bench.pid("trainer-0") not in (0, old))
+    assert not Path(f"/proc/{old}").exists()
+    bench.codes[0] = SLEEP
+
+
 def test_the_limit_is_for_the_lives_and_ends_all_of_them_by_name(bench: Bench) -> None:
     bench.codes[1] = "raise SystemExit(1)"
     bench.start("trainer-0", "trainer-1", max_restarts=2)
     bench.wait(lambda: len(bench.ended) == 2)
     for error in bench.ended.values():
         assert "the trainer died 3 times (faults.max_restarts = 2); trainer-1 ended with exit code 1" in str(error)
-    assert len(bench.started) == 6  # three lives of two
+    assert [bench.life(name).life for name in bench.nodes] == [3, 3]
 
 
 def test_a_healthy_life_begins_the_count_anew(bench: Bench) -> None:
@@ -262,6 +276,14 @@ def test_who_never_comes_is_named_with_who_waits(bench: Bench) -> None:
     bench.start("trainer-0", "trainer-1")  # of a later start: the failure is not theirs
     bench.both_run(2)
     assert bench.life("trainer-0").restarts == 0
+
+
+def test_nodes_give_signs_of_life_while_their_ranks_train(bench: Bench) -> None:
+    bench.start("trainer-0", "trainer-1", silence_s=2)
+    bench.both_run(1)
+    before = [bench.pid(name) for name in bench.nodes]
+    time.sleep(4)
+    assert [bench.pid(name) for name in bench.nodes] == before
 
 
 def test_a_silent_host_begins_a_life_that_waits_for_it(bench: Bench) -> None:
@@ -342,5 +364,12 @@ def test_two_hosts_train_and_come_back_from_the_loss_of_a_rank_a_host_and_the_jo
         program, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    for stage in ("trains", "a rank was killed", "the second host was lost", "told to end", "ended"):
+    for stage in (
+        "trains",
+        "a rank was killed",
+        "the second host was lost",
+        "the first host was lost",
+        "told to end",
+        "ended",
+    ):
         assert f"s  {stage}" in done.stderr

@@ -115,6 +115,17 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         assert len({n.life for n in job.lives()}) == 1 and job.lives()[0].life >= 3
         assert not survivor.is_running() or survivor.status() == psutil.STATUS_ZOMBIE
 
+        a.kill()  # with the controller
+        assert a.watch.left() == []
+        before = job.lives()[0].life
+        job.hosts.remove(a)
+        a = job.run()
+        job.hosts.reverse()
+        job.goes_on()
+        say("the first host was lost and run again; the second came along by itself")
+        assert b.process.poll() is None and b.says("the run has begun a new life")
+        assert job.lives()[0].life > before and job.lives()[0].restarts == 0
+
         for host in (b, a):
             host.process.send_signal(signal.SIGTERM)
         assert [host.process.wait(90) for host in (b, a)] == [75, 75]
