@@ -184,19 +184,43 @@ def fresh_logprobs(run_dir: Path, version: int, line: SampleLine) -> np.ndarray:
     return logprobs[line.num_prompt - 1 :].numpy()
 
 
+def difference_from_fresh_prefills(run: FinishedRun, line: SampleLine, num_spans: int) -> float:
+    """Asserts that the first spans of the sample are as a fresh prefill under the weights of their labels has them.
+
+    Returns the largest difference from prefills under neighbouring versions.
+    """
+    done, wrong_version = 0, 0.0
+    for version, count in line.versions[:num_spans]:
+        these = slice(done, done + count)
+        said = np.asarray(line.logprobs[these])
+        np.testing.assert_allclose(said, fresh_logprobs(run.folder, version, line)[these], atol=1e-3)
+        other = fresh_logprobs(run.folder, version + 1 if version < STEPS else version - 1, line)
+        wrong_version = max(wrong_version, float(np.abs(said - other[these]).max()))
+        done += count
+    return wrong_version
+
+
 def test_an_interrupted_sample_s_logprobs_are_those_of_a_fresh_prefill(run: FinishedRun) -> None:
     spanning = [line for line in run.samples if len(line.versions) >= 2][:12]
-    wrong_version = 0.0
-    for line in spanning:
-        done = 0
-        for version, count in line.versions:
-            these = slice(done, done + count)
-            said = np.asarray(line.logprobs[these])
-            np.testing.assert_allclose(said, fresh_logprobs(run.folder, version, line)[these], atol=1e-3)
-            other = fresh_logprobs(run.folder, version + 1 if version < STEPS else version - 1, line)
-            wrong_version = max(wrong_version, float(np.abs(said - other[these]).max()))
-            done += count
+    wrong_version = max(difference_from_fresh_prefills(run, line, len(line.versions)) for line in spanning)
     assert wrong_version > 0.01  # the weights differ enough that a stale cache or a wrong label would have shown
+
+
+@pytest.mark.parametrize("weights", [{"interrupt": "retract"}, {"kv_cache": "keep"}], ids=["retract", "keep"])
+def test_requests_may_stay_in_the_engine_during_updates(
+    weights: dict[str, str], inputs: Inputs, tmp_path: Path
+) -> None:
+    """keep: the first span alone is as a fresh prefill; what comes of the others test_interruption.py says."""
+    child = start(inputs.config(tmp_path / "run", data={"eval": None}, weights=weights))
+    output, errors = child.communicate(timeout=300)
+    assert child.returncode == 0, output[-3000:] + errors[-3000:]
+    run = FinishedRun(tmp_path / "run", output)
+    assert run.status.ledger["trained"] == STEPS * 4 and run.status.ledger["pending"] == 0
+    spanning = [line for line in run.samples if len(line.versions) >= 2]
+    spans = 1 if "kv_cache" in weights else None
+    wrong_version = max(difference_from_fresh_prefills(run, line, spans or len(line.versions)) for line in spanning)
+    assert wrong_version > 0.01
+    assert_nobody_left(run.folder)
 
 
 def test_the_engine_and_transformers_agree_on_the_exported_policy(run: FinishedRun) -> None:
