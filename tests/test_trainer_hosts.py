@@ -260,9 +260,9 @@ def test_who_dies_before_the_first_step_ends_the_run_on_all_hosts(bench: Bench) 
     bench.codes[1] = "raise SystemExit(1)"
     bench.start("trainer-0", "trainer-1")
     bench.wait(lambda: len(bench.ended) == 2)
-    assert {str(error) for error in bench.ended.values()} == {
-        "trainer-1 ended with exit code 1 before the first training step"
-    }
+    log = bench.run_dir / "logs" / "trainer-1.log"
+    said = f"trainer-1 ended with exit code 1 before the first training step: its log is {log}"
+    assert {str(error) for error in bench.ended.values()} == {said}
 
 
 def test_who_never_comes_is_named_with_who_waits(bench: Bench) -> None:

@@ -43,9 +43,16 @@ class Job:
         self.hosts: list[Host] = []
 
     def run(self, *overrides: str) -> Host:
-        """On host A, with all but the second half of the trainer. The engine's gloo needs the interface's name."""
-        arguments = ("run", str(self.path), *overrides, "--elsewhere", "trainer-1")
-        return self._add(Host(self.folder / "run.out", *arguments, GLOO_SOCKET_IFNAME="a0"))
+        """On host A. gloo is told of no interface: the trainer must find the one between the hosts."""
+        arguments = ("run", str(self.path), *overrides, "--elsewhere", "rollout-0,trainer-1")
+        self.main = self._add(Host(self.folder / "run.out", *arguments))
+        return self.main
+
+    def serve(self) -> Host:
+        """On host A too, by itself: the engine's gloo does need the interface's name."""
+        wait(lambda: (self.run_dir / "controller.address").exists())
+        arguments = ("join", str(self.run_dir), "rollout-0")
+        return self._add(Host(self.folder / "serve.out", *arguments, GLOO_SOCKET_IFNAME="a0"))
 
     def join(self) -> Host:
         wait(lambda: (self.run_dir / "controller.address").exists())
@@ -56,7 +63,7 @@ class Job:
         return host
 
     def trained(self, version: int) -> bool:
-        assert self.hosts[0].process.poll() is None, self.hosts[0].log.read_text()[-3000:]
+        assert self.main.process.poll() is None, self.main.log.read_text()[-3000:]
         status = self.run_dir / "status.json"
         return status.exists() and read_status(self.run_dir).version >= version
 
@@ -92,6 +99,7 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
 
     try:
         a = job.run()
+        c = job.serve()
         b = job.join()
         wait(lambda: job.trained(2), 150)
         say("trains")
@@ -118,31 +126,29 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         a.kill()  # with the controller
         assert a.watch.left() == []
         before = job.lives()[0].life
-        job.hosts.remove(a)
         a = job.run()
-        job.hosts.reverse()
         job.goes_on()
         say("the first host was lost and run again; the second came along by itself")
         assert b.process.poll() is None and b.says("the run has begun a new life")
         assert job.lives()[0].life > before and job.lives()[0].restarts == 0
 
-        for host in (b, a):
+        for host in (b, c, a):
             host.process.send_signal(signal.SIGTERM)
-        assert [host.process.wait(90) for host in (b, a)] == [75, 75]
-        assert a.watch.left() == [] and b.watch.left() == []
+        assert [host.process.wait(90) for host in (b, c, a)] == [75, 75, 75]
+        assert a.watch.left() == b.watch.left() == c.watch.left() == []
         version = read_status(job.run_dir).version
         assert manifests(job.run_dir)[0].version == version  # saved on both hosts
         job.check_books()
         say("told to end")
 
-        job.hosts.clear()
         a = job.run(f"run.steps={version + 2}")
+        c = job.serve()
         b = job.join()
-        assert [host.process.wait(150) for host in (a, b)] == [0, 0], a.log.read_text()[-2000:]
+        assert [host.process.wait(150) for host in (a, b, c)] == [0, 0, 0], a.log.read_text()[-2000:]
         status = read_status(job.run_dir)
         assert (status.state, status.version) == ("finished", version + 2)
         assert (job.run_dir / "policy" / "config.json").exists()
-        assert a.watch.left() == [] and b.watch.left() == []
+        assert a.watch.left() == b.watch.left() == c.watch.left() == []
         job.check_books()
         say("ended")
     finally:

@@ -211,8 +211,8 @@ class Node:
         rules, life = self._config.faults, self._lives.own
         restarts = 0 if time.monotonic() - started > rules.healthy_s else life.restarts
         if not self._began:
-            text = processes.error_text(self._run_dir / "logs" / f"{self._name}.log")
-            self._fail(f"{why} before the first training step{f': {text}' if text else ''}")
+            log = self._run_dir / "logs" / f"{self._name}.log"
+            self._fail(f"{why} before the first training step: {processes.error_text(log) or f'its log is {log}'}")
         if restarts >= rules.max_restarts:
             self._fail(f"the trainer died {restarts + 1} times (faults.max_restarts = {rules.max_restarts}); {why}")
         self._say(Life(life.life + 1, restarts + 1, why))
