@@ -6,6 +6,8 @@ What the fake answers was taken from real servers; tests/test_loop.py drives the
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,7 @@ from aiohttp import web
 
 from megatron_async_rl.errors import EngineError
 from megatron_async_rl.messages import Bucket, TensorSpec
+from megatron_async_rl.rollout import client as client_module
 from megatron_async_rl.rollout.client import EngineClient, Sampling
 
 BUCKET = Bucket([TensorSpec("model.norm.weight", "bfloat16", [4])])
@@ -201,3 +204,38 @@ def test_a_silent_server_is_an_error_within_the_deadline() -> None:
 
     with pytest.raises(EngineError, match="did not answer within"):
         asyncio.run(run())
+
+
+def test_a_connection_that_the_server_has_closed_while_we_were_busy_is_not_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SGLang closes what was idle for 5 s; whoever's event loop was held up for so long has not heard of it."""
+    monkeypatch.setattr(client_module, "KEEP_ALIVE_S", 0.2)
+    fake = FakeSGLang("0.5.21", reply([5], [{"version": "3", "start": 0, "end": 1}]))
+    runner = web.AppRunner(fake.application(), keepalive_timeout=0.3)
+
+    async def serve() -> int:
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return int(runner.addresses[0][1])
+
+    async def run(port: int) -> None:
+        client = EngineClient(f"http://127.0.0.1:{port}", "api", "admin", 2.0, 2.0)
+        try:
+            await client.connect()
+            await generate(client)
+            time.sleep(1.0)  # noqa: ASYNC251 (we are held up)
+            await generate(client)
+        finally:
+            await client.close()
+
+    server = asyncio.new_event_loop()  # in a thread of its own: it is not held up
+    thread = threading.Thread(target=server.run_forever)
+    thread.start()
+    try:
+        asyncio.run(run(asyncio.run_coroutine_threadsafe(serve(), server).result(5)))
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), server).result(5)
+        server.call_soon_threadsafe(server.stop)
+        thread.join()
+        server.close()

@@ -17,6 +17,7 @@ from test_imports import PACKAGE, ROOT, relative, sources
 
 from megatron_async_rl.controller import controller as controller_module
 from megatron_async_rl.controller import handlers as handlers_module
+from megatron_async_rl.controller.actions import Action
 from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.messages import Heartbeat
 from megatron_async_rl.metrics import read_status
@@ -140,16 +141,22 @@ def test_a_controller_that_went_by_the_wall_clock_would_lose_them(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the test before: the same world, with the wall clock where the monotonic one belongs."""
+    losses = []
 
     async def test(controller: Controller, link: Link) -> None:
         await answer(link, hello_of(inputs, "rollout", "rollout-0", serving=0))
-        lost = False
-        for _ in range(12):
-            await beats(link, 0.5)
-            lost = lost or not controller.core.fleet.rollout
-        assert lost
+        lose = controller.core.worker_lost
 
-    wrong = SimpleNamespace(monotonic=jumping, time=time.time, sleep=time.sleep)
+        def worker_lost(name: str, now: float) -> list[Action]:
+            losses.extend(name for _ in range(name in controller.core.fleet.rollout))
+            return lose(name, now)
+
+        controller.core.worker_lost = worker_lost  # type: ignore[method-assign]
+        await beats(link, 3.5)  # three ticks, each an hour after the last beat
+
+    hours = itertools.count()
+    wrong = SimpleNamespace(monotonic=lambda: time.monotonic() + next(hours) * HOUR_S, time=time.time, sleep=time.sleep)
     monkeypatch.setattr(controller_module, "time", wrong)
     monkeypatch.setattr(handlers_module, "time", wrong)
     with_controller(inputs, tmp_path, test)
+    assert "rollout-0" in losses

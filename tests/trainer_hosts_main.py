@@ -81,10 +81,17 @@ class Job:
         assert result.breaches == [] and result.lost == result.duplicated == 0, result
 
 
+def command_line(process: psutil.Process) -> list[str]:
+    """Empty of one that has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def rank_of(host: Host) -> psutil.Process:
     """The one trainer rank that this launcher has."""
-    everyone = host.everyone()
-    (agent,) = (p for p in everyone if "torch.distributed.run" in p.cmdline())
+    (agent,) = (p for p in host.everyone() if "torch.distributed.run" in command_line(p))
     (rank,) = agent.children()  # it has forks of its own, which write checkpoints
     return rank
 

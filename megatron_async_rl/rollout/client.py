@@ -24,6 +24,7 @@ from megatron_async_rl.types import Segment
 
 OLDEST, NEWEST = (0, 5, 16), (0, 5, 23)
 PROBE_S = 30.0  # SGLang itself gives up a probe after 20 s
+KEEP_ALIVE_S = 2.0  # SGLang closes a connection that was idle for 5 s: what is sent over it at that moment is lost
 _HAS_SPANS, _HAS_SESSIONS = (0, 5, 18), (0, 5, 21)
 
 
@@ -52,7 +53,7 @@ class EngineClient:
         self._generate_timeout_s = generate_timeout_s
         self._api = {"Authorization": f"Bearer {api_key}"}
         self._admin = {"Authorization": f"Bearer {admin_key}"}
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S))
         self.version: tuple[int, ...] = ()
 
     async def connect(self) -> None:
