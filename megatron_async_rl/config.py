@@ -17,7 +17,7 @@ from typing import Any, get_args
 import msgspec
 import yaml
 
-from megatron_async_rl.config_checks import check_trainer_hosts, cross_check
+from megatron_async_rl.config_checks import cross_check
 from megatron_async_rl.config_sections import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -141,7 +141,6 @@ def from_tree(tree: dict[str, Any]) -> Config:
     except msgspec.ValidationError as e:
         raise ConfigError(_explain(str(e), tree)) from None
     cross_check(config)
-    check_trainer_hosts(config)
     return config
 
 

@@ -84,9 +84,10 @@ def cross_check(config: Config) -> None:
         size = config.megatron.get(f"{name}_parallel_size", 1)
         if type(size) is not int or size < 1:
             raise ConfigError(f"megatron.{name}_parallel_size = {size!r}: expected an integer >= 1")
+    _check_trainer_hosts(config)
 
 
-def check_trainer_hosts(config: Config) -> None:
+def _check_trainer_hosts(config: Config) -> None:
     hosts, ranks = config.trainer.hosts, config.trainer_ranks
     if ranks % hosts:
         fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)

@@ -10,9 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 from descendants import Descendants
-from test_loop import Inputs, start
+from test_loop import make_inputs, start
 from test_resume import START_S, wait_for_version
-from tiny import make_dataset, make_model
 
 from megatron_async_rl import roles
 from megatron_async_rl.config import Config
@@ -37,11 +36,8 @@ def kill_one(watch: Descendants, module: str, not_pid: int = 0) -> int:
 
 @pytest.mark.skipif(engine_python() is None, reason="no engine environment: bash tools/setup_env.sh")
 def test_a_cap_ends_the_run_by_name_and_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:
-    inputs = Inputs(
-        make_model(tmp_path / "model"), make_dataset(tmp_path / "train.jsonl", 20), tmp_path / "train.jsonl"
-    )
     run_dir = tmp_path / "run"
-    path = inputs.config(
+    path = make_inputs(tmp_path).config(
         run_dir,
         run={"steps": 5000, "export_every": 0},
         data={"eval": None},

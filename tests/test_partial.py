@@ -15,9 +15,8 @@ import numpy as np
 import psutil
 import pytest
 from descendants import Descendants
-from test_loop import Inputs, start
+from test_loop import make_inputs, start
 from test_resume import wait_for_version
-from tiny import make_dataset, make_model
 
 from megatron_async_rl import audit, config
 from megatron_async_rl.controller.facts import AnyFact, Began, Closed, Kept, Leased, Returned, Trained
@@ -103,11 +102,8 @@ def wait_until_back(run_dir: Path, life: int, keys: set[Key]) -> list[AnyFact]:
 
 
 def test_half_finished_samples_go_on_after_a_killed_controller_and_after_a_killed_job(tmp_path: Path) -> None:
-    inputs = Inputs(
-        make_model(tmp_path / "model"), make_dataset(tmp_path / "train.jsonl", 60), tmp_path / "train.jsonl"
-    )
     run_dir = tmp_path / "run"
-    path = inputs.config(
+    path = make_inputs(tmp_path).config(
         run_dir,
         run={"steps": 5000, "export_every": 0},
         data={"eval": None},

@@ -9,9 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 from descendants import Descendants
-from test_loop import Inputs, start
+from test_loop import make_inputs, start
 from test_resume import wait_for_version
-from tiny import make_dataset, make_model
 
 from megatron_async_rl.doctor import engine_python
 
@@ -19,11 +18,8 @@ pytestmark = pytest.mark.skipif(engine_python() is None, reason="no engine envir
 
 
 def test_everybody_stopped_is_one_message_and_a_stack_of_each(tmp_path: Path) -> None:
-    inputs = Inputs(
-        make_model(tmp_path / "model"), make_dataset(tmp_path / "train.jsonl", 20), tmp_path / "train.jsonl"
-    )
     run_dir = tmp_path / "run"
-    path = inputs.config(
+    path = make_inputs(tmp_path).config(
         run_dir,
         run={"steps": 5000, "export_every": 0, "stall_s": 8},
         data={"eval": None},

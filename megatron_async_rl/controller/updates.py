@@ -74,7 +74,6 @@ class Updates:
         self._publisher.exchange.lost(name)
 
     def server_joined(self, name: str) -> None:
-        self._catch_up.forget(name)
         self._republish_asked -= {name}
 
     def trainer_joined(self, hello: Hello) -> None:
