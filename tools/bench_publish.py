@@ -104,8 +104,9 @@ def main() -> None:
         "--engine-gpu", type=int, help="the engine's first; default: the first that no trainer rank has"
     )
     parser.add_argument("--buckets", nargs="+", default=["2147483648"], help="bytes, or bytes:tensor for weights.wire")
-    parser.add_argument("--interrupts", nargs="+", choices=["abort", "retract"], default=["abort"])
+    parser.add_argument("--interrupts", nargs="+", choices=["abort", "retract", "keep"], default=["abort"])
     parser.add_argument("--no-radix-cache", action="store_true", help="an engine without prefix cache")
+    parser.add_argument("--sglang", nargs="+", metavar="KEY=VALUE", default=[], help="settings of the engine")
     parser.add_argument("--updates", type=int, default=7, help="per round; every second one verifies digests")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=4096)

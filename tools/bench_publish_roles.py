@@ -54,11 +54,15 @@ def trainer(arguments: argparse.Namespace) -> None:
 class ByRound:
     """Interrupts as the round says. Without a prefix cache there is nothing to drop, and any SGLang can retract."""
 
-    def __init__(self, ways: dict[str, Interruption], plan: list[str], flushes: bool) -> None:
-        self.flushes = flushes
+    def __init__(self, ways: dict[str, Interruption], plan: list[str], has_prefixes: bool) -> None:
+        self._has_prefixes = has_prefixes
         self._ways = ways
         self._plan = plan
         self._way = ways[plan[0]]
+
+    @property
+    def flushes(self) -> bool:
+        return self._has_prefixes and self._way.flushes
 
     @property
     def freezes(self) -> bool:
@@ -79,7 +83,7 @@ class ByRound:
         await self._way.resume()
 
     def cache_key(self) -> str | None:
-        return None
+        return self._way.cache_key()
 
 
 def rollout(arguments: argparse.Namespace) -> None:
@@ -96,9 +100,10 @@ def rollout(arguments: argparse.Namespace) -> None:
             ways: dict[str, Interruption] = {
                 "abort": Abort(server.client, worker.gate, settings.rollout.request_timeout_s),
                 "retract": Pause(server.client, "retract"),
+                "keep": Pause(server.client, "in_place"),
             }
             plan = [a_round.interrupt for a_round in rounds(arguments) for _ in range(arguments.updates)]
-            updates.interruption = ByRound(ways, plan, flushes=not arguments.no_radix_cache)
+            updates.interruption = ByRound(ways, plan, has_prefixes=not arguments.no_radix_cache)
             try:
                 await worker.run()
             finally:

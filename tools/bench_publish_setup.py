@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_async_rl import config as configuration
 from megatron_async_rl.config import Config
 
@@ -104,6 +106,9 @@ def make_model(folder: Path, name: str) -> Path:
 def make_config(arguments: argparse.Namespace, model: Path, run_dir: Path) -> Config:
     on_cpu = arguments.device == "cpu"
     engine = dict(CPU_ENGINE if on_cpu else GPU_ENGINE) | {"disable_radix_cache": arguments.no_radix_cache}
+    if "keep" in arguments.interrupts:
+        engine["disable_overlap_schedule"] = True  # as the product asks for
+    engine |= {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in arguments.sglang)}
     return configuration.from_tree(
         {
             "run": {"dir": str(run_dir), "steps": 1},
