@@ -26,6 +26,11 @@ def fingerprint(model_path: str | Path) -> str:
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def vocabulary_size(model_path: str | Path) -> int:
+    """Token ids that the model has a row for. One beyond them, asked for, ends the engine."""
+    return int(json.loads((Path(model_path) / "config.json").read_text())["vocab_size"])
+
+
 class Tokenizer:
     """Text to token ids and back; knows the tokens that end a response.
 

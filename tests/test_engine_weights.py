@@ -29,13 +29,16 @@ from megatron_async_rl.config import Config
 from megatron_async_rl.controller.exchange import Exchange
 from megatron_async_rl.controller.folders import FolderPublisher, Folders
 from megatron_async_rl.doctor import engine_python
+from megatron_async_rl.errors import DataError
 from megatron_async_rl.messages import LoadFolder, Updated
+from megatron_async_rl.rollout.client import Sampling
 from megatron_async_rl.rollout.server import Server
 from megatron_async_rl.rollout.worker import RolloutWorker
 from megatron_async_rl.rollout.workflow import SingleTurn
 from megatron_async_rl.transport import Link
 
 pytestmark = pytest.mark.skipif(engine_python() is None, reason="no engine environment: bash tools/setup_env.sh")
+VOCABULARY = 37  # of tiny.py
 IDS = [5, 9, 21, 33, 7, 7, 30, 12, 3, 36, 17, 25, 4, 11]
 NAME = "rollout-0"
 
@@ -86,19 +89,18 @@ def want(model: Path) -> np.ndarray:
 
 async def got(worker: RolloutWorker, version: int) -> np.ndarray:
     """The same by the engine: one prefill, every token of the vocabulary among its top logprobs."""
-    vocabulary = 37  # of tiny.py
     request = {
         "input_ids": IDS,
         "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
         "return_logprob": True,
         "logprob_start_len": 0,
-        "top_logprobs_num": vocabulary,
+        "top_logprobs_num": VOCABULARY,
     }
     client = worker._client
     reply = await client._call("POST", "/generate", request, client._api)
     assert reply["meta_info"]["weight_version"] == str(version)
     rows = reply["meta_info"]["input_top_logprobs"][1:]
-    out = np.full((len(IDS) - 1, vocabulary), np.nan, np.float32)
+    out = np.full((len(IDS) - 1, VOCABULARY), np.nan, np.float32)
     for row, entries in zip(out, rows, strict=True):
         for logprob, token, *_ in entries:
             row[token] = logprob
@@ -145,6 +147,12 @@ def test_after_an_update_the_engine_computes_what_transformers_does(
             assert outcome.serving == [NAME]
             np.testing.assert_allclose(await got(worker, 0), want(second), atol=2e-4)
             assert np.abs(want(second) - want(start)).max() > 0.1
+
+            for ids in ([5, VOCABULARY], [-1], []):  # the engine would not live through these
+                with pytest.raises(DataError, match=f"from 0 to {VOCABULARY - 1}"):
+                    await worker.generate(ids, Sampling(1, 1.0, []))
+            completion = await worker.generate([VOCABULARY - 1], Sampling(1, 1.0, []))
+            assert len(completion.ids) == 1
 
             publish_by(control, config)
             outcome, _ = await control.publish(1, [NAME])

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.tokenizer import Tokenizer
+from megatron_async_rl.tokenizer import Tokenizer, vocabulary_size
 from megatron_async_rl.types import Prompt
 
 
@@ -37,7 +37,7 @@ def read_prompts(path: str, setting: str, config: Config, tokenizer: Tokenizer) 
     """Reads, checks and tokenizes a whole dataset. Raises DataError naming the file, the row and what is wrong."""
     prompts: list[Prompt] = []
     seen: set[str] = set()
-    vocab_size = json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"]
+    vocab_size = vocabulary_size(config.model.path)
     room = config.model.context_tokens - config.rollout.max_new_tokens
     for number, line in enumerate(_lines(path, setting), 1):
         if not line.strip():

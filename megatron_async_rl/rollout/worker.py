@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_async_rl.config import Config
-from megatron_async_rl.errors import EngineError, EngineSilent, Error, Preempted
+from megatron_async_rl.errors import DataError, EngineError, EngineSilent, Error, Preempted
 from megatron_async_rl.messages import (
     AbandonUpdate,
     Failed,
@@ -35,7 +35,7 @@ from megatron_async_rl.rollout.interruption import ABORT_AGAIN_S
 from megatron_async_rl.rollout.server import Server
 from megatron_async_rl.rollout.updates import WeightUpdates
 from megatron_async_rl.rollout.workflow import Completion, Workflow
-from megatron_async_rl.tokenizer import Tokenizer, fingerprint
+from megatron_async_rl.tokenizer import Tokenizer, fingerprint, vocabulary_size
 from megatron_async_rl.transport import Link
 from megatron_async_rl.types import Partial, Segment, join_segments
 
@@ -50,6 +50,7 @@ class RolloutWorker:
     def __init__(self, name: str, config: Config, link: Link, server: Server, workflow: Workflow) -> None:
         self.tokenizer = Tokenizer(config.model.path)
         self._fingerprint = fingerprint(config.model.path)
+        self._vocabulary_size = vocabulary_size(config.model.path)
         self._name = name
         self._config = config
         self._link = link
@@ -103,7 +104,15 @@ class RolloutWorker:
 
         An update may make the engine return what it has. Its KV cache came from the old weights, so prompt and tokens
         so far go in again as a new prompt and are prefilled under the new weights.
+
+        Raises DataError for ids that no row of the model's embedding belongs to: they would end the engine.
         """
+        if not ids or min(ids) < 0 or max(ids) >= self._vocabulary_size:
+            raise DataError(
+                f"a workflow asked for a generation from {len(ids)} token ids"
+                + (f" from {min(ids)} to {max(ids)}" if ids else "")
+                + f"; there must be one or more, each from 0 to {self._vocabulary_size - 1} (the model's vocabulary)"
+            )
         tokens, segments, budget = list(ids), lease.left_of(ids) if lease else [], sampling.max_new_tokens
         for segment in segments:
             tokens += segment.ids
