@@ -29,6 +29,7 @@ from megatron_async_rl.config_sections import (
     RewardConfig,
     RolloutConfig,
     RunConfig,
+    SandboxConfig,
     Section,
     StalenessConfig,
     TrainerConfig,
@@ -68,6 +69,7 @@ class Config(Section, kw_only=True):
     critic: CriticConfig = CriticConfig()
     staleness: StalenessConfig = StalenessConfig()
     reward: RewardConfig = RewardConfig()
+    sandbox: SandboxConfig = SandboxConfig()
     trainer: TrainerConfig = TrainerConfig()
     weights: WeightsConfig = WeightsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

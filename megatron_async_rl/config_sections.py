@@ -93,12 +93,25 @@ class StalenessConfig(Section, kw_only=True):
 
 class RewardConfig(Section, kw_only=True):
     function: Annotated[
-        str, _doc("`math`, or package.module:function of your own: (prompt, response, row) -> float.")
+        str,
+        _doc("`math`, `code` (unit tests), or package.module:function of your own: (prompt, response, row) -> float."),
     ] = "math"
     workers: Annotated[int, _at_least(1, "Reward worker processes.")] = 1
     children: Annotated[int, _at_least(1, "Killable children of each reward worker.")] = 1
     timeout_s: Annotated[float, _above(0, "Seconds one verdict may take; then the child is killed.")] = 10.0
     max_attempts: Annotated[int, _at_least(1, "Attempts at one verdict before the group is dropped by name.")] = 3
+
+
+class SandboxConfig(Section, kw_only=True):
+    python: Annotated[str, _doc("Interpreter of the programs that reward.function = code runs; 3.9 or newer.")] = (
+        "/usr/bin/python3"
+    )
+    isolation: Annotated[
+        Literal["namespaces", "landlock"],
+        _doc("What must hold them beside limits, Landlock and seccomp; landlock: go without where there are none."),
+    ] = "namespaces"
+    memory_mb: Annotated[int, _at_least(64, "Address space of a program.")] = 1024
+    test_timeout_s: Annotated[float, _above(0, "Seconds one run of a program may take: one test, or all calls.")] = 4.0
 
 
 class AlgorithmConfig(Section, kw_only=True):

@@ -10,9 +10,11 @@ from typing import Any
 
 import msgspec
 
+from megatron_async_rl.code_tests import read_tests
 from megatron_async_rl.config import Config
 from megatron_async_rl.config_checks import straddling
 from megatron_async_rl.errors import ConfigError, DataError, Error
+from megatron_async_rl.reward.sandbox.box import Box, BoxError, BoxSettings
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 GIB = 1 << 30
@@ -60,6 +62,8 @@ def run_checks(config: Config) -> Iterator[tuple[Check, type[Error]]]:
     yield _dataset("data.train", config.data.train, config), DataError
     if config.data.eval is not None:
         yield _dataset("data.eval", config.data.eval, config), DataError
+    if config.reward.function == "code":
+        yield _sandbox(config), ConfigError
     yield _controller_host(config), ConfigError
     yield _engine_port(config), ConfigError
 
@@ -141,15 +145,16 @@ def _context(config: Config, model: ModelFolder) -> Check:
 
 def _dataset(key: str, path: str, config: Config) -> Check:
     """Rows are numbered from 1, as editors number lines."""
-    name, needs_answer = key.replace("data.", "dataset "), config.reward.function == "math"
-    form = 'a row is one line like {"prompt": "1+1=", "answer": "2"}'
+    name, function = key.replace("data.", "dataset "), config.reward.function
+    judged_by = '"tests": [{"input": "1 1", "output": "2"}]' if function == "code" else '"answer": "2"'
+    form = f'a row is one line like {{"prompt": "1+1=", {judged_by}}}'
     num_rows = 0
     try:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
-                wrong = _row_problem(line, needs_answer)
+                wrong = _row_problem(line, function)
                 if wrong:
                     return Check(name, False, f"{key} = {path}, row {number}: {wrong}", f"correct that row: {form}")
                 num_rows += 1
@@ -160,7 +165,7 @@ def _dataset(key: str, path: str, config: Config) -> Check:
     return Check(name, True, f"{path}: {num_rows:,} rows")
 
 
-def _row_problem(line: bytes, needs_answer: bool) -> str | None:
+def _row_problem(line: bytes, reward_function: str) -> str | None:
     try:
         row = msgspec.json.decode(line)
     except msgspec.DecodeError as e:
@@ -169,9 +174,30 @@ def _row_problem(line: bytes, needs_answer: bool) -> str | None:
         return "not a JSON object"
     if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
         return "no `prompt`"
-    if needs_answer and row.get("answer") in (None, ""):
+    if reward_function == "math" and row.get("answer") in (None, ""):
         return "no `answer`, which reward.function = math compares with"
+    if reward_function == "code":
+        try:
+            read_tests(row)
+        except DataError as e:
+            return str(e)
     return None
+
+
+def _sandbox(config: Config) -> Check:
+    settings = config.sandbox
+    try:
+        with Box(BoxSettings(settings.python, settings.isolation)) as box:
+            layers = ("namespaces, " if box.has_namespaces else "") + "limits, Landlock, seccomp"
+    except BoxError as e:
+        detail = f"sandbox.python = {settings.python}, sandbox.isolation = {settings.isolation}: {e}"
+        remedy = (
+            "use a host that allows user namespaces, or set sandbox.isolation=landlock (Landlock and seccomp alone)"
+            if "namespaces" in str(e)
+            else "set sandbox.python to a Python of 3.9 or newer; programs run on Linux 5.13 or newer, on x86-64"
+        )
+        return Check("sandbox", False, detail, remedy)
+    return Check("sandbox", True, f"programs run in {settings.python}, behind {layers}")
 
 
 def _controller_host(config: Config) -> Check:

@@ -22,6 +22,7 @@ UNSAFE_NAMES = {  # of modules that are fine otherwise: never imported bare, so 
     "builtins": {"eval", "exec", "compile"},
 }
 YAML_LOADER = f"{PACKAGE}/config.py"  # holds the one SafeLoader subclass
+ZYGOTE = f"{PACKAGE}/reward/sandbox/zygote.py"  # runs programs: its jail is what test_sandbox.py is about
 
 
 GET_OUTPUT = {"subprocess.getoutput", "subprocess.getstatusoutput"}  # a shell each
@@ -71,7 +72,8 @@ def safety_violations(path: str, tree: ast.AST) -> list[str]:
         owner, _, attribute = name.rpartition(".")
         name = f"{modules.get(owner, owner)}.{attribute}" if owner else name  # `import torch as t` hides nothing
         keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-        if name in {"eval", "exec", "__import__", "os.system", "os.popen"} | GET_OUTPUT | BUILTINS:
+        banned = {"eval", "exec", "__import__", "os.system", "os.popen"} | GET_OUTPUT | BUILTINS
+        if name in banned and (path, name) != (ZYGOTE, "exec"):
             found.append(f"{path}:{line} calls {name}")
         if name.endswith((".recv_pyobj", ".send_pyobj")):
             found.append(f"{path}:{line} calls {name}: pickle on a socket")

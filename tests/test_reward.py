@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_async_rl import config
-from megatron_async_rl.config import RewardConfig
+from megatron_async_rl.config import RewardConfig, SandboxConfig
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.messages import Heartbeat, Hello, Score, Scored, Shutdown, Welcome
 from megatron_async_rl.reward import math_answer
@@ -191,7 +191,7 @@ def score(response: str, answer: Any = "42", index: int = 0, **row: Any) -> Scor
 
 def with_worker(test: Callable[[RewardWorker], Awaitable[None]], **settings: Any) -> None:
     async def body() -> None:
-        worker = RewardWorker(RewardConfig(**settings))
+        worker = RewardWorker(RewardConfig(**settings), SandboxConfig())
         try:
             await worker.start()
             await test(worker)
@@ -338,8 +338,8 @@ def children_named(worker: RewardWorker) -> list[int]:
         ("our_rewards:absent", "has no attribute 'absent'"),
         ("our_rewards:number", "number is a int, not a function"),
         ("no_such_module:judge", "No module named 'no_such_module'"),
-        ("maths", "expected `math` or package.module:function"),
-        ("our_rewards:judge:", "expected `math` or package.module:function"),
+        ("maths", "expected `math`, `code` or package.module:function"),
+        ("our_rewards:judge:", "expected `math`, `code` or package.module:function"),
         ("our_broken:judge", "ZeroDivisionError"),
         ("our_deadly:judge", "died"),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_async_rl.code_tests import read_tests
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.tokenizer import Tokenizer, vocabulary_size
@@ -43,7 +44,7 @@ def read_prompts(path: str, setting: str, config: Config, tokenizer: Tokenizer) 
         if not line.strip():
             continue
         where = f"{setting} = {path}, row {number}"
-        row = _parse(line, where, needs_answer=config.reward.function == "math")
+        row = _parse(line, where, config.reward.function)
         ids = _prompt_ids(row, config, tokenizer)
         if not 0 < len(ids) <= room:
             raise DataError(
@@ -72,15 +73,20 @@ def _lines(path: str, setting: str) -> list[str]:
         raise DataError(f"{setting} = {path} cannot be read: {e}; give a JSONL file") from None
 
 
-def _parse(line: str, where: str, needs_answer: bool) -> dict[str, Any]:
+def _parse(line: str, where: str, reward_function: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as e:
         raise DataError(f"{where} is not JSON: {e}") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), (str, list)):
         raise DataError(f"{where} has no text `prompt`; a row is a JSON object with `prompt` and `answer`")
-    if needs_answer and row.get("answer") in (None, ""):
+    if reward_function == "math" and row.get("answer") in (None, ""):
         raise DataError(f"{where} has no `answer`, which reward.function = math needs; add it, or take the row out")
+    if reward_function == "code":
+        try:
+            read_tests(row)
+        except DataError as e:
+            raise DataError(f"{where}: {e}") from None
     return row
 
 

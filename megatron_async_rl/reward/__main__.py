@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 
 
 async def _serve(run_dir: Path, name: str) -> None:
-    settings = config.load(run_dir / "config.yaml").reward
-    worker = RewardWorker(settings)
+    settings = config.load(run_dir / "config.yaml")
+    worker = RewardWorker(settings.reward, settings.sandbox)
     link = Link(run_dir)
     try:
-        capacity = settings.children * VERDICTS_PER_CHILD
+        capacity = settings.reward.children * VERDICTS_PER_CHILD
         await link.join(Hello(role="reward", name=name, pid=os.getpid(), capacity=capacity))
         try:
             await _work(link, worker)
