@@ -57,6 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     join.set_defaults(command=_join)
 
+    slurm = commands.add_parser(
+        "slurm", help="one node's part of a run over a Slurm job, as launchers/slurm.sbatch starts it"
+    )
+    slurm.add_argument("config", metavar="CONFIG", help="YAML file")
+    slurm.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
+    slurm.add_argument("--plan", action="store_true", help="print what would run where, and exit; needs no Slurm")
+    slurm.add_argument("--nodes", metavar="N", type=int, help="with --plan: nodes of the job")
+    slurm.add_argument("--gpus-per-node", metavar="G", type=int, help="with --plan: GPUs of each")
+    slurm.set_defaults(command=_slurm)
+
     doctor = commands.add_parser("doctor", help="say what is missing on this host, or for this CONFIG")
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     doctor.set_defaults(command=_doctor)
@@ -106,6 +116,14 @@ def _join(args: argparse.Namespace) -> int:
     from megatron_async_rl import join
 
     return join.join(args.run_dir, args.names)
+
+
+def _slurm(args: argparse.Namespace) -> int:
+    from megatron_async_rl import slurm
+
+    if args.plan:
+        return slurm.show(args.config, args.overrides, args.nodes, args.gpus_per_node)
+    return slurm.run(args.config, args.overrides)
 
 
 def _doctor(args: argparse.Namespace) -> int:

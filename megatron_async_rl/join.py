@@ -29,15 +29,18 @@ from megatron_async_rl.supervise import Supervisor
 POLL_S = 0.2
 
 
-def join(run_dir: Path, names: Sequence[str]) -> int:
-    """Serves the run to its end. Returns the exit code. Raises Error when our processes cannot be kept alive."""
+def join(run_dir: Path, names: Sequence[str], patient: bool = False) -> int:
+    """Serves the run to its end. Returns the exit code. Raises Error when our processes cannot be kept alive.
+
+    `patient`: see launch.Run.
+    """
     run_dir = run_dir.resolve()
     config = _config_of(run_dir)
     roles.check_joining(names, config)
     _wait_for_the_run(run_dir, config)
     console = Console()
     supervisor = Supervisor(run_dir, config.faults, lambda text: tell(console, text))
-    run = Run(run_dir, supervisor, config.faults.grace_s)
+    run = Run(run_dir, supervisor, config.faults.grace_s, patient)
     with run.signals():
         try:
             keys = run_key(run_dir)

@@ -7,7 +7,8 @@ The run is complete when the controller and the trainer have both ended well; wh
 Processes named by --elsewhere are left to other hosts (join.py).
 
 SIGTERM: nothing new is started, rollouts are handed in, the trainer saves, and the exit code asks to be requeued (75).
-Ctrl-C, or a second SIGTERM, stops at once; the journal holds what was finished either way.
+Ctrl-C, or a second SIGTERM, stops at once; the journal holds what was finished either way. Under Slurm, which says the
+same in several ways, SIGTERM means the first however often it comes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import fcntl
 import shutil
 import signal
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,12 +48,14 @@ class Run:
     run_dir: Path
     supervisor: Supervisor
     grace_s: float
+    patient: bool = False  # a second SIGTERM says no more than the first
     interrupted: int = 0  # the signal that ends the run at once
     preempted_at: float | None = None
 
     def start(self, config: Config, names: Collection[str]) -> None:
         for name, command in roles.commands(config, self.run_dir, names).items():
-            self.supervisor.start(name, partial(processes.start, command.arguments, self.log(name), command.env))
+            start = partial(processes.start, command.arguments, self.log(name), command.env, deaf=command.deaf)
+            self.supervisor.start(name, start)
 
     def log(self, name: str) -> Path:
         return self.run_dir / "logs" / f"{name}.log"
@@ -65,7 +68,7 @@ class Run:
             for child in told:
                 with contextlib.suppress(ProcessLookupError):
                     child.process.send_signal(signal.SIGTERM)
-        else:
+        elif number != signal.SIGTERM or not self.patient:
             self.interrupted = number
 
     def beside_trainers(self) -> list[Child]:
@@ -112,8 +115,18 @@ class Run:
         return ended or time.monotonic() - self.preempted_at > self.grace_s
 
 
-def run(config: Config, from_scratch: bool = False, elsewhere: Collection[str] = ()) -> int:
-    """Runs to the end. Returns the exit code. Raises Error when the run failed. `elsewhere`: not started here."""
+def run(
+    config: Config,
+    from_scratch: bool = False,
+    elsewhere: Collection[str] = (),
+    begun: Callable[[], None] | None = None,
+    patient: bool = False,
+) -> int:
+    """Runs to the end. Returns the exit code. Raises Error when the run failed.
+
+    `elsewhere`: not started here. `begun` is called once the folder is this run's, before anything is started.
+    `patient`: see Run.
+    """
     roles.check_joining(elsewhere, config)
     doctor.preflight(config)
     run_dir = config.run_dir.resolve()
@@ -126,7 +139,10 @@ def run(config: Config, from_scratch: bool = False, elsewhere: Collection[str] =
         if warning := straddling(config):
             console.print(f"warning: {warning}", highlight=False)
         (run_dir / "config.yaml").write_text(config_module.dump(config))
-        run = Run(run_dir, Supervisor(run_dir, config.faults, lambda text: tell(console, text)), config.faults.grace_s)
+        if begun:
+            begun()
+        supervisor = Supervisor(run_dir, config.faults, lambda text: tell(console, text))
+        run = Run(run_dir, supervisor, config.faults.grace_s, patient)
         with run.signals():
             try:
                 run.start(config, [name for name in roles.names(config) if name not in elsewhere])

@@ -4,6 +4,9 @@ A child dies with its parent (the kernel's parent-death signal, SIGKILL: it work
 collective), so even a killed launcher leaves no orphan. The signal is asked for by the child itself, which may be too
 late: it then looks whether its line of parents still leads to the launcher, and ends otherwise. A child has a process
 group of its own: stopping it stops what it started, and a terminal's Ctrl-C reaches the launcher alone.
+
+Slurm signals every process of a job at once. So SIGTERM is blocked, from birth, in what must not end before its work is
+saved and could not tell who sent it: torchrun, SGLang, and all below them. Only SIGKILL stops these (`deaf`).
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,13 +39,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def main(run: Callable[[], None], unwind: bool = True) -> NoReturn:
     """Runs the body of a process: logging to stderr, stacks on SIGUSR2, an Error as one line and exit code 2.
 
-    `unwind`: SIGTERM runs finally blocks, to stop children; without, it ends the process wherever it is, and a body that
-    has returned has closed what it opened: the process ends at once.
+    `unwind`: SIGTERM runs finally blocks, to stop children; without, it ends the process wherever it is if our parent sent
+    it, and a body that has returned has closed what it opened: the process ends at once.
     """
     die_with_parent()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
-    signal.signal(signal.SIGTERM, _exit_in_order if unwind else signal.SIG_DFL)
+    if unwind:
+        signal.signal(signal.SIGTERM, _exit_in_order)
+    else:
+        _heed_the_parent_alone()
     logging.basicConfig(
         level=os.environ.get("MEGATRON_ASYNC_RL_LOG", "INFO"),
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
@@ -66,6 +74,19 @@ def main(run: Callable[[], None], unwind: bool = True) -> NoReturn:
 
 def _exit_in_order(signum: int, frame: object) -> None:
     sys.exit(128 + signum)  # unwinds: finally blocks stop children
+
+
+def _heed_the_parent_alone() -> None:
+    """A rank that Slurm signals with the whole job must still save; torchrun's order to it must end it, stuck or not."""
+    resource_tracker._IGNORED_SIGNALS = (signal.SIGINT,)  # type: ignore[attr-defined]  # its start would unblock SIGTERM
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of all threads to come, and of what they start
+
+    def listen() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=listen, name="sigterm", daemon=True).start()
 
 
 def die_with_parent(parent: int = 0) -> None:
@@ -95,19 +116,29 @@ def _is_below(launcher: int) -> bool:
     return pid == launcher
 
 
+class _Deaf(subprocess.Popen[bytes]):
+    """SIGTERM is blocked in it and in all that it starts."""
+
+
 def start(
-    command: list[str], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    command: list[str],
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    deaf: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """Starts a child in a process group of its own, its output appended to `log`."""
+    """Starts a child in a process group of its own, its output appended to `log`. `deaf`: to SIGTERM, see above."""
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
 
     def new_group_and_die_with_parent() -> None:
         os.setpgid(0, 0)
+        if deaf:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         die_with_parent(parent)
 
     with log.open("ab") as output:
-        return subprocess.Popen(
+        return (_Deaf if deaf else subprocess.Popen)(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -119,10 +150,10 @@ def start(
 
 
 def stop(children: Iterable[subprocess.Popen[bytes]], grace_s: float) -> None:
-    """SIGTERM to each child's process group, SIGKILL to what is left of the groups after `grace_s`."""
+    """SIGTERM to each child's process group, SIGKILL to what is left of the groups after `grace_s`, to deaf ones at once."""
     children = list(children)
     for child in children:
-        _signal_group(child, signal.SIGTERM)
+        _signal_group(child, signal.SIGKILL if isinstance(child, _Deaf) else signal.SIGTERM)
     deadline = time.monotonic() + grace_s
     while time.monotonic() < deadline and any(_group_lives(child) for child in children):
         time.sleep(0.05)

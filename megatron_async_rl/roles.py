@@ -27,6 +27,7 @@ _JOINING = re.compile(r"(rollout|reward)-\d+")
 class Command:
     arguments: list[str]
     env: dict[str, str]
+    deaf: bool = False  # to SIGTERM: it is told to save by the controller, and stopped by SIGKILL
 
 
 def names(config: Config) -> list[str]:
@@ -61,7 +62,7 @@ def _command(name: str, config: Config, run_dir: str, gpus: str | None) -> Comma
     if gpus is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpus
     if role == "trainer" and not config.has_trainer:
-        return Command([sys.executable, "-m", "megatron_async_rl.recorder", run_dir], env)
+        return Command([sys.executable, "-m", "megatron_async_rl.recorder", run_dir], env, deaf=True)
     if role != "trainer":
         return Command([sys.executable, "-m", module, run_dir, *([] if role == "controller" else [name])], env)
     env |= {
@@ -69,8 +70,9 @@ def _command(name: str, config: Config, run_dir: str, gpus: str | None) -> Comma
         "NCCL_CUMEM_ENABLE": "0",  # as SGLang sets it
     }
     if len(config.trainer_names) > 1:
-        return Command([sys.executable, "-m", "megatron_async_rl.node", run_dir, name], env)
-    return Command(torchrun(config, run_dir, "--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"), env)
+        return Command([sys.executable, "-m", "megatron_async_rl.node", run_dir, name], env, deaf=True)
+    meeting = ("--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
+    return Command(torchrun(config, run_dir, *meeting), env, deaf=True)
 
 
 def torchrun(config: Config, run_dir: str, *meeting: str) -> list[str]:

@@ -29,7 +29,6 @@ from megatron_async_rl.supervise import MAX_BACKOFF_S
 logger = logging.getLogger(__name__)
 POLL_S = 0.3
 BEATS = 8  # signs of life in faults.silence_s
-STOP_S = 2.0  # from SIGTERM to SIGKILL for the ranks of a life that is over
 
 
 class _NewLife(Exception):
@@ -193,7 +192,7 @@ class Node:
             f"--rdzv-conf=timeout={max(1, round(self._config.trainer.start_timeout_s))}",
         )
         log = self._run_dir / "logs" / f"{self._name}.log"
-        self._torchrun = processes.start(command, log, _network(controller))
+        self._torchrun = processes.start(command, log, _network(controller), deaf=True)
         started = time.monotonic()
         while (code := self._torchrun.poll()) is None:
             self._tick()
@@ -226,7 +225,7 @@ class Node:
 
     def _stop(self) -> None:
         if self._torchrun:
-            processes.stop([self._torchrun], STOP_S)
+            processes.stop([self._torchrun], 0.0)
             self._torchrun = None
         if self._port:
             self._port.close()

@@ -26,7 +26,6 @@ from megatron_async_rl.rollout.client import EngineClient
 from megatron_async_rl.transport import free_port
 
 POLL_S = 0.25
-STOP_GRACE_S = 3.0
 _NAMES_ERROR = re.compile(r"\w*(Error|Exception)\b|\berror:")
 START_TRIES = 3  # a port taken between choosing and binding is no reason to give up
 
@@ -89,7 +88,7 @@ class Server:
         if hasattr(self, "client"):
             await self.client.close()
         if self._child:
-            processes.stop([self._child], STOP_GRACE_S)
+            processes.stop([self._child], 0.0)
             self._child = None
 
     async def _start_on(self, port: int) -> None:
@@ -100,7 +99,7 @@ class Server:
         self._keys.touch(mode=0o600)
         self._keys.write_text(yaml.safe_dump({"api-key": api_key, "admin-api-key": admin_key}))
         host = str(self._config.sglang.get("host", "127.0.0.1"))
-        self._child = processes.start(self._command(host, port), self._log, self._environment())
+        self._child = processes.start(self._command(host, port), self._log, self._environment(), deaf=True)
         self.client = EngineClient(
             f"http://{host}:{port}",
             api_key,

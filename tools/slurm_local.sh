@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# A real Slurm on this machine alone: one controller, N nodes (n1, n2, ...) that are slurmd processes on loopback, each with G
+# GPUs that are /dev/null by another name. To try launchers/slurm.sbatch without a cluster, and for tests/test_slurm.py.
+#
+#   apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge     # Debian 12
+#   tools/slurm_local.sh up DIR [N=2] [G=0]     # as root; all of it lives in DIR
+#   export SLURM_CONF=DIR/slurm.conf            # sbatch, squeue, scontrol then speak to it
+#   tools/slurm_local.sh down DIR               # cancels what runs, and ends the processes that `up` started, no others
+set -euo pipefail
+
+fail() { echo "slurm_local: $*" >&2; exit 1; }
+usage() { sed -n '2,8s/^# \?//p' "$0" >&2; exit 2; }
+[[ $# -ge 2 ]] || usage
+action=$1
+mkdir -p "$2"
+dir=$(cd "$2" && pwd)
+nodes=${3:-2}
+gpus=${4:-0}
+export SLURM_CONF=$dir/slurm.conf PATH=$PATH:/usr/sbin:/sbin
+
+free_ports() {  # the first of nodes + 1 ports in a row that nobody listens on
+  local base=$((20000 + RANDOM % 10000)) port
+  for ((port = base; port <= base + nodes; port++)); do
+    if (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then
+      free_ports
+      return
+    fi
+  done
+  echo "$base"
+}
+
+start() {  # start NAME COMMAND...: in the background, in a session of its own, its pid recorded
+  local name=$1
+  shift
+  setsid "$@" < /dev/null >> "$dir/log/$name" 2>&1 &
+  echo "$! $1" >> "$dir/pids"
+}
+
+configure() {
+  local port gres=
+  port=$(free_ports)
+  mkdir -p "$dir"/{state,spool,log,run}
+  chmod 755 "$dir" "$dir/run"
+  [[ -s $dir/munge.key ]] || (umask 077; head -c 1024 /dev/urandom > "$dir/munge.key")
+  : > "$dir/gres.conf"
+  echo 'CgroupAutomount=no' > "$dir/cgroup.conf"
+  if ((gpus > 0)); then  # Slurm counts devices by their files, and sets CUDA_VISIBLE_DEVICES by them
+    for ((gpu = 0; gpu < gpus; gpu++)); do [[ -e $dir/gpu$gpu ]] || mknod "$dir/gpu$gpu" c 1 3; done
+    echo "NodeName=n[1-$nodes] Name=gpu File=$dir/gpu[0-$((gpus - 1))]" > "$dir/gres.conf"
+    gres="Gres=gpu:$gpus"
+  fi
+  # no cgroups, no accounting, no MPI. cred_expire: a requeued job starts that much later (120 s in a real cluster).
+  # config_overrides: CPUs as it says here, whatever the machine has
+  cat > "$SLURM_CONF" << CONF
+ClusterName=local
+SlurmctldHost=$(hostname -s)(127.0.0.1)
+SlurmctldPort=$port
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket=$dir/run/munge.socket,cred_expire=5
+StateSaveLocation=$dir/state
+SlurmdSpoolDir=$dir/spool/%n
+SlurmctldPidFile=$dir/run/slurmctld.pid
+SlurmdPidFile=$dir/run/slurmd.%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+JobRequeue=1
+ReturnToService=2
+KillWait=5
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+SlurmdParameters=config_overrides
+GresTypes=gpu
+NodeName=n[1-$nodes] NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=8 RealMemory=1000 $gres
+PartitionName=local Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+CONF
+}
+
+up() {
+  local program node
+  for program in munged slurmctld slurmd sbatch; do
+    command -v "$program" > /dev/null || fail "$program is missing: apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
+  done
+  [[ $(id -u) == 0 ]] || fail "slurmd runs as root alone"
+  [[ ! -s $dir/pids ]] || fail "$dir has a cluster, or what is left of one: $0 down $dir"
+  configure
+  start munged munged --foreground --force --key-file="$dir/munge.key" --socket="$dir/run/munge.socket" \
+    --pid-file="$dir/run/munged.pid" --log-file="$dir/log/munged.log" --seed-file="$dir/run/munge.seed"
+  start slurmctld slurmctld -D -c -f "$SLURM_CONF"
+  for ((node = 1; node <= nodes; node++)); do start "slurmd.n$node" slurmd -D -N "n$node" -f "$SLURM_CONF"; done
+  for ((tenth = 0; tenth < 300; tenth++)); do
+    [[ $(sinfo -h -N -o %T 2> /dev/null | grep -c idle) != "$nodes" ]] || { sinfo; return; }
+    sleep 0.1
+  done
+  tail -n 5 "$dir"/log/* >&2
+  fail "the nodes did not come up within 30 s; above are the ends of $dir/log/*"
+}
+
+down() {
+  [[ -s $dir/pids ]] || return 0
+  timeout 10 squeue -h -o %A 2> /dev/null | sort -u | xargs -r timeout 10 scancel || true
+  for ((tenth = 0; tenth < 150; tenth++)); do [[ -n $(timeout 10 squeue -h 2> /dev/null) ]] || break; sleep 0.1; done
+  local pid name
+  while read -r pid name; do  # the number may be another's by now
+    if tr '\0' ' ' 2> /dev/null < "/proc/$pid/cmdline" | grep -q -- "$dir/"; then
+      kill "$pid" 2> /dev/null || true
+      for ((tenth = 0; tenth < 100; tenth++)); do kill -0 "$pid" 2> /dev/null || break; sleep 0.1; done
+    fi
+  done < <(tac "$dir/pids")
+  rm -f "$dir/pids"
+}
+
+case $action in
+  up) up ;;
+  down) down ;;
+  *) usage ;;
+esac
