@@ -25,6 +25,7 @@ from megatron_async_rl.reward.worker import RewardWorker
 from megatron_async_rl.run_checks import run_checks
 from megatron_async_rl.tokenizer import Tokenizer
 
+SANDBOX = {"python": PYTHON, "isolation": "landlock", "test_timeout_s": 2.0}
 STDIO = {"tests": [{"input": "3 4\n", "output": "7\n"}, {"input": "1 1\n", "output": "2\n"}]}
 FUNCTION = {"function": "add", "tests": [{"input": [3, 4], "output": 7}, {"input": ["a", "b"], "output": "ab"}]}
 
@@ -158,7 +159,7 @@ def code_config(folder: Path, *rows: dict[str, Any], python: str = PYTHON) -> Co
             "rollout": {"max_new_tokens": 8},
             "algorithm": {"prompts_per_step": 1, "samples_per_prompt": 2},
             "reward": {"function": "code"},
-            "sandbox": {"python": python},
+            "sandbox": SANDBOX | {"python": python},
         }
     )
 
@@ -173,7 +174,7 @@ def score(response: str, row: dict[str, Any]) -> Score:
 def with_worker(test: Callable[[RewardWorker], Awaitable[None]], children: int = 1, **sandbox: Any) -> None:
     async def body() -> None:
         reward = RewardConfig(function="code", children=children, timeout_s=3.0)
-        worker = RewardWorker(reward, SandboxConfig(**({"python": PYTHON, "test_timeout_s": 1.0} | sandbox)))
+        worker = RewardWorker(reward, SandboxConfig(**(SANDBOX | sandbox)))
         try:
             await worker.start()
             await test(worker)
@@ -240,6 +241,6 @@ def test_a_host_without_the_interpreter_is_refused_at_start_up() -> None:
         pytest.fail("started")
 
     with pytest.raises(
-        ConfigError, match=r"sandbox\.python = /no/python, sandbox\.isolation = namespaces: .*No such file"
+        ConfigError, match=r"sandbox\.python = /no/python, sandbox\.isolation = landlock: .*No such file"
     ):
         with_worker(never, python="/no/python")

@@ -25,6 +25,8 @@ from megatron_async_rl.reward.sandbox.box import Box, BoxError, BoxLost, BoxSett
 
 PYTHON = "/usr/bin/python3"
 LIMITS = Limits(wall_s=0.6)
+PATIENT = Limits(wall_s=10.0)  # honest programs do not fail on a busy machine
+ANY = BoxSettings(PYTHON, isolation="landlock")  # with namespaces where there are some
 ROOT = Path(__file__).resolve().parents[1]
 SECRETS = ["secret-7f3a\n", "secret-91bc\n"]
 TEXTS = CodeTests("", ["3\n", "5\n"], SECRETS)
@@ -40,7 +42,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def box() -> Iterator[Box]:
-    with Box(BoxSettings(PYTHON)) as opened:
+    with Box(ANY) as opened:
         yield opened
 
 
@@ -63,8 +65,8 @@ def answer(program: str) -> str:
     return f"Here it is:\n```python\n{program}\n```\n"
 
 
-def verdict(box: Box, program: str, tests: CodeTests) -> bool:
-    return code_answer.judge(box, answer(program), tests, LIMITS, 5.0)[0]
+def verdict(box: Box, program: str, tests: CodeTests, limits: Limits = PATIENT) -> bool:
+    return code_answer.judge(box, answer(program), tests, limits, 20.0)[0]
 
 
 def works_as_before(box: Box) -> None:
@@ -80,7 +82,7 @@ def programs(*kinds: dict[str, str]) -> list[object]:
 
 @pytest.mark.parametrize("program", programs(hostile.FORGE, hostile.ESCAPE, hostile.HARM))
 def test_a_hostile_program_gets_nothing_and_leaves_nothing(box: Box, program: str) -> None:
-    assert not verdict(box, program, TEXTS)
+    assert not verdict(box, program, TEXTS, LIMITS)
     result = box.run(program, b"3\n", LIMITS)
     assert b"PWNED" not in result.output
     works_as_before(box)
@@ -89,8 +91,8 @@ def test_a_hostile_program_gets_nothing_and_leaves_nothing(box: Box, program: st
 
 @pytest.mark.parametrize("program", programs(hostile.FORGE_FUNCTIONS, hostile.HARM_FUNCTIONS))
 def test_a_hostile_function_gets_nothing(box: Box, program: str) -> None:
-    assert not verdict(box, program, CALLS)
-    assert not verdict(box, program, SQUARE_CALLS)
+    assert not verdict(box, program, CALLS, LIMITS)
+    assert not verdict(box, program, SQUARE_CALLS, LIMITS)
     works_as_before(box)
     assert box.num_started == 1
 
@@ -148,11 +150,17 @@ SENDS = (
 )
 def test_what_only_one_layer_stops(box: Box, layer: str, program: str, shows: str) -> None:
     assert shows not in box.run(program, b"", LIMITS).output.decode()
-    with Box(BoxSettings(PYTHON, without=(layer,))) as open_box:
-        assert shows in open_box.run(program, b"", LIMITS).output.decode()
+    with Box(BoxSettings(PYTHON, "landlock", without=(layer,))) as open_box:
+        assert shows in open_box.run(program, b"", PATIENT).output.decode()
 
 
-def test_without_seccomp_the_namespaces_still_keep_a_datagram_in() -> None:
+def needs_namespaces(box: Box) -> None:
+    if not box.has_namespaces:
+        pytest.skip("this host gives its users no namespaces")
+
+
+def test_without_seccomp_the_namespaces_still_keep_a_datagram_in(box: Box) -> None:
+    needs_namespaces(box)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("127.0.0.1", 0))
         server.settimeout(0.5)
@@ -162,14 +170,15 @@ def test_without_seccomp_the_namespaces_still_keep_a_datagram_in() -> None:
         with pytest.raises(TimeoutError):
             server.recv(10)
         with Box(BoxSettings(PYTHON, without=("seccomp", "namespaces"))) as fewer:
-            assert fewer.run(program, b"", LIMITS).output == b"sent\n"
+            assert fewer.run(program, b"", PATIENT).output == b"sent\n"
         assert server.recv(10) == b"x"
 
 
 def test_nobody_runs_programs_as_root_and_none_sees_other_processes(box: Box) -> None:
-    uid, pid, parent = box.run("import os\nprint(os.getuid(), os.getpid(), os.getppid())", b"", LIMITS).output.split()
+    needs_namespaces(box)
+    uid, pid, parent = box.run("import os\nprint(os.getuid(), os.getpid(), os.getppid())", b"", PATIENT).output.split()
     assert int(uid) == (jail.NOBODY if os.geteuid() == 0 else os.geteuid())
-    assert box.has_namespaces and int(parent) == 1 and 1 < int(pid) < 10_000
+    assert int(parent) == 1 and 1 < int(pid) < 10_000
 
 
 UPROBES = {335, 336}  # the kernel lets them by any filter; they do nothing where no probe is set
@@ -183,10 +192,10 @@ def test_the_kernel_takes_the_calls_that_are_declared_and_no_others(box: Box) ->
     assert not allowed & fatal
     text = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.syscall.restype = ctypes.c_long\n"
     refused = f"{text}for n in {sorted(others)}:\n    print(n, libc.syscall(n, 0, 0, 0, 0, 0, 0), ctypes.get_errno())"
-    lines = [line.split() for line in box.run(refused, b"", LIMITS).output.decode().splitlines()]
+    lines = [line.split() for line in box.run(refused, b"", PATIENT).output.decode().splitlines()]
     assert [(int(n), r, e) for n, r, e in lines] == [(n, "-1", "1") for n in sorted(others)]
     for number in sorted(fatal):
-        assert box.run(f"{text}libc.syscall({number}, 0, 0, 0, 0, 0, 0)", b"", LIMITS).end is End.FORBIDDEN, number
+        assert box.run(f"{text}libc.syscall({number}, 0, 0, 0, 0, 0, 0)", b"", PATIENT).end is End.FORBIDDEN, number
 
 
 # ---- the zygote
@@ -231,13 +240,13 @@ def test_an_interpreter_that_is_none_is_refused(python: str, words: str) -> None
 
 
 def test_a_lost_zygote_is_no_verdict_and_the_next_one_comes_at_once() -> None:
-    with Box(BoxSettings(PYTHON)) as box:
+    with Box(ANY) as box:
         works_as_before(box)
         for child in psutil.Process().children(recursive=True):
             if "zygote.py" in " ".join(child.cmdline()):
                 child.kill()
         with pytest.raises(BoxLost):
-            box.run("print(1)", b"", LIMITS)
+            box.run("print(1)", b"", PATIENT)
         works_as_before(box)
         assert box.num_started == 2
 
@@ -245,11 +254,11 @@ def test_a_lost_zygote_is_no_verdict_and_the_next_one_comes_at_once() -> None:
 def test_nothing_is_left_over(box: Box) -> None:
     me = psutil.Process()
     before = {child.pid for child in me.children(recursive=True)}
-    with Box(BoxSettings(PYTHON)) as another:
+    with Box(ANY) as another:
         works_as_before(another)
         descriptors = me.num_fds()
         for _ in range(100):
-            assert another.run("print(int(input()) ** 2)", b"3\n", LIMITS).output == b"9\n"
+            assert another.run("print(int(input()) ** 2)", b"3\n", PATIENT).output == b"9\n"
         assert me.num_fds() == descriptors
         started = [child for child in me.children(recursive=True) if child.pid not in before]
         assert started
@@ -257,7 +266,8 @@ def test_nothing_is_left_over(box: Box) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which needs root")
-def test_whoever_is_no_root_confines_as_well() -> None:
+def test_whoever_is_no_root_confines_as_well(box: Box) -> None:
+    needs_namespaces(box)
     folder = Path(tempfile.mkdtemp())
     try:
         folder.chmod(0o755)
