@@ -47,6 +47,9 @@ class SampleLine(msgspec.Struct, frozen=True, rename={"ids_bytes": "ids", "logpr
     text: str
     ids_bytes: bytes
     logprobs_bytes: bytes
+    turns: list[
+        list[int]
+    ] = []  # [[start, end], ...] of the generated tokens in `ids`: several where it had several turns
 
     @property
     def ids(self) -> np.ndarray:
@@ -86,6 +89,7 @@ def sample_line(version: int, group: TrainedGroup, index: int, with_tokens: bool
         text=sample.text,
         ids_bytes=sample.ids.astype("<i4", copy=False).tobytes() if with_tokens else b"",
         logprobs_bytes=sample.logprobs[sample.generated].astype("<f4", copy=False).tobytes() if with_tokens else b"",
+        turns=sample.turns(),
     )
 
 

@@ -54,6 +54,11 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def num_generated(self) -> int:
         return int(np.count_nonzero(self.generated))
 
+    def turns(self) -> list[list[int]]:
+        """[[start, end], ...] of the runs of generated tokens: what the policy said between what it was given."""
+        edges = np.flatnonzero(np.diff(self.generated, prepend=False, append=False)).tolist()
+        return [list(turn) for turn in zip(edges[::2], edges[1::2], strict=True)]
+
     @property
     def oldest_version(self) -> int:
         """Of the generated tokens, of which there is one at least."""

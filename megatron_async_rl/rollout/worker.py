@@ -37,7 +37,7 @@ from megatron_async_rl.rollout.updates import WeightUpdates
 from megatron_async_rl.rollout.workflow import Completion, Workflow
 from megatron_async_rl.tokenizer import Tokenizer, fingerprint, vocabulary_size
 from megatron_async_rl.transport import Link
-from megatron_async_rl.types import Partial, Segment, join_segments
+from megatron_async_rl.types import Partial, Sample, Segment, join_segments
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 2.0
@@ -105,7 +105,8 @@ class RolloutWorker:
         An update may make the engine return what it has. Its KV cache came from the old weights, so prompt and tokens
         so far go in again as a new prompt and are prefilled under the new weights.
 
-        Raises DataError for ids that no row of the model's embedding belongs to: they would end the engine.
+        At most as many tokens as model.context_tokens has room for. Raises DataError for ids that no row of the model's
+        embedding belongs to: they would end the engine.
         """
         if not ids or min(ids) < 0 or max(ids) >= self._vocabulary_size:
             raise DataError(
@@ -113,7 +114,8 @@ class RolloutWorker:
                 + (f" from {min(ids)} to {max(ids)}" if ids else "")
                 + f"; there must be one or more, each from 0 to {self._vocabulary_size - 1} (the model's vocabulary)"
             )
-        tokens, segments, budget = list(ids), lease.left_of(ids) if lease else [], sampling.max_new_tokens
+        tokens, segments = list(ids), lease.left_of(ids) if lease else []
+        budget = min(sampling.max_new_tokens, self._config.model.context_tokens - len(ids))
         for segment in segments:
             tokens += segment.ids
             budget -= len(segment.ids)
@@ -232,6 +234,12 @@ class RolloutWorker:
         sampling = Sampling(lease.max_new_tokens, lease.temperature, sorted(self.tokenizer.eos_ids))
         try:
             sample = await self._workflow.run(lease.prompt, policy, sampling)
+            room = self._config.model.context_tokens
+            if not isinstance(sample, Sample) or len(sample.ids) > room:
+                what = f"{len(sample.ids)} tokens" if isinstance(sample, Sample) else f"a {type(sample).__name__}"
+                raise DataError(
+                    f"the workflow returned {what}, must be a Sample of at most model.context_tokens = {room}"
+                )
         except EngineError as e:
             await asyncio.sleep(FAILURE_PAUSE_S)
             await self._link.send(GenerateFailed(*who, error=str(e)))

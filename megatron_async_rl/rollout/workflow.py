@@ -1,22 +1,32 @@
 """What a sample is: one turn here, or a class of your own named by `rollout.workflow`.
 
-    class TwoTries(Workflow):
+    class ThreeTries(Workflow):
         async def run(self, prompt, policy, sampling):
-            first = await policy.generate(prompt.ids.tolist(), sampling)
-            ...
-            return Sample(...)
+            episode = Episode(prompt.ids)
+            for _ in range(3):
+                turn = await policy.generate(episode.ids, sampling)
+                episode.sampled(turn)
+                text = policy.tokenizer.decode(turn.ids)
+                if turn.stop == "length" or (said := my_tool(text)) is None:
+                    break
+                episode.given(policy.tokenizer.encode(said))
+            return episode.sample(turn.stop, text)
 
 A workflow awaits `policy.generate` as often as it likes; weight updates in between and in the middle are not its
-concern. It returns flat arrays (types.Sample) with a version on every token that the policy sampled.
+concern. What it returns (types.Sample) has a version on every token that the policy sampled, and those alone are trained
+on: what the policy was given, by you or by a tool, is context. `text` is what the reward function is shown.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_async_rl.errors import ConfigError
+import numpy as np
+
+from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.rollout.client import Sampling
 from megatron_async_rl.tokenizer import Tokenizer
 from megatron_async_rl.types import Prompt, Sample, Segment, StopReason, join_segments
@@ -39,7 +49,46 @@ class Policy(Protocol):
 
     tokenizer: Tokenizer
 
-    async def generate(self, ids: list[int], sampling: Sampling) -> Completion: ...
+    async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
+        """At most `sampling.max_new_tokens`, and no more than model.context_tokens has room for: none, where it is full.
+
+        Raises DataError for ids outside the model's vocabulary.
+        """
+
+
+class Episode:
+    """A sample of several turns as it grows: what the policy is given, and what it samples, in order."""
+
+    def __init__(self, prompt_ids: np.ndarray) -> None:
+        self.ids: list[int] = prompt_ids.tolist()
+        self._given = len(self.ids)  # since the last turn
+        self._turns: list[Sample] = []
+
+    def sampled(self, turn: Completion) -> None:
+        """What `policy.generate(episode.ids, ...)` returned."""
+        before = np.asarray(self.ids[len(self.ids) - self._given :], np.int32)
+        self._turns.append(join_segments(before, turn.segments, turn.stop, ""))
+        self.ids += turn.ids
+        self._given = 0
+
+    def given(self, ids: Iterable[int]) -> None:
+        """What somebody else says: context for the turns to come, nothing to train on."""
+        more = [int(token) for token in ids]
+        self.ids += more
+        self._given += len(more)
+
+    def sample(self, stop: StopReason, text: str) -> Sample:
+        """Up to the last turn: no token was sampled from what was given after it. Raises DataError when there was no turn."""
+        if not (turns := self._turns):
+            raise DataError("an episode without a turn: nothing was sampled")
+        return Sample(
+            ids=np.concatenate([turn.ids for turn in turns]),
+            logprobs=np.concatenate([turn.logprobs for turn in turns]),
+            versions=np.concatenate([turn.versions for turn in turns]),
+            stop=stop,
+            text=text,
+            num_interrupts=sum(turn.num_interrupts for turn in turns),
+        )
 
 
 class Workflow(Protocol):
