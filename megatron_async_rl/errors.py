@@ -8,6 +8,7 @@ Error
 ├── PublishError     a weight update failed on the sender's side
 ├── ProtocolError    a peer sent what the protocol does not allow
 ├── ConservationError  the ledger does not add up: the run must not go on
+├── NoVerdict        a workflow asked for a verdict, and none could be had
 ├── StepRefused      a training step would have written non-finite weights
 ├── SelftestFailed   a parallel layout does not compute what one without parallelism does
 └── Preempted        no failure: the job was told to end, saved what it had, and asks to be run again (exit code 75)
@@ -45,6 +46,10 @@ class ProtocolError(Error):
 
 
 class ConservationError(Error):
+    pass
+
+
+class NoVerdict(Error):
     pass
 
 

@@ -130,6 +130,28 @@ class GenerateFailed(Message, frozen=True):
     error: str
 
 
+class Ask(Message, frozen=True):
+    """Rollout worker -> controller: what a workflow wants judged before its sample is whole. Answered by Answer."""
+
+    epoch: int
+    group_id: int
+    attempt: int
+    index: int
+    number: int  # of the question, from 1 on, within its sample
+    response: str
+
+
+class Answer(Message, frozen=True):
+    """Controller -> rollout worker: the verdict on an Ask, or why there is none."""
+
+    group_id: int
+    attempt: int
+    index: int
+    number: int
+    reward: float | None = None
+    error: str = ""
+
+
 # ---- reward
 
 
@@ -142,6 +164,7 @@ class Score(Message, frozen=True):
     index: int
     response: str
     row: dict[str, Any]
+    number: int = 0  # of a workflow's question; 0: the sample's own verdict
 
 
 class Scored(Message, frozen=True):
@@ -154,6 +177,7 @@ class Scored(Message, frozen=True):
     reward: float | None
     error: str = ""
     seconds: float = 0.0
+    number: int = 0  # that of the Score
 
 
 # ---- training
@@ -369,7 +393,7 @@ class Published(Message, frozen=True):
 
 AnyMessage = Union[
     Hello, Welcome, Refused, SayHello, Heartbeat, Shutdown, Failed,
-    Generate, Generated, PartialSample, GenerateFailed, Score, Scored,
+    Generate, Generated, PartialSample, GenerateFailed, Ask, Answer, Score, Scored,
     GetBatch, TrainBatch, Republish, CheckpointSaved, StepDone,
     PublishOffer, OpenGroup, GroupOpened, JoinGroup, GroupJoined,
     UpdateWeights, UpdateReady, SendBuckets, ReceiveBuckets, BucketsSent, WeightDigests, AbandonUpdate, Updated, Published,

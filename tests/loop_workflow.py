@@ -17,7 +17,7 @@ def is_bad(prompt: Prompt) -> bool:
 
 
 class ThreeTurns:
-    """Whatever is said is wrong: tokens of ours stand between those of the policy. A third of the prompts ends badly."""
+    """Each turn is judged, and tokens of ours stand between those of the policy. A third of the prompts ends badly."""
 
     async def run(self, prompt: Prompt, policy: Policy, sampling: Sampling) -> Sample:
         episode, texts = Episode(prompt.ids), []
@@ -29,7 +29,8 @@ class ThreeTurns:
                 episode.ids, Sampling(TURN_TOKENS, sampling.temperature, sampling.stop_token_ids)
             )
             episode.sampled(turn)
-            texts.append(policy.tokenizer.decode(turn.ids))
+            said = policy.tokenizer.decode(turn.ids)
+            texts.append(f"{said} => {await policy.judge(said)}")
         if is_bad(prompt):  # a workflow that counts wrong: more than the trainer has room for
             episode.given(given * CONTEXT_TOKENS)
             episode.sampled(await policy.generate(episode.ids, sampling))

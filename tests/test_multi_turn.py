@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from loop_reward import even_digits
 from loop_workflow import GIVEN, NUM_TURNS, TURN_TOKENS
 from test_loop import FinishedRun, Inputs, assert_nobody_left, make_inputs, policy, start
 
@@ -74,6 +75,14 @@ def test_every_sample_has_its_turns_and_between_them_what_was_given(run: Finishe
         assert all(1 <= end - start <= TURN_TOKENS for start, end in line.turns)
         for (_, end), (next_one, _) in itertools.pairwise(line.turns):
             assert line.ids[end:next_one].tolist() == given
+
+
+def test_every_turn_was_judged_as_the_reward_function_judges(run: FinishedRun) -> None:
+    for line in run.samples:
+        turns = [turn.rpartition(" => ") for turn in line.text.split("\n")]
+        assert len(turns) == NUM_TURNS
+        assert [float(reward) for *_, reward in turns] == [even_digits("", said, {}) for said, *_ in turns]
+        assert line.reward == even_digits("", line.text, {})  # the sample's own verdict is of the whole
 
 
 def test_a_sample_that_is_too_long_is_refused_by_name_and_its_group_accounted_for(run: FinishedRun) -> None:

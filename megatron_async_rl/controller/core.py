@@ -27,9 +27,10 @@ from megatron_async_rl.controller.fleet import Fleet, RolloutWorker, ServerState
 from megatron_async_rl.controller.groups import Group, GroupState
 from megatron_async_rl.controller.leases import Leases
 from megatron_async_rl.controller.ledger import DropReason, Ledger
+from megatron_async_rl.controller.questions import Questions, refusal
 from megatron_async_rl.controller.rules import Rules
 from megatron_async_rl.controller.verdicts import Verdicts
-from megatron_async_rl.messages import Generated, GenerateFailed, PartialSample, Scored
+from megatron_async_rl.messages import Ask, Generated, GenerateFailed, PartialSample, Scored
 from megatron_async_rl.types import Prompt
 
 
@@ -40,6 +41,7 @@ class Core:
         self.books = Books(rules.samples_per_prompt, next_prompt, epoch)
         self.leases = Leases(rules, self.books, self.fleet)
         self.verdicts = Verdicts(rules, self.books, self.fleet)
+        self.questions = Questions(rules, self.leases, self.fleet)
         self.cut = Cut(rules, self.books)
         self.admitting = False  # the shell opens the gate when version 0 is served and evaluated
         self.hold_batches = False  # the trainer is busy with something else: nothing is cut
@@ -138,6 +140,7 @@ class Core:
             return [ServerLost(name), *self._take_back(name), *self._advance(now)]
         self.fleet.reward.pop(name, None)
         self.verdicts.take_back(name)
+        self.questions.take_back(name)
         return self._advance(now)
 
     # ---- events: samples
@@ -172,7 +175,19 @@ class Core:
             return []
         return self._release(group) + self._advance(now)
 
+    def asked(self, worker: str, ask: Ask, now: float) -> list[Action]:
+        """A workflow wants something judged before its sample is whole."""
+        if self.leases.group_of(worker, ask) is None:
+            self.num_fenced_messages += 1
+            return [refusal(worker, ask, "the lease has ended")]
+        self.questions.put(worker, ask)
+        return self._advance(now)
+
     def scored(self, worker: str, reply: Scored, now: float) -> list[Action]:
+        if reply.number:
+            answer = self.questions.answered(worker, reply)
+            self.num_fenced_messages += answer is None
+            return (answer or []) + self._advance(now)
         if not self.verdicts.is_asked_of(worker, reply):
             self.num_fenced_messages += 1
             return []
@@ -231,6 +246,7 @@ class Core:
             self.verdicts.settle(key)
             if group := self.groups.get(key[0]):
                 actions += self._no_verdict(group, key[1])
+        actions += self.questions.tick(now)
         return actions + self._advance(now)
 
     def end(self) -> list[Action]:
@@ -246,7 +262,7 @@ class Core:
 
     def _advance(self, now: float) -> list[Action]:
         """Everything that has become possible: scoring, the cut, leases, admissions."""
-        actions: list[Action] = [*self.verdicts.ask(now)]
+        actions: list[Action] = [*self.questions.pass_on(now), *self.verdicts.ask(now)]  # a question holds up a sample
         if self.batch_awaited and not self.hold_batches:
             for group in self.cut.stale():
                 actions += self._drop(group, DropReason.STALE)

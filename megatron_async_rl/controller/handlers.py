@@ -20,6 +20,7 @@ from megatron_async_rl.controller.workers import Workers
 from megatron_async_rl.errors import Error, ProtocolError
 from megatron_async_rl.messages import (
     AnyMessage,
+    Ask,
     BucketsSent,
     CheckpointSaved,
     Failed,
@@ -146,6 +147,8 @@ class Handlers:
         elif isinstance(message, GenerateFailed):
             logger.warning("%s: sample %d.%d: %s", name, message.group_id, message.index, message.error)
             await self._act(core.generate_failed(name, message, now))
+        elif isinstance(message, Ask):
+            await self._act(core.asked(name, message, now))
         elif isinstance(message, Scored):
             if message.reward is None:
                 logger.warning("%s: no verdict on %d.%d: %s", name, message.group_id, message.index, message.error)

@@ -20,7 +20,7 @@ from megatron_async_rl.controller.fleet import Fleet, RolloutWorker
 from megatron_async_rl.controller.groups import Group, GroupState
 from megatron_async_rl.controller.ledger import DropReason
 from megatron_async_rl.controller.rules import Rules
-from megatron_async_rl.messages import Generate, Generated, GenerateFailed, PartialSample
+from megatron_async_rl.messages import Ask, Generate, Generated, GenerateFailed, PartialSample
 from megatron_async_rl.types import NOT_GENERATED, Sample
 
 
@@ -82,7 +82,7 @@ class Leases:
 
     # ---- back
 
-    def group_of(self, worker: str, reply: Generated | GenerateFailed | PartialSample) -> Group | None:
+    def group_of(self, worker: str, reply: Generated | GenerateFailed | PartialSample | Ask) -> Group | None:
         """The group that this reply may change; None for a late, duplicate or foreign one."""
         group = self._books.groups.get(reply.group_id)
         if group is None or reply.epoch != self._books.epoch or group.state is not GroupState.RUNNING:

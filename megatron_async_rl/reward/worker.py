@@ -200,6 +200,7 @@ def _scored(message: Score, reward: float | None, error: str, started: float) ->
         reward=reward,
         error=error,
         seconds=time.perf_counter() - started,
+        number=message.number,
     )
 
 

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from megatron_async_rl.config import Config
-from megatron_async_rl.errors import DataError, EngineError, EngineSilent, Error, Preempted
+from megatron_async_rl.errors import DataError, EngineError, EngineSilent, Error, NoVerdict, Preempted
 from megatron_async_rl.messages import (
     AbandonUpdate,
+    Answer,
+    Ask,
     Failed,
     Generate,
     Generated,
@@ -63,6 +65,7 @@ class RolloutWorker:
         self._doubted = asyncio.Event()  # a request was not answered in time
         self._tasks: set[asyncio.Task[None]] = set()
         self._leases: set[asyncio.Task[None]] = set()  # those of them that make samples
+        self._questions: dict[tuple[int, int, int, int], asyncio.Future[Answer]] = {}  # by what Answer says of itself
         self.left: dict[tuple[int, int], Partial] = {}  # (group, index) -> its tokens so far
 
     async def run(self) -> None:
@@ -155,6 +158,10 @@ class RolloutWorker:
                 return
             if isinstance(message, WeightDigests | AbandonUpdate):
                 self.updates.hear(message)
+            elif isinstance(message, Answer):
+                answered = self._questions.get((message.group_id, message.attempt, message.index, message.number))
+                if answered and not answered.done():
+                    answered.set_result(message)
             elif isinstance(message, Generate):
                 partials = message.partials or [None] * len(message.indices)
                 for index, partial in zip(message.indices, partials, strict=True):
@@ -202,6 +209,22 @@ class RolloutWorker:
 
     async def send(self, message: PartialSample) -> None:
         await self._link.send(message)
+
+    async def ask(self, ask: Ask) -> float:
+        """Raises NoVerdict."""
+        key = (ask.group_id, ask.attempt, ask.index, ask.number)
+        answered = self._questions[key] = asyncio.get_running_loop().create_future()
+        limit_s = self._config.rollout.lease_timeout_s
+        try:
+            await self._link.send(ask)
+            answer = await asyncio.wait_for(answered, limit_s)
+        except TimeoutError:
+            raise NoVerdict(f"no verdict within rollout.lease_timeout_s = {limit_s:g}") from None
+        finally:
+            del self._questions[key]
+        if answer.reward is None:
+            raise NoVerdict(f"no verdict on {ask.group_id}.{ask.index}, question {ask.number}: {answer.error}")
+        return answer.reward
 
     async def _hand_in(self) -> None:
         """Ends what runs, so that every sample's tokens so far reach the controller; bounded, and best effort."""
@@ -259,6 +282,7 @@ class SampleLease:
         self._lease = lease
         self._index = index
         self._key = (lease.group_id, index)
+        self._num_asked = 0
         left = worker.left.get(self._key)
         if left is not None and left.oldest_version < lease.floor_version:
             left = None
@@ -267,6 +291,13 @@ class SampleLease:
 
     async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
         return await self._worker.generate(ids, sampling, self)
+
+    async def judge(self, text: str) -> float:
+        self._num_asked += 1
+        lease = self._lease
+        return await self._worker.ask(
+            Ask(lease.epoch, lease.group_id, lease.attempt, self._index, self._num_asked, text)
+        )
 
     def left_of(self, ids: list[int]) -> list[Segment]:
         """What an earlier lease has made of just this input: none, when it was another call of the workflow."""

@@ -7,9 +7,9 @@
                 turn = await policy.generate(episode.ids, sampling)
                 episode.sampled(turn)
                 text = policy.tokenizer.decode(turn.ids)
-                if turn.stop == "length" or (said := my_tool(text)) is None:
+                if turn.stop == "length" or await policy.judge(text) == 1.0:
                     break
-                episode.given(policy.tokenizer.encode(said))
+                episode.given(policy.tokenizer.encode("\\nThat is wrong. Try again.\\n"))
             return episode.sample(turn.stop, text)
 
 A workflow awaits `policy.generate` as often as it likes; weight updates in between and in the middle are not its
@@ -53,6 +53,12 @@ class Policy(Protocol):
         """At most `sampling.max_new_tokens`, and no more than model.context_tokens has room for: none, where it is full.
 
         Raises DataError for ids outside the model's vocabulary.
+        """
+
+    async def judge(self, text: str) -> float:
+        """What the reward function says of `text` as an answer to this prompt; the sample's own reward comes later.
+
+        Raises NoVerdict when the judges fail, or the lease has ended.
         """
 
 
