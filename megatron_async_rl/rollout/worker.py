@@ -13,8 +13,6 @@ import os
 import signal
 from typing import Any
 
-import numpy as np
-
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import DataError, EngineError, EngineSilent, Error, NoVerdict, Preempted
 from megatron_async_rl.messages import (
@@ -34,18 +32,18 @@ from megatron_async_rl.messages import (
 from megatron_async_rl.rollout.client import EngineClient, Part, Sampling
 from megatron_async_rl.rollout.gate import Gate
 from megatron_async_rl.rollout.interruption import ABORT_AGAIN_S
+from megatron_async_rl.rollout.sample_lease import SampleLease
 from megatron_async_rl.rollout.server import Server
 from megatron_async_rl.rollout.updates import WeightUpdates
 from megatron_async_rl.rollout.workflow import Completion, Workflow
 from megatron_async_rl.tokenizer import Tokenizer, fingerprint, vocabulary_size
 from megatron_async_rl.transport import Link
-from megatron_async_rl.types import Partial, Sample, Segment, join_segments
+from megatron_async_rl.types import Partial, Sample, Segment
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 2.0
 FAILURE_PAUSE_S = 1.0  # a server that has just died fails all it is given at once: its end is known before we say so
 HAND_IN_S = 5.0  # for the samples in flight to be handed in at the end
-MAX_LEFT = 4096  # samples whose tokens are kept here, for a controller that comes back
 
 
 class RolloutWorker:
@@ -271,54 +269,6 @@ class RolloutWorker:
             await self._link.send(GenerateFailed(*who, error=f"{type(e).__name__}: {e}"))
         else:
             await self._link.send(Generated(*who, sample=sample))
-
-
-class SampleLease:
-    """The policy as one leased sample's workflow sees it: a call goes on where an interruption or a crash left it."""
-
-    def __init__(self, worker: RolloutWorker, lease: Generate, index: int, partial: Partial | None) -> None:
-        self.tokenizer = worker.tokenizer
-        self._worker = worker
-        self._lease = lease
-        self._index = index
-        self._key = (lease.group_id, index)
-        self._num_asked = 0
-        left = worker.left.get(self._key)
-        if left is not None and left.oldest_version < lease.floor_version:
-            left = None
-        longer = left is not None and (partial is None or len(left.ids) > len(partial.ids))
-        self._partial = left if longer else partial
-
-    async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
-        return await self._worker.generate(ids, sampling, self)
-
-    async def judge(self, text: str) -> float:
-        self._num_asked += 1
-        lease = self._lease
-        return await self._worker.ask(
-            Ask(lease.epoch, lease.group_id, lease.attempt, self._index, self._num_asked, text)
-        )
-
-    def left_of(self, ids: list[int]) -> list[Segment]:
-        """What an earlier lease has made of just this input: none, when it was another call of the workflow."""
-        partial = self._partial
-        if partial is None or self._lease.purpose != "train" or partial.ids[: partial.num_input].tolist() != ids:
-            return []
-        return partial.segments()
-
-    async def keep(self, ids: list[int], segments: list[Segment], interrupted: bool) -> None:
-        """Holds on to the tokens so far; those of an interrupted call go to the controller too."""
-        if self._lease.purpose != "train":
-            return
-        whole = join_segments(np.asarray(ids, np.int32), segments, "length", "")
-        partial = Partial(whole.ids, whole.logprobs, whole.versions)
-        self._worker.left.pop(self._key, None)
-        self._worker.left[self._key] = partial
-        while len(self._worker.left) > MAX_LEFT:
-            del self._worker.left[next(iter(self._worker.left))]  # the oldest
-        if interrupted:
-            lease = self._lease
-            await self._worker.send(PartialSample(lease.epoch, lease.group_id, lease.attempt, self._index, partial))
 
 
 def _merge(segments: list[Segment]) -> list[Segment]:

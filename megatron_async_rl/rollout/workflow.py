@@ -14,7 +14,8 @@
 
 A workflow awaits `policy.generate` as often as it likes; weight updates in between and in the middle are not its
 concern. What it returns (types.Sample) has a version on every token that the policy sampled, and those alone are trained
-on: what the policy was given, by you or by a tool, is context. `text` is what the reward function is shown.
+on: what the policy was given, by you or by a tool, is context. `text` is what the reward function is shown. After a crash
+a sample goes on in the middle of its first turn; one that was further begins anew.
 """
 
 from __future__ import annotations
