@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
+import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from test_reward_process import descendants, scored_by, wait_until_gone, with_process
 from test_sandbox import PYTHON, pytestmark  # noqa: F401 (the same needs)
 from tiny import make_model
 
@@ -24,6 +27,7 @@ from megatron_async_rl.reward.code_answer import program_in, same_data, same_tex
 from megatron_async_rl.reward.worker import RewardWorker
 from megatron_async_rl.run_checks import run_checks
 from megatron_async_rl.tokenizer import Tokenizer
+from megatron_async_rl.transport import Hub, Peer
 
 SANDBOX = {"python": PYTHON, "isolation": "landlock", "test_timeout_s": 2.0}
 STDIO = {"tests": [{"input": "3 4\n", "output": "7\n"}, {"input": "1 1\n", "output": "2\n"}]}
@@ -244,3 +248,20 @@ def test_a_host_without_the_interpreter_is_refused_at_start_up() -> None:
         ConfigError, match=r"sandbox\.python = /no/python, sandbox\.isolation = landlock: .*No such file"
     ):
         with_worker(never, python="/no/python")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_program_that_runs_ends_with_the_reward_process(tmp_path: Path, signum: signal.Signals) -> None:
+    async def test(hub: Hub, peer: Peer, process: subprocess.Popen[bytes]) -> None:
+        [right] = (await scored_by(hub, peer, [score(fenced("print(sum(map(int, input().split())))"), STDIO)])).values()
+        assert right.reward == 1.0
+        await hub.send(peer, score(fenced("while 1: pass"), STDIO))
+        await asyncio.sleep(0.5)
+        left = descendants(process.pid)
+        assert sum("zygote.py" in " ".join(psutil.Process(pid).cmdline()) for pid in left) >= 2
+        process.send_signal(signum)
+        await asyncio.to_thread(process.wait, 10)
+        wait_until_gone(left)
+
+    sandbox = SANDBOX | {"test_timeout_s": 60.0}
+    with_process(tmp_path, test, sandbox=sandbox, function="code", timeout_s=60.0)

@@ -54,7 +54,10 @@ def start_process(run_dir: Path) -> subprocess.Popen[bytes]:
 
 
 def with_process(
-    tmp_path: Path, test: Callable[[Hub, Peer, subprocess.Popen[bytes]], Awaitable[None]], **reward: Any
+    tmp_path: Path,
+    test: Callable[[Hub, Peer, subprocess.Popen[bytes]], Awaitable[None]],
+    sandbox: dict[str, Any] | None = None,
+    **reward: Any,
 ) -> None:
     """The reward process joined to a hub, and gone with all its children at the end."""
     tree = {
@@ -64,6 +67,7 @@ def with_process(
         "rollout": {"max_new_tokens": 8},
         "algorithm": {"prompts_per_step": 1, "samples_per_prompt": 2},
         "reward": reward,
+        "sandbox": sandbox or {},
     }
     (tmp_path / "config.yaml").write_text(config.dump(config.from_tree(tree)))
 
