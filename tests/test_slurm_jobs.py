@@ -29,7 +29,8 @@ MISSING = [
     for name in ("munged", "slurmctld", "slurmd", "sbatch")
     if not shutil.which(name, path=os.defpath + ":/usr/sbin")
 ]
-START_S = 120.0
+START_S = 150.0
+STEPS = 40
 
 pytestmark = [
     pytest.mark.slow,
@@ -156,29 +157,44 @@ def test_a_trainer_on_two_nodes_trains_to_its_end(job: Callable[..., Job]) -> No
     assert "raise run.steps to go on" in again.output
 
 
-@pytest.mark.parametrize("who", ["steps", "batch", "both"])
-def test_a_preempted_job_saves_is_requeued_and_goes_on(job: Callable[..., Job], who: str) -> None:
-    """To the steps: Slurm's preemption. To the batch script: its time limit. To both: some preemptions."""
-    running = job(60).submit()
+@pytest.mark.parametrize("who", ["time limit", "preemption", "everybody twice"])
+def test_a_job_that_is_told_to_end_saves_is_requeued_and_goes_on(job: Callable[..., Job], who: str) -> None:
+    """The time limit's signal goes to the batch script alone, that of a preemption to every process of the steps."""
+    running = job(STEPS).submit()
     running.wait_for_version(6)  # with its server on the second node
     started = running.status().pid
-    if who != "steps":
+    if who == "preemption":
+        running.slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    else:
         running.slurm("scancel", "--batch", "--signal=TERM", running.number)
-    if who != "batch":
+    if who == "everybody twice":
         running.slurm("scancel", "--signal=TERM", running.number)
     told = time.monotonic()
-    running.wait(lambda: running.shown("Restarts") == "1", 30)
-    assert time.monotonic() - told < 20  # far less than faults.grace_s: everybody did what was asked
+    running.wait(lambda: running.shown("Restarts") == "1")
+    assert time.monotonic() - told < 30  # far less than faults.grace_s: everybody did what was asked
     stopped = running.status()
     assert stopped.state == "stopped" and not Path(f"/proc/{started}").exists()
     saved = checkpoints.manifests(running.run_dir)[0].version
-    assert saved == stopped.version < 60  # not the one of every fourth step: the one of SIGTERM
+    assert saved == stopped.version < STEPS  # not the one of every fourth step: the one of SIGTERM
     assert "exit code 75: job" in running.output and "stopped by SIGTERM" not in running.output
 
     assert running.wait_for_the_end() == ("COMPLETED", "0:0"), running.output[-3000:]
-    assert running.shown("Restarts") == "1" and running.status().version == 60
+    assert running.shown("Restarts") == "1" and running.status().version == STEPS
     assert f"loaded checkpoint v{saved:06d}" in (running.run_dir / "logs" / "trainer.log").read_text()
     assert [path.name for path in running.folder.glob(".run.job-*")] == [f".run.job-{running.number}.0.1"]
+    running.check_books(lives=2)
+
+
+def test_a_job_that_loses_a_node_is_requeued_by_slurm_and_goes_on(job: Callable[..., Job]) -> None:
+    running = job(STEPS).submit()
+    running.wait_for_version(6)
+    running.wait(lambda: bool(checkpoints.manifests(running.run_dir)))
+    running.slurm(
+        "scontrol", "update", "nodename=n2", "state=down", "reason=test"
+    )  # back as soon as its slurmd says so
+    running.wait(lambda: running.shown("Restarts") == "1")
+    assert running.wait_for_the_end() == ("COMPLETED", "0:0"), running.output[-3000:]
+    assert running.shown("Restarts") == "1" and running.status().version == STEPS
     running.check_books(lives=2)
 
 

@@ -5,11 +5,12 @@
 #   apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge     # Debian 12
 #   tools/slurm_local.sh up DIR [N=2] [G=0]     # as root; all of it lives in DIR
 #   export SLURM_CONF=DIR/slurm.conf            # sbatch, squeue, scontrol then speak to it
+#   sbatch --partition=urgent ...               # preempts what runs elsewhere: SIGTERM, a minute, and it is requeued
 #   tools/slurm_local.sh down DIR               # cancels what runs, and ends the processes that `up` started, no others
 set -euo pipefail
 
 fail() { echo "slurm_local: $*" >&2; exit 1; }
-usage() { sed -n '2,8s/^# \?//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,9s/^# \?//p' "$0" >&2; exit 2; }
 [[ $# -ge 2 ]] || usage
 action=$1
 mkdir -p "$2"
@@ -78,7 +79,10 @@ JobAcctGatherType=jobacct_gather/none
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=n[1-$nodes] NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=8 RealMemory=1000 $gres
-PartitionName=local Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=local Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 CONF
 }
 
@@ -95,7 +99,7 @@ up() {
   start slurmctld slurmctld -D -c -f "$SLURM_CONF"
   for ((node = 1; node <= nodes; node++)); do start "slurmd.n$node" slurmd -D -N "n$node" -f "$SLURM_CONF"; done
   for ((tenth = 0; tenth < 300; tenth++)); do
-    [[ $(sinfo -h -N -o %T 2> /dev/null | grep -c idle) != "$nodes" ]] || { sinfo; return; }
+    [[ $(sinfo -h -N -p local -o %T 2> /dev/null | grep -c idle) != "$nodes" ]] || { sinfo; return; }
     sleep 0.1
   done
   tail -n 5 "$dir"/log/* >&2
