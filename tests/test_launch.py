@@ -21,15 +21,24 @@ from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.metrics import read_status
 
 
+def running(watch: Descendants, module: str) -> list[psutil.Process]:
+    """Who has this module on its command line."""
+    found = []
+    for process in watch.look():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if f"megatron_async_rl.{module}" in process.cmdline():
+                found.append(process)
+    return found
+
+
 def kill_one(watch: Descendants, module: str, not_pid: int = 0) -> int:
     """SIGKILL to the process that runs this module, once there is one other than `not_pid`."""
     deadline = time.monotonic() + START_S
     while True:
-        for process in watch.look():
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-                if process.pid != not_pid and f"megatron_async_rl.{module}" in process.cmdline():
-                    process.kill()
-                    return process.pid
+        for process in running(watch, module):
+            if process.pid != not_pid:
+                process.kill()
+                return process.pid
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -59,6 +68,8 @@ def test_a_cap_ends_the_run_by_name_and_a_second_sigterm_ends_it_at_once(tmp_pat
     child = start(path)
     watch = Descendants(child.pid)
     wait_for_version(run_dir, trained + 1, states=("training",))
+    for process in running(watch, "trainer"):
+        process.suspend()  # it will not have saved before the second one
     child.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     child.send_signal(signal.SIGTERM)

@@ -123,6 +123,7 @@ def test_every_trained_sample_becomes_one_line_that_people_can_grep(tmp_path: Pa
         "version": 4, "group_id": 5, "prompt_id": "p5", "index": 0, "reward": 1.0, "advantage": 0.5,
         "num_prompt": 3, "num_generated": 20, "versions": [[3, 12], [4, 8]], "stop": "stop", "num_interrupts": 1,
         "text": "1+1=2", "ids": first["ids"], "logprobs": first["logprobs"],
+        "turns": [[3, 23]],
     }  # fmt: skip
     assert np.frombuffer(base64.b64decode(first["ids"]), "<i4").tolist() == [1, 2, 3] + [7] * 20
     assert np.frombuffer(base64.b64decode(first["logprobs"]), "<f4").tolist() == [-0.5] * 20
