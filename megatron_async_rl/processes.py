@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from multiprocessing import resource_tracker
+from multiprocessing import popen_fork, resource_tracker
 from pathlib import Path
 from typing import NoReturn
 
@@ -79,6 +79,7 @@ def _exit_in_order(signum: int, frame: object) -> None:
 def _heed_the_parent_alone() -> None:
     """A rank that Slurm signals with the whole job must still save; torchrun's order to it must end it, stuck or not."""
     resource_tracker._IGNORED_SIGNALS = (signal.SIGINT,)  # type: ignore[attr-defined]  # its start would unblock SIGTERM
+    popen_fork.Popen.terminate = popen_fork.Popen.kill  # type: ignore[method-assign]  # our end waits for our children's
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of all threads to come, and of what they start
 
     def listen() -> None:

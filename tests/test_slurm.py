@@ -273,6 +273,39 @@ def test_an_engine_and_all_that_it_spawns_is_deaf_to_sigterm_and_stopped_all_the
     assert psutil.wait_procs(everyone[1:], 5)[1] == []
 
 
+ENDS = """
+import multiprocessing, sys, time
+from pathlib import Path
+def sleep():
+    Path(sys.argv[1]).touch()
+    time.sleep(600)
+def run():
+    multiprocessing.get_context(sys.argv[2]).Process(target=sleep, daemon=True).start()
+    while not Path(sys.argv[1]).exists():
+        time.sleep(0.05)
+    sys.exit(3)
+if __name__ == "__main__":
+    if sys.argv[2] == "fork":
+        from megatron_async_rl import processes
+        processes.main(run, unwind=False)
+    run()
+"""
+
+
+@pytest.mark.parametrize(("context", "path"), [("spawn", "patches/sglang_tie"), ("fork", ".")])
+def test_an_engine_or_a_rank_that_ends_by_itself_does_not_wait_for_deaf_children(
+    tmp_path: Path, context: str, path: str
+) -> None:
+    """Python sends SIGTERM to them at its end, and waits."""
+    (tmp_path / "ends.py").write_text(ENDS)
+    command = [sys.executable, str(tmp_path / "ends.py"), str(tmp_path / "ready"), context]
+    child = processes.start(command, tmp_path / "log", {"PYTHONPATH": str(HERE.parent / path)}, deaf=True)
+    try:
+        assert child.wait(20) == 3, (tmp_path / "log").read_text()
+    finally:
+        processes.stop([child], 0.0)
+
+
 RANK = """
 import multiprocessing, sys, time
 from megatron_async_rl import processes

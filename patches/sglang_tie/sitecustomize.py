@@ -4,7 +4,8 @@ Python imports this file at its start, long before SGLang's own code asks for th
 a scheduler whose server is killed in that time goes on alone and keeps its GPU.
 
 And SIGTERM stays blocked in all of them, as the worker that starts the server asks for (Slurm signals every process of a
-job, and the requests under way must still come back): Python would unblock it where it starts its resource tracker.
+job, and the requests under way must still come back). Python would unblock it where it starts its resource tracker, and
+where it ends it would wait for ever for children that it has sent SIGTERM: they are killed.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ if any("multiprocessing.spawn" in argument for argument in sys.orig_argv):
         os._exit(128 + signal.SIGKILL)
 
 if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
-    from multiprocessing import resource_tracker
+    from multiprocessing import popen_fork, resource_tracker
 
     resource_tracker._IGNORED_SIGNALS = (signal.SIGINT,)
+    popen_fork.Popen.terminate = popen_fork.Popen.kill
