@@ -39,6 +39,7 @@ class Server:
         self._config = config
         self._log = run_dir / "logs" / f"{name}.sglang.log"
         self._keys = run_dir / "keys" / f"{name}.sglang.yaml"
+        self._log_start = 0
         self._child: subprocess.Popen[bytes] | None = None
         self._run_dir = run_dir
         self._name = name
@@ -67,7 +68,7 @@ class Server:
                     await self._start_on(port)
                     return
                 except EngineError:
-                    lost_port = "address already in use" in self._log.read_text(errors="replace").lower()
+                    lost_port = self._lost_port()
                     try_again = held or (lost_port and "port" not in self._config.sglang)
                     if not try_again or attempt == START_TRIES:
                         raise
@@ -99,6 +100,7 @@ class Server:
         self._keys.touch(mode=0o600)
         self._keys.write_text(yaml.safe_dump({"api-key": api_key, "admin-api-key": admin_key}))
         host = str(self._config.sglang.get("host", "127.0.0.1"))
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
         self._child = processes.start(self._command(host, port), self._log, self._environment(), deaf=True)
         self.client = EngineClient(
             f"http://{host}:{port}",
@@ -110,17 +112,23 @@ class Server:
         limit_s = self._config.rollout.start_timeout_s
         deadline = time.monotonic() + limit_s
         while not await self.client.healthy():
-            code = self._child.poll()
-            if code is not None or time.monotonic() > deadline:
-                why = (
-                    f"did not start within rollout.start_timeout_s = {limit_s:.0f}"
-                    if code is None
-                    else f"ended with exit code {code}"
-                )
+            code, lost_port = self._child.poll(), self._lost_port()
+            if code is not None or lost_port or time.monotonic() > deadline:
+                why = f"did not start within rollout.start_timeout_s = {limit_s:.0f}"
+                if code is not None:
+                    why = f"ended with exit code {code}"
+                elif lost_port:
+                    why = f"lost its port {port} to somebody else"
                 await self.stop()
                 raise EngineError(f"the SGLang server {why}; its log: {self._log}\n{_last_words(self._log)}")
             await asyncio.sleep(POLL_S)
         await self.client.connect()
+
+    def _lost_port(self) -> bool:
+        """Somebody took its port between our choosing and its binding. It says so, and may then hang instead of ending."""
+        with self._log.open("rb") as log:
+            log.seek(self._log_start)  # what follows is this start's
+            return b"address already in use" in log.read().lower()
 
     def _command(self, host: str, port: int) -> list[str]:
         module = "launch" if self._on_cpu else "sglang.launch_server"
