@@ -174,14 +174,14 @@ def policy(run_dir: Path, version: int) -> Any:
 
 
 def fresh_logprobs(run_dir: Path, version: int, line: SampleLine) -> np.ndarray:
-    """[num_generated]: logprob of each generated token, by one prefill of the whole under the weights of `version`."""
+    """[num_generated]: logprob of each generated token of all turns, by one prefill under the weights of `version`."""
     import torch
 
     ids = torch.tensor(line.ids, dtype=torch.long)
     with torch.no_grad():
         logits = policy(run_dir, version)(input_ids=ids[None]).logits[0, :-1]
-    logprobs = torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[:, 0]
-    return logprobs[line.num_prompt - 1 :].numpy()
+    logprobs = torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[:, 0].numpy()
+    return np.concatenate([logprobs[start - 1 : end - 1] for start, end in line.turns])
 
 
 def difference_from_fresh_prefills(run: FinishedRun, line: SampleLine, num_spans: int) -> float:

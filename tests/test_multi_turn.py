@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from loop_reward import even_digits
 from loop_workflow import GIVEN, NUM_TURNS, TURN_TOKENS
-from test_loop import FinishedRun, Inputs, assert_nobody_left, make_inputs, policy, start
+from test_loop import FinishedRun, Inputs, assert_nobody_left, fresh_logprobs, make_inputs, start
 
 from megatron_async_rl.doctor import engine_python
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.rollout.workflow import Completion, Episode
-from megatron_async_rl.sample_log import SampleLine
 from megatron_async_rl.tokenizer import Tokenizer
 from megatron_async_rl.types import NOT_GENERATED, Segment
 
@@ -94,17 +93,6 @@ def test_a_sample_that_is_too_long_is_refused_by_name_and_its_group_accounted_fo
     assert_nobody_left(run.folder)
 
 
-def by_transformers(run: FinishedRun, version: int, line: SampleLine) -> np.ndarray:
-    """[num_generated]: one prefill of all turns and what was given, under the weights of `version`."""
-    import torch
-
-    ids = torch.tensor(line.ids, dtype=torch.long)
-    with torch.no_grad():
-        logits = policy(run.folder, version)(input_ids=ids[None]).logits[0, :-1]
-    logprobs = torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[:, 0].numpy()
-    return np.concatenate([logprobs[start - 1 : end - 1] for start, end in line.turns])
-
-
 def test_each_turn_s_logprobs_are_those_of_a_fresh_prefill(run: FinishedRun) -> None:
     spanning = [line for line in run.samples if len(line.versions) >= 2]
     assert spanning  # updates came between and within turns
@@ -113,7 +101,9 @@ def test_each_turn_s_logprobs_are_those_of_a_fresh_prefill(run: FinishedRun) -> 
         done = 0
         for version, count in line.versions:
             these = slice(done, done + count)
-            np.testing.assert_allclose(line.logprobs[these], by_transformers(run, version, line)[these], atol=1e-3)
+            np.testing.assert_allclose(
+                line.logprobs[these], fresh_logprobs(run.folder, version, line)[these], atol=1e-3
+            )
             done += count
 
 

@@ -48,9 +48,8 @@ def main() -> None:
     parser.add_argument("--pauses", type=int, default=3)
     parser.add_argument("--gap-s", type=float, default=5.0)
     parser.add_argument("--sglang", nargs="+", metavar="KEY=VALUE", default=[], help="settings of the engine")
-    arguments = parser.parse_args()
-    arguments.trainer_tp, arguments.no_radix_cache = 1, False  # a configuration is of the whole run
-    asyncio.run(benchmark(arguments))
+    parser.set_defaults(trainer_tp=1, no_radix_cache=False)  # make_config's is of a whole run
+    asyncio.run(benchmark(parser.parse_args()))
 
 
 async def benchmark(arguments: argparse.Namespace) -> None:

@@ -79,8 +79,6 @@ class BoxSettings:
 class Result:
     end: End
     output: bytes
-    code: int = 0  # exit code, or the signal's number
-    cpu_s: float = 0.0
     frames: list[Any] = field(default_factory=list)  # of calls: what each returned
 
 
@@ -171,8 +169,8 @@ class Box:
         if function and result.end is End.OK:
             frames = _frames(result.output)
             if frames is None or len(frames) != len(given):
-                return Result(End.RAISED, result.output, cpu_s=result.cpu_s)
-            return Result(End.OK, result.output, cpu_s=result.cpu_s, frames=frames)
+                return Result(End.RAISED, result.output)
+            return Result(End.OK, result.output, frames)
         return result
 
     def _run(self, program: str, data: bytes, limits: Limits, function: str) -> Result:
@@ -182,7 +180,6 @@ class Box:
             "id": self._num_jobs,
             "function": function,
             "wall_s": limits.wall_s,
-            "cpu_s": limits.wall_s,
             "memory_bytes": limits.memory_bytes,
             "output_bytes": limits.output_bytes,
         }
@@ -259,19 +256,16 @@ def _in_memory(data: bytes, opened: contextlib.ExitStack) -> int:
 def _result(output: bytes, report: dict[str, Any], limits: Limits) -> Result:
     if not report["confined"]:
         raise ValueError("the jail could not be closed around a program")
-    status, cpu_s = int(report["status"]), float(report["cpu_s"])
+    status = int(report["status"])
     if len(output) > limits.output_bytes:
-        return Result(End.OUTPUT, b"", cpu_s=cpu_s)
+        return Result(End.OUTPUT, b"")
     if report["too_long"]:
-        return Result(End.TIME, b"", cpu_s=cpu_s)
+        return Result(End.TIME, b"")
     if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
         ends = {signal.SIGXCPU: End.TIME, signal.SIGXFSZ: End.OUTPUT, signal.SIGSYS: End.FORBIDDEN}
-        return Result(ends.get(signal.Signals(number), End.KILLED), b"", number, cpu_s)
-    code = os.WEXITSTATUS(status)
-    if code:
-        return Result(End.MEMORY if code == _MEMORY_RAN_OUT else End.RAISED, output, code, cpu_s)
-    return Result(End.OK, output, cpu_s=cpu_s)
+        return Result(ends.get(signal.Signals(os.WTERMSIG(status)), End.KILLED), b"")
+    ends = {0: End.OK, _MEMORY_RAN_OUT: End.MEMORY}
+    return Result(ends.get(os.WEXITSTATUS(status), End.RAISED), output)
 
 
 def _frames(output: bytes) -> list[Any] | None:

@@ -100,8 +100,8 @@ def enter_namespaces():
 
 
 def confine(limits, readable, without=()):
-    """No way back. `limits`: memory_bytes, cpu_s, output_bytes. `readable`: folders. `without`: layers left out, for tests."""
-    memory, cpu_s = limits["memory_bytes"], int(limits["cpu_s"]) + 1
+    """No way back. `limits`: memory_bytes, wall_s, output_bytes. `readable`: folders. `without`: layers left out, for tests."""
+    memory, cpu_s = limits["memory_bytes"], int(limits["wall_s"]) + 1
     for kind, value in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, limits["output_bytes"]),
