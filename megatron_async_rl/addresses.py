@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import socket
 import struct
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
+_WILDCARDS = ("0.0.0.0", "*")  # run.host of a controller that listens on all addresses
 _NAME_BYTES = 256  # room for struct ifreq
 
 
@@ -30,10 +32,28 @@ def interface_of(address: str) -> str:
     return ""
 
 
-def reserve_port() -> socket.socket:
-    """A socket bound to a free port, not listening: nobody is given the port while it is open, and a server that sets
-    SO_REUSEADDR, as torch's store does, can listen there all the same."""
+def collective_environment(host: str) -> dict[str, str]:
+    """Variables that keep gloo and NCCL on the network that leads to the controller at `host`.
+
+    Without them gloo listens where the host's name resolves to, and NCCL on the first interface that is up. With a
+    controller on a loopback address the whole run is on this host, and nothing needs to listen elsewhere. A variable
+    that is set already stays.
+    """
+    variables = {}
+    if host not in _WILDCARDS and (interface := interface_of(own_address(f"tcp://{host}:1"))):
+        variables["GLOO_SOCKET_IFNAME"] = interface
+        if interface == "lo":
+            variables["NCCL_SOCKET_IFNAME"] = interface
+    return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+def reserve_port(address: str) -> socket.socket:
+    """Returns a socket bound to a free port of `address`, not listening.
+
+    The port is given to no other process while the socket is open, and a server that sets SO_REUSEADDR, as torch's store
+    does, can still listen there.
+    """
     held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("", 0))
+    held.bind((address, 0))
     return held

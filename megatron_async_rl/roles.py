@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_async_rl import devices
+from megatron_async_rl import addresses, devices
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import ConfigError
 
@@ -63,6 +63,7 @@ def _command(name: str, config: Config, run_dir: str, gpus: str | None) -> Comma
         env["CUDA_VISIBLE_DEVICES"] = gpus
     if role == "trainer" and not config.has_trainer:
         return Command([sys.executable, "-m", "megatron_async_rl.recorder", run_dir], env, deaf=True)
+    env |= addresses.collective_environment(config.run.host)
     if role != "trainer":
         return Command([sys.executable, "-m", module, run_dir, *([] if role == "controller" else [name])], env)
     env |= {
@@ -71,13 +72,13 @@ def _command(name: str, config: Config, run_dir: str, gpus: str | None) -> Comma
     }
     if len(config.trainer_names) > 1:
         return Command([sys.executable, "-m", "megatron_async_rl.node", run_dir, name], env, deaf=True)
-    meeting = ("--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
-    return Command(torchrun(config, run_dir, *meeting), env, deaf=True)
+    rendezvous = ("--nnodes=1", "--rdzv-backend=file", f"--rdzv-endpoint={run_dir}/keys/rank-stores")
+    return Command(torchrun(config, run_dir, *rendezvous), env, deaf=True)
 
 
 def torchrun(config: Config, run_dir: str, *meeting: str) -> list[str]:
     """Starts this host's trainer ranks, which find the others as `meeting` says."""
     return [
-        *(sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={config.ranks_per_host}"),
+        *(sys.executable, "-m", "megatron_async_rl.trainer.torchrun", *meeting, f"--nproc-per-node={config.ranks_per_host}"),
         *("--no-python", sys.executable, "-m", "megatron_async_rl.trainer", run_dir),
     ]

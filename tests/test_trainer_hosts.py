@@ -85,14 +85,14 @@ def test_each_host_has_a_name_a_command_and_the_gpus_of_its_own_ranks(monkeypatc
 
 
 def test_a_reserved_port_is_nobody_else_s_and_its_interface_is_found() -> None:
-    with addresses.reserve_port() as held:
+    with addresses.reserve_port("127.0.0.1") as held:
         port = held.getsockname()[1]
         child = "import socket, sys\nwith socket.socket() as s:\n s.bind(('', int(sys.argv[1])))"
         taken = subprocess.run([sys.executable, "-c", child, str(port)], capture_output=True, timeout=30, check=False)
         assert b"Address already in use" in taken.stderr
         store = (
-            "import sys, datetime, torch.distributed as d\n"
-            "d.TCPStore('127.0.0.1', int(sys.argv[1]), 1, True, datetime.timedelta(seconds=20), multi_tenant=True)"
+            "import sys, datetime\nfrom megatron_async_rl.weights.store import listening_store\n"
+            "listening_store('127.0.0.1', int(sys.argv[1]), 1, datetime.timedelta(seconds=20)).set('key', 'value')"
         )
         assert subprocess.run([sys.executable, "-c", store, str(port)], timeout=60, check=False).returncode == 0
     assert addresses.own_address("tcp://127.0.0.1:5") == "127.0.0.1"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import socket
 import subprocess
 import time
@@ -174,8 +173,8 @@ class Node:
             time.sleep(POLL_S)
 
     def _publish(self, controller: str) -> None:
-        self._port = addresses.reserve_port()
         address = addresses.own_address(controller)
+        self._port = addresses.reserve_port(address)
         self._say(replace(self._lives.own, address=address, port=self._port.getsockname()[1]))
 
     # ---- the life
@@ -184,15 +183,16 @@ class Node:
         """Until our ranks have ended well, or the run is over. Raises _NewLife."""
         life, faults = self._lives.own, self._config.faults
         logger.info("life %d of the trainer: the ranks meet at %s, port %d", life.life, address, port)
+        timeout_s = max(1, round(self._config.trainer.start_timeout_s))
         command = roles.torchrun(
             self._config,
             str(self._run_dir),
-            *(f"--nnodes={len(self._config.trainer_names)}", f"--node-rank={self._index}", "--rdzv-backend=static"),
-            *(f"--master-addr={address}", f"--master-port={port}", f"--rdzv-id=life-{life.life}"),
-            f"--rdzv-conf=timeout={max(1, round(self._config.trainer.start_timeout_s))}",
+            *(f"--nnodes={len(self._config.trainer_names)}", "--rdzv-backend=bound", f"--rdzv-endpoint={address}:{port}"),
+            *(f"--rdzv-id=life-{life.life}", f"--rdzv-conf=rank={self._index},timeout={timeout_s}"),
         )
         log = self._run_dir / "logs" / f"{self._name}.log"
-        self._torchrun = processes.start(command, log, _network(controller), deaf=True)
+        network = addresses.collective_environment(controller.removeprefix("tcp://").rsplit(":", 1)[0])
+        self._torchrun = processes.start(command, log, network, deaf=True)
         started = time.monotonic()
         while (code := self._torchrun.poll()) is None:
             self._tick()
@@ -231,8 +231,3 @@ class Node:
             self._port.close()
             self._port = None
 
-
-def _network(controller: str) -> dict[str, str]:
-    """gloo takes the address that the host's name resolves to, often a loopback one: the way to the controller is right."""
-    interface = addresses.interface_of(addresses.own_address(controller))
-    return {"GLOO_SOCKET_IFNAME": interface} if interface and "GLOO_SOCKET_IFNAME" not in os.environ else {}

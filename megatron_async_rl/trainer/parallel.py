@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_async_rl.config import Config
 from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.weights.store import STORE_VARIABLE
 
 
 def device() -> torch.device:
@@ -47,7 +48,14 @@ def init_parallel(config: Config) -> None:
     if not dist.is_initialized():
         for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
             os.environ.setdefault(name, value)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+        path = os.environ.get(STORE_VARIABLE)  # with all ranks on one host
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            timeout=timeout,
+            rank=int(os.environ["RANK"]) if path else -1,
+            world_size=world if path else -1,
+            store=dist.FileStore(path, world) if path else None,
+        )
     mpu.initialize_model_parallel(
         config.parallel_size("tensor_model"),
         config.parallel_size("pipeline_model"),

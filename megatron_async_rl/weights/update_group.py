@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from megatron_async_rl.weights.store import listening_store
+
 _OUT_OF_REACH = timedelta(days=7)
 _POLL_S = 0.0005
 
@@ -31,14 +33,7 @@ class UpdateGroup:
         self._backend = backend
         self._timeout_s = timeout_s
         self.address = address  # of this host, as the engines' hosts reach it
-        self._store: dist.TCPStore | None = dist.TCPStore(
-            address,
-            0,  # the store picks a free port and holds it
-            world_size,
-            is_master=True,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-        )
+        self._store: dist.TCPStore | None = listening_store(address, 0, world_size, timedelta(seconds=timeout_s))
         self.port: int = self._store.port
         self._group: dist.ProcessGroup | None = None
         self._broken = False
