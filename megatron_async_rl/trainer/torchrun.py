@@ -68,9 +68,11 @@ def _file_rendezvous(params: RendezvousParameters) -> RendezvousHandler:
     folder = Path(params.endpoint)
     folder.mkdir(mode=0o700, exist_ok=True)
     name = f"{os.getpid()}-{secrets.token_hex(4)}"  # new: a store still holds the keys of the ranks before
-    os.environ[STORE_VARIABLE] = str(folder / f"ranks-{name}")
-    store = dist.FileStore(str(folder / f"torchrun-{name}"), 1)
-    return _Rendezvous(params, store, RendezvousStoreInfo("127.0.0.1", 0))
+    own, ranks = folder / f"torchrun-{name}", folder / f"ranks-{name}"
+    for path in (own, ranks):
+        path.touch(mode=0o600)
+    os.environ[STORE_VARIABLE] = str(ranks)
+    return _Rendezvous(params, dist.FileStore(str(own), 1), RendezvousStoreInfo("127.0.0.1", 0))
 
 
 def _bound_rendezvous(params: RendezvousParameters) -> RendezvousHandler:
