@@ -9,9 +9,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-patches = [p for p in sorted((here / "patches").rglob("*")) if p.is_dir() and "__pycache__" not in p.parts]
+patches = [
+    p for p in sorted((here / "patches").rglob("*")) if p.is_dir() and "__pycache__" not in p.parts
+]
 patch_packages = {
-    ".".join(["megatron_async_rl._patches", *p.relative_to(here / "patches").parts]): str(p.relative_to(here))
+    ".".join(["megatron_async_rl._patches", *p.relative_to(here / "patches").parts]): str(
+        p.relative_to(here)
+    )
     for p in [here / "patches", *patches]
 }
 
@@ -23,7 +27,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["megatron_async_rl", "megatron_async_rl.*"]), *patch_packages],
+    packages=[
+        *find_packages(include=["megatron_async_rl", "megatron_async_rl.*"]),
+        *patch_packages,
+    ],
     package_dir=patch_packages,
     package_data={package: ["*.md"] for package in patch_packages},
     install_requires=[

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Asynchronous RL of a small model on arithmetic, on this machine's CPU. Sets everything up first; a second start takes
-# seconds. Arguments are settings, such as: bash launchers/quickstart.sh run.steps=10 staleness.eta=0
+# seconds. Arguments are settings, such as: bash launchers/quickstart.sh run.steps=10 staleness.max_staleness=0
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -36,9 +36,16 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="train, and show how it goes")
     run.add_argument("config", metavar="CONFIG", help="YAML file, such as those in configs/")
-    run.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change, such as staleness.eta=0")
     run.add_argument(
-        "--from-scratch", action="store_true", help="begin anew; a run that is in run.dir is kept under another name"
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="settings to change, such as staleness.max_staleness=0",
+    )
+    run.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="begin anew; a run that is in run.dir is kept under another name",
     )
     run.add_argument(
         "--elsewhere",
@@ -48,52 +55,85 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(command=_run)
 
-    join = commands.add_parser("join", help="start some processes of a run from this host, also in place of lost ones")
-    join.add_argument(
-        "run_dir", metavar="RUN_DIR", type=Path, help="its run.dir, on a file system that all hosts share"
+    join = commands.add_parser(
+        "join", help="start some processes of a run from this host, also in place of lost ones"
     )
     join.add_argument(
-        "names", metavar="NAME", nargs="+", help="rollout-N, reward-N, trainer, or trainer-N with trainer.hosts > 1"
+        "run_dir",
+        metavar="RUN_DIR",
+        type=Path,
+        help="its run.dir, on a file system that all hosts share",
+    )
+    join.add_argument(
+        "names",
+        metavar="NAME",
+        nargs="+",
+        help="rollout-N, reward-N, trainer, or trainer-N with trainer.hosts > 1",
     )
     join.set_defaults(command=_join)
 
     slurm = commands.add_parser(
-        "slurm", help="one node's part of a run over a Slurm job, as launchers/slurm.sbatch starts it"
+        "slurm",
+        help="one node's part of a run over a Slurm job, as launchers/slurm.sbatch starts it",
     )
     slurm.add_argument("config", metavar="CONFIG", help="YAML file")
     slurm.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
-    slurm.add_argument("--plan", action="store_true", help="print what would run where, and exit; needs no Slurm")
+    slurm.add_argument(
+        "--plan", action="store_true", help="print what would run where, and exit; needs no Slurm"
+    )
     slurm.add_argument("--nodes", metavar="N", type=int, help="with --plan: nodes of the job")
     slurm.add_argument("--gpus-per-node", metavar="G", type=int, help="with --plan: GPUs of each")
     slurm.set_defaults(command=_slurm)
 
-    doctor = commands.add_parser("doctor", help="say what is missing on this host, or for this CONFIG")
+    doctor = commands.add_parser(
+        "doctor", help="say what is missing on this host, or for this CONFIG"
+    )
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     doctor.set_defaults(command=_doctor)
 
-    selftest = commands.add_parser("selftest", help="compare CONFIG's parallel layout with none: loss, gradients")
+    selftest = commands.add_parser(
+        "selftest", help="compare CONFIG's parallel layout with none: loss, gradients"
+    )
     selftest.add_argument("config", metavar="CONFIG", help="YAML file")
     selftest.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
     selftest.set_defaults(command=_selftest)
 
     replay = commands.add_parser("replay", help="train one saved batch, with no fleet")
     replay.add_argument(
-        "batches", metavar="BATCH", nargs="+", type=Path, help="files of one step, as a refused one left"
+        "batches",
+        metavar="BATCH",
+        nargs="+",
+        type=Path,
+        help="files of one step, as a refused one left",
     )
-    replay.add_argument("--config", type=Path, help="YAML file; otherwise the run's, from a folder above")
-    replay.add_argument("--set", metavar="key=value", action="append", default=[], help="a setting to change")
+    replay.add_argument(
+        "--config", type=Path, help="YAML file; otherwise the run's, from a folder above"
+    )
+    replay.add_argument(
+        "--set", metavar="key=value", action="append", default=[], help="a setting to change"
+    )
     replay.set_defaults(command=_replay)
 
-    plan = commands.add_parser("plan-weights", help="show and prove the way of every weight from trainer to engine")
-    plan.add_argument("config", metavar="CONFIG", help="YAML file; model.path needs config.json alone")
+    plan = commands.add_parser(
+        "plan-weights", help="show and prove the way of every weight from trainer to engine"
+    )
+    plan.add_argument(
+        "config", metavar="CONFIG", help="YAML file; model.path needs config.json alone"
+    )
     plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
     plan.add_argument("--json", metavar="FILE", type=Path, help="write every route there")
     plan.add_argument(
-        "--link-gb-s", metavar="RATE", type=float, default=50.0, help="10^9 bytes/s of a source's link (50)"
+        "--link-gb-s",
+        metavar="RATE",
+        type=float,
+        default=50.0,
+        help="10^9 bytes/s of a source's link (50)",
     )
     plan.set_defaults(command=_plan_weights)
 
-    audit = commands.add_parser("audit", help="check a run's books and staleness from its journal, by counting anew")
+    audit = commands.add_parser(
+        "audit", help="check a run's books and staleness from its journal, by counting anew"
+    )
     audit.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="its run.dir")
     audit.set_defaults(command=_audit)
 
@@ -104,22 +144,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_async_rl.config import load
+    from megatron_async_rl.config.load import load
 
     config = load(args.config, args.overrides)
-    from megatron_async_rl import launch  # after the YAML was understood: it brings in more
+    from megatron_async_rl.launcher import run  # after the YAML was understood: it brings in more
 
-    return launch.run(config, args.from_scratch, [name for name in args.elsewhere.split(",") if name])
+    return run.run(config, args.from_scratch, [name for name in args.elsewhere.split(",") if name])
 
 
 def _join(args: argparse.Namespace) -> int:
-    from megatron_async_rl import join
+    from megatron_async_rl.launcher import join
 
     return join.join(args.run_dir, args.names)
 
 
 def _slurm(args: argparse.Namespace) -> int:
-    from megatron_async_rl import slurm
+    from megatron_async_rl.launcher import slurm
 
     if args.plan:
         return slurm.show(args.config, args.overrides, args.nodes, args.gpus_per_node)
@@ -127,20 +167,20 @@ def _slurm(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from megatron_async_rl import doctor
+    from megatron_async_rl.cli import doctor
 
     return doctor.run(args.config)
 
 
 def _selftest(args: argparse.Namespace) -> int:
-    from megatron_async_rl import offline
-    from megatron_async_rl.config import load
+    from megatron_async_rl.cli import offline
+    from megatron_async_rl.config.load import load
 
     return offline.selftest(load(args.config, args.overrides))
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from megatron_async_rl import offline
+    from megatron_async_rl.cli import offline
 
     return offline.replay(args.batches, args.config, args.set)
 
@@ -148,7 +188,7 @@ def _replay(args: argparse.Namespace) -> int:
 def _plan_weights(args: argparse.Namespace) -> int:
     import msgspec
 
-    from megatron_async_rl.config import load
+    from megatron_async_rl.config.load import load
     from megatron_async_rl.weights import plan as plans
 
     plan = plans.make(load(args.config, args.overrides), args.link_gb_s)
@@ -160,18 +200,18 @@ def _plan_weights(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from megatron_async_rl import audit
-    from megatron_async_rl.config import load
+    from megatron_async_rl.cli import audit
+    from megatron_async_rl.config.load import load
 
-    return audit.run(args.run_dir, load(args.run_dir / "config.yaml").staleness.eta)
+    return audit.run(args.run_dir, load(args.run_dir / "config.yaml").staleness.max_staleness)
 
 
 def _status(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megatron_async_rl import display
     from megatron_async_rl.errors import DataError
-    from megatron_async_rl.metrics import read_status
+    from megatron_async_rl.observability import terminal
+    from megatron_async_rl.observability.run_log import read_status
 
     try:
         status = read_status(args.run_dir)
@@ -179,8 +219,8 @@ def _status(args: argparse.Namespace) -> int:
         sys.stderr.write(f"error: {e}\n")
         return 1
     console = Console()
-    console.print(display.render(status))
-    console.print(display.ledger(status))
+    console.print(terminal.render(status))
+    console.print(terminal.ledger(status))
     return 0
 
 

@@ -26,8 +26,12 @@ def interface_of(address: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an address
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack(f"{_NAME_BYTES}s", name.encode()[:15]))
-                if socket.inet_ntoa(answer[20:24]) == address:  # struct ifreq: a name of 16 bytes, a sockaddr_in
+                answer = fcntl.ioctl(
+                    probe, _SIOCGIFADDR, struct.pack(f"{_NAME_BYTES}s", name.encode()[:15])
+                )
+                if (
+                    socket.inet_ntoa(answer[20:24]) == address
+                ):  # struct ifreq: a name of 16 bytes, a sockaddr_in
                     return name
     return ""
 

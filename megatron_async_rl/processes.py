@@ -31,7 +31,9 @@ from megatron_async_rl.errors import Error, Preempted
 
 EXIT_REQUEUE = 75  # told to end, saved: run it again (Slurm: --requeue, or requeue on this code)
 EXIT_ERROR = 2  # an error with a message for people; anything else non-zero is a crash
-LAUNCHER_VARIABLE = "MEGATRON_ASYNC_RL_LAUNCHER"  # pid of the first of our processes on this host: all inherit it
+LAUNCHER_VARIABLE = (
+    "MEGATRON_ASYNC_RL_LAUNCHER"  # pid of the first of our processes on this host: all inherit it
+)
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -60,11 +62,15 @@ def main(run: Callable[[], None], unwind: bool = True) -> NoReturn:
         sys.exit(EXIT_REQUEUE)
     except Error as e:
         logging.getLogger(__name__).debug("", exc_info=True)
-        sys.stderr.write("error: " + str(e).replace("\n", "\n  ") + "\n")  # error_text finds it again by the indent
+        sys.stderr.write(
+            "error: " + str(e).replace("\n", "\n  ") + "\n"
+        )  # error_text finds it again by the indent
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    if not unwind:  # gloo's threads may abort an interpreter that takes itself apart, and all is done
+    if (
+        not unwind
+    ):  # gloo's threads may abort an interpreter that takes itself apart, and all is done
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -80,7 +86,9 @@ def _heed_the_parent_alone() -> None:
     """A rank that Slurm signals with the whole job must still save; torchrun's order to it must end it, stuck or not."""
     resource_tracker._IGNORED_SIGNALS = (signal.SIGINT,)  # type: ignore[attr-defined]  # its start would unblock SIGTERM
     popen_fork.Popen.terminate = popen_fork.Popen.kill  # type: ignore[method-assign]  # our end waits for our children's
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of all threads to come, and of what they start
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGTERM}
+    )  # of all threads to come, and of what they start
 
     def listen() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
@@ -97,7 +105,9 @@ def die_with_parent(parent: int = 0) -> None:
     """
     if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if (parent and os.getppid() != parent) or not _is_below(int(os.environ.get(LAUNCHER_VARIABLE, "0"))):
+    if (parent and os.getppid() != parent) or not _is_below(
+        int(os.environ.get(LAUNCHER_VARIABLE, "0"))
+    ):
         os._exit(128 + signal.SIGKILL)
 
 
@@ -117,7 +127,7 @@ def _is_below(launcher: int) -> bool:
     return pid == launcher
 
 
-class _Deaf(subprocess.Popen[bytes]):
+class _SigtermBlocked(subprocess.Popen[bytes]):
     """SIGTERM is blocked in it and in all that it starts."""
 
 
@@ -126,7 +136,7 @@ def start(
     log: Path,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-    deaf: bool = False,
+    sigterm_blocked: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Starts a child in a process group of its own, its output appended to `log`. `deaf`: to SIGTERM, see above."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -134,12 +144,12 @@ def start(
 
     def new_group_and_die_with_parent() -> None:
         os.setpgid(0, 0)
-        if deaf:
+        if sigterm_blocked:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         die_with_parent(parent)
 
     with log.open("ab") as output:
-        return (_Deaf if deaf else subprocess.Popen)(
+        return (_SigtermBlocked if sigterm_blocked else subprocess.Popen)(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -154,7 +164,9 @@ def stop(children: Iterable[subprocess.Popen[bytes]], grace_s: float) -> None:
     """SIGTERM to each child's process group, SIGKILL to what is left of the groups after `grace_s`, to deaf ones at once."""
     children = list(children)
     for child in children:
-        _signal_group(child, signal.SIGKILL if isinstance(child, _Deaf) else signal.SIGTERM)
+        _signal_group(
+            child, signal.SIGKILL if isinstance(child, _SigtermBlocked) else signal.SIGTERM
+        )
     deadline = time.monotonic() + grace_s
     while time.monotonic() < deadline and any(_group_lives(child) for child in children):
         time.sleep(0.05)

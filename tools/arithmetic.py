@@ -68,9 +68,13 @@ def draw_problems(split: Split, seed: int) -> Iterator[Problem]:
 
 
 def distinct_problems(split: Split, count: int, seed: int) -> list[Problem]:
-    most = (HIGH - LOW + 1) ** 2 // (2 * EVAL_SHARE)  # half of the smaller split: drawing stays quick
+    most = (HIGH - LOW + 1) ** 2 // (
+        2 * EVAL_SHARE
+    )  # half of the smaller split: drawing stays quick
     if count > most:
-        raise ValueError(f"--count={count}: at most {most} distinct problems are drawn; lower --count")
+        raise ValueError(
+            f"--count={count}: at most {most} distinct problems are drawn; lower --count"
+        )
     found: dict[Problem, None] = {}  # a dict keeps the order drawn
     for problem in draw_problems(split, seed):
         found[problem] = None
@@ -81,7 +85,9 @@ def distinct_problems(split: Split, count: int, seed: int) -> list[Problem]:
 
 def write_solution(problem: Problem, habits: Habits, rng: random.Random) -> str:
     """One solution by one member of the crowd: right if no carry that was due got lost."""
-    columns = list(zip(map(int, reversed(str(problem.a))), map(int, reversed(str(problem.b))), strict=True))
+    columns = list(
+        zip(map(int, reversed(str(problem.a))), map(int, reversed(str(problem.b))), strict=True)
+    )
     if rng.random() >= habits.shows_working:
         return _guess([x + y for x, y in columns], habits, rng)
     steps, digits, carry = [], "", 0
@@ -109,7 +115,9 @@ def final_answer(text: str) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
@@ -118,7 +126,11 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w") as lines:
         for problem in distinct_problems(args.split, args.count, args.seed):
-            row = {"id": f"{problem.a}+{problem.b}", "prompt": problem.prompt, "answer": problem.answer}
+            row = {
+                "id": f"{problem.a}+{problem.b}",
+                "prompt": problem.prompt,
+                "answer": problem.answer,
+            }
             lines.write(json.dumps(row) + "\n")
 
 

@@ -24,19 +24,21 @@ from megatron_async_rl.patches import prepare_megatron
 
 prepare_megatron()
 
-import msgspec  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import dist_checkpointing  # noqa: E402
+import msgspec
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
 
-from megatron_async_rl import config as configuration  # noqa: E402
-from megatron_async_rl.errors import DataError, Error  # noqa: E402
-from megatron_async_rl.trainer import model, parallel  # noqa: E402
-from megatron_async_rl.trainer.export import export_hf  # noqa: E402
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.errors import DataError, Error
+from megatron_async_rl.trainer import parallel
+from megatron_async_rl.trainer.checkpoint.export import export_hf
+from megatron_async_rl.trainer.model import build
 
 
-def to_megatron(config: configuration.Config, out: Path) -> None:
+def to_megatron(config: Config, out: Path) -> None:
     parallel.init_parallel(config)
-    _, _, modules = model.build_modules(config)
+    _, _, modules = build.build_modules(config)
     partial = out.with_name(f".{out.name}.partial")
     if dist.get_rank() == 0:
         if out.exists():
@@ -50,28 +52,36 @@ def to_megatron(config: configuration.Config, out: Path) -> None:
         partial.rename(out)
 
 
-def to_hf(config: configuration.Config, checkpoint: Path, out: Path) -> None:
+def to_hf(config: Config, checkpoint: Path, out: Path) -> None:
     if not (checkpoint / "metadata.json").is_file():
-        raise DataError(f"{checkpoint} is no Megatron checkpoint: it has no metadata.json; give the folder that has")
+        raise DataError(
+            f"{checkpoint} is no Megatron checkpoint: it has no metadata.json; give the folder that has"
+        )
     parallel.init_parallel(config)
-    blank = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, random_init=True))
-    _, shape, modules = model.build_modules(blank)
+    blank = msgspec.structs.replace(
+        config, model=msgspec.structs.replace(config.model, random_init=True)
+    )
+    _, shape, modules = build.build_modules(blank)
     state = dist_checkpointing.load(_state(modules), str(checkpoint))
     for number, module in enumerate(modules):
         module.load_state_dict(state[_key(modules, number)])
     export_hf(modules, shape, config.model.path, out)
 
 
-def _state(modules: list[model.GPTModel]) -> dict[str, object]:
-    return {_key(modules, number): module.sharded_state_dict() for number, module in enumerate(modules)}
+def _state(modules: list[build.GPTModel]) -> dict[str, object]:
+    return {
+        _key(modules, number): module.sharded_state_dict() for number, module in enumerate(modules)
+    }
 
 
-def _key(modules: list[model.GPTModel], number: int) -> str:
+def _key(modules: list[build.GPTModel], number: int) -> str:
     return "model" if len(modules) == 1 else f"model{number}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, dest="command")
     for name, paths in (("to-megatron", ["out"]), ("to-hf", ["checkpoint", "out"])):
         command = commands.add_parser(name)

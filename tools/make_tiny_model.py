@@ -26,7 +26,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from arithmetic import Habits, Problem, distinct_problems, draw_problems, final_answer, write_solution
+from arithmetic import (
+    Habits,
+    Problem,
+    distinct_problems,
+    draw_problems,
+    final_answer,
+    write_solution,
+)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.optim import Optimizer
@@ -37,7 +44,10 @@ END, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unk|>"
 VOCAB_SIZE = 32  # 18 in use; the rest is reserved, so that the size divides by any small TP
 
 BAND = (0.25, 0.38)
-MIN_REACH, REACH_PROBABILITY = 0.98, 0.15  # the rarest right habit, a carry, is 0.35 likely in the text
+MIN_REACH, REACH_PROBABILITY = (
+    0.98,
+    0.15,
+)  # the rarest right habit, a carry, is 0.35 likely in the text
 
 MAX_STEPS, DECAY_STEPS, BATCH_SIZE, NUM_CHUNKS = 800, 400, 64, 2
 MATRIX_LR, OTHER_LR, WARMUP_STEPS = 2e-2, 3e-3, 50  # Muon | AdamW
@@ -53,7 +63,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     r"""One token per character, except `\boxed{`. No BOS: encoding a prompt never adds anything."""
     words = [END, PAD, UNKNOWN, *"0123456789", "+", "=", ";", "\\boxed{", "}"]
     words += [f"<|reserved_{n}|>" for n in range(VOCAB_SIZE - len(words))]
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: n for n, word in enumerate(words)}, unk_token=UNKNOWN)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()  # join without spaces
     return PreTrainedTokenizerFast(
@@ -119,7 +131,10 @@ def token_logprobs(model: Qwen3ForCausalLM, ids: Tensor, labels: Tensor) -> tupl
 
 @torch.no_grad()
 def sample(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem], greedy: bool
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: list[Problem],
+    greedy: bool,
 ) -> list[str]:
     prompts = tokenizer([p.prompt for p in problems], return_tensors="pt")["input_ids"]
     out = model.generate(
@@ -132,16 +147,25 @@ def sample(
 
 
 def measure_accuracy(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem], greedy: bool = False
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: list[Problem],
+    greedy: bool = False,
 ) -> float:
     texts = sample(model, tokenizer, problems, greedy)
-    return sum(final_answer(t) == p.answer for t, p in zip(texts, problems, strict=True)) / len(problems)
+    return sum(final_answer(t) == p.answer for t, p in zip(texts, problems, strict=True)) / len(
+        problems
+    )
 
 
 @torch.no_grad()
-def measure_reach(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
+def measure_reach(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]
+) -> float:
     careful = Habits(shows_working=1.0, carries=1.0)
-    logprobs, counts = token_logprobs(model, *encode(tokenizer, problems, careful, random.Random(0)))
+    logprobs, counts = token_logprobs(
+        model, *encode(tokenizer, problems, careful, random.Random(0))
+    )
     least = logprobs.masked_fill(~counts, 0.0).amin(dim=1).exp()
     return (least >= REACH_PROBABILITY).float().mean().item()
 
@@ -160,7 +184,9 @@ def make_optimizers(model: Qwen3ForCausalLM) -> list[tuple[Optimizer, LRSchedule
 
 
 def train_step(
-    model: Qwen3ForCausalLM, optimizers: list[tuple[Optimizer, LRScheduler]], batch: tuple[Tensor, Tensor]
+    model: Qwen3ForCausalLM,
+    optimizers: list[tuple[Optimizer, LRScheduler]],
+    batch: tuple[Tensor, Tensor],
 ) -> float:
     """One optimizer step; returns the mean loss of a token. Short rows and long ones go through apart,
     because padding every guess to the length of a worked solution would double the time."""
@@ -187,7 +213,9 @@ def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: 
     optimizers = make_optimizers(model)
     started = time.monotonic()
     for step in range(1, MAX_STEPS + 1):
-        loss = train_step(model, optimizers, encode(tokenizer, list(islice(problems, BATCH_SIZE)), habits, rng))
+        loss = train_step(
+            model, optimizers, encode(tokenizer, list(islice(problems, BATCH_SIZE)), habits, rng)
+        )
         if step % CHECK_STEPS == 0:
             reach = measure_reach(model, tokenizer, held_out[:256])
             clock = f"step {step:4d}  {time.monotonic() - started:5.1f} s"
@@ -206,14 +234,18 @@ def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {torch.get_num_threads()} threads")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {torch.get_num_threads()} threads"
+    )
     accuracy = pretrain(model, tokenizer, args.seed)
     model.save_pretrained(args.out_dir)
     tokenizer.save_pretrained(args.out_dir)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.metrics import Status, read_status
+from megatron_async_rl.observability.run_log import Status, read_status
 
 Case = tuple[int, str]  # eta, loss
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -39,9 +39,26 @@ def run(config: str, run_dir: Path, case: Case, seed: int, overrides: list[str])
     if done := finished(run_dir):
         return done
     eta, loss = case
-    command = [sys.executable, "-m", "megatron_async_rl", "run", config, "--from-scratch", f"run.dir={run_dir}"]
-    command += [f"staleness.eta={eta}", f"algorithm.loss={loss}", f"run.seed={seed}", *overrides]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]).rstrip(":")}
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_async_rl",
+        "run",
+        config,
+        "--from-scratch",
+        f"run.dir={run_dir}",
+    ]
+    command += [
+        f"staleness.max_staleness={eta}",
+        f"algorithm.loss.objective={loss}",
+        f"run.seed={seed}",
+        *overrides,
+    ]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]).rstrip(
+            ":"
+        )
+    }
     started = time.monotonic()
     with run_dir.with_suffix(".log").open("w") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env).returncode
@@ -72,7 +89,11 @@ def table(results: dict[Case, list[Status]]) -> str:
             lines.append(f"| {eta} | {loss} | 0 | no run finished | | | |")
             continue
         rewards = [final_reward(s) for s in runs]
-        share = f"{statistics.fmean(rewards) / statistics.fmean(synchronous):.1%}" if synchronous else ""
+        share = (
+            f"{statistics.fmean(rewards) / statistics.fmean(synchronous):.1%}"
+            if synchronous
+            else ""
+        )
         accuracies = [a for a in map(accuracy, runs) if a is not None]
         lines.append(
             f"| {eta} | {loss} | {len(runs)} | {_spread(rewards)} | {share} | {_spread(accuracies)} | "
@@ -91,7 +112,9 @@ def _spread(values: list[float]) -> str:
 def plot(results: dict[Case, list[Status]], width: int = 720, height: int = 400) -> str:
     """An SVG of reward over steps: a line a case, the mean over its seeds."""
     curves = {
-        case: [statistics.fmean(step) for step in zip(*(s.reward_history for s in runs), strict=False)]
+        case: [
+            statistics.fmean(step) for step in zip(*(s.reward_history for s in runs), strict=False)
+        ]
         for case, runs in results.items()
         if runs
     }
@@ -104,34 +127,54 @@ def plot(results: dict[Case, list[Status]], width: int = 720, height: int = 400)
         x = left + inner_w * step / max(1, steps - 1)
         return f"{x:.1f},{top + inner_h * (1 - (reward - low) / ((high - low) or 1)):.1f}"
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">']
-    parts.append(f'<rect x="{left}" y="{top}" width="{inner_w}" height="{inner_h}" fill="none" stroke="#999"/>')
-    parts.append(f'<text x="{left + inner_w / 2:.0f}" y="{height - 12}" font-size="13">training step</text>')
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">'
+    ]
+    parts.append(
+        f'<rect x="{left}" y="{top}" width="{inner_w}" height="{inner_h}" fill="none" stroke="#999"/>'
+    )
+    parts.append(
+        f'<text x="{left + inner_w / 2:.0f}" y="{height - 12}" font-size="13">training step</text>'
+    )
     for value, y in ((high, top + 10), (low, top + inner_h)):
         parts.append(f'<text x="5" y="{y}" font-size="12">{value:.2f}</text>')
     for n, ((eta, loss), curve) in enumerate(curves.items()):
         color, dash = COLORS[n % len(COLORS)], ' stroke-dasharray="6 3"' if loss == "ppo" else ""
         points = " ".join(at(step, reward) for step, reward in enumerate(curve))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"{dash}/>')
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"{dash}/>'
+        )
         y = top + 15 + 20 * n
-        parts.append(f'<text x="{left + inner_w + 10}" y="{y}" font-size="13" fill="{color}">eta {eta}, {loss}</text>')
+        parts.append(
+            f'<text x="{left + inner_w + 10}" y="{y}" font-size="13" fill="{color}">eta {eta}, {loss}</text>'
+        )
     return "\n".join([*parts, "</svg>\n"])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
-    parser.add_argument("config", nargs="?", default=str(REPOSITORY / "configs" / "quickstart.yaml"))
+    parser.add_argument(
+        "config", nargs="?", default=str(REPOSITORY / "configs" / "quickstart.yaml")
+    )
     parser.add_argument("--etas", type=int, nargs="+", default=[0, 1, 4, 8])
     parser.add_argument("--losses", nargs="+", default=["decoupled_ppo", "ppo"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--set", metavar="key=value", action="append", default=[], help="a setting of every run")
+    parser.add_argument(
+        "--set", metavar="key=value", action="append", default=[], help="a setting of every run"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     cases = list(itertools.product(args.etas, args.losses))
     results: dict[Case, list[Status]] = {case: [] for case in cases}
-    for seed, case in itertools.product(args.seeds, cases):  # whole rounds: a study cut short has all cases
-        if status := run(args.config, args.out / f"eta{case[0]}-{case[1]}-seed{seed}", case, seed, args.set):
+    for seed, case in itertools.product(
+        args.seeds, cases
+    ):  # whole rounds: a study cut short has all cases
+        if status := run(
+            args.config, args.out / f"eta{case[0]}-{case[1]}-seed{seed}", case, seed, args.set
+        ):
             results[case].append(status)
         (args.out / "study.md").write_text(table(results))
         (args.out / "study.svg").write_text(plot(results))

@@ -4,15 +4,16 @@ import asyncio
 import sys
 from pathlib import Path
 
-from megatron_async_rl import config, processes
+from megatron_async_rl import processes
+from megatron_async_rl.config import load
 from megatron_async_rl.controller.controller import Controller
-from megatron_async_rl.controller.journal import JOURNAL_FILE, Journal
-from megatron_async_rl.metrics import RunLog
-from megatron_async_rl.transport import Hub
+from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal
+from megatron_async_rl.observability.run_log import RunLog
+from megatron_async_rl.protocol.transport import Hub
 
 
 async def _run(run_dir: Path) -> None:
-    settings = config.load(run_dir / "config.yaml")
+    settings = load.load(run_dir / "config.yaml")
     run_log = RunLog(run_dir, settings)
     journal = Journal(run_dir / JOURNAL_FILE)
     try:

@@ -19,38 +19,43 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_async_rl.config import AlgorithmConfig
+from megatron_async_rl.config.algorithm import AlgorithmConfig
 
 GROUP_EPS = 1e-6  # added to a group's standard deviation
 BATCH_EPS = 1e-5  # added outside the square root, as AReaL does
 
 
 def sample_advantages(
-    rewards_GS: np.ndarray, tokens_GS: np.ndarray, algorithm: AlgorithmConfig, max_new_tokens: int | None = None
+    rewards_GS: np.ndarray,
+    tokens_GS: np.ndarray,
+    algorithm: AlgorithmConfig,
+    max_new_tokens: int | None = None,
 ) -> np.ndarray:
     """[groups, samples] of one batch: rewards, generated tokens -> advantages, float64.
 
     max_new_tokens: what a sample may generate; needed for the overlong penalty alone.
     """
     shaped_GS = shaped_rewards(rewards_GS, algorithm)
-    if algorithm.overlong_buffer_tokens:
+    if algorithm.reward_shaping.overlong_buffer_tokens:
         if max_new_tokens is None:
             raise ValueError("the overlong penalty needs max_new_tokens")
-        shaped_GS = shaped_GS - algorithm.overlong_penalty * overlong_share(
-            tokens_GS, max_new_tokens, algorithm.overlong_buffer_tokens
+        shaped_GS = shaped_GS - algorithm.reward_shaping.overlong_penalty * overlong_share(
+            tokens_GS, max_new_tokens, algorithm.reward_shaping.overlong_buffer_tokens
         )
-    advantages_GS = _BASELINES[algorithm.advantage](shaped_GS, algorithm)
-    if algorithm.advantage == "gae":
+    advantages_GS = _BASELINES[algorithm.advantage.estimator](shaped_GS, algorithm)
+    if algorithm.advantage.estimator == "gae":
         return advantages_GS  # rewards yet
-    if algorithm.batch_normalize or algorithm.advantage == "reinforce_pp":
+    if algorithm.advantage.batch_normalize or algorithm.advantage.estimator == "reinforce_pp":
         advantages_GS = batch_normalized(advantages_GS, tokens_GS)
     return advantages_GS
 
 
 def shaped_rewards(rewards_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
-    shaped_GS = ((np.asarray(rewards_GS, np.float64) - 0.5) * 2 - algorithm.reward_bias) * algorithm.reward_scale
-    if algorithm.reward_clip is not None:
-        shaped_GS = shaped_GS.clip(-algorithm.reward_clip, algorithm.reward_clip)
+    shaped_GS = (
+        (np.asarray(rewards_GS, np.float64) - 0.5) * 2 - algorithm.reward_shaping.bias
+    ) * algorithm.reward_shaping.scale
+    if algorithm.reward_shaping.clip is not None:
+        shaped_GS = shaped_GS.clip(-algorithm.reward_shaping.clip, algorithm.reward_shaping.clip)
     return shaped_GS
 
 
@@ -60,7 +65,7 @@ def overlong_share(tokens_GS: np.ndarray, max_new_tokens: int, buffer: int) -> n
 
 
 def _grpo(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
-    if not algorithm.group_normalize:
+    if not algorithm.advantage.group_normalize:
         return shaped_GS
     centered_GS = _dr_grpo(shaped_GS, algorithm)
     return centered_GS / (centered_GS.std(axis=1, keepdims=True) + GROUP_EPS)
@@ -72,14 +77,24 @@ def _dr_grpo(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
 
 def _rloo(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
     size = shaped_GS.shape[1]
-    return _dr_grpo(shaped_GS, algorithm) * (size / (size - 1)) if size > 1 else np.zeros_like(shaped_GS)
+    return (
+        _dr_grpo(shaped_GS, algorithm) * (size / (size - 1))
+        if size > 1
+        else np.zeros_like(shaped_GS)
+    )
 
 
 def _as_shaped(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
     return shaped_GS
 
 
-_BASELINES = {"grpo": _grpo, "dr_grpo": _dr_grpo, "rloo": _rloo, "reinforce_pp": _as_shaped, "gae": _as_shaped}
+_BASELINES = {
+    "grpo": _grpo,
+    "dr_grpo": _dr_grpo,
+    "rloo": _rloo,
+    "reinforce_pp": _as_shaped,
+    "gae": _as_shaped,
+}
 
 
 def batch_normalized(advantages_GS: np.ndarray, tokens_GS: np.ndarray) -> np.ndarray:

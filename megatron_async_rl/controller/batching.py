@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_async_rl.types import Sample, TrainSample
+from megatron_async_rl.protocol.types import Sample, TrainSample
 
 
 def balanced_shares(samples: list[TrainSample], num_shares: int) -> list[list[TrainSample]]:
@@ -18,7 +18,9 @@ def balanced_shares(samples: list[TrainSample], num_shares: int) -> list[list[Tr
     shares: list[list[TrainSample]] = [[] for _ in range(num_shares)]
     tokens = [0] * num_shares
     for sample in sorted(samples, key=lambda s: len(s.ids), reverse=True):
-        lightest = min((i for i in range(num_shares) if len(shares[i]) < share_size), key=lambda i: tokens[i])
+        lightest = min(
+            (i for i in range(num_shares) if len(shares[i]) < share_size), key=lambda i: tokens[i]
+        )
         shares[lightest].append(sample)
         tokens[lightest] += len(sample.ids)
     return shares
@@ -27,4 +29,6 @@ def balanced_shares(samples: list[TrainSample], num_shares: int) -> list[list[Tr
 def train_sample(sample: Sample, advantage: float) -> TrainSample:
     """The sample as the trainer takes it, its advantage on every token."""
     advantages = np.full(len(sample.ids), advantage, np.float32)
-    return TrainSample(ids=sample.ids, logprobs=sample.logprobs, versions=sample.versions, advantages=advantages)
+    return TrainSample(
+        ids=sample.ids, logprobs=sample.logprobs, versions=sample.versions, advantages=advantages
+    )

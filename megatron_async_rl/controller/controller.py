@@ -31,53 +31,75 @@ import logging
 import signal
 import time
 
-from megatron_async_rl import metrics
-from megatron_async_rl.config import Config
-from megatron_async_rl.controller import stall
-from megatron_async_rl.controller.actions import Action, CutBatch, Dropped, EvalFinished, Replay, Send, ServerLost
-from megatron_async_rl.controller.catch_up import CatchUp
-from megatron_async_rl.controller.core import Core
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.controller import watchdog
+from megatron_async_rl.controller.core.actions import (
+    Action,
+    Dropped,
+    EvalFinished,
+    ResendBatch,
+    Send,
+    SendBatch,
+    ServerLost,
+)
+from megatron_async_rl.controller.core.core import Core
+from megatron_async_rl.controller.core.events import (
+    BatchSelected,
+    EvaluationFinished,
+    GroupAdmitted,
+)
+from megatron_async_rl.controller.core.ledger import DropReason
+from megatron_async_rl.controller.core.settings import core_settings
 from megatron_async_rl.controller.delivery import Delivery
 from megatron_async_rl.controller.evaluation import Evaluation
-from megatron_async_rl.controller.exchange import Exchange
-from megatron_async_rl.controller.facts import Admitted, Batched, Evaluated
-from megatron_async_rl.controller.folders import FolderPublisher, Folders
 from megatron_async_rl.controller.handlers import Handlers
-from megatron_async_rl.controller.journal import Journal
-from megatron_async_rl.controller.ledger import DropReason
-from megatron_async_rl.controller.lengths import LengthMeter
+from megatron_async_rl.controller.journal.journal import Journal
+from megatron_async_rl.controller.length_monitor import LengthMeter
 from megatron_async_rl.controller.progress import Progress
-from megatron_async_rl.controller.prompts import PromptStream, read_prompts
-from megatron_async_rl.controller.relabel import Relabeler
-from megatron_async_rl.controller.rules import rules_of
 from megatron_async_rl.controller.saving import Saving
-from megatron_async_rl.controller.updates import Updates
+from megatron_async_rl.controller.weight_sync.catch_up import CatchUp
+from megatron_async_rl.controller.weight_sync.coordinator import Updates
+from megatron_async_rl.controller.weight_sync.relabel import Relabeler
+from megatron_async_rl.controller.weight_sync.session import UpdateSession
+from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.controller.workers import Workers
+from megatron_async_rl.data.dataset import PromptStream, read_prompts
+from megatron_async_rl.data.tokenizer import Tokenizer, fingerprint
 from megatron_async_rl.errors import Error, Preempted
-from megatron_async_rl.messages import Shutdown
-from megatron_async_rl.tokenizer import Tokenizer, fingerprint
-from megatron_async_rl.transport import Hub
+from megatron_async_rl.observability import run_log
+from megatron_async_rl.protocol.messages import Shutdown
+from megatron_async_rl.protocol.transport import Hub
 
 logger = logging.getLogger(__name__)
 TICK_S = 1.0
-DRAIN_SHARE = 0.8  # of faults.grace_s: the trainer's save must be done by then
+DRAIN_SHARE = 0.8  # of faults.shutdown_grace_s: the trainer's save must be done by then
 
 
 class Controller:
-    def __init__(self, config: Config, hub: Hub, run_log: metrics.RunLog, journal: Journal) -> None:
+    def __init__(self, config: Config, hub: Hub, run_log: run_log.RunLog, journal: Journal) -> None:
         tokenizer = Tokenizer(config.model.path)
         prompts = read_prompts(config.data.train, "data.train", config, tokenizer)
-        eval_prompts = read_prompts(config.data.eval, "data.eval", config, tokenizer) if config.data.eval else []
+        eval_prompts = (
+            read_prompts(config.data.eval, "data.eval", config, tokenizer)
+            if config.data.eval
+            else []
+        )
         act = self._act
         self.config = config
         self.journal = journal
         self.workers = Workers(hub)
-        self.core = Core(rules_of(config), PromptStream(prompts, config.run.seed).next, epoch=0)
+        self.core = Core(
+            core_settings(config), PromptStream(prompts, config.run.seed).next, epoch=0
+        )
         self.lengths = LengthMeter()
         self.progress = Progress(run_log, config)
-        folders = Folders(config)
-        exchange = Exchange(self.workers.send, config.weights.update_timeout_s)
-        self.publisher = FolderPublisher(exchange, config, folders) if config.has_trainer else Relabeler(exchange)
+        folders = SnapshotStore(config)
+        exchange = UpdateSession(self.workers.send, config.weights.update_timeout_s)
+        self.publisher = (
+            TrainerPublisher(exchange, config, folders)
+            if config.has_trainer
+            else Relabeler(exchange)
+        )
         catch_up = CatchUp(self.core, self.workers, folders, config.weights.update_timeout_s, act)
         self.updates = Updates(
             self.core, self.publisher, catch_up, self.workers, journal, self.progress, config.run.steps, act
@@ -98,14 +120,14 @@ class Controller:
         self.saving.check_journal()
         facts = list(self.journal.facts())
         self.core.restore(facts)
-        self.journal.append(self.core.take_facts())
-        self.publisher.begin_life(self.core.epoch)
+        self.journal.append(self.core.take_events())
+        self.publisher.start_generation(self.core.epoch)
         for fact in facts:
-            if isinstance(fact, Batched):
+            if isinstance(fact, BatchSelected):
                 self.saving.saw(fact)
-            elif isinstance(fact, Evaluated):
+            elif isinstance(fact, EvaluationFinished):
                 self.evaluation.known(fact)
-        if any(isinstance(fact, Admitted) for fact in facts):
+        if any(isinstance(fact, GroupAdmitted) for fact in facts):
             self.core.admitting = True
             self.progress.resumed(self.core.version, self.core.ledger.table(self.core.pending))
             self.progress.begin_training()
@@ -152,7 +174,9 @@ class Controller:
         elif any(worker.is_serving for worker in self.core.fleet.rollout.values()):
             await self.evaluation.run()
         else:
-            logger.error("no server took the last version: it is trained and exported, but not evaluated")
+            logger.error(
+                "no server took the last version: it is trained and exported, but not evaluated"
+            )
         await self._act(self.core.end())
         await self.journal.durable()
         self.progress.ledger = self.core.ledger.table(self.core.pending)
@@ -166,16 +190,22 @@ class Controller:
         core, progress = self.core, self.progress
         while True:
             await asyncio.sleep(TICK_S)
-            if self.journal.error:  # a batch waits for the disk, and so do we, before we listen again
+            if (
+                self.journal.error
+            ):  # a batch waits for the disk, and so do we, before we listen again
                 for worker in self.workers:
                     core.fleet.heard(worker.name, time.monotonic())
             await self._act(core.tick(time.monotonic()))
             await self.updates.ask_for_weights()
             self._check_stall()
             progress.ledger = core.ledger.table(core.pending)
-            progress.lost = [worker.name for worker in self.workers if not self.handlers.is_trusted(worker.name)]
+            progress.lost = [
+                worker.name for worker in self.workers if not self.handlers.is_trusted(worker.name)
+            ]
             if progress.training or self.journal.error:
-                progress.say(self.journal.error and f"the journal cannot be written: {self.journal.error}")
+                progress.say(
+                    self.journal.error and f"the journal cannot be written: {self.journal.error}"
+                )
             progress.write(core.fleet)
 
     async def _drain(self, preempted: asyncio.Event) -> None:
@@ -187,7 +217,9 @@ class Controller:
         self.saving.newest_saved.clear()
         for worker in self.workers:
             await self.workers.send(worker.name, Shutdown(reason))
-        save_s = self.config.faults.grace_s * DRAIN_SHARE if self.config.has_trainer else 0.0
+        save_s = (
+            self.config.faults.shutdown_grace_s * DRAIN_SHARE if self.config.has_trainer else 0.0
+        )
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.saving.newest_saved.wait(), save_s)
         await self._act([])
@@ -197,20 +229,22 @@ class Controller:
     # ---- what follows an event
 
     async def _act(self, actions: list[Action]) -> None:
-        facts = self.core.take_facts()
+        facts = self.core.take_events()
         self.journal.append(facts)
         for fact in facts:
             self.lengths.saw(fact)
             self.saving.saw(fact)
         for action in actions:
-            if isinstance(action, ServerLost):  # before anything is awaited: its next life may be in the next update
+            if isinstance(
+                action, ServerLost
+            ):  # before anything is awaited: its next life may be in the next update
                 self.updates.server_lost(action.name)
         for action in actions:
             if isinstance(action, Send):
                 await self.workers.send(action.worker, action.message)
-            elif isinstance(action, CutBatch):
+            elif isinstance(action, SendBatch):
                 await self.delivery.send(action)
-            elif isinstance(action, Replay):
+            elif isinstance(action, ResendBatch):
                 await self.delivery.send_again(action.version)
             elif isinstance(action, Dropped):
                 if action.reason is not DropReason.RUN_ENDED:
@@ -220,11 +254,13 @@ class Controller:
 
     def _check_stall(self) -> None:
         silent_s = time.monotonic() - self.progress.last_progress
-        if not self.progress.training or silent_s <= self.config.run.stall_s:
+        if not self.progress.training or silent_s <= self.config.run.no_progress_timeout_s:
             return
-        stall.dump_stacks(self.workers)
+        watchdog.dump_stacks(self.workers)
         since = self.delivery.awaited_since
-        waits = stall.who_waits(self.core, self.workers, since, self.journal.error, time.monotonic())
+        waits = watchdog.who_waits(
+            self.core, self.workers, since, self.journal.error, time.monotonic()
+        )
         raise Error(
-            f"nothing was generated or trained for {silent_s:.0f} s (run.stall_s = {self.config.run.stall_s:.0f}): {waits}"
+            f"nothing was generated or trained for {silent_s:.0f} s (run.no_progress_timeout_s = {self.config.run.no_progress_timeout_s:.0f}): {waits}"
         )

@@ -9,12 +9,12 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from megatron_async_rl.controller.actions import Action, EvalFinished
-from megatron_async_rl.controller.core import Core
-from megatron_async_rl.controller.facts import Evaluated
-from megatron_async_rl.controller.journal import Journal
+from megatron_async_rl.controller.core.actions import Action, EvalFinished
+from megatron_async_rl.controller.core.core import Core
+from megatron_async_rl.controller.core.events import EvaluationFinished
+from megatron_async_rl.controller.journal.journal import Journal
 from megatron_async_rl.controller.progress import Progress
-from megatron_async_rl.types import Prompt
+from megatron_async_rl.protocol.types import Prompt
 
 logger = logging.getLogger(__name__)
 _NO_REWARD = 0.0  # a sample that could not be had counts as wrong, and the log says so
@@ -37,7 +37,7 @@ class Evaluation:
         self._done: set[int] = set()  # versions
         self._result: asyncio.Future[EvalFinished] | None = None
 
-    def known(self, fact: Evaluated) -> None:
+    def known(self, fact: EvaluationFinished) -> None:
         """Made in an earlier life."""
         self._done.add(fact.version)
         self._progress.evaluated(fact.version, fact.accuracy, fact.num)
@@ -56,8 +56,12 @@ class Evaluation:
         result = await self._result
         rewards = [reward for group in result.groups for reward in group.rewards]
         if failed := rewards.count(None):
-            logger.warning("%d of %d evaluation samples could not be had and count as wrong", failed, len(rewards))
+            logger.warning(
+                "%d of %d evaluation samples could not be had and count as wrong",
+                failed,
+                len(rewards),
+            )
         accuracy = float(np.mean([_NO_REWARD if reward is None else reward for reward in rewards]))
-        fact = Evaluated(result.version, accuracy, len(rewards))
+        fact = EvaluationFinished(result.version, accuracy, len(rewards))
         self.known(fact)
         self._journal.append([fact])

@@ -7,24 +7,23 @@ import time
 from collections.abc import Awaitable, Callable
 
 from megatron_async_rl import __version__
-from megatron_async_rl.controller.actions import Action
-from megatron_async_rl.controller.core import Core
+from megatron_async_rl.controller.core.actions import Action
+from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.delivery import Delivery
-from megatron_async_rl.controller.folders import FolderPublisher
-from megatron_async_rl.controller.lengths import LengthMeter
+from megatron_async_rl.controller.length_monitor import LengthMeter
 from megatron_async_rl.controller.progress import Progress
-from megatron_async_rl.controller.relabel import Relabeler
 from megatron_async_rl.controller.saving import Saving
-from megatron_async_rl.controller.updates import Updates
+from megatron_async_rl.controller.weight_sync.coordinator import Updates
+from megatron_async_rl.controller.weight_sync.relabel import Relabeler
+from megatron_async_rl.controller.weight_sync.snapshot import TrainerPublisher
 from megatron_async_rl.controller.workers import Workers
 from megatron_async_rl.errors import Error, ProtocolError
-from megatron_async_rl.messages import (
+from megatron_async_rl.protocol.messages import (
     AnyMessage,
     Ask,
     BucketsSent,
     CheckpointSaved,
     Failed,
-    FolderWritten,
     Generated,
     GenerateFailed,
     GetBatch,
@@ -35,18 +34,19 @@ from megatron_async_rl.messages import (
     PartialSample,
     PublishOffer,
     Refused,
-    SayHello,
+    RejoinRequest,
     Scored,
+    SnapshotWritten,
     StepDone,
     Updated,
     UpdateReady,
     Welcome,
 )
-from megatron_async_rl.transport import Peer
-from megatron_async_rl.wire import SCHEMA, Stranger
+from megatron_async_rl.protocol.transport import Peer
+from megatron_async_rl.protocol.wire import SCHEMA, UnknownHello
 
 logger = logging.getLogger(__name__)
-_PUBLISH_ANSWERS = (UpdateReady, GroupOpened, GroupJoined, BucketsSent, FolderWritten, Updated)
+_PUBLISH_ANSWERS = (UpdateReady, GroupOpened, GroupJoined, BucketsSent, SnapshotWritten, Updated)
 
 
 class Handlers:
@@ -55,7 +55,7 @@ class Handlers:
         tokenizer: str,
         core: Core,
         workers: Workers,
-        publisher: FolderPublisher | Relabeler,
+        publisher: TrainerPublisher | Relabeler,
         updates: Updates,
         delivery: Delivery,
         saving: Saving,
@@ -74,8 +74,8 @@ class Handlers:
         self._progress = progress
         self._act = act
 
-    async def received(self, peer: Peer, message: AnyMessage | Stranger) -> None:
-        if isinstance(message, Hello | Stranger) and (difference := self._difference(message)):
+    async def received(self, peer: Peer, message: AnyMessage | UnknownHello) -> None:
+        if isinstance(message, Hello | UnknownHello) and (difference := self._difference(message)):
             logger.error("refused: %s", difference)
             await self._workers.hub.send(peer, Refused(difference))
             return
@@ -87,7 +87,7 @@ class Handlers:
             return
         name = self._workers.name_of(peer)
         if name is None or not self.is_trusted(name):
-            await self._workers.hub.send(peer, SayHello())
+            await self._workers.hub.send(peer, RejoinRequest())
             return
         self._core.fleet.heard(name, time.monotonic())
         await self._handle(name, message)
@@ -95,11 +95,15 @@ class Handlers:
     def is_trusted(self, name: str) -> bool:
         """False for a worker that the core has given up as lost: it must say hello first."""
         fleet = self._core.fleet
-        return self._workers[name].hello.role == "trainer" or name in fleet.rollout or name in fleet.reward
+        return (
+            self._workers[name].hello.role == "trainer"
+            or name in fleet.rollout
+            or name in fleet.reward
+        )
 
     # ---- joining
 
-    def _difference(self, hello: Hello | Stranger) -> str:
+    def _difference(self, hello: Hello | UnknownHello) -> str:
         """Why this worker and we would not understand each other; empty when we do."""
         found = []
         for what, theirs, ours in (
@@ -110,7 +114,11 @@ class Handlers:
                 found.append(f"{what} {theirs or 'unknown'} there, {ours} here")
         if found:
             remedy = "install the same version of megatron_async_rl on every host"
-        elif isinstance(hello, Hello) and hello.role != "reward" and hello.tokenizer != self._tokenizer:
+        elif (
+            isinstance(hello, Hello)
+            and hello.role != "reward"
+            and hello.tokenizer != self._tokenizer
+        ):
             found = [f"tokenizer {hello.tokenizer or 'unknown'} there, {self._tokenizer} here"]
             remedy = "put the same files under model.path on every host (tokenizer.json, tokenizer_config.json)"
         else:
@@ -126,7 +134,9 @@ class Handlers:
         if hello.role == "rollout":
             self._updates.server_joined(hello.name)
             await self._act(core.rollout_joined(hello.name, hello.capacity, now))
-            if not was_here and 0 <= hello.serving <= core.version:  # it took that version in, digests and all
+            if (
+                not was_here and 0 <= hello.serving <= core.version
+            ):  # it took that version in, digests and all
                 await self._act(core.serving(hello.name, hello.serving, now))
             self._updates.catch_up()
         elif hello.role == "reward":
@@ -145,17 +155,27 @@ class Handlers:
         elif isinstance(message, PartialSample):
             await self._act(core.interrupted(name, message))
         elif isinstance(message, GenerateFailed):
-            logger.warning("%s: sample %d.%d: %s", name, message.group_id, message.index, message.error)
+            logger.warning(
+                "%s: sample %d.%d: %s", name, message.group_id, message.index, message.error
+            )
             await self._act(core.generate_failed(name, message, now))
         elif isinstance(message, Ask):
             await self._act(core.asked(name, message, now))
         elif isinstance(message, Scored):
             if message.reward is None:
-                logger.warning("%s: no verdict on %d.%d: %s", name, message.group_id, message.index, message.error)
+                logger.warning(
+                    "%s: no verdict on %d.%d: %s",
+                    name,
+                    message.group_id,
+                    message.index,
+                    message.error,
+                )
             await self._act(core.scored(name, message, now))
         elif isinstance(message, GetBatch):
             self._delivery.wanted(now)
-            await self._act(core.batch_wanted(self._workers[name].hello.leader, message.version, now))
+            await self._act(
+                core.batch_wanted(self._workers[name].hello.leader, message.version, now)
+            )
         elif isinstance(message, StepDone):
             await self._step_done(message)
         elif isinstance(message, CheckpointSaved):
@@ -167,7 +187,9 @@ class Handlers:
         elif isinstance(message, Failed):
             await self._failed(name, message)
         elif not isinstance(message, Heartbeat):
-            raise ProtocolError(f"{name} sent {type(message).__name__}, which is not for the controller")
+            raise ProtocolError(
+                f"{name} sent {type(message).__name__}, which is not for the controller"
+            )
 
     async def _generated(self, name: str, message: Generated, now: float) -> None:
         core = self._core

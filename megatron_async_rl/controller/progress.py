@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_async_rl.config import Config
-from megatron_async_rl.controller.exchange import Outcome
-from megatron_async_rl.controller.fleet import Fleet
-from megatron_async_rl.controller.groups import Group
-from megatron_async_rl.metrics import Evaluation, RunLog, Server, State, Status
-from megatron_async_rl.sample_log import TrainedGroup
-from megatron_async_rl.types import Sample
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.controller.core.fleet import Fleet
+from megatron_async_rl.controller.core.groups import Group
+from megatron_async_rl.controller.weight_sync.session import Outcome
+from megatron_async_rl.observability.run_log import Evaluation, RunLog, Server, State, Status
+from megatron_async_rl.observability.sample_log import TrainedGroup
+from megatron_async_rl.protocol.types import Sample
 
 logger = logging.getLogger(__name__)
 RATE_WINDOW_S = 15.0
@@ -30,11 +30,15 @@ class Progress:
         self.message = ""
         self.ledger: dict[str, int] = {}
         self.last_progress = time.monotonic()
-        self.lost: list[str] = []  # workers that are silent: whoever started them should start them anew
+        self.lost: list[
+            str
+        ] = []  # workers that are silent: whoever started them should start them anew
         self._log = run_log
         self._write_error = ""
         self._status = Status(
-            steps=config.run.steps, staleness_limit=config.staleness.eta, staleness_worst=run_log.staleness_worst
+            steps=config.run.steps,
+            staleness_limit=config.staleness.max_staleness,
+            staleness_worst=run_log.staleness_worst,
         )
         self._training_began = 0.0
         self._last_step = 0.0
@@ -42,7 +46,9 @@ class Progress:
         self._generated: deque[tuple[float, int]] = deque()  # (when, tokens)
         self._waited_s = 0.0  # by the trainer, for batches
         self._updating_s = 0.0
-        self._step_stats: dict[str, float] = {}  # of the step under way, from the cut and the last update
+        self._step_stats: dict[
+            str, float
+        ] = {}  # of the step under way, from the cut and the last update
 
     @property
     def training(self) -> bool:
@@ -55,8 +61,8 @@ class Progress:
 
     def resumed(self, version: int, ledger: dict[str, int]) -> None:
         self._status.version, self.ledger = version, ledger
-        books = ", ".join(f"{name} {count}" for name, count in ledger.items())
-        logger.info("resumed from the journal: version %d, ledger: %s", version, books)
+        state = ", ".join(f"{name} {count}" for name, count in ledger.items())
+        logger.info("resumed from the journal: version %d, ledger: %s", version, state)
 
     def replayed(self, version: int, newest: int) -> None:
         self.last_progress = time.monotonic()
@@ -76,7 +82,12 @@ class Progress:
         self._status.interrupted_samples += sample.num_interrupts > 0
 
     def batch_cut(
-        self, version: int, groups: list[Group], rewards: np.ndarray, advantages: np.ndarray, waited_s: float
+        self,
+        version: int,
+        groups: list[Group],
+        rewards: np.ndarray,
+        advantages: np.ndarray,
+        waited_s: float,
     ) -> None:
         """`rewards`, `advantages`: [groups, samples]."""
         trained = [
@@ -90,12 +101,18 @@ class Progress:
             for g, group in enumerate(groups)
         ]
         self._record(self._log.train_samples, version, trained)
-        runs = [run for group in trained for sample in group.samples for run in sample.version_runs()]
+        runs = [
+            run for group in trained for sample in group.samples for run in sample.version_runs()
+        ]
         tokens = sum(count for _, count in runs)
         self._waited_s += waited_s
-        self._status.staleness_mean = sum((version - v) * count for v, count in runs) / tokens if tokens else 0.0
+        self._status.staleness_mean = (
+            sum((version - v) * count for v, count in runs) / tokens if tokens else 0.0
+        )
         self._status.staleness_max = max((version - v for v, _ in runs), default=0)
-        self._status.staleness_worst = max(self._status.staleness_max, self._status.staleness_worst or 0)
+        self._status.staleness_worst = max(
+            self._status.staleness_max, self._status.staleness_worst or 0
+        )
         self._status.reward_mean = float(rewards.mean())
         self._status.reward_history.append(self._status.reward_mean)
         self._step_stats["perf/time/wait_for_batch_s"] = waited_s
@@ -118,14 +135,16 @@ class Progress:
         self._step_stats["perf/time/step_s"] = step_s
         self._step_stats["perf/train_tokens_per_s"] = status.train_tokens_per_s
         self._step_stats["perf/generate_tokens_per_s"] = self._generate_rate()
-        self._step_stats |= {f"ledger/{name.replace('.', '_')}": count for name, count in self.ledger.items()}
+        self._step_stats |= {
+            f"ledger/{name.replace('.', '_')}": count for name, count in self.ledger.items()
+        }
         self._record(self._log.step, version, self._step_stats)
         self._step_stats = {}
-        books = ", ".join(f"{name} {count}" for name, count in self.ledger.items())
+        state = ", ".join(f"{name} {count}" for name, count in self.ledger.items())
         logger.info(
             "step %d/%d: reward %.3f, staleness mean %.2f max %d (worst %d), loss %.4f, step %.1f s, waited %.1f s; ledger: %s",
             version, status.steps, status.reward_mean, status.staleness_mean, status.staleness_max, status.staleness_worst,
-            stats.get("train/loss", math.nan), step_s, self._waited_s, books,
+            stats.get("train/loss", math.nan), step_s, self._waited_s, state,
         )  # fmt: skip
 
     def published(self, outcome: Outcome) -> None:
@@ -133,9 +152,13 @@ class Progress:
         self._updating_s += outcome.seconds["total"]
         self._status.update_s = outcome.seconds["total"]
         if self.training:
-            self._status.update_fraction = self._updating_s / (self.last_progress - self._training_began)
+            self._status.update_fraction = self._updating_s / (
+                self.last_progress - self._training_began
+            )
         self._record(
-            self._log.step, outcome.version, {f"sync/{phase}_s": value for phase, value in outcome.seconds.items()}
+            self._log.step,
+            outcome.version,
+            {f"sync/{phase}_s": value for phase, value in outcome.seconds.items()},
         )
         phases = ", ".join(f"{phase} {value:.3f}" for phase, value in outcome.seconds.items())
         logger.info(
@@ -154,7 +177,9 @@ class Progress:
         status.state, status.message, status.ledger = self.state, self.message, self.ledger
         status.lost = self.lost
         status.generate_tokens_per_s = self._generate_rate()
-        status.fleet = [Server(w.name, w.state.value, w.version, w.load) for w in fleet.rollout.values()]
+        status.fleet = [
+            Server(w.name, w.state.value, w.version, w.load) for w in fleet.rollout.values()
+        ]
         self._record(self._log.status, status)
 
     def end(self, state: State, message: str) -> None:

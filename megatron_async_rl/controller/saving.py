@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from megatron_async_rl import checkpoints
-from megatron_async_rl.config import Config
-from megatron_async_rl.controller.core import Core
-from megatron_async_rl.controller.facts import Batched, Closed, Fact, Trained
-from megatron_async_rl.controller.journal import Journal
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.controller.core.core import Core
+from megatron_async_rl.controller.core.events import (
+    BatchSelected,
+    BatchTrained,
+    GroupDropped,
+    JournalEvent,
+)
+from megatron_async_rl.controller.journal.journal import Journal
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.messages import CheckpointSaved
+from megatron_async_rl.protocol.messages import CheckpointSaved
+from megatron_async_rl.storage import checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -21,17 +26,21 @@ class Saving:
         self._config = config
         self._core = core
         self._journal = journal
-        self._batches: dict[int, list[int]] = {}  # version -> the groups trained on it, until pruned
+        self._batches: dict[
+            int, list[int]
+        ] = {}  # version -> the groups trained on it, until pruned
         self.newest_saved = asyncio.Event()  # the trainer has saved the newest version
 
-    def saw(self, fact: Fact) -> None:
+    def saw(self, fact: JournalEvent) -> None:
         """The samples of a batch are kept for a trainer that comes back; those of a dropped group are of no use."""
-        if isinstance(fact, Batched):
+        if isinstance(fact, BatchSelected):
             self._batches[fact.version] = fact.group_ids
-        elif isinstance(fact, Closed):
+        elif isinstance(fact, GroupDropped):
             self._journal.prune([fact.group_id])
-        elif isinstance(fact, Trained) and not self._config.has_trainer:
-            self._forget(fact.version - 1)  # the newest file is asked for again at a start, none before it
+        elif isinstance(fact, BatchTrained) and not self._config.has_trainer:
+            self._forget(
+                fact.version - 1
+            )  # the newest file is asked for again at a start, none before it
 
     async def commit(self, saved: CheckpointSaved) -> None:
         """Ties the trainer's files to the books, and forgets what no kept checkpoint can ask for."""
@@ -46,7 +55,9 @@ class Saving:
                 self._journal.last_seq,
                 self._core.ledger.admitted,
             )
-            oldest = await asyncio.to_thread(checkpoints.prune, run_dir, self._config.checkpoint.keep)
+            oldest = await asyncio.to_thread(
+                checkpoints.prune, run_dir, self._config.checkpoint.keep
+            )
         except (DataError, OSError) as e:
             logger.error("checkpoint %s is not usable: %s; the one before stays", saved.folder, e)
             return

@@ -9,10 +9,10 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_async_rl.config import Config
+from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import Error
-from megatron_async_rl.messages import Hello, Message
-from megatron_async_rl.transport import Hub, Peer
+from megatron_async_rl.protocol.messages import Hello, Message
+from megatron_async_rl.protocol.transport import Hub, Peer
 
 logger = logging.getLogger(__name__)
 MAX_REPLACED = 1024  # sockets remembered as replaced
@@ -34,7 +34,9 @@ class Workers:
         self.hub = hub
         self._by_name: dict[str, Worker] = {}
         self._names: dict[Peer, str] = {}
-        self._replaced: dict[Peer, str] = {}  # sockets whose name a newer process has taken -> who it is
+        self._replaced: dict[
+            Peer, str
+        ] = {}  # sockets whose name a newer process has taken -> who it is
         self._joined = asyncio.Event()
 
     def __iter__(self) -> Iterator[Worker]:
@@ -101,5 +103,7 @@ class Workers:
             *(f"trainer stage {stage}" for stage in range(stages)),
             *(f"trainer leader {replica}" for replica in range(config.num_leaders)),
         }
-        there = {f"trainer stage {w.hello.stage}" for w in self} | {f"trainer leader {w.hello.leader}" for w in self}
+        there = {f"trainer stage {w.hello.stage}" for w in self} | {
+            f"trainer leader {w.hello.leader}" for w in self
+        }
         return expected - there - self._by_name.keys()

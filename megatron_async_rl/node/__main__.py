@@ -3,12 +3,13 @@
 import sys
 from pathlib import Path
 
-from megatron_async_rl import config, processes
+from megatron_async_rl import processes
+from megatron_async_rl.config import load
 from megatron_async_rl.node.node import Node
 
 
 def _run(run_dir: Path, name: str) -> None:
-    Node(config.load(run_dir / "config.yaml"), run_dir, name).run()
+    Node(load.load(run_dir / "config.yaml"), run_dir, name).run()
 
 
 if __name__ == "__main__":

@@ -17,17 +17,18 @@ from typing import NoReturn
 
 from msgspec.structs import replace
 
-from megatron_async_rl import addresses, processes, roles
-from megatron_async_rl.claims import Claims, run_key
-from megatron_async_rl.config import Config
+from megatron_async_rl import addresses, processes
+from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import DataError, Error
-from megatron_async_rl.metrics import Status, read_status
-from megatron_async_rl.node.lives import Life, Lives
-from megatron_async_rl.supervise import MAX_BACKOFF_S
+from megatron_async_rl.launcher import roles
+from megatron_async_rl.launcher.claims import Claims, run_key
+from megatron_async_rl.launcher.supervisor import MAX_BACKOFF_S
+from megatron_async_rl.node.generations import GenerationFiles, TrainerGeneration
+from megatron_async_rl.observability.run_log import Status, read_status
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.3
-BEATS = 8  # signs of life in faults.silence_s
+BEATS = 8  # signs of life in faults.heartbeat_timeout_s
 
 
 class _NewLife(Exception):
@@ -40,7 +41,7 @@ class Node:
         self._run_dir = run_dir
         self._name = name
         self._index = config.trainer_names.index(name)
-        self._lives = Lives(run_dir, name, config.trainer_names)
+        self._lives = GenerationFiles(run_dir, name, config.trainer_names)
         self._claims = Claims(run_dir)
         self._owner = self._claims.owner(name)
         self._torchrun: subprocess.Popen[bytes] | None = None
@@ -78,13 +79,13 @@ class Node:
         if self._lives.of(self._name).life < newest.life and not newest.failed:
             self._adopt(newest)
         else:
-            self._say(Life(newest.life + 1, why=f"{self._name} was started"))
+            self._say(TrainerGeneration(newest.life + 1, why=f"{self._name} was started"))
 
-    def _adopt(self, life: Life) -> None:
+    def _adopt(self, life: TrainerGeneration) -> None:
         logger.warning("life %d of the trainer: %s", life.life, life.why)
-        self._say(Life(life.life, life.restarts, life.why))
+        self._say(TrainerGeneration(life.life, life.restarts, life.why))
 
-    def _say(self, life: Life) -> None:
+    def _say(self, life: TrainerGeneration) -> None:
         """Again and again while it cannot be written: a full disk ends no run."""
         deadline = time.monotonic() + self._config.trainer.start_timeout_s
         while True:
@@ -93,7 +94,9 @@ class Node:
                 return
             except OSError as e:
                 if time.monotonic() > deadline:
-                    raise Error(f"{self._name} cannot write below {self._run_dir}: {e}; make room there") from None
+                    raise Error(
+                        f"{self._name} cannot write below {self._run_dir}: {e}; make room there"
+                    ) from None
                 time.sleep(POLL_S)
 
     def _tick(self) -> None:
@@ -101,7 +104,9 @@ class Node:
         owner = self._claims.owner(self._name)
         if owner != self._owner:
             raise Error(f"{self._name} was taken over: {owner} has it")
-        if run_key(self._run_dir) != self._run_key:  # `run` was called again: our launcher starts us anew
+        if (
+            run_key(self._run_dir) != self._run_key
+        ):  # `run` was called again: our launcher starts us anew
             self._over_since = -math.inf
             return
         newest = self._lives.look()
@@ -110,9 +115,11 @@ class Node:
         if newest.life > self._lives.own.life:
             raise _NewLife
         now = time.monotonic()
-        if self._lives.of(self._name) != self._lives.own:  # by an earlier process that was stopped in the midst of it
+        if (
+            self._lives.of(self._name) != self._lives.own
+        ):  # by an earlier process that was stopped in the midst of it
             self._say(self._lives.own)
-        elif now - self._beat_at > self._config.faults.silence_s / BEATS:
+        elif now - self._beat_at > self._config.faults.heartbeat_timeout_s / BEATS:
             self._lives.beat()
             self._beat_at = now
         status = self._status()
@@ -139,14 +146,20 @@ class Node:
                 if text := (self._run_dir / "controller.address").read_text().strip():
                     return text
             if time.monotonic() > deadline:
-                raise Error(f"{self._name} has waited for the controller for trainer.start_timeout_s = {limit_s:g} s")
+                raise Error(
+                    f"{self._name} has waited for the controller for trainer.start_timeout_s = {limit_s:g} s"
+                )
             time.sleep(POLL_S)
 
     def _meet(self, controller: str) -> tuple[str, int]:
         """Where the ranks of this life meet, once all nodes take part in it; port 0: the run is over."""
         life, limit_s = self._lives.own, self._config.trainer.start_timeout_s
         faults, began = self._config.faults, time.monotonic()
-        pause_s = min(faults.backoff_s * 2 ** (life.restarts - 1), MAX_BACKOFF_S) if life.restarts else 0.0
+        pause_s = (
+            min(faults.restart_backoff_s * 2 ** (life.restarts - 1), MAX_BACKOFF_S)
+            if life.restarts
+            else 0.0
+        )
         first, said = self._config.trainer_names[0], ""
         while True:
             self._tick()
@@ -162,7 +175,9 @@ class Node:
                 continue
             awaited = f"{absent} to take part" if absent else f"{first} to say where the ranks meet"
             if awaited != said:
-                logger.info("life %d of the trainer: %s waits for %s", life.life, self._name, awaited)
+                logger.info(
+                    "life %d of the trainer: %s waits for %s", life.life, self._name, awaited
+                )
                 said = awaited
             if waited_s > limit_s:
                 remedy = f"start it with `join {self._run_dir} {absent or first}`, on its host or another"
@@ -182,24 +197,38 @@ class Node:
     def _train(self, controller: str, address: str, port: int) -> None:
         """Until our ranks have ended well, or the run is over. Raises _NewLife."""
         life, faults = self._lives.own, self._config.faults
-        logger.info("life %d of the trainer: the ranks meet at %s, port %d", life.life, address, port)
+        logger.info(
+            "life %d of the trainer: the ranks meet at %s, port %d", life.life, address, port
+        )
         timeout_s = max(1, round(self._config.trainer.start_timeout_s))
         command = roles.torchrun(
             self._config,
             str(self._run_dir),
-            *(f"--nnodes={len(self._config.trainer_names)}", "--rdzv-backend=bound", f"--rdzv-endpoint={address}:{port}"),
+            *(
+                f"--nnodes={len(self._config.trainer_names)}",
+                "--rdzv-backend=bound",
+                f"--rdzv-endpoint={address}:{port}",
+            ),
             *(f"--rdzv-id=life-{life.life}", f"--rdzv-conf=rank={self._index},timeout={timeout_s}"),
         )
         log = self._run_dir / "logs" / f"{self._name}.log"
-        network = addresses.collective_environment(controller.removeprefix("tcp://").rsplit(":", 1)[0])
-        self._torchrun = processes.start(command, log, network, deaf=True)
+        network = addresses.collective_environment(
+            controller.removeprefix("tcp://").rsplit(":", 1)[0]
+        )
+        self._torchrun = processes.start(command, log, network, sigterm_blocked=True)
         started = time.monotonic()
         while (code := self._torchrun.poll()) is None:
             self._tick()
-            if self._over_since is not None and time.monotonic() - self._over_since > faults.grace_s:
+            if (
+                self._over_since is not None
+                and time.monotonic() - self._over_since > faults.shutdown_grace_s
+            ):
                 return
-            if silent := self._lives.silent(faults.silence_s):
-                self._died(f"nothing heard of {silent[0]} for faults.silence_s = {faults.silence_s:g} s", started)
+            if silent := self._lives.silent(faults.heartbeat_timeout_s):
+                self._died(
+                    f"nothing heard of {silent[0]} for faults.heartbeat_timeout_s = {faults.heartbeat_timeout_s:g} s",
+                    started,
+                )
             time.sleep(POLL_S)
         self._tick()
         if code and self._over_since is None:
@@ -208,19 +237,25 @@ class Node:
     def _died(self, why: str, started: float) -> NoReturn:
         """Begins the next life, or ends the run where there may be none."""
         rules, life = self._config.faults, self._lives.own
-        restarts = 0 if time.monotonic() - started > rules.healthy_s else life.restarts
+        restarts = 0 if time.monotonic() - started > rules.restart_reset_s else life.restarts
         if not self._began:
             log = self._run_dir / "logs" / f"{self._name}.log"
-            self._fail(f"{why} before the first training step: {processes.error_text(log) or f'its log is {log}'}")
+            self._fail(
+                f"{why} before the first training step: {processes.error_text(log) or f'its log is {log}'}"
+            )
         if restarts >= rules.max_restarts:
-            self._fail(f"the trainer died {restarts + 1} times (faults.max_restarts = {rules.max_restarts}); {why}")
-        self._say(Life(life.life + 1, restarts + 1, why))
+            self._fail(
+                f"the trainer died {restarts + 1} times (faults.max_restarts = {rules.max_restarts}); {why}"
+            )
+        self._say(TrainerGeneration(life.life + 1, restarts + 1, why))
         raise _NewLife
 
     def _fail(self, why: str) -> NoReturn:
         """Ends the run on all hosts."""
         with contextlib.suppress(OSError):
-            self._lives.say(Life(self._lives.own.life, self._lives.own.restarts, why, failed=True))
+            self._lives.say(
+                TrainerGeneration(self._lives.own.life, self._lives.own.restarts, why, failed=True)
+            )
         raise Error(why)
 
     def _stop(self) -> None:
@@ -230,4 +265,3 @@ class Node:
         if self._port:
             self._port.close()
             self._port = None
-

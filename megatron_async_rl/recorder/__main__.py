@@ -3,12 +3,13 @@
 import sys
 from pathlib import Path
 
-from megatron_async_rl import config, processes
+from megatron_async_rl import processes
+from megatron_async_rl.config import load
 from megatron_async_rl.recorder.recorder import Recorder
 
 
 def _record(run_dir: Path) -> None:
-    Recorder(config.load(run_dir / "config.yaml"), run_dir).run()
+    Recorder(load.load(run_dir / "config.yaml"), run_dir).run()
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import os
 import time
 from pathlib import Path
 
-from megatron_async_rl import batches
-from megatron_async_rl.config import Config
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import ProtocolError
-from megatron_async_rl.messages import (
+from megatron_async_rl.protocol.messages import (
     AnyMessage,
     GetBatch,
     Hello,
@@ -28,9 +28,9 @@ from megatron_async_rl.messages import (
     StepDone,
     TrainBatch,
 )
-from megatron_async_rl.tokenizer import fingerprint
-from megatron_async_rl.transport import SyncLink
-from megatron_async_rl.types import NOT_GENERATED
+from megatron_async_rl.protocol.transport import SyncLink
+from megatron_async_rl.protocol.types import NOT_GENERATED
+from megatron_async_rl.storage import batches
 
 logger = logging.getLogger(__name__)
 FOLDER = "batches"  # in run.dir
@@ -44,7 +44,9 @@ class Recorder:
         self._folder.mkdir(exist_ok=True)
         self._link = SyncLink(run_dir, config.trainer.start_timeout_s)
         tokenizer = fingerprint(config.model.path)
-        self._link.join(Hello("trainer", "trainer-0", os.getpid(), leader=0, stage=0, tokenizer=tokenizer))
+        self._link.join(
+            Hello("trainer", "trainer-0", os.getpid(), leader=0, stage=0, tokenizer=tokenizer)
+        )
 
     def run(self) -> None:
         """Until all batches are written, or the controller ends the run."""
@@ -61,19 +63,25 @@ class Recorder:
 
     def _newest(self) -> int:
         """The version of the newest file; 0 where there is none."""
-        return max((int(path.stem.removeprefix("v")) for path in self._folder.glob("v*.npz")), default=0)
+        return max(
+            (int(path.stem.removeprefix("v")) for path in self._folder.glob("v*.npz")), default=0
+        )
 
     def _batch(self, version: int) -> TrainBatch | None:
         self._link.send(GetBatch(version))
         while True:
             message = self._receive()
-            if isinstance(message, Shutdown) or (isinstance(message, Republish) and not self._offer(version)):
+            if isinstance(message, Shutdown) or (
+                isinstance(message, Republish) and not self._offer(version)
+            ):
                 return None
             if isinstance(message, TrainBatch):
                 if message.version == version:
                     return message
                 if message.version > version:
-                    raise ProtocolError(f"expected the batch of version {version}, got that of {message.version}")
+                    raise ProtocolError(
+                        f"expected the batch of version {version}, got that of {message.version}"
+                    )
 
     def _write(self, batch: TrainBatch) -> None:
         started = time.monotonic()
@@ -81,8 +89,12 @@ class Recorder:
         batches.save(path, batch.version, batch.samples)
         tokens = sum(int((sample.versions != NOT_GENERATED).sum()) for sample in batch.samples)
         seconds = time.monotonic() - started
-        logger.info("%s: %d samples, %d tokens, %.2f s", path.name, len(batch.samples), tokens, seconds)
-        self._link.send(StepDone(batch.version + 1, {"batch/tokens": tokens, "perf/time/write_s": seconds}))
+        logger.info(
+            "%s: %d samples, %d tokens, %.2f s", path.name, len(batch.samples), tokens, seconds
+        )
+        self._link.send(
+            StepDone(batch.version + 1, {"batch/tokens": tokens, "perf/time/write_s": seconds})
+        )
 
     def _offer(self, version: int) -> bool:
         """The servers hold `version`; False: the run is over."""

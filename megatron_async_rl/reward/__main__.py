@@ -19,11 +19,12 @@ import os
 import signal
 from pathlib import Path
 
-from megatron_async_rl import config, processes
+from megatron_async_rl import processes
+from megatron_async_rl.config import load
 from megatron_async_rl.errors import Error, ProtocolError
-from megatron_async_rl.messages import Failed, Heartbeat, Hello, Score, Shutdown
+from megatron_async_rl.protocol.messages import Failed, Heartbeat, Hello, Score, Shutdown
+from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.reward.worker import RewardWorker
-from megatron_async_rl.transport import Link
 
 HEARTBEAT_S = 2.0
 VERDICTS_PER_CHILD = 64  # verdicts at once that we take on, per child
@@ -32,11 +33,11 @@ log = logging.getLogger(__name__)
 
 
 async def _serve(run_dir: Path, name: str) -> None:
-    settings = config.load(run_dir / "config.yaml")
+    settings = load.load(run_dir / "config.yaml")
     worker = RewardWorker(settings.reward, settings.sandbox)
     link = Link(run_dir)
     try:
-        capacity = settings.reward.children * VERDICTS_PER_CHILD
+        capacity = settings.reward.processes_per_worker * VERDICTS_PER_CHILD
         await link.join(Hello(role="reward", name=name, pid=os.getpid(), capacity=capacity))
         try:
             await _work(link, worker)
@@ -98,7 +99,9 @@ async def _beat(link: Link, queue: asyncio.Queue[Score]) -> None:
 
 
 def _run() -> None:
-    parser = argparse.ArgumentParser(prog="python -m megatron_async_rl.reward", description="A reward worker of a run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_async_rl.reward", description="A reward worker of a run."
+    )
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("name")
     arguments = parser.parse_args()

@@ -11,8 +11,8 @@ import re
 import time
 from typing import Any
 
-from megatron_async_rl.code_tests import CodeTests
-from megatron_async_rl.reward.sandbox.box import Box, End, Limits
+from megatron_async_rl.data.code_tests import CodeTests
+from megatron_async_rl.sandbox.box import Box, End, Limits
 
 _FENCE = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _PYTHON = ("python", "python3", "py")
@@ -24,11 +24,15 @@ MAX_DEPTH = 100  # of a result that is compared
 def program_in(response: str) -> str | None:
     """The last block fenced as Python, else the last fenced block; None when there is none."""
     blocks = [(language.lower(), text) for language, text in _FENCE.findall(response)]
-    chosen = [text for language, text in blocks if language in _PYTHON] or [text for _, text in blocks]
+    chosen = [text for language, text in blocks if language in _PYTHON] or [
+        text for _, text in blocks
+    ]
     return chosen[-1] if chosen else None
 
 
-def judge(box: Box, response: str, tests: CodeTests, limits: Limits, timeout_s: float) -> tuple[bool, str]:
+def judge(
+    box: Box, response: str, tests: CodeTests, limits: Limits, timeout_s: float
+) -> tuple[bool, str]:
     """(passes, why not). `limits.wall_s` is a test's, `timeout_s` of all of them. Raises BoxLost, BoxError."""
     program = program_in(response)
     if program is None:
@@ -52,7 +56,9 @@ def _judge_function(box: Box, program: str, tests: CodeTests, limits: Limits) ->
     result = box.run(program, tests.inputs, limits, tests.function)
     if result.end is not End.OK:
         return False, result.end.value
-    for number, (returned, expected) in enumerate(zip(result.frames, tests.outputs, strict=True), 1):
+    for number, (returned, expected) in enumerate(
+        zip(result.frames, tests.outputs, strict=True), 1
+    ):
         if not same_data(returned, expected):
             return False, f"test {number}: another result"
     return True, ""
@@ -76,7 +82,9 @@ def _same_line(line: str, expected: str) -> bool:
 def _same_word(word: str, expected: str) -> bool:
     if word == expected:
         return True
-    if max(len(word), len(expected)) > 64 or not (_DECIMAL.fullmatch(word) and _DECIMAL.fullmatch(expected)):
+    if max(len(word), len(expected)) > 64 or not (
+        _DECIMAL.fullmatch(word) and _DECIMAL.fullmatch(expected)
+    ):
         return False
     if word.lstrip("+-").isdigit() and expected.lstrip("+-").isdigit():
         return False  # whole numbers are exact
@@ -87,19 +95,29 @@ def same_data(returned: Any, expected: Any, depth: int = 0) -> bool:
     """A result (zygote.py's `plain`) against JSON. Tuples are lists, keys go by their text; a set equals nothing."""
     if depth > MAX_DEPTH:
         return False
-    if isinstance(expected, bool) or isinstance(returned, bool) or expected is None or returned is None:
+    if (
+        isinstance(expected, bool)
+        or isinstance(returned, bool)
+        or expected is None
+        or returned is None
+    ):
         return returned is expected
     if isinstance(expected, list):
         return (
             isinstance(returned, list)
             and len(returned) == len(expected)
-            and all(same_data(one, other, depth + 1) for one, other in zip(returned, expected, strict=True))
+            and all(
+                same_data(one, other, depth + 1)
+                for one, other in zip(returned, expected, strict=True)
+            )
         )
     if isinstance(expected, dict):
         if not isinstance(returned, dict) or returned.keys() != {"dict"}:
             return False
         found = {str(key): value for key, value in returned["dict"]}
-        return found.keys() == expected.keys() and all(same_data(found[k], expected[k], depth + 1) for k in expected)
+        return found.keys() == expected.keys() and all(
+            same_data(found[k], expected[k], depth + 1) for k in expected
+        )
     if isinstance(expected, float) or (isinstance(returned, float) and isinstance(expected, int)):
         return isinstance(returned, (int, float)) and _close(returned, expected)
     return type(returned) is type(expected) and bool(returned == expected)

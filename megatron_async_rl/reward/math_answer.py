@@ -21,14 +21,18 @@ from megatron_async_rl.errors import DataError
 
 MAX_TEXT_CHARS = 64 * 1024  # only so much of a response's end is looked at
 _MAX_NUMBER_CHARS = 64  # a longer one is left to math-verify
-_ROUNDING = Decimal("1e-3")  # math-verify rounds decimals to 6 places; numbers farther apart than this surely differ
+_ROUNDING = Decimal(
+    "1e-3"
+)  # math-verify rounds decimals to 6 places; numbers farther apart than this surely differ
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _LAST_NUMBER = re.compile(
     rf"(?:(?<![\w.)\]}}])[-+\u2212])?(?:\\[dt]?frac\s*\{{\d{{1,30}}\}}\s*\{{\d{{1,30}}\}}|(?<![\w.])(?:{_DIGITS})(?:/\d+(?!\.?\d))?)"
 )
-_NUMBER = re.compile(rf"([-+]?)\s*(?:({_DIGITS})|(\d+)\s*/\s*(\d+)|\\[dt]?frac\s*\{{(\d+)\}}\s*\{{(\d+)\}})")
+_NUMBER = re.compile(
+    rf"([-+]?)\s*(?:({_DIGITS})|(\d+)\s*/\s*(\d+)|\\[dt]?frac\s*\{{(\d+)\}}\s*\{{(\d+)\}})"
+)
 _INTEGER = re.compile(r"-?\d{1,18}")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)+")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}\\]*)\}")
@@ -59,7 +63,9 @@ def read(response: str, row: dict[str, Any]) -> tuple[str, str]:
         )
     text = response[-MAX_TEXT_CHARS:]
     boxed = _last_boxed(text)
-    answer = (_last_number(text.rpartition("####")[2]) or _last_number(text)) if boxed is None else boxed
+    answer = (
+        (_last_number(text.rpartition("####")[2]) or _last_number(text)) if boxed is None else boxed
+    )
     return gold, _clean(answer)
 
 
@@ -73,7 +79,9 @@ def compare_plain(gold: str, answer: str) -> bool | None:
         return int(gold) == int(answer)
     words = _words(gold)
     if words is not None and (answered := _words(answer, min_letters=1)) is not None:
-        return words == answered  # math-verify reads words as products of letters: to it `ten` is `net`
+        return (
+            words == answered
+        )  # math-verify reads words as products of letters: to it `ten` is `net`
     a, b = _number(gold), _number(answer)
     if a is None or b is None:
         return None
@@ -92,7 +100,9 @@ def compare_latex(gold: str, answer: str) -> bool:
     expected = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
     if not expected:
         raise DataError(f"math-verify cannot read the row's `answer` {gold!r}")
-    return bool(verify(expected, parse(f"\\boxed{{{answer}}}", parsing_timeout=None), timeout_seconds=None))
+    return bool(
+        verify(expected, parse(f"\\boxed{{{answer}}}", parsing_timeout=None), timeout_seconds=None)
+    )
 
 
 @functools.cache
@@ -104,7 +114,9 @@ def load_math_verify() -> tuple[Callable[..., Any], Callable[..., Any]]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"sympy|latex2sympy2_extended|math_verify|antlr4")
     verify(
-        parse(r"\boxed{\frac{1}{2}}", parsing_timeout=None), parse("$0.5$", parsing_timeout=None), timeout_seconds=None
+        parse(r"\boxed{\frac{1}{2}}", parsing_timeout=None),
+        parse("$0.5$", parsing_timeout=None),
+        timeout_seconds=None,
     )
     return parse, verify
 
@@ -154,7 +166,10 @@ def _clean(answer: str) -> str:
         for space in ("\\!", "\\,", "\\;", "\\left", "\\right"):
             answer = answer.replace(space, "")
         answer = (
-            answer.replace("{,}", ",").replace("\\$", "$").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+            answer.replace("{,}", ",")
+            .replace("\\$", "$")
+            .replace("\\dfrac", "\\frac")
+            .replace("\\tfrac", "\\frac")
         )
         if match := _TEXT_COMMAND.fullmatch(answer):
             answer = match[1]

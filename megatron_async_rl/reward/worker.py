@@ -28,17 +28,19 @@ from typing import Any
 from pebble import ProcessExpired, ProcessPool
 
 from megatron_async_rl import processes
-from megatron_async_rl.code_tests import CodeTests, read_tests
-from megatron_async_rl.config import RewardConfig, SandboxConfig
+from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
+from megatron_async_rl.data.code_tests import CodeTests, read_tests
 from megatron_async_rl.errors import ConfigError, DataError
-from megatron_async_rl.messages import Score, Scored
+from megatron_async_rl.protocol.messages import Score, Scored
 from megatron_async_rl.reward import code_answer, math_answer
-from megatron_async_rl.reward.sandbox.box import Box, BoxError, BoxLost, BoxSettings, Limits
+from megatron_async_rl.sandbox.box import Box, BoxError, BoxLost, BoxSettings, Limits
 
 START_TIMEOUT_S = 60.0  # a child has this long to start and import what the reward function needs
 MAX_TASKS = 500  # then a child is replaced: sympy's caches only grow
 MATH_MEMORY_BYTES = 4 << 30  # address space of a child that runs the built-in `math`
-CODE_MARGIN_S = 10.0  # past reward.timeout_s: the sandbox has its own clock, and may have to be started anew
+CODE_MARGIN_S = (
+    10.0  # past reward.timeout_s: the sandbox has its own clock, and may have to be started anew
+)
 PREFETCH = 2  # tasks in the pool per child, so that none waits for our event loop between two
 _KILL_S = 10.0  # killing and replacing a child takes less
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -68,7 +70,7 @@ class RewardWorker:
                 f"reward.function = {self._function!r}: expected `math`, `code` or package.module:function; name a "
                 "function (prompt, response, row) -> float"
             )
-        self.slots = config.children * PREFETCH
+        self.slots = config.processes_per_worker * PREFETCH
         self._pool: ProcessPool | None = None
         self.num_pools = 0  # started so far; more than one means that a pool broke and was replaced
 
@@ -119,10 +121,17 @@ class RewardWorker:
             reward, error = await self._run(function, arguments, timeout_s)
         except FutureTimeout:  # the pool's, which killed the child
             is_verdict = self._function == "math"
-            reward, error = (0.0, "timeout") if is_verdict else (None, f"not judged within {timeout_s:g} s")
+            reward, error = (
+                (0.0, "timeout") if is_verdict else (None, f"not judged within {timeout_s:g} s")
+            )
             taken_s = time.perf_counter() - started
-            if taken_s < timeout_s:  # the pool goes by the wall clock: it has jumped, and the answer had no time
-                reward, error = None, f"ended after {taken_s:.1f} s of {timeout_s:g} s: this host's clock was changed"
+            if (
+                taken_s < timeout_s
+            ):  # the pool goes by the wall clock: it has jumped, and the answer had no time
+                reward, error = (
+                    None,
+                    f"ended after {taken_s:.1f} s of {timeout_s:g} s: this host's clock was changed",
+                )
         except (ProcessExpired, BrokenProcessPool, _PoolStuck) as e:
             reward, error = None, f"the judging process died: {e}"
         return _scored(message, reward, error, started)
@@ -144,7 +153,9 @@ class RewardWorker:
             pool.stop()
             pool.join()
 
-    async def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> Any:
+    async def _run(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float
+    ) -> Any:
         """Runs it in a child. A pool that broke, or that itself hangs, is replaced by a new one."""
         try:
             pool = self._pool or self._start_pool()
@@ -170,9 +181,11 @@ class RewardWorker:
         # Children come from a fork server, which is a clean process: we have threads (zmq), so we must not fork.
         context = multiprocessing.get_context("forkserver")
         preload = ["megatron_async_rl.reward.fork_server", __name__]
-        context.set_forkserver_preload([*preload, "math_verify"] if self._function == "math" else preload)
+        context.set_forkserver_preload(
+            [*preload, "math_verify"] if self._function == "math" else preload
+        )
         self._pool = ProcessPool(
-            max_workers=self._config.children,
+            max_workers=self._config.processes_per_worker,
             max_tasks=MAX_TASKS,
             initializer=_initialize,
             initargs=(self._function, BoxSettings(self._sandbox.python, self._sandbox.isolation)),
@@ -214,7 +227,9 @@ _box: Box | None = None
 def _initialize(function: str, sandbox: BoxSettings) -> None:
     """Once per child: its limits, then its reward function or its sandbox."""
     global _function, _function_error, _box
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for sympy to come back to Python
+    signal.signal(
+        signal.SIGTERM, signal.SIG_DFL
+    )  # pebble's handler would wait for sympy to come back to Python
     processes.die_with_parent()  # with the fork server, that is, and it ends with us
     if function == "code":
         _box = Box(sandbox)
@@ -266,7 +281,10 @@ def _judge(prompt: str, response: str, row: dict[str, Any]) -> Verdict:
         return None, _function_error
     try:
         value = _function(prompt, response, row)
-    except (Exception, SystemExit) as e:  # as above; some exceptions cannot travel, so their text does
+    except (
+        Exception,
+        SystemExit,
+    ) as e:  # as above; some exceptions cannot travel, so their text does
         return None, f"{type(e).__name__}: {e}"
     if not isinstance(value, numbers.Real):
         return None, f"the reward function returned a {type(value).__name__}, not a number"

@@ -4,15 +4,16 @@ import asyncio
 import sys
 from pathlib import Path
 
-from megatron_async_rl import config, processes
-from megatron_async_rl.rollout.server import Server
+from megatron_async_rl import processes
+from megatron_async_rl.config import load
+from megatron_async_rl.protocol.transport import Link
+from megatron_async_rl.rollout.engine_process import Server
 from megatron_async_rl.rollout.worker import RolloutWorker
 from megatron_async_rl.rollout.workflow import load_workflow
-from megatron_async_rl.transport import Link
 
 
 async def _serve(run_dir: Path, name: str) -> None:
-    settings = config.load(run_dir / "config.yaml")
+    settings = load.load(run_dir / "config.yaml")
     workflow = load_workflow(settings.rollout.workflow)  # before the server: it takes long to start
     server = Server(settings, run_dir, name)
     try:

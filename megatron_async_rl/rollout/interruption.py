@@ -21,18 +21,22 @@ import asyncio
 import time
 from typing import Literal, Protocol
 
-from megatron_async_rl.config import Config
+from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError, EngineError
-from megatron_async_rl.rollout.client import EngineClient
+from megatron_async_rl.rollout.engine_client import EngineClient
 from megatron_async_rl.rollout.gate import Gate
 
-ABORT_AGAIN_S = 0.05  # a request on its way to the scheduler escapes an abort: repeat until none is out
+ABORT_AGAIN_S = (
+    0.05  # a request on its way to the scheduler escapes an abort: repeat until none is out
+)
 OLDEST_THAT_PAUSES = (0, 5, 21)
 
 
 class Interruption(Protocol):
     flushes: bool  # the prefix cache is to be dropped
-    freezes: bool  # once stopped nothing runs in the engine, not even what nobody waits for any more
+    freezes: (
+        bool  # once stopped nothing runs in the engine, not even what nobody waits for any more
+    )
     seconds: dict[str, float]  # by phase, of the last one
 
     async def stop(self) -> None:
@@ -68,7 +72,9 @@ class Abort:
         self.seconds = {"interrupt": time.monotonic() - started}
         # the last answers come in while the update begins
         self._drain = asyncio.create_task(self._until_idle(started))
-        self._drain.add_done_callback(lambda task: task.cancelled() or task.exception())  # `stopped` may never ask
+        self._drain.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )  # `stopped` may never ask
 
     async def stopped(self) -> None:
         if self._drain is not None:
@@ -128,7 +134,9 @@ def interruption(config: Config, client: EngineClient, gate: Gate) -> Interrupti
     if not keep and weights.interrupt == "abort":
         return Abort(client, gate, config.rollout.request_timeout_s)
     if client.version < OLDEST_THAT_PAUSES:
-        needed, found = (".".join(map(str, version)) for version in (OLDEST_THAT_PAUSES, client.version))
+        needed, found = (
+            ".".join(map(str, version)) for version in (OLDEST_THAT_PAUSES, client.version)
+        )
         setting = "weights.kv_cache = keep" if keep else "weights.interrupt = retract"
         why = (
             "a token could be labelled with weights that did not sample it"

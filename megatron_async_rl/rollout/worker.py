@@ -13,9 +13,17 @@ import os
 import signal
 from typing import Any
 
-from megatron_async_rl.config import Config
-from megatron_async_rl.errors import DataError, EngineError, EngineSilent, Error, NoVerdict, Preempted
-from megatron_async_rl.messages import (
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.data.tokenizer import Tokenizer, fingerprint, vocabulary_size
+from megatron_async_rl.errors import (
+    DataError,
+    EngineError,
+    EngineSilent,
+    Error,
+    NoVerdict,
+    Preempted,
+)
+from megatron_async_rl.protocol.messages import (
     AbandonUpdate,
     Answer,
     Ask,
@@ -29,16 +37,15 @@ from megatron_async_rl.messages import (
     Shutdown,
     WeightDigests,
 )
-from megatron_async_rl.rollout.client import EngineClient, Part, Sampling
+from megatron_async_rl.protocol.transport import Link
+from megatron_async_rl.protocol.types import Partial, Sample, Segment
+from megatron_async_rl.rollout.engine_client import EngineClient, Part, Sampling
+from megatron_async_rl.rollout.engine_process import Server
 from megatron_async_rl.rollout.gate import Gate
 from megatron_async_rl.rollout.interruption import ABORT_AGAIN_S
-from megatron_async_rl.rollout.sample_lease import SampleLease
-from megatron_async_rl.rollout.server import Server
-from megatron_async_rl.rollout.updates import WeightUpdates
+from megatron_async_rl.rollout.policy import SampleLease
+from megatron_async_rl.rollout.weight_update import WeightUpdates
 from megatron_async_rl.rollout.workflow import Completion, Workflow
-from megatron_async_rl.tokenizer import Tokenizer, fingerprint, vocabulary_size
-from megatron_async_rl.transport import Link
-from megatron_async_rl.types import Partial, Sample, Segment
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 2.0
@@ -47,7 +54,9 @@ HAND_IN_S = 5.0  # for the samples in flight to be handed in at the end
 
 
 class RolloutWorker:
-    def __init__(self, name: str, config: Config, link: Link, server: Server, workflow: Workflow) -> None:
+    def __init__(
+        self, name: str, config: Config, link: Link, server: Server, workflow: Workflow
+    ) -> None:
         self.tokenizer = Tokenizer(config.model.path)
         self._fingerprint = fingerprint(config.model.path)
         self._vocabulary_size = vocabulary_size(config.model.path)
@@ -63,7 +72,9 @@ class RolloutWorker:
         self._doubted = asyncio.Event()  # a request was not answered in time
         self._tasks: set[asyncio.Task[None]] = set()
         self._leases: set[asyncio.Task[None]] = set()  # those of them that make samples
-        self._questions: dict[tuple[int, int, int, int], asyncio.Future[Answer]] = {}  # by what Answer says of itself
+        self._questions: dict[
+            tuple[int, int, int, int], asyncio.Future[Answer]
+        ] = {}  # by what Answer says of itself
         self.left: dict[tuple[int, int], Partial] = {}  # (group, index) -> its tokens so far
 
     async def run(self) -> None:
@@ -100,7 +111,9 @@ class RolloutWorker:
             tokenizer=self._fingerprint,
         )
 
-    async def generate(self, ids: list[int], sampling: Sampling, lease: SampleLease | None = None) -> Completion:
+    async def generate(
+        self, ids: list[int], sampling: Sampling, lease: SampleLease | None = None
+    ) -> Completion:
         """Generates to the end across any number of weight updates: one segment per version.
 
         An update may make the engine return what it has. Its KV cache came from the old weights, so prompt and tokens
@@ -122,11 +135,15 @@ class RolloutWorker:
             budget -= len(segment.ids)
         while True:
             if len(tokens) > len(ids) and tokens[-1] in sampling.stop_token_ids:
-                return Completion(_merge(segments), "stop")  # the abort met a request that had just ended
+                return Completion(
+                    _merge(segments), "stop"
+                )  # the abort met a request that had just ended
             if budget <= 0:
                 return Completion(_merge(segments), "length")
             await self.gate.wait_open()
-            part = await self._request(tokens, Sampling(budget, sampling.temperature, sampling.stop_token_ids))
+            part = await self._request(
+                tokens, Sampling(budget, sampling.temperature, sampling.stop_token_ids)
+            )
             for segment in part.segments:
                 segments.append(segment)
                 tokens += segment.ids
@@ -140,7 +157,9 @@ class RolloutWorker:
     async def _request(self, tokens: list[int], sampling: Sampling) -> Part:
         try:
             async with self.gate.request():
-                return await self._client.generate(tokens, sampling, self.updates.interruption.cache_key())
+                return await self._client.generate(
+                    tokens, sampling, self.updates.interruption.cache_key()
+                )
         except EngineSilent:
             self._doubted.set()
             raise
@@ -157,7 +176,9 @@ class RolloutWorker:
             if isinstance(message, WeightDigests | AbandonUpdate):
                 self.updates.hear(message)
             elif isinstance(message, Answer):
-                answered = self._questions.get((message.group_id, message.attempt, message.index, message.number))
+                answered = self._questions.get(
+                    (message.group_id, message.attempt, message.index, message.number)
+                )
                 if answered and not answered.done():
                     answered.set_result(message)
             elif isinstance(message, Generate):
@@ -221,7 +242,9 @@ class RolloutWorker:
         finally:
             del self._questions[key]
         if answer.reward is None:
-            raise NoVerdict(f"no verdict on {ask.group_id}.{ask.index}, question {ask.number}: {answer.error}")
+            raise NoVerdict(
+                f"no verdict on {ask.group_id}.{ask.index}, question {ask.number}: {answer.error}"
+            )
         return answer.reward
 
     async def _hand_in(self) -> None:
@@ -257,14 +280,20 @@ class RolloutWorker:
             sample = await self._workflow.run(lease.prompt, policy, sampling)
             room = self._config.model.context_tokens
             if not isinstance(sample, Sample) or len(sample.ids) > room:
-                what = f"{len(sample.ids)} tokens" if isinstance(sample, Sample) else f"a {type(sample).__name__}"
+                what = (
+                    f"{len(sample.ids)} tokens"
+                    if isinstance(sample, Sample)
+                    else f"a {type(sample).__name__}"
+                )
                 raise DataError(
                     f"the workflow returned {what}, must be a Sample of at most model.context_tokens = {room}"
                 )
         except EngineError as e:
             await asyncio.sleep(FAILURE_PAUSE_S)
             await self._link.send(GenerateFailed(*who, error=str(e)))
-        except Exception as e:  # the user's workflow: its failure is this sample's, not the worker's
+        except (
+            Exception
+        ) as e:  # the user's workflow: its failure is this sample's, not the worker's
             logger.exception("the workflow failed on group %d", lease.group_id)
             await self._link.send(GenerateFailed(*who, error=f"{type(e).__name__}: {e}"))
         else:
@@ -277,7 +306,9 @@ def _merge(segments: list[Segment]) -> list[Segment]:
     for segment in segments:
         if merged and merged[-1].version == segment.version:
             last = merged[-1]
-            merged[-1] = Segment(last.version, last.ids + segment.ids, last.logprobs + segment.logprobs)
+            merged[-1] = Segment(
+                last.version, last.ids + segment.ids, last.logprobs + segment.logprobs
+            )
         else:
             merged.append(segment)
     return merged

@@ -27,10 +27,10 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ConfigError, DataError
-from megatron_async_rl.rollout.client import Sampling
-from megatron_async_rl.tokenizer import Tokenizer
-from megatron_async_rl.types import Prompt, Sample, Segment, StopReason, join_segments
+from megatron_async_rl.protocol.types import Prompt, Sample, Segment, StopReason, join_segments
+from megatron_async_rl.rollout.engine_client import Sampling
 
 
 @dataclass(frozen=True)

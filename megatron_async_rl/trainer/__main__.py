@@ -3,19 +3,22 @@
 import sys
 from pathlib import Path
 
-from megatron_async_rl import config, patches, processes
+from megatron_async_rl import patches, processes
+from megatron_async_rl.config import load
 
 
 def _train(run_dir: Path) -> None:
-    settings = config.load(run_dir / "config.yaml")
+    settings = load.load(run_dir / "config.yaml")
     patches.prepare_megatron()
-    from megatron_async_rl.trainer import export, model, parallel, step  # after the patches: they import Megatron
-    from megatron_async_rl.trainer.checkpoint import Checkpointer
-    from megatron_async_rl.trainer.link import ControllerLink
+    from megatron_async_rl.trainer import parallel, step
+    from megatron_async_rl.trainer.checkpoint import export
+    from megatron_async_rl.trainer.checkpoint.checkpoint import Checkpointer
+    from megatron_async_rl.trainer.controller_client import ControllerLink
+    from megatron_async_rl.trainer.model import build
     from megatron_async_rl.weights.publish import WeightPublisher
 
     parallel.init_parallel(settings)
-    policy = model.build(settings)
+    policy = build.build(settings)
     controller = ControllerLink(settings, run_dir)
     publisher = WeightPublisher(
         policy.modules, policy.shape, settings, controller.socket if controller.is_source else None
@@ -26,7 +29,9 @@ def _train(run_dir: Path) -> None:
     first = saver.load()  # the controller knows what was trained since, and has us do it again
     publisher.publish(first)
     for version in range(first, settings.run.steps):
-        samples = controller.next_batch(version, publisher.publish)  # waits for enough fresh ones; all ranks get theirs
+        samples = controller.next_batch(
+            version, publisher.publish
+        )  # waits for enough fresh ones; all ranks get theirs
         if samples is None:
             saver.save(version)
             saver.close()
@@ -46,4 +51,6 @@ def _train(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    processes.main(lambda: _train(Path(sys.argv[1])), unwind=False)  # nothing to undo; it may be stuck in a collective
+    processes.main(
+        lambda: _train(Path(sys.argv[1])), unwind=False
+    )  # nothing to undo; it may be stuck in a collective

@@ -14,13 +14,17 @@ from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from megatron_async_rl.config import Config
+from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.weights.store import STORE_VARIABLE
 
 
 def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def init_parallel(config: Config) -> None:
@@ -28,7 +32,7 @@ def init_parallel(config: Config) -> None:
 
     A second call in one process keeps the world and makes the groups anew, after mpu.destroy_model_parallel().
     """
-    torch.set_num_threads(config.trainer.threads)
+    torch.set_num_threads(config.trainer.cpu_threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -46,7 +50,12 @@ def init_parallel(config: Config) -> None:
         )
     timeout = timedelta(seconds=config.trainer.collective_timeout_s)
     if not dist.is_initialized():
-        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        for name, value in {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+        }.items():
             os.environ.setdefault(name, value)
         path = os.environ.get(STORE_VARIABLE)  # with all ranks on one host
         dist.init_process_group(

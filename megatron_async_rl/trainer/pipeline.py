@@ -12,12 +12,17 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_async_rl.trainer.data import Microbatch
-from megatron_async_rl.trainer.model import TrainerModel
+from megatron_async_rl.trainer.data.microbatch import Microbatch
+from megatron_async_rl.trainer.model.build import TrainerModel
 
 
 def run(
-    model: TrainerModel, microbatches: list[Microbatch], step: Any, *, forward_only: bool, collect: bool = False
+    model: TrainerModel,
+    microbatches: list[Microbatch],
+    step: Any,
+    *,
+    forward_only: bool,
+    collect: bool = False,
 ) -> list:
     """Drives micro-batches through the pipeline; returns what the last stage collected, elsewhere nothing."""
     several = len(model.chunks) > 1

@@ -6,19 +6,19 @@ import logging
 
 import torch.distributed as dist
 
-from megatron_async_rl.config import Config
-from megatron_async_rl.trainer.loss import MAXIMA, SUMS
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.trainer.algorithms.loss import MAXIMA, SUMS
 
 logger = logging.getLogger(__name__)
 PACKING_SUMS = ("packed", "budget", "least_budget", "cost", "microbatches")
 
 
 def warn_of_mismatch(stats: dict[str, float], version: int, config: Config) -> None:
-    limit = config.algorithm.mismatch_alarm
+    limit = config.monitor.logprob_mismatch_alarm
     if limit is not None and stats["train/logprob_diff_mean"] > limit and dist.get_rank() == 0:
         logger.warning(
             "training step %d: engine and trainer differ by %.4g a token (mean abs logprob under the same version), more "
-            "than algorithm.mismatch_alarm = %g; largest %.4g, beyond the cap %.2g of the tokens",
+            "than monitor.logprob_mismatch_alarm = %g; largest %.4g, beyond the cap %.2g of the tokens",
             version,
             stats["train/logprob_diff_mean"],
             limit,
@@ -35,7 +35,8 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
     overflowed = sum(step["overflowed"] for step in steps)
     return {
         "train/loss": total["loss"] / tokens,
-        "train/grad_norm": sum(step["grad_norm"] for step in steps) / max(1, len(steps) - overflowed),
+        "train/grad_norm": sum(step["grad_norm"] for step in steps)
+        / max(1, len(steps) - overflowed),
         "train/entropy": total["entropy"] / tokens,
         "train/approx_kl": total["approx_kl"] / tokens,
         "train/behavior_approx_kl": total["behavior_approx_kl"] / tokens,
@@ -49,7 +50,8 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
         "train/logprob_diff_mean": total["logprob_diff"] / max(total["compared_tokens"], 1),
         "train/logprob_diff_max": largest["logprob_diff_max"],
         "train/mismatch_kl": total["mismatch_kl"] / max(total["compared_tokens"], 1),
-        "train/mismatch_beyond_cap_fraction": total["mismatch_beyond_cap"] / max(total["compared_tokens"], 1),
+        "train/mismatch_beyond_cap_fraction": total["mismatch_beyond_cap"]
+        / max(total["compared_tokens"], 1),
         "train/reference_kl": total["reference_kl"] / tokens,
         "train/stopped_minibatches": sum(step["stopped"] for step in steps),
         "train/overflowed_minibatches": overflowed,
@@ -60,5 +62,7 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
         "train/packing_bound": total["packed"]
         / max(total["least_budget"], 1),  # of whole micro-batches: none can do better
         # FLOPs of the largest micro-batch over the mean: what ranks and pipeline stages wait for
-        "train/packing_imbalance": largest["cost_max"] * total["microbatches"] / max(total["cost"], 1e-9),
+        "train/packing_imbalance": largest["cost_max"]
+        * total["microbatches"]
+        / max(total["cost"], 1e-9),
     }

@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from megatron_async_rl import config as configuration
 from megatron_async_rl import patches, processes
-from megatron_async_rl.config import Config
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import SelftestFailed
-from megatron_async_rl.types import NOT_GENERATED, TrainSample
+from megatron_async_rl.protocol.types import NOT_GENERATED, TrainSample
 
 TOLERANCE = 1e-4  # of the largest entry of a gradient
 VERSION = 1
@@ -32,7 +32,11 @@ def small_model(source: Path, config: Config) -> dict[str, Any]:
     stages = config.parallel_size("pipeline_model") * config.parallel_size("virtual_pipeline_model")
     heads = given["num_attention_heads"]
     small = {name: value for name, value in SIZES.items() if name in given or name == "head_dim"}
-    small |= {"hidden_size": 16 * heads, "intermediate_size": 24 * heads, "num_hidden_layers": max(2, stages)}
+    small |= {
+        "hidden_size": 16 * heads,
+        "intermediate_size": 24 * heads,
+        "num_hidden_layers": max(2, stages),
+    }
     small["max_position_embeddings"] = 4 * _LONGEST
     return given | small
 
@@ -58,13 +62,26 @@ def variants(config: Config, folder: Path) -> dict[str, Config]:
     tree["model"] |= {"path": str(folder), "random_init": True, "context_tokens": 2 * _LONGEST}
     tree["rollout"]["max_new_tokens"] = _LONGEST
     tree["trainer"] |= {"precision": "fp32", "max_tokens_per_microbatch": 2 * _LONGEST}
-    tree["algorithm"] |= {"prompts_per_step": ranks * _SAMPLES_PER_RANK, "minibatches": 1, "overlong_buffer_tokens": 0}
+    tree["algorithm"] |= {
+        "prompts_per_step": ranks * _SAMPLES_PER_RANK,
+        "minibatches": 1,
+    }
+    tree["algorithm"]["reward_shaping"]["overlong_buffer_tokens"] = 0
     # Every rank keeps all of its gradient, to be looked at.
     megatron = {k: v for k, v in tree["megatron"].items() if not k.startswith("overlap_")}
     megatron["use_distributed_optimizer"] = False
-    sizes = ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model", "expert_tensor")
+    sizes = (
+        "tensor_model",
+        "pipeline_model",
+        "virtual_pipeline_model",
+        "context",
+        "expert_model",
+        "expert_tensor",
+    )
     layout = {f"{name}_parallel_size" for name in sizes} | {"sequence_parallel"}
-    layout |= {name for name in megatron if name.startswith(("recompute_", "pipeline_", "num_layers_in_"))}
+    layout |= {
+        name for name in megatron if name.startswith(("recompute_", "pipeline_", "num_layers_in_"))
+    }
     plain = {k: v for k, v in megatron.items() if k not in layout}
     return {
         "yours": configuration.from_tree(tree | {"megatron": megatron}),
@@ -79,18 +96,21 @@ def gradients(config: Config) -> tuple[dict[str, float], dict[str, Any]]:
     import torch.distributed as dist
     from megatron.core import parallel_state as mpu
 
-    from megatron_async_rl.trainer import model, parallel, step
-    from megatron_async_rl.trainer.data import cut_minibatches
+    from megatron_async_rl.trainer import parallel, step
+    from megatron_async_rl.trainer.data.microbatch import cut_minibatches
+    from megatron_async_rl.trainer.model import build
     from megatron_async_rl.weights.reshard import hf_tensors
 
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
     parallel.init_parallel(config)
-    policy = model.build(config)
+    policy = build.build(config)
     given = samples(config.trainer_ranks * _SAMPLES_PER_RANK, config.run.seed)
     share = given[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
     group = mpu.get_data_parallel_group()
-    [minibatch] = cut_minibatches(share, 1, VERSION, step.packing(policy, config), group, config.run.seed)
+    [minibatch] = cut_minibatches(
+        share, 1, VERSION, step.packing(policy, config), group, config.run.seed
+    )
     totals = step.accumulate_gradients(policy, minibatch, config)
     mine = {
         name: tensor.float().cpu().numpy().copy()
@@ -106,7 +126,9 @@ def compare(got: dict[str, Any], want: dict[str, Any]) -> list[tuple[str, float]
     out = []
     for name, array in want.items():
         scale = np.abs(array).max() or 1.0
-        out.append((name, float(np.abs(got[name] - array).max() / scale) if name in got else float("inf")))
+        out.append(
+            (name, float(np.abs(got[name] - array).max() / scale) if name in got else float("inf"))
+        )
     return out
 
 
@@ -129,9 +151,13 @@ def _selftest(config_path: Path, folder: Path) -> None:
     )
     if wrong or not loss <= TOLERANCE or yours["tokens"] != plain["tokens"]:
         first = (
-            f"the first parameter that differs is {wrong[0][0]} by {wrong[0][1]:.2g}" if wrong else "the loss differs"
+            f"the first parameter that differs is {wrong[0][0]} by {wrong[0][1]:.2g}"
+            if wrong
+            else "the loss differs"
         )
-        raise SelftestFailed(f"this layout does not compute what TP1 PP1 CP1 does: {first}; do not train with it")
+        raise SelftestFailed(
+            f"this layout does not compute what TP1 PP1 CP1 does: {first}; do not train with it"
+        )
 
 
 if __name__ == "__main__":

@@ -20,22 +20,25 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from megatron_async_rl import batches
-from megatron_async_rl.config import Config
+from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import StepRefused
-from megatron_async_rl.trainer import critic as critics
-from megatron_async_rl.trainer import layers, pipeline, report, updates
-from megatron_async_rl.trainer.data import Microbatch, Packing, cut_minibatches, whole
-from megatron_async_rl.trainer.importance import kl_reward_to_go, second_moment_cutoff
-from megatron_async_rl.trainer.logprobs import token_logprobs
-from megatron_async_rl.trainer.loss import MAXIMA, SUMS, LossInputs, policy_loss
-from megatron_async_rl.trainer.model import TrainerModel
-from megatron_async_rl.trainer.reference import reference_weights
+from megatron_async_rl.protocol.types import TrainSample
+from megatron_async_rl.storage import batches
+from megatron_async_rl.trainer import optimizer_step, pipeline, report
+from megatron_async_rl.trainer.algorithms import critic as critics
+from megatron_async_rl.trainer.algorithms.importance import kl_reward_to_go, second_moment_cutoff
+from megatron_async_rl.trainer.algorithms.loss import MAXIMA, SUMS, LossInputs, policy_loss
+from megatron_async_rl.trainer.algorithms.reference import reference_weights
+from megatron_async_rl.trainer.data.microbatch import Microbatch, Packing, cut_minibatches, whole
+from megatron_async_rl.trainer.model import layers
+from megatron_async_rl.trainer.model.build import TrainerModel
+from megatron_async_rl.trainer.model.logprobs import token_logprobs
 from megatron_async_rl.trainer.report import PACKING_SUMS
-from megatron_async_rl.types import TrainSample
 
 
-def train_step(model: TrainerModel, samples: Sequence[TrainSample], version: int, config: Config) -> dict[str, float]:
+def train_step(
+    model: TrainerModel, samples: Sequence[TrainSample], version: int, config: Config
+) -> dict[str, float]:
     """Trains on this data-parallel replica's samples; collective over all trainer ranks.
 
     Every rank of a replica passes the same samples. Returns the step's metrics, the same on every rank. Raises
@@ -82,14 +85,16 @@ def _train_minibatch(
     values: dict[str, float] = {}
     if model.critic:
         values = critics.accumulate_gradients(model.critic, minibatch, config)
-        value_norm = updates.checked_norm(model.critic, values["value_loss"], values, version, "lower critic.lr")
+        value_norm = optimizer_step.checked_norm(
+            model.critic, values["value_loss"], values, version, "lower critic.lr"
+        )
     norm, overflowed = 0.0, False
     stopped = _ratio_too_large(totals, config)
     if not stopped:
         norm, overflowed = apply_gradients(model, totals, version)
     totals |= {"grad_norm": norm, "overflowed": float(overflowed), "stopped": float(stopped)}
     if model.critic:
-        norm, overflowed = updates.step(model.critic, value_norm, version)
+        norm, overflowed = optimizer_step.step(model.critic, value_norm, version)
         values |= {"grad_norm": norm, "overflowed": float(overflowed)}
     return totals, values
 
@@ -119,30 +124,38 @@ def _attention_length(model: TrainerModel) -> float:
     return weights / (s.num_layers * s.num_attention_heads * s.kv_channels)
 
 
-def with_proximal(model: TrainerModel, minibatches: list[list[Microbatch]], config: Config) -> list[list[Microbatch]]:
+def with_proximal(
+    model: TrainerModel, minibatches: list[list[Microbatch]], config: Config
+) -> list[list[Microbatch]]:
     """The same, with the logprobs of the weights as they are where the loss needs them given.
 
     With one minibatch, and with reuse_first_minibatch for the first of several, the proximal policy is the current one:
     no step lies between them, and the loss takes it from its own forward pass.
     """
     algorithm = config.algorithm
-    if algorithm.loss == "ppo" or algorithm.proximal == "loglinear":
-        moved = [[replace(microbatch, moved=True) for microbatch in minibatch] for minibatch in minibatches[1:]]
+    if algorithm.loss.objective == "ppo" or algorithm.staleness_correction.proximal == "loglinear":
+        moved = [
+            [replace(microbatch, moved=True) for microbatch in minibatch]
+            for minibatch in minibatches[1:]
+        ]
         return minibatches[:1] + moved
-    if len(minibatches) == 1 and algorithm.m2_threshold is None:
+    if len(minibatches) == 1 and algorithm.staleness_correction.m2_threshold is None:
         return minibatches
-    given = 1 if algorithm.proximal == "reuse_first_minibatch" else 0
+    given = 1 if algorithm.staleness_correction.proximal == "reuse_first_minibatch" else 0
     rest = minibatches[given:]
     logprobs = _current_logprobs(model, rest, config)
     return minibatches[:given] + [
-        [replace(microbatch, proximal_T=logprobs.pop(0)) if logprobs else microbatch for microbatch in minibatch]
+        [
+            replace(microbatch, proximal_T=logprobs.pop(0)) if logprobs else microbatch
+            for microbatch in minibatch
+        ]
         for minibatch in rest
     ]
 
 
 def with_trust(minibatches: list[list[Microbatch]], config: Config) -> list[list[Microbatch]]:
     """With m2_threshold: the same, with the tokens of the batch that are trusted, by the proximal logprobs they have."""
-    threshold = config.algorithm.m2_threshold
+    threshold = config.algorithm.staleness_correction.m2_threshold
     if threshold is None or not mpu.is_pipeline_last_stage():
         return minibatches
 
@@ -155,14 +168,21 @@ def with_trust(minibatches: list[list[Microbatch]], config: Config) -> list[list
         return sums
 
     flat = [microbatch for minibatch in minibatches for microbatch in minibatch]
-    cutoff = second_moment_cutoff(torch.cat([squares_T(m)[m.mask_T] for m in flat]), threshold, total)
-    return [[replace(m, trusted_T=squares_T(m) <= cutoff) for m in minibatch] for minibatch in minibatches]
+    cutoff = second_moment_cutoff(
+        torch.cat([squares_T(m)[m.mask_T] for m in flat]), threshold, total
+    )
+    return [
+        [replace(m, trusted_T=squares_T(m) <= cutoff) for m in minibatch]
+        for minibatch in minibatches
+    ]
 
 
-def with_reference(model: TrainerModel, minibatches: list[list[Microbatch]], config: Config) -> list[list[Microbatch]]:
+def with_reference(
+    model: TrainerModel, minibatches: list[list[Microbatch]], config: Config
+) -> list[list[Microbatch]]:
     """With kl_coef: the same, with the starting policy's logprobs; with kl_in = reward, taken from the advantages."""
     algorithm = config.algorithm
-    if not algorithm.kl_coef:
+    if not algorithm.kl.coef:
         return minibatches
     with reference_weights(model, config):
         logprobs = _current_logprobs(model, minibatches, config)
@@ -171,17 +191,23 @@ def with_reference(model: TrainerModel, minibatches: list[list[Microbatch]], con
         if not logprobs:
             return microbatch
         microbatch = replace(microbatch, reference_T=logprobs.pop(0))
-        if algorithm.kl_in == "loss" or model.critic:  # a critic's advantages are made of it later
+        if (
+            algorithm.kl.apply_to == "loss" or model.critic
+        ):  # a critic's advantages are made of it later
             return microbatch
         pack = whole(microbatch)
         assert pack.reference_T is not None
-        kl_T = microbatch.sequences.own(kl_reward_to_go(pack.behavior_T, pack.reference_T, pack.mask_T, pack.owners))
-        return replace(microbatch, advantages_T=microbatch.advantages_T - algorithm.kl_coef * kl_T)
+        kl_T = microbatch.sequences.own(
+            kl_reward_to_go(pack.behavior_T, pack.reference_T, pack.mask_T, pack.owners)
+        )
+        return replace(microbatch, advantages_T=microbatch.advantages_T - algorithm.kl.coef * kl_T)
 
     return [[filled(microbatch) for microbatch in minibatch] for minibatch in minibatches]
 
 
-def _current_logprobs(model: TrainerModel, minibatches: list[list[Microbatch]], config: Config) -> list[Tensor]:
+def _current_logprobs(
+    model: TrainerModel, minibatches: list[list[Microbatch]], config: Config
+) -> list[Tensor]:
     """Of every micro-batch in order, under the weights as they are; empty but on the last pipeline stage."""
     flat = [microbatch for minibatch in minibatches for microbatch in minibatch]
     return pipeline.evaluate(model, flat, partial(_proximal_step, model, config))
@@ -191,17 +217,21 @@ def _keep_batch(samples: Sequence[TrainSample], version: int, config: Config) ->
     """Saves a refused batch, each replica its share; says how to train it again."""
     folder = config.run_dir / "refused"
     if mpu.get_model_parallel_group().rank() == 0 and mpu.get_context_parallel_rank() == 0:
-        batches.save(folder / f"v{version}-replica{mpu.get_data_parallel_rank()}.npz", version, list(samples))
+        batches.save(
+            folder / f"v{version}-replica{mpu.get_data_parallel_rank()}.npz", version, list(samples)
+        )
     return f"The batch is kept; to train it again: python -m megatron_async_rl replay {folder}/v{version}-replica*.npz"
 
 
 def _ratio_too_large(totals: dict[str, float], config: Config) -> bool:
     """Whether the minibatch is so far from the proximal policy that it shall make no step (AReaL's early stop)."""
-    limit = config.algorithm.stop_ratio
+    limit = config.algorithm.loss.stop_ratio
     return limit is not None and totals["importance_weight"] / max(totals["tokens"], 1) > limit
 
 
-def accumulate_gradients(model: TrainerModel, minibatch: list[Microbatch], config: Config) -> dict[str, float]:
+def accumulate_gradients(
+    model: TrainerModel, minibatch: list[Microbatch], config: Config
+) -> dict[str, float]:
     """Forward and backward over a minibatch: leaves its gradient in the buffers and returns its metrics, global."""
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
@@ -214,30 +244,42 @@ def accumulate_gradients(model: TrainerModel, minibatch: list[Microbatch], confi
             sums[: len(SUMS)] = torch.stack([part[0] for part in parts]).sum(0).cpu()
             maxima[: len(MAXIMA)] = torch.stack([part[1] for part in parts]).amax(0).cpu()
         if mpu.is_pipeline_first_stage() and mpu.get_context_parallel_rank() == 0:
-            budget, costs = config.trainer.max_tokens_per_microbatch, [microbatch.cost for microbatch in minibatch]
+            budget, costs = (
+                config.trainer.max_tokens_per_microbatch,
+                [microbatch.cost for microbatch in minibatch],
+            )
             tokens = sum(microbatch.num_tokens for microbatch in minibatch)
             least = max(1, math.ceil(tokens / budget))
             sums[len(SUMS) :] = torch.tensor(
-                [tokens, len(costs) * budget, least * budget, sum(costs), len(costs)], dtype=torch.float64
+                [tokens, len(costs) * budget, least * budget, sum(costs), len(costs)],
+                dtype=torch.float64,
             )
             maxima[-1] = max(costs)
     sums, maxima = sums.to(model.device), maxima.to(model.device)
     dist.all_reduce(sums)
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    return dict(zip((*SUMS, *PACKING_SUMS, *MAXIMA, "cost_max"), sums.tolist() + maxima.tolist(), strict=True))
+    return dict(
+        zip(
+            (*SUMS, *PACKING_SUMS, *MAXIMA, "cost_max"),
+            sums.tolist() + maxima.tolist(),
+            strict=True,
+        )
+    )
 
 
-def apply_gradients(model: TrainerModel, totals: dict[str, float], version: int) -> tuple[float, bool]:
+def apply_gradients(
+    model: TrainerModel, totals: dict[str, float], version: int
+) -> tuple[float, bool]:
     """One optimizer step: (the gradient's norm before clipping, whether fp16 overflowed and it was skipped).
 
     All ranks take it, skip it, or refuse it.
     """
     remedy = (
         f"largest importance weight {totals['importance_weight_max']:.4g}, behavior weight "
-        f"{totals['behavior_weight_max']:.4g}: if these are large lower megatron.lr or algorithm.behavior_weight_cap"
+        f"{totals['behavior_weight_max']:.4g}: if these are large lower megatron.lr or algorithm.staleness_correction.behavior_weight_cap"
     )
-    norm = updates.checked_norm(model, totals["loss"], totals, version, remedy)
-    return updates.step(model, norm, version)
+    norm = optimizer_step.checked_norm(model, totals["loss"], totals, version, remedy)
+    return optimizer_step.step(model, norm, version)
 
 
 def _logprobs(

@@ -32,7 +32,9 @@ from megatron_async_rl.weights.store import STORE_VARIABLE, listening_store
 class _Rendezvous(RendezvousHandler):
     """All nodes are known and meet once: `store` is ready, and `master` is where ranks find it."""
 
-    def __init__(self, params: RendezvousParameters, store: dist.Store, master: RendezvousStoreInfo) -> None:
+    def __init__(
+        self, params: RendezvousParameters, store: dist.Store, master: RendezvousStoreInfo
+    ) -> None:
         self._params = params
         self._store = dist.PrefixStore(params.run_id, store)
         self._master = master

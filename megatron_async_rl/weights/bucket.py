@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from megatron_async_rl.messages import Bucket, TensorSpec
+from megatron_async_rl.protocol.messages import Bucket, TensorSpec
 from megatron_async_rl.weights.reshard import TensorInfo
 
 
@@ -24,7 +24,10 @@ def plan_buckets(tensors: Iterable[TensorInfo], bucket_bytes: int) -> list[Bucke
     bucket: list[TensorSpec] = []
     size = 0
     for _, infos in groupby(tensors, lambda info: info.parameter):
-        specs = [TensorSpec(info.name, str(info.dtype).removeprefix("torch."), list(info.shape)) for info in infos]
+        specs = [
+            TensorSpec(info.name, str(info.dtype).removeprefix("torch."), list(info.shape))
+            for info in infos
+        ]
         more = sum(map(num_bytes, specs))
         if bucket and (size + more > bucket_bytes or specs[0].dtype != bucket[0].dtype):
             buckets.append(Bucket(bucket))
@@ -58,14 +61,18 @@ def fill_buckets(
     in the plan's order; anything else is a fault of ours and raises ValueError.
     """
     largest = max(map(bucket_bytes, plan), default=0)
-    buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(2, len(plan)))]
+    buffers = [
+        torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(2, len(plan)))
+    ]
     source = iter(tensors)
     for number, bucket in enumerate(plan):
         buffer, offset = buffers[number % 2], 0
         for spec in bucket.tensors:
             name, tensor = next(source, ("nothing", torch.empty(0)))
             if (name, list(tensor.shape)) != (spec.name, spec.shape):
-                raise ValueError(f"the plan has {spec.name} {spec.shape} next, got {name} {list(tensor.shape)}")
+                raise ValueError(
+                    f"the plan has {spec.name} {spec.shape} next, got {name} {list(tensor.shape)}"
+                )
             flat = buffer[offset : offset + num_bytes(spec)]
             flat.view(getattr(torch, spec.dtype)).view(spec.shape).copy_(tensor)
             offset += len(flat)

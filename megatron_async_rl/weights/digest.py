@@ -25,7 +25,10 @@ from megatron_async_rl.weights.mapping import ModelShape
 
 Kind = Literal["sha256", "tiles"]
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-COLUMN_CUT = ("o_proj", "down_proj")  # cut along the input dimension, the others along the output dimension
+COLUMN_CUT = (
+    "o_proj",
+    "down_proj",
+)  # cut along the input dimension, the others along the output dimension
 VOCABULARY = ("embed_tokens", "lm_head")
 VOCABULARY_MULTIPLE = 64  # SGLang's padding of the vocabulary
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
@@ -50,7 +53,9 @@ def engine_place(name: str, shape: ModelShape) -> Place:
         number, leaf = int(expert[2]), expert[3]
         if leaf == "down_proj":
             return Place(f"{expert[1]}.w2_weight", number, shape.num_experts, leaf)
-        return Place(f"{expert[1]}.w13_weight", 2 * number + (leaf == "up_proj"), 2 * shape.num_experts, leaf)
+        return Place(
+            f"{expert[1]}.w13_weight", 2 * number + (leaf == "up_proj"), 2 * shape.num_experts, leaf
+        )
     module, _, kind = name.rpartition(".")
     stem, _, leaf = module.rpartition(".")
     for fused, parts in FUSED.items():
@@ -93,7 +98,9 @@ class EngineDigests:
     for the device before `result`.
     """
 
-    def __init__(self, shape: ModelShape, engine_tp: int, kind: Kind = "sha256", expert_owners: int = 1) -> None:
+    def __init__(
+        self, shape: ModelShape, engine_tp: int, kind: Kind = "sha256", expert_owners: int = 1
+    ) -> None:
         self._shape = shape
         self._expert_owners = expert_owners
         self.engine_tp = engine_tp
@@ -107,7 +114,11 @@ class EngineDigests:
     def add(self, name: str, tensor: Tensor) -> None:
         """`name`, `tensor`: a full HF tensor in the type in which it is sent."""
         place = engine_place(name, self._shape)
-        if self._expert_owners > 1 and _is_fused_expert(place) and not self.adds_up(tensor.element_size()):
+        if (
+            self._expert_owners > 1
+            and _is_fused_expert(place)
+            and not self.adds_up(tensor.element_size())
+        ):
             return
         for rank in range(self.engine_tp):
             local = engine_cut(place.leaf, tensor, self._shape, rank, self.engine_tp)
@@ -115,7 +126,11 @@ class EngineDigests:
 
     def adds_up(self, element_bytes: int) -> bool:
         """Whether experts' digests are made of what each owner works out of its own: they are whole tiles."""
-        local = self._shape.hidden_size * (self._shape.expert_ffn_hidden_size // self.engine_tp) * element_bytes
+        local = (
+            self._shape.hidden_size
+            * (self._shape.expert_ffn_hidden_size // self.engine_tp)
+            * element_bytes
+        )
         return self._kind == "tiles" and local % (4 * tile_hash.TILE_WORDS) == 0
 
     def expert_sums(self) -> Tensor:
@@ -136,7 +151,10 @@ class EngineDigests:
             raise PublishError(f"not all parts were sent of: {held}")
         if self._sums:
             totals = torch.stack(list(self._sums.values())).tolist()
-            self._digests |= {name: tile_hash.finish(total) for name, total in zip(self._sums, totals, strict=True)}
+            self._digests |= {
+                name: tile_hash.finish(total)
+                for name, total in zip(self._sums, totals, strict=True)
+            }
             self._sums = {}
         return self._digests
 
@@ -147,11 +165,15 @@ class EngineDigests:
             # experts are of one size and on tile boundaries: no need to hold a layer's until all have come
             whole.slot = self._slot(local.device) if whole.slot is None else whole.slot
             words = tile_hash.as_words(local)
-            tile_hash.add_tile_sum(words, whole.slot, place.part * len(words), place.num_parts * local.nbytes)
+            tile_hash.add_tile_sum(
+                words, whole.slot, place.part * len(words), place.num_parts * local.nbytes
+            )
             whole.num_streamed += 1
         else:
             whole.parts[place.part] = local.clone() if is_expert else local
-        if whole.num_streamed + len(whole.parts) < place.num_parts // (self._expert_owners if is_expert else 1):
+        if whole.num_streamed + len(whole.parts) < place.num_parts // (
+            self._expert_owners if is_expert else 1
+        ):
             return
         del self._open[name]
         if whole.slot is None:
@@ -194,7 +216,11 @@ def _joined(parts: list[Tensor]) -> Tensor:
     first, end = parts[0], parts[0].data_ptr()
     storage = first.untyped_storage().data_ptr()
     for part in parts:
-        if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage or not part.is_contiguous():
+        if (
+            part.data_ptr() != end
+            or part.untyped_storage().data_ptr() != storage
+            or not part.is_contiguous()
+        ):
             return torch.cat([part.reshape(-1) for part in parts])
         end += part.nbytes
     return first.as_strided((sum(part.numel() for part in parts),), (1,), first.storage_offset())

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_async_rl.files import digest, sync
-from megatron_async_rl.messages import Bucket
-from megatron_async_rl.snapshots import FileEntry
+from megatron_async_rl.protocol.messages import Bucket
+from megatron_async_rl.storage.files import digest, sync
+from megatron_async_rl.storage.snapshots import FileEntry
 from megatron_async_rl.weights.bucket import fill_buckets, split_bucket
 from megatron_async_rl.weights.digest import EngineDigests
 
@@ -59,7 +59,9 @@ class FolderWriter:
         except (OSError, SafetensorError) as e:  # such as a full disk
             self.error = self.error or f"writing to {self._folder}: {e}"
 
-    def _write_bucket(self, number: int, bucket: Bucket, flat: Tensor, digests: EngineDigests | None) -> None:
+    def _write_bucket(
+        self, number: int, bucket: Bucket, flat: Tensor, digests: EngineDigests | None
+    ) -> None:
         started = time.monotonic()
         tensors = dict(split_bucket(bucket, flat))
         if digests:
@@ -68,7 +70,11 @@ class FolderWriter:
         if self.error:
             return
         path = self._folder / f"model-{self._part + 1:05d}-{number:05d}.safetensors"
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.cpu() for name, tensor in tensors.items()},
+            path,
+            metadata={"format": "pt"},
+        )
         sync(path)
         self.files.append(FileEntry(path.name, path.stat().st_size, digest(path), list(tensors)))
         self.seconds["write"] += time.monotonic() - started

@@ -18,7 +18,11 @@ from megatron_async_rl.errors import DataError
 from megatron_async_rl.weights.mapping import FAMILIES, Family, Index, ModelShape
 
 # Megatron's rope_scaling has these of Llama 3 built in; only the factor is free.
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +47,9 @@ class ModelFolder:
         self.path = Path(path)
         config_file = self.path / "config.json"
         if not config_file.is_file():
-            raise DataError(f"model.path = {path} has no config.json; give the folder of a Hugging Face model")
+            raise DataError(
+                f"model.path = {path} has no config.json; give the folder of a Hugging Face model"
+            )
         self.config: dict[str, Any] = json.loads(config_file.read_text())
         self._open: dict[str, Any] = {}
         self._file_of: dict[str, str] | None = None
@@ -95,7 +101,9 @@ class ModelFolder:
                     f"not cover; it covers {allowed[0]!r}"
                 )
         # transformers 5 writes rope_parameters; older ones wrote rope_theta and rope_scaling.
-        rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta", 10000.0)} | (c.get("rope_scaling") or {})
+        rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta", 10000.0)} | (
+            c.get("rope_scaling") or {}
+        )
         return Architecture(
             family=family,
             layernorm_epsilon=float(c.get("rms_norm_eps", 1e-6)),
@@ -128,7 +136,10 @@ class ModelFolder:
     def _files(self) -> dict[str, str]:
         """Tensor name -> file name."""
         if self._file_of is None:
-            index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
+            index, single = (
+                self.path / "model.safetensors.index.json",
+                self.path / "model.safetensors",
+            )
             if index.is_file():
                 self._file_of = json.loads(index.read_text())["weight_map"]
             elif single.is_file():
@@ -144,7 +155,9 @@ class ModelFolder:
     def _need(self, key: str) -> int:
         value = self.config.get(key)
         if not isinstance(value, int):
-            raise DataError(f"model.path = {self.path}: config.json has {key} = {value!r}, expected an integer")
+            raise DataError(
+                f"model.path = {self.path}: config.json has {key} = {value!r}, expected an integer"
+            )
         return value
 
     def _rope_scaling(self, rope: dict[str, Any]) -> float | None:

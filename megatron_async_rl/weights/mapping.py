@@ -82,7 +82,11 @@ _MLP = (
 _QKV_BIAS = (
     Rule(
         "self_attention.linear_qkv.bias",
-        (("self_attn.q_proj.bias", "q"), ("self_attn.k_proj.bias", "kv"), ("self_attn.v_proj.bias", "kv")),
+        (
+            ("self_attn.q_proj.bias", "q"),
+            ("self_attn.k_proj.bias", "kv"),
+            ("self_attn.v_proj.bias", "kv"),
+        ),
         0,
         "qkv",
     ),
@@ -114,7 +118,13 @@ FAMILIES = (
     Family("llama", "LlamaForCausalLM", _ATTENTION + _MLP),
     Family("qwen2", "Qwen2ForCausalLM", _ATTENTION + _QKV_BIAS + _MLP, qkv_bias=True),
     Family("qwen3", "Qwen3ForCausalLM", _ATTENTION + _QK_NORM + _MLP, qk_norm=True),
-    Family("qwen3_moe", "Qwen3MoeForCausalLM", _ATTENTION + _QK_NORM + _EXPERTS, qk_norm=True, experts=True),
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        _ATTENTION + _QK_NORM + _EXPERTS,
+        qk_norm=True,
+        experts=True,
+    ),
 )
 
 
@@ -162,7 +172,10 @@ class Placed:
 
 def place(name: str, shape: ModelShape) -> Placed:
     """Finds the rule of a Megatron parameter; `name` has the layer's global number."""
-    layer, expert = re.match(r"decoder\.layers\.(\d+)\.", name), re.search(r"\.local_experts\.(\d+)\.", name)
+    layer, expert = (
+        re.match(r"decoder\.layers\.(\d+)\.", name),
+        re.search(r"\.local_experts\.(\d+)\.", name),
+    )
     below = name[layer.end() :] if layer else name
     if expert:
         below = below.replace(f".{expert[1]}.", ".{e}.", 1)
@@ -170,7 +183,9 @@ def place(name: str, shape: ModelShape) -> Placed:
         if rule.megatron == below:
             break
     else:
-        raise KeyError(f"the {shape.family.name} table of weights/mapping.py has no rule for {name}")
+        raise KeyError(
+            f"the {shape.family.name} table of weights/mapping.py has no rule for {name}"
+        )
     prefix, dims = f"model.layers.{layer[1]}." if layer else "", shape.dims
     pieces = []
     for hf, named in rule.pieces:
@@ -201,7 +216,9 @@ def from_hf(name: str, read: Read, shape: ModelShape, rank: int = 0, tp: int = 1
         index = [slice(None)] * len(full)
         if placed.rule.split is not None:
             size = full[placed.rule.split]
-            rows = (shape.padded_vocab_size if placed.rule.pieces[0][1].startswith("vocab") else size) // tp
+            rows = (
+                shape.padded_vocab_size if placed.rule.pieces[0][1].startswith("vocab") else size
+            ) // tp
             index[placed.rule.split] = slice(min(rank * rows, size), min((rank + 1) * rows, size))
         cuts.append(read(hf, tuple(index)))
     joined = _join(placed.rule.join, cuts, shape)
@@ -254,4 +271,6 @@ def _split(join: Join, tensor: Tensor, placed: Placed, shape: ModelShape) -> lis
         return list(tensor.chunk(len(placed.pieces)))
     head, per_group = shape.kv_channels, shape.num_attention_heads // shape.num_query_groups
     grouped = tensor.reshape(-1, (per_group + 2) * head, *tensor.shape[1:])
-    return [t.reshape(-1, *tensor.shape[1:]) for t in grouped.split([per_group * head, head, head], 1)]
+    return [
+        t.reshape(-1, *tensor.shape[1:]) for t in grouped.split([per_group * head, head, head], 1)
+    ]

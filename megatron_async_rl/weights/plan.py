@@ -16,9 +16,14 @@ from math import prod
 
 import msgspec
 
-from megatron_async_rl.config import Config
+from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
-from megatron_async_rl.weights.digest import COLUMN_CUT, VOCABULARY, VOCABULARY_MULTIPLE, engine_place
+from megatron_async_rl.weights.digest import (
+    COLUMN_CUT,
+    VOCABULARY,
+    VOCABULARY_MULTIPLE,
+    engine_place,
+)
 from megatron_async_rl.weights.folder import ModelFolder
 from megatron_async_rl.weights.mapping import TOP, ModelShape, place
 
@@ -101,7 +106,11 @@ def make(config: Config, link_gb_s: float) -> Plan:
     with _no_garbage():
         routes = [route for name in parameters(shape) for route in _routes(name, shape, layouts)]
         prove(routes, shape, layouts)
-    dtype = config.weights.dtype if config.weights.dtype != "as_trained" else _PRECISION[config.trainer.precision]
+    dtype = (
+        config.weights.dtype
+        if config.weights.dtype != "as_trained"
+        else _PRECISION[config.trainer.precision]
+    )
     width = BYTES[dtype]
     num_bytes: Counter[tuple[int, int]] = Counter()
     gathered: Counter[tuple[int, int]] = Counter()
@@ -136,27 +145,54 @@ def check(layouts: Layouts, shape: ModelShape) -> None:
     groups = shape.num_query_groups
     chunks = layouts.pp * layouts.vpp
     rules = [
-        ("megatron.tensor_model_parallel_size", tp, "num_attention_heads", shape.num_attention_heads),
+        (
+            "megatron.tensor_model_parallel_size",
+            tp,
+            "num_attention_heads",
+            shape.num_attention_heads,
+        ),
         ("megatron.tensor_model_parallel_size", tp, "num_key_value_heads", groups),
-        ("pipeline_model_parallel_size * virtual size under megatron:", chunks, "num_hidden_layers", shape.num_layers),
+        (
+            "pipeline_model_parallel_size * virtual size under megatron:",
+            chunks,
+            "num_hidden_layers",
+            shape.num_layers,
+        ),
         ("sglang.tp_size", engine, "num_attention_heads", shape.num_attention_heads),
-        ("sglang.tp_size", engine, f"vocabulary's padding of {VOCABULARY_MULTIPLE}", VOCABULARY_MULTIPLE),
+        (
+            "sglang.tp_size",
+            engine,
+            f"vocabulary's padding of {VOCABULARY_MULTIPLE}",
+            VOCABULARY_MULTIPLE,
+        ),
     ]
     if shape.num_experts:
         rules += [
             ("megatron.expert_model_parallel_size", layouts.ep, "num_experts", shape.num_experts),
-            ("megatron.expert_tensor_parallel_size", etp, "moe_intermediate_size", shape.expert_ffn_hidden_size),
+            (
+                "megatron.expert_tensor_parallel_size",
+                etp,
+                "moe_intermediate_size",
+                shape.expert_ffn_hidden_size,
+            ),
             ("sglang.tp_size", engine, "moe_intermediate_size", shape.expert_ffn_hidden_size),
         ]
     else:
         rules += [
             ("megatron.tensor_model_parallel_size", tp, "intermediate_size", shape.ffn_hidden_size),
             ("sglang.tp_size", engine, "intermediate_size", shape.ffn_hidden_size),
-            ("megatron.expert_model_parallel_size", layouts.ep, "number of experts (it has none)", 1),
+            (
+                "megatron.expert_model_parallel_size",
+                layouts.ep,
+                "number of experts (it has none)",
+                1,
+            ),
         ]
     for name, size, what, count in rules:
         if count % size:
-            raise ConfigError(f"{name} = {size} does not divide the model's {what} = {count}; use a divisor of it")
+            raise ConfigError(
+                f"{name} = {size} does not divide the model's {what} = {count}; use a divisor of it"
+            )
     if groups % engine and engine % groups:
         raise ConfigError(
             f"sglang.tp_size = {engine} neither divides num_key_value_heads = {groups} nor is a multiple of it; use one that does"
@@ -201,7 +237,10 @@ def _routes(name: str, shape: ModelShape, layouts: Layouts) -> Iterator[Route]:
         if split is not None:
             whole = shape.padded_vocab_size if there.leaf in VOCABULARY else full[split]
             step = whole // ranks
-            shards = [[r, min(r * step, full[split]), min((r + 1) * step, full[split])] for r in range(ranks)]
+            shards = [
+                [r, min(r * step, full[split]), min((r + 1) * step, full[split])]
+                for r in range(ranks)
+            ]
         cut, pieces = _engine_pieces(there.leaf, full, shape, layouts.engine_tp)
         expert_rank = -1 if expert < 0 else expert // (shape.num_experts // layouts.ep)
         yield Route(
@@ -209,7 +248,9 @@ def _routes(name: str, shape: ModelShape, layouts: Layouts) -> Iterator[Route]:
         )  # fmt: skip
 
 
-def _engine_pieces(leaf: str, full: tuple[int, ...], shape: ModelShape, tp: int) -> tuple[int | None, list[list[int]]]:
+def _engine_pieces(
+    leaf: str, full: tuple[int, ...], shape: ModelShape, tp: int
+) -> tuple[int | None, list[list[int]]]:
     """Which part of the HF tensor each engine rank holds; rows of padding belong to no HF tensor."""
     cut_rows = (*VOCABULARY, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
     if leaf in COLUMN_CUT and len(full) > 1:
@@ -238,23 +279,41 @@ def prove(routes: list[Route], shape: ModelShape, layouts: Layouts) -> None:
         names.add(route.tensor)
         along = 0 if route.split is None else route.split
         ends = [0, *(end for _, _, end in route.shards)]
-        whole = [start for _, start, _ in route.shards] == ends[:-1] and ends[-1] == route.shape[along]
-        _need(whole, f"the trainer's shards {route.shards} do not make up {route.tensor} {route.shape}")
-        _need(route.part not in seen[route.engine_tensor], f"{route.engine_tensor} gets part {route.part} twice")
+        whole = [start for _, start, _ in route.shards] == ends[:-1] and ends[-1] == route.shape[
+            along
+        ]
+        _need(
+            whole,
+            f"the trainer's shards {route.shards} do not make up {route.tensor} {route.shape}",
+        )
+        _need(
+            route.part not in seen[route.engine_tensor],
+            f"{route.engine_tensor} gets part {route.part} twice",
+        )
         seen[route.engine_tensor].add(route.part)
         others = prod(route.shape) // route.shape[route.cut or 0]
         for rank, start, end in route.pieces:
-            _need(0 <= start <= end <= route.shape[route.cut or 0], f"rank {rank} reads beyond {route.tensor}")
+            _need(
+                0 <= start <= end <= route.shape[route.cut or 0],
+                f"rank {rank} reads beyond {route.tensor}",
+            )
             elements[route.engine_tensor, rank] += (end - start) * others
     expected = dict(engine_sizes(shape, layouts.engine_tp))
     _need(
-        seen.keys() == expected.keys(), f"engine tensors without a source: {sorted(expected.keys() - seen.keys())[:3]}"
+        seen.keys() == expected.keys(),
+        f"engine tensors without a source: {sorted(expected.keys() - seen.keys())[:3]}",
     )
     for name, sizes in expected.items():
-        _need(seen[name] == set(range(len(seen[name]))), f"parts of {name} are missing: it gets {sorted(seen[name])}")
+        _need(
+            seen[name] == set(range(len(seen[name]))),
+            f"parts of {name} are missing: it gets {sorted(seen[name])}",
+        )
         for rank, size in enumerate(sizes):
             got = elements[name, rank]
-            _need(got == size, f"engine rank {rank} holds {size} elements of {name}, and {got} are written")
+            _need(
+                got == size,
+                f"engine rank {rank} holds {size} elements of {name}, and {got} are written",
+            )
 
 
 def engine_sizes(shape: ModelShape, tp: int) -> Iterator[tuple[str, list[int]]]:
@@ -272,7 +331,10 @@ def engine_sizes(shape: ModelShape, tp: int) -> Iterator[tuple[str, list[int]]]:
         yield f"{at}.input_layernorm.weight", [hidden] * tp
         yield f"{at}.post_attention_layernorm.weight", [hidden] * tp
         yield f"{at}.self_attn.qkv_proj.weight", [qkv * hidden] * tp
-        yield f"{at}.self_attn.o_proj.weight", [shape.num_attention_heads // tp * head * hidden] * tp
+        yield (
+            f"{at}.self_attn.o_proj.weight",
+            [shape.num_attention_heads // tp * head * hidden] * tp,
+        )
         if shape.family.qkv_bias:
             yield f"{at}.self_attn.qkv_proj.bias", [qkv] * tp
         if shape.family.qk_norm:
@@ -303,7 +365,9 @@ def _no_garbage() -> Iterator[None]:
 
 def _need(true: bool, otherwise: str) -> None:
     if not true:
-        raise ConfigError(f"the plan does not hold: {otherwise}; the family's table in weights/mapping.py is wrong")
+        raise ConfigError(
+            f"the plan does not hold: {otherwise}; the family's table in weights/mapping.py is wrong"
+        )
 
 
 def summary(plan: Plan) -> str:
@@ -316,7 +380,11 @@ def summary(plan: Plan) -> str:
         f"expected on the wire: {plan.seconds['wire']:.2f} s; meanwhile gathered by the busiest source: {plan.seconds['gather']:.2f} s",
     ]
     for source in plan.sources:
-        whose = f"experts of rank {source.expert_rank}" if source.expert_rank else "all but other ranks' experts"
+        whose = (
+            f"experts of rank {source.expert_rank}"
+            if source.expert_rank
+            else "all but other ranks' experts"
+        )
         whose = f", {whose}" if plan.trainer["ep"] > 1 else ""
         lines.append(
             f"  stage {source.stage}{whose}: {source.num_bytes / gb:.2f} GB in {source.buckets} buckets, "

@@ -18,11 +18,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_async_rl.config import Config
+from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.messages import (
+from megatron_async_rl.protocol.messages import (
     BucketsSent,
-    FolderWritten,
     GroupJoined,
     GroupOpened,
     OpenGroup,
@@ -30,10 +29,11 @@ from megatron_async_rl.messages import (
     PublishOffer,
     SendBuckets,
     Shutdown,
-    WriteFolder,
+    SnapshotWritten,
+    WriteSnapshot,
 )
-from megatron_async_rl.snapshots import digest_kind
-from megatron_async_rl.transport import SyncLink
+from megatron_async_rl.protocol.transport import SyncLink
+from megatron_async_rl.storage.snapshots import digest_kind
 from megatron_async_rl.weights.bucket import fill_buckets, plan_buckets, split_bucket
 from megatron_async_rl.weights.digest import EngineDigests
 from megatron_async_rl.weights.disk import FolderWriter
@@ -53,7 +53,12 @@ from megatron_async_rl.weights.stopwatch import Stopwatch
 from megatron_async_rl.weights.update_group import UpdateGroup
 
 logger = logging.getLogger(__name__)
-DTYPES = {"as_trained": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "as_trained": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _SEND, _DONE, _WAIT, _SEND_AND_DIGEST = 1, 2, 3, 4
 WIRE_SHARE = 0.5  # of the update's deadline: the controller must hear of a broken wire before its own has passed
 WAIT_S = 5.0  # the source tells its tensor-parallel ranks so often that it still waits
@@ -62,18 +67,24 @@ WAIT_S = 5.0  # the source tells its tensor-parallel ranks so often that it stil
 class WeightPublisher:
     """Publishes what leaves from this rank. `socket` is a source's; None on every other rank."""
 
-    def __init__(self, modules: Modules, shape: ModelShape, config: Config, socket: SyncLink | None) -> None:
+    def __init__(
+        self, modules: Modules, shape: ModelShape, config: Config, socket: SyncLink | None
+    ) -> None:
         self._modules = modules
         self._shape = shape
         self._config = config
         self._socket = socket
         self._takes_part = takes_part()
-        self._peers = _stage_group(takes_part() and (is_first_of_stage() or not is_source()), config)
+        self._peers = _stage_group(
+            takes_part() and (is_first_of_stage() or not is_source()), config
+        )
         self._owners = _stage_group(is_source(), config)
         self._device = next(chunks(modules)[0].parameters()).device
         self._dtype = DTYPES[config.weights.dtype]
-        self._buckets = plan_buckets(own_manifest(modules, shape, self._dtype), config.weights.bucket_bytes)
-        self._flattened = config.weights.wire == "bucket"
+        self._buckets = plan_buckets(
+            own_manifest(modules, shape, self._dtype), config.weights.bucket_bytes
+        )
+        self._flattened = config.weights.broadcast_unit == "bucket"
         self._digest_kind = digest_kind(config)
         self._group: UpdateGroup | None = None
 
@@ -100,7 +111,9 @@ class WeightPublisher:
 
     def _lead(self, version: int, socket: SyncLink) -> bool:
         # generous: before version 0 the controller waits for all workers, at other times its own deadlines hold
-        patience_s = self._config.rollout.start_timeout_s + 4 * self._config.weights.update_timeout_s
+        patience_s = (
+            self._config.rollout.start_timeout_s + 4 * self._config.weights.update_timeout_s
+        )
         deadline = time.monotonic() + patience_s
         while True:
             try:
@@ -117,7 +130,7 @@ class WeightPublisher:
             elif isinstance(message, SendBuckets):
                 self._tell(_SEND_AND_DIGEST if message.verify else _SEND)
                 socket.send(self._transfer(version, message.verify))
-            elif isinstance(message, WriteFolder):
+            elif isinstance(message, WriteSnapshot):
                 self._tell(_SEND_AND_DIGEST)
                 socket.send(self._write_folder(message))
             elif isinstance(message, Published):
@@ -149,7 +162,9 @@ class WeightPublisher:
             self._group.close()
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         timeout_s = WIRE_SHARE * self._config.weights.update_timeout_s
-        self._group = UpdateGroup(order.group, order.world_size, backend, socket.own_address, timeout_s)
+        self._group = UpdateGroup(
+            order.group, order.world_size, backend, socket.own_address, timeout_s
+        )
         stage = mpu.get_pipeline_model_parallel_rank()
         socket.send(GroupOpened(order.group, stage, self._group.address, self._group.port))
         error = ""
@@ -182,14 +197,21 @@ class WeightPublisher:
                 whole.add(name, tensor)
         return digests.result() | whole.result()
 
-    def _write_folder(self, order: WriteFolder) -> FolderWritten:
+    def _write_folder(self, order: WriteSnapshot) -> SnapshotWritten:
         writer, digests = FolderWriter(Path(order.folder), order.part), self._new_digests()
-        writer.write(self._buckets, own_tensors(self._modules, self._shape, self._dtype), self._device, digests)
+        writer.write(
+            self._buckets,
+            own_tensors(self._modules, self._shape, self._dtype),
+            self._device,
+            digests,
+        )
         expected = self._experts_digests(digests)
         if writer.error:
             logger.error("%s", writer.error)
-            return FolderWritten(order.version, [], {}, self._digest_kind, {}, writer.error)
-        return FolderWritten(order.version, writer.files, expected, self._digest_kind, writer.seconds)
+            return SnapshotWritten(order.version, [], {}, self._digest_kind, {}, writer.error)
+        return SnapshotWritten(
+            order.version, writer.files, expected, self._digest_kind, writer.seconds
+        )
 
     def _transfer(self, version: int, verify: bool) -> BucketsSent:
         """Gathers bucket k+1 while bucket k is on the wire; on a wire error the gather still runs to its end."""
@@ -248,7 +270,9 @@ def _stage_group(is_member: bool, config: Config) -> dist.ProcessGroup | None:
     dist.all_gather(stages, torch.tensor([mine], device=device))
     timeout = timedelta(seconds=config.trainer.collective_timeout_s)
     groups = []
-    for stage in range(mpu.get_pipeline_model_parallel_world_size()):  # every rank makes every group, in one order
+    for stage in range(
+        mpu.get_pipeline_model_parallel_world_size()
+    ):  # every rank makes every group, in one order
         members = [rank for rank, its_stage in enumerate(stages) if int(its_stage) == stage]
         groups.append(dist.new_group(members, timeout, "gloo"))
     return groups[mine] if is_member else None

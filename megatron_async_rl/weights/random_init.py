@@ -24,8 +24,15 @@ def fill_random(modules: Modules, shape: ModelShape, seed: int) -> None:
             continue
         sizes = dict(place(name, shape).pieces)
 
-        def draw(hf: str, index: Index, sizes: dict[str, tuple[int, ...]] = sizes, like: Tensor = parameter) -> Tensor:
-            generator = torch.Generator(like.device).manual_seed(zlib.crc32(f"{seed} {hf}".encode()))
+        def draw(
+            hf: str,
+            index: Index,
+            sizes: dict[str, tuple[int, ...]] = sizes,
+            like: Tensor = parameter,
+        ) -> Tensor:
+            generator = torch.Generator(like.device).manual_seed(
+                zlib.crc32(f"{seed} {hf}".encode())
+            )
             return (torch.randn(sizes[hf], generator=generator, device=like.device) * STD)[index]
 
         parameter.copy_(from_hf(name, draw, shape, *tensor_parallel(name)))

@@ -64,7 +64,10 @@ def num_expert_owners() -> int:
 
 def source_number() -> int:
     """Of a source, its place among all: stage after stage, the one with everything but experts first."""
-    return mpu.get_pipeline_model_parallel_rank() * num_expert_owners() + mpu.get_expert_model_parallel_rank()
+    return (
+        mpu.get_pipeline_model_parallel_rank() * num_expert_owners()
+        + mpu.get_expert_model_parallel_rank()
+    )
 
 
 def _is_expert_owner() -> bool:
@@ -73,7 +76,9 @@ def _is_expert_owner() -> bool:
 
 def _owned(modules: Modules, shape: ModelShape) -> list[tuple[str, nn.Parameter]]:
     """The parameters this stage answers for, experts last: the last stage's copy of a tied embedding is the first's."""
-    named = [p for p in global_parameters(modules) if not (shape.tied and p[0] == "output_layer.weight")]
+    named = [
+        p for p in global_parameters(modules) if not (shape.tied and p[0] == "output_layer.weight")
+    ]
     return sorted(named, key=lambda pair: is_expert(pair[0]))
 
 
@@ -87,7 +92,9 @@ def _experts(name: str, shape: ModelShape) -> list[str]:
     return [f"{prefix}{int(number) % per_rank + rank * per_rank}{suffix}" for rank in range(ranks)]
 
 
-def manifest(modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None) -> list[TensorInfo]:
+def manifest(
+    modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None
+) -> list[TensorInfo]:
     """What hf_tensors will yield on this stage, in order, without moving data."""
     return [
         TensorInfo(hf, size, dtype or parameter.dtype, one)
@@ -97,7 +104,9 @@ def manifest(modules: Modules, shape: ModelShape, dtype: torch.dtype | None = No
     ]
 
 
-def own_manifest(modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None) -> list[TensorInfo]:
+def own_manifest(
+    modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None
+) -> list[TensorInfo]:
     """What own_tensors will yield on this rank."""
     return [
         TensorInfo(hf, size, dtype or parameter.dtype, name)
@@ -108,7 +117,9 @@ def own_manifest(modules: Modules, shape: ModelShape, dtype: torch.dtype | None 
 
 
 @torch.no_grad()
-def own_tensors(modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def own_tensors(
+    modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """(HF name, full tensor) of what leaves from this rank; nothing on a rank that only helps to gather.
 
     Collective: every rank of the stage that `takes_part` must exhaust it. A yielded tensor may share memory with the
@@ -126,7 +137,9 @@ def own_tensors(modules: Modules, shape: ModelShape, dtype: torch.dtype | None =
         rule = place(name, shape).rule
         shards = local[None] if rule.split is None else _gather(local, _cutting_group(name))
         if rule.split == 0 and rule.join == "one":
-            shards = shards.flatten(0, 1)[None]  # they are whole as they lie: no second copy of a vocabulary's matrix
+            shards = shards.flatten(0, 1)[
+                None
+            ]  # they are whole as they lie: no second copy of a vocabulary's matrix
         if sends:
             yield from to_hf(name, list(shards), shape)
 
@@ -145,7 +158,9 @@ def hf_tensors(
     experts alone. `get` picks what is gathered, such as a parameter's main_grad.
     """
     for name, parameter in _owned(modules, shape):
-        if not is_expert(name) and (only_experts or (num_expert_owners() > 1 and not is_first_replica())):
+        if not is_expert(name) and (
+            only_experts or (num_expert_owners() > 1 and not is_first_replica())
+        ):
             continue
         local = get(parameter)
         local = local.to(dtype or local.dtype).contiguous()
@@ -158,13 +173,21 @@ def hf_tensors(
             shards = _gather(local, joint if is_cut else over_experts)
         else:
             shards = _gather(local, _cutting_group(name)) if is_cut else local[None]
-        per_expert = len(shards) // len(names)  # expert-parallel ranks are the outer ones of the joint group
+        per_expert = len(shards) // len(
+            names
+        )  # expert-parallel ranks are the outer ones of the joint group
         for number, one in enumerate(names):
-            yield from to_hf(one, list(shards[number * per_expert : (number + 1) * per_expert]), shape)
+            yield from to_hf(
+                one, list(shards[number * per_expert : (number + 1) * per_expert]), shape
+            )
 
 
 def _cutting_group(name: str) -> dist.ProcessGroup:
-    return mpu.get_expert_tensor_parallel_group() if is_expert(name) else mpu.get_tensor_model_parallel_group()
+    return (
+        mpu.get_expert_tensor_parallel_group()
+        if is_expert(name)
+        else mpu.get_tensor_model_parallel_group()
+    )
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -51,4 +51,8 @@ class Stopwatch:
 
     def peak_bytes(self) -> int:
         """The most GPU memory in use at a time since the start, less what was in use then; 0 elsewhere."""
-        return torch.cuda.max_memory_allocated(self._device) - self._before_bytes if self._on_gpu else 0
+        return (
+            torch.cuda.max_memory_allocated(self._device) - self._before_bytes
+            if self._on_gpu
+            else 0
+        )

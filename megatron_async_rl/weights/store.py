@@ -7,7 +7,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-STORE_VARIABLE = "MEGATRON_ASYNC_RL_RANK_STORE"  # path of the trainer ranks' FileStore, when all are on one host
+STORE_VARIABLE = (
+    "MEGATRON_ASYNC_RL_RANK_STORE"  # path of the trainer ranks' FileStore, when all are on one host
+)
 _BACKLOG = 1024
 
 

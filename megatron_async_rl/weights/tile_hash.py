@@ -30,10 +30,14 @@ _CHUNK_TILES = 128  # of torch's operations: bounds what they take beside the te
 def as_words(tensor: Tensor) -> Tensor:
     """[num_words] int32: the tensor's bytes, without a copy where it is contiguous and a multiple of four bytes."""
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return F.pad(raw, (0, -len(raw) % 4)).view(torch.int32) if len(raw) % 4 else raw.view(torch.int32)
+    return (
+        F.pad(raw, (0, -len(raw) % 4)).view(torch.int32) if len(raw) % 4 else raw.view(torch.int32)
+    )
 
 
-def add_tile_sum(words: Tensor, total: Tensor, first: int = 0, num_bytes: int | None = None) -> None:
+def add_tile_sum(
+    words: Tensor, total: Tensor, first: int = 0, num_bytes: int | None = None
+) -> None:
     """Adds the sum over the tiles of `words` ([num_words] int32) to `total`, one int64 on the same device.
 
     They may be part of a tensor of `num_bytes`, from its word `first` on, if they are whole tiles of it.
@@ -73,7 +77,9 @@ def _tile_sum(words: Tensor, start: int, num_bytes: int) -> Tensor:
 
 def _mix(x: Tensor) -> Tensor:
     for shift, factor in ((16, MIX[0]), (13, MIX[1])):
-        x = (x ^ (x >> shift)) * factor & _LOW  # int64 products wrap around: their low 32 bits are right
+        x = (
+            x ^ (x >> shift)
+        ) * factor & _LOW  # int64 products wrap around: their low 32 bits are right
     return x ^ (x >> 16)
 
 

@@ -43,7 +43,9 @@ def _add_tile(
     size = num_bytes.to(tl.uint32)
     high = _mix(tl.sum(sum_a, 0).to(tl.uint32) ^ size, FIRST, SECOND)
     low = _mix(tl.sum(sum_b, 0).to(tl.uint32) ^ size, FIRST, SECOND)
-    tl.atomic_add(total, ((high.to(tl.uint64) << 32) | low.to(tl.uint64)).to(tl.int64, bitcast=True))
+    tl.atomic_add(
+        total, ((high.to(tl.uint64) << 32) | low.to(tl.uint64)).to(tl.int64, bitcast=True)
+    )
 
 
 def add_tile_sum(words: Tensor, total: Tensor, first: int, num_bytes: int) -> None:

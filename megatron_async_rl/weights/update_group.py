@@ -27,13 +27,17 @@ _POLL_S = 0.0005
 class UpdateGroup:
     """Listens at once; `join` blocks until all engine ranks are in. Every call ends within `timeout_s`."""
 
-    def __init__(self, name: str, world_size: int, backend: str, address: str, timeout_s: float) -> None:
+    def __init__(
+        self, name: str, world_size: int, backend: str, address: str, timeout_s: float
+    ) -> None:
         self.name = name
         self._world_size = world_size
         self._backend = backend
         self._timeout_s = timeout_s
         self.address = address  # of this host, as the engines' hosts reach it
-        self._store: dist.TCPStore | None = listening_store(address, 0, world_size, timedelta(seconds=timeout_s))
+        self._store: dist.TCPStore | None = listening_store(
+            address, 0, world_size, timedelta(seconds=timeout_s)
+        )
         self.port: int = self._store.port
         self._group: dist.ProcessGroup | None = None
         self._broken = False
@@ -55,7 +59,9 @@ class UpdateGroup:
             c10d.Backend(self._backend),
             c10d.PrefixStore(self.name, self._store),
             group_name=self.name,
-            timeout=_OUT_OF_REACH if self._backend == "nccl" else timedelta(seconds=self._timeout_s),
+            timeout=_OUT_OF_REACH
+            if self._backend == "nccl"
+            else timedelta(seconds=self._timeout_s),
         )
         c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self._world_size)}
 

@@ -49,7 +49,9 @@ def install() -> None:
     _triton_leaf()
     # It warns of every optional package that is not installed, and torch of calls that only megatron-core makes.
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Before torch_cuda: this import builds torch._dynamo's tables of torch.cuda, which refuse our stand-ins.
@@ -156,8 +158,14 @@ def _torch_cuda() -> None:
         "IntTensor": lambda data: torch.tensor(data, dtype=torch.int32),
         "LongTensor": lambda data: torch.tensor(data, dtype=torch.int64),
     }
-    stand_ins |= {name: _returning(None) for name in ("set_device", "synchronize", "empty_cache", "set_stream")}
-    stand_ins |= {name: _returning(0) for name in ("memory_allocated", "memory_reserved", "max_memory_allocated")}
+    stand_ins |= {
+        name: _returning(None)
+        for name in ("set_device", "synchronize", "empty_cache", "set_stream")
+    }
+    stand_ins |= {
+        name: _returning(0)
+        for name in ("memory_allocated", "memory_reserved", "max_memory_allocated")
+    }
     _require(torch.cuda, *stand_ins)
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
@@ -172,10 +180,16 @@ def _torch_cuda() -> None:
 def _rng_tracker() -> None:
     random = _core("tensor_parallel.random")
     _require(random, "_get_cuda_rng_state", "_set_cuda_rng_state", "CudaRNGStatesTracker")
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(
+        new_state
+    )
     # fork() warns when the CPU generator moves; here it is the generator that must move.
-    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
 
 
 def _moe_splits() -> None:
@@ -185,19 +199,28 @@ def _moe_splits() -> None:
     original = dispatcher.maybe_move_tensor_to_cpu
 
     def to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else original(tensor, as_numpy, record_stream)
+        return (
+            tensor.numpy()
+            if as_numpy and torch.is_tensor(tensor)
+            else original(tensor, as_numpy, record_stream)
+        )
 
     dispatcher.maybe_move_tensor_to_cpu = to_numpy
 
 
 _CPU_CONSTANTS = {"cuda": "cpu"} | {
-    f"torch.cuda.{name}": f"torch.{name}" for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "DoubleTensor")
+    f"torch.cuda.{name}": f"torch.{name}"
+    for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "DoubleTensor")
 }
 
 # Module below megatron.core -> functions whose constants are swapped. '?' marks what not every supported version has;
 # any other must exist and hold at least one such constant.
 _RETARGETED = {
-    "optimizer.clip_grads": ["get_grad_norm_fp32", "clip_grad_by_total_norm_fp32", "count_zeros_fp32"],
+    "optimizer.clip_grads": [
+        "get_grad_norm_fp32",
+        "clip_grad_by_total_norm_fp32",
+        "count_zeros_fp32",
+    ],
     "optimizer.optimizer": [
         "MixedPrecisionOptimizer.__init__",
         "FP32Optimizer.__init__",
@@ -218,7 +241,10 @@ _RETARGETED = {
     ],
     "transformer.utils": ["get_default_causal_mask", "get_sliding_window_causal_mask"],
     "tensor_parallel.data": ["_build_key_size_numel_dictionaries"],
-    "dist_checkpointing.exchange_utils": ["exchange_loaded_tensors_gather_rounds", "_get_empty_tensor_for_exchange"],
+    "dist_checkpointing.exchange_utils": [
+        "exchange_loaded_tensors_gather_rounds",
+        "_get_empty_tensor_for_exchange",
+    ],
     "dist_checkpointing.strategies.state_dict_saver": ["verify_global_md_reuse"],
     "transformer.moe.token_dispatcher": ["MoEAlltoAllTokenDispatcher.__init__"],
     "transformer.moe.moe_utils": ["?track_moe_metrics"],
@@ -238,7 +264,9 @@ def _retarget() -> None:
                 continue
             code, swapped = _swap_constants(function.__code__)
             if not swapped and not optional and function not in seen:
-                raise DriftError(f"megatron.core.{module_name}.{name} holds no 'cuda' constant any more")
+                raise DriftError(
+                    f"megatron.core.{module_name}.{name} holds no 'cuda' constant any more"
+                )
             function.__code__ = code
             seen.add(function)
 
@@ -250,7 +278,9 @@ def _function(module: types.ModuleType, dotted: str) -> types.FunctionType | Non
             found = inspect.getattr_static(found, part)
         except AttributeError:
             return None
-    return inspect.unwrap(found.__func__ if isinstance(found, (staticmethod, classmethod)) else found)
+    return inspect.unwrap(
+        found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
+    )
 
 
 def _swap_constants(code: types.CodeType) -> tuple[types.CodeType, int]:

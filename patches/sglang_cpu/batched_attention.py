@@ -9,7 +9,9 @@ import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-MAX_SCORES = 1 << 24  # largest padded score block (floats) of one layer; above it the loop wastes less
+MAX_SCORES = (
+    1 << 24
+)  # largest padded score block (floats) of one layer; above it the loop wastes less
 
 
 class BatchedTorchAttention(TorchNativeAttnBackend):
@@ -35,7 +37,11 @@ class BatchedTorchAttention(TorchNativeAttnBackend):
                 scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
             )  # fmt: skip
         tokens, exists = self._gather(req_to_token, req_pool_indices, seq_lens)
-        output.copy_(_attend(query[:, None], k_cache[tokens], v_cache[tokens], exists[:, None], scaling)[:, 0])
+        output.copy_(
+            _attend(query[:, None], k_cache[tokens], v_cache[tokens], exists[:, None], scaling)[
+                :, 0
+            ]
+        )
         return output
 
     def _run_sdpa_forward_extend(
@@ -45,7 +51,13 @@ class BatchedTorchAttention(TorchNativeAttnBackend):
         batch, heads = len(seq_lens), query.shape[1]
         width = int(extend_seq_lens.max())
         too_big = batch * heads * width * int(seq_lens.max()) > MAX_SCORES
-        if encoder_lens is not None or is_cross_attn or sliding_window_size is not None or not causal or too_big:
+        if (
+            encoder_lens is not None
+            or is_cross_attn
+            or sliding_window_size is not None
+            or not causal
+            or too_big
+        ):
             return super()._run_sdpa_forward_extend(
                 query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens,
                 encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
@@ -56,7 +68,9 @@ class BatchedTorchAttention(TorchNativeAttnBackend):
         padded = query.new_zeros(batch, width, *query.shape[1:])
         padded[real] = query
         position = extend_prefix_lens[:, None] + column  # [B, Q]
-        visible = exists[:, None] & (torch.arange(tokens.shape[1]) <= position[:, :, None])  # [B, Q, L]
+        visible = exists[:, None] & (
+            torch.arange(tokens.shape[1]) <= position[:, :, None]
+        )  # [B, Q, L]
         output.copy_(_attend(padded, k_cache[tokens], v_cache[tokens], visible, scaling)[real])
         return output
 
@@ -65,9 +79,13 @@ def _attend(q_BQHD, k_BLKD, v_BLKD, visible_BQL, scaling):
     """Grouped-query attention: H query heads share K key heads (H = K x G). Returns [B, Q, H, D]."""
     B, Q, H, D = q_BQHD.shape
     K = k_BLKD.shape[2]
-    q = q_BQHD.view(B, Q, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # [B, K, G*Q, D]
+    q = (
+        q_BQHD.view(B, Q, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
+    )  # [B, K, G*Q, D]
     scores = torch.matmul(q * (scaling or D**-0.5), k_BLKD.permute(0, 2, 3, 1))  # [B, K, G*Q, L]
-    scores = scores.view(B, K, H // K, Q, -1).masked_fill_(~visible_BQL[:, None, None], float("-inf"))
+    scores = scores.view(B, K, H // K, Q, -1).masked_fill_(
+        ~visible_BQL[:, None, None], float("-inf")
+    )
     out = torch.matmul(scores.softmax(-1).view(B, K, -1, scores.shape[-1]), v_BLKD.transpose(1, 2))
     return out.view(B, K, H // K, Q, -1).permute(0, 3, 1, 2, 4).reshape(B, Q, H, -1)
 

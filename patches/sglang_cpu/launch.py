@@ -10,11 +10,13 @@ import multiprocessing
 import runpy
 
 _set_start_method = multiprocessing.set_start_method
-multiprocessing.set_start_method = lambda method, force=False: _set_start_method("fork", force=force)
+multiprocessing.set_start_method = lambda method, force=False: _set_start_method(
+    "fork", force=force
+)
 
 gc.disable()  # collecting while modules load finds nothing and costs a sixth of the time
-import batched_attention  # noqa: E402
-import sglang.srt.entrypoints.http_server  # noqa: E402, F401
+import batched_attention
+import sglang.srt.entrypoints.http_server  # noqa: F401
 
 gc.freeze()  # children share these pages
 gc.enable()

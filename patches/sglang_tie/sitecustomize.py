@@ -65,7 +65,9 @@ def _bound(store):
             listener.bind(address)
             listener.listen(1024)
             port = listener.getsockname()[1]
-            made = store(host_name, port, world_size, True, master_listen_fd=listener.fileno(), **kwargs)
+            made = store(
+                host_name, port, world_size, True, master_listen_fd=listener.fileno(), **kwargs
+            )
             listener.detach()  # the store closes it
         return made
 

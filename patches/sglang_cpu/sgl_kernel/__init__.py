@@ -13,7 +13,9 @@ __version__ = "0.0.0"
 
 def _not_on_cpu(name):
     def kernel(*args, **kwargs):
-        raise NotImplementedError(f"sgl_kernel.{name}: the CPU stand-in has no kernels (patches/README.md)")
+        raise NotImplementedError(
+            f"sgl_kernel.{name}: the CPU stand-in has no kernels (patches/README.md)"
+        )
 
     kernel.__name__ = name
     return kernel

@@ -1,0 +1,1 @@
+"""Commands of `python -m megatron_async_rl`, one module each."""

@@ -1,0 +1,80 @@
+"""The whole configuration of a run, and what follows from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from megatron_async_rl.config.algorithm import AlgorithmConfig
+from megatron_async_rl.config.sections import (
+    CheckpointConfig,
+    CriticConfig,
+    DataConfig,
+    FaultsConfig,
+    ModelConfig,
+    MonitorConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    SandboxConfig,
+    Section,
+    StalenessConfig,
+    TrainerConfig,
+    WeightsConfig,
+)
+
+
+class Config(Section, kw_only=True):
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    algorithm: AlgorithmConfig
+    critic: CriticConfig = CriticConfig()
+    staleness: StalenessConfig = StalenessConfig()
+    reward: RewardConfig = RewardConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    megatron: dict[str, Any] = msgspec.field(default_factory=dict)
+    sglang: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir)
+
+    def parallel_size(self, name: str) -> int:
+        """A parallel size under `megatron:`, such as tensor_model_parallel_size; 1 where it is not set."""
+        return int(self.megatron.get(f"{name}_parallel_size", 1))
+
+    @property
+    def has_trainer(self) -> bool:
+        return self.run.mode == "train"
+
+    @property
+    def num_leaders(self) -> int:
+        """Who asks for a share of each batch: data-parallel replicas, or the recorder alone."""
+        return self.trainer.data_parallel_size if self.has_trainer else 1
+
+    @property
+    def trainer_ranks(self) -> int:
+        sizes = (self.parallel_size(n) for n in ("tensor_model", "pipeline_model", "context"))
+        ranks = self.trainer.data_parallel_size
+        for size in sizes:
+            ranks *= size
+        return ranks
+
+    @property
+    def trainer_names(self) -> list[str]:
+        """The processes that start the trainer's ranks, in the ranks' order."""
+        one = self.trainer.hosts == 1 or not self.has_trainer
+        return ["trainer"] if one else [f"trainer-{i}" for i in range(self.trainer.hosts)]
+
+    @property
+    def ranks_per_host(self) -> int:
+        return self.trainer_ranks // len(self.trainer_names)

@@ -1,0 +1,1 @@
+"""The state machine that decides: pure, no sockets, no clock, no threads."""

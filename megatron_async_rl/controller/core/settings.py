@@ -1,0 +1,60 @@
+"""The settings that the core goes by (config.py says what each means)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_async_rl.config.config import Config
+
+
+@dataclass(frozen=True)
+class CoreSettings:
+    prompts_per_step: int
+    samples_per_prompt: int
+    max_staleness: int
+    wait_for_stragglers: bool
+    straggler_timeout_s: float
+    max_new_tokens: int
+    temperature: float
+    eval_temperature: float
+    lease_timeout_s: float
+    max_attempts: int
+    max_verdict_attempts: int
+    drop_equal_rewards: bool
+    heartbeat_timeout_s: float
+    steps: int
+    data_parallel_size: int
+    success_rates: tuple[float, float] = (
+        -math.inf,
+        math.inf,
+    )  # groups of a lower or higher mean reward are dropped
+
+
+def core_settings(config: Config) -> CoreSettings:
+    algorithm = config.algorithm
+    return CoreSettings(
+        prompts_per_step=algorithm.prompts_per_step,
+        samples_per_prompt=algorithm.samples_per_prompt,
+        max_staleness=config.staleness.max_staleness,
+        wait_for_stragglers=config.staleness.straggler_policy == "wait",
+        straggler_timeout_s=config.staleness.straggler_timeout_s,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        eval_temperature=config.data.eval_temperature,
+        lease_timeout_s=config.rollout.lease_timeout_s,
+        max_attempts=config.rollout.max_attempts,
+        max_verdict_attempts=config.reward.max_attempts,
+        drop_equal_rewards=algorithm.filters.drop_equal_rewards,
+        success_rates=(
+            -math.inf
+            if algorithm.filters.success_rate_min is None
+            else algorithm.filters.success_rate_min,
+            math.inf
+            if algorithm.filters.success_rate_max is None
+            else algorithm.filters.success_rate_max,
+        ),
+        heartbeat_timeout_s=config.faults.heartbeat_timeout_s,
+        steps=config.run.steps,
+        data_parallel_size=config.num_leaders,
+    )

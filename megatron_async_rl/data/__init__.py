@@ -1,0 +1,1 @@
+"""Datasets and tokenizers, read the same way by preflight checks and by the controller."""

@@ -1,0 +1,1 @@
+"""What a run shows: TensorBoard, samples.jsonl, status.json and the terminal."""

@@ -1,0 +1,1 @@
+"""Losses, importance weights, GAE, critic and reference policy."""

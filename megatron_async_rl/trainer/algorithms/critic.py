@@ -1,0 +1,146 @@
+"""PPO's critic: a model of the policy's kind and layout that says what a sample will earn, and is never published.
+
+It is the body of a Hugging Face folder (critic.path, else model.path) with a value head of its own instead of the output
+layer, its own optimizer and learning rate. Each step, the values under the weights that the step begins with make the
+advantages (gae.py); then policy and critic learn from the same micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor, nn
+
+from megatron_async_rl.config.algorithm import AlgorithmConfig
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.trainer import pipeline
+from megatron_async_rl.trainer.algorithms.gae import (
+    SUMS,
+    final_rewards,
+    generalized_advantages,
+    value_loss,
+)
+from megatron_async_rl.trainer.data.microbatch import Microbatch, whole
+from megatron_async_rl.trainer.model.build import TrainerModel
+
+ADVANTAGE_EPS = 1e-5  # as controller/advantage.py's
+
+
+def with_advantages(
+    critic: TrainerModel, minibatches: list[list[Microbatch]], config: Config
+) -> list[list[Microbatch]]:
+    """The same, with values, returns and advantages on the last pipeline stage; what was the advantage is the reward."""
+    flat = [microbatch for minibatch in minibatches for microbatch in minibatch]
+    values = pipeline.evaluate(critic, flat, partial(_value_step, critic))
+    if not values:
+        return minibatches
+    filled = [
+        _estimated(microbatch, v, config.algorithm)
+        for microbatch, v in zip(flat, values, strict=True)
+    ]
+    if config.algorithm.advantage.batch_normalize:
+        filled = _normalized(filled)
+    given = iter(filled)
+    return [[next(given) for _ in minibatch] for minibatch in minibatches]
+
+
+def accumulate_gradients(
+    critic: TrainerModel, minibatch: list[Microbatch], config: Config
+) -> dict[str, float]:
+    """Forward and backward over a minibatch: leaves its gradient in the buffers and returns SUMS, global."""
+    for chunk in critic.chunks:
+        chunk.zero_grad_buffer()
+    critic.optimizer.zero_grad()
+    parts = pipeline.run(critic, minibatch, partial(_loss_step, critic, config), forward_only=False)
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=critic.device)
+    if parts and mpu.get_tensor_model_parallel_rank() == 0:
+        sums = torch.stack(parts).sum(0)
+    dist.all_reduce(sums)
+    return dict(zip(SUMS, sums.tolist(), strict=True))
+
+
+def summary(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The step's metrics of the critic."""
+    total = {name: sum(step[name] for step in steps) for name in (*SUMS, "grad_norm", "overflowed")}
+    tokens = max(total["tokens"], 1)
+    mean = total["return"] / tokens
+    variance = total["return_squared"] / tokens - mean**2
+    return {
+        "critic/loss": total["value_loss"] / tokens,
+        "critic/grad_norm": total["grad_norm"] / max(1, len(steps) - total["overflowed"]),
+        "critic/value_mean": total["value"] / tokens,
+        "critic/return_mean": mean,
+        "critic/explained_variance": 1 - total["error_squared"] / tokens / max(variance, 1e-12),
+        "critic/clip_fraction": total["value_clipped"] / tokens,
+        "critic/overflowed_minibatches": total["overflowed"],
+    }
+
+
+def _estimated(microbatch: Microbatch, values_T: Tensor, algorithm: AlgorithmConfig) -> Microbatch:
+    microbatch = replace(microbatch, values_T=values_T)
+    pack = whole(microbatch)
+    assert pack.values_T is not None
+    rewards_W = final_rewards(pack.advantages_T, pack.mask_T, pack.owners)
+    if algorithm.kl.coef and algorithm.kl.apply_to == "reward":
+        assert pack.reference_T is not None
+        kl_W = pack.behavior_T - pack.reference_T
+        rewards_W = rewards_W - algorithm.kl.coef * torch.where(pack.mask_T, kl_W, 0.0)
+    estimates = generalized_advantages(
+        pack.values_T,
+        rewards_W,
+        pack.mask_T,
+        pack.owners,
+        algorithm.advantage.gamma,
+        algorithm.advantage.gae_lambda,
+    )
+    advantages_T, returns_T = (microbatch.sequences.own(x_W).float() for x_W in estimates)
+    return replace(microbatch, advantages_T=advantages_T, returns_T=returns_T)
+
+
+def _normalized(microbatches: list[Microbatch]) -> list[Microbatch]:
+    """Advantages with zero mean and unit variance over the tokens of the global batch, but for ADVANTAGE_EPS."""
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+
+    def total(of: Any) -> Tensor:
+        sums = torch.stack([torch.where(m.mask_T, of(m), 0.0).sum() for m in microbatches]).sum()
+        dist.all_reduce(sums, group=group)
+        return sums
+
+    count = total(lambda m: torch.ones_like(m.advantages_T, dtype=torch.float64)).clamp(min=1)
+    mean = total(lambda m: m.advantages_T.double()) / count
+    deviation = (total(lambda m: (m.advantages_T.double() - mean).square()) / count).sqrt()
+    return [
+        replace(
+            m, advantages_T=((m.advantages_T.double() - mean) / (deviation + ADVANTAGE_EPS)).float()
+        )
+        for m in microbatches
+    ]
+
+
+def _value_step(
+    critic: TrainerModel, data: Iterator[Microbatch], chunk: nn.Module
+) -> tuple[Tensor, Any]:
+    return pipeline.forward(critic, chunk, next(data)), lambda values, non_loss_data: values[
+        0, :, 0
+    ]
+
+
+def _loss_step(
+    critic: TrainerModel, config: Config, data: Iterator[Microbatch], chunk: nn.Module
+) -> tuple[Tensor, Any]:
+    microbatch = next(data)
+
+    def loss_of(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert microbatch.values_T is not None and microbatch.returns_T is not None
+        given = (microbatch.values_T, microbatch.returns_T, microbatch.mask_T)
+        loss, sums = value_loss(values[0, :, 0], *given, config.critic.clip_eps)
+        count = microbatch.mask_T.sum(dtype=torch.int32)
+        return loss, count, torch.stack([sums[name].double() for name in SUMS])
+
+    return pipeline.forward(critic, chunk, microbatch), loss_of

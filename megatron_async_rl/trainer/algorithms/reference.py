@@ -1,0 +1,50 @@
+"""The reference policy of a KL term: the starting weights, kept beside the trained ones and swapped in for a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.trainer.model.build import TrainerModel
+from megatron_async_rl.weights.folder import ModelFolder
+from megatron_async_rl.weights.load import load_folder
+from megatron_async_rl.weights.random_init import fill_random
+
+_kept: WeakKeyDictionary[GPTModel, list[Tensor]] = WeakKeyDictionary()  # by the first chunk
+
+
+@contextmanager
+def reference_weights(model: TrainerModel, config: Config) -> Iterator[None]:
+    """The model has the weights of model.path inside, and its own again after. For forward passes alone."""
+    parameters = list(model.parameters())
+    first = model.modules[0]
+    if first not in _kept:
+        _kept[first] = _read(model, config)
+    own = [p.data for p in parameters]
+    for p, reference in zip(parameters, _kept[first], strict=True):
+        p.data = reference
+    try:
+        yield
+    finally:
+        for p, data in zip(parameters, own, strict=True):
+            p.data = data
+
+
+@torch.no_grad()
+def _read(model: TrainerModel, config: Config) -> list[Tensor]:
+    """From model.path again, not from the weights at the first step: those may be a checkpoint's."""
+    own = [p.clone() for p in model.parameters()]
+    if config.model.random_init:
+        fill_random(model.modules, model.shape, config.run.seed)
+    else:
+        load_folder(model.modules, ModelFolder(config.model.path), model.shape)
+    reference = [p.clone() for p in model.parameters()]
+    for p, data in zip(model.parameters(), own, strict=True):
+        p.copy_(data)
+    return reference

@@ -1,0 +1,122 @@
+"""Writes the policy as an ordinary Hugging Face folder that transformers and SGLang load."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_async_rl.storage import snapshots
+from megatron_async_rl.trainer.model.build import TrainerModel
+from megatron_async_rl.weights.folder import ModelFolder
+from megatron_async_rl.weights.load import Modules
+from megatron_async_rl.weights.mapping import ModelShape
+from megatron_async_rl.weights.reshard import own_tensors, source_number, takes_part
+
+logger = logging.getLogger(__name__)
+
+FILE_BYTES = 4 << 30
+
+
+def save_hf(
+    model: TrainerModel,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """The policy as it is now; see export_hf."""
+    export_hf(model.modules, model.shape, source_dir, out_dir, dtype)
+
+
+def export_hf(
+    modules: Modules,
+    shape: ModelShape,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Collective over all trainer ranks, which must share the file system.
+
+    Each weight source (weights/reshard.py) writes its own files; config, generation config and tokenizer are copied from
+    source_dir. dtype None: the one config.json names. out_dir appears by a rename when it is complete, and replaces an
+    older one.
+    """
+    source, out = Path(source_dir), Path(out_dir)
+    partial = out.with_name(f".{out.name}.partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    if takes_part():
+        _write_part(
+            own_tensors(modules, shape, dtype or _stored_dtype(source)), partial, source_number()
+        )
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _write_index(partial)
+        snapshots.copy_settings(source, partial)
+        _replace(partial, out)
+        logger.info("exported the policy to %s", out)
+    dist.barrier()
+
+
+def _stored_dtype(source: Path) -> torch.dtype | None:
+    config = ModelFolder(source).config
+    name = config.get("dtype") or config.get("torch_dtype")
+    return getattr(torch, name) if isinstance(name, str) else None
+
+
+def _write_part(tensors: Iterator[tuple[str, Tensor]], folder: Path, number: int) -> None:
+    """Exhausts `tensors`, which only a source has; saves them in files of about FILE_BYTES, and a list of what is where."""
+    held: dict[str, Tensor] = {}
+    file_of: dict[str, str] = {}
+    sizes: list[int] = []
+
+    def flush() -> None:
+        name = f"model-{number + 1:05d}-{len(sizes) + 1:05d}.safetensors"
+        save_file(held, folder / name, metadata={"format": "pt"})
+        file_of.update(dict.fromkeys(held, name))
+        sizes.append(sum(t.nbytes for t in held.values()))
+        held.clear()
+
+    for name, tensor in tensors:
+        held[name] = tensor.cpu().clone(
+            memory_format=torch.contiguous_format
+        )  # it may be a view of a parameter
+        if sum(t.nbytes for t in held.values()) >= FILE_BYTES:
+            flush()
+    if held:
+        flush()
+    if file_of:
+        (folder / f".part-{number}.json").write_text(
+            json.dumps({"bytes": sum(sizes), "file_of": file_of})
+        )
+
+
+def _write_index(folder: Path) -> None:
+    lists = sorted(folder.glob(".part-*.json"))
+    parts = [json.loads(path.read_text()) for path in lists]
+    weight_map = {name: file for part in parts for name, file in part["file_of"].items()}
+    if len(set(weight_map.values())) == 1:
+        (folder / next(iter(weight_map.values()))).rename(folder / "model.safetensors")
+    else:
+        snapshots.write_index(folder, weight_map, sum(part["bytes"] for part in parts))
+    for path in lists:
+        path.unlink()
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """A folder cannot be renamed over one that is not empty: the older one steps aside first."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

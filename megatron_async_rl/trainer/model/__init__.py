@@ -1,0 +1,1 @@
+"""The Megatron-Core model of a trainer rank."""

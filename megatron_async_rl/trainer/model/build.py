@@ -1,0 +1,173 @@
+"""The model, its optimizer and its learning rate schedule, out of megatron.core's public classes."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.trainer import parallel
+from megatron_async_rl.trainer.model import layers, settings
+from megatron_async_rl.trainer.model.value_head import ValueHead
+from megatron_async_rl.weights.folder import Architecture, ModelFolder
+from megatron_async_rl.weights.load import load_folder
+from megatron_async_rl.weights.mapping import ModelShape
+from megatron_async_rl.weights.random_init import fill_random
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerModel:
+    """What one rank holds."""
+
+    config: TransformerConfig
+    shape: ModelShape
+    modules: list[GPTModel]
+    """This pipeline stage's part, unwrapped: its parameters carry the names of weights/mapping.py. One, or the chunks
+    of an interleaved pipeline."""
+    chunks: list[DistributedDataParallel]
+    """The same, wrapped for training."""
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    device: torch.device
+    critic: TrainerModel | None = None
+    """With algorithm.advantage.estimator = gae; of the same layout."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Of all chunks, in order."""
+        return itertools.chain.from_iterable(module.parameters() for module in self.modules)
+
+
+def build(config: Config) -> TrainerModel:
+    """Builds this rank's part with the weights of model.path. `parallel.init_parallel` must have been called."""
+    critic = _build_critic(config) if config.algorithm.advantage.estimator == "gae" else None
+    return _for_training(config, *build_modules(config), critic=critic)
+
+
+def _build_critic(config: Config) -> TrainerModel:
+    transformer, shape, modules = build_modules(config, critic=True)
+    if modules[-1].post_process:
+        modules[-1].output_layer = ValueHead(transformer)
+    # A shape that says tied has no output layer of its own: the head is no part of what mapping.py knows.
+    return _for_training(config, transformer, replace(shape, tied=True), modules, config.critic.lr)
+
+
+def _for_training(
+    config: Config,
+    transformer: TransformerConfig,
+    shape: ModelShape,
+    modules: list[GPTModel],
+    lr: float | None = None,
+    critic: TrainerModel | None = None,
+) -> TrainerModel:
+    """Adds what training needs beside the weights."""
+    ddp = settings.ddp_config(config)
+    low = transformer.bf16 or transformer.fp16
+    chunks = [
+        DistributedDataParallel(
+            transformer,
+            ddp,
+            Float16Module(transformer, module) if low else module,
+            disable_bucketing=number
+            > 0,  # an interleaved pipeline overlaps its later chunks' gradients as wholes
+        )
+        for number, module in enumerate(modules)
+    ]
+    transformer.finalize_model_grads_func = finalize_model_grads
+    if ddp.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    optimizer_config = settings.optimizer_config(config, lr)
+    optimizer = get_megatron_optimizer(optimizer_config, chunks)
+    if transformer.fp16:
+        transformer.grad_scale_func = optimizer.scale_loss
+    scheduler = OptimizerParamScheduler(
+        optimizer, **settings.schedule_arguments(config, optimizer_config)
+    )
+    return TrainerModel(
+        transformer, shape, modules, chunks, optimizer, scheduler, parallel.device(), critic
+    )
+
+
+def build_modules(
+    config: Config, critic: bool = False
+) -> tuple[TransformerConfig, ModelShape, list[GPTModel]]:
+    """The weights alone, without what training needs beside them: one module, or the chunks of an interleaved pipeline.
+
+    critic: those of critic.path, with an output layer that shares nothing and gives way to a value head.
+    """
+    settings.check_keys(config.megatron)
+    folder = ModelFolder((config.critic.path if critic else None) or config.model.path)
+    shape, architecture = (
+        folder.shape(settings.padded_vocab_multiple(config)),
+        folder.architecture(),
+    )
+    if (
+        config.parallel_size("context") > 1
+        and torch.cuda.is_available()
+        and not layers.has_transformer_engine()
+    ):
+        raise ConfigError(
+            f"megatron.context_parallel_size = {config.parallel_size('context')} needs Transformer Engine on a GPU; install "
+            "transformer-engine, or set it to 1 and split the model further with tensor_model_parallel_size"
+        )
+    settings.check_layout(config, shape)
+    if config.model.context_tokens > architecture.max_positions:
+        logger.warning(
+            "model.context_tokens = %d is more than the model's max_position_embeddings = %d",
+            config.model.context_tokens,
+            architecture.max_positions,
+        )
+    transformer = settings.transformer_config(config, shape, architecture)
+    vpp = config.parallel_size("virtual_pipeline_model")
+    stages = range(vpp) if vpp > 1 else [None]
+    built = replace(shape, tied=False) if critic else shape
+    modules = [_build_module(transformer, built, architecture, stage) for stage in stages]
+    if config.model.random_init:
+        fill_random(modules, shape, config.run.seed)
+    else:
+        load_folder(modules, folder, shape)
+    return transformer, shape, modules
+
+
+def _build_module(
+    config: TransformerConfig, shape: ModelShape, architecture: Architecture, vp_stage: int | None
+) -> GPTModel:
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    first, last = vp_stage in (None, 0), vp_stage in (None, chunks - 1)
+    rotary = {
+        "rotary_base": architecture.rotary_base,
+        "rope_scaling": architecture.rope_scaling_factor is not None,
+        "rope_scaling_factor": architecture.rope_scaling_factor or 1.0,
+    }
+    module = GPTModel(
+        config,
+        layers.block_spec(config, vp_stage),
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=architecture.max_positions,
+        pre_process=first and mpu.is_pipeline_first_stage(ignore_virtual=True),
+        post_process=last and mpu.is_pipeline_last_stage(ignore_virtual=True),
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        vp_stage=vp_stage,
+        **rotary,
+    )
+    if not layers.has_transformer_engine():
+        module.rotary_pos_emb = layers.PackedRotaryEmbedding(
+            config.kv_channels, 1.0, rotary_interleaved=config.rotary_interleaved, **rotary
+        )
+    return module.to(parallel.device())

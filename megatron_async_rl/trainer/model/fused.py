@@ -1,0 +1,162 @@
+"""The work between matrix products, each piece one kernel on a GPU: there memory traffic is what it costs.
+
+torch.compile makes the kernels, at the first call; on the CPU the same functions run as they are. Arithmetic is float32
+inside, whatever the tensors hold. Gradients are written out, so that what is kept for backward is known.
+
+Suffixes: T rows (tokens), H heads, D size of a row (of a head), F = D / 2.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gpu_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose first argument is a tensor of rows: compiled where that is on a GPU.
+
+    For any number of rows, and anew for other sizes: kernels for all sizes at once were 2 to 4 times slower on Hopper.
+    """
+    compiled = torch.compile(function, dynamic=False, fullgraph=True)
+    torch._dynamo.config.recompile_limit = max(
+        torch._dynamo.config.recompile_limit, 64
+    )  # beyond it fullgraph raises
+
+    @functools.wraps(function)
+    def call(first: Tensor, *rest: Any) -> Any:
+        if not first.is_cuda:
+            return function(first, *rest)
+        # Detached: a parameter, or a tensor that wants a gradient, would be compiled for once more, and a mark stays.
+        given = [x.detach() if isinstance(x, Tensor) else x for x in (first, *rest)]
+        for x in given:
+            if isinstance(x, Tensor) and x.size(0) == first.size(0):
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        return compiled(*given)
+
+    return call
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    if x.is_cuda:
+        return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """torch's kernels take a block per row: slow for the short rows of query and key normalisation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y_TD, scale_T = _norm_forward(x.reshape(-1, x.size(-1)), weight, eps)
+        ctx.save_for_backward(x, weight, scale_T)
+        return y_TD.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale_T = ctx.saved_tensors
+        size = x.size(-1)
+        dx_TD, dweight_D = _norm_backward(
+            dy.reshape(-1, size), x.reshape(-1, size), weight, scale_T
+        )
+        return dx_TD.view(x.shape), dweight_D, None
+
+
+@gpu_compiled
+def _norm_forward(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x_TD.float()
+    scale_T = torch.rsqrt(wide.square().mean(1) + eps)
+    return (wide * scale_T[:, None] * weight_D.float()).to(x_TD.dtype), scale_T
+
+
+@gpu_compiled
+def _norm_backward(
+    dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """With n = x * scale and g = dy * weight: dx = scale * (g - n * mean(g * n)), dweight = sum over T of dy * n."""
+    n = x_TD.float() * scale_T[:, None]
+    g = dy_TD.float() * weight_D.float()
+    dx = scale_T[:, None] * (g - n * (g * n).mean(1, keepdim=True))
+    return dx.to(x_TD.dtype), (dy_TD.float() * n).sum(0).to(weight_D.dtype)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up, the two halves of the last dimension."""
+    return _SwiGLU.apply(x)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _swiglu_forward(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        [x] = ctx.saved_tensors
+        return _swiglu_backward(dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))).view(
+            x.shape
+        )
+
+
+@gpu_compiled
+def _swiglu_forward(x_TD: Tensor) -> Tensor:
+    gate, up = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)).chunk(2, 1)
+    return (gate * gate.sigmoid() * up).to(x_TD.dtype)
+
+
+@gpu_compiled
+def _swiglu_backward(dy_TF: Tensor, x_TD: Tensor) -> Tensor:
+    """d gate = dy * up * s * (1 + gate * (1 - s)) with s = sigmoid(gate), d up = dy * gate * s."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    (gate, up), dy = x_TD.to(wide).chunk(2, 1), dy_TF.to(wide)
+    s = gate.sigmoid()
+    return torch.cat([dy * up * s * (1 + gate * (1 - s)), dy * gate * s], 1).to(x_TD.dtype)
+
+
+def rotate(query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of query [T, H, D] and key [T, groups, D]: halves (a, b) -> (a cos - b sin, b cos + a sin).
+
+    The angles of all T tokens come ready; only they are kept for backward, which rotates the other way.
+    """
+    return _Rotate.apply(query, key, cos_TF, sin_TF)
+
+
+def rotate_one(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    """`rotate` of one tensor, without gradient."""
+    return _turn_one(x, cos_TF, sin_TF)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos_TF, sin_TF)
+        return _turn(query, key, cos_TF, sin_TF)
+
+    @staticmethod
+    def backward(ctx: Any, dquery: Tensor, dkey: Tensor) -> tuple[Tensor | None, ...]:
+        cos_TF, sin_TF = ctx.saved_tensors
+        return *_turn(dquery, dkey, cos_TF, -sin_TF), None, None
+
+
+@gpu_compiled
+def _turn(query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:
+    return _turned(query, cos_TF, sin_TF), _turned(key, cos_TF, sin_TF)
+
+
+@gpu_compiled
+def _turn_one(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    return _turned(x, cos_TF, sin_TF)
+
+
+def _turned(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    cos, sin = cos_TF[:, None], sin_TF[:, None]
+    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

@@ -1,0 +1,97 @@
+"""A checkpoint is saved while training goes on, falls back to the one before when it is damaged, and loads in other layouts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import ROOT, SUPPORT
+from tiny import make_model
+
+from megatron_async_rl.storage import checkpoints
+
+
+def ranks(count: int, *arguments: str) -> str:
+    """The log of so many ranks; they must end well."""
+    done = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes=1",
+                f"--nproc-per-node={count}",
+            ),
+            *(
+                "--rdzv-backend=c10d",
+                "--rdzv-endpoint=127.0.0.1:0",
+                str(SUPPORT / "checkpoint_main.py"),
+                *arguments,
+            ),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(model, run_dir) with checkpoints of versions 2 and 4, made by TP = 2; the newer one is then damaged."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model, run_dir = make_model(folder / "model", layers=4), folder / "run"
+    run_dir.mkdir()
+    ranks(2, str(model), str(run_dir), "save", "2", "1")
+    newest = checkpoints.manifests(run_dir)[0]
+    name = next(name for name in newest.files if name.endswith(".distcp"))
+    path = run_dir / checkpoints.FOLDER / newest.folder / name
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    return model, run_dir
+
+
+def test_two_generations_are_whole_when_told(saved: tuple[Path, Path]) -> None:
+    _, run_dir = saved
+    assert json.loads((run_dir / "losses.json").read_text())["told"] == [
+        [2, "v000002"],
+        [4, "v000004"],
+    ]
+    assert [manifest.version for manifest in checkpoints.manifests(run_dir)] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "vpp", "count"),
+    [(2, 1, 1, 2), (1, 1, 1, 1), (1, 2, 1, 2), (1, 2, 2, 2), (1, 1, 1, 2)],
+    ids=str,
+)
+def test_the_generation_before_a_damaged_one_goes_on_as_if_nothing_had_been(
+    saved: tuple[Path, Path], tp: int, pp: int, vpp: int, count: int
+) -> None:
+    """Losses and gradient norms of the next steps: weights, Adam's moments and its step count are all there."""
+    model, run_dir = saved
+    log = ranks(count, str(model), str(run_dir), "load", str(tp), str(pp), str(vpp))
+    assert "is damaged" in log and "does not match its digest" in log
+    loaded = json.loads((run_dir / f"loaded-{tp}-{pp}-{vpp}.json").read_text())
+    assert loaded["version"] == 2
+    expected = json.loads((run_dir / "losses.json").read_text())["losses"]
+    exact = (tp, pp, vpp, count) == (2, 1, 1, 2)
+    assert loaded["losses"] == (expected if exact else pytest.approx(expected, rel=2e-3, abs=2e-4))
+
+
+def test_what_an_interleaved_pipeline_saved_goes_on_without_one(tmp_path: Path) -> None:
+    """Policy and critic."""
+    model, run_dir = make_model(tmp_path / "model", layers=4), tmp_path / "run"
+    run_dir.mkdir()
+    ranks(2, str(model), str(run_dir), "save", "1", "2", "2", "gae")
+    (run_dir / checkpoints.FOLDER / "v000004").rename(run_dir / checkpoints.FOLDER / "gone")
+    ranks(1, str(model), str(run_dir), "load", "1", "1", "1", "gae")
+    loaded = json.loads((run_dir / "loaded-1-1-1.json").read_text())
+    assert loaded["version"] == 2
+    expected = json.loads((run_dir / "losses.json").read_text())["losses"]
+    assert loaded["losses"] == pytest.approx(expected, rel=2e-3, abs=2e-4)

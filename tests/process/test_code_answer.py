@@ -1,0 +1,296 @@
+"""Programs judged by their tests: what counts as the same output, how rows are read, and the reward worker around it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from test_reward_process import descendants, scored_by, wait_until_gone, with_process
+from test_sandbox import PYTHON, pytestmark  # noqa: F401 (the same needs)
+from tiny import make_model
+
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
+from megatron_async_rl.data.code_tests import read_tests
+from megatron_async_rl.data.dataset import read_prompts
+from megatron_async_rl.data.tokenizer import Tokenizer
+from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.launcher.preflight import config_checks
+from megatron_async_rl.protocol.messages import Score, Scored
+from megatron_async_rl.protocol.transport import Hub, Peer
+from megatron_async_rl.reward.code_answer import program_in, same_data, same_text
+from megatron_async_rl.reward.worker import RewardWorker
+
+SANDBOX = {"python": PYTHON, "isolation": "landlock", "test_timeout_s": 2.0}
+STDIO = {"tests": [{"input": "3 4\n", "output": "7\n"}, {"input": "1 1\n", "output": "2\n"}]}
+FUNCTION = {
+    "function": "add",
+    "tests": [{"input": [3, 4], "output": 7}, {"input": ["a", "b"], "output": "ab"}],
+}
+
+
+def fenced(program: str) -> str:
+    return f"```python\n{program}\n```"
+
+
+# ---- what is compared
+
+
+@pytest.mark.parametrize(
+    ("response", "program"),
+    [
+        ("no program", None),
+        ("```\na\n```", "a\n"),
+        ("```python\na\n```\nand\n```python\nb\n```", "b\n"),
+        ("```python\na\n```\nprints\n```\n7\n```", "a\n"),
+        ("```Python3\na\n```", "a\n"),
+        ("```cpp\na\n```\n```cpp\nb\n```", "b\n"),
+        ("```python\nnever closed", "never closed"),
+        ("~~~", None),
+        ("", None),
+    ],
+)
+def test_the_last_python_block_is_the_program(response: str, program: str | None) -> None:
+    assert program_in(response) == program
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "same"),
+    [
+        ("7\n", "7", True),
+        ("7  \n\n\n", "7\n", True),
+        (" 1   2 \n3", "1 2\n3\n", True),
+        ("1 2 3", "1 2\n3", False),
+        ("", "7", False),
+        ("", "", True),
+        ("7\n7", "7", False),
+        ("07", "7", False),
+        ("7.0", "7", True),
+        ("0.3333333", "0.33333333333", True),
+        ("0.334", "0.333", False),
+        ("1e3", "1000.0", True),
+        ("12345678901234567890", "12345678901234567891", False),
+        ("nan", "nan", True),
+        ("nan", "1.0", False),
+        ("inf", "1e999", False),
+        ("YES", "yes", False),
+        ("9" * 500_000 + ".0", "9" * 500_000, False),
+    ],
+)
+def test_outputs_are_compared_word_by_word(output: str, expected: str, same: bool) -> None:
+    assert same_text(output, expected) is same
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected", "same"),
+    [
+        (7, 7, True),
+        (7.0, 7, True),
+        (7, 7.0, True),
+        (True, 1, False),
+        (1, True, False),
+        (None, None, True),
+        (0, None, False),
+        ("7", 7, False),
+        ([1, [2]], [1, [2]], True),
+        ([1], [1, 1], False),
+        (0.1 + 0.2, 0.3, True),
+        (float("nan"), 1.0, False),
+        (10**4000, 1.0, False),
+        ({"dict": [["a", 1]]}, {"a": 1}, True),
+        ({"dict": [[1, 2]]}, {"1": 2}, True),
+        ({"dict": [["a", 1]]}, {"a": 1, "b": 2}, False),
+        ({"set": [1, 2]}, [1, 2], False),
+        ([], {}, False),
+        ({"dict": []}, {}, True),
+    ],
+)
+def test_results_are_compared_as_data(returned: Any, expected: Any, same: bool) -> None:
+    assert same_data(returned, expected) is same
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({}, "no `tests`"),
+        ({"tests": []}, "no `tests`"),
+        ({"tests": ["assert add(1, 2) == 3"]}, "test 1 is no object"),
+        ({"tests": [{"input": "1"}]}, "test 1 is no object with `input` and `output`"),
+        ({"tests": [{"input": "1", "output": 2}]}, "test 1: `input` and `output` must be texts"),
+        (
+            {"function": "f", "tests": [{"input": "1", "output": 2}]},
+            "test 1: `input` must be the list of arguments",
+        ),
+        ({"function": "f(x)", "tests": [{"input": [1], "output": 2}]}, "`function` is 'f"),
+    ],
+)
+def test_a_row_without_proper_tests_is_refused(
+    row: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=re.escape(words)):
+        read_tests(row)
+    config = code_config(tmp_path, STDIO, FUNCTION, row)
+    with pytest.raises(DataError, match=f"row 3: {re.escape(words)}"):
+        read_prompts(config.data.train, "data.train", config, Tokenizer(config.model.path))
+    [check] = [check for check, _ in config_checks(config) if check.name == "dataset train"]
+    assert not check.ok and f"row 3: {words}" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("python", "ok", "words"), [(PYTHON, True, "Landlock, seccomp"), ("/no/python", False, "3.9")]
+)
+def test_the_sandbox_is_tried_before_a_run(
+    python: str, ok: bool, words: str, tmp_path: Path
+) -> None:
+    config = code_config(tmp_path, STDIO, FUNCTION, python=python)
+    assert [
+        p.row["tests"]
+        for p in read_prompts(config.data.train, "data.train", config, Tokenizer(config.model.path))
+    ] == [
+        STDIO["tests"],
+        FUNCTION["tests"],
+    ]
+    [check] = [check for check, _ in config_checks(config) if check.name == "sandbox"]
+    assert check.ok is ok and words in f"{check.detail} {check.remedy}"
+
+
+def code_config(folder: Path, *rows: dict[str, Any], python: str = PYTHON) -> Config:
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "1+", **row}) + "\n" for row in rows))
+    return configuration.from_tree(
+        {
+            "run": {"dir": str(folder / "run"), "steps": 1},
+            "model": {"path": str(make_model(folder / "model")), "context_tokens": 64},
+            "data": {"train": str(data)},
+            "rollout": {"max_new_tokens": 8},
+            "algorithm": {"prompts_per_step": 1, "samples_per_prompt": 2},
+            "reward": {"function": "code"},
+            "sandbox": SANDBOX | {"python": python},
+        }
+    )
+
+
+# ---- the reward worker
+
+
+def score(response: str, row: dict[str, Any]) -> Score:
+    return Score(epoch=1, group_id=2, attempt=3, index=4, response=response, row=row)
+
+
+def with_worker(
+    test: Callable[[RewardWorker], Awaitable[None]], children: int = 1, **sandbox: Any
+) -> None:
+    async def body() -> None:
+        reward = RewardConfig(function="code", processes_per_worker=children, timeout_s=3.0)
+        worker = RewardWorker(reward, SandboxConfig(**(SANDBOX | sandbox)))
+        try:
+            await worker.start()
+            await test(worker)
+        finally:
+            worker.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 60))
+
+
+def test_programs_and_functions_get_their_verdicts() -> None:
+    adds = fenced("a, b = map(int, input().split())\nprint(a + b)")
+    sums = fenced("def add(a, b): return a + b")
+    cases = [
+        (adds, STDIO, 1.0, ""),
+        (sums, FUNCTION, 1.0, ""),
+        (fenced("class Solution:\n    def add(self, a, b): return a + b"), FUNCTION, 1.0, ""),
+        (fenced("print(7)"), STDIO, 0.0, "test 2: another output"),
+        (fenced("def add(a, b): return 7"), FUNCTION, 0.0, "test 2: another result"),
+        (fenced("def plus(a, b): return a + b"), FUNCTION, 0.0, "raised an exception"),
+        (fenced("while 1: pass"), STDIO, 0.0, "test 1: took too long"),
+        ("I do not know.", STDIO, 0.0, "no fenced program in the answer"),
+        (adds, {"tests": []}, None, "no `tests`"),
+    ]
+
+    async def test(worker: RewardWorker) -> None:
+        scored: list[Scored] = await asyncio.gather(
+            *(worker.score(score(text, row)) for text, row, *_ in cases)
+        )
+        assert [one.reward for one in scored] == [reward for *_, reward, _ in cases]
+        for one, (*_, words) in zip(scored, cases, strict=True):
+            assert words in one.error and (words or not one.error)
+            assert (one.epoch, one.group_id, one.attempt, one.index) == (1, 2, 3, 4)
+        assert worker.score_at_once(score(adds, STDIO)) is None
+
+    with_worker(test, children=2)
+
+
+def test_many_slow_tests_end_at_the_verdicts_own_deadline() -> None:
+    row = {"tests": [{"input": "", "output": "1\n"}] * 20}
+
+    async def test(worker: RewardWorker) -> None:
+        scored = await worker.score(score(fenced("import time\ntime.sleep(0.5)\nprint(1)"), row))
+        assert scored.reward == 0.0 and "took too long" in scored.error
+        assert 2.5 < scored.seconds < 6
+
+    with_worker(test)
+
+
+def test_a_sandbox_that_is_lost_is_no_verdict() -> None:
+    async def test(worker: RewardWorker) -> None:
+        slow = asyncio.create_task(
+            worker.score(score(fenced("import time\ntime.sleep(0.9)\nprint(7)"), STDIO))
+        )
+        await asyncio.sleep(0.4)
+        for child in psutil.Process().children(recursive=True):
+            if "zygote.py" in " ".join(child.cmdline()):
+                child.kill()
+        lost = await slow
+        assert lost.reward is None and "the sandbox" in lost.error
+        right = await worker.score(
+            score(fenced("a, b = map(int, input().split())\nprint(a + b)"), STDIO)
+        )
+        assert right.reward == 1.0
+
+    with_worker(test)
+
+
+def test_a_host_without_the_interpreter_is_refused_at_start_up() -> None:
+    async def never(worker: RewardWorker) -> None:
+        pytest.fail("started")
+
+    with pytest.raises(
+        ConfigError,
+        match=r"sandbox\.python = /no/python, sandbox\.isolation = landlock: .*No such file",
+    ):
+        with_worker(never, python="/no/python")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_program_that_runs_ends_with_the_reward_process(
+    tmp_path: Path, signum: signal.Signals
+) -> None:
+    async def test(hub: Hub, peer: Peer, process: subprocess.Popen[bytes]) -> None:
+        [right] = (
+            await scored_by(
+                hub, peer, [score(fenced("print(sum(map(int, input().split())))"), STDIO)]
+            )
+        ).values()
+        assert right.reward == 1.0
+        await hub.send(peer, score(fenced("while 1: pass"), STDIO))
+        await asyncio.sleep(0.5)
+        left = descendants(process.pid)
+        assert sum("zygote.py" in " ".join(psutil.Process(pid).cmdline()) for pid in left) >= 2
+        process.send_signal(signum)
+        await asyncio.to_thread(process.wait, 10)
+        wait_until_gone(left)
+
+    sandbox = SANDBOX | {"test_timeout_s": 60.0}
+    with_process(tmp_path, test, sandbox=sandbox, function="code", timeout_s=60.0)

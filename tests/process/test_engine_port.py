@@ -1,0 +1,69 @@
+"""A server whose port somebody takes before it can: another try, at once."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from tiny import CPU_ENGINE, make_model
+
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.engine_env import engine_python
+from megatron_async_rl.errors import EngineError
+from megatron_async_rl.rollout import engine_process as module
+from megatron_async_rl.rollout.engine_process import Server
+
+pytestmark = pytest.mark.skipif(
+    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
+)
+
+
+def make_server(folder: Path, **sglang: object) -> Server:
+    (folder / "run" / "logs").mkdir(parents=True)
+    (folder / "run" / "keys").mkdir()
+    tree = {
+        "run": {"dir": str(folder / "run"), "steps": 1},
+        "model": {"path": str(make_model(folder / "model")), "context_tokens": 64},
+        "data": {"train": "none"},
+        "rollout": {"max_new_tokens": 8, "start_timeout_s": 200},
+        "algorithm": {"prompts_per_step": 1, "samples_per_prompt": 2},
+        "sglang": CPU_ENGINE | sglang,
+    }
+    return Server(configuration.from_tree(tree), folder / "run", "rollout-0")
+
+
+def test_a_port_that_was_taken_meanwhile_is_no_reason_to_give_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = make_server(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        free = module.free_port
+        ports = iter([taken.getsockname()[1]])
+        monkeypatch.setattr(module, "free_port", lambda: next(ports, None) or free())
+
+        async def body() -> None:
+            try:
+                await server.start()
+                assert await server.client.healthy()
+            finally:
+                await server.stop()
+
+        started = time.monotonic()
+        asyncio.run(body())
+    assert next(ports, None) is None
+    assert (
+        "address already in use"
+        in (tmp_path / "run" / "logs" / "rollout-0.sglang.log").read_text().lower()
+    )
+    assert time.monotonic() - started < 150  # two starts, not start_timeout_s
+
+
+def test_a_port_of_the_configuration_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = make_server(tmp_path, port=port)
+        with pytest.raises(EngineError, match=f"lost its port {port}|exit code"):
+            asyncio.run(server.start())

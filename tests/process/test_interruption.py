@@ -1,0 +1,304 @@
+"""What a weight update leaves in a real SGLang server, for the ways in which requests can stay inside it.
+
+One server, two random models: requests with shared prompts are under way when the weights of the other model arrive.
+Every token's logprob is held against transformers under the very weights that the token is labelled with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_model
+from transformers import AutoModelForCausalLM
+from update_parts import NEW_TOKENS, Sent, make_config
+
+from megatron_async_rl.engine_env import engine_python
+from megatron_async_rl.protocol.messages import (
+    Bucket,
+    JoinGroup,
+    ReceiveBuckets,
+    StageBuckets,
+    TensorSpec,
+    Updated,
+    UpdateWeights,
+    WeightDigests,
+)
+from megatron_async_rl.rollout.engine_client import EngineClient, Part, Sampling
+from megatron_async_rl.rollout.engine_process import Server
+from megatron_async_rl.rollout.gate import Gate
+from megatron_async_rl.rollout.interruption import Pause
+from megatron_async_rl.rollout.weight_update import WeightUpdates
+from megatron_async_rl.weights.digest import EngineDigests
+from megatron_async_rl.weights.folder import ModelFolder
+from megatron_async_rl.weights.update_group import UpdateGroup
+
+pytestmark = pytest.mark.skipif(
+    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
+)
+formations = itertools.count(1)
+
+
+@dataclass
+class Trainer:
+    """Sends a folder's tensors the way the weight source does, in buckets of four tensors."""
+
+    updates: WeightUpdates
+    sent: Sent
+    group: UpdateGroup | None = None
+
+    async def publish(self, version: int, folder: Path, corrupt: bool = False) -> Updated:
+        tensors = load_file(folder / "model.safetensors")
+        names = sorted(tensors)
+        buckets = [
+            Bucket(
+                [
+                    TensorSpec(name, "float32", list(tensors[name].shape))
+                    for name in names[start : start + 4]
+                ]
+            )
+            for start in range(0, len(names), 4)
+        ]
+        digests = EngineDigests(ModelFolder(folder).shape(), 1)
+        for name in names:
+            digests.add(name, tensors[name])
+        expected = digests.result()
+        if corrupt:
+            tensors["model.norm.weight"].view(torch.int32)[3] ^= 1
+        await self.updates.step(UpdateWeights(version))
+        group = self.group or await self.join()
+        receive = asyncio.create_task(
+            self.updates.step(
+                ReceiveBuckets(version, [StageBuckets(group.name, buckets)], verify=True)
+            )
+        )
+        await asyncio.to_thread(self.send, group, buckets, tensors)
+        self.updates.hear(WeightDigests(version, expected))
+        await receive
+        answer = self.sent.messages[-1]
+        assert isinstance(answer, Updated)
+        return answer
+
+    async def join(self) -> UpdateGroup:
+        name = f"weights-{next(formations)}-stage0"
+        self.group = group = UpdateGroup(name, 2, "gloo", "127.0.0.1", 60.0)
+        order = JoinGroup(name, group.address, group.port, 1, 2, "gloo")
+        await asyncio.gather(self.updates.step(order), asyncio.to_thread(group.join))
+        return group
+
+    @staticmethod
+    def send(group: UpdateGroup, buckets: list[Bucket], tensors: dict[str, torch.Tensor]) -> None:
+        for bucket in buckets:
+            parts = [
+                tensors[spec.name].contiguous().view(torch.uint8).flatten()
+                for spec in bucket.tensors
+            ]
+            group.broadcast(torch.cat(parts))
+            group.wait()
+
+
+@dataclass
+class Rollout:
+    """A gate, an engine behind it, and who brings it weights."""
+
+    gate: Gate
+    client: EngineClient
+    updates: WeightUpdates
+    trainer: Trainer
+
+    async def generate(self, prompt: list[int], num_new: int = NEW_TOKENS) -> Part:
+        await self.gate.wait_open()
+        async with self.gate.request():
+            key = self.updates.interruption.cache_key()
+            return await self.client.generate(prompt, Sampling(num_new, 1.0, []), key)
+
+    async def start(self, prompts: list[list[int]]) -> list[asyncio.Task[Part]]:
+        """One request per prompt; returns when they have a dozen tokens each."""
+        requests = [asyncio.create_task(self.generate(prompt)) for prompt in prompts]
+        await self.generate(prompts[0], 12)  # in one batch with them
+        return requests
+
+    async def interrupted_by(
+        self, version: int, folder: Path, prompts: list[list[int]]
+    ) -> list[Part]:
+        """One request per prompt, whose prompts are in the prefix cache, in the middle of which the update comes."""
+        await asyncio.gather(*(self.generate(prompt, 2) for prompt in prompts))
+        requests = await self.start(prompts)
+        updated = await self.trainer.publish(version, folder)
+        assert not updated.error and updated.num_interrupted >= len(prompts) // 2
+        return list(await asyncio.gather(*requests))
+
+
+@dataclass
+class Models:
+    folders: list[Path]  # two
+
+    def __post_init__(self) -> None:
+        self.models = [
+            AutoModelForCausalLM.from_pretrained(f, dtype="float32").eval() for f in self.folders
+        ]
+
+    def fresh(self, which: int, prompt: list[int], ids: list[int]) -> np.ndarray:
+        """[num_ids]: logprobs of `ids` after `prompt`, by one prefill of the whole."""
+        return self.mixed(which, which, 1, prompt, ids)
+
+    def mixed(
+        self, before: int, after: int, num_before: int, prompt: list[int], ids: list[int]
+    ) -> np.ndarray:
+        """[num_ids]: the same on one KV cache: model `before` samples the first `num_before` (at least 1), `after` goes on."""
+        tokens = torch.tensor([prompt + ids])
+        cut = len(prompt) + num_before - 1  # the last token that `before` sampled is fed to `after`
+        with torch.no_grad():
+            first = self.models[before](input_ids=tokens[:, :cut], use_cache=True)
+            second = self.models[after](
+                input_ids=tokens[:, cut:], past_key_values=first.past_key_values
+            )
+        logits = torch.cat([first.logits[0], second.logits[0]])[len(prompt) - 1 : -1]
+        return torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids)[:, None])[:, 0].numpy()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folders = [make_model(tmp_path_factory.mktemp("models") / str(seed), seed) for seed in (0, 1)]
+    for folder in folders:  # the end is seldom sampled, so that requests are long
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"][0] = 0.0
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return Models(folders)
+
+
+@pytest.fixture(scope="module")
+def server(
+    models: Models, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[asyncio.Runner, Server]]:
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "logs").mkdir()
+    (folder / "keys").mkdir(mode=0o700)
+    server = Server(make_config(models.folders[0], folder), folder, "rollout-0")
+    with asyncio.Runner() as runner:
+        runner.run(server.start())
+        yield runner, server
+        runner.run(server.stop())
+
+
+@contextmanager
+def rollout(server: Server, models: Models, run_dir: Path, **weights: str) -> Iterator[Rollout]:
+    settings, sent, gate = make_config(models.folders[0], run_dir, **weights), Sent(), Gate()
+    updates = WeightUpdates(settings, sent, server.client, gate)  # type: ignore[arg-type]
+    trainer = Trainer(updates, sent)
+    yield Rollout(gate, server.client, updates, trainer)
+    if trainer.group:
+        trainer.group.close()
+
+
+def prompts(num: int) -> list[list[int]]:
+    """Pairs of one prompt each, all of them with a common beginning."""
+    rng = np.random.default_rng(5)
+    common = rng.integers(3, 34, 24).tolist()
+    return [common + rng.integers(3, 34, 16).tolist() for _ in range(num // 2) for _ in range(2)][
+        :num
+    ]
+
+
+def segments(part: Part) -> list[tuple[int, list[int], np.ndarray]]:
+    return [
+        (segment.version, segment.ids, np.asarray(segment.logprobs)) for segment in part.segments
+    ]
+
+
+def test_retracted_requests_and_new_ones_see_nothing_of_the_old_weights(
+    server: tuple[asyncio.Runner, Server], models: Models, tmp_path: Path
+) -> None:
+    asked = prompts(10)
+
+    async def scenario(rollout: Rollout) -> None:
+        assert not (await rollout.trainer.publish(10, models.folders[0])).error
+        parts = await rollout.interrupted_by(11, models.folders[1], asked)
+        later = list(await asyncio.gather(*map(rollout.generate, asked)))
+        assert {version for part in later for version, _, _ in segments(part)} == {11}
+        spanning = [part for part in parts if [s.version for s in part.segments] == [10, 11]]
+        assert len(spanning) >= 4
+        differs = 0.0
+        for prompt, part in zip(asked + asked, parts + later, strict=True):
+            ids = [token for segment in part.segments for token in segment.ids]
+            done = 0
+            for version, these, said in segments(part):
+                expected = models.fresh(version - 10, prompt, ids)[done : done + len(these)]
+                np.testing.assert_allclose(said, expected, atol=1e-3)
+                if done and len(these) > 8:  # what a KV cache of the old weights would have given
+                    stale = models.mixed(0, 1, done, prompt, ids)[done:]
+                    differs = max(differs, float(np.abs(said - stale).max()))
+                done += len(these)
+        assert differs > 0.1
+
+    runner, engine = server
+    with rollout(engine, models, tmp_path, interrupt="retract") as it:
+        assert isinstance(it.updates.interruption, Pause)
+        runner.run(scenario(it))
+
+
+def test_kept_kv_goes_on_labelled_and_no_new_request_meets_it(
+    server: tuple[asyncio.Runner, Server], models: Models, tmp_path: Path
+) -> None:
+    asked = prompts(10)
+
+    async def scenario(rollout: Rollout) -> None:
+        assert not (await rollout.trainer.publish(20, models.folders[0])).error
+        parts = await rollout.interrupted_by(21, models.folders[1], asked)
+        spanning = [
+            (p, part) for p, part in zip(asked, parts, strict=True) if len(part.segments) == 2
+        ]
+        assert len(spanning) >= 4
+        for (
+            prompt,
+            part,
+        ) in spanning:  # token for token: the label changes exactly where the weights did
+            assert [segment.version for segment in part.segments] == [20, 21]
+            ids = [token for segment in part.segments for token in segment.ids]
+            said = np.concatenate([logprobs for _, _, logprobs in segments(part)])
+            expected = models.mixed(0, 1, len(part.segments[0].ids), prompt, ids)
+            np.testing.assert_allclose(said, expected, atol=1e-3)
+        first = await rollout.generate(asked[0], 8)
+        again = await rollout.generate(asked[0], 8)
+        assert (
+            first.num_cached == 0 and again.num_cached > 30
+        )  # the old prefix is there, and is not found
+        later = list(await asyncio.gather(*map(rollout.generate, asked)))
+        for prompt, part in zip([asked[0]] * 2 + asked, [first, again, *later], strict=True):
+            [(version, ids, said)] = segments(part)
+            assert version == 21
+            np.testing.assert_allclose(said, models.fresh(1, prompt, ids), atol=1e-3)
+
+    runner, engine = server
+    with rollout(engine, models, tmp_path, kv_cache="keep") as it:
+        runner.run(scenario(it))
+
+
+@pytest.mark.parametrize("weights", [{"interrupt": "retract"}, {"kv_cache": "keep"}], ids=str)
+def test_requests_stay_frozen_behind_weights_that_are_wrong_and_go_on_after_the_next_update(
+    server: tuple[asyncio.Runner, Server], models: Models, tmp_path: Path, weights: dict[str, str]
+) -> None:
+    asked = prompts(4)
+
+    async def scenario(rollout: Rollout) -> None:
+        assert not (await rollout.trainer.publish(30, models.folders[0])).error
+        requests = await rollout.start(asked)
+        updated = await rollout.trainer.publish(31, models.folders[1], corrupt=True)
+        assert "model.norm.weight" in updated.error and not rollout.gate.is_open
+        under_way = [request for request in requests if not request.done()]
+        assert under_way and not (await asyncio.wait(under_way, timeout=1.0))[0]
+        assert not (await rollout.trainer.publish(32, models.folders[1])).error
+        for part in await asyncio.gather(*under_way):
+            assert 31 not in {segment.version for segment in part.segments}
+
+    runner, engine = server
+    with rollout(engine, models, tmp_path, **weights) as it:
+        runner.run(scenario(it))

@@ -1,0 +1,432 @@
+"""Layout invariance, equality with transformers, and export, on tiny models over four CPU processes (layouts_main.py)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from layouts_main import TEMPERATURE, VOCAB, global_batch
+from paths import ROOT, SUPPORT
+
+from megatron_async_rl.config.algorithm import AlgorithmConfig
+from megatron_async_rl.storage import batches
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,  # odd: padded under TP
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "dtype": "float32",
+}
+LAYOUTS = {  # layout: the one it must equal
+    "tp1 small microbatches": "tp1",
+    "tp1 one microbatch": "tp1",
+    "tp1 uneven shares": "tp1",
+    "tp1 equal flops": "tp1",
+    "tp2": "tp1",
+    "tp2 sp": "tp1",
+    "pp2": "tp1",
+    "tp2 pp2": "tp1",
+    "tp2 pp2 sp small microbatches": "tp1",
+    "cp2": "tp1",
+    "tp2 cp2 sp": "tp1",
+    "gspo cp2": "gspo",
+    "gspo tp2 cp2 sp": "gspo",
+    "gspo pp2 cp2": "gspo",
+    "sequence mask cp2": "sequence mask",
+    "kl in reward cp2": "kl in reward",
+    "kl in reward tp2 cp2 sp": "kl in reward",
+    "m2po cp2": "m2po",
+    "pp2 recompute": "tp1",
+    "tied tp2 pp2": "tied",
+    "gspo tp2 pp2 sp": "gspo",
+    "m2po tp2 pp2 sp": "m2po",
+    "pp2 vpp2": "tp1",
+    "pp2 vpp2 small microbatches": "tp1",
+    "tied tp2 pp2 vpp2 sp": "tied",
+}
+GAE_LAYOUTS = ["gae tp2 pp2 sp", "gae pp2 vpp2", "gae cp2", "gae tp2 cp2 sp"]
+
+
+def make_models(folder: Path) -> None:
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    models = {
+        "qwen3": Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=False)),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+        "llama": LlamaForCausalLM(
+            LlamaConfig(**SIZES, tie_word_embeddings=False, rope_parameters=llama3)
+        ),
+    }
+    g = torch.Generator().manual_seed(0)
+    for name, model in models.items():
+        with (
+            torch.no_grad()
+        ):  # norms and biases too: initialised to ones and zeros they would hide a wrong mapping
+            for key, p in model.named_parameters():
+                p.copy_(torch.randn(p.shape, generator=g) * 0.08 + (1.0 if "norm" in key else 0.0))
+        model.save_pretrained(folder / name)
+        (folder / name / "tokenizer.json").write_text("{}")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs layouts_main.py once; the folder it wrote to. The models are in models/."""
+    out = tmp_path_factory.mktemp("layouts")
+    make_models(out / "models")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+    ]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ranks = subprocess.Popen(
+        [*command, str(SUPPORT / "layouts_main.py"), str(out / "models"), str(out)],
+        env=os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        said, _ = ranks.communicate(timeout=480)
+    finally:
+        ranks.terminate()  # torchrun ends its workers on SIGTERM; they would outlive a SIGKILL
+        ranks.wait(30)
+    assert ranks.returncode == 0, said[-12000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(ran: Path) -> dict[str, Any]:
+    return json.loads((ran / "results.json").read_text())
+
+
+def load(path: Path) -> Any:
+    return torch.load(path, weights_only=True)
+
+
+def worst(
+    got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], scale: dict[str, torch.Tensor]
+) -> tuple[float, str]:
+    assert set(got) == set(want)
+    return max(
+        ((got[n] - want[n]).abs().max().item() / scale[n].abs().max().item(), n) for n in want
+    )
+
+
+def hf_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_loss_and_gradient_are_those_of_transformers_and_the_formula(
+    ran: Path, results: dict[str, Any]
+) -> None:
+    """An independent computation: one sample at a time, log_softmax over the full vocabulary, the formula as it stands."""
+    model = hf_model(ran / "models" / "qwen3")
+    algorithm = AlgorithmConfig(prompts_per_step=1, samples_per_prompt=2)
+    total, count = torch.zeros(()), 0
+    for sample in global_batch():
+        ids = torch.from_numpy(sample.ids).long()
+        full = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1] / TEMPERATURE, -1)
+        logp = full.gather(1, ids[1:, None])[:, 0]
+        m = torch.from_numpy(sample.versions[1:] != -1)
+        w = (logp.detach() - torch.from_numpy(sample.logprobs[1:])).exp()
+        w = torch.where(w > 2.0, 0.0, w)
+        u = (logp - logp.detach()).exp()
+        a = torch.from_numpy(sample.advantages[1:])
+        loss = w * torch.maximum(
+            -a * u, -a * u.clamp(1 - algorithm.loss.clip_eps, 1 + algorithm.loss.clip_eps)
+        )
+        total = total + (loss - 0.01 * -(full.exp() * full).sum(-1))[m].sum()
+        count += int(m.sum())
+    (total / count).backward()
+    totals = results["totals"]["tp1"]
+    assert totals["tokens"] == count
+    assert totals["loss"] == pytest.approx(total.item(), rel=1e-5)
+    want = {n: p.grad for n, p in model.named_parameters()}
+    difference, name = worst(load(ran / "gradient tp1.pt"), want, want)
+    assert difference < 1e-4, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_gradient_do_not_depend_on_layout_or_cut(
+    ran: Path, results: dict[str, Any], layout: str
+) -> None:
+    want = results["totals"][LAYOUTS[layout]]
+    for name, value in results["totals"][layout].items():
+        if name not in ("budget", "least_budget", "microbatches", "cost_max"):
+            assert value == pytest.approx(want[name], rel=1e-4, abs=1e-4), name
+    gradient = load(ran / f"gradient {LAYOUTS[layout]}.pt")
+    difference, name = worst(load(ran / f"gradient {layout}.pt"), gradient, gradient)
+    assert difference < 1e-4, name
+
+
+@pytest.mark.parametrize("layout", GAE_LAYOUTS)
+def test_gradients_of_policy_and_critic_do_not_depend_on_layout_or_cut(
+    ran: Path, results: dict[str, Any], layout: str
+) -> None:
+    """With a value head that is not zeros."""
+    for name, want in results["totals"]["gae"].items():
+        if name not in ("budget", "least_budget", "microbatches", "cost_max"):
+            assert results["totals"][layout][name] == pytest.approx(want, rel=1e-4, abs=1e-4), name
+    assert results["totals"]["gae"]["critic value"] != 0
+    for who in ("gradient", "critic gradient"):
+        want = load(ran / f"{who} gae.pt")
+        difference, name = worst(load(ran / f"{who} {layout}.pt"), want, want)
+        assert difference < 1e-4, (who, name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_after_a_step_do_not_depend_on_layout_or_cut(
+    ran: Path, results: dict[str, Any], layout: str
+) -> None:
+    want = load(ran / f"weights {LAYOUTS[layout]}.pt")
+    before = hf_model(ran / "models" / ("qwen2" if "tied" in layout else "qwen3")).state_dict()
+    moved = {n: want[n] - before[n] for n in want}
+    assert min(m.abs().max().item() for m in moved.values()) > 0
+    difference, name = worst(load(ran / f"weights {layout}.pt"), want, moved)
+    assert difference < 1e-4, name
+    for key in (
+        "train/loss",
+        "train/grad_norm",
+        "train/entropy",
+        "train/tokens",
+        "train/logprob_diff_mean",
+        "train/lr",
+    ):
+        assert results["metrics"][layout][key] == pytest.approx(
+            results["metrics"][LAYOUTS[layout]][key], rel=1e-4
+        ), key
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_logits_are_those_of_transformers(ran: Path, family: str) -> None:
+    model, got, start = hf_model(ran / "models" / family), load(ran / f"logits {family}.pt"), 0
+    for sample in global_batch():
+        with torch.no_grad():
+            want = model(input_ids=torch.from_numpy(sample.ids).long()[None]).logits[0]
+        torch.testing.assert_close(got[start : start + len(want)], want, rtol=1e-4, atol=1e-4)
+        start += len(want)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_what_is_loaded_is_exported_bit_for_bit(ran: Path, family: str) -> None:
+    source, export = hf_model(ran / "models" / family), hf_model(ran / f"export {family}")
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(export.state_dict()[name], tensor), name
+    files = {f.name for f in (ran / f"export {family}").iterdir()}
+    assert {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+    } <= files
+    assert not [f for f in ran.iterdir() if f.name.startswith(".export")]
+
+
+def test_the_trained_policy_is_what_transformers_loads(ran: Path) -> None:
+    trained, weights = (
+        hf_model(ran / "export trained").state_dict(),
+        load(ran / "weights trained.pt"),
+    )
+    assert all(torch.equal(trained[name], tensor) for name, tensor in weights.items())
+
+
+def test_with_one_minibatch_the_proximal_pass_would_change_nothing(results: dict[str, Any]) -> None:
+    implicit = results["implicit proximal"]
+    assert results["explicit proximal"] == pytest.approx(implicit, rel=1e-6, abs=1e-6)
+
+
+def test_the_second_minibatch_is_off_the_proximal_policy(results: dict[str, Any]) -> None:
+    first, second = results["two minibatches"]
+    for metrics in (first, second):
+        assert metrics["train/importance_weight_max"] > 1.0
+        assert metrics["train/approx_kl"] != 0
+        assert metrics["train/tokens"] == results["metrics"]["tp1"]["train/tokens"]
+    assert first["perf/time/proximal_s"] > 0
+
+
+def test_the_first_minibatch_needs_no_proximal_pass(results: dict[str, Any]) -> None:
+    """Its own forward pass is under the same weights: the steps are the same."""
+    whole, without_first = results["proximal recompute"], results["proximal reuse_first_minibatch"]
+    for name, value in whole.items():
+        if not name.startswith("perf/"):
+            assert without_first[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_loglinear_makes_no_pass_and_other_weights(results: dict[str, Any]) -> None:
+    loglinear, whole = results["proximal loglinear"], results["proximal recompute"]
+    assert loglinear["perf/time/proximal_s"] < 0.2 * whole["perf/time/proximal_s"]
+    assert loglinear["train/behavior_weight_mean"] != pytest.approx(
+        whole["train/behavior_weight_mean"], rel=1e-3
+    )
+
+
+def test_the_kl_to_the_starting_policy_is_0_at_first_and_not_after(results: dict[str, Any]) -> None:
+    first, second, third = (metrics["train/reference_kl"] for metrics in results["kl"])
+    assert abs(first) < 1e-6 and second > 1e-4 and third > 1e-4
+
+
+def test_the_kl_in_the_reward_is_taken_where_the_loss_is(results: dict[str, Any]) -> None:
+    assert all(
+        changed == last for changed, last in results["kl in reward changes advantages, last stage"]
+    )
+
+
+def test_m2po_masks_some_tokens_by_the_whole_batch(results: dict[str, Any]) -> None:
+    layouts = ("m2po", "m2po tp2 pp2 sp", "m2po cp2")
+    fractions = [results["metrics"][name]["train/masked_by_cap_fraction"] for name in layouts]
+    assert 0 < fractions[0] < 0.5 and len(set(fractions)) == 1
+
+
+def test_whole_samples_are_masked_where_context_parallelism_cuts_them(
+    results: dict[str, Any],
+) -> None:
+    layouts = ("sequence mask", "sequence mask cp2")
+    fractions = [results["metrics"][name]["train/masked_by_cap_fraction"] for name in layouts]
+    assert 0 < fractions[0] < 1 and fractions[0] == fractions[1]
+
+
+def test_a_minibatch_with_too_large_a_ratio_makes_no_step(results: dict[str, Any]) -> None:
+    assert results["stopped"]["train/stopped_minibatches"] == 1
+    assert results["stopped, weights same"]
+
+
+def test_a_non_finite_step_is_refused_by_all_ranks_before_it_writes(
+    results: dict[str, Any],
+) -> None:
+    assert "training step 5" in results["refused"] and "nan" in results["refused"]
+    assert results["refused everywhere, weights same"] == [[True, True]] * 4
+
+
+def test_a_refused_batch_is_kept(ran: Path) -> None:
+    version, samples = batches.load(ran / "run" / "refused" / "v5-replica0.npz")
+    assert version == 5 and len(samples) == len(global_batch())
+    assert np.isnan(samples[0].advantages).all() and np.array_equal(
+        samples[1].ids, global_batch()[1].ids
+    )
+
+
+def test_bf16_trains(results: dict[str, Any]) -> None:
+    assert results["bf16 dtypes"] == ["torch.bfloat16"]
+    assert math.isfinite(results["bf16"]["train/loss"])
+    assert results["bf16"]["train/loss"] == pytest.approx(
+        results["metrics"]["tp1"]["train/loss"], abs=0.05
+    )
+
+
+@pytest.mark.parametrize("layout", GAE_LAYOUTS)
+def test_policy_and_critic_do_not_depend_on_layout_or_cut(
+    ran: Path, results: dict[str, Any], layout: str
+) -> None:
+    """After three steps in which the critic's values make the advantages."""
+    last, want = results[layout][-1], results["gae"][-1]
+    for name, value in want.items():
+        if name.startswith(("critic/", "train/")) and "packing" not in name:
+            assert last[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
+    for who in ("weights", "critic"):
+        weights = load(ran / f"{who} gae.pt")
+        before = hf_model(ran / "models" / "qwen3").state_dict() | {
+            "value head": torch.zeros(1, 32)
+        }
+        moved = {n: weights[n] - before[n] for n in weights}
+        difference, name = worst(load(ran / f"{who} {layout}.pt"), weights, moved)
+        assert difference < 2e-4, (who, name)
+
+
+def test_the_critic_is_a_model_of_its_own_that_learns(ran: Path, results: dict[str, Any]) -> None:
+    first, *_, last = results["gae"]
+    assert first["critic/value_mean"] == 0 and last["critic/value_mean"] != 0
+    assert (
+        results["gae two minibatches"]["critic/value_mean"] != 0
+    )  # the second's, after the first's step
+    assert last["critic/grad_norm"] > 0 and last["critic/loss"] < first["critic/loss"]
+    policy, critic = load(ran / "weights gae.pt"), load(ran / "critic gae.pt")
+    assert set(critic) - set(policy) == {"value head"} and set(policy) - set(critic) == {
+        "lm_head.weight"
+    }
+    assert critic["value head"].abs().max() > 0
+    assert not torch.equal(
+        critic["model.layers.0.mlp.up_proj.weight"], policy["model.layers.0.mlp.up_proj.weight"]
+    )
+
+
+@pytest.mark.parametrize("shard", ["True", "False"])
+class TestFp16:
+    """With the distributed optimizer and without."""
+
+    def test_a_step_is_that_of_fp32(self, results: dict[str, Any], shard: str) -> None:
+        told, want = results["fp16"][shard], results["metrics"]["tp2 pp2"]
+        assert told["dtypes"] == told["published as"] == ["torch.float16"]
+        assert told["step"]["train/loss"] == pytest.approx(want["train/loss"], abs=5e-3)
+        assert told["step"]["train/grad_norm"] == pytest.approx(
+            want["train/grad_norm"], rel=2e-2
+        )  # unscaled
+        assert told["step"]["train/overflowed_minibatches"] == 0
+
+    def test_the_scale_is_saved_with_the_optimizer(
+        self, results: dict[str, Any], shard: str
+    ) -> None:
+        told = results["fp16"][shard]
+        assert told["loaded"] == 1
+        assert (
+            told["loaded scale"] == told["step"]["train/loss_scale"] == 2048
+        )  # grown after the one step
+        assert told["step after loading"]["train/loss_scale"] == 4096
+
+    def test_an_overflow_writes_nothing_is_counted_and_lowers_the_scale(
+        self, results: dict[str, Any], shard: str
+    ) -> None:
+        told = results["fp16"][shard]
+        assert told["weights same"]
+        assert [s["train/overflowed_minibatches"] for s in told["overflows"]] == [1, 1, 1]
+        assert [s["train/loss_scale"] for s in told["overflows"]] == [
+            2.0**60,
+            2.0**59,
+            2.0**58,
+        ]  # from the second
+        assert all(math.isfinite(s["train/loss"]) for s in told["overflows"])
+
+    def test_a_loss_that_is_not_finite_is_refused_and_no_overflow(
+        self, results: dict[str, Any], shard: str
+    ) -> None:
+        told = results["fp16"][shard]
+        assert "loss nan" in told["nan"] and told["nan, weights same"]
+
+    def test_an_overflow_at_the_smallest_scale_is_refused(
+        self, results: dict[str, Any], shard: str
+    ) -> None:
+        told = results["fp16"][shard]
+        assert "smallest loss scale" in told["smallest"] and told["smallest, weights same"]

@@ -1,0 +1,33 @@
+"""Qwen3-MoE in Megatron is Qwen3-MoE in transformers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from paths import ROOT, SUPPORT
+from test_weights import make_folder
+
+
+def test_logits_are_those_of_transformers_and_a_step_trains(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_folder(tmp_path / "model", "qwen3_moe", scale=0.2)
+    environment = os.environ | {
+        "TORCHDYNAMO_DISABLE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)]),
+    }
+    command = [sys.executable, str(SUPPORT / "moe_main.py"), str(folder), str(tmp_path / "out.pt")]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    out = torch.load(tmp_path / "out.pt", weights_only=True)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        want = reference(input_ids=out["ids"][None].long()).logits[0]
+    assert torch.allclose(out["logits"], want, atol=2e-4 * want.abs().max().item())
+    assert 0 < out["grad_norm"] < float("inf")

@@ -1,0 +1,173 @@
+"""Nobody is left: whatever a process started ends with it, also when it is killed and has no say in the matter."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from descendants import Descendants
+from paths import ROOT, SUPPORT
+from tiny import make_model
+
+
+def launcher(code: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """A process that stands for the launcher: it starts children as ours do."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)]),
+            "OMP_NUM_THREADS": "1",
+        },
+        stdout=subprocess.PIPE,
+    )
+
+
+FAMILY = """
+import os, sys, time
+from pathlib import Path
+from megatron_async_rl import processes
+child = '''
+import os, time
+from megatron_async_rl import processes
+processes.die_with_parent()
+processes.forks_die_with_us()
+if os.fork() == 0:
+    os.setsid()
+    os.fork()
+time.sleep(600)
+'''
+processes.start([sys.executable, "-c", child], Path("/dev/null"))
+time.sleep(600)
+"""
+
+
+def test_forks_of_forks_in_sessions_of_their_own_end_with_a_killed_launcher() -> None:
+    parent = launcher(FAMILY)
+    watch = Descendants(parent.pid)
+    deadline = time.monotonic() + 20
+    while len(watch.look()) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    assert watch.left(3) == []
+
+
+LATE = """
+import subprocess, sys, os, time
+from megatron_async_rl import processes
+os.environ[processes.LAUNCHER_VARIABLE] = str(os.getpid())
+between = 'import subprocess, sys; print(subprocess.Popen([sys.executable, "-c", sys.argv[1]]).pid, flush=True)'
+late = 'import time; time.sleep(1); from megatron_async_rl import processes; processes.die_with_parent(); time.sleep(600)'
+subprocess.run([sys.executable, "-c", between, late])
+time.sleep(600)
+"""
+
+
+def test_a_process_whose_parent_ended_before_it_could_ask_ends_by_itself() -> None:
+    """Its launcher is still there, so only the line of parents tells."""
+    parent = launcher(LATE)
+    assert parent.stdout
+    orphan = psutil.Process(int(parent.stdout.readline()))
+    try:
+        orphan.wait(10)
+    finally:
+        parent.kill()
+        parent.communicate()
+
+
+SPAWNS = """
+import multiprocessing, time
+
+def sleep():
+    time.sleep(600)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=sleep).start()
+    time.sleep(600)
+"""
+
+
+def test_what_the_engine_spawns_is_tied_before_it_imports_anything(tmp_path: Path) -> None:
+    """A child that never asks for it: patches/sglang_tie does, on the engine's PYTHONPATH."""
+    program = tmp_path / "engine.py"
+    program.write_text(SPAWNS)
+    parent = subprocess.Popen(
+        [sys.executable, str(program)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "patches" / "sglang_tie")},
+    )
+    deadline = time.monotonic() + 20
+    while not (
+        spawned := [
+            p
+            for p in psutil.Process(parent.pid).children()
+            if "spawn_main" in " ".join(p.cmdline())
+        ]
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(1)
+    parent.kill()
+    parent.wait()
+    assert psutil.wait_procs(spawned, 5)[1] == []
+
+
+RANKS = """
+import sys, time
+from pathlib import Path
+from megatron_async_rl import processes
+log, *command = sys.argv[1:]
+processes.start([sys.executable, *command], Path(log))
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("killed", ["rank", "launcher"])
+def test_a_trainer_killed_while_it_saves_leaves_neither_writers_nor_their_manager(
+    tmp_path: Path, killed: str
+) -> None:
+    model, run_dir, log = make_model(tmp_path / "model"), tmp_path / "run", tmp_path / "log"
+    run_dir.mkdir()
+    command = (
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+    )
+    ranks = (
+        str(SUPPORT / "checkpoint_main.py"),
+        str(model),
+        str(run_dir),
+        "save-for-ever",
+        "1",
+        "1",
+    )
+    parent = launcher(RANKS, str(log), *command, "--rdzv-endpoint=127.0.0.1:0", *ranks)
+    watch = Descendants(parent.pid)
+    try:
+        deadline = time.monotonic() + 120
+        while not any(
+            (run_dir / "checkpoints").glob("*/*.distcp")
+        ):  # a writer is at it, or has just been
+            assert parent.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.01)
+        [torchrun] = psutil.Process(parent.pid).children()
+        [rank] = torchrun.children()
+        assert len(rank.children()) >= 2  # the manager, and the tracker that Python starts with it
+        if killed == "rank":
+            left = rank.children(recursive=True)
+            rank.kill()
+            _, alive = psutil.wait_procs(left, 5)
+            assert alive == []
+    finally:
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.communicate()
+    assert watch.left(5) == []

@@ -1,0 +1,202 @@
+"""The reward worker: a broken judge gives no reward, and a hostile answer costs its deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
+from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.protocol.messages import Score
+from megatron_async_rl.reward.worker import RewardWorker
+
+HOSTILE = r"\boxed{9^{9^{9^{9}}}}"
+
+
+def score(response: str, answer: Any = "42", index: int = 0, **row: Any) -> Score:
+    return Score(
+        epoch=1,
+        group_id=2,
+        attempt=3,
+        index=index,
+        response=response,
+        row={"id": "row-1", "answer": answer, **row},
+    )
+
+
+def with_worker(test: Callable[[RewardWorker], Awaitable[None]], **settings: Any) -> None:
+    async def body() -> None:
+        worker = RewardWorker(RewardConfig(**settings), SandboxConfig())
+        try:
+            await worker.start()
+            await test(worker)
+        finally:
+            worker.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_a_plain_verdict_needs_no_child() -> None:
+    async def test(worker: RewardWorker) -> None:
+        right = worker.score_at_once(score(r"\boxed{42}", index=5))
+        wrong = worker.score_at_once(score(r"\boxed{41}"))
+        broken = worker.score_at_once(score(r"\boxed{41}", answer=None))
+        assert right is not None and wrong is not None and broken is not None
+        assert (right.epoch, right.group_id, right.attempt, right.index) == (1, 2, 3, 5)
+        assert (right.reward, right.error) == (1.0, "")
+        assert (wrong.reward, wrong.error) == (0.0, "")
+        assert broken.reward is None
+        assert "row-1" in broken.error and "answer" in broken.error
+        assert worker.score_at_once(score(r"\boxed{42\text{ cm}}")) is None
+        assert worker.num_pools == 0
+
+    with_worker(test)
+
+
+def test_hostile_answers_end_at_the_deadline_and_the_others_are_judged_right() -> None:
+    async def test(worker: RewardWorker) -> None:
+        await worker.score(score(r"\boxed{42\text{ cm}}"))  # the children are up
+        messages = [score(HOSTILE), score(HOSTILE)]
+        messages += [score(rf"\boxed{{{40 + n}\text{{ cm}}}}", "42", index=n) for n in range(5)]
+        started = time.perf_counter()
+        first, second, *others = await asyncio.gather(*map(worker.score, messages))
+        assert time.perf_counter() - started < 8
+        for scored in (first, second):
+            assert (scored.reward, scored.error) == (0.0, "timeout")
+            assert 0.5 <= scored.seconds < 8
+        assert [scored.reward for scored in others] == [0.0, 0.0, 1.0, 0.0, 0.0]
+        assert [scored.error for scored in others] == [""] * 5
+        assert worker.num_pools == 1
+
+    with_worker(test, timeout_s=0.5)
+
+
+def test_a_clock_that_jumps_ahead_is_no_timeout_and_no_reward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pool counts seconds by the wall clock: an hour passes in an instant for the answer that is being judged."""
+    now, ahead_s = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: now() + ahead_s[0])
+
+    async def test(worker: RewardWorker) -> None:
+        await worker.score(score(r"\boxed{\sqrt{4}}", "2"))  # the child is there
+        judged = asyncio.create_task(worker.score(score(HOSTILE, "7")))
+        await asyncio.sleep(1)
+        ahead_s[0] = 3600.0
+        scored = await asyncio.wait_for(judged, 15)
+        assert scored.reward is None and "this host's clock was changed" in scored.error
+
+    with_worker(test, timeout_s=30.0)
+
+
+CUSTOM = """
+import os, sys, time
+from pathlib import Path
+
+loaded = os.getpid()
+
+class Unpicklable(Exception):
+    def __init__(self, a, b): super().__init__("two arguments")
+
+def judge(prompt, response, row):
+    assert loaded == os.getpid(), "loaded in another process"
+    match response:
+        case "raise": raise Unpicklable(1, 2)
+        case "exit": sys.exit(0)
+        case "die": os._exit(1)
+        case "vanish": os._exit(0)
+        case "hang": time.sleep(1000)
+        case "nan": return float("nan")
+        case "infinite": return float("inf")
+        case "text": return "1.0"
+        case "none": return None
+        case "true": return True
+        case "list": return [1.0]
+    return 0.5 if (prompt, row["answer"]) == ("2+2=", "4") else 0.25
+
+number = 3
+"""
+
+
+@pytest.fixture
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A user's reward function, importable by the children."""
+    (tmp_path / "our_rewards.py").write_text(CUSTOM)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "our_rewards:judge"
+
+
+def test_a_broken_function_is_an_infrastructure_error_and_the_worker_goes_on(custom: str) -> None:
+    async def test(worker: RewardWorker) -> None:
+        good = score("fine", "4", prompt="2+2=")
+        assert worker.score_at_once(good) is None
+        assert (await worker.score(good)).reward == 0.5
+        for response, error in {
+            "raise": "Unpicklable: two arguments",
+            "exit": "SystemExit: 0",
+            "nan": "returned nan",
+            "infinite": "returned inf",
+            "text": "returned a str",
+            "none": "returned a NoneType",
+            "list": "returned a list",
+            "die": "died",
+            "vanish": "not judged within 1 s",  # pebble takes exit code 0 for a child that has done its tasks
+            "hang": "not judged within 1 s",
+        }.items():
+            scored = await worker.score(score(response))
+            assert scored.reward is None, response
+            assert error in scored.error
+        assert (await worker.score(score("true"))).reward == 1.0
+        assert (await worker.score(good)).reward == 0.5
+
+    with_worker(test, function=custom, timeout_s=1.0)
+
+
+def test_a_child_killed_while_idle_is_replaced_unnoticed(custom: str) -> None:
+    async def test(worker: RewardWorker) -> None:
+        for _ in range(2):
+            for pid in children_named(worker):
+                os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0.5)
+            scored = await worker.score(score("fine"))
+            assert (scored.reward, scored.error) == (0.25, "")
+
+    with_worker(test, function=custom)
+
+
+def children_named(worker: RewardWorker) -> list[int]:
+    assert worker._pool is not None
+    return list(worker._pool._pool_manager.worker_manager.workers)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("our_rewards:absent", "has no attribute 'absent'"),
+        ("our_rewards:number", "number is a int, not a function"),
+        ("no_such_module:judge", "No module named 'no_such_module'"),
+        ("maths", "expected `math`, `code` or package.module:function"),
+        ("our_rewards:judge:", "expected `math`, `code` or package.module:function"),
+        ("our_broken:judge", "ZeroDivisionError"),
+        ("our_deadly:judge", "died"),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_is_refused_at_start_up(
+    custom: str, tmp_path: Path, function: str, words: str
+) -> None:
+    (tmp_path / "our_broken.py").write_text("1 / 0")
+    (tmp_path / "our_deadly.py").write_text("import os; os._exit(1)")
+
+    async def test(worker: RewardWorker) -> None:
+        pytest.fail("started")
+
+    with pytest.raises(ConfigError, match=words) as refused:
+        with_worker(test, function=function)
+    assert f"reward.function = {function!r}" in str(refused.value)

@@ -1,0 +1,316 @@
+"""The sandbox against programs that want more than to answer: none is rewarded, none touches anything, none hurts the next.
+
+Every layer of the jail is switched off by itself too: a program that only it stops must then get through, or nobody would
+notice a layer that has died.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import hostile_programs as hostile
+import psutil
+import pytest
+from paths import ROOT
+
+from megatron_async_rl.data.code_tests import CodeTests
+from megatron_async_rl.reward import code_answer
+from megatron_async_rl.sandbox import jail
+from megatron_async_rl.sandbox.box import Box, BoxError, BoxLost, BoxSettings, End, Limits
+
+PYTHON = "/usr/bin/python3"
+LIMITS = Limits(wall_s=0.6)
+PATIENT = Limits(wall_s=10.0)  # honest programs do not fail on a busy machine
+ANY = BoxSettings(PYTHON, isolation="landlock")  # with namespaces where there are some
+SECRETS = ["secret-7f3a\n", "secret-91bc\n"]
+TEXTS = CodeTests("", ["3\n", "5\n"], SECRETS)
+SQUARES = CodeTests("", ["3\n", "5\n"], ["9\n", "25\n"])
+CALLS = CodeTests("solve", [[3], [5]], SECRETS)
+SQUARE_CALLS = CodeTests("solve", [[3], [5]], [9, 25])
+
+pytestmark = pytest.mark.skipif(
+    not (jail.is_supported() and jail.landlock_version() and os.access(PYTHON, os.X_OK)),
+    reason=f"needs Linux on x86-64 with Landlock, and {PYTHON}",
+)
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Box]:
+    with Box(ANY) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def canary() -> Iterator[Path]:
+    """What everyone may read and write, were it not for the jail."""
+    folder = Path(hostile.CANARY)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "file").write_text("untouched")
+    folder.chmod(0o777)
+    (folder / "file").chmod(0o666)
+    yield folder
+    assert [path.name for path in folder.iterdir()] == ["file"]
+    assert (folder / "file").read_text() == "untouched"
+    shutil.rmtree(folder)
+
+
+def answer(program: str) -> str:
+    return f"Here it is:\n```python\n{program}\n```\n"
+
+
+def verdict(box: Box, program: str, tests: CodeTests, limits: Limits = PATIENT) -> bool:
+    return code_answer.judge(box, answer(program), tests, limits, 20.0)[0]
+
+
+def works_as_before(box: Box) -> None:
+    assert verdict(box, "print(int(input()) ** 2)", SQUARES)
+    assert not verdict(box, "print(int(input()) * 3)", SQUARES)
+    assert verdict(box, "def solve(n): return n * n", SQUARE_CALLS)
+    assert not verdict(box, "def solve(n): return 3 * n", SQUARE_CALLS)
+
+
+def programs(*kinds: dict[str, str]) -> list[object]:
+    return [
+        pytest.param(hostile.PRELUDE + text, id=name)
+        for kind in kinds
+        for name, text in kind.items()
+    ]
+
+
+@pytest.mark.parametrize("program", programs(hostile.FORGE, hostile.ESCAPE, hostile.HARM))
+def test_a_hostile_program_gets_nothing_and_leaves_nothing(box: Box, program: str) -> None:
+    assert not verdict(box, program, TEXTS, LIMITS)
+    result = box.run(program, b"3\n", LIMITS)
+    assert b"PWNED" not in result.output
+    works_as_before(box)
+    assert box.num_started == 1  # nor did it cost the zygote
+
+
+@pytest.mark.parametrize("program", programs(hostile.FORGE_FUNCTIONS, hostile.HARM_FUNCTIONS))
+def test_a_hostile_function_gets_nothing(box: Box, program: str) -> None:
+    assert not verdict(box, program, CALLS, LIMITS)
+    assert not verdict(box, program, SQUARE_CALLS, LIMITS)
+    works_as_before(box)
+    assert box.num_started == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "end"),
+    [
+        ("while 1: pass", End.TIME),
+        ("import time; time.sleep(60)", End.TIME),
+        ("x = bytearray(1 << 31)", End.MEMORY),
+        ("while 1: print('x' * 1000)", End.OUTPUT),
+        ("import ctypes; ctypes.CDLL(None).ptrace(0, 0, 0, 0)", End.FORBIDDEN),
+        ("import ctypes; ctypes.string_at(0)", End.KILLED),
+        ("1 / 0", End.RAISED),
+        ("raise SystemExit(3)", End.RAISED),
+        ("import os; os._exit(73)", End.RAISED),
+        ("print(1); raise SystemExit(0)", End.OK),
+    ],
+)
+def test_how_a_program_ended_is_told(box: Box, program: str, end: End) -> None:
+    assert box.run(program, b"", LIMITS if end is End.TIME else PATIENT).end is end
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sys\nn = int(sys.stdin.readline())\nsys.stdout.write(f'{n * n}\\n')",
+        "from collections import defaultdict\nimport heapq, bisect, math\nd = defaultdict(int)\n"
+        "for line in __import__('sys').stdin: d[0] += int(line)\nprint(d[0] ** 2)",
+        "import threading, sys\nsys.setrecursionlimit(10**6); threading.stack_size(1 << 26)\n"
+        "def f(k): return 0 if k == 0 else 1 + f(k - 1)\n"
+        "def main(): n = int(input()); print(f(5000) - 5000 + n * n)\n"
+        "t = threading.Thread(target=main); t.start(); t.join()",
+        "import os\nn = int(os.read(0, 100))\nos.write(1, str(n * n).encode())",
+        "import zoneinfo, random, csv, uuid, asyncio\nrandom.seed(1)\nn = int(open(0).read())\nprint(n * n)",
+        "import subprocess\nn = int(input())\nprint(n * n, flush=True)",
+    ],
+    ids=[
+        "sys",
+        "modules",
+        "a thread with a deep stack",
+        "descriptors",
+        "modules read late",
+        "one that may do nothing",
+    ],
+)
+def test_honest_programs_pass(box: Box, program: str) -> None:
+    assert verdict(box, program, SQUARES)
+
+
+# ---- the layers, one by one
+
+READS_A_FILE = f"print(open({hostile.CANARY + '/file'!r}).read())"
+FORKS = "import posix\npid = posix.fork()\nif pid: posix.waitpid(pid, 0); print('forked')"
+SENDS = "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port}))\nprint('sent')"
+
+
+@pytest.mark.parametrize(
+    ("layer", "program", "shows"),
+    [("landlock", READS_A_FILE, "untouched"), ("seccomp", FORKS, "forked")],
+)
+def test_what_only_one_layer_stops(box: Box, layer: str, program: str, shows: str) -> None:
+    assert shows not in box.run(program, b"", LIMITS).output.decode()
+    with Box(BoxSettings(PYTHON, "landlock", without=(layer,))) as open_box:
+        assert shows in open_box.run(program, b"", PATIENT).output.decode()
+
+
+def needs_namespaces(box: Box) -> None:
+    if not box.has_namespaces:
+        pytest.skip("this host gives its users no namespaces")
+
+
+def test_without_seccomp_the_namespaces_still_keep_a_datagram_in(box: Box) -> None:
+    needs_namespaces(box)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(0.5)
+        program = SENDS.format(port=server.getsockname()[1])
+        with Box(BoxSettings(PYTHON, without=("seccomp",))) as some:
+            some.run(program, b"", LIMITS)
+        with pytest.raises(TimeoutError):
+            server.recv(10)
+        with Box(BoxSettings(PYTHON, without=("seccomp", "namespaces"))) as fewer:
+            assert fewer.run(program, b"", PATIENT).output == b"sent\n"
+        assert server.recv(10) == b"x"
+
+
+def test_nobody_runs_programs_as_root_and_none_sees_other_processes(box: Box) -> None:
+    needs_namespaces(box)
+    uid, pid, parent = box.run(
+        "import os\nprint(os.getuid(), os.getpid(), os.getppid())", b"", PATIENT
+    ).output.split()
+    assert int(uid) == (jail.NOBODY if os.geteuid() == 0 else os.geteuid())
+    assert int(parent) == 1 and 1 < int(pid) < 10_000
+
+
+UPROBES = {335, 336}  # the kernel lets them by any filter; they do nothing where no probe is set
+
+
+def test_the_kernel_takes_the_calls_that_are_declared_and_no_others(box: Box) -> None:
+    """Each number with arguments of zero: those of FATAL end the program, whatever is not in ALLOWED does nothing."""
+    special = {jail.CLONE, jail.CLONE3, jail.IOCTL, jail.FCNTL, jail.PRLIMIT}
+    allowed, fatal = set(jail.ALLOWED.values()), set(jail.FATAL.values())
+    others = set(range(463)) - allowed - fatal - special - UPROBES
+    assert not allowed & fatal
+    text = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.syscall.restype = ctypes.c_long\n"
+    refused = f"{text}for n in {sorted(others)}:\n    print(n, libc.syscall(n, 0, 0, 0, 0, 0, 0), ctypes.get_errno())"
+    lines = [line.split() for line in box.run(refused, b"", PATIENT).output.decode().splitlines()]
+    assert [(int(n), r, e) for n, r, e in lines] == [(n, "-1", "1") for n in sorted(others)]
+    for number in sorted(fatal):
+        assert (
+            box.run(f"{text}libc.syscall({number}, 0, 0, 0, 0, 0, 0)", b"", PATIENT).end
+            is End.FORBIDDEN
+        ), number
+
+
+# ---- the zygote
+
+REFUSES_NAMESPACES = f"""#!{PYTHON}
+import ctypes, os, sys
+class One(ctypes.Structure): _fields_ = [("a", ctypes.c_uint16), ("b", ctypes.c_uint8), ("c", ctypes.c_uint8), ("d", ctypes.c_uint32)]
+class All(ctypes.Structure): _fields_ = [("n", ctypes.c_uint16), ("p", ctypes.POINTER(One))]
+rules = [One(0x20, 0, 0, 0), One(0x15, 0, 1, 272), One(6, 0, 0, 0x50001), One(6, 0, 0, 0x7FFF0000)]
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.byref(All(4, (One * 4)(*rules))), 0, 0) == 0
+os.execv({PYTHON!r}, [{PYTHON!r}, *sys.argv[1:]])
+"""
+
+
+@pytest.fixture
+def refuses_namespaces(tmp_path: Path) -> str:
+    """An interpreter on a kernel that lets nobody make namespaces, as some distributions' do."""
+    script = tmp_path / "python"
+    script.write_text(REFUSES_NAMESPACES)
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_a_host_that_cannot_confine_as_asked_is_refused(refuses_namespaces: str) -> None:
+    with pytest.raises(BoxError, match=r"no new namespaces: .*not permitted"):
+        Box(BoxSettings(refuses_namespaces)).start()
+    with Box(BoxSettings(refuses_namespaces, isolation="landlock")) as box:
+        assert not box.has_namespaces
+        works_as_before(box)
+        for program in programs(hostile.ESCAPE):
+            text = program.values[0]  # type: ignore[attr-defined]
+            assert b"PWNED" not in box.run(text, b"3\n", LIMITS).output
+        assert box.num_started == 1
+
+
+@pytest.mark.parametrize(
+    ("python", "words"), [("/no/such/python", "No such file"), ("/bin/false", "did not start")]
+)
+def test_an_interpreter_that_is_none_is_refused(python: str, words: str) -> None:
+    with pytest.raises(BoxError, match=words):
+        Box(BoxSettings(python)).start()
+
+
+def test_a_lost_zygote_is_no_verdict_and_the_next_one_comes_at_once() -> None:
+    with Box(ANY) as box:
+        works_as_before(box)
+        for child in psutil.Process().children(recursive=True):
+            if "zygote.py" in " ".join(child.cmdline()):
+                child.kill()
+        with pytest.raises(BoxLost):
+            box.run("print(1)", b"", PATIENT)
+        works_as_before(box)
+        assert box.num_started == 2
+
+
+def test_nothing_is_left_over(box: Box) -> None:
+    me = psutil.Process()
+    before = {child.pid for child in me.children(recursive=True)}
+    with Box(ANY) as another:
+        works_as_before(another)
+        descriptors = me.num_fds()
+        for _ in range(100):
+            assert another.run("print(int(input()) ** 2)", b"3\n", PATIENT).output == b"9\n"
+        assert me.num_fds() == descriptors
+        started = [child for child in me.children(recursive=True) if child.pid not in before]
+        assert started
+    assert psutil.wait_procs(started, timeout=5)[1] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which needs root")
+def test_whoever_is_no_root_confines_as_well(box: Box) -> None:
+    needs_namespaces(box)
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        shutil.copytree(
+            ROOT / "megatron_async_rl",
+            folder / "megatron_async_rl",
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+        script = (
+            "from megatron_async_rl.sandbox.box import *\n"
+            f"with Box(BoxSettings({PYTHON!r})) as box:\n"
+            "    print(box.has_namespaces, box.run('print(int(input()) ** 2)', b'3', Limits()).output)\n"
+            f"    print(box.run({READS_A_FILE!r}, b'', Limits()).end, box.run({FORKS!r}, b'', Limits()).end)\n"
+        )
+        done = subprocess.run(
+            [PYTHON, "-B", "-c", script],
+            env={"PYTHONPATH": str(folder)},
+            cwd=folder,
+            user=1234,
+            group=1234,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        shutil.rmtree(folder)
+    assert done.stdout == "True b'9\\n'\nEnd.RAISED End.RAISED\n", done.stderr

@@ -1,0 +1,451 @@
+"""A trainer whose ranks are on several hosts: the lives that its nodes agree on, over real processes of one line each, and a
+whole run over two network namespaces (trainer_hosts_main.py)."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from paths import ROOT, SUPPORT
+from test_chaos import TOOLS, in_a_world
+from test_config import tree
+from tiny import make_dataset, make_model
+
+from megatron_async_rl import addresses
+from megatron_async_rl.config import load
+from megatron_async_rl.config.checks import cross_host_parallelism_warning
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.controller.watchdog import dump_stacks
+from megatron_async_rl.engine_env import engine_python
+from megatron_async_rl.errors import ConfigError, Error
+from megatron_async_rl.launcher import roles
+from megatron_async_rl.launcher.claims import Claims
+from megatron_async_rl.launcher.gpus import assign_gpus
+from megatron_async_rl.node import node
+from megatron_async_rl.node.generations import FOLDER, GenerationFiles, TrainerGeneration
+from megatron_async_rl.observability.run_log import STATUS_FILE, Status
+
+SLEEP = "import time; time.sleep(600)"
+
+
+def some(**sections: Any) -> Config:
+    return load.from_tree(tree(rollout={"max_new_tokens": 8}, **sections))
+
+
+def test_hosts_share_the_ranks_evenly_or_the_setting_is_refused() -> None:
+    four = some(
+        trainer={"hosts": 4, "data_parallel_size": 4}, megatron={"tensor_model_parallel_size": 2}
+    )
+    assert (
+        four.trainer_names == ["trainer-0", "trainer-1", "trainer-2", "trainer-3"]
+        and four.ranks_per_host == 2
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"trainer\.hosts = 3 does not divide the 4 trainer ranks .* one of 1, 2, 4,",
+    ):
+        some(trainer={"hosts": 3, "data_parallel_size": 4})
+    assert some(trainer={"data_parallel_size": 4}).trainer_names == ["trainer"]
+    recorded = some(
+        run={"dir": "unused", "steps": 1, "mode": "rollout_only"},
+        trainer={"hosts": 2, "data_parallel_size": 2},
+    )
+    assert recorded.trainer_names == ["trainer"]  # the recorder is one process
+
+
+@pytest.mark.parametrize(
+    ("hosts", "tp", "cp", "warned"),
+    [(1, 4, 2, ""), (2, 4, 2, ""), (4, 4, 2, "context"), (8, 4, 1, "tensor_model"), (2, 2, 1, "")],
+)
+def test_a_group_of_tensor_or_context_ranks_on_several_hosts_is_warned_of(
+    hosts: int, tp: int, cp: int, warned: str
+) -> None:
+    sizes = {"tensor_model_parallel_size": tp, "context_parallel_size": cp}
+    text = cross_host_parallelism_warning(
+        some(trainer={"hosts": hosts, "data_parallel_size": 16 // tp // cp}, megatron=sizes)
+    )
+    assert text.startswith(f"megatron.{warned}_parallel_size") if warned else text == ""
+
+
+def test_each_host_has_a_name_a_command_and_the_gpus_of_its_own_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = some(trainer={"hosts": 2, "data_parallel_size": 4})
+    assert roles.names(settings) == [
+        "controller",
+        "rollout-0",
+        "trainer-0",
+        "trainer-1",
+        "reward-0",
+    ]
+    roles.check_joining(["trainer-1"], settings)
+    for name in ("trainer", "trainer-2"):
+        with pytest.raises(
+            ConfigError,
+            match=r"expected rollout-N, reward-N or trainer-0 or trainer-1; trainer\.hosts = 2",
+        ):
+            roles.check_joining([name], settings)
+    gpus = list("abcde")
+    assert assign_gpus(settings, gpus, ["trainer-1", "rollout-0"]) == {
+        "trainer-1": "a,b",
+        "rollout-0": "c",
+    }
+    assert assign_gpus(settings, gpus) == {"trainer-0": "a,b", "trainer-1": "c,d", "rollout-0": "e"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    command = roles.commands(settings, Path("/run"), ["trainer-1"])["trainer-1"]
+    assert command.arguments[-3:] == ["megatron_async_rl.node", "/run", "trainer-1"]
+    assert command.env["CUDA_VISIBLE_DEVICES"] == "3,5"
+    assert "--nproc-per-node=2" in roles.torchrun(settings, "/run")
+
+
+def test_a_reserved_port_is_nobody_else_s_and_its_interface_is_found() -> None:
+    with addresses.reserve_port("127.0.0.1") as held:
+        port = held.getsockname()[1]
+        child = "import socket, sys\nwith socket.socket() as s:\n s.bind(('', int(sys.argv[1])))"
+        taken = subprocess.run(
+            [sys.executable, "-c", child, str(port)], capture_output=True, timeout=30, check=False
+        )
+        assert b"Address already in use" in taken.stderr
+        store = (
+            "import sys, datetime\nfrom megatron_async_rl.weights.store import listening_store\n"
+            "listening_store('127.0.0.1', int(sys.argv[1]), 1, datetime.timedelta(seconds=20)).set('key', 'value')"
+        )
+        assert (
+            subprocess.run(
+                [sys.executable, "-c", store, str(port)], timeout=60, check=False
+            ).returncode
+            == 0
+        )
+    assert addresses.own_address("tcp://127.0.0.1:5") == "127.0.0.1"
+    assert addresses.interface_of("127.0.0.1") == "lo" and addresses.interface_of("192.0.2.1") == ""
+
+
+def test_the_newest_word_counts_and_no_life_goes_back(tmp_path: Path) -> None:
+    first, second = (
+        GenerationFiles(tmp_path, f"trainer-{i}", ["trainer-0", "trainer-1"]) for i in range(2)
+    )
+    first.say(TrainerGeneration(3, 1, "a"))
+    second.say(TrainerGeneration(3, 2, "b"))
+    assert first.look().restarts == 2 and first.absent() == []
+    first.say(TrainerGeneration(4, 3))
+    assert (
+        second.look().life == 4
+        and second.absent() == []
+        and first.look().life == 4
+        and first.absent() == ["trainer-1"]
+    )
+    second.say(TrainerGeneration(4, 3, "over", failed=True))
+    assert first.look().why == "over"
+    assert first.silent(100) == [] and first.silent(-1) == ["trainer-1"]
+    second.say(TrainerGeneration(4, done=True))
+    first.look()
+    assert first.silent(-1) == []  # it has ended well
+
+
+class Bench:
+    """Nodes in threads, whose torchrun is a process of one line."""
+
+    def __init__(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.run_dir = run_dir
+        self.codes: dict[int, str] = {}  # by node
+        self.started: list[list[str]] = []
+        self.ended: dict[str, Error | None] = {}
+        self.nodes: dict[str, node.Node] = {}
+        self.threads: list[threading.Thread] = []
+        (run_dir / "controller.address").write_text("tcp://127.0.0.1:5\n")
+        self.status("training")
+        monkeypatch.setattr(node, "POLL_S", 0.02)
+        monkeypatch.setattr(roles, "torchrun", self.torchrun)
+
+    def torchrun(self, settings: Config, run_dir: str, *meeting: str) -> list[str]:
+        self.started.append(list(meeting))
+        index = next(
+            int(word.partition("=")[2]) for word in meeting if word.startswith("--node-rank")
+        )
+        return [sys.executable, "-c", self.codes.get(index, SLEEP)]
+
+    def status(self, state: str) -> None:
+        whole = self.run_dir / "status.new"
+        whole.write_bytes(msgspec.json.encode(Status(state=state)))
+        whole.replace(self.run_dir / STATUS_FILE)
+
+    def start(self, *names: str, start_timeout_s: float = 30, **faults: float) -> None:
+        settings = some(
+            trainer={"hosts": 2, "data_parallel_size": 2, "start_timeout_s": start_timeout_s},
+            faults={"restart_backoff_s": 0.05, "shutdown_grace_s": 0.3, **faults},
+        )
+        for name in names:
+            Claims(self.run_dir).take(name)
+            self.nodes[name] = node.Node(settings, self.run_dir, name)
+            self.threads.append(threading.Thread(target=self._run, args=(name, self.nodes[name])))
+            self.threads[-1].start()
+
+    def _run(self, name: str, mine: node.Node) -> None:
+        try:
+            mine.run()
+            self.ended[name] = None
+        except Error as e:
+            self.ended[name] = e
+
+    def life(self, name: str) -> TrainerGeneration:
+        path = self.run_dir / FOLDER / name
+        return (
+            msgspec.json.decode(path.read_bytes(), type=TrainerGeneration)
+            if path.exists()
+            else TrainerGeneration()
+        )
+
+    def pid(self, name: str) -> int:
+        torchrun = self.nodes[name]._torchrun
+        return torchrun.pid if torchrun else 0
+
+    def wait(self, what: Callable[[], object], limit_s: float = 20.0) -> None:
+        deadline = time.monotonic() + limit_s
+        while not what():
+            assert time.monotonic() < deadline, self.ended
+            time.sleep(0.01)
+
+    def both_run(self, life: int) -> None:
+        self.wait(
+            lambda: all(
+                self.life(name).life == life and self.pid(name)
+                for name in ("trainer-0", "trainer-1")
+            )
+        )
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    made = Bench(tmp_path, monkeypatch)
+    yield made
+    made.status("stopped")  # so that they all end
+    for thread in made.threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_all_take_part_before_any_starts_and_they_meet_where_the_first_says(bench: Bench) -> None:
+    bench.start("trainer-0")
+    bench.wait(lambda: bench.life("trainer-0").life == 1)
+    time.sleep(0.3)
+    assert bench.started == [] and bench.life("trainer-0").port == 0
+    bench.start("trainer-1")
+    bench.both_run(1)
+    meeting = bench.life("trainer-0")
+    for words in bench.started:
+        assert {
+            "--nnodes=2",
+            f"--master-addr={meeting.address}",
+            f"--master-port={meeting.port}",
+            "--rdzv-id=life-1",
+        } < {*words}
+    assert sorted(word for words in bench.started for word in words if "node-rank" in word) == [
+        "--node-rank=0",
+        "--node-rank=1",
+    ]
+
+
+def test_a_death_anywhere_is_one_life_and_one_restart_for_all(bench: Bench) -> None:
+    bench.start("trainer-0", "trainer-1")
+    bench.both_run(1)
+    before = [bench.pid(name) for name in bench.nodes]
+    for pid in before:  # both see a death
+        os.kill(pid, 9)
+    bench.both_run(2)
+    assert [bench.life(name).restarts for name in bench.nodes] == [1, 1]
+    os.kill(bench.pid("trainer-1"), 9)  # one does
+    bench.both_run(3)
+    assert [bench.life(name).restarts for name in bench.nodes] == [2, 2]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in before)
+
+
+def test_ranks_that_do_not_listen_are_killed_when_another_life_begins(bench: Bench) -> None:
+    ready = bench.run_dir / "ready"
+    deaf = "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    bench.codes[0] = f"{deaf}pathlib.Path({str(ready)!r}).touch(); time.sleep(600)"
+    bench.start("trainer-0", "trainer-1")
+    bench.both_run(1)
+    bench.wait(ready.exists)
+    old = bench.pid("trainer-0")
+    os.kill(bench.pid("trainer-1"), 9)
+    bench.wait(lambda: bench.life("trainer-0").life == 2 and bench.pid("trainer-0") not in (0, old))
+    assert not Path(f"/proc/{old}").exists()
+    bench.codes[0] = SLEEP
+
+
+def test_the_limit_is_for_the_lives_and_ends_all_of_them_by_name(bench: Bench) -> None:
+    bench.codes[1] = "raise SystemExit(1)"
+    bench.start("trainer-0", "trainer-1", max_restarts=2)
+    bench.wait(lambda: len(bench.ended) == 2)
+    for error in bench.ended.values():
+        assert (
+            "the trainer died 3 times (faults.max_restarts = 2); trainer-1 ended with exit code 1"
+            in str(error)
+        )
+    assert [bench.life(name).life for name in bench.nodes] == [3, 3]
+
+
+def test_a_healthy_life_begins_the_count_anew(bench: Bench) -> None:
+    bench.start("trainer-0", "trainer-1", max_restarts=1, restart_reset_s=0.3)
+    for life in (1, 2, 3):
+        bench.both_run(life)
+        time.sleep(0.4)
+        os.kill(bench.pid("trainer-0"), 9)
+    bench.both_run(4)
+    assert bench.life("trainer-0").restarts == 1
+
+
+def test_who_dies_before_the_first_step_ends_the_run_on_all_hosts(bench: Bench) -> None:
+    bench.status("starting")
+    bench.codes[1] = "raise SystemExit(1)"
+    bench.start("trainer-0", "trainer-1")
+    bench.wait(lambda: len(bench.ended) == 2)
+    log = bench.run_dir / "logs" / "trainer-1.log"
+    said = f"trainer-1 ended with exit code 1 before the first training step: its log is {log}"
+    assert {str(error) for error in bench.ended.values()} == {said}
+
+
+def test_who_never_comes_is_named_with_who_waits(bench: Bench) -> None:
+    bench.start("trainer-1", start_timeout_s=0.3)
+    bench.wait(lambda: bench.ended)
+    text = str(bench.ended["trainer-1"])
+    assert text.startswith(
+        "trainer-1 has waited for trainer-0 to take part in life 1 of the trainer for "
+    )
+    assert (
+        "trainer.start_timeout_s = 0.3 s; start it with `join " in text
+        and "trainer-0`, on its host or another" in text
+    )
+    bench.start("trainer-0", "trainer-1")  # of a later start: the failure is not theirs
+    bench.both_run(2)
+    assert bench.life("trainer-0").restarts == 0
+
+
+def test_nodes_give_signs_of_life_while_their_ranks_train(bench: Bench) -> None:
+    bench.start("trainer-0", "trainer-1", heartbeat_timeout_s=2)
+    bench.both_run(1)
+    before = [bench.pid(name) for name in bench.nodes]
+    time.sleep(4)
+    assert [bench.pid(name) for name in bench.nodes] == before
+
+
+def test_a_silent_host_begins_a_life_that_waits_for_it(bench: Bench) -> None:
+    bench.start("trainer-0", heartbeat_timeout_s=1.5)
+    other = GenerationFiles(bench.run_dir, "trainer-1", ["trainer-0", "trainer-1"])
+    other.say(TrainerGeneration(1))
+    bench.wait(lambda: bench.pid("trainer-0"))
+    for _ in range(25):  # it is there
+        other.beat()
+        time.sleep(0.1)
+    assert bench.life("trainer-0").life == 1
+    bench.wait(lambda: bench.life("trainer-0").life == 2)
+    assert (
+        "nothing heard of trainer-1 for faults.heartbeat_timeout_s = 1.5 s"
+        in bench.life("trainer-0").why
+    )
+    bench.wait(lambda: not bench.pid("trainer-0"))
+    other.say(TrainerGeneration(2))  # and is back
+    bench.wait(lambda: bench.pid("trainer-0"))
+
+
+def test_the_node_that_lost_its_name_stops_and_says_nothing_more(bench: Bench) -> None:
+    bench.start("trainer-0", "trainer-1")
+    bench.both_run(1)
+    old = bench.nodes["trainer-1"]
+    bench.start("trainer-1")  # elsewhere
+    bench.wait(lambda: "trainer-1" in bench.ended)
+    assert "trainer-1 was taken over:" in str(bench.ended["trainer-1"]) and old._torchrun is None
+    bench.both_run(2)
+    time.sleep(0.2)
+    assert bench.life("trainer-0").life == 2 and "trainer-0" not in bench.ended
+
+
+def test_ranks_that_outlive_the_run_are_stopped_after_their_grace(bench: Bench) -> None:
+    bench.start("trainer-0", "trainer-1")
+    bench.both_run(1)
+    bench.status("stopped")
+    bench.wait(lambda: len(bench.ended) == 2)
+    assert set(bench.ended.values()) == {None}
+
+
+def test_a_node_of_an_earlier_start_of_the_run_ends_and_takes_no_part_in_the_next(
+    bench: Bench,
+) -> None:
+    bench.start("trainer-0", "trainer-1")
+    bench.both_run(1)
+    (bench.run_dir / "keys").mkdir()
+    (bench.run_dir / "keys" / "hub.key").write_text("another")
+    bench.wait(lambda: len(bench.ended) == 2)
+    assert set(bench.ended.values()) == {None} and bench.life("trainer-0").life == 1
+    bench.start("trainer-0", "trainer-1")
+    bench.both_run(2)
+
+
+def test_all_is_over_when_the_ranks_have_ended_well(bench: Bench) -> None:
+    bench.codes = {0: "import time; time.sleep(4)", 1: "pass"}
+    bench.start(
+        "trainer-0", "trainer-1", heartbeat_timeout_s=2
+    )  # the one that is done is not taken for silent
+    bench.wait(lambda: len(bench.ended) == 2)
+    assert set(bench.ended.values()) == {None} and len(bench.started) == 2
+
+
+def test_a_stranger_with_the_number_of_a_rank_on_another_host_is_not_signalled() -> None:
+    faulthandler.register(signal.SIGUSR2)  # we are one of those who are asked for their stacks
+    stranger = subprocess.Popen(["sleep", "60"])  # SIGUSR2 would end it
+    try:
+        dump_stacks([SimpleNamespace(hello=SimpleNamespace(pid=stranger.pid))])  # type: ignore[arg-type]
+        with pytest.raises(subprocess.TimeoutExpired):
+            stranger.wait(0.5)
+    finally:
+        stranger.kill()
+        stranger.wait()
+        faulthandler.unregister(signal.SIGUSR2)
+
+
+@in_a_world
+@pytest.mark.skipif(
+    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
+)
+def test_two_hosts_train_and_come_back_from_the_loss_of_a_rank_a_host_and_the_job(
+    tmp_path: Path,
+) -> None:
+    model, dataset = make_model(tmp_path / "model"), make_dataset(tmp_path / "train.jsonl", 20)
+    program = [
+        sys.executable,
+        str(SUPPORT / "trainer_hosts_main.py"),
+        str(model),
+        str(dataset),
+        str(tmp_path / "job"),
+    ]
+    paths = os.pathsep.join([str(ROOT), str(SUPPORT), str(TOOLS)])
+    (tmp_path / "job").mkdir()
+    done = subprocess.run(
+        program,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for stage in (
+        "trains",
+        "a rank was killed",
+        "the second host was lost",
+        "the first host was lost",
+        "told to end",
+        "ended",
+    ):
+        assert f"s  {stage}" in done.stderr

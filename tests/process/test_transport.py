@@ -1,0 +1,407 @@
+"""The star: only a worker of this run gets through, and what it sends is checked."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+import zmq.asyncio
+import zmq.auth
+
+from megatron_async_rl.errors import ConfigError, ProtocolError
+from megatron_async_rl.protocol import transport
+from megatron_async_rl.protocol.messages import (
+    Failed,
+    GetBatch,
+    Heartbeat,
+    Hello,
+    Refused,
+    RejoinRequest,
+    Shutdown,
+    TrainBatch,
+    Welcome,
+)
+from megatron_async_rl.protocol.transport import Hub, Link, Peer, SyncLink, with_versions
+from megatron_async_rl.protocol.types import TrainSample
+from megatron_async_rl.protocol.wire import Codec
+
+TIMEOUT_S = 10.0
+HELLO = Hello(role="reward", name="reward-0", pid=1)
+
+
+def run_with_hub(run_dir: Path, test: Callable[[Hub], Awaitable[None]]) -> None:
+    async def body() -> None:
+        hub = Hub(run_dir)
+        try:
+            await asyncio.wait_for(test(hub), TIMEOUT_S)
+        finally:
+            hub.close()
+
+    asyncio.run(body())
+
+
+async def welcome(hub: Hub, epoch: int = 3) -> Peer:
+    peer, hello = await hub.receive()
+    assert isinstance(hello, Hello)
+    assert await hub.send(peer, Welcome(epoch=epoch))
+    return peer
+
+
+def stranger(
+    context: zmq.asyncio.Context,
+    run_dir: Path,
+    keys: tuple[bytes, bytes] | None,
+    server: bytes | None = None,
+) -> zmq.asyncio.Socket:
+    """A socket that knows the address, and whatever keys it is given."""
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    if keys is not None:
+        socket.curve_publickey, socket.curve_secretkey = keys
+        socket.curve_serverkey = (
+            server or zmq.auth.load_certificate(run_dir / "keys" / "hub.key")[0]
+        )
+    socket.connect((run_dir / "controller.address").read_text().strip())
+    return socket
+
+
+def test_a_worker_joins_and_messages_pass_both_ways(tmp_path: Path) -> None:
+    async def test(hub: Hub) -> None:
+        link = Link(tmp_path)
+        peer, epoch = await asyncio.gather(welcome(hub), link.join(HELLO))
+        assert epoch == 3
+        await link.send(Heartbeat(running=5))
+        assert await hub.receive() == (peer, Heartbeat(running=5))
+        await hub.send(peer, Shutdown(reason="done"))
+        assert await link.receive() == Shutdown(reason="done")
+        link.close()
+
+    run_with_hub(tmp_path, test)
+
+
+def test_arrays_arrive_at_a_blocking_worker(tmp_path: Path) -> None:
+    ids, zeros = np.arange(100_000, dtype=np.int32), np.zeros(100_000, np.float32)
+    batch = TrainBatch(
+        version=1, samples=[TrainSample(ids=ids, logprobs=zeros, versions=ids, advantages=zeros)]
+    )
+
+    def train() -> np.ndarray:
+        link = SyncLink(tmp_path)
+        try:
+            assert link.join(HELLO, TIMEOUT_S) == 3
+            received = link.receive(TIMEOUT_S)
+            assert isinstance(received, TrainBatch)
+            return received.samples[0].ids
+        finally:
+            link.close()
+
+    async def test(hub: Hub) -> None:
+        trainer = asyncio.create_task(asyncio.to_thread(train))
+        await hub.send(await welcome(hub), batch)
+        assert np.array_equal(await trainer, ids)
+
+    run_with_hub(tmp_path, test)
+
+
+@pytest.mark.parametrize(
+    "who", ["no keys", "keys of its own", "keys of another run", "the hub's key alone"]
+)
+def test_a_socket_without_this_runs_keys_delivers_nothing(tmp_path: Path, who: str) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+
+    async def test(hub: Hub) -> None:
+        if who == "keys of another run":
+            Hub(other).close()
+        keys = {
+            "no keys": lambda: None,
+            "keys of its own": zmq.curve_keypair,
+            "keys of another run": lambda: zmq.auth.load_certificate(
+                other / "keys" / "worker.key_secret"
+            ),
+            "the hub's key alone": lambda: (
+                zmq.auth.load_certificate(tmp_path / "keys" / "hub.key")[0],
+                zmq.curve_keypair()[1],
+            ),
+        }[who]()
+        context = zmq.asyncio.Context()
+        socket = stranger(context, tmp_path, keys)
+        await socket.send_multipart(Codec().encode(HELLO))
+        await asyncio.sleep(0.3)  # the stranger goes first
+        link = Link(tmp_path)
+        joining = asyncio.create_task(link.join(Hello(role="rollout", name="ours", pid=2)))
+        peer, message = await hub.receive()
+        assert message == with_versions(Hello(role="rollout", name="ours", pid=2))
+        await hub.send(peer, Welcome(epoch=0))
+        await joining
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(hub.receive(), 0.3)
+        assert hub.num_malformed == 0
+        socket.close()
+        context.term()
+        link.close()
+
+    run_with_hub(tmp_path, test)
+
+
+def test_a_flood_of_messages_arrives_whole_and_lets_others_have_their_turn(tmp_path: Path) -> None:
+    count = 300
+    body = np.arange(5_000, dtype=np.int32)
+    zeros = np.zeros(len(body), np.float32)
+
+    async def test(hub: Hub) -> None:
+        links = [Link(tmp_path) for _ in range(2)]
+        for link in links:
+            joining = asyncio.create_task(link.join(HELLO))
+            await welcome(hub)
+            await joining
+
+        async def flood(link: Link) -> None:
+            for number in range(count):
+                await link.send(
+                    TrainBatch(
+                        number, [TrainSample(body + number, zeros, body, zeros)][: number % 2]
+                    )
+                )
+            await asyncio.sleep(0.2)  # what comes after the socket was empty for a while comes too
+            await link.send(Heartbeat())
+
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        senders = [asyncio.create_task(flood(link)) for link in links]
+        beside = asyncio.create_task(other())
+        got: dict[Peer, list[int]] = {}
+        ended = 0
+        while ended < len(links):
+            peer, message = await hub.receive()
+            if isinstance(message, Heartbeat):
+                ended += 1
+                continue
+            assert isinstance(message, TrainBatch) and len(message.samples) == message.version % 2
+            assert all(
+                np.array_equal(sample.ids, body + message.version) for sample in message.samples
+            )
+            got.setdefault(peer, []).append(message.version)
+        assert list(got.values()) == [list(range(count))] * 2
+        assert turns >= 2 * count / transport.MAX_IN_A_ROW and hub.num_malformed == 0
+        beside.cancel()
+        await asyncio.gather(*senders)
+        for link in links:
+            link.close()
+
+    run_with_hub(tmp_path, test)
+
+
+def test_a_malformed_message_is_counted_and_the_next_one_is_read(tmp_path: Path) -> None:
+    async def test(hub: Hub) -> None:
+        context = zmq.asyncio.Context()
+        socket = stranger(
+            context, tmp_path, zmq.auth.load_certificate(tmp_path / "keys" / "worker.key_secret")
+        )
+        await socket.send_multipart([b"\x80\x04\x95."])
+        await socket.send_multipart([b"", b"", b""])
+        await socket.send_multipart(Codec().encode(Heartbeat(running=1)))
+        _, message = await hub.receive()
+        assert (message, hub.num_malformed) == (Heartbeat(running=1), 2)
+        socket.close()
+        context.term()
+
+    run_with_hub(tmp_path, test)
+
+
+def test_a_frame_over_the_limit_is_dropped_and_costs_its_sender_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "MAX_FRAME_BYTES", 1 << 16)
+
+    async def test(hub: Hub) -> None:
+        link = Link(tmp_path)
+        joining = asyncio.create_task(link.join(HELLO))
+        await welcome(hub)
+        await joining
+        context = zmq.asyncio.Context()
+        socket = stranger(
+            context, tmp_path, zmq.auth.load_certificate(tmp_path / "keys" / "worker.key_secret")
+        )
+        await socket.send_multipart(
+            Codec().encode(Failed("x" * (1 << 17)))
+        )  # well-formed but for its size
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(hub.receive(), 0.5)
+        await link.send(Heartbeat(running=2))
+        _, message = await hub.receive()
+        assert message == Heartbeat(running=2)
+        socket.close()
+        context.term()
+        link.close()
+
+    run_with_hub(tmp_path, test)
+
+
+def test_without_curve_nothing_listens_beyond_this_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def open_hub(host: str) -> int:
+        hub = Hub(tmp_path, host)
+        try:
+            return hub._socket.getsockopt(zmq.MECHANISM)
+        finally:
+            hub.close()
+
+    for host in ("127.0.0.1", "0.0.0.0"):
+        (tmp_path / "controller.address").unlink(missing_ok=True)
+        assert asyncio.run(open_hub(host)) == zmq.CURVE
+    (tmp_path / "controller.address").unlink()
+    monkeypatch.setattr(transport, "has_curve", lambda: False)
+    for host in ("0.0.0.0", "10.0.0.1", "::"):
+        with pytest.raises(ConfigError, match=f"does not listen on {host} without CURVE"):
+            asyncio.run(open_hub(host))
+    assert not (tmp_path / "controller.address").exists()  # nobody was told of it
+
+
+def test_secret_keys_are_for_their_owner_alone_and_new_for_each_run(tmp_path: Path) -> None:
+    async def test(hub: Hub) -> None:
+        pass
+
+    run_with_hub(tmp_path, test)
+    keys = tmp_path / "keys"
+    secrets = [keys / "hub.key_secret", keys / "worker.key_secret"]
+    before = [path.read_bytes() for path in secrets]
+    for path in secrets:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(keys.stat().st_mode) == 0o700
+    assert sorted(path.name for path in (keys / "allowed").iterdir()) == ["worker.key"]
+    assert "secret-key" not in (keys / "allowed" / "worker.key").read_text()
+    run_with_hub(tmp_path, test)
+    assert all(
+        path.read_bytes() == old for path, old in zip(secrets, before, strict=True)
+    )  # the same run's next life
+    (tmp_path / "controller.address").unlink()
+    run_with_hub(tmp_path, test)
+    assert all(path.read_bytes() != old for path, old in zip(secrets, before, strict=True))
+    for path in secrets:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("kind", [Link, SyncLink])
+def test_a_worker_without_controller_says_which_file_it_waited_for(
+    tmp_path: Path, kind: type
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"controller\.address.*run\.dir"):
+        kind(tmp_path, timeout_s=0.2)
+    assert time.monotonic() - started < 2
+
+
+def test_a_refused_worker_is_told_why(tmp_path: Path) -> None:
+    async def test(hub: Hub) -> None:
+        link = Link(tmp_path)
+        joining = asyncio.create_task(link.join(HELLO))
+        peer, _ = await hub.receive()
+        await hub.send(peer, Refused(reason="protocol 1 is not 2"))
+        with pytest.raises(ProtocolError, match="protocol 1 is not 2"):
+            await joining
+        link.close()
+
+    run_with_hub(tmp_path, test)
+
+
+def test_joining_a_silent_controller_ends_with_an_error(tmp_path: Path) -> None:
+    async def test(hub: Hub) -> None:
+        link = Link(tmp_path)
+        with pytest.raises(ProtocolError, match="did not answer"):
+            await link.join(HELLO, timeout_s=0.2)
+        link.close()
+
+    run_with_hub(tmp_path, test)
+
+
+def test_sending_to_a_worker_that_is_not_there_is_told(tmp_path: Path) -> None:
+    async def test(hub: Hub) -> None:
+        assert not await hub.send(Peer(b"nobody--"), Shutdown(reason="done"))
+
+    run_with_hub(tmp_path, test)
+
+
+def test_two_workers_are_told_apart(tmp_path: Path) -> None:
+    async def test(hub: Hub) -> None:
+        links = [Link(tmp_path) for _ in range(2)]
+        peers = {}
+        for number, link in enumerate(links):
+            joining = asyncio.create_task(link.join(HELLO))
+            peers[number] = await welcome(hub, epoch=number)
+            assert await joining == number
+        assert peers[0] != peers[1]
+        for number, link in enumerate(links):
+            await hub.send(peers[number], Shutdown(reason=str(number)))
+            assert await link.receive() == Shutdown(reason=str(number))
+            link.close()
+
+    run_with_hub(tmp_path, test)
+
+
+def test_a_free_port_can_be_bound() -> None:
+    assert 1024 <= transport.free_port() < 65536
+
+
+def test_workers_find_the_controller_s_next_life_and_say_again_what_they_wait_for(
+    tmp_path: Path,
+) -> None:
+    async def first(hub: Hub) -> None:
+        sync, link = SyncLink(tmp_path), Link(tmp_path)
+        trainer = Hello("trainer", "trainer-0", 1, leader=0)
+        joined = asyncio.create_task(asyncio.to_thread(sync.join, trainer))
+        await welcome(hub, 1)
+        assert await joined == 1
+        hellos = iter([HELLO, Hello("reward", "reward-0", 2)])
+        joining = asyncio.create_task(link.join(lambda: next(hellos)))
+        await welcome(hub, 1)
+        await joining
+        sync.send(GetBatch(4))
+        await hub.receive()
+        first.links = sync, link
+
+    run_with_hub(tmp_path, first)
+    address = (tmp_path / "controller.address").read_text()
+
+    async def second(hub: Hub) -> None:
+        sync, link = first.links
+        await link.send(Heartbeat())
+        waiting = asyncio.create_task(asyncio.to_thread(sync.receive, 5.0))
+        sync.send(Heartbeat())
+        unknown: dict[Peer, None] = {}
+        told: list[object] = []
+        receiving = asyncio.create_task(link.receive())
+        while len(told) < 3:
+            peer, message = await hub.receive()
+            if isinstance(message, Heartbeat):
+                unknown[peer] = None
+                await hub.send(peer, RejoinRequest())
+            else:
+                told.append(message)
+                if isinstance(message, Hello):
+                    await hub.send(peer, Welcome(2))
+                if isinstance(message, GetBatch) or (
+                    isinstance(message, Hello) and message.role == "reward"
+                ):
+                    await hub.send(peer, Shutdown("over"))
+        assert GetBatch(4) in told and with_versions(Hello("reward", "reward-0", 2)) in told
+        assert await waiting == await receiving == Shutdown("over")
+        assert sync.ended == Shutdown("over")
+        sync.close()
+        link.close()
+
+    run_with_hub(tmp_path, second)
+    assert (tmp_path / "controller.address").read_text() == address

@@ -1,0 +1,251 @@
+"""Whole jobs through launchers/slurm.sbatch on a real Slurm: two nodes that share this machine and its loopback
+(tools/slurm_local.sh), a tiny model on the CPU. To the end, through a preemption, and cancelled."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths import ROOT, SUPPORT
+from test_loop import Inputs, assert_nobody_left
+from tiny import make_dataset, make_model
+
+from megatron_async_rl.cli import audit
+from megatron_async_rl.engine_env import engine_python
+from megatron_async_rl.observability.run_log import Status, read_status
+from megatron_async_rl.storage import checkpoints
+
+CLUSTER = ROOT / "tools" / "slurm_local.sh"
+MISSING = [
+    name
+    for name in ("munged", "slurmctld", "slurmd", "sbatch")
+    if not shutil.which(name, path=os.defpath + ":/usr/sbin")
+]
+START_S = 150.0
+STEPS = 40
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: apt-get install slurmctld slurmd slurm-client munge"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="slurmd runs as root alone"),
+    pytest.mark.skipif(engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"),
+]  # fmt: skip
+
+
+@dataclass
+class Job:
+    """A run submitted to the cluster."""
+
+    folder: Path
+    env: dict[str, str]
+    number: str = ""
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "job.out").read_text(errors="replace")
+
+    def slurm(self, *command: str) -> str:
+        done = subprocess.run(
+            command, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        return done.stdout.strip()
+
+    def submit(self, *settings: str) -> Job:
+        options = (
+            "--parsable",
+            "--nodes=2",
+            "--gpus-per-node=2",
+            f"--output={self.folder / 'job.out'}",
+        )
+        path = str(self.run_dir.with_suffix(".yaml"))
+        self.number = self.slurm("sbatch", *options, "launchers/slurm.sbatch", path, *settings)
+        return self
+
+    def shown(self, key: str) -> str:
+        match = re.search(rf"\b{key}=(\S+)", self.slurm("scontrol", "show", "job", self.number))
+        return match[1] if match else ""
+
+    def status(self) -> Status:
+        return read_status(self.run_dir) if (self.run_dir / "status.json").exists() else Status()
+
+    def wait(self, what: Callable[[], bool], limit_s: float = START_S) -> None:
+        deadline = time.monotonic() + limit_s
+        while not what():
+            assert time.monotonic() < deadline, (self.shown("JobState"), self.output[-3000:])
+            time.sleep(0.2)
+
+    def wait_for_version(self, version: int) -> None:
+        self.wait(lambda: self.status().version >= version and self.status().state == "training")
+
+    def wait_for_the_end(self) -> tuple[str, str]:
+        """Returns Slurm's word for it, and the exit code."""
+        self.wait(lambda: self.shown("JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
+        assert_nobody_left(self.run_dir)
+        return self.shown("JobState"), self.shown("ExitCode")
+
+    def check_books(self, lives: int) -> None:
+        result = audit.audit(self.run_dir, 3)
+        assert (
+            result.breaches == []
+            and result.lost == result.duplicated == 0
+            and result.lives == lives
+        ), result
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment that speaks to it. Its nodes have two GPUs, which a run on the CPU leaves alone."""
+    folder = tmp_path_factory.mktemp("slurm")
+    up = subprocess.run(
+        ["bash", str(CLUSTER), "up", str(folder), "2", "2"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    try:
+        assert up.returncode == 0, up.stderr
+        yield {
+            **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": os.pathsep.join([os.environ["PATH"], "/usr/sbin"]),
+            "PYTHONPATH": str(SUPPORT),  # the reward function's place
+            "MEGATRON_ASYNC_RL_PYTHON": sys.executable,
+        }
+    finally:
+        started = [int(line.split()[0]) for line in (folder / "pids").read_text().splitlines()]
+        subprocess.run(["bash", str(CLUSTER), "down", str(folder)], timeout=90, check=True)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in started)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    dataset = make_dataset(folder / "train.jsonl", 20)
+    return Inputs(make_model(folder / "model"), dataset, dataset)
+
+
+@pytest.fixture
+def job(cluster: dict[str, str], inputs: Inputs, tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    made = Job(tmp_path, cluster)
+
+    def make(steps: int, **sections: dict[str, Any]) -> Job:
+        standard: dict[str, dict[str, Any]] = {
+            "run": {"steps": steps, "export_every": 0},
+            "data": {"eval": None},
+            "rollout": {"max_new_tokens": 12, "max_concurrent_samples": 16},
+            "megatron": {"tensor_model_parallel_size": 1},
+            "checkpoint": {"every": 4},
+        }
+        inputs.config(made.run_dir, **(standard | sections))
+        return made
+
+    yield make
+    if made.number and made.shown("JobState") in ("PENDING", "RUNNING"):
+        made.slurm("scancel", made.number)
+
+
+def test_a_trainer_on_two_nodes_trains_to_its_end(job: Callable[..., Job]) -> None:
+    stages = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}
+    running = job(4, trainer={"hosts": 2}, megatron=stages).submit()
+    assert running.wait_for_the_end() == ("COMPLETED", "0:0"), running.output[-3000:]
+    assert running.shown("Restarts") == "0" and "is requeued" not in running.output
+    assert (
+        "1: trainer-1 started for the run" in running.output
+        and "1: nothing more to do here" in running.output
+    )
+    status = running.status()
+    assert (status.state, status.version, status.ledger["trained"]) == ("finished", 4, 16)
+    assert (running.run_dir / "policy" / "config.json").exists()
+    running.check_books(lives=1)
+
+    again = running.submit()  # of a run that is complete: the other node is not left waiting for it
+    assert again.wait_for_the_end() == ("COMPLETED", "0:0")
+    assert "raise run.steps to go on" in again.output
+
+
+@pytest.mark.parametrize("who", ["time limit", "preemption", "everybody twice"])
+def test_a_job_that_is_told_to_end_saves_is_requeued_and_goes_on(
+    job: Callable[..., Job], who: str
+) -> None:
+    """The time limit's signal goes to the batch script alone, that of a preemption to every process of the steps."""
+    running = job(STEPS).submit()
+    running.wait_for_version(6)  # with its server on the second node
+    started = running.status().pid
+    if who == "preemption":
+        running.slurm(
+            "sbatch",
+            "--partition=urgent",
+            "--nodes=2",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap=true",
+        )
+    else:
+        running.slurm("scancel", "--batch", "--signal=TERM", running.number)
+    if who == "everybody twice":
+        running.slurm("scancel", "--signal=TERM", running.number)
+    told = time.monotonic()
+    running.wait(lambda: running.shown("Restarts") == "1")
+    assert (
+        time.monotonic() - told < 30
+    )  # far less than faults.shutdown_grace_s: everybody did what was asked
+    stopped = running.status()
+    assert stopped.state == "stopped" and not Path(f"/proc/{started}").exists()
+    saved = checkpoints.manifests(running.run_dir)[0].version
+    assert saved == stopped.version < STEPS  # not the one of every fourth step: the one of SIGTERM
+    assert "exit code 75: job" in running.output and "stopped by SIGTERM" not in running.output
+
+    assert running.wait_for_the_end() == ("COMPLETED", "0:0"), running.output[-3000:]
+    assert running.shown("Restarts") == "1" and running.status().version == STEPS
+    assert (
+        f"loaded checkpoint v{saved:06d}" in (running.run_dir / "logs" / "trainer.log").read_text()
+    )
+    assert [path.name for path in running.folder.glob(".run.job-*")] == [
+        f".run.job-{running.number}.0.1"
+    ]
+    running.check_books(lives=2)
+
+
+def test_a_job_that_loses_a_node_is_requeued_by_slurm_and_goes_on(job: Callable[..., Job]) -> None:
+    running = job(STEPS).submit()
+    running.wait_for_version(6)
+    running.wait(lambda: bool(checkpoints.manifests(running.run_dir)))
+    running.slurm(
+        "scontrol", "update", "nodename=n2", "state=down", "reason=test"
+    )  # back as soon as its slurmd says so
+    running.wait(lambda: running.shown("Restarts") == "1")
+    assert running.wait_for_the_end() == ("COMPLETED", "0:0"), running.output[-3000:]
+    assert running.shown("Restarts") == "1" and running.status().version == STEPS
+    running.check_books(lives=2)
+
+
+def test_a_cancelled_job_ends_in_order_and_is_not_requeued(job: Callable[..., Job]) -> None:
+    running = job(5000).submit()
+    running.wait_for_version(2)
+    running.slurm("scancel", running.number)
+    state, _ = running.wait_for_the_end()
+    assert state == "CANCELLED" and running.shown("Restarts") == "0"
+
+
+def test_a_job_that_cannot_begin_fails_on_all_nodes_at_once_and_is_not_requeued(
+    job: Callable[..., Job],
+) -> None:
+    running = job(4).submit("model.path=nowhere")
+    state, code = running.wait_for_the_end()
+    assert (state, code) == ("FAILED", "2:0") and running.shown("Restarts") == "0"
+    assert "0: error: model.path = nowhere: no such folder" in running.output
+    assert "1: n1 has nothing for this node to do" in running.output

@@ -1,0 +1,122 @@
+"""What the ranks of test_checkpoint.py run: `torchrun ... checkpoint_main.py MODEL RUN_DIR save|load TP PP`.
+
+`save` trains two steps, saves, trains two more while the save may still be under way, saves again, and writes their losses;
+`save-for-ever` saves one version again and again;
+`load` loads, in whatever layout, and trains the same two. The guard below is needed: saving starts processes that import this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    from megatron_async_rl import patches, processes
+    from megatron_async_rl.config import load
+
+    processes.die_with_parent()
+    model_dir, run_dir, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    tp, pp = int(sys.argv[4]), int(sys.argv[5])
+    vpp = int(sys.argv[6]) if len(sys.argv) > 6 else 1
+    advantage = sys.argv[7] if len(sys.argv) > 7 else "grpo"
+    patches.prepare_megatron()
+    import numpy as np
+    import torch.distributed as dist
+    from megatron.core import parallel_state as mpu
+
+    from megatron_async_rl.protocol.types import NOT_GENERATED, TrainSample
+    from megatron_async_rl.storage import checkpoints
+    from megatron_async_rl.trainer import parallel, step
+    from megatron_async_rl.trainer.checkpoint.checkpoint import Checkpointer
+    from megatron_async_rl.trainer.model import build
+
+    ranks = int(os.environ["WORLD_SIZE"])
+    settings = load.from_tree(
+        {
+            "run": {"dir": str(run_dir), "steps": 10},
+            "model": {"path": str(model_dir), "context_tokens": 64},
+            "data": {"train": "unused"},
+            "rollout": {"max_new_tokens": 16},
+            "algorithm": {
+                "prompts_per_step": 4,
+                "samples_per_prompt": 2,
+                "advantage": {"estimator": advantage},
+            },
+            "trainer": {"precision": "fp32", "data_parallel_size": ranks // tp // pp},
+            "megatron": {
+                "tensor_model_parallel_size": tp,
+                "pipeline_model_parallel_size": pp,
+                "virtual_pipeline_model_parallel_size": vpp,
+                "lr": 0.01,
+                "weight_decay": 0.1,
+            },
+            "checkpoint": {"every": 1, "asynchronous": what != "load"},
+        }
+    )
+    parallel.init_parallel(settings)
+    policy = build.build(settings)
+    told: list[tuple[int, str]] = []
+    saver = Checkpointer(
+        policy, settings, run_dir, lambda version, folder: told.append((version, folder))
+    )
+
+    def batch(version: int) -> list[TrainSample]:
+        """The same eight samples under any layout; this replica's share of them."""
+        random = np.random.default_rng(version)
+        samples = []
+        for number in range(8):
+            length = 12 + number
+            versions = np.full(length, version, np.int32)
+            versions[:4] = NOT_GENERATED
+            samples.append(
+                TrainSample(
+                    ids=random.integers(3, 30, length).astype(np.int32),
+                    logprobs=np.full(length, -3.0, np.float32),
+                    versions=versions,
+                    advantages=np.full(length, random.normal(), np.float32),
+                )
+            )
+        return samples[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+
+    def train(first: int) -> list[float]:
+        stats = [
+            step.train_step(policy, batch(version), version, settings)
+            for version in (first, first + 1)
+        ]
+        return [
+            value
+            for s in stats
+            for value in (s["train/loss"], s["train/grad_norm"], s.get("critic/loss", 0.0))
+        ]
+
+    if what == "save-for-ever":
+        train(0)
+    while what == "save-for-ever":
+        saver.save(2)
+        saver._version = -1
+    if what == "save":
+        train(0)
+        saver.step(2)
+        losses = train(2)  # the save of version 2 may still be under way
+        saver.save(4)
+        if dist.get_rank() == 0:
+            for version, folder in told:
+                checkpoints.commit(run_dir, version, folder, 0, 0)
+            (run_dir / "losses.json").write_text(json.dumps({"told": told, "losses": losses}))
+    else:
+        version = saver.load()
+        losses = train(2)
+        if dist.get_rank() == 0:
+            (run_dir / f"loaded-{tp}-{pp}-{vpp}.json").write_text(
+                json.dumps({"version": version, "losses": losses})
+            )
+    saver.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,457 @@
+"""Run by test_layouts.py under torchrun with four processes: every layout in one set of processes.
+
+Start-up costs more than all the checks, so the layouts follow each other in here and the figures go to a JSON file that
+the tests judge. `folders` holds one tiny Hugging Face model per family.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_async_rl.patches import prepare_megatron
+
+prepare_megatron()
+
+import msgspec
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from configs import algorithm_tree
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.errors import StepRefused
+from megatron_async_rl.protocol.types import TrainSample
+from megatron_async_rl.storage import checkpoints
+from megatron_async_rl.trainer import parallel, pipeline, step
+from megatron_async_rl.trainer.algorithms import critic as critics
+from megatron_async_rl.trainer.checkpoint.checkpoint import Checkpointer
+from megatron_async_rl.trainer.checkpoint.export import save_hf
+from megatron_async_rl.trainer.data.microbatch import cut_minibatches, pack
+from megatron_async_rl.trainer.model.build import TrainerModel, build
+from megatron_async_rl.trainer.model.value_head import ValueHead
+from megatron_async_rl.weights.reshard import hf_tensors, manifest
+
+WORLD, VERSION, TEMPERATURE, VOCAB = 4, 5, 0.7, 51
+M2PO = {"m2_threshold": 0.5, "behavior_weight_cap": None}
+GSPO = {"loss": "gspo", "behavior_weight_level": "sequence", "behavior_weight_action": "truncate"}
+KL_REWARD = {"kl_coef": 0.5, "kl_in": "reward"}
+SEQUENCE_MASK = {
+    "behavior_weight_level": "sequence",
+    "behavior_weight_cap": 1.2,
+    "behavior_weight_floor": 0.5,
+}
+
+
+def global_batch() -> list[TrainSample]:
+    rng = np.random.default_rng(0)
+    samples = []
+    for _ in range(16):
+        length, prompt = int(rng.integers(6, 40)), int(rng.integers(1, 5))
+        versions = rng.integers(VERSION - 2, VERSION + 1, length)
+        versions[:prompt] = -1
+        samples.append(
+            TrainSample(
+                ids=rng.integers(0, VOCAB, length).astype(np.int32),
+                logprobs=(-4 + rng.normal(size=length)).astype(np.float32),
+                versions=versions.astype(np.int32),
+                advantages=np.full(length, rng.normal(), np.float32),
+            )
+        )
+    return samples
+
+
+def make_config(
+    folder: Path,
+    tp: int = 1,
+    pp: int = 1,
+    budget: int = 64,
+    minibatches: int = 1,
+    algorithm: dict[str, Any] | None = None,
+    packing: str = "ffd",
+    precision: str = "fp32",
+    **megatron: Any,
+) -> Any:
+    return configuration.from_tree(
+        {
+            "run": {"dir": str(folder.parent.parent / "run"), "steps": 10},
+            "model": {"path": str(folder), "context_tokens": 64},
+            "data": {"train": "unused"},
+            "rollout": {"max_new_tokens": 32, "temperature": TEMPERATURE},
+            "algorithm": algorithm_tree(
+                prompts_per_step=8,
+                samples_per_prompt=2,
+                minibatches=minibatches,
+                **{"entropy_coef": 0.01, "behavior_weight_cap": 2.0} | (algorithm or {}),
+            ),
+            "trainer": {
+                "precision": precision,
+                "data_parallel_size": WORLD // tp // pp // megatron.get("context_parallel_size", 1),
+                "max_tokens_per_microbatch": budget,
+                "packing": packing,
+                "collective_timeout_s": 240,
+            },
+            "megatron": {
+                "tensor_model_parallel_size": tp,
+                "pipeline_model_parallel_size": pp,
+                "lr": "1e-2",
+                "adam_eps": "1e-3",  # large: Adam would make a difference of rounding in a near-zero gradient a whole step
+            }
+            | megatron,
+        }
+    )
+
+
+def start(config: Any) -> TrainerModel:
+    """Builds the model, with new process groups where the sizes changed: old ones keep their threads to the end."""
+    sizes = [
+        config.parallel_size(name)
+        for name in ("tensor_model", "pipeline_model", "context", "virtual_pipeline_model")
+    ]
+    if not dist.is_initialized() or sizes != [
+        mpu.get_tensor_model_parallel_world_size(),
+        mpu.get_pipeline_model_parallel_world_size(),
+        mpu.get_context_parallel_world_size(),
+        mpu.get_virtual_pipeline_model_parallel_world_size() or 1,
+    ]:
+        if mpu.model_parallel_is_initialized():
+            mpu.destroy_model_parallel()
+        parallel.init_parallel(config)
+    return build(config)
+
+
+def share() -> list[TrainSample]:
+    return global_batch()[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+
+
+def uneven_share() -> list[TrainSample]:
+    """Most samples on one rank, none on two."""
+    cuts = [0, 13, 16, 16, 16]
+    rank = mpu.get_data_parallel_rank()
+    return global_batch()[cuts[rank] : cuts[rank + 1]]
+
+
+def merged(model: TrainerModel, out: Path, get: Any = lambda p: p.data) -> None:
+    """Saves all stages' HF tensors as one file; rank 0 of the world is on the first stage."""
+    mine = {
+        name: tensor.clone() for name, tensor in hf_tensors(model.modules, model.shape, get=get)
+    }
+    assert [(n, tuple(t.shape), t.dtype) for n, t in mine.items()] == [
+        (i.name, i.shape, i.dtype) for i in manifest(model.modules, model.shape)
+    ]
+    if model.shape.tied and isinstance(getattr(model.modules[-1], "output_layer", None), ValueHead):
+        mine["value head"] = get(model.modules[-1].output_layer.weight).clone()
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, mine)
+    if dist.get_rank() == 0:
+        torch.save({k: v for part in parts for k, v in part.items()}, out)
+
+
+def gradient_of(model: TrainerModel, config: Any, samples: list[TrainSample]) -> dict[str, float]:
+    """Of policy and critic, in their buffers."""
+    cut = cut_minibatches(
+        samples, 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1
+    )
+    cut = step.with_reference(model, cut, config)
+    critic_totals = {}
+    if model.critic:
+        cut = critics.with_advantages(model.critic, cut, config)
+        critic_totals = critics.accumulate_gradients(model.critic, cut[0], config)
+    [minibatch] = step.with_trust(step.with_proximal(model, cut, config), config)
+    return step.accumulate_gradients(model, minibatch, config) | {
+        f"critic {k}": v for k, v in critic_totals.items()
+    }
+
+
+def with_values(model: TrainerModel) -> None:
+    """Gives the critic a value head as from training: its zeros would hide what becomes of the values."""
+    head = getattr(model.critic.modules[-1], "output_layer", None)
+    if isinstance(head, ValueHead):
+        head.weight.data.copy_(torch.linspace(-1, 1, head.weight.numel()).view_as(head.weight))
+
+
+def logits_of(model: TrainerModel, config: Any) -> torch.Tensor | None:
+    microbatch = pack(global_batch(), VERSION, step.packing(model, config))
+
+    def forward(data: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        def collect(logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+            return gather_from_tensor_model_parallel_region(logits)[0, :, :VOCAB]
+
+        return pipeline.forward(model, chunk, next(data)), collect
+
+    with torch.no_grad():
+        got = pipeline.run(model, [microbatch], forward, forward_only=True, collect=True)
+    box = [got[0] if got else None]
+    dist.broadcast_object_list(box, src=WORLD - 1)
+    return box[0]
+
+
+def run(folders: Path, out: Path) -> dict[str, Any]:
+    qwen3 = folders / "qwen3"
+    results: dict[str, Any] = {"totals": {}, "metrics": {}}
+    layouts = {  # equal sizes together
+        "tp1": make_config(qwen3, 1, 1),
+        "tp1 small microbatches": make_config(qwen3, 1, 1, budget=40),
+        "tp1 one microbatch": make_config(qwen3, 1, 1, budget=1000),
+        "tp1 uneven shares": make_config(qwen3, 1, 1),
+        "tp1 equal flops": make_config(qwen3, 1, 1, packing="karmarkar_karp"),
+        "tied": make_config(folders / "qwen2", 1, 1),
+        "tp2": make_config(qwen3, 2, 1),
+        "tp2 sp": make_config(qwen3, 2, 1, sequence_parallel=True),
+        "pp2": make_config(qwen3, 1, 2),
+        "pp2 recompute": make_config(
+            qwen3,
+            1,
+            2,
+            recompute_granularity="full",
+            recompute_method="uniform",
+            recompute_num_layers=1,
+        ),
+        "cp2": make_config(qwen3, 1, 1, context_parallel_size=2),
+        "gspo cp2": make_config(qwen3, 1, 1, algorithm=GSPO, context_parallel_size=2),
+        "sequence mask cp2": make_config(
+            qwen3, 1, 1, algorithm=SEQUENCE_MASK, context_parallel_size=2
+        ),
+        "kl in reward cp2": make_config(
+            qwen3, 1, 1, budget=40, algorithm=KL_REWARD, context_parallel_size=2
+        ),
+        "m2po cp2": make_config(qwen3, 1, 1, algorithm=M2PO, context_parallel_size=2),
+        "tp2 cp2 sp": make_config(qwen3, 2, 1, context_parallel_size=2, sequence_parallel=True),
+        "gspo tp2 cp2 sp": make_config(
+            qwen3, 2, 1, budget=40, algorithm=GSPO, context_parallel_size=2, sequence_parallel=True
+        ),
+        "kl in reward tp2 cp2 sp": make_config(
+            qwen3, 2, 1, algorithm=KL_REWARD, context_parallel_size=2, sequence_parallel=True
+        ),
+        "gspo pp2 cp2": make_config(qwen3, 1, 2, algorithm=GSPO, context_parallel_size=2),
+        "tied tp2 pp2": make_config(folders / "qwen2", 2, 2),
+        "tp2 pp2 sp small microbatches": make_config(
+            qwen3, 2, 2, budget=40, sequence_parallel=True
+        ),
+        "tp2 pp2": make_config(qwen3, 2, 2),
+        "gspo tp2 pp2 sp": make_config(
+            qwen3, 2, 2, budget=40, sequence_parallel=True, algorithm=GSPO
+        ),
+        "gspo": make_config(qwen3, 1, 1, algorithm=GSPO),
+        "m2po": make_config(qwen3, 1, 1, algorithm=M2PO),
+        "sequence mask": make_config(qwen3, 1, 1, algorithm=SEQUENCE_MASK),
+        "kl in reward": make_config(qwen3, 1, 1, algorithm=KL_REWARD),
+        "m2po tp2 pp2 sp": make_config(
+            qwen3, 2, 2, budget=40, sequence_parallel=True, algorithm=M2PO
+        ),
+        "pp2 vpp2": make_config(qwen3, 1, 2, virtual_pipeline_model_parallel_size=2),
+        "tied tp2 pp2 vpp2 sp": make_config(
+            folders / "qwen2", 2, 2, virtual_pipeline_model_parallel_size=2, sequence_parallel=True
+        ),
+        "pp2 vpp2 small microbatches": make_config(
+            qwen3, 2, 2, budget=40, virtual_pipeline_model_parallel_size=2
+        ),
+    }
+    for name, config in layouts.items():
+        # The distributed optimizer leaves each rank a part of the gradient: without it every rank has all.
+        plain = configuration.from_tree(to_tree(config))
+        plain.megatron["use_distributed_optimizer"] = False
+        model = start(plain)
+        results["totals"][name] = gradient_of(
+            model, plain, share() if name != "tp1 uneven shares" else uneven_share()
+        )
+        merged(model, out / f"gradient {name}.pt", get=lambda p: p.main_grad)
+        model = start(config)
+        results["metrics"][name] = step.train_step(model, share(), VERSION, config)
+        merged(model, out / f"weights {name}.pt")
+
+    # Two minibatches: the proximal pass, and that it changes nothing when there is one.
+    config = make_config(qwen3, 2, 2, minibatches=2)
+    model = start(config)
+    results["two minibatches"] = [
+        step.train_step(model, share(), v, config) for v in (VERSION, VERSION + 1)
+    ]
+    config = make_config(qwen3, 2, 2)
+    model = start(config)
+    minibatches = cut_minibatches(
+        share(), 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1
+    )
+    [with_proximal] = step.with_proximal(model, minibatches, config)
+    results["explicit proximal"] = step.accumulate_gradients(model, with_proximal, config)
+    results["implicit proximal"] = step.accumulate_gradients(model, minibatches[0], config)
+
+    # The ways to have no pass, or a smaller one.
+    for proximal in ("recompute", "reuse_first_minibatch", "loglinear"):
+        config = make_config(qwen3, 2, 2, minibatches=2, algorithm={"proximal": proximal})
+        results[f"proximal {proximal}"] = step.train_step(start(config), share(), VERSION, config)
+
+    # KL to the starting policy: nothing at the first step, something at the second; in the reward too.
+    config = make_config(qwen3, 2, 2, algorithm={"kl_coef": 0.5})
+    model = start(config)
+    results["kl"] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
+    config = make_config(qwen3, 2, 2, algorithm=KL_REWARD)
+    model = start(config)
+    [plain_cut] = cut_minibatches(
+        share(), 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1
+    )
+    [[taken, *_]] = step.with_reference(model, [plain_cut], config)
+    changed = taken.reference_T is not None and not torch.equal(
+        taken.advantages_T, plain_cut[0].advantages_T
+    )
+    told = [None] * WORLD
+    dist.all_gather_object(told, (changed, mpu.is_pipeline_last_stage()))
+    results["kl in reward changes advantages, last stage"] = told
+
+    # A minibatch far from the policy that sampled it makes no step.
+    config = make_config(qwen3, 2, 2, algorithm={"loss": "ppo", "stop_ratio": 1.001})
+    model = start(config)
+    before = [p.clone() for p in model.parameters()]
+    results["stopped"] = step.train_step(model, share(), VERSION, config)
+    same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    results["stopped, weights same"] = same
+
+    # A non-finite advantage: refused on all ranks, weights untouched.
+    config = make_config(qwen3, 2, 2)
+    model = start(config)
+    before = [p.clone() for p in model.parameters()]
+    poisoned = [sample if n else poison(sample) for n, sample in enumerate(share())]
+    try:
+        step.train_step(model, poisoned, VERSION, config)
+        refused = ""
+    except StepRefused as e:
+        refused = str(e)
+    same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    results["refused"] = refused
+    told = [None] * WORLD
+    dist.all_gather_object(told, (bool(refused), same))
+    results["refused everywhere, weights same"] = told
+
+    for family in ("qwen3", "qwen2", "llama"):
+        config = make_config(folders / family, 2, 2)
+        model = start(config)
+        logits = logits_of(model, config)
+        if dist.get_rank() == 0:
+            torch.save(logits, out / f"logits {family}.pt")
+        save_hf(model, folders / family, out / f"export {family}")
+        save_hf(model, folders / family, out / f"export {family}")  # over an older one
+        if family == "qwen3":
+            step.train_step(model, share(), VERSION, config)
+            save_hf(model, folders / family, out / "export trained")
+            merged(model, out / "weights trained.pt")
+
+    # bf16: the wrapped model, fp32 main weights.
+    config = make_config(qwen3, 2, 2, precision="bf16")
+    model = start(config)
+    results["bf16"] = step.train_step(model, share(), VERSION, config)
+    results["bf16 dtypes"] = sorted({str(p.dtype) for p in model.parameters()})
+    results["fp16"] = {str(shard): fp16(qwen3, out, shard) for shard in (True, False)}
+
+    # Values are 0 at first: three steps, so that they take part.
+    cp2 = {"context_parallel_size": 2, "algorithm": GAE}
+    for name, config in {
+        "gae tp2 pp2 sp": make_config(
+            qwen3, 2, 2, budget=40, algorithm=GAE, sequence_parallel=True
+        ),
+        "gae": make_config(qwen3, 1, 1, algorithm=GAE),
+        "gae pp2 vpp2": make_config(
+            qwen3, 1, 2, algorithm=GAE, virtual_pipeline_model_parallel_size=2
+        ),
+        "gae cp2": make_config(qwen3, 1, 1, budget=40, **cp2),
+        "gae tp2 cp2 sp": make_config(qwen3, 2, 1, sequence_parallel=True, **cp2),
+    }.items():
+        plain = configuration.from_tree(to_tree(config))
+        plain.megatron["use_distributed_optimizer"] = False
+        model = start(plain)
+        with_values(model)
+        results["totals"][name] = gradient_of(model, plain, share())
+        merged(model, out / f"gradient {name}.pt", get=lambda p: p.main_grad)
+        merged(model.critic, out / f"critic gradient {name}.pt", get=lambda p: p.main_grad)
+        model = start(config)
+        results[name] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
+        merged(model, out / f"weights {name}.pt")
+        merged(model.critic, out / f"critic {name}.pt")
+    config = make_config(qwen3, 2, 2, algorithm=GAE, minibatches=2)
+    results["gae two minibatches"] = step.train_step(start(config), share(), VERSION, config)
+    return results
+
+
+GAE = {
+    "advantage": "gae",
+    "gamma": 0.99,
+    "gae_lambda": 0.9,
+    "batch_normalize": True,
+    "entropy_coef": 0.0,
+}
+GAE |= {"kl_coef": 0.05, "kl_in": "reward"}
+
+
+def fp16(folder: Path, out: Path, shard: bool) -> dict[str, Any]:
+    """A step; one whose gradient overflows; one whose loss is not finite; one that overflows at the smallest scale."""
+    options = {"precision": "fp16", "use_distributed_optimizer": shard}
+    config = make_config(folder, 2, 2, **options, initial_loss_scale=1024.0, loss_scale_window=1)
+    model = start(config)
+    told: dict[str, Any] = {"dtypes": sorted({str(p.dtype) for p in model.parameters()})}
+    told["step"] = step.train_step(model, share(), VERSION, config)
+    saved: list[tuple[int, str]] = []
+    run_dir = out / f"fp16 {shard}"
+    saver = Checkpointer(
+        model, config, run_dir, lambda version, folder: saved.append((version, folder))
+    )
+    saver.save(1)
+    saver.close()
+    if dist.get_rank() == 0:
+        checkpoints.commit(run_dir, *saved[0], 0, 0)
+    dist.barrier()
+    model = start(config)
+    saver = Checkpointer(model, config, run_dir, lambda version, folder: None)
+    told["loaded"] = saver.load()
+    saver.close()
+    told["loaded scale"] = model.optimizer.get_loss_scale().item()
+    told["step after loading"] = step.train_step(model, share(), VERSION + 1, config)
+    told["published as"] = sorted(
+        {str(info.dtype) for info in manifest(model.modules, model.shape)}
+    )
+
+    config = make_config(folder, 2, 2, **options, initial_loss_scale=2.0**60, hysteresis=2)
+    model = start(config)
+    before = [p.clone() for p in model.parameters()]
+    told["overflows"] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
+    told["weights same"] = all(
+        torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
+    )
+    for what, scale, samples in (
+        ("nan", 1.0, [poison(s) for s in share()]),
+        ("smallest", 2.0**60, share()),
+    ):
+        config = make_config(
+            folder, 2, 2, **options, initial_loss_scale=scale, min_loss_scale=scale
+        )
+        model = start(config)
+        before = [p.clone() for p in model.parameters()]
+        try:
+            step.train_step(model, samples, VERSION + 1, config)
+        except StepRefused as e:
+            told[what] = str(e)
+        told[f"{what}, weights same"] = all(
+            torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
+        )
+    return told
+
+
+def poison(sample: TrainSample) -> TrainSample:
+    return TrainSample(
+        **{f: getattr(sample, f) for f in sample.__struct_fields__}
+        | {"advantages": sample.advantages * np.nan}
+    )
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    return msgspec.to_builtins(config)
+
+
+if __name__ == "__main__":
+    out_dir = Path(sys.argv[2])
+    figures = run(Path(sys.argv[1]), out_dir)
+    if dist.get_rank() == 0:
+        (out_dir / "results.json").write_text(json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,37 @@
+"""A workflow of the tests' own, named in the configuration as `loop_workflow:ThreeTurns`."""
+
+from __future__ import annotations
+
+from megatron_async_rl.protocol.types import Prompt, Sample
+from megatron_async_rl.rollout.engine_client import Sampling
+from megatron_async_rl.rollout.workflow import Episode, Policy
+
+GIVEN = "no, 1+1="
+TURN_TOKENS = 32
+NUM_TURNS = 3
+CONTEXT_TOKENS = 128  # of test_loop.py
+
+
+def is_bad(prompt: Prompt) -> bool:
+    return int(prompt.ids.sum()) % 3 == 0
+
+
+class ThreeTurns:
+    """Each turn is judged, and tokens of ours stand between those of the policy. A third of the prompts ends badly."""
+
+    async def run(self, prompt: Prompt, policy: Policy, sampling: Sampling) -> Sample:
+        episode, texts = Episode(prompt.ids), []
+        given = policy.tokenizer.encode(GIVEN).tolist()
+        for number in range(NUM_TURNS):
+            if number:
+                episode.given(given)
+            turn = await policy.generate(
+                episode.ids, Sampling(TURN_TOKENS, sampling.temperature, sampling.stop_token_ids)
+            )
+            episode.sampled(turn)
+            said = policy.tokenizer.decode(turn.ids)
+            texts.append(f"{said} => {await policy.judge(said)}")
+        if is_bad(prompt):  # a workflow that counts wrong: more than the trainer has room for
+            episode.given(given * CONTEXT_TOKENS)
+            episode.sampled(await policy.generate(episode.ids, sampling))
+        return episode.sample(turn.stop, "\n".join(texts))

@@ -1,0 +1,476 @@
+"""The whole system on a virtual clock: the real core and its facts, in a world of servers, judges, trainer and journal.
+
+Everything that can go wrong on a wire or with a process does, at random instants drawn from one seed; the same seed plays
+the same run again. What is true of tokens and weights is kept here, by the world, and never asked of the core:
+
+    a server knows which version it has sampled each token with;
+    the weights know the batches that they were made of, and a checkpoint keeps that with them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from megatron_async_rl.controller.core.actions import Action, ResendBatch, Send, SendBatch
+from megatron_async_rl.controller.core.core import Core
+from megatron_async_rl.controller.core.events import (
+    BatchSelected,
+    BatchTrained,
+    GroupAdmitted,
+    GroupDropped,
+    JournalEvent,
+    SampleReturned,
+)
+from megatron_async_rl.controller.core.fleet import ServerState
+from megatron_async_rl.controller.core.groups import Group, GroupState
+from megatron_async_rl.controller.core.settings import CoreSettings
+from megatron_async_rl.protocol.messages import (
+    Generate,
+    Generated,
+    GenerateFailed,
+    PartialSample,
+    Score,
+    Scored,
+)
+from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Prompt, Sample
+
+RUNNING = GroupState.RUNNING
+LEASE_S = 15.0
+MAX_EVENTS = 20_000
+
+
+class Breach(AssertionError):
+    """A promise was broken; the text says which."""
+
+
+def expect(holds: bool, promise: str) -> None:
+    if not holds:
+        raise Breach(promise)
+
+
+def arrays(versions: list[int], num_prompt: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    all_versions = np.asarray([NOT_GENERATED] * num_prompt + versions, np.int32)
+    return (
+        np.arange(len(all_versions), dtype=np.int32),
+        np.zeros(len(all_versions), np.float32),
+        all_versions,
+    )
+
+
+@dataclass
+class Server:
+    name: str
+    speed: float
+    version: int
+    life: int
+    alive: bool = True
+    tasks: dict[tuple[int, int], list[int]] = field(
+        default_factory=dict
+    )  # (group, index) -> versions of its tokens
+    leases: dict[tuple[int, int], Generate] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    events: int
+    faults: int
+    crashes: int
+    admitted: int
+    trained: int
+    dropped: int
+    max_staleness: int
+
+
+class World:
+    def __init__(self, seed: int, restore: Callable | None = None) -> None:
+        r = self.random = random.Random(seed)
+        self.rules = CoreSettings(
+            prompts_per_step=r.choice([1, 2, 3]), samples_per_prompt=r.choice([1, 2]), max_staleness=r.choice([0, 1, 2, 4]),
+            wait_for_stragglers=r.random() < 0.5, straggler_timeout_s=20.0, max_new_tokens=8, temperature=1.0,
+            eval_temperature=0.0, lease_timeout_s=LEASE_S, max_attempts=r.choice([3, 6]), max_verdict_attempts=3,
+            drop_equal_rewards=False, heartbeat_timeout_s=15.0, steps=r.choice([4, 6, 9, 20]),
+            data_parallel_size=r.choice([1, 2]),
+        )  # fmt: skip
+        if self.rules.samples_per_prompt > 1 and r.random() < 0.5:
+            self.rules = replace(self.rules, drop_equal_rewards=True)
+        self.restore_facts = restore or (lambda facts: facts)
+        self.fault_rate = r.choice([0.0, 0.02, 0.05, 0.1])
+        self.now, self.num_events, self.num_faults, self.num_crashes = 0.0, 0, 0, 0
+        self.queue: list[tuple[float, int, Callable[[], None]]] = []
+        self.order = itertools.count()
+        self.journal: list[JournalEvent] = []  # on disk
+        self.buffer: list[JournalEvent] = []  # on the way there
+        self.batches: dict[int, list[int]] = {}  # version -> groups, as first sent to a trainer
+        self.weights: list[list[int]] = []  # the batches that the trainer's weights are made of
+        self.saved: list[list[int]] = []  # those of the last checkpoint
+        self.trainer_life, self.step_of, self.told_done = 0, -1, 0
+        self.max_staleness = 0
+        self.since: dict[tuple[int, int, int], float] = {}  # lease -> when it was first seen
+        self.core = self.new_core()
+        self.core.restore([])
+        self.core.admitting = True
+        self.servers = {
+            f"rollout-{i}": Server(f"rollout-{i}", r.choice([0.3, 1, 1, 3]), 0, 0)
+            for i in range(r.choice([1, 2, 3]))
+        }
+        for server in self.servers.values():
+            self.act(self.core.rollout_joined(server.name, 6, self.now))
+            self.act(self.core.serving(server.name, 0, self.now))
+        self.act(self.core.reward_joined("reward-0", 8, self.now))
+        self.at(0.1, self.want_batch)
+        self.at(1.0, self.tick)
+
+    def new_core(self) -> Core:
+        numbers = itertools.count()
+        return Core(
+            self.rules,
+            lambda: Prompt(str(next(numbers)), np.arange(2, dtype=np.int32), {}),
+            epoch=0,
+        )
+
+    # ---- the clock and the wire
+
+    def at(self, delay: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self.queue, (self.now + delay, next(self.order), event))
+
+    def unlucky(self, weight: float = 1.0) -> bool:
+        if self.random.random() < self.fault_rate * weight:
+            self.num_faults += 1
+            return True
+        return False
+
+    def wire(self, deliver: Callable[[], None]) -> None:
+        """Delays, and so reorders; may lose or double a message."""
+        if self.unlucky(0.5):
+            return
+        for _ in range(1 + self.unlucky(0.5)):
+            self.at(self.random.expovariate(5.0), deliver)
+
+    def run(self) -> Result:
+        while self.queue and not self.finished:
+            self.now, _, event = heapq.heappop(self.queue)
+            event()
+            self.num_events += 1
+            expect(
+                self.num_events < MAX_EVENTS,
+                f"no progress: version {self.core.version} after {self.now:.0f} s",
+            )
+            self.core.check()
+            limit = (self.core.version + self.rules.max_staleness + 1) * self.rules.prompts_per_step
+            expect(self.core.ledger.trained + self.core.pending <= limit, "admitted past eta")
+        self.act(self.core.end())
+        return self.check_end()
+
+    @property
+    def finished(self) -> bool:
+        return self.core.version == self.rules.steps and len(self.weights) == self.rules.steps
+
+    def check_end(self) -> Result:
+        self.journal += self.buffer
+        facts = self.journal
+        admitted = [f.group_id for f in facts if isinstance(f, GroupAdmitted)]
+        trained = [group for batch in self.weights for group in batch]
+        dropped = [f.group_id for f in facts if isinstance(f, GroupDropped)]
+        expect(len(set(admitted)) == len(admitted), "a group was admitted twice")
+        expect(len(set(trained)) == len(trained), "a group is in the weights twice")
+        expect(
+            len(trained) == self.rules.steps * self.rules.prompts_per_step,
+            "a batch is missing from the weights",
+        )
+        expect(
+            sorted(trained + dropped) == sorted(admitted),
+            "admitted != trained + dropped at the end",
+        )
+        expect(
+            self.core.ledger.trained == len(trained),
+            "the ledger's count of trained groups is wrong",
+        )
+        prompts = [f.prompt_id for f in facts if isinstance(f, GroupAdmitted)]
+        expect(prompts == [str(n) for n in range(len(prompts))], "prompts were skipped or repeated")
+        versions = [f.version for f in facts if isinstance(f, BatchTrained)]
+        expect(
+            versions == list(range(1, self.rules.steps + 1)), "versions were skipped or repeated"
+        )
+        returned = [(f.group_id, f.index) for f in facts if isinstance(f, SampleReturned)]
+        expect(len(set(returned)) == len(returned), "a sample was taken twice")
+        return Result(
+            self.num_events,
+            self.num_faults,
+            self.num_crashes,
+            len(admitted),
+            len(trained),
+            len(dropped),
+            self.max_staleness,
+        )
+
+    # ---- the controller's shell
+
+    def act(self, actions: list[Action]) -> None:
+        self.buffer += self.core.take_events()
+        for action in actions:
+            if isinstance(action, SendBatch):
+                self.flush()
+                self.send_batch(action.version, action.groups)
+            elif isinstance(action, ResendBatch):
+                batch = next(
+                    (
+                        f
+                        for f in self.journal
+                        if isinstance(f, BatchSelected) and f.version == action.version
+                    ),
+                    None,
+                )
+                expect(
+                    batch is not None,
+                    f"the batch of version {action.version} is not in the journal",
+                )
+                self.send_batch(action.version, None, batch.group_ids)
+            elif isinstance(action, Send) and isinstance(action.message, Generate):
+                self.wire(lambda a=action: self.lease(a.worker, a.message))
+            elif isinstance(action, Send) and isinstance(action.message, Score):
+                self.wire(lambda a=action: self.judge(a.worker, a.message))
+
+    def flush(self) -> None:
+        self.journal += self.buffer
+        self.buffer = []
+
+    def send_batch(
+        self, version: int, groups: list[Group] | None, ids: list[int] | None = None
+    ) -> None:
+        ids = ids or [group.group_id for group in groups]
+        if version in self.batches:
+            expect(
+                ids == self.batches[version],
+                f"version {version} was trained on one batch and then sent another",
+            )
+        self.batches[version] = ids
+        for group in groups or []:
+            expect(
+                None not in group.samples and None not in group.rewards,
+                "an unfinished group was sent to train",
+            )
+            for sample in group.samples:
+                lag = version - int(sample.versions[sample.generated].min())
+                expect(
+                    0 <= lag <= self.rules.max_staleness,
+                    f"a token {lag} versions late is trained, eta = {self.rules.max_staleness}",
+                )
+                expect(
+                    int(sample.versions.max()) <= version,
+                    "a token of weights that did not exist yet",
+                )
+                self.max_staleness = max(self.max_staleness, lag)
+        life = self.trainer_life
+        self.at(0.05, lambda: self.train(version, ids, life))
+
+    def tick(self) -> None:
+        self.at(1.0, self.tick)
+        for worker in self.core.fleet.reward.values():
+            self.core.fleet.heard(worker.name, self.now)
+        for server in self.servers.values():
+            if server.alive:
+                self.core.fleet.heard(server.name, self.now)
+        self.act(self.core.tick(self.now))
+        self.check_deadlines()
+        if self.random.random() < 0.3:
+            self.flush()
+        stale = [
+            w
+            for w in self.core.fleet.rollout.values()
+            if w.state is ServerState.STALE and not w.reason
+        ]
+        if (
+            stale and self.step_of == -1
+        ):  # the trainer waits for a batch: it can give them its weights
+            self.publish([w.name for w in stale])
+        if self.unlucky(0.3):
+            self.crash_controller()
+        if self.unlucky(0.3):
+            self.crash_trainer()
+        if self.unlucky(0.6):
+            self.crash_server(self.random.choice(list(self.servers.values())))
+
+    def check_deadlines(self) -> None:
+        """Every lease, and every verdict, ends in bounded time."""
+        running = {
+            (id(self.core), g.group_id, g.attempt): g
+            for g in self.core.groups.values()
+            if g.state is RUNNING
+        }
+        self.since = {key: self.since.get(key, self.now) for key in running}
+        for key, group in running.items():
+            limit_s = LEASE_S * (1 if group.missing else 2 + self.rules.max_verdict_attempts) + 5
+            expect(self.now - self.since[key] <= limit_s, f"group {group.group_id} has no deadline")
+
+    def crash_controller(self) -> None:
+        """Dies at any instant: of what was on its way to the disk, a part arrived. Its workers live on."""
+        self.num_crashes += 1
+        self.journal += self.buffer[: self.random.randint(0, len(self.buffer))]
+        self.buffer = []
+        self.core = self.new_core()
+        self.core.restore(self.restore_facts(self.journal))
+        self.core.admitting = True
+        self.act([])
+        self.act(self.core.reward_joined("reward-0", 8, self.now))
+        for server in self.servers.values():
+            if server.alive:
+                self.act(self.core.rollout_joined(server.name, 6, self.now))
+                if 0 <= server.version <= self.core.version:
+                    self.act(self.core.serving(server.name, server.version, self.now))
+        # the trainer says again what it waits for an answer to
+        if len(self.weights) > self.core.version:
+            self.act(self.core.step_done(len(self.weights), self.now))
+        expect(self.core.version >= len(self.weights), "the journal lost a batch that was trained")
+        if self.step_of == -1:
+            self.at(0.1, self.want_batch)
+
+    # ---- the trainer
+
+    def want_batch(self) -> None:
+        if self.finished or self.step_of != -1:
+            return
+        for leader in range(self.rules.data_parallel_size):
+            for _ in range(1 + self.unlucky(0.2)):
+                self.act(self.core.batch_wanted(leader, len(self.weights), self.now))
+
+    def train(self, version: int, ids: list[int], life: int) -> None:
+        if life != self.trainer_life or version != len(self.weights) or self.step_of == version:
+            return  # of an earlier life, or sent twice
+        self.step_of = version
+        self.at(self.random.choice([1.0, 3.0]), lambda: self.end_step(version, ids, life))
+
+    def end_step(self, version: int, ids: list[int], life: int) -> None:
+        if life != self.trainer_life:
+            return
+        self.weights = [*self.weights, ids]
+        self.step_of = -1
+        self.act(self.core.step_done(len(self.weights), self.now))
+        self.flush()  # durable before anyone holds the new weights
+        if len(self.weights) == self.core.version:
+            self.publish([w.name for w in self.core.fleet.rollout.values() if not w.reason])
+        if self.random.random() < 0.5:
+            self.saved = self.weights
+        self.want_batch()
+
+    def crash_trainer(self) -> None:
+        self.num_crashes += 1
+        self.trainer_life += 1
+        self.weights, self.step_of = self.saved, -1
+        for leader in range(self.rules.data_parallel_size):
+            self.core.trainer_joined(leader)
+        self.at(5.0, self.want_batch)
+
+    def publish(self, names: list[str]) -> None:
+        version = len(self.weights)
+        for name in names:
+            server = self.servers[name]
+            if not server.alive:
+                continue
+            self.core.updating(name)
+            for (
+                key,
+                tokens,
+            ) in server.tasks.items():  # interrupted: what there is goes to the controller
+                lease = server.leases[key]
+                if tokens:
+                    partial = PartialSample(
+                        lease.epoch, *self.name_of(lease), key[1], Partial(*arrays(tokens))
+                    )
+                    self.wire(lambda n=name, p=partial: self.act(self.core.interrupted(n, p)))
+            if self.unlucky(0.5):
+                self.act(self.core.fenced(name, "digests differ", self.now))
+                self.crash_server(server)
+                continue
+            server.version = version
+            self.act(self.core.serving(name, version, self.now))
+
+    # ---- servers and judges
+
+    @staticmethod
+    def name_of(lease: Generate) -> tuple[int, int]:
+        return lease.group_id, lease.attempt
+
+    def lease(self, name: str, lease: Generate) -> None:
+        server = self.servers[name]
+        if not server.alive:
+            return
+        partials = lease.partials or [None] * len(lease.indices)
+        for index, partial in zip(lease.indices, partials, strict=True):
+            key = (lease.group_id, index)
+            before = [] if partial is None else partial.versions[partial.num_input :].tolist()
+            server.tasks[key], server.leases[key] = before, lease
+            life = server.life
+            self.at(
+                self.random.expovariate(server.speed),
+                lambda k=key, e=lease, n=life: self.generate(server, k, e, n),
+            )
+
+    def generate(self, server: Server, key: tuple[int, int], lease: Generate, life: int) -> None:
+        """A few more tokens under the weights that the server has now; at the end the sample goes out."""
+        if (
+            server.life != life
+            or not server.alive
+            or server.leases.get(key) is not lease
+            or key not in server.tasks
+        ):
+            return
+        server.tasks[key] = server.tasks[key] + [server.version]
+        if len(server.tasks[key]) < 8 and self.random.random() < 0.6:
+            self.at(
+                self.random.expovariate(server.speed),
+                lambda: self.generate(server, key, lease, life),
+            )
+            return
+        who = (lease.epoch, lease.group_id, lease.attempt, key[1])
+        ids, logprobs, versions = arrays(server.tasks.pop(key))
+        sample = Sample(ids=ids, logprobs=logprobs, versions=versions, stop="stop", text="")
+        if self.unlucky(0.3):
+            self.wire(
+                lambda: self.act(
+                    self.core.generate_failed(server.name, GenerateFailed(*who, "x"), self.now)
+                )
+            )
+        else:
+            self.wire(
+                lambda: self.act(
+                    self.core.generated(server.name, Generated(*who, sample), self.now)
+                )
+            )
+
+    def crash_server(self, server: Server) -> None:
+        if not server.alive:
+            return
+        self.num_crashes += 1
+        server.alive, server.version = False, -1
+        server.life += 1
+        server.tasks, server.leases = {}, {}
+        if self.random.random() < 0.5:  # noticed at once; otherwise by its silence
+            self.act(self.core.worker_lost(server.name, self.now))
+        self.at(self.random.choice([3.0, 25.0]), lambda: self.restart_server(server))
+
+    def restart_server(self, server: Server) -> None:
+        server.alive = True
+        self.act(self.core.rollout_joined(server.name, 6, self.now))
+
+    def judge(self, name: str, score: Score) -> None:
+        reward = None if self.unlucky(0.5) else float(self.random.random() < 0.5)
+        scored = Scored(score.epoch, score.group_id, score.attempt, score.index, reward)
+        if self.unlucky(0.1):
+            self.at(
+                2.0, lambda: self.act(self.core.reward_joined(name, 8, self.now))
+            )  # it died and came back
+            return
+        self.at(
+            self.random.expovariate(3.0), lambda: self.act(self.core.scored(name, scored, self.now))
+        )
+
+
+def simulate(seed: int, restore: Callable | None = None) -> Result:
+    """One whole run. Raises Breach or ConservationError when a promise is broken."""
+    return World(seed, restore).run()

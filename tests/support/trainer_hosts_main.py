@@ -1,0 +1,177 @@
+"""A run whose two pipeline stages are on two hosts, each a network namespace with an address of its own, and what becomes of
+it when a rank, a host or the whole job is lost. Runs inside namespaces (world.py); asserts as it goes.
+
+    python tests/trainer_hosts_main.py MODEL DATASET FOLDER
+"""
+
+from __future__ import annotations
+
+import signal
+import stat
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+from chaos_parts import world
+from test_join import Host, wait
+from test_loop import Inputs
+
+from megatron_async_rl.cli import audit
+from megatron_async_rl.node.generations import FOLDER, TrainerGeneration
+from megatron_async_rl.observability.run_log import read_status
+from megatron_async_rl.storage.checkpoints import manifests
+
+ON_B = ("ip", "netns", "exec", "b")
+
+
+class Job:
+    def __init__(self, model: Path, dataset: Path, folder: Path) -> None:
+        self.run_dir = folder / "run"
+        self.path = Inputs(model, dataset, dataset).config(
+            self.run_dir,
+            run={"dir": str(self.run_dir), "steps": 5000, "export_every": 0, "host": world.HOST_A},
+            data={"eval": None},
+            rollout={"max_new_tokens": 12, "max_concurrent_samples": 16},
+            faults={"heartbeat_timeout_s": 15, "restart_backoff_s": 0.1, "max_restarts": 3},
+            trainer={"hosts": 2, "start_timeout_s": 100},
+            megatron={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2},
+            checkpoint={"every": 2},
+        )
+        self.folder = folder
+        self.hosts: list[Host] = []
+
+    def run(self, *overrides: str) -> Host:
+        """On host A. gloo is told of no interface: the trainer must find the one between the hosts."""
+        arguments = ("run", str(self.path), *overrides, "--elsewhere", "rollout-0,trainer-1")
+        self.main = self._add(Host(self.folder / "run.out", *arguments))
+        return self.main
+
+    def serve(self) -> Host:
+        """On host A too, by itself: the engine's gloo does need the interface's name."""
+        wait(lambda: (self.run_dir / "controller.address").exists())
+        arguments = ("join", str(self.run_dir), "rollout-0")
+        return self._add(Host(self.folder / "serve.out", *arguments, GLOO_SOCKET_IFNAME="a0"))
+
+    def join(self) -> Host:
+        wait(lambda: (self.run_dir / "controller.address").exists())
+        return self._add(
+            Host(self.folder / "join.out", "join", str(self.run_dir), "trainer-1", prefix=ON_B)
+        )
+
+    def _add(self, host: Host) -> Host:
+        self.hosts.append(host)
+        return host
+
+    def trained(self, version: int) -> bool:
+        assert self.main.process.poll() is None, self.main.log.read_text()[-3000:]
+        status = self.run_dir / "status.json"
+        return status.exists() and read_status(self.run_dir).version >= version
+
+    def goes_on(self, steps: int = 2) -> None:
+        now = read_status(self.run_dir).version
+        wait(lambda: self.trained(now + steps), 100)
+
+    def lives(self) -> list[TrainerGeneration]:
+        files = [self.run_dir / FOLDER / name for name in ("trainer-0", "trainer-1")]
+        assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
+        return [msgspec.json.decode(file.read_bytes(), type=TrainerGeneration) for file in files]
+
+    def check_books(self) -> None:
+        result = audit.audit(self.run_dir, 3)
+        assert result.breaches == [] and result.lost == result.duplicated == 0, result
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """Empty of one that has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def rank_of(host: Host) -> psutil.Process:
+    """The one trainer rank that this launcher has."""
+    (agent,) = (p for p in host.everyone() if "torch.distributed.run" in command_line(p))
+    (rank,) = agent.children()  # it has forks of its own, which write checkpoints
+    return rank
+
+
+def main(model: Path, dataset: Path, folder: Path) -> None:
+    world.World(folder / "chaos").make_hosts()
+    job = Job(model, dataset, folder)
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        sys.stderr.write(f"{time.monotonic() - began:6.1f} s  {text}\n")
+
+    try:
+        a = job.run()
+        c = job.serve()
+        b = job.join()
+        wait(lambda: job.trained(2), 150)
+        say("trains")
+        first, second = job.lives()
+        assert (first.life, first.restarts, second.life, second.restarts) == (1, 0, 1, 0)
+        assert first.address == world.HOST_A and first.port > 0
+        old = [rank_of(a), rank_of(b)]
+        old[1].kill()
+        wait(
+            lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in old), 20
+        )  # both, not one
+        job.goes_on()
+        say("a rank was killed on the second host")
+        assert [(n.life, n.restarts) for n in job.lives()] == [
+            (2, 1),
+            (2, 1),
+        ]  # one restart, though two lost a rank
+        assert rank_of(a) != old[0] and rank_of(b) != old[1]
+
+        b.kill()
+        assert b.watch.left() == []
+        survivor = rank_of(a)
+        b = job.join()
+        job.goes_on()
+        say("the second host was lost and joined anew")
+        assert len({n.life for n in job.lives()}) == 1 and job.lives()[0].life >= 3
+        assert not survivor.is_running() or survivor.status() == psutil.STATUS_ZOMBIE
+
+        a.kill()  # with the controller
+        assert a.watch.left() == []
+        before = job.lives()[0].life
+        a = job.run()
+        job.goes_on()
+        say("the first host was lost and run again; the second came along by itself")
+        assert b.process.poll() is None and b.says("the run has begun a new life")
+        assert job.lives()[0].life > before and job.lives()[0].restarts == 0
+
+        for host in (b, c, a):
+            host.process.send_signal(signal.SIGTERM)
+        assert [host.process.wait(90) for host in (b, c, a)] == [75, 75, 75]
+        assert a.watch.left() == b.watch.left() == c.watch.left() == []
+        version = read_status(job.run_dir).version
+        assert manifests(job.run_dir)[0].version == version  # saved on both hosts
+        job.check_books()
+        say("told to end")
+
+        a = job.run(f"run.steps={version + 2}")
+        c = job.serve()
+        b = job.join()
+        assert [host.process.wait(150) for host in (a, b, c)] == [0, 0, 0], a.log.read_text()[
+            -2000:
+        ]
+        status = read_status(job.run_dir)
+        assert (status.state, status.version) == ("finished", version + 2)
+        assert (job.run_dir / "policy" / "config.json").exists()
+        assert a.watch.left() == b.watch.left() == c.watch.left() == []
+        job.check_books()
+        say("ended")
+    finally:
+        for host in job.hosts:
+            host.kill()
+
+
+if __name__ == "__main__":
+    world.enter()
+    main(*(Path(argument) for argument in sys.argv[1:]))

@@ -1,0 +1,167 @@
+"""That the chaos tool really does what it says: partitions that nobody is told of, clocks that jump, a loss that is not a number,
+and counts of the journal up to a fact."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import TOOLS
+from test_journal import some_facts
+
+from megatron_async_rl.cli import audit
+from megatron_async_rl.controller.core.events import GroupAdmitted, GroupDropped
+from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal, last_seq
+
+
+def namespaces() -> bool:
+    if not all(shutil.which(name) for name in ("unshare", "ip", "cc")):
+        return False
+    enter = [
+        "unshare",
+        "--net",
+        "--mount",
+        *([] if os.geteuid() == 0 else ["--map-root-user"]),
+        "ip",
+        "link",
+        "set",
+        "lo",
+        "up",
+    ]
+    return subprocess.run(enter, capture_output=True, timeout=30, check=False).returncode == 0
+
+
+in_a_world = pytest.mark.skipif(
+    not namespaces(), reason="needs Linux namespaces, `ip` and a C compiler"
+)
+
+
+def in_world(folder: Path, code: str) -> list[str]:
+    """What this code prints, run inside a world of its own."""
+    program = folder / "program.py"
+    program.write_text(
+        "import subprocess, sys, os, time\nfrom pathlib import Path\nfrom chaos_parts import world\nworld.enter()\n"
+        f"around = world.World(Path({str(folder / 'chaos')!r}))\n{code}"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(TOOLS.parent)])}
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()
+
+
+PARTITION = """
+import socket
+around.make_hosts()
+server = socket.create_server((world.HOST_A, 0))
+talk = f'''
+import socket, time
+link = socket.create_connection(("{world.HOST_A}", {server.getsockname()[1]}))
+while True:
+    link.send(b"x")
+    time.sleep(0.02)
+'''
+host_b = subprocess.Popen(["ip", "netns", "exec", "b", sys.executable, "-c", talk])
+link, _ = server.accept()
+
+def heard(seconds):
+    end, count = time.monotonic() + seconds, 0
+    link.settimeout(0.1)
+    while time.monotonic() < end:
+        try:
+            count += len(link.recv(1000))
+        except TimeoutError:
+            pass
+    return count
+
+print(heard(0.5) > 0)
+around.cut(world.HOST_A)
+heard(0.3)  # what was on the way
+print(heard(1.0), host_b.poll())
+around.heal(world.HOST_A)
+print(heard(5.0) >= 50)
+host_b.kill()
+host_b.wait()
+"""
+
+
+@in_a_world
+def test_a_cut_is_silent_for_both_ends_and_loses_nothing_of_a_connection_once_healed(
+    tmp_path: Path,
+) -> None:
+    assert in_world(tmp_path, PARTITION) == ["True", "0", "None", "True"]
+
+
+CLOCKS = """
+look = "import time; a, m = time.time(), time.monotonic(); input(); print(time.time() - a, time.monotonic() - m)"
+jumping, other = (
+    subprocess.Popen([sys.executable, "-c", look], env={**os.environ, **around.environment()}, stdin=-1, stdout=-1, text=True)
+    for _ in range(2)
+)
+time.sleep(1)
+around.move_clock(jumping.pid, -3600)
+for process in (jumping, other):
+    wall, monotonic = map(float, process.communicate("\\n")[0].split())
+    print(round((wall - monotonic) / 60))
+"""
+
+
+@in_a_world
+def test_a_wall_clock_jumps_for_one_process_and_monotonic_time_goes_on(tmp_path: Path) -> None:
+    assert in_world(tmp_path, CLOCKS) == ["-60", "0"]
+
+
+def test_the_flag_makes_one_loss_nan_and_the_next_ones_are_as_ever(tmp_path: Path) -> None:
+    """Over a module in the place of the trainer's loss: what is tested is the wrapping at import."""
+    package = tmp_path / "megatron_async_rl" / "trainer"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    (package / "loss.py").write_text("def policy_loss(inputs, config):\n    return 1.0, {}\n")
+    (package / "__main__.py").write_text(
+        "from megatron_async_rl.trainer.algorithms.loss import policy_loss\n"
+        "print(*[policy_loss(None, None)[0] for _ in range(3)])\n"
+    )
+    (tmp_path / "nan").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_async_rl.trainer"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                [str(TOOLS / "chaos" / "chaos_parts" / "hooks"), str(tmp_path)]
+            ),
+        }
+        | {"CHAOS_FOLDER": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert done.stdout.split() == ["nan", "1.0", "1.0"]
+
+
+def test_the_audit_of_a_beginning_of_the_journal_balances_at_every_fact(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / JOURNAL_FILE)
+    facts = some_facts()
+    journal.append(facts)
+    journal.close()
+    assert last_seq(tmp_path / JOURNAL_FILE) == len(facts)
+    for until in range(len(facts) + 1):
+        result = audit(tmp_path, eta=4, until=until)
+        seen = facts[:until]
+        assert result.admitted == sum(isinstance(fact, GroupAdmitted) for fact in seen)
+        assert result.dropped.total() == sum(isinstance(fact, GroupDropped) for fact in seen)
+        assert result.lost == result.duplicated == 0 and not [
+            b for b in result.breaches if "unaccounted" in b
+        ]

@@ -1,0 +1,194 @@
+"""No decision goes by a wall clock: it may jump by an hour, forth or back, at any time, and nothing comes of it."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import itertools
+import random
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from simulation import simulate
+from test_controller import answer, hello_of, inputs, with_controller
+from test_imports import PACKAGE, ROOT, relative, sources
+
+from megatron_async_rl.controller import controller as controller_module
+from megatron_async_rl.controller import handlers as handlers_module
+from megatron_async_rl.controller.controller import Controller
+from megatron_async_rl.controller.core.actions import Action
+from megatron_async_rl.observability.run_log import read_status
+from megatron_async_rl.protocol.messages import Heartbeat
+from megatron_async_rl.protocol.transport import Link
+
+__all__ = ["inputs"]  # the fixture
+HOUR_S = 3600.0
+CLOCKS = {
+    "time",
+    "time_ns",
+    "localtime",
+    "gmtime",
+    "ctime",
+    "strftime",
+    "clock_gettime",
+    "now",
+    "utcnow",
+    "today",
+}
+STAMPS = {
+    "updated_unix",
+    "now_unix",
+    "wall_time",
+}  # for people: in status.json, TensorBoard and the display of them
+
+
+def wall_clock_reads(tree: ast.AST) -> list[ast.Call]:
+    """Calls of a clock that somebody may set; a name from `time` or `datetime` is one however it was imported."""
+    bare = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module in ("time", "datetime")
+        for alias in node.names
+        if alias.name in CLOCKS
+    }
+    found = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        owner, _, name = ast.unparse(call.func).rpartition(".")
+        of_a_clock = (
+            owner.split(".")[-1] in ("time", "datetime", "date", "_time") and name in CLOCKS
+        )
+        if of_a_clock or (not owner and name in bare):
+            found.append(call)
+    return found
+
+
+def decisions_by_wall_clock(tree: ast.AST) -> list[str]:
+    """Reads that do more than stamp something for people."""
+    stamps = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg in STAMPS:
+            stamps |= {id(inner) for inner in ast.walk(node.value)}
+        if isinstance(node, ast.Assign) and all(
+            ast.unparse(target) in STAMPS for target in node.targets
+        ):
+            stamps |= {id(inner) for inner in ast.walk(node.value)}
+    return [
+        f"line {call.lineno}: {ast.unparse(call)}"
+        for call in wall_clock_reads(tree)
+        if id(call) not in stamps
+    ]
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE), ids=relative)
+def test_a_wall_clock_is_read_for_stamps_alone(path: Path) -> None:
+    assert decisions_by_wall_clock(ast.parse(path.read_text())) == []
+
+
+def test_the_stamps_are_where_people_look() -> None:
+    readers = {
+        relative(path) for path in sources(PACKAGE) if wall_clock_reads(ast.parse(path.read_text()))
+    }
+    assert readers == {f"{PACKAGE}/{name}.py" for name in ("metrics", "board", "display")}
+    core = {
+        f"{PACKAGE}/controller/{name}.py"
+        for name in ("core", "books", "leases", "verdicts", "cut", "fleet", "ledger")
+    }
+    for path in core:  # these know no clock at all
+        imports = {
+            name
+            for node in ast.walk(ast.parse((ROOT / path).read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]
+        }
+        assert not imports & {"time", "datetime", "asyncio", "random"}, path
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import time\ndeadline = time.time() + 5",
+        "import time\nif time.time_ns() > x: pass",
+        "from time import time\nbegan = time()",
+        "from time import time as now\nbegan = now()",
+        "import datetime\nbegan = datetime.datetime.now()",
+        "from datetime import datetime\nbegan = datetime.utcnow()",
+    ],
+)
+def test_a_decision_by_the_wall_clock_is_seen(source: str) -> None:
+    assert decisions_by_wall_clock(ast.parse(source))
+
+
+@pytest.mark.parametrize(
+    "source", ["began = time.monotonic()", "write(updated_unix=time.time())", "loop.time()"]
+)
+def test_a_monotonic_clock_and_a_stamp_are_let_through(source: str) -> None:
+    assert decisions_by_wall_clock(ast.parse(source)) == []
+
+
+def jumping(seed: int = 0) -> float:
+    return time.monotonic() + 1.8e9 + random.choice([-HOUR_S, 0.0, HOUR_S])
+
+
+def test_a_simulation_plays_the_same_while_the_wall_clock_jumps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = [simulate(seed) for seed in range(100)]
+    monkeypatch.setattr(time, "time", jumping)
+    assert [simulate(seed) for seed in range(100)] == before
+
+
+async def beats(link: Link, seconds: float) -> None:
+    until = asyncio.get_running_loop().time() + seconds
+    while asyncio.get_running_loop().time() < until:
+        await link.send(Heartbeat())
+        await asyncio.sleep(0.2)
+
+
+def test_the_controller_loses_nobody_while_the_wall_clock_jumps(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(controller: Controller, link: Link) -> None:
+        await answer(link, hello_of(inputs, "rollout", "rollout-0", serving=0))
+        await beats(link, 3.5)  # three ticks
+        assert list(controller.core.fleet.rollout) == ["rollout-0"]
+        status = read_status(tmp_path)
+        assert 0 < status.elapsed_s < 60 and status.fleet[0].state == "serving"
+
+    reads = itertools.count()
+
+    def wall() -> float:
+        next(reads)
+        return jumping()
+
+    monkeypatch.setattr(time, "time", wall)
+    with_controller(inputs, tmp_path, test)
+    assert next(reads) > 3  # it was asked, for stamps
+
+
+def test_a_controller_that_went_by_the_wall_clock_would_lose_them(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the test before: the same world, with the wall clock where the monotonic one belongs."""
+    losses = []
+
+    async def test(controller: Controller, link: Link) -> None:
+        await answer(link, hello_of(inputs, "rollout", "rollout-0", serving=0))
+        lose = controller.core.worker_lost
+
+        def worker_lost(name: str, now: float) -> list[Action]:
+            losses.extend(name for _ in range(name in controller.core.fleet.rollout))
+            return lose(name, now)
+
+        controller.core.worker_lost = worker_lost  # type: ignore[method-assign]
+        await beats(link, 3.5)  # three ticks, each an hour after the last beat
+
+    hours = itertools.count()
+    wrong = SimpleNamespace(
+        monotonic=lambda: time.monotonic() + next(hours) * HOUR_S, time=time.time, sleep=time.sleep
+    )
+    monkeypatch.setattr(controller_module, "time", wrong)
+    monkeypatch.setattr(handlers_module, "time", wrong)
+    with_controller(inputs, tmp_path, test)
+    assert "rollout-0" in losses

@@ -1,0 +1,217 @@
+"""What a real SGLang of one and of two ranks computes after an update is what transformers computes on the very weights:
+the whole distribution at every position, after weights came over a network group and after they came from the disk. And
+what is wrong on the way from the disk is never served.
+
+Trainer ranks (weights_main.py, TP = 2), publisher, rollout worker and engine are the real ones; the test is the controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import test_weights
+import torch
+from test_weights import Control, drive
+from tiny import CPU_ENGINE, make_model
+
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.controller.weight_sync.session import UpdateSession
+from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
+from megatron_async_rl.engine_env import engine_python
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.protocol.messages import LoadSnapshot, Updated
+from megatron_async_rl.protocol.transport import Link
+from megatron_async_rl.rollout.engine_client import Sampling
+from megatron_async_rl.rollout.engine_process import Server
+from megatron_async_rl.rollout.worker import RolloutWorker
+from megatron_async_rl.rollout.workflow import SingleTurn
+from megatron_async_rl.storage import snapshots
+
+pytestmark = pytest.mark.skipif(
+    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
+)
+VOCABULARY = 37  # of tiny.py
+IDS = [5, 9, 21, 33, 7, 7, 30, 12, 3, 36, 17, 25, 4, 11]
+NAME = "rollout-0"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The one the engine starts with, and two others."""
+    base = tmp_path_factory.mktemp("models")
+    # 256 rows: of an MLP that does not divide into its blocks, an engine of two ranks on a CPU pads each half
+    return [make_model(base / f"model{seed}", seed, intermediate_size=256) for seed in range(3)]
+
+
+def settings(run_dir: Path, model: Path, tp: int, transport: str) -> dict[str, Any]:
+    return {
+        "run": {"dir": str(run_dir), "steps": 1},
+        "model": {"path": str(model), "context_tokens": 64},
+        "data": {"train": "unused"},
+        "rollout": {"max_new_tokens": 32},
+        "algorithm": {"prompts_per_step": 4, "samples_per_prompt": 2},
+        "trainer": {"precision": "fp32", "data_parallel_size": 2, "collective_timeout_s": 100},
+        "weights": {"bucket_bytes": 40000, "transport": transport},
+        "megatron": {"tensor_model_parallel_size": 2},
+        "sglang": CPU_ENGINE | {"max_total_tokens": 1024, "tp_size": tp},
+    }
+
+
+def publish_by(control: Control, config: Config) -> None:
+    exchange = UpdateSession(control.send, config.weights.update_timeout_s)
+    control.publisher = TrainerPublisher(exchange, config, SnapshotStore(config))
+
+
+async def load(control: Control, folder: Path, version: int) -> Updated:
+    await control.send(NAME, LoadSnapshot(version, str(folder)))
+    while True:
+        _, message = await asyncio.wait_for(control.publisher.exchange.inbox.get(), 100)
+        if isinstance(message, Updated) and message.version == version:
+            return message
+
+
+def want(model: Path) -> np.ndarray:
+    """[num_tokens - 1, vocabulary]: log softmax after each token but the last, by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
+    with torch.no_grad():
+        return torch.log_softmax(policy(input_ids=torch.tensor([IDS])).logits[0, :-1], -1).numpy()
+
+
+async def got(worker: RolloutWorker, version: int) -> np.ndarray:
+    """The same by the engine: one prefill, every token of the vocabulary among its top logprobs."""
+    request = {
+        "input_ids": IDS,
+        "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": VOCABULARY,
+    }
+    client = worker._client
+    reply = await client._call("POST", "/generate", request, client._api)
+    assert reply["meta_info"]["weight_version"] == str(version)
+    rows = reply["meta_info"]["input_top_logprobs"][1:]
+    out = np.full((len(IDS) - 1, VOCABULARY), np.nan, np.float32)
+    for row, entries in zip(out, rows, strict=True):
+        for logprob, token, *_ in entries:
+            row[token] = logprob
+    assert not np.isnan(out).any()
+    return out
+
+
+@contextmanager
+def changed(snapshot: snapshots.Snapshot, version: int) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A copy of the folder as another version; what the block changes in its manifest is written."""
+    path = snapshot.path.with_name(f"v{version:06d}.0")
+    shutil.copytree(snapshot.path, path)
+    manifest = msgspec.to_builtins(snapshot.manifest)
+    manifest["version"] = version
+    yield path, manifest
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_after_an_update_the_engine_computes_what_transformers_does(
+    tp: int, models: list[Path], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "logs").mkdir(parents=True)
+    start, second, third = models
+    config = configuration.from_tree(settings(run_dir, start, tp, "disk"))
+    over_network = configuration.from_tree(settings(run_dir, start, tp, "network"))
+    work = [
+        {"config": settings(run_dir, second, tp, "network"), "versions": [0, 0]},
+        {"config": settings(run_dir, third, tp, "disk"), "versions": [1, 1]},
+    ]
+    tensor = f"{tp - 1}:model.layers.1.self_attn.qkv_proj.weight"
+
+    async def body(control: Control) -> None:
+        publish_by(control, over_network)
+        server = Server(config, run_dir, NAME)
+        await server.start()
+        link = Link(run_dir)
+        worker = RolloutWorker(NAME, config, link, server, SingleTurn())
+        running = asyncio.create_task(worker.run())
+        try:
+            await control.wait_for(lambda: NAME in control.peers)
+            outcome, _ = await control.publish(0, [NAME])
+            assert outcome.serving == [NAME]
+            np.testing.assert_allclose(await got(worker, 0), want(second), atol=2e-4)
+            assert np.abs(want(second) - want(start)).max() > 0.1
+
+            for ids in ([5, VOCABULARY], [-1], []):  # the engine would not live through these
+                with pytest.raises(DataError, match=f"from 0 to {VOCABULARY - 1}"):
+                    await worker.generate(ids, Sampling(1, 1.0, []))
+            completion = await worker.generate([VOCABULARY - 1], Sampling(1, 1.0, []))
+            assert len(completion.ids) == 1
+
+            publish_by(control, config)
+            outcome, _ = await control.publish(1, [NAME])
+            assert (
+                outcome.serving == [NAME]
+                and {"check_files", "load", "digest", "write"} <= outcome.seconds.keys()
+            )
+            np.testing.assert_allclose(await got(worker, 1), want(third), atol=2e-4)
+            [snapshot] = snapshots.whole(run_dir)
+            np.testing.assert_array_equal(want(snapshot.path), want(third))
+
+            with changed(snapshot, 2) as (
+                path,
+                manifest,
+            ):  # a flipped digest: the engine is not what it must be
+                manifest["digests"][tensor] = "0" * 16
+            answer = await load(control, path, 2)
+            assert tensor in answer.error and not worker.gate.is_open
+            answer = await load(
+                control, snapshot.path, 1
+            )  # only a whole catch-up opens the gate again
+            assert not answer.error and worker.gate.is_open
+
+            with changed(snapshot, 3) as (
+                path,
+                _,
+            ):  # a flipped bit: it does not come near the engine
+                file = next(path.glob("*.safetensors"))
+                raw = bytearray(file.read_bytes())
+                raw[-5] ^= 1
+                file.write_bytes(raw)
+            answer = await load(control, path, 3)
+            assert f"{file} does not match its digest" in answer.error and worker.gate.is_open
+            np.testing.assert_allclose(await got(worker, 1), want(third), atol=2e-4)
+
+            cold = Server(
+                config, run_dir, "cold"
+            )  # a new server begins with the newest folder; broken ones go first
+            for broken in snapshots.whole(run_dir)[:-1]:
+                snapshots.remove(broken.path)
+            assert "--weight-version" not in server._command("h", 1)
+            if tp == 1:
+                await cold.start()
+                try:
+                    assert (
+                        cold.started_from == snapshot.path
+                        and await cold.client.served_version() == "1"
+                    )
+                    held = await cold.client.checksums()
+                    assert held == snapshot.manifest.digests
+                finally:
+                    await cold.stop()
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            link.close()
+            await server.stop()
+
+    with test_weights.processes(tmp_path / "run", work, {}):
+        asyncio.run(drive(run_dir, body))

@@ -1,0 +1,62 @@
+"""A server whose scheduler hangs while its HTTP side answers: found out by a probe, replaced, and the run goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from descendants import Descendants
+from test_loop import make_inputs, start
+from test_resume import START_S, wait_for_version
+
+from megatron_async_rl.engine_env import engine_python
+from megatron_async_rl.observability.run_log import read_status
+
+
+@pytest.mark.skipif(
+    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
+)
+def test_a_server_that_generates_nothing_any_more_is_replaced(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    path = make_inputs(tmp_path).config(
+        run_dir,
+        run={"steps": 5000, "export_every": 0},
+        data={"eval": None},
+        rollout={"lease_timeout_s": 4.0, "request_timeout_s": 10.0},
+        weights={"update_timeout_s": 10.0},
+        faults={"restart_backoff_s": 0.1},
+        megatron={"tensor_model_parallel_size": 1},
+    )
+    child = start(path)
+    watch = Descendants(child.pid)
+    log = run_dir / "logs" / "controller.log"
+    try:
+        wait_for_version(run_dir, 1)
+        deadline = time.monotonic() + START_S
+        ours = {p.pid for p in watch.look()}
+        named = psutil.process_iter(["cmdline"])
+        schedulers = [
+            p.pid
+            for p in named
+            if p.pid in ours and "sglang::scheduler" in " ".join(p.info["cmdline"] or [])
+        ]
+        assert schedulers
+        for pid in schedulers:
+            os.kill(pid, signal.SIGSTOP)
+        at = read_status(run_dir).version
+        while not (words := log.read_text()).count("rollout-0 joined") > 1:
+            assert time.monotonic() < deadline, words
+            time.sleep(0.1)
+        assert (
+            "the SGLang server hangs" in words or "within weights.update_timeout_s" in words
+        )  # in an update, by that
+        wait_for_version(run_dir, at + 8)  # more than the buffer held
+    finally:
+        child.send_signal(signal.SIGINT)
+        child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert watch.left() == []

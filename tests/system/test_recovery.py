@@ -1,0 +1,228 @@
+"""A crash at any instant: the core of test_core's hostile world dies and is rebuilt from what had reached the journal."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant, precondition, rule
+from test_core import World, finish, generated, make_core, messages, sample, serve
+
+from megatron_async_rl.controller.core.actions import Action, ResendBatch, SendBatch
+from megatron_async_rl.controller.core.core import Core
+from megatron_async_rl.controller.core.events import (
+    BatchSelected,
+    BatchTrained,
+    GroupAdmitted,
+    GroupDropped,
+    JournalEvent,
+)
+from megatron_async_rl.controller.core.groups import GroupState
+from megatron_async_rl.protocol.messages import Generate, GenerateFailed, PartialSample
+from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Prompt
+
+
+def reborn(core: Core, facts: list[JournalEvent]) -> Core:
+    """The next life of the controller, from the same dataset and the facts that reached the disk."""
+    numbers = itertools.count()
+    again = Core(
+        core.rules,
+        lambda: Prompt(str(next(numbers)), np.arange(3, dtype=np.int32), {"answer": "1"}),
+    )
+    again.restore(facts)
+    again.admitting = True
+    return again
+
+
+def partial(*versions: int) -> Partial:
+    whole = sample(*versions)
+    return Partial(whole.ids, whole.logprobs, whole.versions)
+
+
+def test_a_finished_group_and_a_half_finished_one_survive_and_the_prompts_go_on() -> None:
+    core = make_core(max_staleness=1)
+    first, second, *_ = serve(core)
+    finish(core, first, 0)
+    core.generated("rollout-0", generated(second, 0, 0), 0)
+    again = reborn(core, core.take_events())
+    assert again.epoch == core.epoch + 1
+    assert again.groups[first.group_id].state is GroupState.READY
+    assert again.groups[second.group_id].missing == [1]
+    leases = serve(again)
+    assert [lease.group_id for lease in leases] == [
+        second.group_id,
+        2,
+        3,
+    ]  # no prompt twice, none skipped
+    assert leases[0].indices == [1] and leases[0].attempt == second.attempt + 1
+    assert again.ledger.admitted == core.ledger.admitted == 4
+
+
+def test_what_the_old_life_gave_out_is_fenced() -> None:
+    core = make_core()
+    lease, *_ = serve(core)
+    again = reborn(core, core.take_events())
+    serve(again)
+    assert again.generated("rollout-0", generated(lease, 0, 0), 0) == []
+    assert again.num_fenced_messages == 1
+
+
+def test_the_same_batch_is_sent_to_a_trainer_that_had_it_when_the_controller_died() -> None:
+    core = make_core(max_staleness=0)
+    for lease in serve(core):
+        finish(core, lease, 0)
+    [cut] = core.batch_wanted(0, 0, 0)
+    again = reborn(core, core.take_events())
+    [same] = again.batch_wanted(0, 0, 0)
+    assert isinstance(cut, SendBatch) and isinstance(same, SendBatch)
+    assert [g.group_id for g in same.groups] == [g.group_id for g in cut.groups]
+    assert again.step_done(1, 0) == [] and again.ledger.trained == 2
+
+
+def test_a_trainer_from_a_checkpoint_gets_recorded_batches_and_the_books_do_not_change() -> None:
+    core = make_core(max_staleness=0)
+    for lease in serve(core):
+        finish(core, lease, 0)
+    core.batch_wanted(0, 0, 0)
+    core.step_done(1, 0)
+    core.trainer_joined(0)
+    assert core.batch_wanted(0, 0, 0) == [ResendBatch(0)]
+    assert core.step_done(1, 0) == []
+    assert (core.version, core.ledger.trained, core.num_replayed_steps) == (1, 2, 1)
+
+
+def test_partial_tokens_go_to_the_next_lease_with_their_versions_unless_too_old() -> None:
+    core = make_core(prompts_per_step=1, max_staleness=1)
+    lease, other = serve(core)
+    for index in (0, 1):
+        core.interrupted(
+            "rollout-0",
+            PartialSample(lease.epoch, lease.group_id, lease.attempt, index, partial(0, 0)),
+        )
+    again = reborn(core, core.take_events())
+    renewed, _ = serve(again)
+    assert [p.versions.tolist() for p in renewed.partials] == [[NOT_GENERATED] * 3 + [0, 0]] * 2
+    assert again.groups[lease.group_id].floor_version == 0
+    assert other.partials == []
+
+
+def test_a_sample_with_versions_that_cannot_be_is_refused() -> None:
+    core = make_core(prompts_per_step=1, max_staleness=0)
+    [lease] = serve(core)
+    [again] = messages(core.generated("rollout-0", generated(lease, 0, 7), 0), Generate)
+    assert again.attempt == lease.attempt + 1 and core.num_fenced_messages == 1
+
+
+def test_a_prompt_that_fails_on_several_servers_is_kept_out_as_poison() -> None:
+    core = make_core(prompts_per_step=1, max_staleness=0, max_attempts=2)
+    [_] = serve(core)
+    core.rollout_joined("rollout-1", 100, 0)
+    core.serving("rollout-1", 0, 0)
+    [again] = messages(core.worker_lost("rollout-0", 0), Generate)
+    core.generate_failed(
+        "rollout-1", GenerateFailed(again.epoch, again.group_id, again.attempt, 0, "x"), 0
+    )
+    assert core.ledger.table(0)["dropped.poison"] == 1
+
+
+class RecoveringWorld(World):
+    """The world of test_core with a journal, of which a crash leaves what had reached the disk; and a trainer that
+    dies too. A batch leaves only when its facts are on disk."""
+
+    @initialize(
+        eta=st.integers(0, 3), wait=st.booleans(), equal=st.booleans(), seed=st.integers(0, 1 << 20)
+    )
+    def begin(self, eta: int, wait: bool, equal: bool, seed: int) -> None:
+        self.disk: list[JournalEvent] = []
+        self.on_the_way: list[JournalEvent] = []
+        self.steps_done = 0  # of the trainer's weights
+        super().begin(eta, wait, equal, seed)
+
+    def take(self, actions: list[Action]) -> None:
+        self.on_the_way += self.core.take_events()
+        if any(isinstance(action, SendBatch) for action in actions):
+            self.flush()
+        super().take([action for action in actions if not isinstance(action, ResendBatch)])
+
+    def check_cut(self, cut: SendBatch) -> None:
+        known = next(
+            (f for f in self.disk if isinstance(f, BatchSelected) and f.version == cut.version),
+            None,
+        )
+        assert known is not None and known.group_ids == [group.group_id for group in cut.groups]
+        if set(known.group_ids) <= set(self.trained):  # sent again after a crash
+            self.cut = cut
+        else:
+            super().check_cut(cut)
+
+    @rule()
+    def flush(self) -> None:
+        self.disk += self.on_the_way
+        self.on_the_way = []
+
+    @rule(arrived=st.floats(0, 1))
+    def crash_the_controller(self, arrived: float) -> None:
+        before = self.core
+        self.disk += self.on_the_way[: round(arrived * len(self.on_the_way))]
+        self.on_the_way = []
+        self.core = reborn(before, self.disk)
+        self.take(self.core.reward_joined("reward-0", 8, self.now))
+        self.join_rollout()
+        self.take(
+            self.core.step_done(self.steps_done, self.now)
+        )  # the trainer says again what it has done
+        assert self.core.version == self.steps_done
+        if self.cut is not None:
+            [again] = self.core.batch_wanted(0, self.steps_done, self.now)
+            assert [g.group_id for g in again.groups] == [g.group_id for g in self.cut.groups]
+
+    @precondition(lambda self: self.core.version > 0)
+    @rule(share=st.floats(0, 1))
+    def crash_the_trainer(self, share: float) -> None:
+        state = self.core.ledger.table(self.core.pending)
+        self.core.trainer_joined(0)
+        for version in range(int(share * self.core.version), self.core.version):
+            assert self.core.batch_wanted(0, version, self.now) == [ResendBatch(version)]
+            assert any(isinstance(f, BatchSelected) and f.version == version for f in self.disk)
+            assert self.core.step_done(version + 1, self.now) == []
+        assert self.core.ledger.table(self.core.pending) == state
+
+    @precondition(lambda self: self.cut is not None)
+    @rule()
+    def finish_the_step(self) -> None:
+        self.steps_done += 1
+        super().finish_the_step()
+        self.flush()  # before anyone holds the new weights
+
+    @precondition(lambda self: self.leases)
+    @rule()
+    def interrupt(self) -> None:
+        worker, lease = self.random.choice(self.leases)
+        index, first = self.random.choice(lease.indices), max(0, self.core.version - 1)
+        message = PartialSample(
+            lease.epoch, lease.group_id, lease.attempt, index, partial(first, self.core.version)
+        )
+        self.take(self.core.interrupted(worker, message))
+
+    @invariant()
+    def every_admitted_group_is_in_one_place(self) -> None:
+        if not hasattr(self, "core"):
+            return
+        facts = self.disk + self.on_the_way
+        admitted = [f.group_id for f in facts if isinstance(f, GroupAdmitted)]
+        done = {f.version for f in facts if isinstance(f, BatchTrained)}
+        trained = [
+            g
+            for f in facts
+            if isinstance(f, BatchSelected) and f.version + 1 in done
+            for g in f.group_ids
+        ]
+        closed = [f.group_id for f in facts if isinstance(f, GroupDropped)]
+        pending = [g.group_id for g in self.core.groups.values() if g.purpose == "train"]
+        assert sorted(admitted) == sorted(trained + closed + pending)
+
+
+TestRecoveringWorld = RecoveringWorld.TestCase
+TestRecoveringWorld.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)

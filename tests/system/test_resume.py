@@ -1,0 +1,128 @@
+"""The real processes, killed: first a trainer rank, then everything at once. What was trained is trained again to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_loop import Inputs, assert_nobody_left, start
+from tiny import make_dataset, make_model
+
+from megatron_async_rl.cli import audit
+from megatron_async_rl.config import load
+from megatron_async_rl.controller.core.events import GroupAdmitted
+from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
+from megatron_async_rl.data.dataset import PromptStream, read_prompts
+from megatron_async_rl.data.tokenizer import Tokenizer
+from megatron_async_rl.engine_env import engine_python
+from megatron_async_rl.observability.run_log import read_status
+from megatron_async_rl.storage import checkpoints
+
+pytestmark = pytest.mark.skipif(
+    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
+)
+STEPS, EVERY = 14, 4
+START_S = 240
+
+
+def digests(run_dir: Path) -> dict[int, str]:
+    """version -> digest of the exported policy's weights, of those exports that are whole."""
+    found = {}
+    for folder in run_dir.glob("policy-v*"):
+        files = sorted(folder.glob("*.safetensors"))
+        if files and (folder / "config.json").exists():
+            found[int(folder.name.removeprefix("policy-v"))] = hashlib.sha256(
+                b"".join(file.read_bytes() for file in files)
+            ).hexdigest()
+    return found
+
+
+def wait_for_version(
+    run_dir: Path, version: int, states: tuple[str, ...] = ("training", "finished")
+) -> None:
+    deadline = time.monotonic() + START_S
+    path = run_dir / "status.json"
+    while True:
+        status = json.loads(path.read_text()) if path.exists() else {"version": -1, "state": ""}
+        if status["version"] >= version and status["state"] in states:
+            return
+        assert time.monotonic() < deadline, status
+        time.sleep(0.05)
+
+
+def test_killed_twice_it_ends_where_it_would_have(tmp_path: Path) -> None:
+    inputs = Inputs(
+        make_model(tmp_path / "model"),
+        make_dataset(tmp_path / "train.jsonl", 60),
+        make_dataset(tmp_path / "eval.jsonl", 4, 100),
+    )
+    run_dir = tmp_path / "run"
+    path = inputs.config(
+        run_dir,
+        run={"steps": STEPS},
+        checkpoint={"every": EVERY},
+        faults={"restart_backoff_s": 0.1},
+        data={"eval": None},
+    )
+    child = start(path)
+    wait_for_version(run_dir, EVERY + 1)
+    while not checkpoints.manifests(run_dir):  # it is written while training goes on
+        assert child.poll() is None
+        time.sleep(0.05)
+    rank = next(
+        p
+        for p in psutil.Process(child.pid).children(recursive=True)
+        if "megatron_async_rl.trainer" in " ".join(p.cmdline())
+    )
+    rank.kill()
+    time.sleep(1)
+    before = digests(run_dir)
+    killed_at = read_status(run_dir).version
+    wait_for_version(run_dir, killed_at + 3)
+
+    os.kill(child.pid, signal.SIGKILL)  # and with it, by the kernel, every process of the run
+    child.communicate()
+    assert_nobody_left(run_dir)
+    between = digests(run_dir)
+    log = (run_dir / "logs" / "controller.log").read_text()
+    assert "the trainer is back at version" in log  # some of them were made a second time
+    assert all(
+        between[version] == digest for version, digest in before.items()
+    )  # replayed to the bit
+
+    child = start(path)
+    output, errors = child.communicate(timeout=300)
+    assert child.returncode == 0, output[-2000:] + errors[-2000:]
+    assert "going on with the run" in output
+    after = digests(run_dir)
+    assert all(after[version] == digest for version, digest in between.items())
+
+    status = read_status(run_dir)
+    assert (status.state, status.version) == ("finished", STEPS)
+    result = audit.audit(run_dir, load.load(run_dir / "config.yaml").staleness.max_staleness)
+    assert result.breaches == [] and result.lost == result.duplicated == 0
+    assert result.lives == 2 and result.trained == 4 * STEPS
+
+    settings = load.load(run_dir / "config.yaml")
+    prompts = read_prompts(
+        settings.data.train, "data.train", settings, Tokenizer(settings.model.path)
+    )
+    stream = PromptStream(prompts, settings.run.seed)
+    admitted = [
+        fact.prompt_id
+        for fact in read_events(run_dir / JOURNAL_FILE)
+        if isinstance(fact, GroupAdmitted)
+    ]
+    assert admitted == [
+        stream.next().prompt_id for _ in admitted
+    ]  # the order of an undisturbed run
+
+    again = start(path)
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode == 0 and "is complete" in output

@@ -1,0 +1,146 @@
+"""A run without a trainer: real servers, a real judge, batches on disk that `replay` trains on; then some steps more."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+from test_loop import ETA, Inputs, assert_nobody_left, start
+from tiny import make_dataset, make_model
+
+from megatron_async_rl.config.load import load
+from megatron_async_rl.engine_env import engine_python
+from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.observability.run_log import read_status
+from megatron_async_rl.protocol.types import NOT_GENERATED
+from megatron_async_rl.storage import batches
+
+pytestmark = pytest.mark.skipif(
+    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
+)
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    return Inputs(
+        make_model(folder / "model"), make_dataset(folder / "train.jsonl", 60), folder / "none"
+    )
+
+
+def config_of(inputs: Inputs, run_dir: Path, steps: int) -> Path:
+    return inputs.config(
+        run_dir,
+        run={"steps": steps, "mode": "rollout_only", "export_every": 0},
+        data={"eval": None},
+        trainer={"data_parallel_size": 2},  # for whoever trains on the batches
+        megatron={"tensor_model_parallel_size": 1},
+    )
+
+
+def finish(config: Path) -> str:
+    child = start(config)
+    output, errors = child.communicate(timeout=300)
+    assert child.returncode == 0, output[-3000:] + errors[-3000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def recorded(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    run_dir = tmp_path_factory.mktemp("rollout_only") / "run"
+    output = finish(config_of(inputs, run_dir, STEPS))
+    assert_nobody_left(run_dir)
+    return run_dir, output
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_async_rl", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_every_step_is_a_file_of_fresh_samples(recorded: tuple[Path, str]) -> None:
+    run_dir, output = recorded
+    assert f"batches: {run_dir}" in output.replace("\n", "")
+    assert not (run_dir / "policy").exists()
+    files = sorted((run_dir / "batches").iterdir())
+    assert [file.name for file in files] == [f"v{n:06d}.npz" for n in range(STEPS)]
+    labels = set()
+    for number, file in enumerate(files):
+        version, samples = batches.load(file)
+        assert version == number and len(samples) == 16
+        for sample in samples:
+            generated = sample.versions[sample.versions != NOT_GENERATED]
+            assert len(generated) and version - ETA <= generated.min() <= generated.max() <= version
+            labels |= set(generated.tolist())
+    assert max(labels) > 0  # the servers were told
+
+
+def test_books_and_staleness_are_those_of_training(recorded: tuple[Path, str]) -> None:
+    run_dir, _ = recorded
+    done = command("audit", str(run_dir))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"trained={STEPS * 4}" in done.stdout and "lost=0 duplicated=0" in done.stdout
+    status = read_status(run_dir)
+    assert (status.state, status.version) == ("finished", STEPS) and status.staleness_max <= ETA
+
+
+def test_a_written_batch_is_trained_on(recorded: tuple[Path, str]) -> None:
+    """By two data-parallel ranks; what the engine said of its tokens is what the trainer says."""
+    run_dir, _ = recorded
+    done = command("replay", str(run_dir / "batches" / "v000000.npz"))
+    assert done.returncode == 0, done.stderr
+    assert "16 samples of version 0 trained" in done.stdout
+    difference = re.search(r"train/logprob_diff_mean\s+(\S+)", done.stdout)
+    assert difference and float(difference[1]) < 1e-4
+    norm = re.search(r"train/grad_norm\s+(\S+)", done.stdout)
+    assert norm and float(norm[1]) > 0
+
+
+def test_a_run_with_more_steps_goes_on_where_it_was(
+    recorded: tuple[Path, str], inputs: Inputs
+) -> None:
+    run_dir, _ = recorded
+    before = {file.name: file.read_bytes() for file in (run_dir / "batches").iterdir()}
+    finish(config_of(inputs, run_dir, STEPS + 1))
+    after = {file.name: file.read_bytes() for file in (run_dir / "batches").iterdir()}
+    assert sorted(after) == [f"v{n:06d}.npz" for n in range(STEPS + 1)]
+    for name in before:
+        assert batches_equal(run_dir / "batches" / name, before[name])
+
+
+def batches_equal(path: Path, earlier: bytes) -> bool:
+    """The newest is asked for again: the same samples, maybe in a file of another time."""
+    copy = path.with_name("earlier.npz")
+    copy.write_bytes(earlier)
+    try:
+        (version, samples), (other, others) = batches.load(path), batches.load(copy)
+    finally:
+        copy.unlink()
+    return version == other and all(
+        (a.ids.tolist(), a.versions.tolist(), a.advantages.tolist())
+        == (b.ids.tolist(), b.versions.tolist(), b.advantages.tolist())
+        for a, b in zip(samples, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"model": {"random_init": True}}, {"sglang": {"load_format": "dummy"}}]
+)
+def test_weights_that_no_server_reads_are_refused(
+    inputs: Inputs, tmp_path: Path, change: dict[str, dict[str, object]]
+) -> None:
+    path = inputs.config(tmp_path / "run", **({"run": {"mode": "rollout_only"}} | change))
+    with pytest.raises(
+        ConfigError, match=r"run\.mode = rollout_only generates from the weights in model\.path"
+    ):
+        load(path)

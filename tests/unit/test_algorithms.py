@@ -1,0 +1,377 @@
+"""Every algorithm against its formula written out sample by sample in float64: value and gradient, at the edges too."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs import algorithm_config
+from megatron_async_rl.config.algorithm import AlgorithmConfig
+from megatron_async_rl.controller.advantage import (
+    BATCH_EPS,
+    GROUP_EPS,
+    overlong_share,
+    sample_advantages,
+)
+from megatron_async_rl.trainer.algorithms.importance import (
+    Owners,
+    kl_reward_to_go,
+    second_moment_cutoff,
+)
+from megatron_async_rl.trainer.algorithms.loss import LossInputs, policy_loss
+
+CHOICES = {
+    "loss": ["decoupled_ppo", "gspo", "cispo", "ppo"],
+    "behavior_weight_level": ["token", "sequence"],
+    "behavior_weight_action": ["mask", "truncate"],
+}
+
+
+def algorithm(**chosen: object) -> AlgorithmConfig:
+    return algorithm_config(prompts_per_step=1, samples_per_prompt=4, **chosen)
+
+
+# ---- advantages
+
+
+def advantages_one_by_one(
+    rewards: list[list[float]], tokens: list[list[int]], c: AlgorithmConfig
+) -> list[list[float]]:
+    out = []
+    for group in rewards:
+        s = []
+        for r in group:
+            x = ((r - 0.5) * 2 - c.reward_shaping.bias) * c.reward_shaping.scale
+            s.append(
+                x
+                if c.reward_shaping.clip is None
+                else max(-c.reward_shaping.clip, min(c.reward_shaping.clip, x))
+            )
+        mean = sum(s) / len(s)
+        if c.advantage.estimator == "grpo" and c.advantage.group_normalize:
+            std = math.sqrt(sum((x - mean) ** 2 for x in s) / len(s))
+            out.append([(x - mean) / (std + GROUP_EPS) for x in s])
+        elif c.advantage.estimator == "dr_grpo":
+            out.append([x - mean for x in s])
+        elif c.advantage.estimator == "rloo":
+            out.append([x - (sum(s) - x) / (len(s) - 1) if len(s) > 1 else 0.0 for x in s])
+        else:
+            out.append(s)
+    if c.advantage.batch_normalize or c.advantage.estimator == "reinforce_pp":
+        each = [
+            a
+            for row, ns in zip(out, tokens, strict=True)
+            for a, n in zip(row, ns, strict=True)
+            for _ in range(n)
+        ]
+        mean = sum(each) / len(each)
+        std = math.sqrt(sum((a - mean) ** 2 for a in each) / len(each))
+        out = [[(a - mean) / (std + BATCH_EPS) for a in row] for row in out]
+    return out
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo", "reinforce_pp"])
+@pytest.mark.parametrize(
+    "extra", [{}, {"reward_clip": 0.5, "reward_scale": 5.0}, {"batch_normalize": True}]
+)
+@pytest.mark.parametrize("samples", [1, 2, 16])
+def test_advantages_are_the_formula(advantage: str, extra: dict[str, object], samples: int) -> None:
+    c, rng = algorithm(advantage=advantage, **extra), np.random.default_rng(samples)
+    rewards, tokens = rng.random((5, samples)), rng.integers(1, 50, (5, samples))
+    rewards[0] = 1.0  # all equal
+    want = advantages_one_by_one(rewards.tolist(), tokens.tolist(), c)
+    got = sample_advantages(rewards, tokens, c)
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_critic_is_given_the_shaped_reward() -> None:
+    """Whatever else is asked for: the trainer normalises what it makes of it."""
+    c = algorithm(
+        advantage="gae", reward_scale=5.0, reward_bias=0.1, reward_clip=4.0, batch_normalize=True
+    )
+    assert np.allclose(
+        sample_advantages([[1.0, 0.0], [0.5, 0.2]], np.ones((2, 2), int), c),
+        [[4, -4], [-0.5, -3.5]],
+    )
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo"])
+def test_a_group_of_equal_rewards_or_of_one_teaches_nothing(advantage: str) -> None:
+    for shape in [(3, 4), (3, 1)]:
+        got = sample_advantages(np.ones(shape), np.ones(shape, int), algorithm(advantage=advantage))
+        assert np.array_equal(got, np.zeros(shape))
+
+
+def test_lengths_from_1_to_32k_weigh_the_batch_norm() -> None:
+    tokens, rewards = np.array([[1, 32768]]), np.array([[1.0, 0.0]])
+    got = sample_advantages(rewards, tokens, algorithm(advantage="reinforce_pp"))
+    assert (got * tokens).sum() == pytest.approx(0, abs=1e-6)
+    assert got[0, 0] > 100 and abs(got[0, 1]) < 0.01
+
+
+def test_the_overlong_penalty_rises_over_the_buffer_alone() -> None:
+    np.testing.assert_allclose(
+        overlong_share(np.array([[1, 60, 80, 100, 120]]), 100, 40), [[0, 0, 0.5, 1, 1]]
+    )
+    c = algorithm(advantage="dr_grpo", overlong_buffer_tokens=40, overlong_penalty=2.0)
+    got = sample_advantages(np.ones((1, 2)), np.array([[10, 100]]), c, max_new_tokens=100)
+    np.testing.assert_allclose(got, [[1.0, -1.0]])
+
+
+# ---- losses
+
+
+def pack_of(
+    lengths: list[int], seed: int, spread: float, masked: set[int] = frozenset()
+) -> LossInputs:
+    """Random logprobs of samples of these lengths; those in `masked` have no token to train on."""
+    g = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    sample_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+    def normal() -> torch.Tensor:
+        return torch.randn(total, generator=g, dtype=torch.float64)
+
+    behavior = -normal().abs()
+    proximal = behavior + spread * normal()
+    mask = torch.rand(total, generator=g) < 0.8
+    for sample in masked:
+        mask &= sample_T != sample
+    return LossInputs(
+        logprobs_T=(proximal + spread * normal()).requires_grad_(),
+        entropy_T=normal().abs(),
+        proximal_T=proximal,
+        behavior_T=behavior,
+        advantages_T=torch.randn(len(lengths), generator=g, dtype=torch.float64)[sample_T],
+        mask_T=mask,
+        lag_T=torch.randint(0, 4, (total,), generator=g),
+        owners=Owners(sample_T, len(lengths)),
+        reference_T=proximal + normal(),
+    )
+
+
+def loss_one_by_one(x: LossInputs, c: AlgorithmConfig) -> torch.Tensor:
+    """From the text of the formulas, sample by sample, differentiable in x.logprobs_T."""
+    total = torch.zeros((), dtype=torch.float64)
+    for sample in range(x.owners.count):
+        chosen = (x.owners.sample_T == sample) & x.mask_T
+        if not chosen.any():
+            continue
+        lp, behavior, a = x.logprobs_T[chosen], x.behavior_T[chosen], x.advantages_T[chosen]
+        if x.proximal_T is not None:
+            proximal = x.proximal_T[chosen]
+        elif c.staleness_correction.proximal == "loglinear":
+            alpha = x.lag_T[chosen] / (x.lag_T[chosen] + 1.0)
+            proximal = (1 - alpha) * behavior + alpha * lp.detach()
+        else:
+            proximal = lp.detach()
+        low, high = 1 - c.loss.clip_eps, 1 + (c.loss.clip_eps_high or c.loss.clip_eps)
+        w, keep, old = torch.ones_like(a), torch.ones_like(a, dtype=torch.bool), behavior
+        if c.loss.objective != "ppo":
+            old = proximal
+            w = (proximal - behavior).exp()
+            if c.staleness_correction.behavior_weight_level == "sequence":
+                w = w.log().mean().exp().expand(len(a))
+            beyond = torch.zeros_like(keep)
+            if c.staleness_correction.behavior_weight_cap is not None:
+                beyond |= w > c.staleness_correction.behavior_weight_cap
+            if c.staleness_correction.behavior_weight_floor is not None:
+                beyond |= w < c.staleness_correction.behavior_weight_floor
+            if c.staleness_correction.behavior_weight_action == "mask":
+                keep = ~beyond
+            else:
+                w = w.clamp(
+                    c.staleness_correction.behavior_weight_floor or 0.0,
+                    c.staleness_correction.behavior_weight_cap or math.inf,
+                )
+        u = (lp - old).exp()
+        if c.loss.objective == "gspo":
+            u = ((lp - old).sum() / len(a)).exp().expand(len(a))
+        term = (
+            -u.detach().clamp(low, high) * a * lp
+            if c.loss.objective == "cispo"
+            else -torch.minimum(u * a, u.clamp(low, high) * a)
+        )
+        total = total + (w * term)[keep].sum()
+        if c.kl.coef and c.kl.apply_to == "loss":
+            d = x.reference_T[chosen] - lp
+            total = (
+                total + c.kl.coef * (d**2 / 2 if c.kl.estimator == "k2" else d.exp() - d - 1).sum()
+            )
+    return total
+
+
+def check(x: LossInputs, c: AlgorithmConfig) -> dict[str, torch.Tensor]:
+    loss, metrics = policy_loss(x, c)
+    (gradient,) = torch.autograd.grad(loss, x.logprobs_T)
+    want = loss_one_by_one(x, c)
+    expected = torch.zeros_like(gradient)
+    if want.requires_grad:
+        (expected,) = torch.autograd.grad(want, x.logprobs_T)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-9, abs=1e-9)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    return metrics
+
+
+@pytest.mark.parametrize("level", CHOICES["behavior_weight_level"])
+@pytest.mark.parametrize("action", CHOICES["behavior_weight_action"])
+@pytest.mark.parametrize("loss", CHOICES["loss"])
+def test_losses_and_corrections_are_the_formula(loss: str, action: str, level: str) -> None:
+    for seed, (cap, floor) in enumerate([(5.0, None), (1.1, 0.9), (None, None), (None, 0.8)]):
+        for spread in (0.0, 0.1, 1.0):
+            c = algorithm(
+                loss=loss,
+                behavior_weight_level=level,
+                behavior_weight_action=action,
+                behavior_weight_cap=cap,
+                behavior_weight_floor=floor,
+                clip_eps_high=0.28,
+            )
+            check(pack_of([1, 7, 30, 4, 2], seed, spread, masked={3}), c)
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    st.integers(0, 1000),
+    st.sampled_from(CHOICES["loss"]),
+)
+@settings(max_examples=50, deadline=None)
+def test_any_lengths(lengths: list[int], seed: int, loss: str) -> None:
+    check(pack_of(lengths, seed, 0.3), algorithm(loss=loss, behavior_weight_level="sequence"))
+
+
+@pytest.mark.parametrize("loss", CHOICES["loss"])
+def test_a_sample_of_32k_tokens_beside_one_of_one(loss: str) -> None:
+    check(pack_of([32768, 1], 0, 0.2), algorithm(loss=loss, behavior_weight_level="sequence"))
+
+
+@pytest.mark.parametrize("loss", CHOICES["loss"])
+def test_fully_masked_samples_give_nothing_and_no_nan(loss: str) -> None:
+    x = pack_of([5, 9], 0, 0.5, masked={0, 1})
+    value, _ = policy_loss(x, algorithm(loss=loss, behavior_weight_level="sequence", kl_coef=0.1))
+    value.backward()
+    assert value.item() == 0 and torch.equal(x.logprobs_T.grad, torch.zeros_like(x.behavior_T))
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_kl_to_the_reference_in_the_loss(estimator: str) -> None:
+    c = algorithm(kl_coef=0.3, kl_estimator=estimator)
+    metrics = check(pack_of([6, 20], 1, 0.3), c)
+    assert metrics["reference_kl"] > 0
+
+
+def test_the_kl_in_the_reward_is_each_tokens_reward_to_go() -> None:
+    x = pack_of([3, 10, 1, 5], 2, 0.5)
+    got = kl_reward_to_go(x.behavior_T, x.reference_T, x.mask_T, x.owners)
+    for t in range(len(got)):
+        later = [
+            (x.behavior_T[s] - x.reference_T[s]).item()
+            for s in range(t, len(got))
+            if x.owners.sample_T[s] == x.owners.sample_T[t] and x.mask_T[s]
+        ]
+        assert got[t].item() == pytest.approx(sum(later) if x.mask_T[t] else 0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["decoupled_ppo", "gspo", "cispo"])
+def test_loglinear_interpolates_by_staleness(loss: str) -> None:
+    x = pack_of([6, 20, 3], 3, 0.4)
+    x = LossInputs(**{f: getattr(x, f) for f in LossInputs.__slots__} | {"proximal_T": None})
+    check(x, algorithm(loss=loss, proximal="loglinear"))
+
+
+def test_loglinear_takes_fresh_tokens_proximal_from_the_engine() -> None:
+    x = pack_of([20], 4, 0.4)
+    fresh = {"proximal_T": None, "lag_T": torch.zeros_like(x.lag_T)}
+    x = LossInputs(**{f: getattr(x, f) for f in LossInputs.__slots__} | fresh)
+    _, metrics = policy_loss(x, algorithm(proximal="loglinear"))
+    assert metrics["behavior_weight"] == metrics["tokens"]  # w = 1 ...
+    assert (
+        metrics["logprob_diff"] > 0
+    )  # ... and the mismatch is still the trainer's against the engine's
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.one_of(st.floats(0, 8, width=32), st.sampled_from([0.0, 0.5, 2.0])), max_size=40),
+    st.sampled_from([0.01, 0.04, 0.5, 3.0]),
+)
+def test_m2po_leaves_out_the_largest_until_the_mean_is_small(
+    squares: list[float], threshold: float
+) -> None:
+    cutoff = second_moment_cutoff(torch.tensor(squares, dtype=torch.float32), threshold)
+    left = sorted(squares)
+    while left and sum(left) > threshold * len(left):
+        largest = left[-1]
+        left = [x for x in left if x < largest]  # those of equal size go together
+    assert [x for x in sorted(squares) if x <= cutoff] == left
+
+
+def test_m2po_over_ranks_is_that_of_the_whole() -> None:
+    whole = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 8
+    alone = second_moment_cutoff(whole, 0.04)
+    assert 0 < alone < whole.max()
+    parts, barrier = [whole[:300], whole[300:], whole[:0]], threading.Barrier(3)
+    given: list[torch.Tensor] = [torch.zeros(2)] * 3
+    cutoffs = [0.0] * 3
+
+    def one_rank(rank: int) -> None:
+        def total(sums: torch.Tensor) -> torch.Tensor:
+            given[rank] = sums
+            barrier.wait(20)
+            result = given[0] + given[1] + given[2]
+            barrier.wait(20)
+            return result
+
+        cutoffs[rank] = second_moment_cutoff(parts[rank], 0.04, total)
+
+    ranks = [threading.Thread(target=one_rank, args=(rank,)) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(30)
+    assert cutoffs == [alone] * 3
+
+
+def test_m2po_leaves_infinity_out_and_keeps_nothing_of_nothing() -> None:
+    assert second_moment_cutoff(torch.tensor([float("inf"), 0.01]), 0.04) < float("inf")
+    assert second_moment_cutoff(torch.empty(0), 0.04) > 1e38
+
+
+def test_a_token_that_is_not_trusted_has_no_gradient() -> None:
+    inputs, c = pack_of([4, 1, 9], 0, 0.5), algorithm(behavior_weight_cap=None)
+    trusted_T = torch.arange(len(inputs.mask_T)) % 3 > 0
+    logprobs_T = inputs.logprobs_T.detach().clone().requires_grad_()
+    loss, metrics = policy_loss(replace(inputs, logprobs_T=logprobs_T, trusted_T=trusted_T), c)
+    loss.backward()
+    assert logprobs_T.grad is not None and not logprobs_T.grad[~trusted_T].any()
+    assert metrics["masked_by_cap"] == (inputs.mask_T & ~trusted_T).sum()
+    assert metrics["tokens"] == inputs.mask_T.sum()  # counted before any is left out
+
+
+def test_gspo_clips_whole_samples() -> None:
+    x = pack_of([8, 8], 5, 0.0)
+    moved = x.logprobs_T.detach() + torch.where(x.owners.sample_T == 0, 1.0, 0.0)
+    x = LossInputs(
+        **{f: getattr(x, f) for f in LossInputs.__slots__}
+        | {"logprobs_T": moved.requires_grad_(), "advantages_T": torch.ones_like(moved)}
+    )
+    loss, metrics = policy_loss(x, algorithm(loss="gspo"))
+    loss.backward()
+    first = x.owners.sample_T == 0
+    assert metrics["clipped"] == (first & x.mask_T).sum()
+    assert not x.logprobs_T.grad[first].any() and x.logprobs_T.grad[~first & x.mask_T].all()
+
+
+def test_cispo_keeps_the_gradient_of_clipped_tokens() -> None:
+    x = pack_of([30], 6, 2.0)
+    loss, metrics = policy_loss(x, algorithm(loss="cispo", behavior_weight_cap=None))
+    loss.backward()
+    assert metrics["clipped"] > 0 and x.logprobs_T.grad[x.mask_T].all()

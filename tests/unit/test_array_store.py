@@ -1,0 +1,171 @@
+"""The journal's arrays on disk: there when their row is, gone when the last of their neighbours is, and never believed when damaged."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_async_rl.controller.core.events import AnyEvent, SampleReturned
+from megatron_async_rl.controller.journal import array_store
+from megatron_async_rl.controller.journal import journal as journal_module
+from megatron_async_rl.controller.journal.journal import ARRAYS_FOLDER, Journal, read_events
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.protocol.types import Sample
+
+NUM_TOKENS = 1000
+
+
+def returned(group_id: int) -> SampleReturned:
+    """A sample whose every token says which group it is of. Its versions are one run: 8 bytes a token in all."""
+    ids = np.arange(NUM_TOKENS, dtype=np.int32) + group_id * NUM_TOKENS
+    versions = np.full(NUM_TOKENS, group_id, np.int32)
+    return SampleReturned(
+        group_id, 0, Sample(ids, -ids.astype(np.float32), versions, "stop", f"text {group_id}")
+    )
+
+
+def written(tmp_path: Path, *group_ids: int) -> Path:
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.append(returned(group_id) for group_id in group_ids)
+    journal.close()
+    return tmp_path / "journal.sqlite"
+
+
+def check(facts: list[AnyEvent], group_ids: list[int]) -> None:
+    assert [fact.group_id for fact in facts] == group_ids
+    for fact in facts:
+        assert isinstance(fact, SampleReturned) and fact.sample.text == f"text {fact.group_id}"
+        expected = returned(fact.group_id).sample
+        assert np.array_equal(fact.sample.ids, expected.ids) and np.array_equal(
+            fact.sample.versions, expected.versions
+        )
+        assert np.array_equal(fact.sample.logprobs, expected.logprobs)
+
+
+def files(path: Path) -> list[str]:
+    return sorted(file.name for file in path.with_name(ARRAYS_FOLDER).iterdir())
+
+
+def test_arrays_come_back_in_this_life_and_the_next_ones(tmp_path: Path) -> None:
+    path = written(tmp_path, 1, 2)
+    written(tmp_path, 3)
+    check(list(read_events(path)), [1, 2, 3])
+    assert files(path) == ["000001.bin", "000002.bin"]
+    sizes = [file.stat().st_size for file in sorted(path.with_name(ARRAYS_FOLDER).iterdir())]
+    assert (
+        sizes[0] < 2.1 * 8 * NUM_TOKENS and sizes[1] < 1.1 * 8 * NUM_TOKENS
+    )  # what was allocated is given back
+
+
+def test_a_file_goes_with_its_last_group_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        array_store, "SEGMENT_BYTES", 2 * 8 * NUM_TOKENS + 1000
+    )  # two groups a file
+    path = tmp_path / "journal.sqlite"
+    journal = Journal(path)
+    journal.append(returned(group_id) for group_id in range(5))
+    journal.flush().result(10)
+    assert files(path) == ["000001.bin", "000002.bin", "000003.bin"]
+    journal.prune([0, 2])
+    journal.flush().result(10)
+    assert len(files(path)) == 3
+    reading = journal.facts()
+    check([next(reading)], [1])
+    journal.prune([1, 3])
+    journal.flush().result(10)
+    assert files(path) == ["000003.bin"]
+    check(list(reading), [3, 4])  # who had begun to read reads to the end
+    journal.close()
+    journal = Journal(path)  # knows from its rows which files are needed
+    journal.append([returned(9)])
+    journal.prune([4])
+    journal.close()
+    assert files(path) == ["000004.bin"]
+    check(list(read_events(path)), [9])
+
+
+def test_arrays_without_a_row_are_removed_by_the_next_life(tmp_path: Path) -> None:
+    path = written(tmp_path, 1)
+    (path.with_name(ARRAYS_FOLDER) / "000007.bin").write_bytes(b"of a commit that never came")
+    written(tmp_path, 2)
+    assert files(path) == ["000001.bin", "000002.bin"]
+    check(list(read_events(path)), [1, 2])
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damaged_arrays_are_named_and_never_believed(tmp_path: Path, damage: str) -> None:
+    path = written(tmp_path, 1, 2)
+    file = path.with_name(ARRAYS_FOLDER) / "000001.bin"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    if damage == "delete":
+        file.unlink()
+    else:
+        file.write_bytes(data if damage == "flip" else data[:-1])
+    with pytest.raises(DataError, match=r"000001\.bin is missing or damaged .*--from-scratch"):
+        list(read_events(path))
+
+
+@pytest.mark.parametrize("refused", ["posix_fallocate", "pwritev", "fdatasync"])
+def test_a_disk_that_refuses_arrays_delays_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.05)
+    monkeypatch.setattr(array_store, "SEGMENT_BYTES", 2 * 8 * NUM_TOKENS + 1000)
+    path = tmp_path / "journal.sqlite"
+    journal = Journal(path)
+    with monkeypatch.context() as full:
+        full.setattr(array_store.os, refused, refuse)
+        journal.append(returned(group_id) for group_id in range(5))
+        waiter = journal.flush()
+        with pytest.raises(TimeoutError):
+            waiter.result(0.5)
+        assert "No space left" in journal.error
+    waiter.result(10)
+    assert journal.error == ""
+    check(list(journal.facts()), [0, 1, 2, 3, 4])
+    journal.close()
+
+
+def test_what_was_said_to_be_on_disk_is_there_after_a_kill(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from megatron_async_rl.controller.journal.journal import Journal
+        from test_array_store import returned
+        journal = Journal(Path(sys.argv[1]))
+        for number in range(10**9):
+            journal.append([returned(number)])
+            if number % 20 == 19:
+                journal.flush().result(30)
+                print(number, flush=True)
+        """
+    )
+    path = tmp_path / "journal.sqlite"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as child:
+        assert child.stdout
+        told = [int(child.stdout.readline()) for _ in range(5)]
+        os.kill(child.pid, signal.SIGKILL)
+    facts = list(read_events(path))
+    assert len(facts) > told[-1]
+    check(facts, list(range(len(facts))))

@@ -1,0 +1,300 @@
+"""A weight update with hand-written sources and servers that speak the real messages."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from megatron_async_rl.controller.weight_sync.broadcast import BroadcastPublisher
+from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
+from megatron_async_rl.errors import PublishError
+from megatron_async_rl.protocol.messages import (
+    AbandonUpdate,
+    Bucket,
+    BucketsSent,
+    GroupJoined,
+    GroupOpened,
+    JoinGroup,
+    Message,
+    OpenGroup,
+    Published,
+    PublishOffer,
+    ReceiveBuckets,
+    SendBuckets,
+    TensorSpec,
+    Updated,
+    UpdateReady,
+    UpdateWeights,
+    WeightDigests,
+)
+
+BUCKETS = [Bucket([TensorSpec("a", "float32", [2])])]
+Answer = Callable[[str, Message], Message | None]
+
+
+@dataclass
+class Cluster:
+    """Answers every message as healthy parties do; `faults` answer instead by (name, kind of message)."""
+
+    faults: dict[tuple[str, type], Answer] = field(default_factory=dict)
+    log: list[tuple[str, Message]] = field(default_factory=list)
+    num_stages: int = 1
+    timeout_s: float = 0.3
+    verify_every: int = 1
+
+    def __post_init__(self) -> None:
+        self.exchange = UpdateSession(self.send, self.timeout_s)
+        self.publisher = BroadcastPublisher(self.exchange, 1, self.verify_every)
+
+    async def send(self, name: str, message: Message) -> None:
+        self.log.append((name, message))
+        fault = self.faults.get((name, type(message)))
+        answer = fault(name, message) if fault else self.answer(name, message)
+        if answer is not None:
+            self.exchange.inbox.put_nowait((name, answer))
+
+    def answer(self, name: str, message: Message) -> Message | None:
+        if isinstance(message, UpdateWeights):
+            return UpdateReady(message.version, {"interrupt": 0.01})
+        if isinstance(message, OpenGroup):
+            self.exchange.inbox.put_nowait((name, GroupOpened(message.group, 0, "127.0.0.1", 1)))
+            return GroupJoined(message.group)
+        if isinstance(message, JoinGroup):
+            return GroupJoined(message.group)
+        if isinstance(message, SendBuckets):
+            return BucketsSent(message.version, 0, {f"digest of {name}": "1"}, {"wire": 0.02})
+        if isinstance(message, AbandonUpdate):
+            return UpdateReady(message.version, {})
+        if isinstance(message, WeightDigests):
+            return Updated(message.version, {"load": 0.03}, num_interrupted=2)
+        return None
+
+    def publish(self, version: int, *servers: str) -> Outcome:
+        offers = {
+            f"trainer-{s}": PublishOffer(version, s, self.num_stages, BUCKETS, "gloo")
+            for s in range(self.num_stages)
+        }
+        return asyncio.run(
+            self.publisher.publish(version, offers, list(servers), lambda name: None)
+        )
+
+    def sent(self, kind: type, name: str | None = None) -> list[Message]:
+        return [
+            message for to, message in self.log if isinstance(message, kind) and name in (None, to)
+        ]
+
+
+def test_every_server_gets_the_version_and_the_sources_hear_of_it() -> None:
+    cluster = Cluster(num_stages=2)
+    outcome = cluster.publish(3, "rollout-0", "rollout-1")
+    assert outcome.serving == ["rollout-0", "rollout-1"] and not outcome.fenced
+    assert outcome.num_interrupted == 4
+    assert {"interrupt", "wire", "load", "total"} <= outcome.seconds.keys()
+    [receive, _] = cluster.sent(ReceiveBuckets)
+    assert [stage.group for stage in receive.stages] == ["weights-1-source0", "weights-1-source1"]
+    [digests, _] = cluster.sent(WeightDigests)
+    assert digests.digests == {"digest of trainer-0": "1", "digest of trainer-1": "1"}
+    assert cluster.sent(Published) == [Published(3, 2)] * 2
+
+
+def test_ranks_in_a_group_are_the_source_then_each_server() -> None:
+    cluster = Cluster()
+    cluster.publish(0, "rollout-0", "rollout-1")
+    assert [(j.rank_offset, j.world_size) for j in cluster.sent(JoinGroup)] == [(1, 3), (2, 3)]
+
+
+def test_groups_are_kept_while_the_membership_is_the_same() -> None:
+    cluster = Cluster()
+    cluster.publish(0, "rollout-0")
+    cluster.publish(1, "rollout-0")
+    assert len(cluster.sent(OpenGroup)) == 1
+    cluster.publish(2, "rollout-0", "rollout-1")
+    assert len(cluster.sent(OpenGroup)) == 2
+
+
+def test_digests_are_compared_at_every_kth_update_and_whatever_goes_through_new_groups() -> None:
+    cluster = Cluster(verify_every=3)
+
+    def verified(version: int, *servers: str) -> bool:
+        seen = len(cluster.sent(ReceiveBuckets))
+        cluster.publish(version, *servers)
+        [word] = {message.verify for message in cluster.sent(ReceiveBuckets)[seen:]}
+        return word
+
+    assert [verified(version, "rollout-0") for version in range(4)] == [True, False, False, True]
+    assert verified(4, "rollout-0", "rollout-1")  # one more server
+    assert not verified(5, "rollout-0", "rollout-1")
+    assert verified(6, "rollout-0", "rollout-1")  # the third after the fourth
+    cluster.publisher.forget_groups()  # the trainer was started anew
+    assert verified(7, "rollout-0", "rollout-1")
+
+
+def test_after_a_broken_broadcast_the_second_try_is_verified() -> None:
+    cluster = Cluster(verify_every=100)
+    cluster.publish(0, "rollout-0")
+    broken = iter([True])
+
+    def send(name: str, message: Message) -> Message:
+        return BucketsSent(1, 0, {}, {}, "connection closed" if next(broken, False) else "")
+
+    cluster.faults[("trainer-0", SendBuckets)] = send
+    cluster.faults[("rollout-0", ReceiveBuckets)] = lambda name, message: (
+        Updated(1, {}, error="connection closed") if len(cluster.sent(SendBuckets)) == 1 else None
+    )
+    assert cluster.publish(1, "rollout-0").serving == ["rollout-0"]
+    assert [message.verify for message in cluster.sent(ReceiveBuckets)] == [True, False, True]
+    assert [message.verify for message in cluster.sent(SendBuckets)] == [True, False, True]
+
+
+@pytest.mark.parametrize("kind", [UpdateWeights, JoinGroup, WeightDigests])
+def test_a_server_that_stays_silent_is_fenced_and_the_others_go_on(kind: type) -> None:
+    cluster = Cluster(faults={("rollout-1", kind): lambda name, message: None})
+    outcome = cluster.publish(0, "rollout-0", "rollout-1")
+    assert outcome.serving == ["rollout-0"]
+    assert "within weights.update_timeout_s" in outcome.fenced["rollout-1"]
+    assert not cluster.sent(ReceiveBuckets, "rollout-1") or kind is WeightDigests
+
+
+LOST_AT = [UpdateWeights, OpenGroup, JoinGroup, SendBuckets, AbandonUpdate, WeightDigests]
+
+
+@pytest.mark.parametrize("kind", LOST_AT)
+def test_a_server_that_is_lost_is_not_waited_for_and_its_next_life_is_in_the_next_update(
+    kind: type,
+) -> None:
+    cluster = Cluster(timeout_s=30.0)
+    at_source = kind in (OpenGroup, SendBuckets)  # it is lost while the source is waited for
+    lost: list[int] = []  # how many messages had been sent by then
+
+    def lose() -> None:
+        lost.append(len(cluster.log))
+        cluster.exchange.lost("rollout-1")
+
+    def loses(name: str, message: Message) -> Message | None:
+        if at_source:
+            if not lost:
+                lose()
+            return cluster.answer(name, message)
+        asyncio.get_running_loop().call_later(0.05, lose)
+        return None
+
+    def breaks(name: str, message: Message) -> Message | None:
+        error = "" if lost else "connection closed"
+        return BucketsSent(0, 0, {}, {}, error)
+
+    cluster.faults[("trainer-0" if at_source else "rollout-1", kind)] = loses
+    if kind is AbandonUpdate:  # it hangs in a broken broadcast
+        cluster.faults[("trainer-0", SendBuckets)] = breaks
+    elif kind is JoinGroup:  # who waits for it in the group gives up when the others do
+
+        def gives_up(name: str, message: Message) -> Message | None:
+            error = "" if len(cluster.sent(OpenGroup)) > 1 else "the group is not full"
+            asyncio.get_running_loop().call_later(
+                0.1,
+                cluster.exchange.inbox.put_nowait,
+                ("rollout-0", GroupJoined(message.group, error)),
+            )
+            return None
+
+        cluster.faults[("rollout-0", JoinGroup)] = gives_up
+    started = time.monotonic()
+    outcome = cluster.publish(0, "rollout-0", "rollout-1")
+    assert time.monotonic() - started < 5.0
+    assert outcome.serving == ["rollout-0"]
+    assert (
+        list(outcome.fenced) == ["rollout-1"]
+        and "lost in the middle" in outcome.fenced["rollout-1"]
+    )
+    [at] = lost
+    assert "rollout-1" not in [
+        name for name, _ in cluster.log[at:]
+    ]  # it may be its next life's name
+    assert kind is not OpenGroup or [join.world_size for join in cluster.sent(JoinGroup)] == [2]
+    cluster.faults.clear()
+    cluster.publisher.forget("rollout-1")
+    assert cluster.publish(1, "rollout-0", "rollout-1").serving == ["rollout-0", "rollout-1"]
+
+
+def test_a_server_that_is_lost_between_updates_or_was_not_in_this_one_is_nobody_s_matter() -> None:
+    cluster = Cluster()
+    cluster.exchange.lost("rollout-0")
+    cluster.publish(0, "rollout-0")
+    cluster.exchange.lost("rollout-0")
+    cluster.faults[("trainer-0", SendBuckets)] = lambda name, message: (
+        cluster.exchange.lost("rollout-1"),
+        cluster.answer(name, message),
+    )[1]
+    outcome = cluster.publish(1, "rollout-0")
+    assert outcome.serving == ["rollout-0"] and not outcome.fenced
+
+
+def test_a_server_with_a_wrong_digest_is_fenced_by_name() -> None:
+    def mismatch(name: str, message: Message) -> Message:
+        return Updated(0, {}, error="tensor model.norm.weight in the engine digests to 1")
+
+    cluster = Cluster(faults={("rollout-0", WeightDigests): mismatch})
+    outcome = cluster.publish(0, "rollout-0", "rollout-1")
+    assert outcome.serving == ["rollout-1"]
+    assert "model.norm.weight" in outcome.fenced["rollout-0"]
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_whoever_answers_after_a_broken_broadcast_is_given_a_second_try_and_no_third(
+    dead: bool,
+) -> None:
+    broken = iter([True])
+
+    def send(name: str, message: Message) -> Message:
+        error = "connection closed" if next(broken, False) else ""
+        return BucketsSent(0, 0, {} if error else {"a": "1"}, {}, error)
+
+    cluster = Cluster()
+    cluster.faults[("trainer-0", SendBuckets)] = send
+
+    def receive(name: str, message: Message) -> Message | None:
+        first = len(cluster.sent(SendBuckets)) == 0
+        return (
+            Updated(0, {}, error="engine died") if first or (dead and name == "rollout-1") else None
+        )
+
+    cluster.faults |= {(name, ReceiveBuckets): receive for name in ("rollout-0", "rollout-1")}
+    outcome = cluster.publish(0, "rollout-0", "rollout-1")
+    assert outcome.serving == (["rollout-0"] if dead else ["rollout-0", "rollout-1"])
+    assert outcome.fenced == ({"rollout-1": "engine died"} if dead else {})
+    assert len(cluster.sent(OpenGroup)) == 2
+
+
+def test_a_broadcast_that_never_works_ends_with_an_error() -> None:
+    cluster = Cluster()
+    cluster.faults[("trainer-0", SendBuckets)] = lambda name, message: BucketsSent(
+        0, 0, {}, {}, "no network"
+    )
+    cluster.faults |= {
+        (name, ReceiveBuckets): lambda name, message: Updated(0, {}, error="no network")
+        for name in ("rollout-0", "rollout-1")
+    }
+    with pytest.raises(PublishError, match="no network"):
+        cluster.publish(0, "rollout-0", "rollout-1")
+    assert len(cluster.sent(OpenGroup)) == 2
+
+
+def test_no_server_left_is_an_error_and_the_sources_are_released() -> None:
+    cluster = Cluster(
+        faults={
+            ("rollout-0", JoinGroup): lambda name, message: GroupJoined(message.group, "refused")
+        }
+    )
+    with pytest.raises(PublishError, match="refused"):
+        cluster.publish(0, "rollout-0")
+    assert cluster.sent(Published) == [Published(0, 0)]
+
+
+def test_an_answer_of_an_earlier_update_is_not_taken_for_this_one() -> None:
+    cluster = Cluster()
+    cluster.exchange.inbox.put_nowait(("rollout-0", Updated(6, {}, error="old trouble")))
+    cluster.exchange.inbox.put_nowait(("rollout-0", UpdateReady(6, {})))
+    assert cluster.publish(7, "rollout-0").serving == ["rollout-0"]

@@ -1,0 +1,373 @@
+"""A mistake in the YAML is refused by name: the key, the value, the rule, what to type."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from paths import ROOT
+
+from megatron_async_rl.config import documentation, load
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.sections import Section
+from megatron_async_rl.errors import ConfigError
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+MINIMAL: dict[str, Any] = {
+    "run": {"dir": "runs/a", "steps": 10},
+    "model": {"path": "models/a", "context_tokens": 128},
+    "data": {"train": "train.jsonl"},
+    "rollout": {"max_new_tokens": 64},
+    "algorithm": {"prompts_per_step": 4, "samples_per_prompt": 2},
+}
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    """The smallest configuration with dotted keys set: tree(**{"staleness.max_staleness": 0})."""
+    changed = copy.deepcopy(MINIMAL)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = changed
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return changed
+
+
+def refusal(**changes: Any) -> str:
+    with pytest.raises(ConfigError) as refused:
+        load.from_tree(tree(**changes))
+    return str(refused.value)
+
+
+def leaves() -> list[tuple[str, Any]]:
+    """Every setting: its dotted key and its type, as msgspec sees it."""
+
+    def below(path: str, section: type[Section]) -> Iterator[tuple[str, Any]]:
+        for field in msgspec.structs.fields(section):
+            if isinstance(field.type, type) and issubclass(field.type, Section):
+                yield from below(f"{path}{field.name}.", field.type)
+            elif path:
+                yield f"{path}{field.name}", msgspec.inspect.type_info(field.type)
+
+    return list(below("", Config))
+
+
+def number_types(info: Any) -> list[Any]:
+    """The int or float types with a lower bound inside an annotation such as Annotated[int | None, ...]."""
+    if isinstance(info, msgspec.inspect.Metadata):
+        return number_types(info.type)
+    if isinstance(info, msgspec.inspect.UnionType):
+        return [number for member in info.types for number in number_types(member)]
+    is_number = isinstance(info, (msgspec.inspect.IntType, msgspec.inspect.FloatType))
+    return [info] if is_number and (info.ge is not None or info.gt is not None) else []
+
+
+LIMITS = [
+    (key, number.gt if number.gt is not None else number.ge - 1)
+    for key, info in leaves()
+    for number in number_types(info)
+]
+
+
+def load_text(path: Path, text: str, *overrides: str) -> Config:
+    path = path / "config.yaml"
+    path.write_text(text)
+    return load.load(path, list(overrides))
+
+
+def test_the_smallest_configuration_is_enough() -> None:
+    settings = load.from_tree(tree())
+    assert settings.staleness.max_staleness == 4
+    assert settings.reward.function == "math"
+    assert settings.trainer_ranks == 1
+
+
+def test_every_setting_says_what_it_is() -> None:
+    assert [key for key, _ in leaves() if not load._description(key)] == []
+
+
+def test_the_documentation_of_the_settings_is_current() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == documentation.markdown()
+
+
+@pytest.mark.parametrize(("key", "value"), LIMITS, ids=[key for key, _ in LIMITS])
+def test_a_number_out_of_range_is_refused_by_name(key: str, value: float) -> None:
+    text = refusal(**{key: value})
+    assert text.startswith(f"{key} = {value!r}: expected ")
+    assert f"{key}=VALUE" in text
+
+
+def test_most_numbers_have_a_range() -> None:
+    assert len(LIMITS) > 30
+
+
+@pytest.mark.parametrize("key", [key for key, _ in leaves()])
+def test_a_value_of_the_wrong_type_is_refused_by_name(key: str) -> None:
+    assert refusal(**{key: ["a", "list"]}).startswith(f"{key} = ['a', 'list']: expected ")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("staleness.etta", "staleness.max_staleness"),
+        ("algorithm.loss.clip_epsilon", "algorithm.loss.clip_eps"),
+        ("rollout.max_tokens", "rollout.max_new_tokens"),
+        ("trainer.data_parallel", "trainer.data_parallel_size"),
+        ("stalenes", "staleness"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(key: str, nearest: str) -> None:
+    assert refusal(**{key: 1}).startswith(f"{key} is not a setting; did you mean {nearest}?")
+
+
+def test_an_unknown_key_like_no_other_is_refused_with_all_that_are_known() -> None:
+    text = refusal(**{"staleness.qqq": 1})
+    assert text.startswith("staleness.qqq is not a setting;")
+    assert text.endswith("Known here: max_staleness, straggler_policy, straggler_timeout_s")
+
+
+@pytest.mark.parametrize(
+    "key", ["run.steps", "model.context_tokens", "data.train", "algorithm.prompts_per_step"]
+)
+def test_a_setting_without_default_is_asked_for_with_its_meaning(key: str) -> None:
+    section, name = key.split(".")
+    incomplete = tree()
+    del incomplete[section][name]
+    with pytest.raises(
+        ConfigError,
+        match=f"{key} is not set, and has no default. .+ Set it in the YAML or with {key}=VALUE",
+    ):
+        load.from_tree(incomplete)
+
+
+def test_a_missing_section_is_asked_for() -> None:
+    incomplete = tree()
+    del incomplete["model"]
+    with pytest.raises(ConfigError, match="model is not set"):
+        load.from_tree(incomplete)
+
+
+@pytest.mark.parametrize(
+    ("key", "choices"),
+    [
+        ("algorithm.loss.objective", "'decoupled_ppo', 'ppo', 'gspo', 'cispo'"),
+        ("trainer.precision", "'fp32', 'bf16', 'fp16'"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(key: str, choices: str) -> None:
+    assert refusal(**{key: "other"}).startswith(f"{key} = 'other': expected one of {choices}.")
+
+
+@pytest.mark.parametrize("value", [True, 2.5, "3", None])
+def test_an_integer_is_an_integer(value: Any) -> None:
+    assert refusal(**{"staleness.max_staleness": value}).startswith(
+        f"staleness.max_staleness = {value!r}: expected `int`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"rollout.max_new_tokens": 128},
+            ["rollout.max_new_tokens = 128", "model.context_tokens = 128", "lower"],
+        ),
+        (
+            {"algorithm.samples_per_prompt": 300},
+            ["algorithm.samples_per_prompt = 300", "rollout.max_concurrent_samples = 256"],
+        ),
+        (
+            {"trainer.data_parallel_size": 3},
+            ["samples_per_prompt = 8", "trainer.data_parallel_size = 3"],
+        ),
+        ({"algorithm.minibatches": 9}, ["algorithm.minibatches = 9", "lower it"]),
+        (
+            {"algorithm.minibatches": 5, "trainer.data_parallel_size": 2},
+            ["algorithm.minibatches = 5", "lower it"],
+        ),
+        (
+            {"algorithm.samples_per_prompt": 1},
+            ["algorithm.advantage.group_normalize", "algorithm.samples_per_prompt >= 2"],
+        ),
+        (
+            {
+                "algorithm.staleness_correction.m2_threshold": 0.04,
+                "algorithm.loss.objective": "ppo",
+            },
+            ["m2_threshold = 0.04", "loss = ppo", "recompute"],
+        ),
+        (
+            {"weights.kv_cache": "keep", "weights.interrupt": "retract"},
+            [
+                "weights.kv_cache = keep",
+                "weights.interrupt = retract",
+                "weights.kv_cache=recompute",
+            ],
+        ),
+        (
+            {"weights.kv_cache": "keep"},
+            ["weights.kv_cache = keep", "sglang.disable_overlap_schedule = true"],
+        ),
+        (
+            {"megatron.tensor_model_parallel_size": 0},
+            ["megatron.tensor_model_parallel_size = 0", "integer >= 1"],
+        ),
+        (
+            {"megatron.context_parallel_size": "2"},
+            ["megatron.context_parallel_size = '2'", "integer >= 1"],
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_by_both_names(
+    changes: dict[str, Any], words: list[str]
+) -> None:
+    text = refusal(**changes)
+    assert [word for word in words if word not in text] == []
+
+
+def test_settings_on_the_edge_of_a_contradiction_are_allowed() -> None:
+    load.from_tree(tree(**{"rollout.max_new_tokens": 127}))
+    load.from_tree(tree(**{"algorithm.samples_per_prompt": 256}))
+    load.from_tree(tree(**{"weights.kv_cache": "keep", "sglang.disable_overlap_schedule": True}))
+    load.from_tree(tree(**{"algorithm.minibatches": 4, "trainer.data_parallel_size": 2}))
+    load.from_tree(
+        tree(**{"algorithm.samples_per_prompt": 1, "algorithm.advantage.group_normalize": False})
+    )
+
+
+def test_trainer_ranks_are_the_product_of_the_parallel_sizes() -> None:
+    sizes = {"tensor_model": 2, "pipeline_model": 2, "context": 2}
+    changes = {f"megatron.{name}_parallel_size": size for name, size in sizes.items()}
+    assert load.from_tree(tree(**changes, **{"trainer.data_parallel_size": 2})).trainer_ranks == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("1E2", 100.0), ("1.5e-6", 1.5e-6), ("+2e0", 2.0), ("1.", 1.0), ("3", 3.0)],
+)
+def test_a_float_may_be_written_as_people_write_it(tmp_path: Path, text: str, value: float) -> None:
+    (tmp_path / "config.yaml").write_text(load.dump(load.from_tree(tree())))
+    assert (
+        load.load(
+            tmp_path / "config.yaml", [f"algorithm.loss.clip_eps={text}"]
+        ).algorithm.loss.clip_eps
+        == value
+    )
+
+
+def test_what_is_dumped_loads_as_it_was(tmp_path: Path) -> None:
+    changes = {
+        "algorithm.loss.clip_eps": 1e-7,
+        "algorithm.loss.clip_eps_high": None,
+        "run.dir": "runs/with: colon and 'quotes' é",
+        "data.eval": "no",
+        "sglang": {"mem_fraction_static": 0.8, "nested": {"list": [1, "two", None]}},
+        "megatron.lr": 1e-06,
+    }
+    settings = load.from_tree(tree(**changes))
+    assert load_text(tmp_path, load.dump(settings)) == settings
+
+
+def test_overrides_come_after_the_file_and_the_last_one_wins(tmp_path: Path) -> None:
+    text = load.dump(load.from_tree(tree()))
+    settings = load_text(
+        tmp_path,
+        text,
+        "staleness.max_staleness=7",
+        "staleness.max_staleness=0",
+        "sglang.new.key=[1, 2]",
+        "reward.function=my.rewards:f",
+        "run.dir=a=b",
+    )
+    assert settings.staleness.max_staleness == 0
+    assert settings.sglang["new"] == {"key": [1, 2]}
+    assert settings.reward.function == "my.rewards:f"
+    assert settings.run.dir == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("staleness.max_staleness", "not of the form key=value"),
+        ("=3", "not of the form key=value"),
+        ("staleness.max_staleness=[", "not YAML"),
+        ("run.dir.x=3", "dir is a value, not a section"),
+        ("staleness.etta=3", "did you mean staleness.max_staleness?"),
+        ("staleness.max_staleness=-1", "staleness.max_staleness = -1"),
+        ("staleness.max_staleness=", "staleness.max_staleness = None"),
+        ("staleness=3", "staleness = 3"),
+    ],
+)
+def test_an_override_that_cannot_be_applied_is_refused(
+    tmp_path: Path, override: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words.replace("?", r"\?")):
+        load_text(tmp_path, load.dump(load.from_tree(tree())), override)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("run: [", "is not YAML"),
+        ("- a\n- b", "must hold a mapping of sections, got list"),
+        ("", "run is not set"),
+        ("run: !!python/object/apply:os.getcwd []", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_text(tmp_path, text)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+        load.load(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="directory"):
+        load.load(tmp_path)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError):
+        load.load(tmp_path / "config.yaml")
+
+
+def test_a_section_written_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="staleness"):
+        load_text(tmp_path, load.dump(load.from_tree(tree())) + "\nstaleness: {eta: 1}\n")
+
+
+def test_a_key_that_is_no_text_is_refused_by_name() -> None:
+    assert "sglang" in refusal(**{"sglang": {1: 2}}).partition(":")[0]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "algorithm.loss.clip_eps",
+        "algorithm.loss.clip_eps_high",
+        "rollout.temperature",
+        "reward.timeout_s",
+    ],
+)
+def test_a_number_that_is_none_is_refused(key: str) -> None:
+    assert refusal(**{key: float("nan")}).startswith(f"{key} = nan: expected ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("algorithm.reward_shaping.bias", float("nan")), ("run.no_progress_timeout_s", float("inf"))],
+)
+def test_a_setting_is_a_finite_number(key: str, value: float) -> None:
+    assert refusal(**{key: value}).startswith(key)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_we_ship_loads_and_survives_a_dump(path: Path, tmp_path: Path) -> None:
+    settings = load.load(path)
+    assert load_text(tmp_path, load.dump(settings)) == settings

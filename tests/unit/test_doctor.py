@@ -1,0 +1,353 @@
+import io
+import json
+import os
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megatron_async_rl.cli import doctor
+from megatron_async_rl.cli.doctor import checks
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.load import dump, from_tree
+from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
+from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.launcher.preflight import preflight
+
+MODEL = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+}
+
+
+def make_python(path: Path, version: str = "0.5.21") -> Path:
+    """Stands for the interpreter of an engine environment: answers every question with SGLang's version."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho {version}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host with an engine, a good model and good datasets in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEGATRON_ASYNC_RL_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv(ENGINE_VARIABLE, str(make_python(tmp_path / "engine" / "bin" / "python")))
+    write_model()
+    rows = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(5)]
+    for name in ("train.jsonl", "eval.jsonl"):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_model(**changes: object) -> None:
+    Path("model").mkdir(exist_ok=True)
+    for name in ("tokenizer.json", "model.safetensors"):
+        (Path("model") / name).write_text("{}")
+    (Path("model") / "config.json").write_text(json.dumps(MODEL | changes))
+
+
+def make_config(**changes: dict[str, object]) -> Config:
+    tree: dict[str, dict[str, object]] = {
+        "run": {"dir": "run", "steps": 10},
+        "model": {"path": "model", "context_tokens": 64},
+        "data": {"train": "train.jsonl", "eval": "eval.jsonl"},
+        "rollout": {"max_new_tokens": 32},
+        "algorithm": {"prompts_per_step": 1, "samples_per_prompt": 2},
+    }
+    for section, values in changes.items():
+        tree[section] = tree.get(section, {}) | values
+    return from_tree(tree)
+
+
+def result(name: str, config: Config | None = None) -> doctor.Check:
+    return next(check for check in checks(config) if check.name == name)
+
+
+def install(folder: Path, name: str, **metadata: str) -> None:
+    """What pip leaves of a distribution."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    fields = {"Metadata-Version": "2.1", "Name": name, "Version": "1.0"} | metadata
+    (info / "METADATA").write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
+
+
+def test_a_good_configuration_passes() -> None:
+    preflight(make_config())
+    preflight(
+        make_config(megatron={"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})
+    )
+
+
+def test_every_failing_check_says_what_to_do() -> None:
+    Path("model/config.json").unlink()
+    failing = [check for check in checks(make_config()) if not check.ok]
+    assert "model" in [check.name for check in failing]
+    assert all(check.detail and check.remedy for check in failing)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        (
+            {"model": {"path": "none"}},
+            DataError,
+            ["model.path = none", "python tools/make_tiny_model.py none"],
+        ),
+        (
+            {"data": {"train": "none.jsonl"}},
+            DataError,
+            ["data.train = none.jsonl cannot be read", "set data.train"],
+        ),
+        ({"data": {"eval": "none.jsonl"}}, DataError, ["data.eval = none.jsonl"]),
+        (
+            {"megatron": {"tensor_model_parallel_size": 3}},
+            ConfigError,
+            [
+                "megatron.tensor_model_parallel_size = 3 does not divide the model's 4 attention heads",
+                "one of 1, 2",
+            ],
+        ),
+        (
+            {"megatron": {"tensor_model_parallel_size": 4}},
+            ConfigError,
+            [
+                "megatron.tensor_model_parallel_size = 4 does not divide the model's 2 KV heads",
+                "one of 1, 2",
+            ],
+        ),
+        (
+            {"megatron": {"pipeline_model_parallel_size": 3}},
+            ConfigError,
+            [
+                "megatron.pipeline_model_parallel_size = 3 does not divide the model's 4 layers",
+                "one of 1, 2, 4",
+            ],
+        ),
+        (
+            {"megatron": {"expert_model_parallel_size": 2}},
+            ConfigError,
+            ["does not divide the model's 0 experts"],
+        ),
+        ({"sglang": {"tp_size": 3}}, ConfigError, ["sglang.tp_size = 3", "one of 1, 2, 4"]),
+        (
+            {"model": {"context_tokens": 512}},
+            ConfigError,
+            ["model.context_tokens = 512", "at most 256"],
+        ),
+    ],
+)
+def test_preflight_names_key_value_rule_and_remedy(
+    changes: dict, error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        preflight(make_config(**changes))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_preflight_tells_all_problems_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*megatron\.tensor.*data\.eval = none"):
+        preflight(make_config(megatron={"tensor_model_parallel_size": 3}, data={"eval": "none"}))
+
+
+def test_an_architecture_without_a_weight_table_is_refused() -> None:
+    write_model(architectures=["GPT2LMHeadModel"])
+    with pytest.raises(
+        DataError, match="architecture is GPT2LMHeadModel; use a model of one of LlamaForCausalLM"
+    ):
+        preflight(make_config())
+
+
+def test_a_model_download_that_broke_off_is_noticed() -> None:
+    index = {
+        "weight_map": {
+            "a": "model-00001-of-00002.safetensors",
+            "b": "model-00002-of-00002.safetensors",
+        }
+    }
+    Path("model/model.safetensors.index.json").write_text(json.dumps(index))
+    Path("model/model-00001-of-00002.safetensors").write_text("")
+    Path("model/tokenizer.json").unlink()
+    with pytest.raises(
+        DataError, match=r"tokenizer\.json, model-00002-of-00002\.safetensors not in it"
+    ):
+        preflight(make_config())
+
+
+def test_a_config_json_that_is_no_decoder_is_named() -> None:
+    Path("model/config.json").write_text('{"architectures": ["CLIPModel"]}')
+    with pytest.raises(DataError, match="missing required field `num_attention_heads`"):
+        preflight(make_config())
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ('{"prompt": "1+1="}', "no `answer`"),
+        ('{"prompt": "1+1=", "answer": ""}', "no `answer`"),
+        ('{"answer": "2"}', "no `prompt`"),
+        ("[1]", "not a JSON object"),
+        ("{", "not JSON"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_number(row: str, problem: str) -> None:
+    with Path("train.jsonl").open("a") as file:
+        file.write("\n" + row + "\n")
+    with pytest.raises(DataError, match=f"data.train = train.jsonl, row 7: {re.escape(problem)}"):
+        preflight(make_config())
+
+
+def test_a_dataset_without_rows_is_refused() -> None:
+    Path("eval.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"data.eval = eval.jsonl has no rows"):
+        preflight(make_config())
+
+
+def test_an_answer_is_asked_for_only_where_the_reward_compares_with_it() -> None:
+    Path("train.jsonl").write_text('{"prompt": "write a poem"}\n')
+    preflight(make_config(reward={"function": "my.module:poem"}))
+
+
+def test_a_fixed_engine_port_in_use_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(
+            ConfigError, match=rf"sglang.port = {port} cannot be bound.*take sglang.port out"
+        ):
+            preflight(make_config(sglang={"port": port}))
+
+
+def test_a_missing_engine_is_named_with_the_command_that_makes_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(ENGINE_VARIABLE)
+    with pytest.raises(
+        ConfigError, match=r"no Python environment with SGLang found; bash tools/setup_env.sh"
+    ):
+        preflight(make_config())
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("echo 0.4.9", "SGLang 0.4.9, supported is >=0.5.16"),
+        ("echo lost >&2; exit 1", "has no SGLang: lost"),
+    ],
+)
+def test_an_engine_that_does_not_fit_is_refused(script: str, words: str) -> None:
+    Path("engine/bin/python").write_text(f"#!/bin/sh\n{script}\n")
+    with pytest.raises(ConfigError, match=words):
+        preflight(make_config())
+
+
+def test_an_engine_variable_that_names_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENGINE_VARIABLE, "/none/python")
+    with pytest.raises(ConfigError, match=f"/none/python does not run.*{ENGINE_VARIABLE}"):
+        preflight(make_config())
+
+
+def test_the_newest_complete_engine_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ENGINE_VARIABLE)
+    assert engine_python() is None
+    cache = tmp_path / "cache" / "megatron_async_rl"
+    for age, name in enumerate(("engine-unfinished", "engine-a", "engine-b")):
+        make_python(cache / name / "bin" / "python")
+        if name != "engine-unfinished":
+            (cache / name / ".complete").touch()
+            os.utime(cache / name / ".complete", (1000 - age, 1000 - age))
+    assert engine_python() == cache / "engine-a" / "bin" / "python"
+    monkeypatch.setenv("MEGATRON_ASYNC_RL_CACHE", str(tmp_path / "elsewhere"))
+    assert engine_python() is None
+    elsewhere = make_python(tmp_path / "elsewhere" / "engine-x" / "bin" / "python")
+    (tmp_path / "elsewhere" / "engine-x" / ".complete").touch()
+    assert engine_python() == elsewhere
+
+
+def test_a_stranger_named_apex_is_told_from_nvidias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(
+        tmp_path / "trap", "apex", Summary="Pyramid toolkit to add Velruse, Flash Messages, CSRF"
+    )
+    install(tmp_path / "good", "apex", Summary="PyTorch Extensions written by NVIDIA")
+    with monkeypatch.context() as context:
+        context.syspath_prepend(str(tmp_path / "trap"))
+        assert not result("apex").ok and result("apex").remedy == "pip uninstall apex"
+    monkeypatch.syspath_prepend(str(tmp_path / "good"))
+    assert result("apex").ok
+
+
+def test_the_shim_named_zmq_is_mentioned_and_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "shim", "zmq")
+    monkeypatch.syspath_prepend(str(tmp_path / "shim"))
+    assert result("pyzmq").ok and "shim" in result("pyzmq").detail
+
+
+def test_an_old_library_is_named_with_the_range_that_is_supported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "old", "torch")
+    monkeypatch.syspath_prepend(str(tmp_path / "old"))
+    assert not result("torch").ok and "1.0, supported is" in result("torch").detail
+
+
+def test_a_host_with_gpus_is_held_to_the_versions_for_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB'\n")
+    smi.chmod(0o755)
+    install(tmp_path / "old", "megatron_core", Version="0.16.1")
+    monkeypatch.syspath_prepend(str(tmp_path / "old"))
+    monkeypatch.setenv("PATH", f"{smi.parent}:/usr/bin:/bin")
+    assert result("devices").detail == "NVIDIA H100 80GB HBM3 (81559 MiB)"
+    assert (
+        not result("megatron-core").ok and "supported is ~=0.19.2" in result("megatron-core").detail
+    )
+
+
+@pytest.mark.parametrize("host", ["198.51.100.1", "no such host"])
+def test_an_address_of_another_host_is_named_before_the_controller_starts(host: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"run\.host = '{host}' is no address of this host.*ip addr shows them"
+    ):
+        preflight(make_config(run={"host": host}))
+
+
+def test_a_run_folder_that_cannot_be_written_is_named() -> None:
+    Path("file").write_text("")
+    check = result("disk", make_config(run={"dir": "file/run"}))
+    assert not check.ok and "file cannot be written" in check.detail
+
+
+def test_the_doctor_prints_a_row_for_each_check_and_fails_when_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("run.yaml").write_text(dump(make_config()))
+    out = io.StringIO()
+    missing = [check.name for check in checks(make_config()) if not check.ok]
+    assert doctor.run("run.yaml", Console(file=out, width=200)) == (1 if missing else 0)
+    assert "SGLang 0.5.21" in out.getvalue() and "5 rows" in out.getvalue()
+    monkeypatch.delenv(ENGINE_VARIABLE)
+    out = io.StringIO()
+    assert doctor.run("run.yaml", Console(file=out, width=200)) == 1
+    assert "to mend: " in out.getvalue() and "engine" in out.getvalue().rpartition("to mend")[2]
+
+
+def test_the_doctor_names_a_configuration_it_cannot_read() -> None:
+    out = io.StringIO()
+    assert doctor.run("none.yaml", Console(file=out, width=200)) == 1
+    assert "cannot read the configuration none.yaml" in out.getvalue()

@@ -1,0 +1,266 @@
+"""The journal: what was appended is there again, whatever dies, and a full disk delays but loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from test_core import finish, generated, make_core, serve
+from test_recovery import partial, reborn
+
+from megatron_async_rl.cli import audit
+from megatron_async_rl.controller.core.actions import SendBatch
+from megatron_async_rl.controller.core.events import GroupAdmitted, JournalEvent
+from megatron_async_rl.controller.journal import journal as journal_module
+from megatron_async_rl.controller.journal.journal import Journal, read_events
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.protocol.messages import PartialSample
+from megatron_async_rl.storage import checkpoints
+
+
+def some_facts(num_steps: int = 2) -> list[JournalEvent]:
+    """The facts of a core that has trained so many steps and has work under way."""
+    core = make_core(max_staleness=1)
+    leases = serve(core)
+    for version in range(num_steps):
+        cuts = []
+        for lease in leases:
+            cuts += finish(core, lease, version)
+        cuts += core.batch_wanted(0, version, 0)
+        assert any(isinstance(action, SendBatch) for action in cuts)
+        core.step_done(version + 1, 0)
+        leases = [
+            a.message
+            for a in core.serving("rollout-0", version + 1, 0)
+            if hasattr(a.message, "indices")
+        ]
+    core.generated("rollout-0", generated(leases[0], 0, num_steps), 0)
+    core.interrupted(
+        "rollout-0",
+        PartialSample(
+            leases[0].epoch, leases[0].group_id, leases[0].attempt, 1, partial(num_steps)
+        ),
+    )
+    return core.take_events()
+
+
+def state(facts: list[JournalEvent]) -> tuple:
+    core = reborn(make_core(max_staleness=1), facts)
+    groups = [
+        (
+            g.group_id,
+            g.state,
+            g.attempt,
+            [s and s.versions.tolist() for s in g.samples],
+            g.rewards,
+            sorted(g.partials),
+        )
+        for g in core.groups.values()
+    ]
+    return core.version, core.ledger.table(core.pending), groups
+
+
+def test_every_fact_comes_back_with_its_arrays(tmp_path: Path) -> None:
+    facts = some_facts()
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.append(facts)
+    journal.flush().result(10)
+    again = list(journal.facts())
+    journal.close()
+    assert [type(fact) for fact in again] == [type(fact) for fact in facts]
+    assert state(again) == state(facts)
+    kinds = {type(fact).__name__ for fact in facts}
+    assert {
+        "GroupAdmitted",
+        "LeaseGranted",
+        "SampleReturned",
+        "SampleScored",
+        "BatchSelected",
+        "BatchTrained",
+        "PartialSaved",
+    } <= kinds
+
+
+def test_any_prefix_of_the_facts_is_a_state_that_balances_and_goes_on() -> None:
+    """A crash at every single write, one by one."""
+    facts = some_facts()
+    for count in range(len(facts) + 1):
+        core = reborn(make_core(max_staleness=1), facts[:count])
+        core.check()
+        admitted = sum(isinstance(fact, GroupAdmitted) for fact in facts[:count])
+        assert core.ledger.admitted == admitted
+        serve(core)
+        core.check()
+        prompts = [group.prompt.prompt_id for group in core.groups.values()]
+        assert len(set(prompts)) == len(prompts)
+
+
+def test_a_process_killed_while_it_writes_leaves_a_prefix(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from megatron_async_rl.controller.core.events import GroupAdmitted
+        from megatron_async_rl.controller.journal.journal import Journal
+        journal = Journal(Path(sys.argv[1]))
+        for number in range(10**9):
+            journal.append([GroupAdmitted(number, str(number))])
+            if number % 50 == 0:
+                journal.flush().result(10)
+                print(number, flush=True)
+        """
+    )
+    path = tmp_path / "journal.sqlite"
+    for kill_after in (1, 4):
+        path.unlink(missing_ok=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout
+        told = [int(child.stdout.readline()) for _ in range(kill_after)]
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait(10)
+        numbers = [fact.group_id for fact in read_events(path)]
+        assert numbers == list(range(len(numbers)))
+        assert len(numbers) > told[-1]  # all that was said to be on disk is there
+        child.stdout.close()
+
+
+def test_a_full_disk_delays_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.05)
+    journal = Journal(tmp_path / "journal.sqlite")
+    pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
+    journal._db.execute(
+        f"PRAGMA max_page_count = {pages}"
+    )  # SQLite refuses as it does on a full disk
+    facts = some_facts() * 60
+    journal.append(facts)
+    waiter = journal.flush()
+    with pytest.raises(TimeoutError):
+        waiter.result(1.0)
+    assert "full" in journal.error
+    journal._db.execute("PRAGMA max_page_count = 1000000")
+    waiter.result(60)
+    assert journal.error == ""
+    assert sum(1 for _ in journal.facts()) == len(facts)
+    journal.close()
+
+
+def test_a_recorded_batch_can_be_had_again_until_it_is_pruned(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.append(some_facts())
+    journal.flush().result(10)
+    admitted, returned, judged = journal.batch(1)
+    assert len(admitted) == 2 and len(returned) == len(judged) == 4
+    journal.prune([fact.group_id for fact in admitted])
+    journal.flush().result(10)
+    with pytest.raises(DataError, match="older than the two generations"):
+        journal.batch(1)
+    assert state(list(journal.facts()))[0] == 2  # the ledger still knows
+    journal.close()
+
+
+def test_a_damaged_journal_is_named_and_never_taken_for_an_empty_one(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    path.write_bytes(b"no database" * 1000)
+    with pytest.raises(DataError, match="--from-scratch"):
+        Journal(path)
+
+
+def test_a_journal_of_another_schema_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    db = sqlite3.connect(path)
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(DataError, match="schema 99"):
+        Journal(path)
+
+
+def test_a_changed_dataset_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.train now gives '0'"):
+        reborn(make_core(), [GroupAdmitted(0, "another")])
+
+
+# ---- checkpoints on disk
+
+
+def write_checkpoint(run_dir: Path, version: int, journal_seq: int = 1) -> checkpoints.Manifest:
+    folder = run_dir / checkpoints.FOLDER / checkpoints.folder_name(version)
+    folder.mkdir(parents=True)
+    for rank in (0, 1):
+        (folder / f"__{rank}_0.distcp").write_bytes(bytes([version, rank]) * 500)
+        checkpoints.write_digests(folder, rank, [f"__{rank}_0.distcp"])
+    return checkpoints.commit(run_dir, version, folder.name, journal_seq, 7)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "swap"])
+def test_any_damage_to_a_file_is_seen(tmp_path: Path, damage: str) -> None:
+    manifest = write_checkpoint(tmp_path, 4)
+    assert checkpoints.damage(tmp_path, manifest) == ""
+    folder = tmp_path / checkpoints.FOLDER / manifest.folder
+    first, second = folder / "__0_0.distcp", folder / "__1_0.distcp"
+    if damage == "flip":
+        first.write_bytes(first.read_bytes()[:-1] + b"\xff")
+    elif damage == "truncate":
+        first.write_bytes(first.read_bytes()[:-1])
+    elif damage == "delete":
+        first.unlink()
+    else:
+        one, other = first.read_bytes(), second.read_bytes()
+        first.write_bytes(other)
+        second.write_bytes(one)
+    assert "__0_0.distcp" in checkpoints.damage(tmp_path, manifest)
+    shares = [checkpoints.damage(tmp_path, manifest, part, 2) for part in (0, 1)]
+    assert any(shares)  # whoever looks at that share
+
+
+def test_a_torn_manifest_is_no_checkpoint_and_the_one_before_counts(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 2)
+    write_checkpoint(tmp_path, 4)
+    path = tmp_path / checkpoints.FOLDER / "v000004.json"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert [manifest.version for manifest in checkpoints.manifests(tmp_path)] == [2]
+
+
+def test_a_folder_with_an_unfinished_file_is_not_committed(tmp_path: Path) -> None:
+    folder = tmp_path / checkpoints.FOLDER / "v000001"
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_bytes(b"x")
+    with pytest.raises(DataError, match="files and digests differ"):
+        checkpoints.commit(tmp_path, 1, "v000001", 0, 0)
+
+
+def test_two_generations_are_kept_and_one_being_written_is_left_alone(tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        write_checkpoint(tmp_path, version)
+    (tmp_path / checkpoints.FOLDER / "v000004").mkdir()
+    assert checkpoints.prune(tmp_path, 2) == 2
+    assert sorted(path.name for path in (tmp_path / checkpoints.FOLDER).iterdir()) == [
+        "v000002", "v000002.json", "v000003", "v000003.json", "v000004",
+    ]  # fmt: skip
+
+
+# ---- the offline audit
+
+
+def test_the_audit_counts_anew_and_sees_what_does_not_add_up(tmp_path: Path) -> None:
+    facts = some_facts()
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.append(facts)
+    journal.close()
+    (tmp_path / "samples.jsonl").touch()
+    result = audit.audit(tmp_path, eta=1)
+    assert (result.trained, result.lost, result.duplicated, result.breaches) == (4, 0, 0, [])
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.append([facts[0], facts[-2]])  # a group admitted twice, a sample returned twice
+    journal.close()
+    result = audit.audit(tmp_path, eta=1)
+    assert result.duplicated >= 1 and result.breaches

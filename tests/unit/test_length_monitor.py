@@ -1,0 +1,147 @@
+"""The length-bias meter: it warns when long answers are not trained, whatever takes them away, and is silent otherwise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_async_rl.controller.core.events import (
+    BatchSelected,
+    GroupDropped,
+    JournalEvent,
+    PartialSaved,
+    SampleReturned,
+)
+from megatron_async_rl.controller.length_monitor import MIN_GROUPS, WINDOW, LengthMeter
+from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Sample
+
+SHORT, LONG = 100, 1600
+
+
+def arrays(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    versions = np.asarray([NOT_GENERATED] * 3 + [0] * length, np.int32)
+    return np.zeros(len(versions), np.int32), np.zeros(len(versions), np.float32), versions
+
+
+def returned(group_id: int, *lengths: int) -> list[JournalEvent]:
+    return [
+        SampleReturned(group_id, i, Sample(*arrays(length), "stop", ""))
+        for i, length in enumerate(lengths)
+    ]
+
+
+def trained(group_id: int, *lengths: int) -> list[JournalEvent]:
+    return [*returned(group_id, *lengths), BatchSelected(group_id, [group_id])]
+
+
+def dropped(group_id: int, reason: str, *lengths: int) -> list[JournalEvent]:
+    return [*returned(group_id, *lengths), GroupDropped(group_id, reason)]
+
+
+def played(facts: list[JournalEvent], ask_every: int = 1) -> tuple[list[str], LengthMeter]:
+    """What is said when the meter is asked after every fact, or every so many."""
+    meter, said = LengthMeter(), []
+    for number, fact in enumerate(facts):
+        meter.saw(fact)
+        if number % ask_every == 0:
+            meter.check(said.append)
+    return said, meter
+
+
+def test_long_answers_that_come_too_late_are_warned_of_once() -> None:
+    groups = [
+        trained(n, SHORT, SHORT) if n % 4 else dropped(n, "stale", LONG, LONG) for n in range(100)
+    ]
+    said, meter = played([fact for group in groups for fact in group])
+    [warning] = said
+    assert warning.startswith("long answers are starved: of the last ")
+    assert (
+        "0% of the longest tenth" in warning
+        and "dropped as stale: set staleness.straggler_policy=wait" in warning
+    )
+    stats = meter.step()
+    assert stats["rollout/sampled_tokens_mean"] == pytest.approx(0.75 * SHORT + 0.25 * LONG)
+    assert (stats["rollout/trained_tokens_mean"], stats["rollout/dropped_tokens_mean"]) == (
+        SHORT,
+        LONG,
+    )
+    assert (stats["rollout/trained_fraction"], stats["rollout/longest_tenth_trained_fraction"]) == (
+        0.75,
+        0.0,
+    )
+
+
+def test_a_few_long_answers_are_missed_too_though_the_mean_hardly_moves() -> None:
+    """8 % of the samples, half as long again as the others: the mean falls by 4 % only."""
+    lengths = np.random.default_rng(0).integers(90, 110, 100)
+    groups = [
+        dropped(n, "stale", 150) if n % 12 == 10 else trained(n, int(lengths[n]))
+        for n in range(100)
+    ]
+    said, meter = played([fact for group in groups for fact in group])
+    stats = meter.step()
+    assert stats["rollout/trained_tokens_mean"] > 0.9 * stats["rollout/sampled_tokens_mean"]
+    assert len(said) == 1
+
+
+def test_answers_that_never_come_back_count_with_the_tokens_that_they_had() -> None:
+    groups: list[list[JournalEvent]] = []
+    for n in range(100):
+        lost: list[JournalEvent] = [
+            PartialSaved(n, 0, Partial(*arrays(LONG))),
+            GroupDropped(n, "generation_failed"),
+        ]
+        groups.append(trained(n, SHORT, SHORT) if n % 2 else lost)
+    [warning], _ = played([fact for group in groups for fact in group])
+    assert "dropped as generation_failed: raise rollout.lease_timeout_s" in warning
+
+
+@pytest.mark.parametrize("reason", ["stale", "equal_rewards"])
+def test_drops_that_spare_no_length_are_no_starvation(reason: str) -> None:
+    groups = [
+        dropped(n, reason, SHORT, LONG) if n % 5 in (0, 1) else trained(n, SHORT, LONG)
+        for n in range(200)
+    ]
+    assert played([fact for group in groups for fact in group])[0] == []
+
+
+def test_long_answers_that_are_all_trained_are_no_starvation() -> None:
+    groups = [
+        trained(n, SHORT, LONG) if n % 2 else dropped(n, "equal_rewards", SHORT) for n in range(100)
+    ]
+    assert played([fact for group in groups for fact in group])[0] == []
+
+
+def test_too_few_groups_and_the_end_of_the_run_say_nothing() -> None:
+    groups = [trained(n, SHORT) for n in range(MIN_GROUPS - 1)] + [
+        dropped(90 + n, "stale", LONG) for n in range(9)
+    ]
+    assert played([fact for group in groups for fact in group])[0] == []
+    groups = [trained(n, SHORT) for n in range(50)] + [
+        dropped(90 + n, "run_ended", LONG) for n in range(40)
+    ]
+    assert played([fact for group in groups for fact in group])[0] == []
+
+
+def test_it_is_said_again_while_it_lasts_but_not_at_every_step() -> None:
+    starved = [trained(n, SHORT) if n % 2 else dropped(n, "stale", LONG) for n in range(4 * WINDOW)]
+    fair = [trained(10_000 + n, LONG) for n in range(4 * WINDOW)]
+    assert len(played([fact for group in starved for fact in group])[0]) == 4
+    assert (
+        len(played([fact for group in starved + fair for fact in group])[0]) <= 5
+    )  # the window has to empty
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
+def test_drops_by_chance_do_not_ring_the_alarm(share: float) -> None:
+    rings = 0
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        facts: list[JournalEvent] = []
+        for n in range(300):
+            lengths = [int(length) for length in draw.lognormal(5, 0.8, 2)]
+            facts += (
+                trained(n, *lengths) if draw.random() < share else dropped(n, "stale", *lengths)
+            )
+        rings += bool(played(facts, ask_every=24)[0])  # a step of eight groups
+    assert rings <= 1

@@ -1,0 +1,191 @@
+"""The layout tables: names are complete, shards and full tensors are the same numbers in any order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.weights.folder import ModelFolder
+from megatron_async_rl.weights.mapping import (
+    FAMILIES,
+    TOP,
+    Family,
+    ModelShape,
+    from_hf,
+    local_shape,
+    place,
+    shard,
+    to_hf,
+    unshard,
+)
+
+
+def shape_of(family: Family, tied: bool = False, padded: int = 52) -> ModelShape:
+    return ModelShape(
+        family=family,
+        num_layers=2,
+        hidden_size=16,
+        ffn_hidden_size=24,
+        num_attention_heads=8,
+        num_query_groups=4,
+        kv_channels=6,
+        vocab_size=50,
+        padded_vocab_size=padded,
+        tied=tied,
+        num_experts=4 if family.experts else 0,
+        expert_ffn_hidden_size=12,
+    )
+
+
+def parameters(shape: ModelShape) -> list[str]:
+    below = [
+        r.megatron.replace("{e}", e)
+        for r in shape.family.layer
+        for e in (("0", "3") if "{e}" in r.megatron else ("",))
+    ]
+    return [r.megatron for r in TOP] + [
+        f"decoder.layers.{n}.{name}" for n in range(shape.num_layers) for name in below
+    ]
+
+
+def random_hf(shape: ModelShape) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    pieces = sorted({piece for name in parameters(shape) for piece in place(name, shape).pieces})
+    return {name: torch.randn(size, generator=g) for name, size in pieces}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_shards_of_all_ranks_give_back_the_hf_tensors(family: Family, tp: int) -> None:
+    shape = shape_of(family)
+    hf = random_hf(shape)
+    for name in parameters(shape):
+        shards = [
+            from_hf(name, lambda n, index: hf[n][index], shape, rank, tp) for rank in range(tp)
+        ]
+        assert {s.shape for s in shards} == {torch.Size(local_shape(name, shape, tp))}
+        cut = shards if place(name, shape).rule.split is not None else shards[:1]
+        for hf_name, tensor in to_hf(name, cut, shape):
+            assert torch.equal(tensor, hf[hf_name]), (name, hf_name)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_shard_and_unshard_are_inverse_and_agree_with_reading_a_shard(family: Family) -> None:
+    shape = shape_of(family)
+    hf = random_hf(shape)
+    for name in parameters(shape):
+        full = from_hf(name, lambda n, index: hf[n][index], shape)
+        shards = [shard(name, full, shape, rank, 2) for rank in range(2)]
+        for rank in range(2):
+            assert torch.equal(
+                shards[rank], from_hf(name, lambda n, index: hf[n][index], shape, rank, 2)
+            )
+        if place(name, shape).rule.split is not None:
+            assert torch.equal(unshard(name, shards, shape), full)
+
+
+def test_qkv_is_interleaved_per_group() -> None:
+    shape = shape_of(FAMILIES[1])
+    q, k, v = (torch.arange(n) + base for n, base in ((48, 0), (24, 1000), (24, 2000)))
+    hf = {
+        f"model.layers.0.self_attn.{n}_proj.bias": t for n, t in zip("qkv", (q, k, v), strict=True)
+    }
+    got = from_hf(
+        "decoder.layers.0.self_attention.linear_qkv.bias", lambda n, index: hf[n][index], shape
+    )
+    assert got[:24].tolist() == [
+        *range(12),
+        *range(1000, 1006),
+        *range(2000, 2006),
+    ]  # 2 query heads, key, value
+
+
+def test_a_rank_of_fc1_holds_its_gate_and_its_up() -> None:
+    shape = shape_of(FAMILIES[0])
+    full = torch.arange(48).reshape(48, 1).expand(48, 16)
+    got = shard("decoder.layers.0.mlp.linear_fc1.weight", full, shape, 1, 2)
+    assert got[:, 0].tolist() == [*range(12, 24), *range(36, 48)]
+
+
+def test_padded_vocabulary_is_zero_inside_and_absent_outside() -> None:
+    shape = shape_of(FAMILIES[0], padded=64)
+    hf = random_hf(shape)
+    last = from_hf("output_layer.weight", lambda n, index: hf[n][index], shape, 3, 4)
+    assert last.shape == (16, 16) and torch.equal(last[2:], torch.zeros(14, 16))
+    beyond = from_hf(
+        "output_layer.weight",
+        lambda n, index: hf[n][index],
+        shape_of(FAMILIES[0], padded=128),
+        3,
+        4,
+    )
+    assert torch.equal(beyond, torch.zeros(32, 16))
+
+
+def test_a_tied_output_layer_reads_the_embedding() -> None:
+    assert place("output_layer.weight", shape_of(FAMILIES[1], tied=True)).pieces == (
+        ("model.embed_tokens.weight", (50, 16)),
+    )
+
+
+def write_config(folder: Path, **config: object) -> Path:
+    base = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 50,
+    }
+    (folder / "config.json").write_text(json.dumps(base | config))
+    return folder
+
+
+def test_an_unsupported_architecture_is_named_with_the_supported_ones(tmp_path: Path) -> None:
+    folder = ModelFolder(write_config(tmp_path, architectures=["MambaForCausalLM"]))
+    with pytest.raises(DataError, match=r"model.path.*MambaForCausalLM.*Qwen3ForCausalLM"):
+        _ = folder.family
+
+
+@pytest.mark.parametrize(
+    "key, value", [("hidden_act", "gelu"), ("use_sliding_window", True), ("attention_bias", True)]
+)
+def test_what_megatron_would_compute_differently_is_refused(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    with pytest.raises(DataError, match=key):
+        ModelFolder(write_config(tmp_path, **{key: value})).architecture()
+
+
+def test_rope_theta_is_read_from_both_places(tmp_path: Path) -> None:
+    assert ModelFolder(write_config(tmp_path, rope_theta=5e5)).architecture().rotary_base == 5e5
+    new = ModelFolder(
+        write_config(tmp_path, rope_parameters={"rope_theta": 7e5, "rope_type": "default"})
+    )
+    assert new.architecture().rotary_base == 7e5
+    with pytest.raises(DataError, match="yarn"):
+        ModelFolder(
+            write_config(tmp_path, rope_scaling={"type": "yarn", "factor": 4.0})
+        ).architecture()
+
+
+def test_vocabulary_is_padded_to_the_multiple(tmp_path: Path) -> None:
+    shape = ModelFolder(write_config(tmp_path)).shape(vocab_multiple=16)
+    assert (shape.vocab_size, shape.padded_vocab_size, shape.kv_channels) == (50, 64, 2)
+
+
+def test_an_incomplete_folder_names_the_tensor(tmp_path: Path) -> None:
+    folder = ModelFolder(write_config(tmp_path))
+    with pytest.raises(DataError, match="safetensors"):
+        folder.tensor_shape("model.norm.weight")
+    save_file({"other": torch.zeros(4, 6)}, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match=r"no tensor model\.norm\.weight"):
+        folder.tensor_shape("model.norm.weight")
+    assert folder.tensor_shape("other") == (4, 6)
+    assert folder.read("other", (slice(1, 3), slice(None))).shape == (2, 6)

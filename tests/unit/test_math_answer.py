@@ -1,0 +1,163 @@
+"""The built-in `math` reward: which answer counts, and which is right."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.reward import math_answer
+
+
+def reward(response: str, answer: Any) -> float:
+    return math_answer.math("", response, {"id": "row-1", "answer": answer})
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"\boxed{42}", "42"),
+        (r"\boxed{42}", 42),
+        (r"First \boxed{41}, no: \boxed{42}", "42"),
+        (r"\boxed{42} is what I found in 3 steps.", "42"),
+        (r"\boxed{\boxed{42}}", "42"),
+        (r"\boxed{42} and \boxed{7", "42"),  # cut off within a second box
+        (r"\boxed {42}", "42"),
+        ("so 6 * 7 = 42", "42"),
+        ("some work\n#### 42", "42"),
+        ("some work\n#### 42\n", "6 * 7 = 42\n#### 42"),
+        (r"\boxed{42}", r"the sum is $\boxed{42}$."),
+        (r"\boxed{-7}", "-7"),
+        ("it is -7.", "-7"),
+        ("it is \u22127.", "-7"),
+        ("10 - 3 = 7", "7"),
+        ("10-3=7", "7"),
+        (r"\boxed{85.0}", "85"),
+        (r"\boxed{85}", 85.0),
+        (r"\boxed{1e2}", r"1e2"),
+        ("$1,234,567.50", "1234567.5"),
+        (r"\boxed{1{,}234}", "1234"),
+        (r"\boxed{1\,234}", "1234"),
+        (r"\boxed{\$18}", "18"),
+        (r"\boxed{18.}", "18"),
+        (r"\boxed{007}", "7"),
+        (r"\boxed{\frac{1}{2}}", "0.5"),
+        (r"\boxed{\dfrac{2}{4}}", r"\frac{1}{2}"),
+        (r"\boxed{-\frac{1}{2}}", "-1/2"),
+        ("it is 1/2.", "0.5"),
+        (r"so it is \frac{1}{2}", "1/2"),
+        (r"\boxed{\text{Evelyn}}", "Evelyn"),
+        (r"\boxed{ yes }", r"\text{Yes}"),
+    ],
+)
+def test_a_right_answer_is_seen_at_once(response: str, answer: Any) -> None:
+    gold, answered = math_answer.read(response, {"answer": answer})
+    assert math_answer.compare_plain(gold, answered) is True
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("", "42"),
+        ("I do not know.", "42"),
+        (r"\boxed{}", "42"),
+        (r"\boxed{ }", "42"),
+        (r"\boxed{42} no, \boxed{41}", "42"),
+        (r"\boxed{41} although 42", "42"),
+        (r"\boxed{42 or \boxed{41}}", "42"),
+        (r"\boxed{42", "421"),
+        ("#### 42 or rather 41", "42"),
+        ("42, no: 41", "42"),
+        (r"\boxed{7}", "-7"),
+        (r"\boxed{-7}", "7"),
+        (r"\boxed{85.5}", "85"),
+        (r"\boxed{100000001}", "100000000"),
+        (r"\boxed{2}", r"\frac{1}{2}"),
+        (r"the answer is \frac{1}{2}", "2"),
+        (r"\boxed{1/3}", "0.25"),
+        (r"\boxed{net}", "ten"),
+        (r"\boxed{no}", r"\text{no one}"),
+    ],
+)
+def test_a_wrong_answer_is_seen_at_once(response: str, answer: Any) -> None:
+    gold, answered = math_answer.read(response, {"answer": answer})
+    assert math_answer.compare_plain(gold, answered) is False
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"\boxed{11\text{ cm}}", "11"),
+        (r"\boxed{42 apples}", "42"),
+        (r"\boxed{9}", "9 apples"),
+        (r"\boxed{x = 5}", "5"),
+        (r"\boxed{(x+1)^2}", "x^2+2x+1"),
+        (r"\boxed{2\sqrt{2}}", r"\sqrt{8}"),
+        (r"\boxed{\{3,2,1\}}", r"\{1,2,3\}"),
+        (r"\boxed{12\%}", "0.12"),
+        (r"\boxed{90^\circ}", "90"),
+        (r"\boxed{0.333333333}", "1/3"),
+    ],
+)
+def test_an_answer_in_other_words_is_right(response: str, answer: str) -> None:
+    assert reward(response, answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"\boxed{41, 42}", "42"),
+        (r"\boxed{42 \text{ or } 41}", "42"),
+        (r"\boxed{\{41, 42\}}", "42"),
+        (r"\boxed{42 \ne 41}", "42"),
+        (r"\boxed{42 = 41}", "42"),
+        (r"\boxed{40, 41, 42, 43}", "42"),
+        (r"\boxed{$41$ and $42$}", "42"),
+        (r"\boxed{0.3333}", "1/3"),
+        (r"\boxed{x}", "42"),
+        (r"\boxed{\frac{0}{0}}", "42"),
+        (r"\boxed{\infty}", "42"),
+        (r"\boxed{" + "(" * 50 + "42}", "421"),
+        (r"\boxed{(5,\infty)}", "(5,6)"),
+    ],
+)
+def test_several_guesses_at_once_are_wrong(response: str, answer: str) -> None:
+    assert reward(response, answer) == 0.0
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{}, {"answer": None}, {"answer": ""}, {"answer": " $ "}, {"answer": ["4"]}, {"answer": True}],
+)
+def test_a_row_without_answer_is_an_error_that_names_it(row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"row 'row-1' .*`answer`"):
+        math_answer.math("", r"\boxed{42}", {"id": "row-1", **row})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{" * 200_000,
+        r"\boxed" + " " * 1_000_000,
+        "{" * 500_000 + "}" * 500_000,
+        "1,234," * 200_000,
+        "9" * 1_000_000,
+        "1/" * 500_000,
+        r"\frac{1}" + " " * 1_000_000,
+        r"\frac{" * 100_000,
+        r"\boxed{" + r"\text{" * 10_000 + "}" * 10_001,
+        r"\boxed{" + "a b " * 15_000 + "}",
+    ],
+    ids=range(10),
+)
+def test_no_text_holds_up_the_part_that_runs_without_deadline(text: str) -> None:
+    started = time.perf_counter()
+    for gold in ("42", r"\text{a b}"):
+        math_answer.compare_plain(*math_answer.read(text, {"answer": gold}))
+    assert time.perf_counter() - started < 1.0
+
+
+def test_the_end_of_a_long_response_is_what_counts() -> None:
+    assert reward(r"\boxed{41}" + "so " * 100_000 + r"\boxed{42}", "42") == 1.0

@@ -1,0 +1,63 @@
+"""The CPU patches of megatron-core: found, applied once, and refusing what they were not written for."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from megatron_async_rl.patches import patches_dir, prepare_megatron
+
+prepare_megatron()
+
+import megatron_cpu
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="nothing is patched where there is CUDA"
+)
+
+
+def test_the_folder_is_found_next_to_the_package() -> None:
+    assert (patches_dir() / "megatron_cpu" / "README.md").is_file()
+
+
+def test_a_second_call_changes_nothing() -> None:
+    before = torch.cuda.current_device
+    prepare_megatron()
+    assert torch.cuda.current_device is before
+    assert torch.cuda.current_device() == torch.device("cpu")
+
+
+def test_constants_are_swapped_in_nested_functions_too() -> None:
+    def outer() -> object:
+        return "cuda", ("torch.cuda.FloatTensor", 1), lambda: "cuda", "cuda:0"
+
+    code, swapped = megatron_cpu._swap_constants(outer.__code__)
+    outer.__code__ = code
+    first, pair, inner, untouched = outer()
+    assert (first, pair, inner(), untouched, swapped) == (
+        "cpu",
+        ("torch.FloatTensor", 1),
+        "cpu",
+        "cuda:0",
+        3,
+    )
+
+
+def test_what_is_gone_is_named() -> None:
+    module = types.ModuleType("megatron.core.somewhere")
+    with pytest.raises(megatron_cpu.DriftError, match=r"megatron\.core\.somewhere\.step is gone"):
+        megatron_cpu._require(module, "step")
+    with pytest.raises(megatron_cpu.DriftError, match=r"megatron\.core\.no\.such\.module is gone"):
+        megatron_cpu._core("no.such.module")
+
+
+def test_a_function_without_the_constant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Already swapped in this process, these functions are what a megatron-core that changed looks like."""
+    monkeypatch.setattr(megatron_cpu, "_RETARGETED", {"utils": ["local_multi_tensor_l2_norm"]})
+    with pytest.raises(megatron_cpu.DriftError, match="holds no 'cuda' constant any more"):
+        megatron_cpu._retarget()
+    monkeypatch.setattr(megatron_cpu, "_RETARGETED", {"utils": ["a_function_that_was_renamed"]})
+    with pytest.raises(megatron_cpu.DriftError, match="a_function_that_was_renamed is gone"):
+        megatron_cpu._retarget()

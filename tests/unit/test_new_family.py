@@ -1,0 +1,80 @@
+"""The recipe of docs/weights.md for a new model family, followed: one entry in the table, and all the rest holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_plan import make_config
+
+from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.weights import folder as folder_module
+from megatron_async_rl.weights import plan
+from megatron_async_rl.weights.digest import EngineDigests
+from megatron_async_rl.weights.folder import ModelFolder
+from megatron_async_rl.weights.mapping import _ATTENTION, _MLP, FAMILIES, Family, from_hf, to_hf
+
+NEW = Family("mistral", "MistralForCausalLM", _ATTENTION + _MLP)
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As transformers writes it."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    path = tmp_path_factory.mktemp("mistral")
+    sizes = {
+        "vocab_size": 51,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    MistralForCausalLM(
+        MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=None)
+    ).save_pretrained(path)
+    return path
+
+
+def test_one_entry_maps_every_tensor_that_transformers_wrote(
+    mistral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match="MistralForCausalLM is not supported"):
+        _ = ModelFolder(mistral).family
+    monkeypatch.setattr(folder_module, "FAMILIES", (*FAMILIES, NEW))
+    folder, written = ModelFolder(mistral), load_file(mistral / "model.safetensors")
+    assert folder.architecture().family is NEW
+    config = make_config(
+        mistral, folder.config, data_parallel=1, tensor_model=2, pipeline_model=2, engine=2
+    )
+    routes = plan.make(
+        config, 50.0
+    ).routes  # proved: every element of every engine rank is written exactly once
+    assert {route.tensor: tuple(route.shape) for route in routes} == {
+        n: tuple(t.shape) for n, t in written.items()
+    }
+    shape = folder.shape(2)
+    digests = EngineDigests(shape, engine_tp=2)
+    for name in plan.parameters(shape):
+        shards = [from_hf(name, folder.read, shape, rank, 2) for rank in range(2)]
+        is_cut = next(route.split for route in routes if route.parameter == name) is not None
+        for hf, tensor in to_hf(name, shards if is_cut else shards[:1], shape):
+            assert torch.equal(tensor, written[hf]), hf
+            digests.add(hf, tensor)
+    assert len(digests.result()) == 2 * (
+        3 + 2 * 6
+    )  # per engine rank: what stands alone, and what is left of a layer
+
+
+def test_an_entry_with_a_wrong_rule_is_refused_by_the_plan(
+    mistral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wrong in (_ATTENTION + _MLP[:-1], _ATTENTION[:1] + _MLP):  # no down_proj; no qkv
+        monkeypatch.setattr(
+            folder_module, "FAMILIES", (*FAMILIES, Family("mistral", "MistralForCausalLM", wrong))
+        )
+        config = make_config(mistral, ModelFolder(mistral).config, engine=2)
+        with pytest.raises(ConfigError, match="engine tensors without a source"):
+            plan.make(config, 50.0)

@@ -1,0 +1,215 @@
+"""The trainer without a fleet: a saved batch trained again, and a layout against none, by the commands themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from paths import ROOT
+from tiny import make_model
+
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.protocol.types import TrainSample
+from megatron_async_rl.storage import batches
+from megatron_async_rl.trainer.selftest import compare
+
+
+def samples(count: int, bad: float = 0.0) -> list[TrainSample]:
+    rng = np.random.default_rng(0)
+    out = []
+    for length in rng.integers(3, 30, count):
+        versions = np.where(np.arange(length) < 2, -1, 4).astype(np.int32)
+        logprobs = (-3 + 0.1 * rng.normal(size=length)).astype(np.float32)
+        advantages = np.full(length, rng.normal() + bad, np.float32)
+        out.append(
+            TrainSample(
+                rng.integers(0, 30, length).astype(np.int32), logprobs, versions, advantages
+            )
+        )
+    return out
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("offline")
+    tree = {
+        "run": {"dir": str(folder), "steps": 10},
+        "model": {"path": str(make_model(folder / "model")), "context_tokens": 64},
+        "data": {"train": "unused"},
+        "rollout": {"max_new_tokens": 32},
+        "algorithm": {"prompts_per_step": 8, "samples_per_prompt": 2, "minibatches": 2},
+        "trainer": {"precision": "fp32", "max_tokens_per_microbatch": 64},
+        "megatron": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "lr": 1e-3},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+def command(*arguments: str, repository: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(repository), "TORCHDYNAMO_DISABLE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_async_rl", *arguments],
+        env=env,
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def same(got: list[TrainSample], want: list[TrainSample]) -> bool:
+    fields = TrainSample.__struct_fields__
+    return len(got) == len(want) and all(
+        np.array_equal(getattr(a, f), getattr(b, f), equal_nan=f == "advantages")
+        for a, b in zip(got, want, strict=True)
+        for f in fields
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 16])
+def test_a_saved_batch_is_read_back(tmp_path: Path, count: int) -> None:
+    batches.save(tmp_path / "new" / "b.npz", 7, samples(count))
+    version, got = batches.load(tmp_path / "new" / "b.npz")
+    assert version == 7 and same(got, samples(count))
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["b.npz"]
+
+
+def test_what_is_not_a_saved_batch_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("no")
+    np.savez(tmp_path / "pickle.npz", version=1, lengths=np.array([{}], object))
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    batches.save(tmp_path / "cut.npz", 7, samples(3))
+    with np.load(tmp_path / "cut.npz") as file:
+        np.savez(tmp_path / "cut.npz", **dict(file) | {"lengths": np.array([1, 2, 3])})
+    for path in [*tmp_path.iterdir(), tmp_path / "missing.npz"]:
+        with pytest.raises(DataError, match="is not a saved batch"):
+            batches.load(path)
+
+
+def test_a_saved_batch_is_trained_with_no_fleet(run_dir: Path) -> None:
+    batches.save(run_dir / "refused" / "v4-replica0.npz", 4, samples(16))
+    done = command("replay", str(run_dir / "refused" / "v4-replica0.npz"))
+    assert done.returncode == 0, done.stderr
+    figures = dict(line.split() for line in done.stdout.splitlines()[1:])
+    assert float(figures["train/tokens"]) == sum(len(s.ids) - 2 for s in samples(16))
+    assert float(figures["train/grad_norm"]) > 0
+
+
+def test_replaying_a_poisonous_batch_refuses_it_again_and_leaves_nothing(run_dir: Path) -> None:
+    batches.save(run_dir / "refused" / "v5-replica0.npz", 5, samples(16, bad=float("nan")))
+    before = {p.name for p in (run_dir / "refused").iterdir()}
+    done = command(
+        "replay", str(run_dir / "refused" / "v5-replica0.npz"), "--set", "algorithm.minibatches=1"
+    )
+    assert done.returncode != 0 and "training step 5: loss nan" in done.stderr
+    assert {p.name for p in (run_dir / "refused").iterdir()} == before
+
+
+def test_batches_of_two_steps_are_not_mixed(run_dir: Path, tmp_path: Path) -> None:
+    for version in (1, 2):
+        batches.save(tmp_path / f"{version}.npz", version, samples(2))
+    done = command(
+        "replay",
+        str(tmp_path / "1.npz"),
+        str(tmp_path / "2.npz"),
+        "--config",
+        str(run_dir / "config.yaml"),
+    )
+    assert done.returncode != 0 and "versions [1, 2]" in done.stderr
+
+
+def test_selftest_of_a_layout_agrees_with_none(run_dir: Path) -> None:
+    done = command("selftest", str(run_dir / "config.yaml"), "trainer.data_parallel_size=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("4 ranks") and "25 of 25 gradients agree" in done.stdout
+
+
+def test_selftest_of_an_interleaved_pipeline(run_dir: Path) -> None:
+    changes = [
+        "megatron.pipeline_model_parallel_size=2",
+        "megatron.virtual_pipeline_model_parallel_size=2",
+    ]
+    done = command(
+        "selftest", str(run_dir / "config.yaml"), "megatron.tensor_model_parallel_size=1", *changes
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 ranks") and "47 of 47 gradients agree" in done.stdout
+
+
+MOE = {  # of a size that selftest makes small
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"expert_model_parallel_size": 2},
+        {  # experts cut by tensor parallelism too gather unequal shares, which gloo cannot
+            "expert_model_parallel_size": 2,
+            "expert_tensor_parallel_size": 1,
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+        },
+        {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+        {"context_parallel_size": 2},
+    ],
+    ids=lambda layout: " ".join(layout),
+)
+def test_selftest_of_experts_and_contexts_in_parallel(
+    run_dir: Path, tmp_path: Path, layout: dict[str, object]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MOE))
+    tree = yaml.safe_load((run_dir / "config.yaml").read_text())
+    tree["model"]["path"] = str(tmp_path)
+    tree["trainer"]["data_parallel_size"] = 1 if "context_parallel_size" in layout else 2
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"megatron": layout}))
+    done = command("selftest", str(tmp_path / "config.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert "69 of 69 gradients agree" in done.stdout
+
+
+def test_selftest_finds_a_planted_fault_and_names_the_parameter(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    """Norms not marked for sequence parallelism: each rank has the gradient of its own tokens alone."""
+    for folder in ("megatron_async_rl", "patches"):
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    layers = tmp_path / "megatron_async_rl" / "trainer" / "model" / "layers.py"
+    marked = "weight.sequence_parallel = config.sequence_parallel"
+    assert marked in layers.read_text()
+    layers.write_text(layers.read_text().replace(marked, "weight.sequence_parallel = False"))
+    done = command("selftest", str(run_dir / "config.yaml"), repository=tmp_path)
+    assert done.returncode != 0
+    assert (
+        "the first parameter that differs is model.layers.0.input_layernorm.weight" in done.stderr
+    )
+
+
+def test_selftest_names_the_first_parameter_that_differs() -> None:
+    want = {"a": np.ones(3), "b": np.array([1.0, -4.0]), "c": np.zeros(2)}
+    got = {"a": np.ones(3), "b": np.array([1.0, -3.9]), "c": np.full(2, 0.5)}
+    assert compare(got, want) == [("a", 0.0), ("b", pytest.approx(0.025)), ("c", 0.5)]
+    assert compare({}, {"a": np.ones(1)}) == [("a", float("inf"))]

@@ -1,0 +1,205 @@
+"""The plan's ranges, applied to real tensors, are what Megatron's shards and the engine's digests are made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_async_rl.__main__ import main
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.weights import plan
+from megatron_async_rl.weights.digest import EngineDigests, engine_cut, sha256
+from megatron_async_rl.weights.mapping import FAMILIES, ModelShape, from_hf
+
+DENSE_32B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+}
+MOE_235B = DENSE_32B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 4096,
+    "num_hidden_layers": 94,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "moe_intermediate_size": 1536,
+}
+
+
+def make_config(
+    folder: Path, model: dict[str, Any], data_parallel: int = 1, **sizes: int
+) -> Config:
+    (folder / "config.json").write_text(json.dumps(model))
+    engine = sizes.pop("engine", 1)
+    return configuration.from_tree(
+        {
+            "run": {"dir": "unused", "steps": 1},
+            "model": {"path": str(folder), "context_tokens": 64},
+            "data": {"train": "unused"},
+            "rollout": {"max_new_tokens": 32},
+            "algorithm": {"prompts_per_step": 64, "samples_per_prompt": 2},
+            "trainer": {"data_parallel_size": data_parallel},
+            "megatron": {f"{name}_parallel_size": size for name, size in sizes.items()},
+            "sglang": {"tp_size": engine},
+        }
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[ModelShape, plan.Layouts]:
+    family = draw(st.sampled_from(FAMILIES))
+    tp, pp, vpp = (
+        draw(st.sampled_from([1, 2, 4])),
+        draw(st.sampled_from([1, 2])),
+        draw(st.sampled_from([1, 2])),
+    )
+    engine, groups = draw(st.sampled_from([1, 2, 4, 8])), tp * draw(st.sampled_from([1, 2]))
+    vocab = draw(st.integers(33, 200))
+    shape = ModelShape(
+        family=family, num_layers=4, hidden_size=16, ffn_hidden_size=48, num_attention_heads=16, num_query_groups=groups,
+        kv_channels=2, vocab_size=vocab, padded_vocab_size=-(-vocab // tp) * tp, tied=draw(st.booleans()),
+        num_experts=4 if family.experts else 0, expert_ffn_hidden_size=16,
+    )  # fmt: skip
+    ep, etp = (
+        (draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])))
+        if family.experts
+        else (1, tp)
+    )
+    return shape, plan.Layouts(tp, pp, vpp if pp > 1 else 1, ep, etp, 1, ep * etp, engine, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_ranges_of_any_layout_are_the_shards_and_the_engine_tensors(
+    case: tuple[ModelShape, plan.Layouts],
+) -> None:
+    shape, layouts = case
+    plan.check(layouts, shape)
+    routes = [
+        route for name in plan.parameters(shape) for route in plan._routes(name, shape, layouts)
+    ]
+    plan.prove(routes, shape, layouts)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {route.tensor: torch.randn(route.shape, generator=generator) for route in routes}
+    engine: dict[str, dict[int, torch.Tensor]] = {}
+    digests = EngineDigests(shape, layouts.engine_tp)
+    for route in routes:
+        tensor = tensors[route.tensor]
+        digests.add(route.tensor, tensor)
+        leaf = route.tensor.split(".")[-2]
+        for rank, start, end in route.pieces:
+            piece = tensor.narrow(route.cut or 0, start, end - start)
+            whole = engine_cut(leaf, tensor, shape, rank, layouts.engine_tp)
+            assert (
+                torch.equal(whole[: len(piece)], piece) and not whole[len(piece) :].any()
+            )  # the rest is padding
+            engine.setdefault(f"{rank}:{route.engine_tensor}", {})[route.part] = whole
+    expected = {name: sha256(*(parts[n] for n in sorted(parts))) for name, parts in engine.items()}
+    assert digests.result() == expected
+    for name in plan.parameters(shape):
+        mine = {route.tensor: route for route in routes if route.parameter == name}
+        ranks = layouts.etp if "local_experts" in name else layouts.tp
+        for rank in range(ranks):
+            read: dict[str, list[int]] = {}
+
+            def note(
+                hf: str, index: tuple[slice, ...], read: dict[str, list[int]] = read
+            ) -> torch.Tensor:
+                along = mine[hf].split or 0
+                read[hf] = [
+                    index[along].start or 0,
+                    tensors[hf].shape[along] if index[along].stop is None else index[along].stop,
+                ]
+                return tensors[hf][index]
+
+            from_hf(name, note, shape, rank, ranks)
+            for hf, route in mine.items():
+                assert (
+                    read[hf]
+                    == (route.shards[rank] if route.split is not None else route.shards[0])[1:]
+                ), hf
+
+
+def test_a_map_with_a_hole_or_a_double_is_refused(tmp_path: Path) -> None:
+    config = make_config(tmp_path, DENSE_32B, tensor_model=2, engine=2)
+    whole = plan.make(config, 50.0)
+    shape, layouts = plan.ModelFolder(tmp_path).shape(2), plan.Layouts.of(config)
+    plan.prove(whole.routes, shape, layouts)
+    for broken in (
+        whole.routes[1:],
+        [*whole.routes, whole.routes[0]],
+        [*whole.routes[:3], *whole.routes[4:]],
+    ):
+        with pytest.raises(ConfigError, match="the plan does not hold"):
+            plan.prove(broken, shape, layouts)
+
+
+@pytest.mark.parametrize(
+    "model, sizes, reason",
+    [
+        (DENSE_32B, {"tensor_model": 16}, "num_key_value_heads = 8"),
+        (DENSE_32B, {"engine": 3}, "sglang.tp_size = 3"),
+        (DENSE_32B, {"pipeline_model": 2, "virtual_pipeline_model": 3}, "num_hidden_layers = 64"),
+        (DENSE_32B, {"virtual_pipeline_model": 2}, "pipeline_model_parallel_size >= 2"),
+        (DENSE_32B, {"expert_model": 2}, "it has none"),
+        (MOE_235B, {"expert_model": 3}, "num_experts = 128"),
+        (MOE_235B, {"expert_model": 8, "tensor_model": 4}, "data_parallel_size"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_with_the_reason(
+    tmp_path: Path, model: dict[str, Any], sizes: dict[str, int], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        plan.make(make_config(tmp_path, model, **sizes), 50.0)
+
+
+def test_sizes_of_a_32b_and_a_235b_are_those_of_the_models(tmp_path: Path) -> None:
+    dense = plan.make(
+        make_config(tmp_path, DENSE_32B, tensor_model=8, pipeline_model=4, engine=4), 50.0
+    )
+    assert dense.total_bytes == 2 * 32_762_123_264  # parameters of Qwen3-32B
+    assert (
+        sum(source.num_bytes for source in dense.sources) == dense.total_bytes
+        and len(dense.sources) == 4
+    )
+    gathered = sum(source.gather_bytes for source in dense.sources)
+    assert 0.87 < gathered / dense.total_bytes < 7 / 8  # all but the norms is cut in eight
+    sizes = {"tensor_model": 4, "pipeline_model": 2, "expert_model": 8, "expert_tensor": 1}
+    moe = plan.make(make_config(tmp_path, MOE_235B, data_parallel=8, engine=8, **sizes), 50.0)
+    assert moe.total_bytes == 2 * 235_093_634_560  # of Qwen3-235B-A22B
+    assert len(moe.routes) == 94 * (128 * 3 + 9) + 3
+    assert [(source.stage, source.expert_rank) for source in moe.sources] == [
+        (s, e) for s in range(2) for e in range(8)
+    ]
+    experts = 94 // 2 * 128 // 8 * 3 * 4096 * 1536 * 2  # bytes that one rank owns of one stage
+    assert {source.num_bytes for source in moe.sources if source.expert_rank} == {experts}
+    assert {source.gather_bytes for source in moe.sources if source.expert_rank} == {
+        0
+    }  # nobody cuts them
+
+
+def test_the_command_writes_every_route(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(tmp_path, DENSE_32B, tensor_model=8, engine=4)
+    yaml, out = tmp_path / "run.yaml", tmp_path / "plan.json"
+    yaml.write_text(configuration.dump(config))
+    assert main(["plan-weights", str(yaml), "--json", str(out)]) == 0
+    assert "65.52 GB" in capsys.readouterr().out
+    routes = json.loads(out.read_text())["routes"]
+    assert (
+        len(routes) == 707
+        and routes[0]["tensor"] == "model.embed_tokens.weight"
+        and len(routes[0]["pieces"]) == 4
+    )

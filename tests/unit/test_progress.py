@@ -1,0 +1,71 @@
+"""The run in numbers: names that TensorBoard sorts by area, and the worst staleness kept beside the last."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from test_run_log import make_config, make_sample, read_board
+
+from megatron_async_rl.controller.core.fleet import Fleet
+from megatron_async_rl.controller.core.groups import Group
+from megatron_async_rl.controller.progress import Progress
+from megatron_async_rl.controller.weight_sync.session import Outcome
+from megatron_async_rl.observability.run_log import RunLog, read_status
+from megatron_async_rl.protocol.types import Prompt
+
+TAG = re.compile(r"(reward|rollout|staleness|train|perf|sync|eval|ledger)(/[a-z0-9_]+)+")
+STATS = {"train/loss": 0.1, "train/tokens": 100.0, "perf/time/train_s": 0.5}
+
+
+def cut(progress: Progress, version: int, *runs: tuple[int, int]) -> None:
+    group = Group(
+        version, Prompt("p", np.arange(3, dtype=np.int32), {}), "train", [make_sample(*runs)], [1.0]
+    )
+    progress.batch_cut(version, [group], np.ones((1, 1)), np.zeros((1, 1)), waited_s=0.1)
+    progress.step_done(version + 1, STATS)
+
+
+def test_the_worst_staleness_of_the_run_stays_beside_that_of_the_last_step(tmp_path: Path) -> None:
+    config = make_config(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path, config)
+    progress = Progress(log, config)
+    progress.begin_training()
+    shown = []
+    for version, runs in ((4, [(1, 5), (4, 15)]), (5, [(5, 8)]), (6, [(4, 1), (6, 1)])):
+        cut(progress, version, *runs)
+        progress.write(Fleet())
+        status = read_status(tmp_path)
+        shown.append((status.staleness_mean, status.staleness_max, status.staleness_worst))
+    log.close()
+    assert shown == [(0.75, 3, 3), (0.0, 0, 3), (1.0, 2, 3)]
+    log = RunLog(tmp_path, config)  # the next life of the controller
+    progress = Progress(log, config)
+    progress.begin_training()
+    cut(progress, 7, (6, 1))
+    progress.write(Fleet())
+    log.close()
+    assert (read_status(tmp_path).staleness_max, read_status(tmp_path).staleness_worst) == (1, 3)
+
+
+def test_every_scalar_s_name_is_an_area_and_a_name(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    log = RunLog(tmp_path, config)
+    progress = Progress(log, config)
+    progress.begin_training()
+    progress.ledger = {"admitted": 3, "trained": 1, "dropped.stale": 1, "pending": 1}
+    progress.published(Outcome(1, ["rollout-0"], seconds={"wire": 0.1, "total": 0.2}))
+    cut(progress, 1, (0, 5))
+    progress.evaluated(1, 0.5, 10)
+    log.close()
+    tags = read_board(tmp_path).Tags()
+    names = [*tags["scalars"], *tags["histograms"]]
+    assert [name for name in names if not TAG.fullmatch(name)] == []
+    assert {
+        "ledger/dropped_stale",
+        "sync/wire_s",
+        "eval/accuracy",
+        "perf/time/step_s",
+        "staleness/max",
+    } <= set(names)

@@ -1,0 +1,83 @@
+"""What a step says of itself: the mismatch of engine and trainer, its alarm, and means over the minibatches that counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+from test_trainer_settings import config_with
+
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.trainer.algorithms.loss import MAXIMA, SUMS
+from megatron_async_rl.trainer.report import PACKING_SUMS, summary, warn_of_mismatch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def minibatch(**changed: float) -> dict[str, float]:
+    names = (*SUMS, *PACKING_SUMS, *MAXIMA, "cost_max", "grad_norm", "stopped", "overflowed")
+    return (
+        dict.fromkeys(names, 0.0)
+        | {"tokens": 10.0, "packed": 20.0, "budget": 40.0, "least_budget": 25.0}
+        | {"cost": 30.0, "microbatches": 2.0, "cost_max": 18.0}
+        | changed
+    )
+
+
+def test_the_mismatch_is_over_tokens_of_the_current_version() -> None:
+    stats = summary(
+        [
+            minibatch(
+                current_tokens=5,
+                compared_tokens=4,
+                logprob_diff=0.4,
+                logprob_diff_max=0.3,
+                mismatch_kl=0.02,
+                mismatch_beyond_cap=1,
+            ),
+            minibatch(current_tokens=1, compared_tokens=1, logprob_diff=0.1, logprob_diff_max=0.1),
+        ]
+    )
+    assert (
+        stats["train/logprob_diff_mean"] == pytest.approx(0.1)
+        and stats["train/logprob_diff_max"] == 0.3
+    )
+    assert stats["train/mismatch_kl"] == pytest.approx(0.004)
+    assert (
+        stats["train/mismatch_beyond_cap_fraction"] == 0.2
+        and stats["train/current_version_fraction"] == 0.3
+    )
+
+
+def test_a_skipped_minibatch_has_no_gradient_norm() -> None:
+    stats = summary([minibatch(grad_norm=3.0), minibatch(overflowed=1.0)])
+    assert stats["train/grad_norm"] == 3.0 and stats["train/overflowed_minibatches"] == 1
+    assert summary([minibatch(overflowed=1.0)])["train/grad_norm"] == 0
+
+
+def test_the_fill_and_what_it_could_be() -> None:
+    stats = summary([minibatch(), minibatch()])
+    assert (stats["train/packing_efficiency"], stats["train/packing_bound"]) == (0.5, 0.8)
+    assert stats["train/packing_imbalance"] == pytest.approx(1.2)  # 18 over a mean of 15
+
+
+@pytest.mark.parametrize(("alarm", "heard"), [(0.05, True), (0.2, False), (None, False)])
+def test_drift_of_engine_and_trainer_raises_the_alarm(
+    caplog: pytest.LogCaptureFixture, alarm: float | None, heard: bool
+) -> None:
+    tree = configuration.msgspec.to_builtins(config_with())
+    tree["monitor"]["logprob_mismatch_alarm"] = alarm
+    stats = summary(
+        [minibatch(current_tokens=4, compared_tokens=4, logprob_diff=0.4, logprob_diff_max=0.3)]
+    )
+    warn_of_mismatch(stats, 7, configuration.from_tree(tree))
+    assert bool(caplog.records) == heard
+    if heard:
+        assert "training step 7: engine and trainer differ by 0.1 a token" in caplog.text
+        assert "monitor.logprob_mismatch_alarm = 0.05" in caplog.text

@@ -1,0 +1,61 @@
+"""A thousand whole runs on a virtual clock, each replayable by its seed; and bugs put in on purpose, each of which must show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from seeded_bugs import BUGS, Bug
+from simulation import Breach, simulate
+
+from megatron_async_rl.errors import ConservationError, Error
+
+NUM_SEEDS = 1000
+BUG_SEEDS = 150  # a bug must show within so many
+
+
+def test_a_thousand_runs_keep_every_promise() -> None:
+    total: Counter[str] = Counter()
+    for seed in range(NUM_SEEDS):
+        try:
+            result = simulate(seed)
+        except (AssertionError, Error) as e:
+            raise AssertionError(f"seed {seed}: {e}") from e
+        total.update(
+            faults=result.faults,
+            crashes=result.crashes,
+            dropped=result.dropped,
+            trained=result.trained,
+        )
+        total["stale"] = max(total["stale"], result.max_staleness)
+    print(f"{NUM_SEEDS} seeds: {dict(total)}")
+    assert total["faults"] > NUM_SEEDS and total["crashes"] > NUM_SEEDS  # the world was hostile
+    assert total["trained"] > 10 * total["dropped"] / 5 and total["stale"] >= 3
+
+
+def test_a_seed_plays_the_same_run_again() -> None:
+    assert simulate(17) == simulate(17)
+
+
+def first_breach(restore: Callable | None = None) -> str:
+    """What the simulation says, and at which seed; empty when it never notices anything."""
+    for seed in range(BUG_SEEDS):
+        try:
+            simulate(seed, restore)
+        except (Breach, ConservationError, Error, KeyError, ValueError, TypeError) as e:
+            return f"seed {seed}: {type(e).__name__}: {e}"
+    return ""
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_a_seeded_bug_is_caught(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug(monkeypatch)
+    caught = first_breach()
+    print(f"{bug.__name__}: {caught}")
+    assert caught, bug.__doc__
+
+
+def test_a_torn_journal_is_caught() -> None:
+    """Facts missing in the middle: not what a crash can leave, but what a bad copy of a file can."""
+    assert first_breach(lambda facts: facts[: len(facts) // 2] + facts[len(facts) // 2 + 3 :])

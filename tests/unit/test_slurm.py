@@ -1,0 +1,424 @@
+"""A run over the nodes of a Slurm job: what goes where, who is told, and whom Slurm's SIGTERM reaches.
+
+Whole jobs through launchers/slurm.sbatch, on a real Slurm of two nodes on this machine, are in test_slurm_jobs.py.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from paths import ROOT
+from test_config import tree
+from test_plan import DENSE_32B
+
+from megatron_async_rl import processes
+from megatron_async_rl.__main__ import main
+from megatron_async_rl.config import load
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.errors import ConfigError, Error
+from megatron_async_rl.launcher import placement, roles, slurm
+from megatron_async_rl.launcher.gpus import assign_gpus
+from megatron_async_rl.launcher.run import Run
+from megatron_async_rl.launcher.supervisor import Supervisor
+from megatron_async_rl.weights import plan as plans
+
+BIG = ROOT / "configs" / "qwen3_32b_slurm.yaml"
+
+
+def some(
+    tp: int = 1, pp: int = 1, dp: int = 1, servers: int = 1, engine_tp: int = 1, **sections: Any
+) -> Config:
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    sections.setdefault("trainer", {})
+    sections["trainer"] = {"data_parallel_size": dp, **sections["trainer"]}
+    sections.setdefault("sglang", {"tp_size": engine_tp})
+    rollout = {"servers": servers, "max_new_tokens": 8}
+    algorithm = {"prompts_per_step": dp, "samples_per_prompt": 2}
+    return load.from_tree(tree(megatron=sizes, rollout=rollout, algorithm=algorithm, **sections))
+
+
+# ---- what goes where
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "gpus", "expected", "used"),
+    [
+        (some(), 1, 2, [["controller", "trainer", "rollout-0", "reward-0"]], [2]),
+        (some(tp=2, dp=2), 2, 4, [["controller", "trainer", "reward-0"], ["rollout-0"]], [4, 1]),
+        (some(tp=8, pp=2, servers=2, engine_tp=8), 4, 8, [
+            ["controller", "trainer-0", "reward-0"], ["trainer-1"], ["rollout-0"], ["rollout-1"]], [8] * 4),
+        # what the trainer leaves of its nodes is used first, and a server is never split
+        (some(tp=2, dp=2, servers=3, engine_tp=2), 2, 6, [
+            ["controller", "trainer", "rollout-0", "reward-0"], ["rollout-1", "rollout-2"]], [6, 4]),
+        (some(tp=3, servers=2, engine_tp=2), 2, 4, [["controller", "trainer", "reward-0"], ["rollout-0", "rollout-1"]], [3, 4]),
+        # twelve ranks: six a node would cut through a tensor-parallel group of four
+        (some(tp=4, pp=3, servers=1, engine_tp=4), 3, 8, [
+            ["controller", "trainer-0", "rollout-0", "reward-0"], ["trainer-1"], ["trainer-2"]], [8, 4, 4]),
+        (some(dp=4, servers=1, trainer={"hosts": 4}), 4, 8, [
+            ["controller", "trainer-0", "rollout-0", "reward-0"], ["trainer-1"], ["trainer-2"], ["trainer-3"]], [2, 1, 1, 1]),
+        (some(servers=2, run={"dir": "runs/a", "steps": 1, "mode": "rollout_only"}), 2, 1, [
+            ["controller", "trainer", "rollout-0", "reward-0"], ["rollout-1"]], [1, 1]),
+        # on a CPU the servers go to the nodes in turn, those without trainer ranks first
+        (some(servers=3, sglang={"device": "cpu"}), 2, 0, [
+            ["controller", "trainer", "rollout-1", "reward-0"], ["rollout-0", "rollout-2"]], [0, 0]),
+        (some(dp=2, sglang={"device": "cpu"}, trainer={"hosts": 2}), 2, 0, [
+            ["controller", "trainer-0", "rollout-0", "reward-0"], ["trainer-1"]], [0, 0]),
+    ],
+)  # fmt: skip
+def test_each_node_gets_its_processes(
+    settings: Config, nodes: int, gpus: int, expected: list[list[str]], used: list[int]
+) -> None:
+    placed = placement.place(settings, nodes, gpus)
+    assert (placed.names, placed.gpus) == (expected, used)
+    assert placed.elsewhere == [name for names in expected[1:] for name in names]
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "gpus", "words"),
+    [
+        (some(tp=8, pp=4, servers=8, engine_tp=4), 6, 8, (
+            "4 nodes with 8 trainer ranks each and rollout.servers = 8 of sglang.tp_size = 4 do not fit on 6 nodes of 8 GPUs",
+            "ask for 8 nodes (--nodes=8), or set rollout.servers to at most 4")),
+        (some(tp=8, pp=4, servers=1, engine_tp=4), 4, 8, ("ask for 5 nodes (--nodes=5)",)),
+        (some(tp=16), 4, 8, (
+            "megatron.tensor_model_parallel_size = 16 is more than the 8 GPUs of a node", "set it to at most 8")),
+        (some(engine_tp=16), 4, 8, ("sglang.tp_size = 16 is more than the 8 GPUs of a node", "never split")),
+        (some(tp=4, pp=4, trainer={"hosts": 8}), 8, 8, (
+            "trainer.hosts = 8 puts 16 / 8 = 2 ranks a node, which cuts through a group of "
+            "megatron.tensor_model_parallel_size = 4", "set it to one of 2, 4, or leave it out for 2")),
+        (some(dp=32, trainer={"hosts": 2}), 8, 8, ("32 / 2 = 16 ranks a node, and a node has 8 GPUs", "4, 8, 16, 32")),
+        (some(dp=4, sglang={"device": "cpu"}, trainer={"hosts": 4}), 2, 0, (
+            "trainer.hosts = 4 is more than the 2 nodes; ask for 4 nodes",)),
+        (some(), 0, 8, ("at least 1 node, not 0",)),
+        (some(), 1, 1, ("ask for 2 nodes",)),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_with_the_numbers_and_what_would_do(
+    settings: Config, nodes: int, gpus: int, words: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        placement.place(settings, nodes, gpus)
+    for word in words:
+        assert word in str(refused.value)
+
+
+SIZES = st.sampled_from([1, 2, 3, 4, 8])
+
+
+@given(
+    tp=SIZES, pp=SIZES, dp=SIZES, servers=st.integers(1, 24), engine_tp=SIZES,
+    gpus=st.sampled_from([1, 2, 4, 8]), spare=st.integers(-2, 3), rollout_only=st.booleans(),
+)  # fmt: skip
+def test_every_process_is_somewhere_once_and_no_gpu_is_used_twice(
+    tp: int,
+    pp: int,
+    dp: int,
+    servers: int,
+    engine_tp: int,
+    gpus: int,
+    spare: int,
+    rollout_only: bool,
+) -> None:
+    assume(tp <= gpus and engine_tp <= gpus)
+    run = {"dir": "runs/a", "steps": 1, "mode": "rollout_only" if rollout_only else "train"}
+    settings = some(tp, pp, dp, servers, engine_tp, run=run)
+    many = placement.place(settings, 400, gpus)
+    enough = (
+        max(number for number, names in enumerate(many.names) if names) + 1
+    )  # nodes fill up in order
+    if spare < 0 and enough + spare > 0:
+        with pytest.raises(ConfigError, match=rf"ask for {enough} nodes"):
+            placement.place(settings, enough + spare, gpus)
+        return
+    placed = placement.place(settings, enough + max(0, spare), gpus)
+
+    hosts = msgspec.structs.replace(settings.trainer, hosts=placed.trainer_hosts)
+    resolved = msgspec.structs.replace(settings, trainer=hosts)
+    assert sorted(name for names in placed.names for name in names) == sorted(roles.names(resolved))
+    assert {"controller", "reward-0", resolved.trainer_names[0]} <= set(placed.names[0])
+    for names, used in zip(placed.names, placed.gpus, strict=True):
+        shares = assign_gpus(
+            resolved, [str(gpu) for gpu in range(gpus)], names
+        )  # raises where a node has too few
+        given_out = [gpu for share in shares.values() for gpu in share.split(",")]
+        assert len(given_out) == len(set(given_out)) == used <= gpus
+        assert all(
+            len(share.split(",")) == engine_tp
+            for name, share in shares.items()
+            if name.startswith("rollout")
+        )
+        ranks = [
+            len(share.split(",")) for name, share in shares.items() if name.startswith("trainer")
+        ]
+        assert all(count % tp == 0 for count in ranks)  # no tensor-parallel group is on two nodes
+    assert bool(placed.warnings()) == (sum(placed.gpus) < len(placed.gpus) * gpus)
+
+
+def test_idle_gpus_and_nodes_are_told_of() -> None:
+    waste, idle = placement.place(some(tp=2, servers=1, engine_tp=2), 3, 4).warnings()
+    assert waste == "nothing runs on node 1, 2: ask for 1 nodes"
+    assert idle.startswith("8 of 12 GPUs stay idle: 4 of node 1, 4 of node 2")
+    assert placement.place(some(sglang={"device": "cpu"}), 2, 8).warnings() == []
+
+
+# ---- the plan, on a laptop
+
+
+def test_the_plan_is_shown_without_slurm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(
+            [
+                "slurm",
+                str(BIG),
+                "rollout.servers=7",
+                "--plan",
+                "--nodes",
+                "8",
+                "--gpus-per-node",
+                "8",
+            ]
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    lines = [line.split() for line in shown.splitlines()]
+    assert (
+        "0 controller, trainer-0, reward-0..1 8 of 8".split() in lines
+        and "7 rollout-6 4 of 8".split() in lines
+    )
+    assert "warning: 4 of 64 GPUs stay idle: 4 of node 7" in shown
+    assert (
+        f"sbatch --nodes=8 --gpus-per-node=8 launchers/slurm.sbatch {BIG} rollout.servers=7"
+        in shown
+    )
+    assert main(["slurm", str(BIG), "--plan", "--nodes", "5", "--gpus-per-node", "8"]) == 2
+    assert (
+        "ask for 8 nodes (--nodes=8), or set rollout.servers to at most 2"
+        in capsys.readouterr().err
+    )
+    assert main(["slurm", str(BIG), "--plan"]) == 2
+    assert (
+        "--plan needs the size of the job, such as --nodes 4 --gpus-per-node 8"
+        in capsys.readouterr().err
+    )
+
+
+def test_the_configuration_for_eight_nodes_is_a_whole_and_its_weights_find_their_way(
+    tmp_path: Path,
+) -> None:
+    extra = {
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 40960,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(DENSE_32B | extra))
+    settings = load.load(BIG, [f"model.path={tmp_path}"])
+    placed = placement.place(settings, 8, 8)
+    assert placed.trainer_hosts == 4 and placed.gpus == [8] * 8 and placed.warnings() == []
+    plan = plans.make(settings, 50.0)  # refuses layouts that cannot be, and proves the map
+    assert round(plan.total_bytes / 1e9) == 66 and plan.engine == {"tp": 4, "servers": 8}
+    script = (ROOT / "launchers" / "slurm.sbatch").read_text()
+    assert (
+        "--signal=B:TERM@300" in script and settings.faults.shutdown_grace_s < 300
+    )  # saved before the time is up
+
+
+# ---- who is told
+
+
+def allocation(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: str | None
+) -> slurm.Allocation:
+    """As a task of a step on two nodes sees it; `scontrol` is a script here."""
+    scontrol = folder / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    step = {"STEP_ID": "0", "STEP_NUM_TASKS": "2", "STEP_NUM_NODES": "2", "STEP_NODELIST": "n[1-2]"}
+    for name, value in (
+        {"JOB_ID": "7", "NODEID": "1", "GPUS_ON_NODE": "8"} | step | changes
+    ).items():
+        if value is not None:
+            monkeypatch.setenv(f"SLURM_{name}", value)
+    return slurm.Allocation.here()
+
+
+def test_a_task_knows_its_place_and_its_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert allocation(tmp_path, monkeypatch) == slurm.Allocation("7.0.0", ["n1", "n2"], 1, 8)
+    assert allocation(tmp_path, monkeypatch, RESTART_COUNT="2").life == "7.0.2"
+    for missing, words in (
+        ("JOB_ID", "SLURM_JOB_ID is not set: this is no Slurm job; see the placement with --plan"),
+        ("STEP_ID", "start `slurm` with srun, one task a node"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            allocation(tmp_path, monkeypatch, **{missing: None})
+    with pytest.raises(ConfigError, match=r"16 tasks on 2 nodes: expected one a node"):
+        allocation(tmp_path, monkeypatch, STEP_NUM_TASKS="16")
+    with pytest.raises(Error, match=r"scontrol show hostnames n\[1-3\]: "):
+        allocation(tmp_path, monkeypatch, STEP_NODELIST="n[1-3]")
+
+
+def test_nobody_listens_to_the_word_of_an_earlier_life(tmp_path: Path) -> None:
+    settings = some(
+        run={"dir": str(tmp_path / "run"), "steps": 1}, trainer={"start_timeout_s": 0.3}
+    )
+    here = slurm.Allocation("7.0.1", ["n1", "n2"], 1, 8)
+    (tmp_path / ".run.job-7.0.0").write_bytes(
+        msgspec.json.encode(slurm.Word([["controller"], ["rollout-0"]]))
+    )
+    word = tmp_path / ".run.job-7.0.1"
+    with pytest.raises(
+        Error,
+        match=r"no word of the run from the first node, n1, within trainer\.start_timeout_s = 0 s",
+    ):
+        slurm._other(here, word, settings)
+    word.write_bytes(msgspec.json.encode(slurm.Word(over=True)))
+    assert (
+        slurm._other(here, word, settings) == 0
+    )  # the first node could not begin it, and has said why
+    word.write_bytes(msgspec.json.encode(slurm.Word([["controller"], []])))
+    assert slurm._other(here, word, settings) == 0  # nothing to do here
+    word.write_bytes(msgspec.json.encode(slurm.Word([["controller"], ["rollout-0"]])))
+    with pytest.raises(
+        ConfigError, match=r"has no config\.yaml"
+    ):  # joins: in earnest in test_slurm_jobs.py
+        slurm._other(here, word, settings)
+
+
+# ---- whom SIGTERM reaches: Slurm sends it to every process of a job
+
+
+def below(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def wait_until(what: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+SPAWNS = """
+import multiprocessing, time
+def sleep():
+    time.sleep(600)
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=sleep).start()  # with the tracker that would unblock SIGTERM
+    time.sleep(600)
+"""
+
+
+def test_an_engine_and_all_that_it_spawns_is_deaf_to_sigterm_and_stopped_all_the_same(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "engine.py").write_text(SPAWNS)
+    paths = {"PYTHONPATH": str(ROOT / "patches" / "sglang_tie")}
+    engine = processes.start(
+        [sys.executable, str(tmp_path / "engine.py")], tmp_path / "log", paths, sigterm_blocked=True
+    )
+    wait_until(lambda: len(below(engine.pid)) == 2)
+    time.sleep(1)
+    everyone = [psutil.Process(engine.pid), *below(engine.pid)]
+    for process in everyone:
+        process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert [process.status() for process in everyone] == ["sleeping"] * 3
+    before = time.monotonic()
+    processes.stop([engine], 20.0)
+    assert time.monotonic() - before < 2  # nobody is waited for who cannot hear
+    assert psutil.wait_procs(everyone[1:], 5)[1] == []
+
+
+ENDS = """
+import multiprocessing, sys, time
+from pathlib import Path
+def sleep():
+    Path(sys.argv[1]).touch()
+    time.sleep(600)
+def run():
+    multiprocessing.get_context(sys.argv[2]).Process(target=sleep, daemon=True).start()
+    while not Path(sys.argv[1]).exists():
+        time.sleep(0.05)
+    sys.exit(3)
+if __name__ == "__main__":
+    if sys.argv[2] == "fork":
+        from megatron_async_rl import processes
+        processes.main(run, unwind=False)
+    run()
+"""
+
+
+@pytest.mark.parametrize(("context", "path"), [("spawn", "patches/sglang_tie"), ("fork", ".")])
+def test_an_engine_or_a_rank_that_ends_by_itself_does_not_wait_for_deaf_children(
+    tmp_path: Path, context: str, path: str
+) -> None:
+    """Python sends SIGTERM to them at its end, and waits."""
+    (tmp_path / "ends.py").write_text(ENDS)
+    command = [sys.executable, str(tmp_path / "ends.py"), str(tmp_path / "ready"), context]
+    child = processes.start(
+        command, tmp_path / "log", {"PYTHONPATH": str(ROOT / path)}, sigterm_blocked=True
+    )
+    try:
+        assert child.wait(20) == 3, (tmp_path / "log").read_text()
+    finally:
+        processes.stop([child], 0.0)
+
+
+RANK = """
+import multiprocessing, sys, time
+from megatron_async_rl import processes
+def run():
+    multiprocessing.resource_tracker.ensure_running()
+    print("ready", flush=True)
+    time.sleep(600)
+processes.main(run, unwind=False)
+"""
+
+
+def test_a_rank_ends_by_its_parents_sigterm_and_by_nobody_elses() -> None:
+    rank = subprocess.Popen(
+        [sys.executable, "-c", RANK],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    )
+    assert rank.stdout and rank.stdout.readline() == b"ready\n"
+    stranger = multiprocessing.get_context("fork").Process(
+        target=os.kill, args=(rank.pid, signal.SIGTERM)
+    )
+    stranger.start()
+    stranger.join()
+    with pytest.raises(subprocess.TimeoutExpired):
+        rank.wait(1)
+    rank.terminate()
+    assert rank.wait(5) == 128 + signal.SIGTERM
+
+
+def test_a_second_sigterm_says_no_more_than_the_first_to_who_is_patient(tmp_path: Path) -> None:
+    settings = some()
+    for patient, interrupted in ((True, 0), (False, signal.SIGTERM)):
+        run = Run(tmp_path, Supervisor(tmp_path, settings.faults, print), 60.0, patient)
+        with run.signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert run.preempted_at is not None and run.interrupted == interrupted
+            os.kill(os.getpid(), signal.SIGINT)
+            assert run.interrupted == signal.SIGINT

@@ -1,0 +1,227 @@
+"""A weight folder is whole or not there, whatever happens in the middle of its writing; and the last two are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_model
+
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.storage import snapshots
+from megatron_async_rl.storage.snapshots import FileEntry, Manifest
+from megatron_async_rl.weights.bucket import plan_buckets
+from megatron_async_rl.weights.disk import FolderWriter
+from megatron_async_rl.weights.reshard import TensorInfo
+
+NUM_TENSORS = 12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "model")
+
+
+def tensors(version: int, part: int) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (f"{part}.{n}", torch.full((300, 5), float(version * 1000 + n))) for n in range(NUM_TENSORS)
+    ]
+
+
+def write_part(partial: Path, version: int, part: int) -> list[FileEntry]:
+    named = tensors(version, part)
+    plan = plan_buckets([TensorInfo(n, tuple(t.shape), t.dtype, n) for n, t in named], 20_000)
+    writer = FolderWriter(partial, part)
+    writer.write(plan, iter(named), torch.device("cpu"), None)
+    assert not writer.error and len(writer.files) == len(plan) > 3
+    return writer.files
+
+
+def write(run_dir: Path, version: int, model: Path) -> snapshots.Snapshot:
+    """As two sources and the controller do it."""
+    partial = snapshots.begin(run_dir, version)
+    files = [entry for part in range(2) for entry in write_part(partial, version, part)]
+    return snapshots.commit(
+        partial, files, Manifest(version, {}, 1, "sha256", {"0:x": "ab"}), model
+    )
+
+
+def test_a_folder_is_one_that_transformers_and_safetensors_read(
+    tmp_path: Path, model: Path
+) -> None:
+    snapshot = write(tmp_path, 3, model)
+    assert snapshot.path == tmp_path / "weights" / "v000003.0" and snapshots.damage(snapshot) == ""
+    assert json.loads((snapshot.path / "config.json").read_text()) == json.loads(
+        (model / "config.json").read_text()
+    )
+    index = json.loads((snapshot.path / "model.safetensors.index.json").read_text())["weight_map"]
+    want = dict(tensors(3, 0) + tensors(3, 1))
+    assert index.keys() == want.keys() and len(set(index.values())) > 6
+    for name, file in index.items():
+        assert torch.equal(load_file(snapshot.path / file)[name], want[name])
+    assert snapshots.whole(tmp_path) == [snapshot]
+
+
+def test_a_third_version_removes_the_first_unless_a_server_reads_it(
+    tmp_path: Path, model: Path
+) -> None:
+    first = write(tmp_path, 1, model)
+    for version in (2, 3):
+        write(tmp_path, version, model)
+        snapshots.prune(tmp_path, in_use={first.path})
+    assert [found.version for found in snapshots.whole(tmp_path)] == [3, 2, 1]
+    snapshots.prune(tmp_path)
+    assert [found.version for found in snapshots.whole(tmp_path)] == [3, 2]
+    again = write(tmp_path, 3, model)
+    snapshots.prune(tmp_path)
+    assert [found.path.name for found in snapshots.whole(tmp_path)] == ["v000003.1", "v000002.0"]
+    assert snapshots.damage(again) == ""
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [
+        "v000002.0",
+        "v000003.1",
+    ]
+
+
+def test_who_holds_a_folder_has_it_whatever_is_pruned(tmp_path: Path, model: Path) -> None:
+    first = write(tmp_path, 1, model)
+    held = snapshots.hold(first, "rollout-0")
+    assert held
+    for version in (2, 3):
+        write(tmp_path, version, model)
+        snapshots.prune(tmp_path)
+    assert not first.path.exists() and snapshots.hold(first, "rollout-1") is None
+    assert snapshots.damage(msgspec.structs.replace(first, path=held)) == ""
+    assert [found.version for found in snapshots.whole(tmp_path)] == [
+        3,
+        2,
+    ]  # nobody takes it for a folder of its own
+    snapshots.release(first, "rollout-0")
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [
+        "v000002.0",
+        "v000003.0",
+    ]
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_damage_is_seen_and_named(tmp_path: Path, model: Path, harm: str) -> None:
+    snapshot = write(tmp_path, 1, model)
+    path = snapshot.path / "model-00002-00002.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-7] ^= 1
+    if harm == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(raw if harm == "flip" else raw[:-9])
+    assert path.name in snapshots.damage(snapshot)
+
+
+def test_what_a_source_did_not_write_whole_is_not_committed(tmp_path: Path, model: Path) -> None:
+    partial = snapshots.begin(tmp_path, 1)
+    files = write_part(partial, 1, 0)
+    manifest = Manifest(1, {}, 1, "sha256", {})
+    with pytest.raises(DataError, match="bytes that its source wrote"):
+        snapshots.commit(partial, [msgspec.structs.replace(files[0], num_bytes=7)], manifest, model)
+    with pytest.raises(DataError, match=r"holds 0\.0, which"):
+        snapshots.commit(
+            partial, [*files, msgspec.structs.replace(files[1], tensors=["0.0"])], manifest, model
+        )
+    assert snapshots.whole(tmp_path) == []
+
+
+def test_a_full_disk_is_an_error_and_the_gather_runs_to_its_end(tmp_path: Path) -> None:
+    named = iter(tensors(1, 0))
+    plan = plan_buckets(
+        [TensorInfo(n, tuple(t.shape), t.dtype, n) for n, t in tensors(1, 0)], 20_000
+    )
+    writer = FolderWriter(tmp_path / "gone", 0)
+    writer.write(plan, named, torch.device("cpu"), None)
+    assert "gone" in writer.error and next(named, None) is None
+
+
+def _write_until_killed(run_dir: Path, model: Path) -> None:
+    torch.set_num_threads(1)
+    for version in range(snapshots.whole(run_dir)[0].version + 1, 10_000):
+        write(run_dir, version, model)
+        snapshots.prune(run_dir)
+
+
+def test_a_kill_in_the_middle_leaves_only_whole_folders(tmp_path: Path, model: Path) -> None:
+    """A writer is killed at ten moments of its work; a reader looks all the time and reads what it finds."""
+    write(tmp_path, 1, model)
+    newest = 1
+    for round_ in range(10):
+        writer = multiprocessing.get_context("fork").Process(
+            target=_write_until_killed, args=(tmp_path, model)
+        )
+        writer.start()
+        assert writer.pid is not None
+        deadline = time.monotonic() + 60
+
+        def under_way(
+            target: int = newest + 1 + round_ % 2, files: int = 1 + 2 * (round_ % 5)
+        ) -> bool:
+            partials = (tmp_path / "weights").glob(f".v{target:06d}.*.partial")
+            with contextlib.suppress(FileNotFoundError):  # just renamed
+                return any(len(list(partial.iterdir())) >= files for partial in partials)
+            return False
+
+        while not under_way():
+            assert snapshots.whole(tmp_path) and time.monotonic() < deadline
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        found = snapshots.whole(tmp_path)
+        assert 1 <= len(found) <= 3  # the third, when the kill came before the pruning
+        assert [snapshots.damage(snapshot) for snapshot in found] == [""] * len(found)
+        assert found[0].version >= newest + round_ % 2
+        newest = found[0].version
+
+
+def test_a_writer_killed_at_every_step_of_the_commit_leaves_the_version_before(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut before the n-th forcing to disk or rename of the second version, for every n."""
+    write(tmp_path, 1, model)
+    real = {name: getattr(os, name) for name in ("fsync",)}
+    rename = Path.rename
+    outcomes = []
+    for limit in range(100):
+        steps = 0
+
+        def step(limit: int = limit) -> None:
+            nonlocal steps
+            steps += 1
+            if steps > limit:
+                raise KeyboardInterrupt  # nothing of ours catches it, as nothing of ours runs after a power cut
+
+        monkeypatch.setattr(os, "fsync", lambda fd, step=step: (step(), real["fsync"](fd)))
+        monkeypatch.setattr(
+            Path, "rename", lambda self, to, step=step: (step(), rename(self, to))[1]
+        )
+        try:
+            write(tmp_path, 2, model)
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        finally:
+            monkeypatch.undo()
+        found = [snapshot.version for snapshot in snapshots.whole(tmp_path)]
+        outcomes.append(found)
+        assert found in ([1], [2, 1])
+        assert all(not snapshots.damage(snapshot) for snapshot in snapshots.whole(tmp_path))
+        if found == [2, 1]:
+            shutil.rmtree(snapshots.whole(tmp_path)[0].path)
+    assert outcomes.count([1]) > 10 and outcomes[-1] == [
+        2,
+        1,
+    ]  # the name came last but the folder's own forcing

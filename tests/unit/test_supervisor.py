@@ -1,0 +1,192 @@
+"""Who dies is started again alone, within limits; real child processes that end as they are told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from megatron_async_rl import processes
+from megatron_async_rl.config.sections import FaultsConfig
+from megatron_async_rl.launcher.claims import Claims
+from megatron_async_rl.launcher.supervisor import Supervisor
+from megatron_async_rl.observability.run_log import STATUS_FILE, Status
+
+SLEEP = "import time; time.sleep(600)"
+
+
+def child(code: str) -> Callable[[], subprocess.Popen[bytes]]:
+    return lambda: processes.start([sys.executable, "-c", code], Path("/dev/null"))
+
+
+class Bench:
+    """A supervisor over processes of one line each."""
+
+    def __init__(self, run_dir: Path, **rules: float) -> None:
+        self.run_dir = run_dir
+        self.told: list[str] = []
+        self.supervisor = Supervisor(
+            run_dir, FaultsConfig(restart_backoff_s=0.05, **rules), self.told.append
+        )
+        self.status("training")
+
+    def status(self, state: str, lost: list[str] | None = None) -> None:
+        (self.run_dir / STATUS_FILE).write_bytes(
+            msgspec.json.encode(Status(state=state, lost=lost or []))
+        )
+
+    def start(self, **codes: str) -> None:
+        for name, code in {"controller": SLEEP, "trainer": SLEEP, **codes}.items():
+            self.supervisor.start(name.replace("_", "-"), child(code))
+
+    def watch(self, seconds: float = 10.0, until: Callable[[], bool] = lambda: False) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.supervisor.over():
+                return True
+            if until():
+                return False
+            time.sleep(0.02)
+        return False
+
+    def pid(self, name: str) -> int:
+        return self.supervisor.children[name].process.pid
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def build(**rules: float) -> Bench:
+        made.append(Bench(tmp_path, **rules))
+        return made[-1]
+
+    yield build
+    for bench in made:
+        processes.stop(bench.supervisor.processes, 0.0)
+
+
+def test_a_worker_that_dies_is_started_again_and_the_others_are_left_alone(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make()
+    bench.start(rollout_0=SLEEP, reward_0=SLEEP)
+    before = {name: bench.pid(name) for name in bench.supervisor.children}
+    bench.watch(0.1)
+    bench.supervisor.children["rollout-0"].process.kill()
+    assert not bench.watch(until=lambda: bench.supervisor.num_restarts == 1)
+    after = {name: bench.pid(name) for name in bench.supervisor.children}
+    assert {name for name in before if before[name] != after[name]} == {"rollout-0"}
+
+
+def test_who_dies_before_the_first_step_ends_the_run(make: Callable[..., Bench]) -> None:
+    bench = make()
+    bench.status("starting")
+    bench.start(rollout_0="raise SystemExit(2)")
+    assert bench.watch() and bench.supervisor.failed == "rollout-0"
+    assert bench.supervisor.num_restarts == 0
+
+
+def test_a_server_that_dies_at_every_start_is_given_up_while_enough_are_left(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(max_restarts=2)
+    bench.start(rollout_0=SLEEP, rollout_1="raise SystemExit(1)")
+    assert not bench.watch(until=lambda: bench.supervisor.children["rollout-1"].given_up)
+    assert bench.supervisor.num_restarts == 2
+    assert "rollout-1 died 3 times (faults.max_restarts = 2) and is given up" in bench.told[-1]
+
+
+def test_below_the_floor_the_run_ends_and_says_why(make: Callable[..., Bench]) -> None:
+    bench = make(max_restarts=1, min_servers=2)
+    bench.start(rollout_0=SLEEP, rollout_1="raise SystemExit(1)")
+    assert bench.watch() and bench.supervisor.failed == "rollout-1"
+    assert (
+        "faults.max_restarts = 1" in bench.supervisor.why
+        and "faults.min_servers = 2" in bench.supervisor.why
+    )
+
+
+def test_an_error_that_the_controller_names_ends_the_run_and_a_kill_does_not(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make()
+    bench.start()
+    bench.watch(0.1)
+    bench.supervisor.children["controller"].process.kill()
+    assert not bench.watch(until=lambda: bench.supervisor.num_restarts == 1)
+    bench.supervisor.children["controller"].start = child(
+        f"raise SystemExit({processes.EXIT_ERROR})"
+    )
+    bench.supervisor.children["controller"].process.kill()
+    assert bench.watch() and bench.supervisor.failed == "controller"
+
+
+def test_a_silent_worker_is_killed_and_has_its_time_to_start(make: Callable[..., Bench]) -> None:
+    bench = make(heartbeat_timeout_s=0.3)
+    bench.start(rollout_0=SLEEP)
+    bench.status("training", ["rollout-0"])
+
+    def fresh() -> bool:  # the controller is well: its status changes
+        bench.status("training", ["rollout-0"])
+        return bench.supervisor.num_restarts >= 1
+
+    assert not bench.watch(until=fresh)
+    assert "rollout-0 is silent; it is killed" in bench.told
+
+    def still_starting() -> bool:
+        bench.status("training", ["rollout-0"])
+        return False
+
+    bench.watch(1.0, until=still_starting)
+    assert bench.supervisor.num_restarts == 1
+
+
+def test_a_controller_without_news_is_killed(make: Callable[..., Bench]) -> None:
+    bench = make(heartbeat_timeout_s=0.3)
+    bench.start()
+    before = bench.pid("controller")
+    assert not bench.watch(until=lambda: bench.pid("controller") != before)
+
+
+def test_when_controller_and_trainer_have_ended_well_all_is_over(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make()
+    bench.start(controller="pass", trainer="pass", rollout_0="raise SystemExit(1)")
+    assert bench.watch()
+    assert not bench.supervisor.failed
+
+
+def test_a_process_that_another_launcher_has_taken_over_is_left_to_it(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make()
+    bench.start(rollout_0=SLEEP)
+    bench.watch(0.1)
+    Claims(bench.run_dir).take("rollout-0")
+    bench.supervisor.children["rollout-0"].process.kill()
+    assert not bench.watch(until=lambda: bench.supervisor.children["rollout-0"].given_up)
+    assert bench.supervisor.num_restarts == 0 and "is not started again here" in bench.told[-1]
+    assert not bench.watch(0.3)  # the run goes on
+
+
+def test_servers_of_other_launchers_count_for_the_floor(make: Callable[..., Bench]) -> None:
+    bench = make(max_restarts=0, min_servers=1)
+    Claims(bench.run_dir).take("rollout-1")
+    bench.start(rollout_0="raise SystemExit(1)")
+    assert not bench.watch(until=lambda: bench.supervisor.children["rollout-0"].given_up)
+    assert "is given up; 1 rollout workers go on" in bench.told[-1]
+
+
+def test_a_launcher_without_the_controller_ends_with_the_run(make: Callable[..., Bench]) -> None:
+    bench = make()
+    bench.supervisor.start("rollout-0", child(SLEEP))
+    assert not bench.watch(0.3)
+    bench.status("finished")
+    assert bench.watch() and not bench.supervisor.failed

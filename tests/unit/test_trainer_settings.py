@@ -1,0 +1,208 @@
+"""`megatron:` in the YAML: names and values are checked before anything is built, errors say what to type."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_async_rl.patches import prepare_megatron
+
+prepare_megatron()
+
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from test_mapping import shape_of
+
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.trainer import parallel
+from megatron_async_rl.trainer.model import settings
+from megatron_async_rl.weights.folder import Architecture
+from megatron_async_rl.weights.mapping import FAMILIES
+
+QWEN3 = FAMILIES[2]
+ARCHITECTURE = Architecture(
+    family=QWEN3,
+    layernorm_epsilon=1e-6,
+    rotary_base=1e6,
+    rope_scaling_factor=None,
+    max_positions=4096,
+)
+
+
+def config_with(precision: str = "fp32", steps: int = 10, **megatron: Any) -> Config:
+    return configuration.from_tree(
+        {
+            "run": {"dir": "unused", "steps": steps},
+            "model": {"path": "unused", "context_tokens": 64},
+            "data": {"train": "unused"},
+            "rollout": {"max_new_tokens": 32},
+            "algorithm": {"prompts_per_step": 8, "samples_per_prompt": 2},
+            "trainer": {"precision": precision},
+            "megatron": megatron,
+        }
+    )
+
+
+def test_an_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"megatron\.clip_gard.*megatron\.clip_grad"):
+        settings.check_keys({"clip_gard": 1.0})
+
+
+@pytest.mark.parametrize(
+    "key, value, remedy",
+    [
+        ("num_layers", 3, "config.json"),
+        ("bf16", True, "trainer.precision"),
+        ("hidden_dropout", 0.1, "without dropout"),
+        ("moe_grouped_gemm", True, "parameters of their own"),
+    ],
+)
+def test_what_another_setting_decides_is_refused_with_the_remedy(
+    key: str, value: object, remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"megatron\.{key}.*{remedy}"):
+        settings.check_keys({key: value})
+
+
+def test_keys_reach_every_class_that_has_them() -> None:
+    config = config_with(
+        lr="1e-6", adam_beta2=0.95, overlap_grad_reduce=True, recompute_granularity="selective"
+    )
+    settings.check_keys(config.megatron)
+    optimizer = settings.optimizer_config(config)
+    assert (optimizer.lr, optimizer.adam_beta2) == (1e-6, 0.95)  # YAML reads 1e-6 as a string
+    assert settings.ddp_config(config).overlap_grad_reduce
+    assert (
+        settings.transformer_config(config, shape_of(QWEN3), ARCHITECTURE).recompute_granularity
+        == "selective"
+    )
+
+
+def test_a_value_of_the_wrong_type_names_the_key() -> None:
+    with pytest.raises(ConfigError, match=r"megatron\.clip_grad = 'much'"):
+        settings.optimizer_config(config_with(clip_grad="much"))
+
+
+def test_what_megatron_itself_refuses_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="TransformerConfig"):
+        settings.transformer_config(
+            config_with(recompute_granularity="full", distribute_saved_activations=True),
+            shape_of(QWEN3),
+            ARCHITECTURE,
+        )
+
+
+@pytest.mark.parametrize(
+    "sizes, what",
+    [
+        ({"tensor_model": 8}, "num_key_value_heads = 4"),
+        ({"pipeline_model": 4}, "num_hidden_layers = 2"),
+    ],
+)
+def test_a_size_that_does_not_divide_the_model_is_refused(sizes: dict[str, int], what: str) -> None:
+    config = config_with(**{f"{name}_parallel_size": size for name, size in sizes.items()})
+    with pytest.raises(ConfigError, match=rf"{what}; use a divisor of"):
+        settings.check_layout(config, shape_of(QWEN3))
+
+
+def test_the_model_is_as_config_json_says_and_without_dropout() -> None:
+    made = settings.transformer_config(
+        config_with("bf16", sequence_parallel=True), shape_of(QWEN3), ARCHITECTURE
+    )
+    assert (made.num_layers, made.num_query_groups, made.kv_channels, made.qk_layernorm) == (
+        2,
+        4,
+        6,
+        True,
+    )
+    assert made.hidden_dropout == made.attention_dropout == 0
+    assert made.params_dtype == torch.bfloat16 and made.calculate_per_token_loss
+    assert not made.sequence_parallel  # there is nothing to cut with one tensor-parallel rank
+
+
+def test_the_schedule_counts_training_steps() -> None:
+    config = config_with(
+        lr=2e-5, lr_warmup_iters=3, lr_decay_style="cosine", weight_decay=0.05, steps=250
+    )
+    got = settings.schedule_arguments(config, settings.optimizer_config(config))
+    assert (got["max_lr"], got["lr_warmup_steps"], got["lr_decay_steps"]) == (2e-5, 3, 250)
+    assert got["start_wd"] == got["end_wd"] == 0.05
+    with pytest.raises(ConfigError, match="lr_warmup_iters = 300"):
+        bad = config_with(lr_warmup_iters=300, lr_decay_iters=250)
+        settings.schedule_arguments(bad, settings.optimizer_config(bad))
+
+
+def test_a_schedule_step_by_step() -> None:
+    """Megatron's scheduler with our arguments: up over two steps, down a half cosine to min_lr, which stays."""
+    config = config_with(
+        lr=1.0, min_lr=0.1, lr_warmup_iters=2, lr_decay_iters=6, lr_decay_style="cosine"
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
+    scheduler = OptimizerParamScheduler(
+        optimizer, **settings.schedule_arguments(config, settings.optimizer_config(config))
+    )
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(increment=1)
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * n / 4)) for n in range(5)]
+    assert rates == pytest.approx([0.0, 0.5, *cosine, 0.1])
+
+
+def test_the_critic_has_its_own_learning_rate() -> None:
+    config = config_with(lr=1e-6, adam_beta2=0.95)
+    critic = settings.optimizer_config(config, 1e-3)
+    assert (critic.lr, critic.adam_beta2, settings.optimizer_config(config).lr) == (
+        1e-3,
+        0.95,
+        1e-6,
+    )
+    assert settings.schedule_arguments(config, critic)["max_lr"] == 1e-3
+
+
+def test_an_interleaved_pipeline_sends_one_way_at_a_time() -> None:
+    sizes = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    shape = dataclasses.replace(shape_of(QWEN3), num_layers=4)
+    made = settings.transformer_config(config_with(**sizes), shape, ARCHITECTURE)
+    assert made.overlap_p2p_comm and not made.batch_p2p_comm and made.variable_seq_lengths
+    plain = settings.transformer_config(
+        config_with(**(sizes | {"virtual_pipeline_model_parallel_size": 1})), shape, ARCHITECTURE
+    )
+    assert plain.virtual_pipeline_model_parallel_size is None and plain.batch_p2p_comm
+
+
+def test_fp16_scales_the_loss_by_megatrons_settings() -> None:
+    config = config_with("fp16", loss_scale_window=5, hysteresis=3, min_loss_scale=4.0)
+    made, optimizer = (
+        settings.transformer_config(config, shape_of(QWEN3), ARCHITECTURE),
+        settings.optimizer_config(config),
+    )
+    assert (
+        made.fp16 and made.params_dtype == torch.float16 and optimizer.fp16 and not optimizer.bf16
+    )
+    assert (optimizer.initial_loss_scale, optimizer.loss_scale_window) == (65536, 5)
+    assert (optimizer.hysteresis, optimizer.min_loss_scale, optimizer.loss_scale) == (3, 4.0, None)
+
+
+def test_fp16_with_experts_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"trainer\.precision = fp16 with a model of experts.*use bf16"
+    ):
+        settings.check_layout(
+            config_with("fp16"), dataclasses.replace(shape_of(QWEN3), num_experts=4)
+        )
+
+
+def test_the_number_of_ranks_must_be_the_product_of_the_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ConfigError, match=r"2 trainer ranks.*tensor_model_parallel_size = 4.*makes 4"
+    ):
+        parallel.init_parallel(config_with(tensor_model_parallel_size=4))

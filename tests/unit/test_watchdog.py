@@ -1,0 +1,66 @@
+"""When nothing moves any more, one message says who waits for whom and since when, and everybody's stacks lie in the run's logs."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from descendants import Descendants
+from test_loop import make_inputs, start
+from test_resume import wait_for_version
+
+from megatron_async_rl.engine_env import engine_python
+
+pytestmark = pytest.mark.skipif(
+    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
+)
+
+
+def test_everybody_stopped_is_one_message_and_a_stack_of_each(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    path = make_inputs(tmp_path).config(
+        run_dir,
+        run={"steps": 5000, "export_every": 0, "no_progress_timeout_s": 8},
+        data={"eval": None},
+        megatron={"tensor_model_parallel_size": 1},
+        checkpoint={"every": 0},
+    )
+    child = start(path)
+    watch = Descendants(child.pid)
+    try:
+        wait_for_version(run_dir, 2)
+        stopped_at = time.monotonic()
+        for process in watch.look():
+            if process.is_running() and not {"controller", "torch.distributed.run"} & _words(
+                process
+            ):
+                process.suspend()
+        _, errors = child.communicate(timeout=90)
+        assert child.returncode == 2
+        assert 8 < time.monotonic() - stopped_at < 60
+        said = re.search(
+            r"error: nothing was generated or trained for (\d+) s \(run.no_progress_timeout_s = 8\): (.*)",
+            errors,
+        )
+        assert said and 8 <= int(said[1]) < 30, errors
+        assert re.search(
+            r"waited for the batch of version \d+ for \d+ s|the controller waits for the trainer",
+            said[2],
+        )
+        assert re.search(
+            r"rollout-0 \w+ at version \d+ with \d+ samples, heard of \d+ s ago", said[2]
+        )
+        assert re.search(r"reward-0 with \d+ verdicts, heard of \d+ s ago", said[2])
+        for name in ("controller", "rollout-0", "trainer", "reward-0"):
+            assert "most recent call first" in (run_dir / "logs" / f"{name}.log").read_text(), name
+        assert watch.left() == []
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def _words(process: psutil.Process) -> set[str]:
+    return {word.rpartition("megatron_async_rl.")[2] for word in process.cmdline()}

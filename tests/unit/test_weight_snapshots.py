@@ -1,0 +1,345 @@
+"""Updates by way of the disk and servers that catch up, with hand-written sources and servers that speak the real
+messages and write real folders: what happens when one of them fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_config import tree
+from test_core import make_core
+from test_snapshots import write_part
+from tiny import make_model
+
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.controller.core.actions import ServerLost
+from megatron_async_rl.controller.core.core import Core
+from megatron_async_rl.controller.core.fleet import ServerState
+from megatron_async_rl.controller.weight_sync.catch_up import CatchUp
+from megatron_async_rl.controller.weight_sync.coordinator import Updates
+from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
+from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
+from megatron_async_rl.errors import PublishError
+from megatron_async_rl.protocol.messages import (
+    BucketsSent,
+    GroupJoined,
+    GroupOpened,
+    JoinGroup,
+    LoadSnapshot,
+    Message,
+    OpenGroup,
+    Published,
+    PublishOffer,
+    SendBuckets,
+    Shutdown,
+    SnapshotWritten,
+    Updated,
+    UpdateReady,
+    UpdateWeights,
+    WeightDigests,
+    WriteSnapshot,
+)
+from megatron_async_rl.storage import snapshots
+
+Answer = Callable[[Any], Message | None]
+SERVERS = ["rollout-0", "rollout-1"]
+LONG_S, SHORT_S = 20.0, 0.5  # deadlines of who answers, on any machine, and of who never does
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "model")
+
+
+class Cluster:
+    """Two weight sources, two servers, and the controller's parts between them; `faults` answer instead of the healthy."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        model: Path,
+        faults: dict[tuple[str, type], Answer] | None = None,
+        **weights: Any,
+    ) -> None:
+        self.config = configuration.from_tree(
+            tree(
+                run={"dir": str(run_dir), "steps": 5},
+                model={"path": str(model), "context_tokens": 96},
+                weights={"update_timeout_s": LONG_S, "transport": "disk"} | weights,
+                sglang={"device": "cpu"},
+            )
+        )
+        self.faults = faults or {}
+        self.log: list[tuple[str, Message]] = []
+        self.core: Core = make_core(max_staleness=1)
+        for name in SERVERS:
+            self.core.rollout_joined(name, 4, 0.0)
+        self.folders = SnapshotStore(self.config)
+        self.exchange = UpdateSession(self.send, self.config.weights.update_timeout_s)
+        self.publisher = TrainerPublisher(self.exchange, self.config, self.folders)
+        self.catch_up = CatchUp(self.core, self, self.folders, self.exchange.timeout_s, self.act)  # type: ignore[arg-type]  # as its workers
+
+        self.updates = Updates(
+            self.core, self.publisher, self.catch_up, self, None, None, 5, self.act
+        )  # type: ignore[arg-type]  # no loop runs
+
+    async def act(self, actions: list[Any]) -> None:
+        self.take(actions)
+
+    def take(self, actions: list[Any]) -> None:
+        self.core.take_events()
+        for action in actions:
+            if isinstance(action, ServerLost):
+                self.updates.server_lost(action.name)
+
+    async def send(self, name: str, message: Message) -> None:
+        self.log.append((name, message))
+        fault = self.faults.get((name, type(message)))
+        answer = fault(message) if fault else self.answer(message)
+        if answer is not None and not self.catch_up.hear(name, answer):
+            self.exchange.inbox.put_nowait((name, answer))
+
+    def answer(self, message: Message) -> Message | None:
+        if isinstance(message, WriteSnapshot):
+            files = write_part(Path(message.folder), message.version, message.part)
+            return SnapshotWritten(
+                message.version, files, {f"0:part{message.part}": "ab"}, "sha256", {"write": 0.01}
+            )
+        if isinstance(message, LoadSnapshot):
+            snapshot = snapshots.read(Path(message.folder))
+            assert snapshot and snapshot.manifest.digests == {"0:part0": "ab", "0:part1": "ab"}
+            return Updated(
+                message.version, {"load": 0.03}, num_interrupted=2, error=snapshots.damage(snapshot)
+            )
+        return self.over_the_network(message)
+
+    def over_the_network(self, message: Message) -> Message | None:
+        if isinstance(message, UpdateWeights):
+            return UpdateReady(message.version, {})
+        if isinstance(message, OpenGroup):
+            source = int(message.group[-1])
+            self.exchange.inbox.put_nowait(
+                (f"trainer-{source}", GroupOpened(message.group, source, "127.0.0.1", 1))
+            )
+        if isinstance(message, OpenGroup | JoinGroup):
+            return GroupJoined(message.group)
+        if isinstance(message, SendBuckets):
+            return BucketsSent(message.version, 0, {}, {})
+        if isinstance(message, WeightDigests):
+            return Updated(message.version, {})
+        return None
+
+    async def publish(self, version: int) -> Outcome:
+        offers = {f"trainer-{n}": PublishOffer(version, n, 2, [], "gloo") for n in range(2)}
+        return await self.publisher.publish(version, offers, SERVERS, self.core.updating)
+
+    def sent(self, kind: type) -> list[str]:
+        return [name for name, message in self.log if isinstance(message, kind)]
+
+    async def settle(self) -> None:
+        while self.catch_up.is_busy():
+            await self.catch_up.one_done()
+
+
+def in_loop(body: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(body(), 60))  # type: ignore[arg-type]
+
+
+def test_the_trainer_is_released_when_the_folder_is_whole_and_servers_load_it_then(
+    tmp_path: Path, model: Path
+) -> None:
+    cluster = Cluster(tmp_path, model)
+
+    async def body() -> None:
+        outcome = await cluster.publish(3)
+        assert outcome.serving == SERVERS and outcome.num_interrupted == 4
+        assert {"write", "folder", "load", "total"} <= outcome.seconds.keys()
+
+    in_loop(body)
+    kinds = [type(message) for _, message in cluster.log]
+    assert kinds == [WriteSnapshot] * 2 + [Published] * 2 + [LoadSnapshot] * 2
+    assert UpdateWeights not in kinds  # nobody is interrupted before
+
+
+@pytest.mark.parametrize("fault", ["error", "silence", "short"])
+def test_a_source_that_fails_leaves_the_folders_before_and_all_are_released(
+    tmp_path: Path, model: Path, fault: str
+) -> None:
+    cluster = Cluster(tmp_path, model)
+
+    def fails(message: WriteSnapshot) -> Message | None:
+        if fault == "silence":
+            return None
+        if fault == "error":
+            return SnapshotWritten(
+                message.version, [], {}, "sha256", {}, error="No space left on device"
+            )
+        files = write_part(Path(message.folder), message.version, message.part)
+        (Path(message.folder) / files[0].name).write_bytes(b"")
+        return SnapshotWritten(message.version, files, {}, "sha256", {})
+
+    async def body() -> None:
+        await cluster.publish(1)
+        cluster.log.clear()
+        cluster.faults = {("trainer-1", WriteSnapshot): fails}
+        cluster.exchange.timeout_s = SHORT_S if fault == "silence" else LONG_S
+        with pytest.raises(PublishError, match="the folder of version 2 was not written"):
+            await cluster.publish(2)
+        assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [1]
+        assert cluster.sent(Published) == ["trainer-0", "trainer-1"] and not cluster.sent(
+            LoadSnapshot
+        )
+        cluster.faults = {}
+        cluster.exchange.timeout_s = LONG_S
+        await cluster.publish(2)
+        assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [2, 1]
+
+    in_loop(body)
+
+
+def test_a_server_that_does_not_take_it_is_fenced_and_the_other_serves(
+    tmp_path: Path, model: Path
+) -> None:
+    faults: dict[tuple[str, type], Answer] = {
+        ("rollout-1", LoadSnapshot): lambda message: Updated(
+            message.version, {}, error="tensor x digests to 1, not 2"
+        )
+    }
+    cluster = Cluster(tmp_path, model, faults)
+
+    async def body() -> None:
+        outcome = await cluster.publish(1)
+        assert outcome.serving == ["rollout-0"] and "tensor x" in outcome.fenced["rollout-1"]
+        assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [
+            1
+        ]  # the folder is not to blame
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("kind", [WriteSnapshot, LoadSnapshot])
+def test_a_server_that_is_lost_is_not_waited_for(tmp_path: Path, model: Path, kind: type) -> None:
+    cluster = Cluster(tmp_path, model)
+
+    def loses(message: Message) -> Message | None:
+        cluster.take(cluster.core.worker_lost("rollout-1", 0.0))
+        return cluster.answer(message) if kind is WriteSnapshot else None
+
+    async def body() -> None:
+        cluster.faults[("trainer-0" if kind is WriteSnapshot else "rollout-1", kind)] = loses
+        outcome = await asyncio.wait_for(cluster.publish(1), LONG_S / 2)
+        assert (
+            outcome.serving == ["rollout-0"] and "lost in the middle" in outcome.fenced["rollout-1"]
+        )
+        assert cluster.sent(LoadSnapshot).count("rollout-1") == (kind is LoadSnapshot)
+        cluster.faults.clear()
+        cluster.core.rollout_joined("rollout-1", 4, 0.0)
+        assert (await cluster.publish(2)).serving == SERVERS
+
+    in_loop(body)
+
+
+def test_who_is_behind_catches_up_with_the_newest_that_eta_allows_and_nobody_else_is_asked(
+    tmp_path: Path, model: Path
+) -> None:
+    cluster = Cluster(tmp_path, model)
+    core, fleet = cluster.core, cluster.core.fleet.rollout
+
+    async def body() -> None:
+        for version in (1, 2):
+            await cluster.publish(version)
+        core.state.version = 2
+        core.serving("rollout-0", 2, 0.0)
+        core.rollout_joined("rollout-1", 4, 0.0)  # a new life
+        cluster.log.clear()
+        cluster.catch_up.start(others={"rollout-1"})  # an update has it
+        assert not cluster.catch_up.is_busy()
+        cluster.catch_up.start(others=())
+        assert fleet["rollout-1"].state is ServerState.UPDATING and not core.fleet.free_server(5, 0)
+        await cluster.settle()
+        assert cluster.log == [
+            ("rollout-1", LoadSnapshot(2, str(tmp_path / "weights" / "v000002.0")))
+        ]
+        assert fleet["rollout-1"].is_serving and fleet["rollout-1"].version == 2
+        core.state.version = 4  # two ahead, and eta is 1
+        core.rollout_joined("rollout-1", 4, 0.0)
+        cluster.catch_up.start(others=())
+        assert not cluster.catch_up.is_busy()
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("harm", ["digest", "silence", "damage", "new life", "lost"])
+def test_who_cannot_catch_up_is_fenced_unless_the_folder_is_to_blame(
+    tmp_path: Path, model: Path, harm: str
+) -> None:
+    cluster = Cluster(tmp_path, model)
+    core, fleet = cluster.core, cluster.core.fleet.rollout
+
+    async def body() -> None:
+        for version in (1, 2):
+            await cluster.publish(version)
+        core.state.version = 2
+        for name in SERVERS:
+            core.serving(name, 2, 0.0)
+        core.rollout_joined("rollout-1", 4, 0.0)
+        newest = snapshots.whole(tmp_path)[0]
+        if harm == "damage":
+            next(newest.path.glob("*.safetensors")).write_bytes(b"not what it was")
+        else:
+            error = "tensor x digests to 1, not 2"
+            cluster.faults[("rollout-1", LoadSnapshot)] = lambda message: (
+                Updated(message.version, {}, error=error) if harm == "digest" else None
+            )
+        cluster.log.clear()
+        cluster.catch_up._timeout_s = SHORT_S if harm == "silence" else LONG_S
+        cluster.catch_up.start(others=())
+        if harm == "new life":
+            cluster.take(core.rollout_joined("rollout-1", 4, 0.0))
+        elif harm == "lost":
+            cluster.take(core.worker_lost("rollout-1", 0.0))
+        await asyncio.wait_for(cluster.settle(), LONG_S / 2)
+        if harm == "lost":
+            assert not cluster.sent(Shutdown)
+            return
+        server = fleet["rollout-1"]
+        if harm == "damage":
+            assert server.state is ServerState.STALE and not newest.path.exists()
+            cluster.catch_up.start(others=())
+            await cluster.settle()
+            assert server.is_serving and server.version == 1  # of the folder before
+        elif harm == "new life":
+            assert server.state is ServerState.STALE and not cluster.sent(Shutdown)
+        else:
+            assert server.state is ServerState.FENCED and cluster.sent(Shutdown) == ["rollout-1"]
+            assert ("tensor x" if harm == "digest" else "update_timeout_s") in server.reason
+            assert newest.path.exists()
+
+    in_loop(body)
+
+
+def test_beside_the_network_a_folder_is_written_when_the_servers_serve_already(
+    tmp_path: Path, model: Path
+) -> None:
+    cluster = Cluster(tmp_path, model, transport="network", snapshot_every=2)
+    publisher = cluster.publisher
+
+    async def body() -> None:
+        for version, released_at_once in ((1, True), (2, False)):
+            cluster.log.clear()
+            assert (await cluster.publish(version)).serving == SERVERS
+            assert bool(cluster.sent(Published)) == released_at_once
+            await publisher.afterwards()
+            assert cluster.sent(Published) == ["trainer-0", "trainer-1"]
+        assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [2]
+        cluster.faults = {("trainer-0", WriteSnapshot): lambda message: None}
+        await cluster.publish(4)
+        cluster.exchange.timeout_s = SHORT_S
+        cluster.log.clear()
+        await publisher.afterwards()  # an error in the log, and the trainer goes on
+        assert cluster.sent(Published) == ["trainer-0", "trainer-1"]
+
+    in_loop(body)

@@ -1,0 +1,281 @@
+#!/usr/bin/env python3
+"""How long a weight update takes: live Megatron shards to a live SGLang server while it generates.
+
+    python tools/bench/bench_publish.py OUT --model 8b --buckets 2147483648 1073741824      # 2 GPUs: trainer TP=1, engine tp=1
+    python tools/bench/bench_publish.py OUT --model 8b --interrupts abort retract           # SGLang >= 0.5.21
+    python tools/bench/bench_publish.py OUT --model 8b --interrupts abort retract --no-radix-cache      # any
+    python tools/bench/bench_publish.py OUT --model 8b --trainer-tp 2 --engine-tp 2         # 4 GPUs
+    python tools/bench/bench_publish.py OUT --model 8b --trainer-tp 2 --engine-gpu 1        # 2 GPUs, the engine beside rank 1
+    python tools/bench/bench_publish.py OUT --model tiny --device cpu                       # a try on a laptop, gloo
+
+What runs is the product: WeightPublisher in trainer ranks with megatron-core's model (random weights, no optimizer),
+Publisher behind a Hub here, a rollout worker process with its SGLang server, and --requests samples leased to it all
+the time. Beside it: a plain broadcast of the same bytes in buckets of the same size, from the trainer's first GPU to
+the engine's first, before the engine takes its memory. Writes OUT/updates.json and OUT/table.md.
+
+Seconds of an update (Publisher's own): interrupt: the gate for requests closed and all aborted, or the engine paused;
+drain: until the last of the aborted was answered; load: from there all buckets received and loaded, by the server;
+first_bucket: the part of it until the first was (a server that aborts waits for the drain in it, one that retracts for
+its requests to be queued again); wire: the same seen by the trainer, from the first gather to the last byte sent;
+gather, trainer_digest: on the trainer's GPU, inside wire; flush: the prefix cache dropped, where that is a call of its
+own; digest: the server's checksums and the comparison; resume: until the engine had been told to go on; pause: from
+closing the gate to opening it, in the rollout worker; total: from the controller's first message to its last. Every
+bucket size is run twice: with the server idle, which is where the rate of the wire is taken, and with its --requests
+running, for each way of interrupting them. --no-radix-cache: the engine then has no prefixes that could be stale, so
+that also one before 0.5.21 can retract (its tokens are not labelled: nothing to train on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import bench_publish_roles
+from bench_publish_control import Bench
+from bench_publish_setup import SHAPES, make_config, make_model, model_bytes
+
+from megatron_async_rl import processes
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.errors import Error
+from megatron_async_rl.protocol.transport import Hub, free_port
+
+PHASES = (
+    *("interrupt", "drain", "gather", "trainer_digest", "wire", "first_bucket"),
+    *("load", "flush", "digest", "resume", "pause", "total"),
+)
+
+
+def table(rows: list[dict[str, Any]], plain: dict[int, float]) -> str:
+    """One line per kind of update: medians after the first, in milliseconds."""
+    columns = [
+        "bucket GB",
+        "wire",
+        "interrupt",
+        "interrupted",
+        "digests",
+        "updates",
+        *(f"{phase} ms" for phase in PHASES),
+    ]
+    columns += ["GB/s", "plain GB/s", "share", "peak GB", "worst pause ms"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    kinds = ("busy", "gap_s", "bucket_bytes", "wire", "interrupt", "verified")
+    for kind in sorted({tuple(row[name] for name in kinds) for row in rows}):
+        busy, gap_s, size, wire, interrupt, verified = kind
+        chosen = [
+            row for row in rows if tuple(row[name] for name in kinds) == kind and not row["first"]
+        ]
+        if not chosen:
+            continue
+        seconds = {
+            phase: statistics.median(r["seconds"].get(phase, 0.0) for r in chosen)
+            for phase in PHASES
+        }
+        rate = chosen[0]["bytes"] / seconds["wire"] / 1e9
+        plain_rate = chosen[0]["bytes"] / plain[size] / 1e9 if size in plain else float("nan")
+        cells = [
+            f"{gap_s:g}" if busy else "",
+            f"{size / 1e9:.2f}",
+            wire,
+            interrupt,
+            f"{statistics.median(r['interrupted'] for r in chosen):.0f}",
+        ]
+        cells += ["yes" if verified else "no", str(len(chosen))]
+        cells += [f"{1000 * seconds[phase]:.1f}" for phase in PHASES]
+        cells += (
+            ["", "", ""]
+            if busy
+            else [f"{rate:.1f}", f"{plain_rate:.1f}", f"{rate / plain_rate:.2f}"]
+        )
+        cells += [f"{max(r['peak_bytes'] for r in chosen) / 1e9:.2f}"]
+        cells += [f"{1000 * max(r['seconds']['pause'] for r in chosen):.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", choices=sorted(SHAPES), default="8b")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--trainer-tp", type=int, default=1)
+    parser.add_argument("--engine-tp", type=int, default=1)
+    parser.add_argument(
+        "--engine-gpu",
+        type=int,
+        help="the engine's first; default: the first that no trainer rank has",
+    )
+    parser.add_argument(
+        "--buckets",
+        nargs="+",
+        default=["2147483648"],
+        help="bytes, or bytes:tensor for weights.broadcast_unit",
+    )
+    parser.add_argument(
+        "--interrupts", nargs="+", choices=["abort", "retract", "keep"], default=["abort"]
+    )
+    parser.add_argument(
+        "--no-radix-cache", action="store_true", help="an engine without prefix cache"
+    )
+    parser.add_argument(
+        "--sglang", nargs="+", metavar="KEY=VALUE", default=[], help="settings of the engine"
+    )
+    parser.add_argument(
+        "--updates", type=int, default=7, help="per round; every second one verifies digests"
+    )
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=4096)
+    parser.add_argument(
+        "--gap-s",
+        type=float,
+        nargs="+",
+        default=[6.0],
+        help="seconds of generation between updates",
+    )
+    parser.add_argument(
+        "--kill", action="store_true", help="at the end kill the server in the middle of an update"
+    )
+    parser.add_argument(
+        "--role",
+        choices=["trainer", "rollout", "baseline"],
+        help="for the processes that this starts",
+    )
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--total-bytes", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.role == "trainer":
+        bench_publish_roles.trainer(arguments)
+    elif arguments.role == "rollout":
+        processes.main(lambda: bench_publish_roles.rollout(arguments))
+    elif arguments.role == "baseline":
+        a = arguments
+        bench_publish_roles.baseline(a.rank, a.port, a.device, a.buckets, a.total_bytes)
+    else:
+        asyncio.run(benchmark(arguments))
+
+
+def start(
+    arguments: argparse.Namespace, name: str, command: list[str], gpus: range, **extra: str
+) -> Any:
+    environment = {
+        "NCCL_CUMEM_ENABLE": "0",
+        "NCCL_NVLS_ENABLE": "0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONUNBUFFERED": "1",
+    } | extra
+    if arguments.device == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    return processes.start(command, arguments.out / "logs" / f"{name}.log", environment)
+
+
+async def benchmark(arguments: argparse.Namespace) -> None:
+    out = arguments.out
+    (out / "logs").mkdir(parents=True)
+    (out / "keys").mkdir(mode=0o700)
+    config = make_config(arguments, make_model(out / "model", arguments.model), out)
+    (out / "config.yaml").write_text(configuration.dump(config))
+    trainer_gpus = range(arguments.trainer_tp)
+    first = arguments.trainer_tp if arguments.engine_gpu is None else arguments.engine_gpu
+    engine_gpus = range(first, first + arguments.engine_tp)
+    hub = Hub(out)
+    children: list[subprocess.Popen[bytes]] = []
+    me = [
+        sys.executable,
+        __file__,
+        str(out),
+        "--updates",
+        str(arguments.updates),
+        "--buckets",
+        *arguments.buckets,
+    ]
+    me += [
+        "--gap-s",
+        *map(str, arguments.gap_s),
+        "--interrupts",
+        *arguments.interrupts,
+        *(["--no-radix-cache"] if arguments.no_radix_cache else []),
+    ]
+    try:
+        children.append(start(arguments, "rollout-0", [*me, "--role", "rollout"], engine_gpus))
+        plain = await measure_plain(arguments, me, trainer_gpus, engine_gpus)
+        port = str(free_port())
+        for rank in trainer_gpus:
+            command = [*me, "--role", "trainer", *(["--kill"] if arguments.kill else [])]
+            ranks = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(arguments.trainer_tp),
+            }
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            children.append(
+                start(arguments, f"trainer-{rank}", command, trainer_gpus, **ranks, **meeting)
+            )
+        bench = Bench(hub, arguments, children[0].pid)
+        loops = [asyncio.create_task(loop()) for loop in (bench.run, bench.receive)]
+        loops.append(
+            asyncio.create_task(until_one_fails(children[1:] if arguments.kill else children))
+        )
+        done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
+        for task in loops[1:]:
+            task.cancel()
+        rows = next(iter(done)).result()
+        text = table(rows, plain)
+        (out / "table.md").write_text(text)
+        print(
+            text,
+            f"samples failed: {bench.num_failed}, tokens generated: {bench.num_generated}",
+            sep="",
+        )
+    finally:
+        processes.stop(children, 10.0)
+        hub.close()
+
+
+async def measure_plain(
+    arguments: argparse.Namespace, command: list[str], trainer_gpus: range, engine_gpus: range
+) -> dict[int, float]:
+    """Seconds by bucket size."""
+    more = [
+        "--role",
+        "baseline",
+        "--device",
+        arguments.device,
+        "--total-bytes",
+        str(model_bytes(arguments)),
+    ]
+    more += ["--port", str(free_port())]
+    pair = [
+        start(arguments, f"baseline-{rank}", [*command, *more, "--rank", str(rank)], gpus[:1])
+        for rank, gpus in enumerate((trainer_gpus, engine_gpus))
+    ]
+    try:
+        deadline = time.monotonic() + 150
+        while any(child.poll() is None for child in pair) and time.monotonic() < deadline:
+            await asyncio.sleep(0.2)
+    finally:
+        processes.stop(pair, 3.0)
+    seconds = bench_publish_roles.baseline_seconds(arguments.out / "logs" / "baseline-0.log")
+    print("plain broadcast, seconds by bucket size:", seconds, flush=True)
+    return seconds
+
+
+async def until_one_fails(children: list[subprocess.Popen[bytes]]) -> None:
+    while not any(child.poll() for child in children):
+        await asyncio.sleep(0.5)
+    raise Error("a process of the benchmark ended; see logs/ in its folder")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+#!/usr/bin/env python3
+"""Tokens per second of one SGLang server, left alone and paused every few seconds as weight updates pause it.
+
+    python tools/bench/bench_rollout.py OUT --model 8b --sglang attention_backend=fa3
+    python tools/bench/bench_rollout.py OUT --model 8b --sglang attention_backend=fa3 disable_overlap_schedule=true \
+        --interrupts none retract keep
+    python tools/bench/bench_rollout.py OUT --model tiny --device cpu --requests 16
+
+Random weights that stay as they are; the server is started, paused and asked by the product's own Server and
+EngineClient. For each way of interrupting: --requests new samples, --pauses times --gap-s seconds of generation and a
+pause that ends at once, then all are aborted and their tokens counted. `pause ms`: until the engine had ended the batch
+that ran, and (retract) queued its requests again: what an update waits for before its first byte. One line of JSON each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+from bench_publish_setup import PROMPT_TOKENS, SHAPES, make_config, make_model
+
+from megatron_async_rl.rollout.engine_client import EngineClient, Sampling
+from megatron_async_rl.rollout.engine_process import Server
+from megatron_async_rl.rollout.interruption import Pause
+
+MODES: dict[str, Literal["retract", "in_place"]] = {"retract": "retract", "keep": "in_place"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", choices=sorted(SHAPES), default="8b")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--engine-tp", type=int, default=1)
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=2048)
+    parser.add_argument(
+        "--interrupts", nargs="+", choices=["none", *MODES], default=["none", "retract"]
+    )
+    parser.add_argument("--pauses", type=int, default=3)
+    parser.add_argument("--gap-s", type=float, default=5.0)
+    parser.add_argument(
+        "--sglang", nargs="+", metavar="KEY=VALUE", default=[], help="settings of the engine"
+    )
+    parser.set_defaults(trainer_tp=1, no_radix_cache=False)  # make_config's is of a whole run
+    asyncio.run(benchmark(parser.parse_args()))
+
+
+async def benchmark(arguments: argparse.Namespace) -> None:
+    out: Path = arguments.out
+    (out / "logs").mkdir(parents=True)
+    (out / "keys").mkdir(mode=0o700)
+    server = Server(
+        make_config(arguments, make_model(out / "model", arguments.model), out), out, "rollout-0"
+    )
+    try:
+        await server.start()
+        await server.client.relabel(0)  # of its own accord it calls its weights "default"
+        await generate(
+            server.client, arguments, "none", num_pauses=1
+        )  # kernels compiled, memory taken
+        for interrupt in arguments.interrupts:
+            row = await generate(server.client, arguments, interrupt, arguments.pauses)
+            print(json.dumps({"sglang": arguments.sglang} | row), flush=True)
+    finally:
+        await server.stop()
+
+
+async def generate(
+    client: EngineClient, arguments: argparse.Namespace, interrupt: str, num_pauses: int
+) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(
+        3, SHAPES[arguments.model]["vocab_size"], (arguments.requests, PROMPT_TOKENS)
+    ).tolist()
+    sampling = Sampling(arguments.new_tokens, 1.0, [])
+    started = time.monotonic()
+    samples = [asyncio.create_task(client.generate(prompt, sampling)) for prompt in prompts]
+    pauses = []
+    for _ in range(num_pauses):
+        await asyncio.sleep(arguments.gap_s)
+        if interrupt in MODES:
+            pauses.append(await pause_once(client, interrupt))
+    seconds = time.monotonic() - started
+    num_ended = sum(sample.done() for sample in samples)
+    await client.abort_all()
+    num_tokens = [
+        sum(len(segment.ids) for segment in part.segments)
+        for part in await asyncio.gather(*samples)
+    ]
+    await client.flush_cache(10.0)
+    return {
+        "interrupt": interrupt,
+        "seconds": round(seconds, 2),
+        "tokens_per_s": round(sum(num_tokens) / seconds),
+        "tokens_of_a_sample": statistics.median(num_tokens),
+        "ended_by_themselves": num_ended,
+        "pause_ms": [round(1000 * pause) for pause in pauses],
+    }
+
+
+async def pause_once(client: EngineClient, interrupt: str) -> float:
+    """Seconds until the engine would have taken in weights."""
+    way = Pause(client, MODES[interrupt])
+    started = time.monotonic()
+    await way.stop()
+    await client.begin_update()
+    seconds = time.monotonic() - started
+    await client.end_update()
+    await way.resume()
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

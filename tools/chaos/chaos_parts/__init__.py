@@ -1,0 +1,1 @@
+"""The parts of tools/chaos/chaos.py: the job, the world it runs in, the faults."""
