@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from test_reward_process import descendants, scored_by, wait_until_gone, with_process
-from test_sandbox import PYTHON, pytestmark  # noqa: F401 (the same needs)
+from needs import SANDBOX_PYTHON
+from reward_process import collect_scores, descendant_pids, wait_until_gone, with_reward_process
 from tiny import make_model
 
 from megatron_async_rl.config import load as configuration
@@ -25,12 +25,13 @@ from megatron_async_rl.data.dataset import read_prompts
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.launcher.preflight import config_checks
-from megatron_async_rl.protocol.messages import Score, Scored
+from megatron_async_rl.protocol.messages import ScoreRequest, ScoreResult
 from megatron_async_rl.protocol.transport import Hub, Peer
+from megatron_async_rl.protocol.types import SampleKey
 from megatron_async_rl.reward.code_answer import program_in, same_data, same_text
 from megatron_async_rl.reward.worker import RewardWorker
 
-SANDBOX = {"python": PYTHON, "isolation": "landlock", "test_timeout_s": 2.0}
+SANDBOX = {"python": SANDBOX_PYTHON, "isolation": "landlock", "test_timeout_s": 2.0}
 STDIO = {"tests": [{"input": "3 4\n", "output": "7\n"}, {"input": "1 1\n", "output": "2\n"}]}
 FUNCTION = {
     "function": "add",
@@ -149,7 +150,8 @@ def test_a_row_without_proper_tests_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("python", "ok", "words"), [(PYTHON, True, "Landlock, seccomp"), ("/no/python", False, "3.9")]
+    ("python", "ok", "words"),
+    [(SANDBOX_PYTHON, True, "Landlock, seccomp"), ("/no/python", False, "3.9")],
 )
 def test_the_sandbox_is_tried_before_a_run(
     python: str, ok: bool, words: str, tmp_path: Path
@@ -166,7 +168,7 @@ def test_the_sandbox_is_tried_before_a_run(
     assert check.ok is ok and words in f"{check.detail} {check.remedy}"
 
 
-def code_config(folder: Path, *rows: dict[str, Any], python: str = PYTHON) -> Config:
+def code_config(folder: Path, *rows: dict[str, Any], python: str = SANDBOX_PYTHON) -> Config:
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps({"prompt": "1+", **row}) + "\n" for row in rows))
     return configuration.from_tree(
@@ -185,8 +187,8 @@ def code_config(folder: Path, *rows: dict[str, Any], python: str = PYTHON) -> Co
 # ---- the reward worker
 
 
-def score(response: str, row: dict[str, Any]) -> Score:
-    return Score(epoch=1, group_id=2, attempt=3, index=4, response=response, row=row)
+def score(response: str, row: dict[str, Any]) -> ScoreRequest:
+    return ScoreRequest(SampleKey(1, 2, 3, 4), response, row)
 
 
 def with_worker(
@@ -220,13 +222,13 @@ def test_programs_and_functions_get_their_verdicts() -> None:
     ]
 
     async def test(worker: RewardWorker) -> None:
-        scored: list[Scored] = await asyncio.gather(
+        scored: list[ScoreResult] = await asyncio.gather(
             *(worker.score(score(text, row)) for text, row, *_ in cases)
         )
         assert [one.reward for one in scored] == [reward for *_, reward, _ in cases]
         for one, (*_, words) in zip(scored, cases, strict=True):
             assert words in one.error and (words or not one.error)
-            assert (one.epoch, one.group_id, one.attempt, one.index) == (1, 2, 3, 4)
+            assert one.key == SampleKey(1, 2, 3, 4)
         assert worker.score_at_once(score(adds, STDIO)) is None
 
     with_worker(test, children=2)
@@ -279,18 +281,18 @@ def test_a_program_that_runs_ends_with_the_reward_process(
 ) -> None:
     async def test(hub: Hub, peer: Peer, process: subprocess.Popen[bytes]) -> None:
         [right] = (
-            await scored_by(
+            await collect_scores(
                 hub, peer, [score(fenced("print(sum(map(int, input().split())))"), STDIO)]
             )
         ).values()
         assert right.reward == 1.0
         await hub.send(peer, score(fenced("while 1: pass"), STDIO))
         await asyncio.sleep(0.5)
-        left = descendants(process.pid)
+        left = descendant_pids(process.pid)
         assert sum("zygote.py" in " ".join(psutil.Process(pid).cmdline()) for pid in left) >= 2
         process.send_signal(signum)
         await asyncio.to_thread(process.wait, 10)
         wait_until_gone(left)
 
     sandbox = SANDBOX | {"test_timeout_s": 60.0}
-    with_process(tmp_path, test, sandbox=sandbox, function="code", timeout_s=60.0)
+    with_reward_process(tmp_path, test, sandbox=sandbox, function="code", timeout_s=60.0)

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import torch
+from model_shapes import make_model_folder
 from paths import ROOT, SUPPORT
-from test_weights import make_folder
 
 
 def test_logits_are_those_of_transformers_and_a_step_trains(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = make_folder(tmp_path / "model", "qwen3_moe", scale=0.2)
+    folder = make_model_folder(tmp_path / "model", "qwen3_moe", scale=0.2)
     environment = os.environ | {
         "TORCHDYNAMO_DISABLE": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)]),

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from loop_reward import even_digits
 from loop_workflow import GIVEN, NUM_TURNS, TURN_TOKENS
-from test_loop import FinishedRun, Inputs, assert_nobody_left, fresh_logprobs, make_inputs, start
+from runs import (
+    FinishedRun,
+    RunInputs,
+    assert_no_process_left,
+    fresh_logprobs,
+    make_run_inputs,
+    start_run,
+)
 
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.engine_env import engine_python
@@ -58,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     if engine_python() is None:
         pytest.skip("no engine environment: bash tools/setup_env.sh")
     folder = tmp_path_factory.mktemp("turns")
-    inputs: Inputs = make_inputs(folder)
+    inputs: RunInputs = make_run_inputs(folder)
     config = inputs.config(
         folder / "run",
         run={"steps": STEPS},
@@ -67,7 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         megatron={"tensor_model_parallel_size": 1},
         algorithm={"prompts_per_step": GROUPS, "samples_per_prompt": SAMPLES},
     )
-    child = start(config)
+    child = start_run(config)
     output, errors = child.communicate(timeout=300)
     assert child.returncode == 0, output[-3000:] + errors[-3000:]
     return FinishedRun(folder / "run", output)
@@ -110,7 +117,7 @@ def test_a_sample_that_is_too_long_is_refused_by_name_and_its_group_accounted_fo
         n for name, n in ledger.items() if name.startswith("dropped.")
     )
     assert "tokens, must be a Sample of at most model.context_tokens = 128" in run.log("controller")
-    assert_nobody_left(run.folder)
+    assert_no_process_left(run.folder)
 
 
 def test_each_turn_s_logprobs_are_those_of_a_fresh_prefill(run: FinishedRun) -> None:

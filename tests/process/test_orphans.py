@@ -96,12 +96,12 @@ if __name__ == "__main__":
 
 
 def test_what_the_engine_spawns_is_tied_before_it_imports_anything(tmp_path: Path) -> None:
-    """A child that never asks for it: patches/sglang_tie does, on the engine's PYTHONPATH."""
+    """A child that never asks for it: patches/sglang_startup does, on the engine's PYTHONPATH."""
     program = tmp_path / "engine.py"
     program.write_text(SPAWNS)
     parent = subprocess.Popen(
         [sys.executable, str(program)],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "patches" / "sglang_tie")},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "patches" / "sglang_startup")},
     )
     deadline = time.monotonic() + 20
     while not (

@@ -15,8 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from descendants import Descendants
-from test_loop import make_inputs, start
-from test_resume import wait_for_version
+from runs import make_run_inputs, start_run, wait_for_version
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.config import load
@@ -121,7 +120,7 @@ def test_half_finished_samples_go_on_after_a_killed_controller_and_after_a_kille
     tmp_path: Path,
 ) -> None:
     run_dir = tmp_path / "run"
-    path = make_inputs(tmp_path).config(
+    path = make_run_inputs(tmp_path).config(
         run_dir,
         run={"steps": 5000, "export_every": 0},
         data={"eval": None},
@@ -132,7 +131,7 @@ def test_half_finished_samples_go_on_after_a_killed_controller_and_after_a_kille
             "every": 0
         },  # nothing is forgotten; a new trainer does all recorded batches again
     )
-    child = start(path)
+    child = start_run(path)
     watch = Descendants(child.pid)
     try:
         wait_for_version(run_dir, 0)
@@ -154,7 +153,7 @@ def test_half_finished_samples_go_on_after_a_killed_controller_and_after_a_kille
         job_lost = half_finished(journal(run_dir))
         assert len(job_lost) >= 1
 
-        child = start(path)
+        child = start_run(path)
         facts = wait_until_back(run_dir, 2, set(job_lost))
         assert went_on(facts, 2, job_lost) >= 1
         child.send_signal(signal.SIGTERM)

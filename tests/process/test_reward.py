@@ -11,24 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reward_process import SLOW_ANSWER, score_request
 
 from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
 from megatron_async_rl.errors import ConfigError
-from megatron_async_rl.protocol.messages import Score
+from megatron_async_rl.protocol.types import SampleKey
 from megatron_async_rl.reward.worker import RewardWorker
-
-HOSTILE = r"\boxed{9^{9^{9^{9}}}}"
-
-
-def score(response: str, answer: Any = "42", index: int = 0, **row: Any) -> Score:
-    return Score(
-        epoch=1,
-        group_id=2,
-        attempt=3,
-        index=index,
-        response=response,
-        row={"id": "row-1", "answer": answer, **row},
-    )
 
 
 def with_worker(test: Callable[[RewardWorker], Awaitable[None]], **settings: Any) -> None:
@@ -45,16 +33,16 @@ def with_worker(test: Callable[[RewardWorker], Awaitable[None]], **settings: Any
 
 def test_a_plain_verdict_needs_no_child() -> None:
     async def test(worker: RewardWorker) -> None:
-        right = worker.score_at_once(score(r"\boxed{42}", index=5))
-        wrong = worker.score_at_once(score(r"\boxed{41}"))
-        broken = worker.score_at_once(score(r"\boxed{41}", answer=None))
+        right = worker.score_at_once(score_request(r"\boxed{42}", index=5))
+        wrong = worker.score_at_once(score_request(r"\boxed{41}"))
+        broken = worker.score_at_once(score_request(r"\boxed{41}", answer=None))
         assert right is not None and wrong is not None and broken is not None
-        assert (right.epoch, right.group_id, right.attempt, right.index) == (1, 2, 3, 5)
+        assert right.key == SampleKey(1, 2, 3, 5)
         assert (right.reward, right.error) == (1.0, "")
         assert (wrong.reward, wrong.error) == (0.0, "")
         assert broken.reward is None
         assert "row-1" in broken.error and "answer" in broken.error
-        assert worker.score_at_once(score(r"\boxed{42\text{ cm}}")) is None
+        assert worker.score_at_once(score_request(r"\boxed{42\text{ cm}}")) is None
         assert worker.num_pools == 0
 
     with_worker(test)
@@ -62,9 +50,11 @@ def test_a_plain_verdict_needs_no_child() -> None:
 
 def test_hostile_answers_end_at_the_deadline_and_the_others_are_judged_right() -> None:
     async def test(worker: RewardWorker) -> None:
-        await worker.score(score(r"\boxed{42\text{ cm}}"))  # the children are up
-        messages = [score(HOSTILE), score(HOSTILE)]
-        messages += [score(rf"\boxed{{{40 + n}\text{{ cm}}}}", "42", index=n) for n in range(5)]
+        await worker.score(score_request(r"\boxed{42\text{ cm}}"))  # the children are up
+        messages = [score_request(SLOW_ANSWER), score_request(SLOW_ANSWER)]
+        messages += [
+            score_request(rf"\boxed{{{40 + n}\text{{ cm}}}}", "42", index=n) for n in range(5)
+        ]
         started = time.perf_counter()
         first, second, *others = await asyncio.gather(*map(worker.score, messages))
         assert time.perf_counter() - started < 8
@@ -86,8 +76,8 @@ def test_a_clock_that_jumps_ahead_is_no_timeout_and_no_reward(
     monkeypatch.setattr(time, "time", lambda: now() + ahead_s[0])
 
     async def test(worker: RewardWorker) -> None:
-        await worker.score(score(r"\boxed{\sqrt{4}}", "2"))  # the child is there
-        judged = asyncio.create_task(worker.score(score(HOSTILE, "7")))
+        await worker.score(score_request(r"\boxed{\sqrt{4}}", "2"))  # the child is there
+        judged = asyncio.create_task(worker.score(score_request(SLOW_ANSWER, "7")))
         await asyncio.sleep(1)
         ahead_s[0] = 3600.0
         scored = await asyncio.wait_for(judged, 15)
@@ -135,7 +125,7 @@ def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_a_broken_function_is_an_infrastructure_error_and_the_worker_goes_on(custom: str) -> None:
     async def test(worker: RewardWorker) -> None:
-        good = score("fine", "4", prompt="2+2=")
+        good = score_request("fine", "4", prompt="2+2=")
         assert worker.score_at_once(good) is None
         assert (await worker.score(good)).reward == 0.5
         for response, error in {
@@ -150,10 +140,10 @@ def test_a_broken_function_is_an_infrastructure_error_and_the_worker_goes_on(cus
             "vanish": "not judged within 1 s",  # pebble takes exit code 0 for a child that has done its tasks
             "hang": "not judged within 1 s",
         }.items():
-            scored = await worker.score(score(response))
+            scored = await worker.score(score_request(response))
             assert scored.reward is None, response
             assert error in scored.error
-        assert (await worker.score(score("true"))).reward == 1.0
+        assert (await worker.score(score_request("true"))).reward == 1.0
         assert (await worker.score(good)).reward == 0.5
 
     with_worker(test, function=custom, timeout_s=1.0)
@@ -165,7 +155,7 @@ def test_a_child_killed_while_idle_is_replaced_unnoticed(custom: str) -> None:
             for pid in children_named(worker):
                 os.kill(pid, signal.SIGKILL)
             await asyncio.sleep(0.5)
-            scored = await worker.score(score("fine"))
+            scored = await worker.score(score_request("fine"))
             assert (scored.reward, scored.error) == (0.25, "")
 
     with_worker(test, function=custom)

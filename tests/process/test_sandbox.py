@@ -17,17 +17,24 @@ from pathlib import Path
 import hostile_programs as hostile
 import psutil
 import pytest
+from needs import SANDBOX_PYTHON
 from paths import ROOT
 
 from megatron_async_rl.data.code_tests import CodeTests
 from megatron_async_rl.reward import code_answer
 from megatron_async_rl.sandbox import jail
-from megatron_async_rl.sandbox.box import Box, BoxError, BoxLost, BoxSettings, End, Limits
+from megatron_async_rl.sandbox.sandbox import (
+    End,
+    Limits,
+    Sandbox,
+    SandboxError,
+    SandboxLost,
+    SandboxSettings,
+)
 
-PYTHON = "/usr/bin/python3"
 LIMITS = Limits(wall_s=0.6)
 PATIENT = Limits(wall_s=10.0)  # honest programs do not fail on a busy machine
-ANY = BoxSettings(PYTHON, isolation="landlock")  # with namespaces where there are some
+ANY = SandboxSettings(SANDBOX_PYTHON, isolation="landlock")  # with namespaces where there are some
 SECRETS = ["secret-7f3a\n", "secret-91bc\n"]
 TEXTS = CodeTests("", ["3\n", "5\n"], SECRETS)
 SQUARES = CodeTests("", ["3\n", "5\n"], ["9\n", "25\n"])
@@ -35,14 +42,14 @@ CALLS = CodeTests("solve", [[3], [5]], SECRETS)
 SQUARE_CALLS = CodeTests("solve", [[3], [5]], [9, 25])
 
 pytestmark = pytest.mark.skipif(
-    not (jail.is_supported() and jail.landlock_version() and os.access(PYTHON, os.X_OK)),
-    reason=f"needs Linux on x86-64 with Landlock, and {PYTHON}",
+    not (jail.is_supported() and jail.landlock_version() and os.access(SANDBOX_PYTHON, os.X_OK)),
+    reason=f"needs Linux on x86-64 with Landlock, and {SANDBOX_PYTHON}",
 )
 
 
 @pytest.fixture(scope="module")
-def box() -> Iterator[Box]:
-    with Box(ANY) as opened:
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(ANY) as opened:
         yield opened
 
 
@@ -65,15 +72,15 @@ def answer(program: str) -> str:
     return f"Here it is:\n```python\n{program}\n```\n"
 
 
-def verdict(box: Box, program: str, tests: CodeTests, limits: Limits = PATIENT) -> bool:
-    return code_answer.judge(box, answer(program), tests, limits, 20.0)[0]
+def verdict(sandbox: Sandbox, program: str, tests: CodeTests, limits: Limits = PATIENT) -> bool:
+    return code_answer.judge(sandbox, answer(program), tests, limits, 20.0)[0]
 
 
-def works_as_before(box: Box) -> None:
-    assert verdict(box, "print(int(input()) ** 2)", SQUARES)
-    assert not verdict(box, "print(int(input()) * 3)", SQUARES)
-    assert verdict(box, "def solve(n): return n * n", SQUARE_CALLS)
-    assert not verdict(box, "def solve(n): return 3 * n", SQUARE_CALLS)
+def works_as_before(sandbox: Sandbox) -> None:
+    assert verdict(sandbox, "print(int(input()) ** 2)", SQUARES)
+    assert not verdict(sandbox, "print(int(input()) * 3)", SQUARES)
+    assert verdict(sandbox, "def solve(n): return n * n", SQUARE_CALLS)
+    assert not verdict(sandbox, "def solve(n): return 3 * n", SQUARE_CALLS)
 
 
 def programs(*kinds: dict[str, str]) -> list[object]:
@@ -85,20 +92,20 @@ def programs(*kinds: dict[str, str]) -> list[object]:
 
 
 @pytest.mark.parametrize("program", programs(hostile.FORGE, hostile.ESCAPE, hostile.HARM))
-def test_a_hostile_program_gets_nothing_and_leaves_nothing(box: Box, program: str) -> None:
-    assert not verdict(box, program, TEXTS, LIMITS)
-    result = box.run(program, b"3\n", LIMITS)
+def test_a_hostile_program_gets_nothing_and_leaves_nothing(sandbox: Sandbox, program: str) -> None:
+    assert not verdict(sandbox, program, TEXTS, LIMITS)
+    result = sandbox.run(program, b"3\n", LIMITS)
     assert b"PWNED" not in result.output
-    works_as_before(box)
-    assert box.num_started == 1  # nor did it cost the zygote
+    works_as_before(sandbox)
+    assert sandbox.num_started == 1  # nor did it cost the zygote
 
 
 @pytest.mark.parametrize("program", programs(hostile.FORGE_FUNCTIONS, hostile.HARM_FUNCTIONS))
-def test_a_hostile_function_gets_nothing(box: Box, program: str) -> None:
-    assert not verdict(box, program, CALLS, LIMITS)
-    assert not verdict(box, program, SQUARE_CALLS, LIMITS)
-    works_as_before(box)
-    assert box.num_started == 1
+def test_a_hostile_function_gets_nothing(sandbox: Sandbox, program: str) -> None:
+    assert not verdict(sandbox, program, CALLS, LIMITS)
+    assert not verdict(sandbox, program, SQUARE_CALLS, LIMITS)
+    works_as_before(sandbox)
+    assert sandbox.num_started == 1
 
 
 @pytest.mark.parametrize(
@@ -116,8 +123,8 @@ def test_a_hostile_function_gets_nothing(box: Box, program: str) -> None:
         ("print(1); raise SystemExit(0)", End.OK),
     ],
 )
-def test_how_a_program_ended_is_told(box: Box, program: str, end: End) -> None:
-    assert box.run(program, b"", LIMITS if end is End.TIME else PATIENT).end is end
+def test_how_a_program_ended_is_told(sandbox: Sandbox, program: str, end: End) -> None:
+    assert sandbox.run(program, b"", LIMITS if end is End.TIME else PATIENT).end is end
 
 
 @pytest.mark.parametrize(
@@ -143,8 +150,8 @@ def test_how_a_program_ended_is_told(box: Box, program: str, end: End) -> None:
         "one that may do nothing",
     ],
 )
-def test_honest_programs_pass(box: Box, program: str) -> None:
-    assert verdict(box, program, SQUARES)
+def test_honest_programs_pass(sandbox: Sandbox, program: str) -> None:
+    assert verdict(sandbox, program, SQUARES)
 
 
 # ---- the layers, one by one
@@ -158,35 +165,37 @@ SENDS = "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(
     ("layer", "program", "shows"),
     [("landlock", READS_A_FILE, "untouched"), ("seccomp", FORKS, "forked")],
 )
-def test_what_only_one_layer_stops(box: Box, layer: str, program: str, shows: str) -> None:
-    assert shows not in box.run(program, b"", LIMITS).output.decode()
-    with Box(BoxSettings(PYTHON, "landlock", without=(layer,))) as open_box:
-        assert shows in open_box.run(program, b"", PATIENT).output.decode()
+def test_what_only_one_layer_stops(sandbox: Sandbox, layer: str, program: str, shows: str) -> None:
+    assert shows not in sandbox.run(program, b"", LIMITS).output.decode()
+    with Sandbox(SandboxSettings(SANDBOX_PYTHON, "landlock", disabled_layers=(layer,))) as weaker:
+        assert shows in weaker.run(program, b"", PATIENT).output.decode()
 
 
-def needs_namespaces(box: Box) -> None:
-    if not box.has_namespaces:
+def needs_namespaces(sandbox: Sandbox) -> None:
+    if not sandbox.has_namespaces:
         pytest.skip("this host gives its users no namespaces")
 
 
-def test_without_seccomp_the_namespaces_still_keep_a_datagram_in(box: Box) -> None:
-    needs_namespaces(box)
+def test_without_seccomp_the_namespaces_still_keep_a_datagram_in(sandbox: Sandbox) -> None:
+    needs_namespaces(sandbox)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("127.0.0.1", 0))
         server.settimeout(0.5)
         program = SENDS.format(port=server.getsockname()[1])
-        with Box(BoxSettings(PYTHON, without=("seccomp",))) as some:
+        with Sandbox(SandboxSettings(SANDBOX_PYTHON, disabled_layers=("seccomp",))) as some:
             some.run(program, b"", LIMITS)
         with pytest.raises(TimeoutError):
             server.recv(10)
-        with Box(BoxSettings(PYTHON, without=("seccomp", "namespaces"))) as fewer:
+        with Sandbox(
+            SandboxSettings(SANDBOX_PYTHON, disabled_layers=("seccomp", "namespaces"))
+        ) as fewer:
             assert fewer.run(program, b"", PATIENT).output == b"sent\n"
         assert server.recv(10) == b"x"
 
 
-def test_nobody_runs_programs_as_root_and_none_sees_other_processes(box: Box) -> None:
-    needs_namespaces(box)
-    uid, pid, parent = box.run(
+def test_nobody_runs_programs_as_root_and_none_sees_other_processes(sandbox: Sandbox) -> None:
+    needs_namespaces(sandbox)
+    uid, pid, parent = sandbox.run(
         "import os\nprint(os.getuid(), os.getpid(), os.getppid())", b"", PATIENT
     ).output.split()
     assert int(uid) == (jail.NOBODY if os.geteuid() == 0 else os.geteuid())
@@ -196,7 +205,7 @@ def test_nobody_runs_programs_as_root_and_none_sees_other_processes(box: Box) ->
 UPROBES = {335, 336}  # the kernel lets them by any filter; they do nothing where no probe is set
 
 
-def test_the_kernel_takes_the_calls_that_are_declared_and_no_others(box: Box) -> None:
+def test_the_kernel_takes_the_calls_that_are_declared_and_no_others(sandbox: Sandbox) -> None:
     """Each number with arguments of zero: those of FATAL end the program, whatever is not in ALLOWED does nothing."""
     special = {jail.CLONE, jail.CLONE3, jail.IOCTL, jail.FCNTL, jail.PRLIMIT}
     allowed, fatal = set(jail.ALLOWED.values()), set(jail.FATAL.values())
@@ -204,18 +213,20 @@ def test_the_kernel_takes_the_calls_that_are_declared_and_no_others(box: Box) ->
     assert not allowed & fatal
     text = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.syscall.restype = ctypes.c_long\n"
     refused = f"{text}for n in {sorted(others)}:\n    print(n, libc.syscall(n, 0, 0, 0, 0, 0, 0), ctypes.get_errno())"
-    lines = [line.split() for line in box.run(refused, b"", PATIENT).output.decode().splitlines()]
+    lines = [
+        line.split() for line in sandbox.run(refused, b"", PATIENT).output.decode().splitlines()
+    ]
     assert [(int(n), r, e) for n, r, e in lines] == [(n, "-1", "1") for n in sorted(others)]
     for number in sorted(fatal):
         assert (
-            box.run(f"{text}libc.syscall({number}, 0, 0, 0, 0, 0, 0)", b"", PATIENT).end
+            sandbox.run(f"{text}libc.syscall({number}, 0, 0, 0, 0, 0, 0)", b"", PATIENT).end
             is End.FORBIDDEN
         ), number
 
 
 # ---- the zygote
 
-REFUSES_NAMESPACES = f"""#!{PYTHON}
+REFUSES_NAMESPACES = f"""#!{SANDBOX_PYTHON}
 import ctypes, os, sys
 class One(ctypes.Structure): _fields_ = [("a", ctypes.c_uint16), ("b", ctypes.c_uint8), ("c", ctypes.c_uint8), ("d", ctypes.c_uint32)]
 class All(ctypes.Structure): _fields_ = [("n", ctypes.c_uint16), ("p", ctypes.POINTER(One))]
@@ -223,7 +234,7 @@ rules = [One(0x20, 0, 0, 0), One(0x15, 0, 1, 272), One(6, 0, 0, 0x50001), One(6,
 libc = ctypes.CDLL(None)
 assert libc.prctl(38, 1, 0, 0, 0) == 0
 assert libc.prctl(22, 2, ctypes.byref(All(4, (One * 4)(*rules))), 0, 0) == 0
-os.execv({PYTHON!r}, [{PYTHON!r}, *sys.argv[1:]])
+os.execv({SANDBOX_PYTHON!r}, [{SANDBOX_PYTHON!r}, *sys.argv[1:]])
 """
 
 
@@ -237,41 +248,41 @@ def refuses_namespaces(tmp_path: Path) -> str:
 
 
 def test_a_host_that_cannot_confine_as_asked_is_refused(refuses_namespaces: str) -> None:
-    with pytest.raises(BoxError, match=r"no new namespaces: .*not permitted"):
-        Box(BoxSettings(refuses_namespaces)).start()
-    with Box(BoxSettings(refuses_namespaces, isolation="landlock")) as box:
-        assert not box.has_namespaces
-        works_as_before(box)
+    with pytest.raises(SandboxError, match=r"no new namespaces: .*not permitted"):
+        Sandbox(SandboxSettings(refuses_namespaces)).start()
+    with Sandbox(SandboxSettings(refuses_namespaces, isolation="landlock")) as sandbox:
+        assert not sandbox.has_namespaces
+        works_as_before(sandbox)
         for program in programs(hostile.ESCAPE):
             text = program.values[0]  # type: ignore[attr-defined]
-            assert b"PWNED" not in box.run(text, b"3\n", LIMITS).output
-        assert box.num_started == 1
+            assert b"PWNED" not in sandbox.run(text, b"3\n", LIMITS).output
+        assert sandbox.num_started == 1
 
 
 @pytest.mark.parametrize(
     ("python", "words"), [("/no/such/python", "No such file"), ("/bin/false", "did not start")]
 )
 def test_an_interpreter_that_is_none_is_refused(python: str, words: str) -> None:
-    with pytest.raises(BoxError, match=words):
-        Box(BoxSettings(python)).start()
+    with pytest.raises(SandboxError, match=words):
+        Sandbox(SandboxSettings(python)).start()
 
 
 def test_a_lost_zygote_is_no_verdict_and_the_next_one_comes_at_once() -> None:
-    with Box(ANY) as box:
-        works_as_before(box)
+    with Sandbox(ANY) as sandbox:
+        works_as_before(sandbox)
         for child in psutil.Process().children(recursive=True):
             if "zygote.py" in " ".join(child.cmdline()):
                 child.kill()
-        with pytest.raises(BoxLost):
-            box.run("print(1)", b"", PATIENT)
-        works_as_before(box)
-        assert box.num_started == 2
+        with pytest.raises(SandboxLost):
+            sandbox.run("print(1)", b"", PATIENT)
+        works_as_before(sandbox)
+        assert sandbox.num_started == 2
 
 
-def test_nothing_is_left_over(box: Box) -> None:
+def test_nothing_is_left_over(sandbox: Sandbox) -> None:
     me = psutil.Process()
     before = {child.pid for child in me.children(recursive=True)}
-    with Box(ANY) as another:
+    with Sandbox(ANY) as another:
         works_as_before(another)
         descriptors = me.num_fds()
         for _ in range(100):
@@ -283,8 +294,8 @@ def test_nothing_is_left_over(box: Box) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which needs root")
-def test_whoever_is_no_root_confines_as_well(box: Box) -> None:
-    needs_namespaces(box)
+def test_whoever_is_no_root_confines_as_well(sandbox: Sandbox) -> None:
+    needs_namespaces(sandbox)
     folder = Path(tempfile.mkdtemp())
     try:
         folder.chmod(0o755)
@@ -294,13 +305,13 @@ def test_whoever_is_no_root_confines_as_well(box: Box) -> None:
             ignore=shutil.ignore_patterns("__pycache__"),
         )
         script = (
-            "from megatron_async_rl.sandbox.box import *\n"
-            f"with Box(BoxSettings({PYTHON!r})) as box:\n"
-            "    print(box.has_namespaces, box.run('print(int(input()) ** 2)', b'3', Limits()).output)\n"
-            f"    print(box.run({READS_A_FILE!r}, b'', Limits()).end, box.run({FORKS!r}, b'', Limits()).end)\n"
+            "from megatron_async_rl.sandbox.sandbox import *\n"
+            f"with Sandbox(SandboxSettings({SANDBOX_PYTHON!r})) as sandbox:\n"
+            "    print(sandbox.has_namespaces, sandbox.run('print(int(input()) ** 2)', b'3', Limits()).output)\n"
+            f"    print(sandbox.run({READS_A_FILE!r}, b'', Limits()).end, sandbox.run({FORKS!r}, b'', Limits()).end)\n"
         )
         done = subprocess.run(
-            [PYTHON, "-B", "-c", script],
+            [SANDBOX_PYTHON, "-B", "-c", script],
             env={"PYTHONPATH": str(folder)},
             cwd=folder,
             user=1234,

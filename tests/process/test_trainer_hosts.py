@@ -17,11 +17,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from paths import ROOT, SUPPORT
-from test_chaos import TOOLS, in_a_world
-from test_config import tree
+from needs import needs_network_namespaces
+from paths import ROOT, SUPPORT, TOOLS
 from tiny import make_dataset, make_model
 
+from configs import config_tree
 from megatron_async_rl import addresses
 from megatron_async_rl.config import load
 from megatron_async_rl.config.checks import cross_host_parallelism_warning
@@ -34,13 +34,13 @@ from megatron_async_rl.launcher.claims import Claims
 from megatron_async_rl.launcher.gpus import assign_gpus
 from megatron_async_rl.node import node
 from megatron_async_rl.node.generations import FOLDER, GenerationFiles, TrainerGeneration
-from megatron_async_rl.observability.run_log import STATUS_FILE, Status
+from megatron_async_rl.observability.status import STATUS_FILE, RunStatus
 
 SLEEP = "import time; time.sleep(600)"
 
 
 def some(**sections: Any) -> Config:
-    return load.from_tree(tree(rollout={"max_new_tokens": 8}, **sections))
+    return load.from_tree(config_tree(rollout={"max_new_tokens": 8}, **sections))
 
 
 def test_hosts_share_the_ranks_evenly_or_the_setting_is_refused() -> None:
@@ -177,7 +177,7 @@ class Bench:
 
     def status(self, state: str) -> None:
         whole = self.run_dir / "status.new"
-        whole.write_bytes(msgspec.json.encode(Status(state=state)))
+        whole.write_bytes(msgspec.json.encode(RunStatus(state=state)))
         whole.replace(self.run_dir / STATUS_FILE)
 
     def start(self, *names: str, start_timeout_s: float = 30, **faults: float) -> None:
@@ -414,7 +414,7 @@ def test_a_stranger_with_the_number_of_a_rank_on_another_host_is_not_signalled()
         faulthandler.unregister(signal.SIGUSR2)
 
 
-@in_a_world
+@needs_network_namespaces
 @pytest.mark.skipif(
     engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
 )

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 from paths import ROOT, SUPPORT
-from test_loop import Inputs, assert_nobody_left
+from runs import RunInputs, assert_no_process_left
 from tiny import make_dataset, make_model
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.engine_env import engine_python
-from megatron_async_rl.observability.run_log import Status, read_status
+from megatron_async_rl.observability.status import RunStatus, read_status
 from megatron_async_rl.storage import checkpoints
 
 CLUSTER = ROOT / "tools" / "slurm_local.sh"
@@ -79,8 +79,8 @@ class Job:
         match = re.search(rf"\b{key}=(\S+)", self.slurm("scontrol", "show", "job", self.number))
         return match[1] if match else ""
 
-    def status(self) -> Status:
-        return read_status(self.run_dir) if (self.run_dir / "status.json").exists() else Status()
+    def status(self) -> RunStatus:
+        return read_status(self.run_dir) if (self.run_dir / "status.json").exists() else RunStatus()
 
     def wait(self, what: Callable[[], bool], limit_s: float = START_S) -> None:
         deadline = time.monotonic() + limit_s
@@ -94,7 +94,7 @@ class Job:
     def wait_for_the_end(self) -> tuple[str, str]:
         """Returns Slurm's word for it, and the exit code."""
         self.wait(lambda: self.shown("JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
-        assert_nobody_left(self.run_dir)
+        assert_no_process_left(self.run_dir)
         return self.shown("JobState"), self.shown("ExitCode")
 
     def check_books(self, lives: int) -> None:
@@ -132,14 +132,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> RunInputs:
     folder = tmp_path_factory.mktemp("inputs")
     dataset = make_dataset(folder / "train.jsonl", 20)
-    return Inputs(make_model(folder / "model"), dataset, dataset)
+    return RunInputs(make_model(folder / "model"), dataset, dataset)
 
 
 @pytest.fixture
-def job(cluster: dict[str, str], inputs: Inputs, tmp_path: Path) -> Iterator[Callable[..., Job]]:
+def job(cluster: dict[str, str], inputs: RunInputs, tmp_path: Path) -> Iterator[Callable[..., Job]]:
     made = Job(tmp_path, cluster)
 
     def make(steps: int, **sections: dict[str, Any]) -> Job:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import msgspec
 
+from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.algorithm import AlgorithmConfig
+from megatron_async_rl.config.config import Config
 
 _SPECIAL = {
     "advantage": ("advantage", "estimator"),
@@ -44,3 +47,38 @@ def algorithm_tree(**settings: Any) -> dict[str, Any]:
 
 def algorithm_config(**settings: Any) -> AlgorithmConfig:
     return msgspec.convert(algorithm_tree(**settings), AlgorithmConfig, strict=True)
+
+
+MINIMAL_TREE: dict[str, Any] = {
+    "run": {"dir": "runs/a", "steps": 10},
+    "model": {"path": "models/a", "context_tokens": 128},
+    "data": {"train": "train.jsonl"},
+    "rollout": {"max_new_tokens": 64},
+    "algorithm": {"prompts_per_step": 4, "samples_per_prompt": 2},
+}
+
+
+def config_tree(**changes: Any) -> dict[str, Any]:
+    """The smallest configuration with dotted keys set: tree(**{"staleness.max_staleness": 0})."""
+    changed = copy.deepcopy(MINIMAL_TREE)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = changed
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return changed
+
+
+def trainer_config(precision: str = "fp32", steps: int = 10, **megatron: Any) -> Config:
+    return configuration.from_tree(
+        {
+            "run": {"dir": "unused", "steps": steps},
+            "model": {"path": "unused", "context_tokens": 64},
+            "data": {"train": "unused"},
+            "rollout": {"max_new_tokens": 32},
+            "algorithm": {"prompts_per_step": 8, "samples_per_prompt": 2},
+            "trainer": {"precision": precision},
+            "megatron": megatron,
+        }
+    )

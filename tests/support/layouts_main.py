@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 
 from configs import algorithm_tree
 from megatron_async_rl.config import load as configuration
-from megatron_async_rl.errors import StepRefused
+from megatron_async_rl.errors import NonFiniteStep
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.storage import checkpoints
 from megatron_async_rl.trainer import parallel, pipeline, step
@@ -317,7 +317,7 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
     try:
         step.train_step(model, poisoned, VERSION, config)
         refused = ""
-    except StepRefused as e:
+    except NonFiniteStep as e:
         refused = str(e)
     same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     results["refused"] = refused
@@ -429,7 +429,7 @@ def fp16(folder: Path, out: Path, shard: bool) -> dict[str, Any]:
         before = [p.clone() for p in model.parameters()]
         try:
             step.train_step(model, samples, VERSION + 1, config)
-        except StepRefused as e:
+        except NonFiniteStep as e:
             told[what] = str(e)
         told[f"{what}, weights same"] = all(
             torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)

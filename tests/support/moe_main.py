@@ -11,7 +11,7 @@ prepare_megatron()
 
 import numpy as np
 import torch
-from test_weights import make_config
+from model_shapes import weights_config_tree
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.protocol.types import TrainSample
@@ -21,7 +21,7 @@ from megatron_async_rl.trainer.model import build
 
 if __name__ == "__main__":
     folder, out = map(Path, sys.argv[1:])
-    tree = make_config(folder, {}, {})
+    tree = weights_config_tree(folder, {}, {})
     tree["trainer"]["data_parallel_size"] = 1
     tree["megatron"]["lr"] = 0.01
     settings = configuration.from_tree(tree)

@@ -45,8 +45,8 @@ def no_fencing(patch: pytest.MonkeyPatch) -> None:
     """Takes whatever comes for a group that exists."""
 
     def group_of(self: Leases, worker: str, reply: Any) -> Group | None:
-        group = self._state.groups.get(reply.group_id)
-        return group if group is not None and reply.index < len(group.samples) else None
+        group = self._state.groups.get(reply.key.group_id)
+        return group if group is not None and reply.key.index < len(group.samples) else None
 
     patch.setattr(Leases, "group_of", group_of)
 
@@ -248,13 +248,13 @@ def sample_taken_twice(patch: pytest.MonkeyPatch) -> None:
     right = Core.generated
 
     def generated(self: Core, worker: str, reply: Generated, now: float) -> list[Action]:
-        group = self.groups.get(reply.group_id)
+        group = self.groups.get(reply.key.group_id)
         if (
             group is not None
-            and reply.epoch == self.epoch
-            and group.samples[reply.index] is not None
+            and reply.key.epoch == self.epoch
+            and group.samples[reply.key.index] is not None
         ):
-            self.state.record(SampleReturned(group.group_id, reply.index, reply.sample))
+            self.state.record(SampleReturned(group.group_id, reply.key.index, reply.sample))
             return []
         return right(self, worker, reply, now)
 

@@ -35,8 +35,8 @@ from megatron_async_rl.protocol.messages import (
     Generated,
     GenerateFailed,
     PartialSample,
-    Score,
-    Scored,
+    ScoreRequest,
+    ScoreResult,
 )
 from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Prompt, Sample
 
@@ -233,7 +233,7 @@ class World:
                 self.send_batch(action.version, None, batch.group_ids)
             elif isinstance(action, Send) and isinstance(action.message, Generate):
                 self.wire(lambda a=action: self.lease(a.worker, a.message))
-            elif isinstance(action, Send) and isinstance(action.message, Score):
+            elif isinstance(action, Send) and isinstance(action.message, ScoreRequest):
                 self.wire(lambda a=action: self.judge(a.worker, a.message))
 
     def flush(self) -> None:
@@ -379,9 +379,7 @@ class World:
             ) in server.tasks.items():  # interrupted: what there is goes to the controller
                 lease = server.leases[key]
                 if tokens:
-                    partial = PartialSample(
-                        lease.epoch, *self.name_of(lease), key[1], Partial(*arrays(tokens))
-                    )
+                    partial = PartialSample(lease.key(key[1]), Partial(*arrays(tokens)))
                     self.wire(lambda n=name, p=partial: self.act(self.core.interrupted(n, p)))
             if self.unlucky(0.5):
                 self.act(self.core.fenced(name, "digests differ", self.now))
@@ -391,10 +389,6 @@ class World:
             self.act(self.core.serving(name, version, self.now))
 
     # ---- servers and judges
-
-    @staticmethod
-    def name_of(lease: Generate) -> tuple[int, int]:
-        return lease.group_id, lease.attempt
 
     def lease(self, name: str, lease: Generate) -> None:
         server = self.servers[name]
@@ -427,19 +421,21 @@ class World:
                 lambda: self.generate(server, key, lease, life),
             )
             return
-        who = (lease.epoch, lease.group_id, lease.attempt, key[1])
+        sample_key = lease.key(key[1])
         ids, logprobs, versions = arrays(server.tasks.pop(key))
         sample = Sample(ids=ids, logprobs=logprobs, versions=versions, stop="stop", text="")
         if self.unlucky(0.3):
             self.wire(
                 lambda: self.act(
-                    self.core.generate_failed(server.name, GenerateFailed(*who, "x"), self.now)
+                    self.core.generate_failed(
+                        server.name, GenerateFailed(sample_key, "x"), self.now
+                    )
                 )
             )
         else:
             self.wire(
                 lambda: self.act(
-                    self.core.generated(server.name, Generated(*who, sample), self.now)
+                    self.core.generated(server.name, Generated(sample_key, sample), self.now)
                 )
             )
 
@@ -458,9 +454,9 @@ class World:
         server.alive = True
         self.act(self.core.rollout_joined(server.name, 6, self.now))
 
-    def judge(self, name: str, score: Score) -> None:
+    def judge(self, name: str, score: ScoreRequest) -> None:
         reward = None if self.unlucky(0.5) else float(self.random.random() < 0.5)
-        scored = Scored(score.epoch, score.group_id, score.attempt, score.index, reward)
+        scored = ScoreResult(score.key, reward)
         if self.unlucky(0.1):
             self.at(
                 2.0, lambda: self.act(self.core.reward_joined(name, 8, self.now))
@@ -472,5 +468,5 @@ class World:
 
 
 def simulate(seed: int, restore: Callable | None = None) -> Result:
-    """One whole run. Raises Breach or ConservationError when a promise is broken."""
+    """One whole run. Raises Breach or LedgerError when a promise is broken."""
     return World(seed, restore).run()

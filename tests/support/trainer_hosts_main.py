@@ -15,12 +15,12 @@ from pathlib import Path
 import msgspec
 import psutil
 from chaos_parts import world
-from test_join import Host, wait
-from test_loop import Inputs
+from hosts import Host, wait_until
+from runs import RunInputs
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.node.generations import FOLDER, TrainerGeneration
-from megatron_async_rl.observability.run_log import read_status
+from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.storage.checkpoints import manifests
 
 ON_B = ("ip", "netns", "exec", "b")
@@ -29,7 +29,7 @@ ON_B = ("ip", "netns", "exec", "b")
 class Job:
     def __init__(self, model: Path, dataset: Path, folder: Path) -> None:
         self.run_dir = folder / "run"
-        self.path = Inputs(model, dataset, dataset).config(
+        self.path = RunInputs(model, dataset, dataset).config(
             self.run_dir,
             run={"dir": str(self.run_dir), "steps": 5000, "export_every": 0, "host": world.HOST_A},
             data={"eval": None},
@@ -50,12 +50,12 @@ class Job:
 
     def serve(self) -> Host:
         """On host A too, by itself: the engine's gloo does need the interface's name."""
-        wait(lambda: (self.run_dir / "controller.address").exists())
+        wait_until(lambda: (self.run_dir / "controller.address").exists())
         arguments = ("join", str(self.run_dir), "rollout-0")
         return self._add(Host(self.folder / "serve.out", *arguments, GLOO_SOCKET_IFNAME="a0"))
 
     def join(self) -> Host:
-        wait(lambda: (self.run_dir / "controller.address").exists())
+        wait_until(lambda: (self.run_dir / "controller.address").exists())
         return self._add(
             Host(self.folder / "join.out", "join", str(self.run_dir), "trainer-1", prefix=ON_B)
         )
@@ -71,7 +71,7 @@ class Job:
 
     def goes_on(self, steps: int = 2) -> None:
         now = read_status(self.run_dir).version
-        wait(lambda: self.trained(now + steps), 100)
+        wait_until(lambda: self.trained(now + steps), 100)
 
     def lives(self) -> list[TrainerGeneration]:
         files = [self.run_dir / FOLDER / name for name in ("trainer-0", "trainer-1")]
@@ -110,14 +110,14 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         a = job.run()
         c = job.serve()
         b = job.join()
-        wait(lambda: job.trained(2), 150)
+        wait_until(lambda: job.trained(2), 150)
         say("trains")
         first, second = job.lives()
         assert (first.life, first.restarts, second.life, second.restarts) == (1, 0, 1, 0)
         assert first.address == world.HOST_A and first.port > 0
         old = [rank_of(a), rank_of(b)]
         old[1].kill()
-        wait(
+        wait_until(
             lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in old), 20
         )  # both, not one
         job.goes_on()

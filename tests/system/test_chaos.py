@@ -4,40 +4,17 @@ and counts of the journal up to a fact."""
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from journal_builders import journal_events
+from needs import needs_network_namespaces
 from paths import TOOLS
-from test_journal import some_facts
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.controller.core.events import GroupAdmitted, GroupDropped
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal, last_seq
-
-
-def namespaces() -> bool:
-    if not all(shutil.which(name) for name in ("unshare", "ip", "cc")):
-        return False
-    enter = [
-        "unshare",
-        "--net",
-        "--mount",
-        *([] if os.geteuid() == 0 else ["--map-root-user"]),
-        "ip",
-        "link",
-        "set",
-        "lo",
-        "up",
-    ]
-    return subprocess.run(enter, capture_output=True, timeout=30, check=False).returncode == 0
-
-
-in_a_world = pytest.mark.skipif(
-    not namespaces(), reason="needs Linux namespaces, `ip` and a C compiler"
-)
 
 
 def in_world(folder: Path, code: str) -> list[str]:
@@ -95,7 +72,7 @@ host_b.wait()
 """
 
 
-@in_a_world
+@needs_network_namespaces
 def test_a_cut_is_silent_for_both_ends_and_loses_nothing_of_a_connection_once_healed(
     tmp_path: Path,
 ) -> None:
@@ -116,7 +93,7 @@ for process in (jumping, other):
 """
 
 
-@in_a_world
+@needs_network_namespaces
 def test_a_wall_clock_jumps_for_one_process_and_monotonic_time_goes_on(tmp_path: Path) -> None:
     assert in_world(tmp_path, CLOCKS) == ["-60", "0"]
 
@@ -153,7 +130,7 @@ def test_the_flag_makes_one_loss_nan_and_the_next_ones_are_as_ever(tmp_path: Pat
 
 def test_the_audit_of_a_beginning_of_the_journal_balances_at_every_fact(tmp_path: Path) -> None:
     journal = Journal(tmp_path / JOURNAL_FILE)
-    facts = some_facts()
+    facts = journal_events()
     journal.append(facts)
     journal.close()
     assert last_seq(tmp_path / JOURNAL_FILE) == len(facts)

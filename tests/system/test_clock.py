@@ -11,19 +11,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from controller_shell import ask, hello_of, with_controller
+from paths import ROOT
 from simulation import simulate
-from test_controller import answer, hello_of, inputs, with_controller
-from test_imports import PACKAGE, ROOT, relative, sources
+from source_files import PACKAGE, relative_path, source_files
 
 from megatron_async_rl.controller import controller as controller_module
 from megatron_async_rl.controller import handlers as handlers_module
 from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.core.actions import Action
-from megatron_async_rl.observability.run_log import read_status
+from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.protocol.messages import Heartbeat
 from megatron_async_rl.protocol.transport import Link
 
-__all__ = ["inputs"]  # the fixture
 HOUR_S = 3600.0
 CLOCKS = {
     "time",
@@ -81,14 +81,16 @@ def decisions_by_wall_clock(tree: ast.AST) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("path", sources(PACKAGE), ids=relative)
+@pytest.mark.parametrize("path", source_files(PACKAGE), ids=relative_path)
 def test_a_wall_clock_is_read_for_stamps_alone(path: Path) -> None:
     assert decisions_by_wall_clock(ast.parse(path.read_text())) == []
 
 
 def test_the_stamps_are_where_people_look() -> None:
     readers = {
-        relative(path) for path in sources(PACKAGE) if wall_clock_reads(ast.parse(path.read_text()))
+        relative_path(path)
+        for path in source_files(PACKAGE)
+        if wall_clock_reads(ast.parse(path.read_text()))
     }
     assert readers == {f"{PACKAGE}/{name}.py" for name in ("metrics", "board", "display")}
     core = {
@@ -147,10 +149,10 @@ async def beats(link: Link, seconds: float) -> None:
 
 
 def test_the_controller_loses_nobody_while_the_wall_clock_jumps(
-    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_and_dataset: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(controller: Controller, link: Link) -> None:
-        await answer(link, hello_of(inputs, "rollout", "rollout-0", serving=0))
+        await ask(link, hello_of(model_and_dataset, "rollout", "rollout-0", serving=0))
         await beats(link, 3.5)  # three ticks
         assert list(controller.core.fleet.rollout) == ["rollout-0"]
         status = read_status(tmp_path)
@@ -163,18 +165,18 @@ def test_the_controller_loses_nobody_while_the_wall_clock_jumps(
         return jumping()
 
     monkeypatch.setattr(time, "time", wall)
-    with_controller(inputs, tmp_path, test)
+    with_controller(model_and_dataset, tmp_path, test)
     assert next(reads) > 3  # it was asked, for stamps
 
 
 def test_a_controller_that_went_by_the_wall_clock_would_lose_them(
-    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_and_dataset: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the test before: the same world, with the wall clock where the monotonic one belongs."""
     losses = []
 
     async def test(controller: Controller, link: Link) -> None:
-        await answer(link, hello_of(inputs, "rollout", "rollout-0", serving=0))
+        await ask(link, hello_of(model_and_dataset, "rollout", "rollout-0", serving=0))
         lose = controller.core.worker_lost
 
         def worker_lost(name: str, now: float) -> list[Action]:
@@ -190,5 +192,5 @@ def test_a_controller_that_went_by_the_wall_clock_would_lose_them(
     )
     monkeypatch.setattr(controller_module, "time", wrong)
     monkeypatch.setattr(handlers_module, "time", wrong)
-    with_controller(inputs, tmp_path, test)
+    with_controller(model_and_dataset, tmp_path, test)
     assert "rollout-0" in losses

@@ -18,10 +18,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import test_weights
 import torch
-from test_weights import Control, drive
 from tiny import CPU_ENGINE, make_model
+from weight_ranks import WeightController, drive_updates, weight_processes
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
@@ -67,12 +66,12 @@ def settings(run_dir: Path, model: Path, tp: int, transport: str) -> dict[str, A
     }
 
 
-def publish_by(control: Control, config: Config) -> None:
+def publish_by(control: WeightController, config: Config) -> None:
     exchange = UpdateSession(control.send, config.weights.update_timeout_s)
     control.publisher = TrainerPublisher(exchange, config, SnapshotStore(config))
 
 
-async def load(control: Control, folder: Path, version: int) -> Updated:
+async def load(control: WeightController, folder: Path, version: int) -> Updated:
     await control.send(NAME, LoadSnapshot(version, str(folder)))
     while True:
         _, message = await asyncio.wait_for(control.publisher.exchange.inbox.get(), 100)
@@ -136,7 +135,7 @@ def test_after_an_update_the_engine_computes_what_transformers_does(
     ]
     tensor = f"{tp - 1}:model.layers.1.self_attn.qkv_proj.weight"
 
-    async def body(control: Control) -> None:
+    async def body(control: WeightController) -> None:
         publish_by(control, over_network)
         server = Server(config, run_dir, NAME)
         await server.start()
@@ -213,5 +212,5 @@ def test_after_an_update_the_engine_computes_what_transformers_does(
             link.close()
             await server.stop()
 
-    with test_weights.processes(tmp_path / "run", work, {}):
-        asyncio.run(drive(run_dir, body))
+    with weight_processes(tmp_path / "run", work, {}):
+        asyncio.run(drive_updates(run_dir, body))

@@ -10,11 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 from descendants import Descendants
-from test_loop import make_inputs, start
-from test_resume import START_S, wait_for_version
+from runs import START_TIMEOUT_S, make_run_inputs, start_run, wait_for_version
 
 from megatron_async_rl.engine_env import engine_python
-from megatron_async_rl.observability.run_log import read_status
+from megatron_async_rl.observability.status import read_status
 
 
 @pytest.mark.skipif(
@@ -22,7 +21,7 @@ from megatron_async_rl.observability.run_log import read_status
 )
 def test_a_server_that_generates_nothing_any_more_is_replaced(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    path = make_inputs(tmp_path).config(
+    path = make_run_inputs(tmp_path).config(
         run_dir,
         run={"steps": 5000, "export_every": 0},
         data={"eval": None},
@@ -31,12 +30,12 @@ def test_a_server_that_generates_nothing_any_more_is_replaced(tmp_path: Path) ->
         faults={"restart_backoff_s": 0.1},
         megatron={"tensor_model_parallel_size": 1},
     )
-    child = start(path)
+    child = start_run(path)
     watch = Descendants(child.pid)
     log = run_dir / "logs" / "controller.log"
     try:
         wait_for_version(run_dir, 1)
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         ours = {p.pid for p in watch.look()}
         named = psutil.process_iter(["cmdline"])
         schedulers = [

@@ -5,22 +5,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
-import psutil
 import pytest
-from descendants import Descendants
-from paths import ROOT, SUPPORT
-from test_controller import answer, hello_of, with_controller
-from test_loop import Inputs
-from tiny import make_dataset, make_model
+from controller_shell import ask, hello_of, with_controller
+from hosts import Host, wait_until
+from runs import RunInputs
 
-from megatron_async_rl import processes
 from megatron_async_rl.cli import audit
 from megatron_async_rl.config import load
 from megatron_async_rl.controller.controller import Controller
@@ -28,17 +20,9 @@ from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.errors import ConfigError, Error, ProtocolError
 from megatron_async_rl.launcher import join
 from megatron_async_rl.launcher.claims import Claims
-from megatron_async_rl.observability.run_log import read_status
+from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.protocol.messages import Heartbeat, Refused, Welcome
 from megatron_async_rl.protocol.transport import Link
-
-START_S = 240.0
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return make_model(folder / "model"), make_dataset(folder / "train.jsonl", 20)
 
 
 def test_a_name_has_one_owner_the_one_that_took_it_last(tmp_path: Path) -> None:
@@ -57,17 +41,19 @@ def test_a_name_has_one_owner_the_one_that_took_it_last(tmp_path: Path) -> None:
 
 
 def test_the_process_that_lost_its_name_is_refused_and_the_new_one_keeps_it(
-    inputs: tuple[Path, Path], tmp_path: Path
+    model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     async def test(controller: Controller, old: Link) -> None:
-        first = hello_of(inputs, "rollout", "rollout-0", serving=0)
-        assert isinstance(await answer(old, first), Welcome)
+        first = hello_of(model_and_dataset, "rollout", "rollout-0", serving=0)
+        assert isinstance(await ask(old, first), Welcome)
         new = Link(tmp_path)
         try:
-            second = msgspec.structs.replace(hello_of(inputs, "rollout", "rollout-0"), pid=2)
-            assert isinstance(await answer(new, second), Welcome)
+            second = msgspec.structs.replace(
+                hello_of(model_and_dataset, "rollout", "rollout-0"), pid=2
+            )
+            assert isinstance(await ask(new, second), Welcome)
             for message in (Heartbeat(), first):
-                refused = await answer(old, message)
+                refused = await ask(old, message)
                 assert (
                     isinstance(refused, Refused) and "rollout-0 is process 2 now" in refused.reason
                 )
@@ -81,19 +67,27 @@ def test_the_process_that_lost_its_name_is_refused_and_the_new_one_keeps_it(
         finally:
             new.close()
 
-    with_controller(inputs, tmp_path, test)
+    with_controller(model_and_dataset, tmp_path, test)
 
 
-def test_joining_nothing_is_one_clear_message(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_joining_nothing_is_one_clear_message(
+    model_and_dataset: tuple[Path, Path], tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"has no config\.yaml"):
         join(tmp_path, ["rollout-0"])
-    Inputs(*inputs, inputs[1]).config(tmp_path / "run").rename(tmp_path / "config.yaml")
+    RunInputs(*model_and_dataset, model_and_dataset[1]).config(tmp_path / "run").rename(
+        tmp_path / "config.yaml"
+    )
     with pytest.raises(ConfigError, match=r"'controller' cannot be started apart"):
         join(tmp_path, ["controller"])
 
 
-def test_joining_a_run_that_is_not_on_says_so(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    path = Inputs(*inputs, inputs[1]).config(tmp_path / "run", trainer={"start_timeout_s": 0.5})
+def test_joining_a_run_that_is_not_on_says_so(
+    model_and_dataset: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path = RunInputs(*model_and_dataset, model_and_dataset[1]).config(
+        tmp_path / "run", trainer={"start_timeout_s": 0.5}
+    )
     (tmp_path / "run").mkdir()
     path.rename(tmp_path / "run" / "config.yaml")
     with pytest.raises(
@@ -102,64 +96,14 @@ def test_joining_a_run_that_is_not_on_says_so(inputs: tuple[Path, Path], tmp_pat
         join(tmp_path / "run", ["rollout-0"])
 
 
-class Host:
-    """One launcher, in a session of its own as on a host of its own."""
-
-    def __init__(self, log: Path, *arguments: str, prefix: Sequence[str] = (), **env: str) -> None:
-        self.log = log
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "megatron_async_rl", *arguments],
-                env={
-                    **os.environ,
-                    **env,
-                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)]),
-                },
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=processes.die_with_parent,
-            )
-        self.watch = Descendants(self.process.pid)
-
-    def everyone(self) -> list[psutil.Process]:
-        root = psutil.Process(self.process.pid)
-        return [root, *root.children(recursive=True)]
-
-    def freeze(self) -> None:
-        for process in self.everyone():
-            process.suspend()
-
-    def thaw(self) -> None:
-        for process in self.everyone():
-            process.resume()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def says(self, text: str) -> bool:
-        assert self.process.poll() is None or text in self.log.read_text(), self.log.read_text()[
-            -3000:
-        ]
-        return text in self.log.read_text()
-
-
-def wait(what: Callable[[], bool], limit_s: float = START_S) -> None:
-    deadline = time.monotonic() + limit_s
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.mark.skipif(
     engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
 )
 def test_a_lost_host_is_replaced_under_its_name_and_refused_when_it_comes_back(
-    inputs: tuple[Path, Path], tmp_path: Path
+    model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    path = Inputs(*inputs, inputs[1]).config(
+    path = RunInputs(*model_and_dataset, model_and_dataset[1]).config(
         run_dir,
         run={"steps": 5000, "export_every": 0},
         data={"eval": None},
@@ -182,15 +126,17 @@ def test_a_lost_host_is_replaced_under_its_name_and_refused_when_it_comes_back(
         return hosts[-1]
 
     try:
-        wait(lambda: (run_dir / "controller.address").exists())
+        wait_until(lambda: (run_dir / "controller.address").exists())
         first = joined("first")
-        wait(lambda: trained(2))
+        wait_until(lambda: trained(2))
         first.freeze()  # the host cannot be reached
         frozen_at = read_status(run_dir).version
         second = joined("second")
-        wait(lambda: trained(frozen_at + 8))  # more than the buffer held: the second's samples
+        wait_until(
+            lambda: trained(frozen_at + 8)
+        )  # more than the buffer held: the second's samples
         first.thaw()  # and is back
-        wait(lambda: first.process.poll() is not None, 60)
+        wait_until(lambda: first.process.poll() is not None, 60)
         assert first.process.returncode == 0 and first.says("nothing more to do here")
         assert "is not started again here" in first.log.read_text()
         assert (
@@ -199,18 +145,18 @@ def test_a_lost_host_is_replaced_under_its_name_and_refused_when_it_comes_back(
         )
         assert first.watch.left() == []
         back_at = read_status(run_dir).version
-        wait(lambda: trained(back_at + 2))
+        wait_until(lambda: trained(back_at + 2))
 
         second.kill()  # this one is lost for good, with all it had
         assert second.watch.left() == []
         killed_at = read_status(run_dir).version
         third = joined("third")
-        wait(lambda: trained(killed_at + 8))
+        wait_until(lambda: trained(killed_at + 8))
 
         third.process.send_signal(signal.SIGTERM)  # and this one is taken away in order
         assert third.process.wait(60) == 75
         log = run_dir / "logs" / "controller.log"
-        wait(
+        wait_until(
             lambda: "rollout-0: told to end (SIGTERM)" in log.read_text(), 10
         )  # not by its silence
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
-
-import numpy as np
+from core_builders import (
+    finish_lease,
+    generated,
+    join_workers,
+    make_core,
+    make_partial,
+    messages_of,
+    restart_core,
+)
+from core_machine import CoreMachine
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
-from test_core import World, finish, generated, make_core, messages, sample, serve
 
 from megatron_async_rl.controller.core.actions import Action, ResendBatch, SendBatch
-from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.core.events import (
     BatchSelected,
     BatchTrained,
@@ -21,36 +26,19 @@ from megatron_async_rl.controller.core.events import (
 )
 from megatron_async_rl.controller.core.groups import GroupState
 from megatron_async_rl.protocol.messages import Generate, GenerateFailed, PartialSample
-from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Prompt
-
-
-def reborn(core: Core, facts: list[JournalEvent]) -> Core:
-    """The next life of the controller, from the same dataset and the facts that reached the disk."""
-    numbers = itertools.count()
-    again = Core(
-        core.rules,
-        lambda: Prompt(str(next(numbers)), np.arange(3, dtype=np.int32), {"answer": "1"}),
-    )
-    again.restore(facts)
-    again.admitting = True
-    return again
-
-
-def partial(*versions: int) -> Partial:
-    whole = sample(*versions)
-    return Partial(whole.ids, whole.logprobs, whole.versions)
+from megatron_async_rl.protocol.types import NOT_GENERATED
 
 
 def test_a_finished_group_and_a_half_finished_one_survive_and_the_prompts_go_on() -> None:
     core = make_core(max_staleness=1)
-    first, second, *_ = serve(core)
-    finish(core, first, 0)
+    first, second, *_ = join_workers(core)
+    finish_lease(core, first, 0)
     core.generated("rollout-0", generated(second, 0, 0), 0)
-    again = reborn(core, core.take_events())
+    again = restart_core(core, core.take_events())
     assert again.epoch == core.epoch + 1
     assert again.groups[first.group_id].state is GroupState.READY
     assert again.groups[second.group_id].missing == [1]
-    leases = serve(again)
+    leases = join_workers(again)
     assert [lease.group_id for lease in leases] == [
         second.group_id,
         2,
@@ -62,19 +50,19 @@ def test_a_finished_group_and_a_half_finished_one_survive_and_the_prompts_go_on(
 
 def test_what_the_old_life_gave_out_is_fenced() -> None:
     core = make_core()
-    lease, *_ = serve(core)
-    again = reborn(core, core.take_events())
-    serve(again)
+    lease, *_ = join_workers(core)
+    again = restart_core(core, core.take_events())
+    join_workers(again)
     assert again.generated("rollout-0", generated(lease, 0, 0), 0) == []
     assert again.num_fenced_messages == 1
 
 
 def test_the_same_batch_is_sent_to_a_trainer_that_had_it_when_the_controller_died() -> None:
     core = make_core(max_staleness=0)
-    for lease in serve(core):
-        finish(core, lease, 0)
+    for lease in join_workers(core):
+        finish_lease(core, lease, 0)
     [cut] = core.batch_wanted(0, 0, 0)
-    again = reborn(core, core.take_events())
+    again = restart_core(core, core.take_events())
     [same] = again.batch_wanted(0, 0, 0)
     assert isinstance(cut, SendBatch) and isinstance(same, SendBatch)
     assert [g.group_id for g in same.groups] == [g.group_id for g in cut.groups]
@@ -83,8 +71,8 @@ def test_the_same_batch_is_sent_to_a_trainer_that_had_it_when_the_controller_die
 
 def test_a_trainer_from_a_checkpoint_gets_recorded_batches_and_the_books_do_not_change() -> None:
     core = make_core(max_staleness=0)
-    for lease in serve(core):
-        finish(core, lease, 0)
+    for lease in join_workers(core):
+        finish_lease(core, lease, 0)
     core.batch_wanted(0, 0, 0)
     core.step_done(1, 0)
     core.trainer_joined(0)
@@ -95,14 +83,14 @@ def test_a_trainer_from_a_checkpoint_gets_recorded_batches_and_the_books_do_not_
 
 def test_partial_tokens_go_to_the_next_lease_with_their_versions_unless_too_old() -> None:
     core = make_core(prompts_per_step=1, max_staleness=1)
-    lease, other = serve(core)
+    lease, other = join_workers(core)
     for index in (0, 1):
         core.interrupted(
             "rollout-0",
-            PartialSample(lease.epoch, lease.group_id, lease.attempt, index, partial(0, 0)),
+            PartialSample(lease.key(index), make_partial(0, 0)),
         )
-    again = reborn(core, core.take_events())
-    renewed, _ = serve(again)
+    again = restart_core(core, core.take_events())
+    renewed, _ = join_workers(again)
     assert [p.versions.tolist() for p in renewed.partials] == [[NOT_GENERATED] * 3 + [0, 0]] * 2
     assert again.groups[lease.group_id].floor_version == 0
     assert other.partials == []
@@ -110,24 +98,24 @@ def test_partial_tokens_go_to_the_next_lease_with_their_versions_unless_too_old(
 
 def test_a_sample_with_versions_that_cannot_be_is_refused() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
-    [lease] = serve(core)
-    [again] = messages(core.generated("rollout-0", generated(lease, 0, 7), 0), Generate)
+    [lease] = join_workers(core)
+    [again] = messages_of(core.generated("rollout-0", generated(lease, 0, 7), 0), Generate)
     assert again.attempt == lease.attempt + 1 and core.num_fenced_messages == 1
 
 
 def test_a_prompt_that_fails_on_several_servers_is_kept_out_as_poison() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0, max_attempts=2)
-    [_] = serve(core)
+    [_] = join_workers(core)
     core.rollout_joined("rollout-1", 100, 0)
     core.serving("rollout-1", 0, 0)
-    [again] = messages(core.worker_lost("rollout-0", 0), Generate)
+    [again] = messages_of(core.worker_lost("rollout-0", 0), Generate)
     core.generate_failed(
-        "rollout-1", GenerateFailed(again.epoch, again.group_id, again.attempt, 0, "x"), 0
+        "rollout-1", GenerateFailed(again.key(0), "x"), 0
     )
     assert core.ledger.table(0)["dropped.poison"] == 1
 
 
-class RecoveringWorld(World):
+class RecoveringWorld(CoreMachine):
     """The world of test_core with a journal, of which a crash leaves what had reached the disk; and a trainer that
     dies too. A batch leaves only when its facts are on disk."""
 
@@ -167,7 +155,7 @@ class RecoveringWorld(World):
         before = self.core
         self.disk += self.on_the_way[: round(arrived * len(self.on_the_way))]
         self.on_the_way = []
-        self.core = reborn(before, self.disk)
+        self.core = restart_core(before, self.disk)
         self.take(self.core.reward_joined("reward-0", 8, self.now))
         self.join_rollout()
         self.take(
@@ -202,7 +190,7 @@ class RecoveringWorld(World):
         worker, lease = self.random.choice(self.leases)
         index, first = self.random.choice(lease.indices), max(0, self.core.version - 1)
         message = PartialSample(
-            lease.epoch, lease.group_id, lease.attempt, index, partial(first, self.core.version)
+            lease.key(index),             make_partial(first, self.core.version),
         )
         self.take(self.core.interrupted(worker, message))
 

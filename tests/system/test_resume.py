@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_loop import Inputs, assert_nobody_left, start
+from runs import RunInputs, assert_no_process_left, start_run, wait_for_version
 from tiny import make_dataset, make_model
 
 from megatron_async_rl.cli import audit
@@ -21,14 +20,13 @@ from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_even
 from megatron_async_rl.data.dataset import PromptStream, read_prompts
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.engine_env import engine_python
-from megatron_async_rl.observability.run_log import read_status
+from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.storage import checkpoints
 
 pytestmark = pytest.mark.skipif(
     engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
 )
 STEPS, EVERY = 14, 4
-START_S = 240
 
 
 def digests(run_dir: Path) -> dict[int, str]:
@@ -43,21 +41,8 @@ def digests(run_dir: Path) -> dict[int, str]:
     return found
 
 
-def wait_for_version(
-    run_dir: Path, version: int, states: tuple[str, ...] = ("training", "finished")
-) -> None:
-    deadline = time.monotonic() + START_S
-    path = run_dir / "status.json"
-    while True:
-        status = json.loads(path.read_text()) if path.exists() else {"version": -1, "state": ""}
-        if status["version"] >= version and status["state"] in states:
-            return
-        assert time.monotonic() < deadline, status
-        time.sleep(0.05)
-
-
 def test_killed_twice_it_ends_where_it_would_have(tmp_path: Path) -> None:
-    inputs = Inputs(
+    inputs = RunInputs(
         make_model(tmp_path / "model"),
         make_dataset(tmp_path / "train.jsonl", 60),
         make_dataset(tmp_path / "eval.jsonl", 4, 100),
@@ -70,7 +55,7 @@ def test_killed_twice_it_ends_where_it_would_have(tmp_path: Path) -> None:
         faults={"restart_backoff_s": 0.1},
         data={"eval": None},
     )
-    child = start(path)
+    child = start_run(path)
     wait_for_version(run_dir, EVERY + 1)
     while not checkpoints.manifests(run_dir):  # it is written while training goes on
         assert child.poll() is None
@@ -88,7 +73,7 @@ def test_killed_twice_it_ends_where_it_would_have(tmp_path: Path) -> None:
 
     os.kill(child.pid, signal.SIGKILL)  # and with it, by the kernel, every process of the run
     child.communicate()
-    assert_nobody_left(run_dir)
+    assert_no_process_left(run_dir)
     between = digests(run_dir)
     log = (run_dir / "logs" / "controller.log").read_text()
     assert "the trainer is back at version" in log  # some of them were made a second time
@@ -96,7 +81,7 @@ def test_killed_twice_it_ends_where_it_would_have(tmp_path: Path) -> None:
         between[version] == digest for version, digest in before.items()
     )  # replayed to the bit
 
-    child = start(path)
+    child = start_run(path)
     output, errors = child.communicate(timeout=300)
     assert child.returncode == 0, output[-2000:] + errors[-2000:]
     assert "going on with the run" in output
@@ -123,6 +108,6 @@ def test_killed_twice_it_ends_where_it_would_have(tmp_path: Path) -> None:
         stream.next().prompt_id for _ in admitted
     ]  # the order of an undisturbed run
 
-    again = start(path)
+    again = start_run(path)
     output, _ = again.communicate(timeout=60)
     assert again.returncode == 0 and "is complete" in output

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
-from test_loop import ETA, Inputs, assert_nobody_left, start
+from runs import RUN_MAX_STALENESS, RunInputs, assert_no_process_left, start_run
 from tiny import make_dataset, make_model
 
 from megatron_async_rl.config.load import load
 from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.errors import ConfigError
-from megatron_async_rl.observability.run_log import read_status
+from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.protocol.types import NOT_GENERATED
 from megatron_async_rl.storage import batches
 
@@ -26,14 +26,14 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> RunInputs:
     folder = tmp_path_factory.mktemp("inputs")
-    return Inputs(
+    return RunInputs(
         make_model(folder / "model"), make_dataset(folder / "train.jsonl", 60), folder / "none"
     )
 
 
-def config_of(inputs: Inputs, run_dir: Path, steps: int) -> Path:
+def config_of(inputs: RunInputs, run_dir: Path, steps: int) -> Path:
     return inputs.config(
         run_dir,
         run={"steps": steps, "mode": "rollout_only", "export_every": 0},
@@ -44,17 +44,17 @@ def config_of(inputs: Inputs, run_dir: Path, steps: int) -> Path:
 
 
 def finish(config: Path) -> str:
-    child = start(config)
+    child = start_run(config)
     output, errors = child.communicate(timeout=300)
     assert child.returncode == 0, output[-3000:] + errors[-3000:]
     return output
 
 
 @pytest.fixture(scope="module")
-def recorded(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def recorded(inputs: RunInputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run_dir = tmp_path_factory.mktemp("rollout_only") / "run"
     output = finish(config_of(inputs, run_dir, STEPS))
-    assert_nobody_left(run_dir)
+    assert_no_process_left(run_dir)
     return run_dir, output
 
 
@@ -80,7 +80,10 @@ def test_every_step_is_a_file_of_fresh_samples(recorded: tuple[Path, str]) -> No
         assert version == number and len(samples) == 16
         for sample in samples:
             generated = sample.versions[sample.versions != NOT_GENERATED]
-            assert len(generated) and version - ETA <= generated.min() <= generated.max() <= version
+            assert (
+                len(generated)
+                and version - RUN_MAX_STALENESS <= generated.min() <= generated.max() <= version
+            )
             labels |= set(generated.tolist())
     assert max(labels) > 0  # the servers were told
 
@@ -91,7 +94,10 @@ def test_books_and_staleness_are_those_of_training(recorded: tuple[Path, str]) -
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"trained={STEPS * 4}" in done.stdout and "lost=0 duplicated=0" in done.stdout
     status = read_status(run_dir)
-    assert (status.state, status.version) == ("finished", STEPS) and status.staleness_max <= ETA
+    assert (status.state, status.version) == (
+        "finished",
+        STEPS,
+    ) and status.staleness_max <= RUN_MAX_STALENESS
 
 
 def test_a_written_batch_is_trained_on(recorded: tuple[Path, str]) -> None:
@@ -107,7 +113,7 @@ def test_a_written_batch_is_trained_on(recorded: tuple[Path, str]) -> None:
 
 
 def test_a_run_with_more_steps_goes_on_where_it_was(
-    recorded: tuple[Path, str], inputs: Inputs
+    recorded: tuple[Path, str], inputs: RunInputs
 ) -> None:
     run_dir, _ = recorded
     before = {file.name: file.read_bytes() for file in (run_dir / "batches").iterdir()}
@@ -137,7 +143,7 @@ def batches_equal(path: Path, earlier: bytes) -> bool:
     "change", [{"model": {"random_init": True}}, {"sglang": {"load_format": "dummy"}}]
 )
 def test_weights_that_no_server_reads_are_refused(
-    inputs: Inputs, tmp_path: Path, change: dict[str, dict[str, object]]
+    inputs: RunInputs, tmp_path: Path, change: dict[str, dict[str, object]]
 ) -> None:
     path = inputs.config(tmp_path / "run", **({"run": {"mode": "rollout_only"}} | change))
     with pytest.raises(

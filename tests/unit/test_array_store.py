@@ -12,29 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from journal_builders import NUM_TOKENS, sample_returned
 
 from megatron_async_rl.controller.core.events import AnyEvent, SampleReturned
 from megatron_async_rl.controller.journal import array_store
 from megatron_async_rl.controller.journal import journal as journal_module
 from megatron_async_rl.controller.journal.journal import ARRAYS_FOLDER, Journal, read_events
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.protocol.types import Sample
-
-NUM_TOKENS = 1000
-
-
-def returned(group_id: int) -> SampleReturned:
-    """A sample whose every token says which group it is of. Its versions are one run: 8 bytes a token in all."""
-    ids = np.arange(NUM_TOKENS, dtype=np.int32) + group_id * NUM_TOKENS
-    versions = np.full(NUM_TOKENS, group_id, np.int32)
-    return SampleReturned(
-        group_id, 0, Sample(ids, -ids.astype(np.float32), versions, "stop", f"text {group_id}")
-    )
 
 
 def written(tmp_path: Path, *group_ids: int) -> Path:
     journal = Journal(tmp_path / "journal.sqlite")
-    journal.append(returned(group_id) for group_id in group_ids)
+    journal.append(sample_returned(group_id) for group_id in group_ids)
     journal.close()
     return tmp_path / "journal.sqlite"
 
@@ -43,7 +32,7 @@ def check(facts: list[AnyEvent], group_ids: list[int]) -> None:
     assert [fact.group_id for fact in facts] == group_ids
     for fact in facts:
         assert isinstance(fact, SampleReturned) and fact.sample.text == f"text {fact.group_id}"
-        expected = returned(fact.group_id).sample
+        expected = sample_returned(fact.group_id).sample
         assert np.array_equal(fact.sample.ids, expected.ids) and np.array_equal(
             fact.sample.versions, expected.versions
         )
@@ -73,7 +62,7 @@ def test_a_file_goes_with_its_last_group_and_not_before(
     )  # two groups a file
     path = tmp_path / "journal.sqlite"
     journal = Journal(path)
-    journal.append(returned(group_id) for group_id in range(5))
+    journal.append(sample_returned(group_id) for group_id in range(5))
     journal.flush().result(10)
     assert files(path) == ["000001.bin", "000002.bin", "000003.bin"]
     journal.prune([0, 2])
@@ -87,7 +76,7 @@ def test_a_file_goes_with_its_last_group_and_not_before(
     check(list(reading), [3, 4])  # who had begun to read reads to the end
     journal.close()
     journal = Journal(path)  # knows from its rows which files are needed
-    journal.append([returned(9)])
+    journal.append([sample_returned(9)])
     journal.prune([4])
     journal.close()
     assert files(path) == ["000004.bin"]
@@ -129,7 +118,7 @@ def test_a_disk_that_refuses_arrays_delays_and_loses_nothing(
     journal = Journal(path)
     with monkeypatch.context() as full:
         full.setattr(array_store.os, refused, refuse)
-        journal.append(returned(group_id) for group_id in range(5))
+        journal.append(sample_returned(group_id) for group_id in range(5))
         waiter = journal.flush()
         with pytest.raises(TimeoutError):
             waiter.result(0.5)
@@ -146,10 +135,10 @@ def test_what_was_said_to_be_on_disk_is_there_after_a_kill(tmp_path: Path) -> No
         import sys
         from pathlib import Path
         from megatron_async_rl.controller.journal.journal import Journal
-        from test_array_store import returned
+        from journal_builders import sample_returned
         journal = Journal(Path(sys.argv[1]))
         for number in range(10**9):
-            journal.append([returned(number)])
+            journal.append([sample_returned(number)])
             if number % 20 == 19:
                 journal.flush().result(30)
                 print(number, flush=True)

@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from test_loop import (
+from runs import (
     FinishedRun,
-    Inputs,
-    assert_nobody_left,
+    RunInputs,
+    assert_no_process_left,
     fresh_logprobs,
-    make_inputs,
-    processes_of,
-    start,
+    processes_of_run,
+    start_run,
 )
 
 from megatron_async_rl.engine_env import engine_python
@@ -32,21 +31,16 @@ pytestmark = pytest.mark.skipif(
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def test_a_run_whose_weights_go_by_way_of_the_disk(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_run_whose_weights_go_by_way_of_the_disk(run_inputs: RunInputs, tmp_path: Path) -> None:
     """Two pipeline stages: each writes its own files."""
     run_dir = tmp_path / "run"
-    path = inputs.config(
+    path = run_inputs.config(
         run_dir,
         run={"steps": STEPS},
         weights={"bucket_bytes": 65536, "transport": "disk"},
         megatron={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2, "lr": 0.01},
     )
-    child = start(path)
+    child = start_run(path)
     output, errors = child.communicate(timeout=400)
     assert child.returncode == 0, output[-3000:] + errors[-3000:]
     run = FinishedRun(run_dir, output)
@@ -74,7 +68,7 @@ def test_a_run_whose_weights_go_by_way_of_the_disk(inputs: Inputs, tmp_path: Pat
                 said, fresh_logprobs(run_dir, version, line)[these], atol=1e-3
             )
             done += count
-    assert_nobody_left(run_dir)
+    assert_no_process_left(run_dir)
 
 
 def wait_for(what: Callable[[], object], limit_s: float, why: Callable[[], str]) -> None:
@@ -88,17 +82,17 @@ def engine_of(run_dir: Path, name: str) -> list[psutil.Process]:
     """The server of a rollout worker, with its scheduler and whatever else it has."""
     workers = [
         p
-        for p in processes_of(run_dir)
+        for p in processes_of_run(run_dir)
         if p.cmdline()[-1] == name and "megatron_async_rl.rollout" in p.cmdline()
     ]
     return [child for worker in workers for child in worker.children(recursive=True)]
 
 
 def test_a_server_that_hangs_is_fenced_and_comes_back_from_the_disk_while_the_other_goes_on(
-    inputs: Inputs, tmp_path: Path
+    run_inputs: RunInputs, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    path = inputs.config(
+    path = run_inputs.config(
         run_dir,
         run={"steps": 500, "export_every": 0},
         rollout={"servers": 2, "max_new_tokens": 64, "max_concurrent_samples": 8},
@@ -106,7 +100,7 @@ def test_a_server_that_hangs_is_fenced_and_comes_back_from_the_disk_while_the_ot
         faults={"restart_backoff_s": 0.1},
         megatron={"tensor_model_parallel_size": 1, "lr": 0.01},
     )
-    child = start(path)
+    child = start_run(path)
     log_file = run_dir / "logs" / "controller.log"
 
     def log() -> str:
@@ -142,4 +136,4 @@ def test_a_server_that_hangs_is_fenced_and_comes_back_from_the_disk_while_the_ot
     assert caught and Path(caught[2]).name == f"v{int(caught[1]):06d}.0"
     first, *_, last = map(int, re.findall(alone, log()[fenced:back]))
     assert first <= int(caught[1]) <= last
-    assert_nobody_left(run_dir)
+    assert_no_process_left(run_dir)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,36 +10,18 @@ import msgspec
 import pytest
 from paths import ROOT
 
+from configs import config_tree
 from megatron_async_rl.config import documentation, load
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.sections import Section
 from megatron_async_rl.errors import ConfigError
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-MINIMAL: dict[str, Any] = {
-    "run": {"dir": "runs/a", "steps": 10},
-    "model": {"path": "models/a", "context_tokens": 128},
-    "data": {"train": "train.jsonl"},
-    "rollout": {"max_new_tokens": 64},
-    "algorithm": {"prompts_per_step": 4, "samples_per_prompt": 2},
-}
-
-
-def tree(**changes: Any) -> dict[str, Any]:
-    """The smallest configuration with dotted keys set: tree(**{"staleness.max_staleness": 0})."""
-    changed = copy.deepcopy(MINIMAL)
-    for key, value in changes.items():
-        *parents, last = key.split(".")
-        node = changed
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return changed
 
 
 def refusal(**changes: Any) -> str:
     with pytest.raises(ConfigError) as refused:
-        load.from_tree(tree(**changes))
+        load.from_tree(config_tree(**changes))
     return str(refused.value)
 
 
@@ -81,7 +62,7 @@ def load_text(path: Path, text: str, *overrides: str) -> Config:
 
 
 def test_the_smallest_configuration_is_enough() -> None:
-    settings = load.from_tree(tree())
+    settings = load.from_tree(config_tree())
     assert settings.staleness.max_staleness == 4
     assert settings.reward.function == "math"
     assert settings.trainer_ranks == 1
@@ -136,7 +117,7 @@ def test_an_unknown_key_like_no_other_is_refused_with_all_that_are_known() -> No
 )
 def test_a_setting_without_default_is_asked_for_with_its_meaning(key: str) -> None:
     section, name = key.split(".")
-    incomplete = tree()
+    incomplete = config_tree()
     del incomplete[section][name]
     with pytest.raises(
         ConfigError,
@@ -146,7 +127,7 @@ def test_a_setting_without_default_is_asked_for_with_its_meaning(key: str) -> No
 
 
 def test_a_missing_section_is_asked_for() -> None:
-    incomplete = tree()
+    incomplete = config_tree()
     del incomplete["model"]
     with pytest.raises(ConfigError, match="model is not set"):
         load.from_tree(incomplete)
@@ -231,19 +212,26 @@ def test_settings_that_contradict_each_other_are_refused_by_both_names(
 
 
 def test_settings_on_the_edge_of_a_contradiction_are_allowed() -> None:
-    load.from_tree(tree(**{"rollout.max_new_tokens": 127}))
-    load.from_tree(tree(**{"algorithm.samples_per_prompt": 256}))
-    load.from_tree(tree(**{"weights.kv_cache": "keep", "sglang.disable_overlap_schedule": True}))
-    load.from_tree(tree(**{"algorithm.minibatches": 4, "trainer.data_parallel_size": 2}))
+    load.from_tree(config_tree(**{"rollout.max_new_tokens": 127}))
+    load.from_tree(config_tree(**{"algorithm.samples_per_prompt": 256}))
     load.from_tree(
-        tree(**{"algorithm.samples_per_prompt": 1, "algorithm.advantage.group_normalize": False})
+        config_tree(**{"weights.kv_cache": "keep", "sglang.disable_overlap_schedule": True})
+    )
+    load.from_tree(config_tree(**{"algorithm.minibatches": 4, "trainer.data_parallel_size": 2}))
+    load.from_tree(
+        config_tree(
+            **{"algorithm.samples_per_prompt": 1, "algorithm.advantage.group_normalize": False}
+        )
     )
 
 
 def test_trainer_ranks_are_the_product_of_the_parallel_sizes() -> None:
     sizes = {"tensor_model": 2, "pipeline_model": 2, "context": 2}
     changes = {f"megatron.{name}_parallel_size": size for name, size in sizes.items()}
-    assert load.from_tree(tree(**changes, **{"trainer.data_parallel_size": 2})).trainer_ranks == 16
+    assert (
+        load.from_tree(config_tree(**changes, **{"trainer.data_parallel_size": 2})).trainer_ranks
+        == 16
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,7 +239,7 @@ def test_trainer_ranks_are_the_product_of_the_parallel_sizes() -> None:
     [("1e-3", 1e-3), ("1E2", 100.0), ("1.5e-6", 1.5e-6), ("+2e0", 2.0), ("1.", 1.0), ("3", 3.0)],
 )
 def test_a_float_may_be_written_as_people_write_it(tmp_path: Path, text: str, value: float) -> None:
-    (tmp_path / "config.yaml").write_text(load.dump(load.from_tree(tree())))
+    (tmp_path / "config.yaml").write_text(load.dump(load.from_tree(config_tree())))
     assert (
         load.load(
             tmp_path / "config.yaml", [f"algorithm.loss.clip_eps={text}"]
@@ -269,12 +257,12 @@ def test_what_is_dumped_loads_as_it_was(tmp_path: Path) -> None:
         "sglang": {"mem_fraction_static": 0.8, "nested": {"list": [1, "two", None]}},
         "megatron.lr": 1e-06,
     }
-    settings = load.from_tree(tree(**changes))
+    settings = load.from_tree(config_tree(**changes))
     assert load_text(tmp_path, load.dump(settings)) == settings
 
 
 def test_overrides_come_after_the_file_and_the_last_one_wins(tmp_path: Path) -> None:
-    text = load.dump(load.from_tree(tree()))
+    text = load.dump(load.from_tree(config_tree()))
     settings = load_text(
         tmp_path,
         text,
@@ -307,7 +295,7 @@ def test_an_override_that_cannot_be_applied_is_refused(
     tmp_path: Path, override: str, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words.replace("?", r"\?")):
-        load_text(tmp_path, load.dump(load.from_tree(tree())), override)
+        load_text(tmp_path, load.dump(load.from_tree(config_tree())), override)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +327,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 def test_a_section_written_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="staleness"):
-        load_text(tmp_path, load.dump(load.from_tree(tree())) + "\nstaleness: {eta: 1}\n")
+        load_text(tmp_path, load.dump(load.from_tree(config_tree())) + "\nstaleness: {eta: 1}\n")
 
 
 def test_a_key_that_is_no_text_is_refused_by_name() -> None:

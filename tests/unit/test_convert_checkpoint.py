@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from model_shapes import make_model_folder, weights_config_tree
 from paths import ROOT
 from safetensors.torch import load_file
-from test_weights import make_config, make_folder
 
 
 def convert(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -45,13 +45,13 @@ def convert(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_there_in_one_layout_and_back_in_another(
     tmp_path: Path, family: str, written: dict[str, int], read: dict[str, int]
 ) -> None:
-    source = make_folder(tmp_path / "source", family)
+    source = make_model_folder(tmp_path / "source", family)
     config = tmp_path / "config.yaml"
     for sizes, command in (
         (written, ["to-megatron", str(config), str(tmp_path / "megatron")]),
         (read, ["to-hf", str(config), str(tmp_path / "megatron"), str(tmp_path / "back")]),
     ):
-        tree = make_config(source, sizes, {})
+        tree = weights_config_tree(source, sizes, {})
         ranks = 2 if sizes != written or family == "qwen3_moe" else 4
         tree["trainer"]["data_parallel_size"] = (
             ranks // sizes.get("tensor_model", 1) // sizes.get("pipeline_model", 1)

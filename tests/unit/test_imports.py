@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
+from source_files import PACKAGE, relative_path, source_files
 
-PACKAGE = "megatron_async_rl"
 PROCESSES = {"controller", "rollout", "reward", "trainer", "recorder", "node"}
 HEAVY = {"trainer", "weights"}  # the folders that may import torch and Megatron
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
@@ -123,22 +123,14 @@ def is_false(node: ast.AST | None) -> bool:
     return isinstance(node, ast.Constant) and node.value is False
 
 
-def sources(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-
-
-def relative(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-@pytest.mark.parametrize("path", sources(PACKAGE), ids=relative)
+@pytest.mark.parametrize("path", source_files(PACKAGE), ids=relative_path)
 def test_a_module_imports_only_what_its_place_allows(path: Path) -> None:
-    assert import_violations(relative(path), ast.parse(path.read_text())) == []
+    assert import_violations(relative_path(path), ast.parse(path.read_text())) == []
 
 
-@pytest.mark.parametrize("path", sources(PACKAGE, "tools", "tests"), ids=relative)
+@pytest.mark.parametrize("path", source_files(PACKAGE, "tools", "tests"), ids=relative_path)
 def test_nothing_unpickles_evaluates_or_starts_a_shell(path: Path) -> None:
-    assert safety_violations(relative(path), ast.parse(path.read_text())) == []
+    assert safety_violations(relative_path(path), ast.parse(path.read_text())) == []
 
 
 def test_the_only_yaml_load_uses_a_safe_loader() -> None:

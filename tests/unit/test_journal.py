@@ -11,47 +11,23 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from test_core import finish, generated, make_core, serve
-from test_recovery import partial, reborn
+from core_builders import (
+    join_workers,
+    make_core,
+    restart_core,
+)
+from journal_builders import journal_events, write_checkpoint
 
 from megatron_async_rl.cli import audit
-from megatron_async_rl.controller.core.actions import SendBatch
 from megatron_async_rl.controller.core.events import GroupAdmitted, JournalEvent
 from megatron_async_rl.controller.journal import journal as journal_module
 from megatron_async_rl.controller.journal.journal import Journal, read_events
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.protocol.messages import PartialSample
 from megatron_async_rl.storage import checkpoints
 
 
-def some_facts(num_steps: int = 2) -> list[JournalEvent]:
-    """The facts of a core that has trained so many steps and has work under way."""
-    core = make_core(max_staleness=1)
-    leases = serve(core)
-    for version in range(num_steps):
-        cuts = []
-        for lease in leases:
-            cuts += finish(core, lease, version)
-        cuts += core.batch_wanted(0, version, 0)
-        assert any(isinstance(action, SendBatch) for action in cuts)
-        core.step_done(version + 1, 0)
-        leases = [
-            a.message
-            for a in core.serving("rollout-0", version + 1, 0)
-            if hasattr(a.message, "indices")
-        ]
-    core.generated("rollout-0", generated(leases[0], 0, num_steps), 0)
-    core.interrupted(
-        "rollout-0",
-        PartialSample(
-            leases[0].epoch, leases[0].group_id, leases[0].attempt, 1, partial(num_steps)
-        ),
-    )
-    return core.take_events()
-
-
 def state(facts: list[JournalEvent]) -> tuple:
-    core = reborn(make_core(max_staleness=1), facts)
+    core = restart_core(make_core(max_staleness=1), facts)
     groups = [
         (
             g.group_id,
@@ -67,7 +43,7 @@ def state(facts: list[JournalEvent]) -> tuple:
 
 
 def test_every_fact_comes_back_with_its_arrays(tmp_path: Path) -> None:
-    facts = some_facts()
+    facts = journal_events()
     journal = Journal(tmp_path / "journal.sqlite")
     journal.append(facts)
     journal.flush().result(10)
@@ -89,13 +65,13 @@ def test_every_fact_comes_back_with_its_arrays(tmp_path: Path) -> None:
 
 def test_any_prefix_of_the_facts_is_a_state_that_balances_and_goes_on() -> None:
     """A crash at every single write, one by one."""
-    facts = some_facts()
+    facts = journal_events()
     for count in range(len(facts) + 1):
-        core = reborn(make_core(max_staleness=1), facts[:count])
+        core = restart_core(make_core(max_staleness=1), facts[:count])
         core.check()
         admitted = sum(isinstance(fact, GroupAdmitted) for fact in facts[:count])
         assert core.ledger.admitted == admitted
-        serve(core)
+        join_workers(core)
         core.check()
         prompts = [group.prompt.prompt_id for group in core.groups.values()]
         assert len(set(prompts)) == len(prompts)
@@ -141,7 +117,7 @@ def test_a_full_disk_delays_and_loses_nothing(
     journal._db.execute(
         f"PRAGMA max_page_count = {pages}"
     )  # SQLite refuses as it does on a full disk
-    facts = some_facts() * 60
+    facts = journal_events() * 60
     journal.append(facts)
     waiter = journal.flush()
     with pytest.raises(TimeoutError):
@@ -156,7 +132,7 @@ def test_a_full_disk_delays_and_loses_nothing(
 
 def test_a_recorded_batch_can_be_had_again_until_it_is_pruned(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.sqlite")
-    journal.append(some_facts())
+    journal.append(journal_events())
     journal.flush().result(10)
     admitted, returned, judged = journal.batch(1)
     assert len(admitted) == 2 and len(returned) == len(judged) == 4
@@ -186,19 +162,10 @@ def test_a_journal_of_another_schema_is_refused(tmp_path: Path) -> None:
 
 def test_a_changed_dataset_is_refused() -> None:
     with pytest.raises(DataError, match=r"data\.train now gives '0'"):
-        reborn(make_core(), [GroupAdmitted(0, "another")])
+        restart_core(make_core(), [GroupAdmitted(0, "another")])
 
 
 # ---- checkpoints on disk
-
-
-def write_checkpoint(run_dir: Path, version: int, journal_seq: int = 1) -> checkpoints.Manifest:
-    folder = run_dir / checkpoints.FOLDER / checkpoints.folder_name(version)
-    folder.mkdir(parents=True)
-    for rank in (0, 1):
-        (folder / f"__{rank}_0.distcp").write_bytes(bytes([version, rank]) * 500)
-        checkpoints.write_digests(folder, rank, [f"__{rank}_0.distcp"])
-    return checkpoints.commit(run_dir, version, folder.name, journal_seq, 7)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "swap"])
@@ -252,7 +219,7 @@ def test_two_generations_are_kept_and_one_being_written_is_left_alone(tmp_path: 
 
 
 def test_the_audit_counts_anew_and_sees_what_does_not_add_up(tmp_path: Path) -> None:
-    facts = some_facts()
+    facts = journal_events()
     journal = Journal(tmp_path / "journal.sqlite")
     journal.append(facts)
     journal.close()

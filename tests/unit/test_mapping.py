@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_shapes import tiny_shape
 from safetensors.torch import save_file
 
 from megatron_async_rl.errors import DataError
@@ -23,23 +24,6 @@ from megatron_async_rl.weights.mapping import (
     to_hf,
     unshard,
 )
-
-
-def shape_of(family: Family, tied: bool = False, padded: int = 52) -> ModelShape:
-    return ModelShape(
-        family=family,
-        num_layers=2,
-        hidden_size=16,
-        ffn_hidden_size=24,
-        num_attention_heads=8,
-        num_query_groups=4,
-        kv_channels=6,
-        vocab_size=50,
-        padded_vocab_size=padded,
-        tied=tied,
-        num_experts=4 if family.experts else 0,
-        expert_ffn_hidden_size=12,
-    )
 
 
 def parameters(shape: ModelShape) -> list[str]:
@@ -62,7 +46,7 @@ def random_hf(shape: ModelShape) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_shards_of_all_ranks_give_back_the_hf_tensors(family: Family, tp: int) -> None:
-    shape = shape_of(family)
+    shape = tiny_shape(family)
     hf = random_hf(shape)
     for name in parameters(shape):
         shards = [
@@ -76,7 +60,7 @@ def test_shards_of_all_ranks_give_back_the_hf_tensors(family: Family, tp: int) -
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_shard_and_unshard_are_inverse_and_agree_with_reading_a_shard(family: Family) -> None:
-    shape = shape_of(family)
+    shape = tiny_shape(family)
     hf = random_hf(shape)
     for name in parameters(shape):
         full = from_hf(name, lambda n, index: hf[n][index], shape)
@@ -90,7 +74,7 @@ def test_shard_and_unshard_are_inverse_and_agree_with_reading_a_shard(family: Fa
 
 
 def test_qkv_is_interleaved_per_group() -> None:
-    shape = shape_of(FAMILIES[1])
+    shape = tiny_shape(FAMILIES[1])
     q, k, v = (torch.arange(n) + base for n, base in ((48, 0), (24, 1000), (24, 2000)))
     hf = {
         f"model.layers.0.self_attn.{n}_proj.bias": t for n, t in zip("qkv", (q, k, v), strict=True)
@@ -106,21 +90,21 @@ def test_qkv_is_interleaved_per_group() -> None:
 
 
 def test_a_rank_of_fc1_holds_its_gate_and_its_up() -> None:
-    shape = shape_of(FAMILIES[0])
+    shape = tiny_shape(FAMILIES[0])
     full = torch.arange(48).reshape(48, 1).expand(48, 16)
     got = shard("decoder.layers.0.mlp.linear_fc1.weight", full, shape, 1, 2)
     assert got[:, 0].tolist() == [*range(12, 24), *range(36, 48)]
 
 
 def test_padded_vocabulary_is_zero_inside_and_absent_outside() -> None:
-    shape = shape_of(FAMILIES[0], padded=64)
+    shape = tiny_shape(FAMILIES[0], padded=64)
     hf = random_hf(shape)
     last = from_hf("output_layer.weight", lambda n, index: hf[n][index], shape, 3, 4)
     assert last.shape == (16, 16) and torch.equal(last[2:], torch.zeros(14, 16))
     beyond = from_hf(
         "output_layer.weight",
         lambda n, index: hf[n][index],
-        shape_of(FAMILIES[0], padded=128),
+        tiny_shape(FAMILIES[0], padded=128),
         3,
         4,
     )
@@ -128,7 +112,7 @@ def test_padded_vocabulary_is_zero_inside_and_absent_outside() -> None:
 
 
 def test_a_tied_output_layer_reads_the_embedding() -> None:
-    assert place("output_layer.weight", shape_of(FAMILIES[1], tied=True)).pieces == (
+    assert place("output_layer.weight", tiny_shape(FAMILIES[1], tied=True)).pieces == (
         ("model.embed_tokens.weight", (50, 16)),
     )
 

@@ -12,6 +12,7 @@ from megatron_async_rl.patches import patches_dir, prepare_megatron
 prepare_megatron()
 
 import megatron_cpu
+import patch_checks
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="nothing is patched where there is CUDA"
@@ -47,17 +48,17 @@ def test_constants_are_swapped_in_nested_functions_too() -> None:
 
 def test_what_is_gone_is_named() -> None:
     module = types.ModuleType("megatron.core.somewhere")
-    with pytest.raises(megatron_cpu.DriftError, match=r"megatron\.core\.somewhere\.step is gone"):
-        megatron_cpu._require(module, "step")
-    with pytest.raises(megatron_cpu.DriftError, match=r"megatron\.core\.no\.such\.module is gone"):
-        megatron_cpu._core("no.such.module")
+    with pytest.raises(patch_checks.DriftError, match=r"megatron\.core\.somewhere\.step is gone"):
+        patch_checks.require(module, "step")
+    with pytest.raises(patch_checks.DriftError, match=r"megatron\.core\.no\.such\.module is gone"):
+        patch_checks.core_module("no.such.module")
 
 
 def test_a_function_without_the_constant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Already swapped in this process, these functions are what a megatron-core that changed looks like."""
     monkeypatch.setattr(megatron_cpu, "_RETARGETED", {"utils": ["local_multi_tensor_l2_norm"]})
-    with pytest.raises(megatron_cpu.DriftError, match="holds no 'cuda' constant any more"):
+    with pytest.raises(patch_checks.DriftError, match="holds no 'cuda' constant any more"):
         megatron_cpu._retarget()
     monkeypatch.setattr(megatron_cpu, "_RETARGETED", {"utils": ["a_function_that_was_renamed"]})
-    with pytest.raises(megatron_cpu.DriftError, match="a_function_that_was_renamed is gone"):
+    with pytest.raises(patch_checks.DriftError, match="a_function_that_was_renamed is gone"):
         megatron_cpu._retarget()

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from megatron_async_rl.errors import ProtocolError
 from megatron_async_rl.protocol import messages
-from megatron_async_rl.protocol.messages import AnyMessage, Score, TrainBatch
-from megatron_async_rl.protocol.types import TrainSample
+from megatron_async_rl.protocol.messages import AnyMessage, ScoreRequest, TrainBatch
+from megatron_async_rl.protocol.types import SampleKey, TrainSample
 from megatron_async_rl.protocol.wire import SCHEMA, Codec, Frame, read_unknown_hello, schema_of
 
 MESSAGES = get_args(AnyMessage)
@@ -93,15 +93,8 @@ def received(frames: list[Frame]) -> list[bytes]:
     return [bytes(frame) for frame in frames]
 
 
-def a_score(row: Any = None) -> Score:
-    return Score(
-        epoch=1,
-        group_id=2,
-        attempt=0,
-        index=3,
-        response="42",
-        row={"answer": "42"} if row is None else row,
-    )
+def a_score(row: Any = None) -> ScoreRequest:
+    return ScoreRequest(SampleKey(1, 2, 0, 3), "42", {"answer": "42"} if row is None else row)
 
 
 def a_batch() -> TrainBatch:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_shapes import plan_config
 from safetensors.torch import load_file
-from test_plan import make_config
 
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.weights import folder as folder_module
@@ -46,7 +46,7 @@ def test_one_entry_maps_every_tensor_that_transformers_wrote(
     monkeypatch.setattr(folder_module, "FAMILIES", (*FAMILIES, NEW))
     folder, written = ModelFolder(mistral), load_file(mistral / "model.safetensors")
     assert folder.architecture().family is NEW
-    config = make_config(
+    config = plan_config(
         mistral, folder.config, data_parallel=1, tensor_model=2, pipeline_model=2, engine=2
     )
     routes = plan.make(
@@ -75,6 +75,6 @@ def test_an_entry_with_a_wrong_rule_is_refused_by_the_plan(
         monkeypatch.setattr(
             folder_module, "FAMILIES", (*FAMILIES, Family("mistral", "MistralForCausalLM", wrong))
         )
-        config = make_config(mistral, ModelFolder(mistral).config, engine=2)
+        config = plan_config(mistral, ModelFolder(mistral).config, engine=2)
         with pytest.raises(ConfigError, match="engine tensors without a source"):
             plan.make(config, 50.0)

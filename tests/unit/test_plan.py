@@ -10,52 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_shapes import DENSE_32B, MOE_235B, plan_config
 
 from megatron_async_rl.__main__ import main
 from megatron_async_rl.config import load as configuration
-from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.weights import plan
 from megatron_async_rl.weights.digest import EngineDigests, engine_cut, sha256
 from megatron_async_rl.weights.mapping import FAMILIES, ModelShape, from_hf
-
-DENSE_32B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 5120,
-    "intermediate_size": 25600,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-}
-MOE_235B = DENSE_32B | {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "hidden_size": 4096,
-    "num_hidden_layers": 94,
-    "num_key_value_heads": 4,
-    "num_experts": 128,
-    "moe_intermediate_size": 1536,
-}
-
-
-def make_config(
-    folder: Path, model: dict[str, Any], data_parallel: int = 1, **sizes: int
-) -> Config:
-    (folder / "config.json").write_text(json.dumps(model))
-    engine = sizes.pop("engine", 1)
-    return configuration.from_tree(
-        {
-            "run": {"dir": "unused", "steps": 1},
-            "model": {"path": str(folder), "context_tokens": 64},
-            "data": {"train": "unused"},
-            "rollout": {"max_new_tokens": 32},
-            "algorithm": {"prompts_per_step": 64, "samples_per_prompt": 2},
-            "trainer": {"data_parallel_size": data_parallel},
-            "megatron": {f"{name}_parallel_size": size for name, size in sizes.items()},
-            "sglang": {"tp_size": engine},
-        }
-    )
 
 
 @st.composite
@@ -134,7 +96,7 @@ def test_ranges_of_any_layout_are_the_shards_and_the_engine_tensors(
 
 
 def test_a_map_with_a_hole_or_a_double_is_refused(tmp_path: Path) -> None:
-    config = make_config(tmp_path, DENSE_32B, tensor_model=2, engine=2)
+    config = plan_config(tmp_path, DENSE_32B, tensor_model=2, engine=2)
     whole = plan.make(config, 50.0)
     shape, layouts = plan.ModelFolder(tmp_path).shape(2), plan.Layouts.of(config)
     plan.prove(whole.routes, shape, layouts)
@@ -163,12 +125,12 @@ def test_a_layout_that_cannot_be_is_refused_with_the_reason(
     tmp_path: Path, model: dict[str, Any], sizes: dict[str, int], reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
-        plan.make(make_config(tmp_path, model, **sizes), 50.0)
+        plan.make(plan_config(tmp_path, model, **sizes), 50.0)
 
 
 def test_sizes_of_a_32b_and_a_235b_are_those_of_the_models(tmp_path: Path) -> None:
     dense = plan.make(
-        make_config(tmp_path, DENSE_32B, tensor_model=8, pipeline_model=4, engine=4), 50.0
+        plan_config(tmp_path, DENSE_32B, tensor_model=8, pipeline_model=4, engine=4), 50.0
     )
     assert dense.total_bytes == 2 * 32_762_123_264  # parameters of Qwen3-32B
     assert (
@@ -178,7 +140,7 @@ def test_sizes_of_a_32b_and_a_235b_are_those_of_the_models(tmp_path: Path) -> No
     gathered = sum(source.gather_bytes for source in dense.sources)
     assert 0.87 < gathered / dense.total_bytes < 7 / 8  # all but the norms is cut in eight
     sizes = {"tensor_model": 4, "pipeline_model": 2, "expert_model": 8, "expert_tensor": 1}
-    moe = plan.make(make_config(tmp_path, MOE_235B, data_parallel=8, engine=8, **sizes), 50.0)
+    moe = plan.make(plan_config(tmp_path, MOE_235B, data_parallel=8, engine=8, **sizes), 50.0)
     assert moe.total_bytes == 2 * 235_093_634_560  # of Qwen3-235B-A22B
     assert len(moe.routes) == 94 * (128 * 3 + 9) + 3
     assert [(source.stage, source.expert_rank) for source in moe.sources] == [
@@ -192,7 +154,7 @@ def test_sizes_of_a_32b_and_a_235b_are_those_of_the_models(tmp_path: Path) -> No
 
 
 def test_the_command_writes_every_route(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = make_config(tmp_path, DENSE_32B, tensor_model=8, engine=4)
+    config = plan_config(tmp_path, DENSE_32B, tensor_model=8, engine=4)
     yaml, out = tmp_path / "run.yaml", tmp_path / "plan.json"
     yaml.write_text(configuration.dump(config))
     assert main(["plan-weights", str(yaml), "--json", str(out)]) == 0

@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import numpy as np
-from test_run_log import make_config, make_sample, read_board
+from run_log_builders import log_config, read_tensorboard, sample_of_versions
 
 from megatron_async_rl.controller.core.fleet import Fleet
 from megatron_async_rl.controller.core.groups import Group
 from megatron_async_rl.controller.progress import Progress
 from megatron_async_rl.controller.weight_sync.session import Outcome
-from megatron_async_rl.observability.run_log import RunLog, read_status
+from megatron_async_rl.observability.run_log import RunLog
+from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.protocol.types import Prompt
 
 TAG = re.compile(r"(reward|rollout|staleness|train|perf|sync|eval|ledger)(/[a-z0-9_]+)+")
@@ -21,14 +22,18 @@ STATS = {"train/loss": 0.1, "train/tokens": 100.0, "perf/time/train_s": 0.5}
 
 def cut(progress: Progress, version: int, *runs: tuple[int, int]) -> None:
     group = Group(
-        version, Prompt("p", np.arange(3, dtype=np.int32), {}), "train", [make_sample(*runs)], [1.0]
+        version,
+        Prompt("p", np.arange(3, dtype=np.int32), {}),
+        "train",
+        [sample_of_versions(*runs)],
+        [1.0],
     )
     progress.batch_cut(version, [group], np.ones((1, 1)), np.zeros((1, 1)), waited_s=0.1)
     progress.step_done(version + 1, STATS)
 
 
 def test_the_worst_staleness_of_the_run_stays_beside_that_of_the_last_step(tmp_path: Path) -> None:
-    config = make_config(tmp_path, tensorboard=False)
+    config = log_config(tmp_path, tensorboard=False)
     log = RunLog(tmp_path, config)
     progress = Progress(log, config)
     progress.begin_training()
@@ -50,7 +55,7 @@ def test_the_worst_staleness_of_the_run_stays_beside_that_of_the_last_step(tmp_p
 
 
 def test_every_scalar_s_name_is_an_area_and_a_name(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
+    config = log_config(tmp_path)
     log = RunLog(tmp_path, config)
     progress = Progress(log, config)
     progress.begin_training()
@@ -59,7 +64,7 @@ def test_every_scalar_s_name_is_an_area_and_a_name(tmp_path: Path) -> None:
     cut(progress, 1, (0, 5))
     progress.evaluated(1, 0.5, 10)
     log.close()
-    tags = read_board(tmp_path).Tags()
+    tags = read_tensorboard(tmp_path).Tags()
     names = [*tags["scalars"], *tags["histograms"]]
     assert [name for name in names if not TAG.fullmatch(name)] == []
     assert {

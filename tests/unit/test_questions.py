@@ -4,72 +4,77 @@ from __future__ import annotations
 
 import math
 
-from test_core import LEASE_S, make_core, messages, serve
+from core_builders import LEASE_S, join_workers, make_core, messages_of
 
-from megatron_async_rl.protocol.messages import Answer, Ask, Generate, GenerateFailed, Score, Scored
+from megatron_async_rl.protocol.messages import Generate, GenerateFailed, ScoreRequest, ScoreResult
 
 
-def ask(lease: Generate, index: int = 0, number: int = 1) -> Ask:
-    return Ask(lease.epoch, lease.group_id, lease.attempt, index, number, "is it 2?")
+def ask(lease: Generate, index: int = 0, number: int = 1) -> ScoreRequest:
+    return ScoreRequest(lease.key(index), "is it 2?", call=number)
 
 
 def test_a_workflow_s_question_goes_to_a_judge_and_its_answer_back_and_changes_nothing_else() -> (
     None
 ):
     core = make_core()
-    [lease, *_] = serve(core)
+    [lease, *_] = join_workers(core)
     core.reward_joined("reward-0", 1, 0)
-    [question] = messages(core.asked("rollout-0", ask(lease), 1), Score)
-    assert (question.response, question.row, question.number) == ("is it 2?", lease.prompt.row, 1)
-    assert messages(core.asked("rollout-0", ask(lease, 1), 1), Score) == []  # the one judge is busy
-    reply = Scored(1, lease.group_id, lease.attempt, 0, 0.5, number=1)
+    [question] = messages_of(core.asked("rollout-0", ask(lease), 1), ScoreRequest)
+    assert (question.response, question.row, question.call) == ("is it 2?", lease.prompt.row, 1)
+    assert (
+        messages_of(core.asked("rollout-0", ask(lease, 1), 1), ScoreRequest) == []
+    )  # the one judge is busy
+    reply = ScoreResult(lease.key(0), 0.5, call=1)
     actions = core.scored("reward-0", reply, 2)
-    assert messages(actions, Answer) == [Answer(lease.group_id, lease.attempt, 0, 1, 0.5)]
-    assert [score.index for score in messages(actions, Score)] == [1]  # free for the next
+    assert messages_of(actions, ScoreResult) == [reply]
+    assert [score.key.index for score in messages_of(actions, ScoreRequest)] == [
+        1
+    ]  # free for the next
     assert core.groups[lease.group_id].rewards == [None] * len(lease.indices)
     assert (
-        messages(core.scored("reward-0", reply, 3), Answer) == [] and core.num_fenced_messages == 1
+        messages_of(core.scored("reward-0", reply, 3), ScoreResult) == []
+        and core.num_fenced_messages == 1
     )
 
 
 def test_a_question_without_an_answer_says_why() -> None:
     core = make_core()  # two attempts
-    [lease, *_] = serve(core)
+    [lease, *_] = join_workers(core)
     core.reward_joined("reward-1", 1, 0)
     core.asked("rollout-0", ask(lease), 1)
-    [again] = messages(core.worker_lost("reward-0", 2), Score)  # another judge is asked
-    broken = Scored(1, lease.group_id, lease.attempt, 0, None, "it broke", number=again.number)
-    [answer] = messages(core.scored("reward-1", broken, 3), Answer)
+    [again] = messages_of(core.worker_lost("reward-0", 2), ScoreRequest)  # another judge is asked
+    broken = ScoreResult(lease.key(0), None, "it broke", call=again.call)
+    [answer] = messages_of(core.scored("reward-1", broken, 3), ScoreResult)
     assert answer.reward is None and answer.error == "it broke"
     assert core.fleet.reward["reward-1"].load == 0
 
 
 def test_a_verdict_that_is_no_number_is_none() -> None:
     core = make_core()
-    [lease, *_] = serve(core)
+    [lease, *_] = join_workers(core)
     core.asked("rollout-0", ask(lease), 1)
-    nothing = Scored(1, lease.group_id, lease.attempt, 0, math.nan, number=1)
-    assert messages(core.scored("reward-0", nothing, 2), Answer) == []  # asked once more
-    [answer] = messages(core.scored("reward-0", nothing, 3), Answer)
+    nothing = ScoreResult(lease.key(0), math.nan, call=1)
+    assert messages_of(core.scored("reward-0", nothing, 2), ScoreResult) == []  # asked once more
+    [answer] = messages_of(core.scored("reward-0", nothing, 3), ScoreResult)
     assert answer.reward is None and "nan" in answer.error
 
 
 def test_a_question_ends_with_its_lease_and_its_judge_is_free_again() -> None:
     core = make_core(heartbeat_timeout_s=1e9)
-    [lease, *_] = serve(core)
+    [lease, *_] = join_workers(core)
     core.asked("rollout-0", ask(lease), 1)
-    [answer] = messages(core.tick(1 + LEASE_S + 1), Answer)
+    [answer] = messages_of(core.tick(1 + LEASE_S + 1), ScoreResult)
     assert "has ended" in answer.error
     assert core.fleet.reward["reward-0"].load == 0
 
 
 def test_a_question_of_a_lease_that_has_ended_is_refused() -> None:
     core = make_core()
-    [lease, *_] = serve(core)
+    [lease, *_] = join_workers(core)
     core.worker_lost("reward-0", 0)
     assert core.asked("rollout-0", ask(lease), 1) == []  # it waits for a judge
-    core.generate_failed("rollout-0", GenerateFailed(1, lease.group_id, lease.attempt, 0, "no"), 2)
-    [answer] = messages(core.reward_joined("reward-0", 1, 3), Answer)
+    core.generate_failed("rollout-0", GenerateFailed(lease.key(0), "no"), 2)
+    [answer] = messages_of(core.reward_joined("reward-0", 1, 3), ScoreResult)
     assert "has ended" in answer.error
-    [answer] = messages(core.asked("rollout-0", ask(lease, number=2), 4), Answer)
-    assert answer.number == 2 and "has ended" in answer.error and core.num_fenced_messages == 1
+    [answer] = messages_of(core.asked("rollout-0", ask(lease, number=2), 4), ScoreResult)
+    assert answer.call == 2 and "has ended" in answer.error and core.num_fenced_messages == 1

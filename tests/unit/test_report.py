@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
-from test_trainer_settings import config_with
 
+from configs import trainer_config
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.trainer.algorithms.loss import MAXIMA, SUMS
 from megatron_async_rl.trainer.report import PACKING_SUMS, summary, warn_of_mismatch
@@ -71,7 +71,7 @@ def test_the_fill_and_what_it_could_be() -> None:
 def test_drift_of_engine_and_trainer_raises_the_alarm(
     caplog: pytest.LogCaptureFixture, alarm: float | None, heard: bool
 ) -> None:
-    tree = configuration.msgspec.to_builtins(config_with())
+    tree = configuration.msgspec.to_builtins(trainer_config())
     tree["monitor"]["logprob_mismatch_alarm"] = alarm
     stats = summary(
         [minibatch(current_tokens=4, compared_tokens=4, logprob_diff=0.4, logprob_diff_max=0.3)]

@@ -10,15 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 from descendants import Descendants
-from test_loop import make_inputs, start
-from test_resume import START_S, wait_for_version
+from runs import START_TIMEOUT_S, make_run_inputs, start_run, wait_for_version
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.launcher import roles
 from megatron_async_rl.launcher.gpus import assign_gpus
-from megatron_async_rl.observability.run_log import read_status
+from megatron_async_rl.observability.status import read_status
 
 
 def running(watch: Descendants, module: str) -> list[psutil.Process]:
@@ -33,7 +32,7 @@ def running(watch: Descendants, module: str) -> list[psutil.Process]:
 
 def kill_one(watch: Descendants, module: str, not_pid: int = 0) -> int:
     """SIGKILL to the process that runs this module, once there is one other than `not_pid`."""
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         for process in running(watch, module):
             if process.pid != not_pid:
@@ -48,7 +47,7 @@ def kill_one(watch: Descendants, module: str, not_pid: int = 0) -> int:
 )
 def test_a_cap_ends_the_run_by_name_and_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    path = make_inputs(tmp_path).config(
+    path = make_run_inputs(tmp_path).config(
         run_dir,
         run={"steps": 5000, "export_every": 0},
         data={"eval": None},
@@ -56,7 +55,7 @@ def test_a_cap_ends_the_run_by_name_and_a_second_sigterm_ends_it_at_once(tmp_pat
         megatron={"tensor_model_parallel_size": 1},
         checkpoint={"every": 2},
     )
-    child = start(path)
+    child = start_run(path)
     watch = Descendants(child.pid)
     wait_for_version(run_dir, 1)
     first = kill_one(watch, "reward")
@@ -67,7 +66,7 @@ def test_a_cap_ends_the_run_by_name_and_a_second_sigterm_ends_it_at_once(tmp_pat
     assert watch.left() == []
 
     trained = read_status(run_dir).version
-    child = start(path)
+    child = start_run(path)
     watch = Descendants(child.pid)
     wait_for_version(run_dir, trained + 1, states=("training",))
     for process in running(watch, "trainer"):
@@ -81,11 +80,12 @@ def test_a_cap_ends_the_run_by_name_and_a_second_sigterm_ends_it_at_once(tmp_pat
 
 
 def some(servers: int, **sections: dict[str, object]) -> Config:
-    from test_config import tree
-
+    from configs import config_tree
     from megatron_async_rl.config import load
 
-    return load.from_tree(tree(rollout={"servers": servers, "max_new_tokens": 8}, **sections))
+    return load.from_tree(
+        config_tree(rollout={"servers": servers, "max_new_tokens": 8}, **sections)
+    )
 
 
 def test_every_process_has_a_name_and_the_controller_stays_with_run() -> None:

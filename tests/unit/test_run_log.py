@@ -6,65 +6,40 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from run_log_builders import log_config, read_tensorboard, sample_of_versions, trained_group
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from megatron_async_rl.config.config import Config
-from megatron_async_rl.config.load import from_tree
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.observability.run_log import Evaluation, RunLog, Server, Status, read_status
-from megatron_async_rl.observability.sample_log import TrainedGroup, read_samples
-from megatron_async_rl.protocol.types import NOT_GENERATED, Sample, Segment, join_segments
-
-
-def make_config(run_dir: Path, **monitor: object) -> Config:
-    return from_tree(
-        {
-            "run": {"dir": str(run_dir), "steps": 10},
-            "model": {"path": "model", "context_tokens": 64},
-            "data": {"train": "train.jsonl"},
-            "rollout": {"max_new_tokens": 32},
-            "algorithm": {"prompts_per_step": 1, "samples_per_prompt": 2},
-            "staleness": {"max_staleness": 4},
-            "monitor": monitor,
-        }
-    )
-
-
-def make_sample(*runs: tuple[int, int], text: str = "1+1=2") -> Sample:
-    segments = [Segment(version, [7] * length, [-0.5] * length) for version, length in runs]
-    return join_segments(np.array([1, 2, 3], np.int32), segments, "stop", text)
-
-
-def make_group(*samples: Sample, rewards: list[float] | None = None) -> TrainedGroup:
-    rewards = rewards or [1.0] * len(samples)
-    return TrainedGroup(5, "p5", list(samples), rewards, [reward - 0.5 for reward in rewards])
-
-
-def read_board(run_dir: Path) -> EventAccumulator:
-    board = EventAccumulator(
-        str(run_dir / "tensorboard"), size_guidance={"histograms": 0, "tensors": 0}
-    )
-    return board.Reload()
+from megatron_async_rl.observability.run_log import RunLog
+from megatron_async_rl.observability.sample_log import read_samples
+from megatron_async_rl.observability.status import (
+    EvaluationResult,
+    RunStatus,
+    ServerStatus,
+    read_status,
+)
+from megatron_async_rl.protocol.types import NOT_GENERATED, Sample
 
 
 def test_scalars_stand_under_their_tags_at_their_versions(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, make_config(tmp_path))
-    log.step(3, {"train/loss": 0.25, "perf/time/train_s": 1.5})
-    log.step(4, {"train/loss": 0.125})
-    assert [(e.step, e.value) for e in read_board(tmp_path).Scalars("train/loss")] == [
+    log = RunLog(tmp_path, log_config(tmp_path))
+    log.write_scalars(3, {"train/loss": 0.25, "perf/time/train_s": 1.5})
+    log.write_scalars(4, {"train/loss": 0.125})
+    assert [(e.step, e.value) for e in read_tensorboard(tmp_path).Scalars("train/loss")] == [
         (3, 0.25),
         (4, 0.125),
     ]
     log.close()
-    assert read_board(tmp_path).Scalars("perf/time/train_s")[0].value == 1.5
+    assert read_tensorboard(tmp_path).Scalars("perf/time/train_s")[0].value == 1.5
 
 
 def test_staleness_counts_each_generated_token_and_no_prompt_token(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, make_config(tmp_path))
-    log.train_samples(4, [make_group(make_sample((3, 12), (4, 8)), make_sample((1, 5)))])
+    log = RunLog(tmp_path, log_config(tmp_path))
+    log.write_samples(
+        4, [trained_group(sample_of_versions((3, 12), (4, 8)), sample_of_versions((1, 5)))]
+    )
     log.close()
-    board = read_board(tmp_path)
+    board = read_tensorboard(tmp_path)
     histogram = board.Histograms("staleness/per_token")[0].histogram_value
     bars = {
         limit - 0.5: count
@@ -88,25 +63,25 @@ def test_staleness_counts_each_generated_token_and_no_prompt_token(tmp_path: Pat
 
 
 def test_a_histogram_keeps_every_value_however_wide_the_range(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, make_config(tmp_path))
+    log = RunLog(tmp_path, log_config(tmp_path))
     lengths = [1, 2, 20_000, 31_999]
-    log.train_samples(0, [make_group(*(make_sample((0, length)) for length in lengths))])
+    log.write_samples(0, [trained_group(*(sample_of_versions((0, length)) for length in lengths))])
     log.close()
-    histogram = read_board(tmp_path).Histograms("rollout/response_tokens")[0].histogram_value
+    histogram = read_tensorboard(tmp_path).Histograms("rollout/response_tokens")[0].histogram_value
     assert sum(histogram.bucket) == 4 and len(histogram.bucket) <= 64
     assert histogram.bucket_limit[-1] > 31_999
 
 
 def test_a_sample_text_shows_reward_and_where_the_version_changed(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, make_config(tmp_path, sample_texts=2))
+    log = RunLog(tmp_path, log_config(tmp_path, sample_texts=2))
     worst, best, other = (
-        make_sample((3, 1), text="worst"),
-        make_sample((3, 12), (4, 8), text="best ```"),
-        make_sample((3, 1)),
+        sample_of_versions((3, 1), text="worst"),
+        sample_of_versions((3, 12), (4, 8), text="best ```"),
+        sample_of_versions((3, 1)),
     )
-    log.train_samples(4, [make_group(worst, best, other, rewards=[-1.0, 2.0, 0.5])])
+    log.write_samples(4, [trained_group(worst, best, other, rewards=[-1.0, 2.0, 0.5])])
     log.close()
-    board = read_board(tmp_path)
+    board = read_tensorboard(tmp_path)
     texts = [board.Tensors(f"samples/{i}")[0].tensor_proto.string_val[0].decode() for i in (0, 1)]
     assert (
         "reward 2**" in texts[0]
@@ -118,10 +93,10 @@ def test_a_sample_text_shows_reward_and_where_the_version_changed(tmp_path: Path
 
 
 def test_the_custom_scalars_page_names_tags_that_are_written(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, make_config(tmp_path))
-    log.train_samples(1, [make_group(make_sample((0, 2)))])
+    log = RunLog(tmp_path, log_config(tmp_path))
+    log.write_samples(1, [trained_group(sample_of_versions((0, 2)))])
     log.close()
-    board = read_board(tmp_path)
+    board = read_tensorboard(tmp_path)
     layout = layout_pb2.Layout.FromString(
         board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     )
@@ -134,9 +109,14 @@ def test_the_custom_scalars_page_names_tags_that_are_written(tmp_path: Path) -> 
 
 
 def test_every_trained_sample_becomes_one_line_that_people_can_grep(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, make_config(tmp_path))
-    log.train_samples(
-        4, [make_group(make_sample((3, 12), (4, 8)), make_sample((4, 2)), rewards=[1.0, 0.0])]
+    log = RunLog(tmp_path, log_config(tmp_path))
+    log.write_samples(
+        4,
+        [
+            trained_group(
+                sample_of_versions((3, 12), (4, 8)), sample_of_versions((4, 2)), rewards=[1.0, 0.0]
+            )
+        ],
     )
     first, second = (
         json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()
@@ -156,9 +136,9 @@ def test_every_trained_sample_becomes_one_line_that_people_can_grep(tmp_path: Pa
 
 
 def test_token_ids_are_kept_of_as_many_samples_as_asked_for(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, make_config(tmp_path, tensorboard=False, sample_tokens=3))
-    group = make_group(make_sample((3, 12)), make_sample((4, 2)))
-    log.train_samples(4, [group, group])
+    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False, sample_tokens=3))
+    group = trained_group(sample_of_versions((3, 12)), sample_of_versions((4, 2)))
+    log.write_samples(4, [group, group])
     log.close()
     lines = list(read_samples(tmp_path))
     assert [len(line.ids) for line in lines] == [15, 5, 15, 0]
@@ -174,17 +154,17 @@ def test_tokens_of_tools_between_turns_are_in_no_version_run(tmp_path: Path) -> 
     sample = Sample(
         np.arange(7, dtype=np.int32), np.zeros(7, np.float32), versions, "length", "text"
     )
-    log = RunLog(tmp_path, make_config(tmp_path, tensorboard=False))
-    log.train_samples(3, [make_group(sample)])
+    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
+    log.write_samples(3, [trained_group(sample)])
     log.close()
     (line,) = read_samples(tmp_path)
     assert (line.num_prompt, line.num_generated, line.versions) == (1, 4, [[2, 2], [3, 1], [2, 1]])
 
 
 def test_a_sample_without_a_single_token_does_not_stop_the_log(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, make_config(tmp_path))
-    log.train_samples(1, [make_group(make_sample())])
-    log.train_samples(2, [])
+    log = RunLog(tmp_path, log_config(tmp_path))
+    log.write_samples(1, [trained_group(sample_of_versions())])
+    log.write_samples(2, [])
     log.close()
     assert [
         (line.num_prompt, line.num_generated, line.versions) for line in read_samples(tmp_path)
@@ -193,34 +173,34 @@ def test_a_sample_without_a_single_token_does_not_stop_the_log(tmp_path: Path) -
 
 @pytest.mark.parametrize("whole_lines", [0, 2])
 def test_a_line_torn_by_a_crash_costs_that_line_only(tmp_path: Path, whole_lines: int) -> None:
-    config = make_config(tmp_path, tensorboard=False)
+    config = log_config(tmp_path, tensorboard=False)
     log = RunLog(tmp_path, config)
-    log.train_samples(0, [make_group(make_sample((0, 1)))] * whole_lines)
+    log.write_samples(0, [trained_group(sample_of_versions((0, 1)))] * whole_lines)
     log.close()
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write('{"version": 0, "text": "' + "x" * 100_000)
     assert len(list(read_samples(tmp_path))) == whole_lines
     log = RunLog(tmp_path, config)
-    log.train_samples(1, [make_group(make_sample((0, 1)))])
+    log.write_samples(1, [trained_group(sample_of_versions((0, 1)))])
     log.close()
     assert [line.version for line in read_samples(tmp_path)] == [0] * whole_lines + [1]
 
 
 def test_a_status_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, make_config(tmp_path, tensorboard=False))
+    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
     assert read_status(tmp_path).state == "starting" and read_status(tmp_path).steps == 10
-    status = Status(
+    status = RunStatus(
         state="training", version=3, steps=10, ledger={"admitted": 4, "dropped.stale": 1}, reward_history=[0.5],
-        fleet=[Server("rollout-0", "serving", 3, 8)], evals=[Evaluation(0, 0.25, 64)],
+        fleet=[ServerStatus("rollout-0", "serving", 3, 8)], evals=[EvaluationResult(0, 0.25, 64)],
         pid=1, elapsed_s=2.0, staleness_max=1, staleness_worst=3,
     )  # fmt: skip
-    log.status(status)
+    log.write_status(status)
     log.close()
     read = read_status(tmp_path)
     status.updated_unix = read.updated_unix
     assert read == status and read.updated_unix > 2.0
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
-    again = RunLog(tmp_path, make_config(tmp_path, tensorboard=False))
+    again = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
     assert (
         again.staleness_worst == read_status(tmp_path).staleness_worst == 3
     )  # the run's, over its lives
@@ -239,15 +219,16 @@ def test_no_torch_and_no_tensorflow_is_loaded_by_the_log_or_the_commands(tmp_pat
     program = f"""
 import sys
 from pathlib import Path
-sys.path[:0] = {[p for p in sys.path if 'tests' in p]!r}
+sys.path[:0] = {[p for p in sys.path if "tests" in p]!r}
 from megatron_async_rl import __main__
 from megatron_async_rl.cli import doctor
 from megatron_async_rl.observability import terminal
 doctor.checks(None)
 assert "tensorboard" not in sys.modules, "a reader of the status does not pay for the writer"
-from test_run_log import RunLog, make_config, make_group, make_sample
-log = RunLog(Path({str(tmp_path)!r}), make_config(Path({str(tmp_path)!r})))
-log.train_samples(1, [make_group(make_sample((0, 2)))])
+from megatron_async_rl.observability.run_log import RunLog
+from run_log_builders import log_config, sample_of_versions, trained_group
+log = RunLog(Path({str(tmp_path)!r}), log_config(Path({str(tmp_path)!r})))
+log.write_samples(1, [trained_group(sample_of_versions((0, 2)))])
 log.close()
 print(sorted({{"torch", "tensorflow", "megatron", "transformers"}} & set(sys.modules)))
 """

@@ -9,7 +9,7 @@ import pytest
 from seeded_bugs import BUGS, Bug
 from simulation import Breach, simulate
 
-from megatron_async_rl.errors import ConservationError, Error
+from megatron_async_rl.errors import Error, LedgerError
 
 NUM_SEEDS = 1000
 BUG_SEEDS = 150  # a bug must show within so many
@@ -43,7 +43,7 @@ def first_breach(restore: Callable | None = None) -> str:
     for seed in range(BUG_SEEDS):
         try:
             simulate(seed, restore)
-        except (Breach, ConservationError, Error, KeyError, ValueError, TypeError) as e:
+        except (Breach, LedgerError, Error, KeyError, ValueError, TypeError) as e:
             return f"seed {seed}: {type(e).__name__}: {e}"
     return ""
 

@@ -20,10 +20,10 @@ import psutil
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from model_shapes import DENSE_32B
 from paths import ROOT
-from test_config import tree
-from test_plan import DENSE_32B
 
+from configs import config_tree
 from megatron_async_rl import processes
 from megatron_async_rl.__main__ import main
 from megatron_async_rl.config import load
@@ -47,7 +47,9 @@ def some(
     sections.setdefault("sglang", {"tp_size": engine_tp})
     rollout = {"servers": servers, "max_new_tokens": 8}
     algorithm = {"prompts_per_step": dp, "samples_per_prompt": 2}
-    return load.from_tree(tree(megatron=sizes, rollout=rollout, algorithm=algorithm, **sections))
+    return load.from_tree(
+        config_tree(megatron=sizes, rollout=rollout, algorithm=algorithm, **sections)
+    )
 
 
 # ---- what goes where
@@ -331,7 +333,7 @@ def test_an_engine_and_all_that_it_spawns_is_deaf_to_sigterm_and_stopped_all_the
     tmp_path: Path,
 ) -> None:
     (tmp_path / "engine.py").write_text(SPAWNS)
-    paths = {"PYTHONPATH": str(ROOT / "patches" / "sglang_tie")}
+    paths = {"PYTHONPATH": str(ROOT / "patches" / "sglang_startup")}
     engine = processes.start(
         [sys.executable, str(tmp_path / "engine.py")], tmp_path / "log", paths, sigterm_blocked=True
     )
@@ -367,7 +369,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("context", "path"), [("spawn", "patches/sglang_tie"), ("fork", ".")])
+@pytest.mark.parametrize(("context", "path"), [("spawn", "patches/sglang_startup"), ("fork", ".")])
 def test_an_engine_or_a_rank_that_ends_by_itself_does_not_wait_for_deaf_children(
     tmp_path: Path, context: str, path: str
 ) -> None:

@@ -15,36 +15,20 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
+from snapshot_builders import part_tensors, write_part
 from tiny import make_model
 
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.storage import snapshots
-from megatron_async_rl.storage.snapshots import FileEntry, Manifest
+from megatron_async_rl.storage.snapshots import Manifest
 from megatron_async_rl.weights.bucket import plan_buckets
 from megatron_async_rl.weights.disk import FolderWriter
 from megatron_async_rl.weights.reshard import TensorInfo
-
-NUM_TENSORS = 12
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "model")
-
-
-def tensors(version: int, part: int) -> list[tuple[str, torch.Tensor]]:
-    return [
-        (f"{part}.{n}", torch.full((300, 5), float(version * 1000 + n))) for n in range(NUM_TENSORS)
-    ]
-
-
-def write_part(partial: Path, version: int, part: int) -> list[FileEntry]:
-    named = tensors(version, part)
-    plan = plan_buckets([TensorInfo(n, tuple(t.shape), t.dtype, n) for n, t in named], 20_000)
-    writer = FolderWriter(partial, part)
-    writer.write(plan, iter(named), torch.device("cpu"), None)
-    assert not writer.error and len(writer.files) == len(plan) > 3
-    return writer.files
 
 
 def write(run_dir: Path, version: int, model: Path) -> snapshots.Snapshot:
@@ -65,7 +49,7 @@ def test_a_folder_is_one_that_transformers_and_safetensors_read(
         (model / "config.json").read_text()
     )
     index = json.loads((snapshot.path / "model.safetensors.index.json").read_text())["weight_map"]
-    want = dict(tensors(3, 0) + tensors(3, 1))
+    want = dict(part_tensors(3, 0) + part_tensors(3, 1))
     assert index.keys() == want.keys() and len(set(index.values())) > 6
     for name, file in index.items():
         assert torch.equal(load_file(snapshot.path / file)[name], want[name])
@@ -139,9 +123,9 @@ def test_what_a_source_did_not_write_whole_is_not_committed(tmp_path: Path, mode
 
 
 def test_a_full_disk_is_an_error_and_the_gather_runs_to_its_end(tmp_path: Path) -> None:
-    named = iter(tensors(1, 0))
+    named = iter(part_tensors(1, 0))
     plan = plan_buckets(
-        [TensorInfo(n, tuple(t.shape), t.dtype, n) for n, t in tensors(1, 0)], 20_000
+        [TensorInfo(n, tuple(t.shape), t.dtype, n) for n, t in part_tensors(1, 0)], 20_000
     )
     writer = FolderWriter(tmp_path / "gone", 0)
     writer.write(plan, named, torch.device("cpu"), None)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from test_core import rules, sample
+from core_builders import core_settings, make_sample
 
 from megatron_async_rl.controller.core.actions import Action, ResendBatch, Send, SendBatch
 from megatron_async_rl.controller.core.core import Core
@@ -27,11 +27,11 @@ from megatron_async_rl.controller.core.events import (
 from megatron_async_rl.controller.core.groups import Group, GroupState
 from megatron_async_rl.controller.core.ledger import DropReason
 from megatron_async_rl.controller.core.state import ControllerState
-from megatron_async_rl.errors import ConservationError
-from megatron_async_rl.protocol.messages import Generate, Generated, Score, Scored
-from megatron_async_rl.protocol.types import Prompt
+from megatron_async_rl.errors import LedgerError
+from megatron_async_rl.protocol.messages import Generate, Generated, ScoreRequest, ScoreResult
+from megatron_async_rl.protocol.types import Prompt, SampleKey
 
-RULES = rules(
+RULES = core_settings(
     prompts_per_step=1,
     samples_per_prompt=1,
     max_staleness=1,
@@ -143,9 +143,9 @@ def take(state: State, actions: list[Action]) -> State:
             state.wire += (
                 ("lease", m.epoch, m.group_id, m.attempt, state.core.fleet.rollout[SERVER].version),
             )
-        elif isinstance(action, Send) and isinstance(action.message, Score):
-            m = action.message
-            state.wire += (("score", m.epoch, m.group_id, m.attempt, 0),)
+        elif isinstance(action, Send) and isinstance(action.message, ScoreRequest):
+            key = action.message.key
+            state.wire += (("score", key.epoch, key.group_id, key.attempt, 0),)
     return state
 
 
@@ -206,16 +206,16 @@ def successors(state: State) -> Iterator[State]:
 
 def deliver(state: State, message: tuple, reward: float | None = 1.0) -> State:
     kind, epoch, group_id, attempt, version = message
-    core = state.core
+    core, key = state.core, SampleKey(epoch, group_id, attempt, 0)
     if kind == "lease":
         state.wire += (("sample", epoch, group_id, attempt, version),)
         return state
     if kind == "sample":
         return take(
             state,
-            core.generated(SERVER, Generated(epoch, group_id, attempt, 0, sample(version)), 0.0),
+            core.generated(SERVER, Generated(key, make_sample(version)), 0.0),
         )
-    return take(state, core.scored(JUDGE, Scored(epoch, group_id, attempt, 0, reward), 0.0))
+    return take(state, core.scored(JUDGE, ScoreResult(key, reward), 0.0))
 
 
 def expire(state: State, group: Group) -> State:
@@ -319,5 +319,5 @@ def test_the_search_sees_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
             self.forget(self.groups[fact.group_id])
 
     monkeypatch.setattr(ControllerState, "_apply", forgetful)
-    with pytest.raises(ConservationError, match="a group was lost"):
+    with pytest.raises(LedgerError, match="a group was lost"):
         search()

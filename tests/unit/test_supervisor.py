@@ -15,7 +15,7 @@ from megatron_async_rl import processes
 from megatron_async_rl.config.sections import FaultsConfig
 from megatron_async_rl.launcher.claims import Claims
 from megatron_async_rl.launcher.supervisor import Supervisor
-from megatron_async_rl.observability.run_log import STATUS_FILE, Status
+from megatron_async_rl.observability.status import STATUS_FILE, RunStatus
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -37,7 +37,7 @@ class Bench:
 
     def status(self, state: str, lost: list[str] | None = None) -> None:
         (self.run_dir / STATUS_FILE).write_bytes(
-            msgspec.json.encode(Status(state=state, lost=lost or []))
+            msgspec.json.encode(RunStatus(state=state, lost=lost or []))
         )
 
     def start(self, **codes: str) -> None:

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_run_log import make_config
+from run_log_builders import log_config
 
 from megatron_async_rl.__main__ import main
-from megatron_async_rl.observability import terminal
-from megatron_async_rl.observability.run_log import Evaluation, RunLog, Server, Status
+from megatron_async_rl.observability import panel, terminal
+from megatron_async_rl.observability.run_log import RunLog
+from megatron_async_rl.observability.status import EvaluationResult, RunStatus, ServerStatus
 
 
-def make_status(**changes: object) -> Status:
-    status = Status(
+def make_status(**changes: object) -> RunStatus:
+    status = RunStatus(
         state="training",
         pid=77,
         updated_unix=1252.0,
@@ -40,8 +41,8 @@ def make_status(**changes: object) -> Status:
             "dropped.reward_unavailable": 1,
             "pending": 33,
         },
-        fleet=[Server("rollout-0", "serving", 37, 61), Server("rollout-1", "updating", 36, 64)],
-        evals=[Evaluation(0, 0.312, 256), Evaluation(37, 0.655, 256)],
+        fleet=[ServerStatus("rollout-0", "serving", 37, 61), ServerStatus("rollout-1", "updating", 36, 64)],
+        evals=[EvaluationResult(0, 0.312, 256), EvaluationResult(37, 0.655, 256)],
         interrupted_samples=214,
     )
     for name, value in changes.items():
@@ -49,9 +50,9 @@ def make_status(**changes: object) -> Status:
     return status
 
 
-def draw(status: Status, width: int = 80, now_unix: float = 1253.0) -> str:
+def draw(status: RunStatus, width: int = 80, now_unix: float = 1253.0) -> str:
     console = Console(width=width, file=io.StringIO(), record=True)
-    console.print(terminal.render(status, now_unix))
+    console.print(panel.render(status, now_unix))
     return console.export_text()
 
 
@@ -60,7 +61,7 @@ def test_the_panel_shows_what_matters_and_fits(width: int) -> None:
     text = draw(make_status(), width)
     assert all(len(row) <= width for row in text.splitlines())
     for part in (
-        "training", "37/60", "4:12 gone, 1:12 left", "0.710", "▁", "█", "12,345 generated", "8,910 trained",
+        "training", "37/60", "4:12 elapsed, 1:12 left", "0.710", "▁", "█", "12,345 generated", "8,910 trained",
         "mean 0.83   max 2   worst so far 3 of 4", "0.11 s", "0.6% of the time", "waits for samples 3%", "rollout-1  updating",
         "31.2% (v0)  ->  65.5% (v37)", "1,220 admitted = 1,184 trained + 33 pending + 3 dropped",
     ):  # fmt: skip
@@ -68,7 +69,7 @@ def test_the_panel_shows_what_matters_and_fits(width: int) -> None:
 
 
 def test_a_run_that_has_just_started_can_be_drawn() -> None:
-    assert "starting" in draw(Status())
+    assert "starting" in draw(RunStatus())
 
 
 def test_books_that_do_not_balance_are_shown_as_such() -> None:
@@ -77,7 +78,7 @@ def test_books_that_do_not_balance_are_shown_as_such() -> None:
 
 def test_a_large_fleet_is_counted_and_not_listed() -> None:
     fleet = [
-        Server(f"rollout-{i}", "updating" if i < 8 else "serving", 36 if i < 8 else 37, 64)
+        ServerStatus(f"rollout-{i}", "updating" if i < 8 else "serving", 36 if i < 8 else 37, 64)
         for i in range(64)
     ]
     text = draw(make_status(fleet=fleet), width=100)
@@ -91,36 +92,36 @@ def test_a_run_that_fell_silent_is_marked_and_an_ended_one_is_not() -> None:
 
 
 def test_the_summary_tells_the_evaluation_before_and_after() -> None:
-    text = terminal.summary(make_status(state="finished", version=60))
+    text = panel.summary(make_status(state="finished", version=60))
     assert text.splitlines()[0] == "finished after 60 of 60 steps in 4:12"
     assert "31.2% before (v0)  ->  65.5% after (v37), on 256 problems" in text
     assert (
-        "max 2 in the last step, 3 in the whole run, of 4 allowed; 214 samples went on under newer weights"
+        "max 2 in the last step, 3 in the whole run, limit 4; 214 samples resumed under newer weights"
         in text
     )
 
 
 def test_the_summary_of_a_failed_run_says_why() -> None:
-    text = terminal.summary(
-        Status(state="failed", message="server rollout-0 did not start", steps=60)
+    text = panel.summary(
+        RunStatus(state="failed", message="server rollout-0 did not start", steps=60)
     )
     assert "failed after 0 of 60 steps" in text and "server rollout-0 did not start" in text
 
 
 def test_without_a_terminal_each_version_and_state_is_one_line(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, make_config(tmp_path, tensorboard=False))
+    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
     stop, out = threading.Event(), io.StringIO()
     follower = threading.Thread(
-        target=terminal.live, args=(tmp_path, stop.is_set, Console(file=out, width=40))
+        target=terminal.follow, args=(tmp_path, stop.is_set, Console(file=out, width=40))
     )
     follower.start()
     for version in (1, 2):
-        log.status(make_status(version=version))
+        log.write_status(make_status(version=version))
         while f"step {version}/60" not in out.getvalue():
             time.sleep(0.02)
-        log.status(make_status(version=version, reward_mean=0.5))  # nothing that is worth a line
+        log.write_status(make_status(version=version, reward_mean=0.5))  # nothing that is worth a line
         time.sleep(1.5 * terminal.POLL_S)
-    log.status(make_status(state="finished", version=60))
+    log.write_status(make_status(state="finished", version=60))
     stop.set()
     follower.join()
     log.close()
@@ -140,7 +141,7 @@ def test_a_start_that_takes_long_gives_signs_of_life(
     monkeypatch.setattr(terminal, "PLAIN_LINE_S", 0.2)
     monkeypatch.setattr(terminal, "POLL_S", 0.05)
     out, until = io.StringIO(), time.monotonic() + 1.0
-    terminal.live(tmp_path, lambda: time.monotonic() > until, Console(file=out))
+    terminal.follow(tmp_path, lambda: time.monotonic() > until, Console(file=out))
     lines = out.getvalue().splitlines()
     assert len(lines) >= 3 and all(
         line.startswith("starting | waiting for the controller") for line in lines
@@ -148,25 +149,25 @@ def test_a_start_that_takes_long_gives_signs_of_life(
 
 
 def test_the_end_of_an_earlier_run_in_the_folder_is_not_taken_for_this_ones(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, make_config(tmp_path, tensorboard=False))
-    log.status(make_status(state="finished"))
+    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
+    log.write_status(make_status(state="finished"))
     log.close()
     out = io.StringIO()
-    terminal.live(tmp_path, lambda: True, Console(file=out))
+    terminal.follow(tmp_path, lambda: True, Console(file=out))
     assert out.getvalue().startswith("starting")
 
 
 def test_a_terminal_gets_the_panel(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, make_config(tmp_path, tensorboard=False))
-    log.status(make_status())
+    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
+    log.write_status(make_status())
     log.close()
     out = io.StringIO()
-    terminal.live(tmp_path, lambda: True, Console(file=out, force_terminal=True, width=80))
+    terminal.follow(tmp_path, lambda: True, Console(file=out, force_terminal=True, width=80))
     assert "37/60" in out.getvalue() and "rollout-1" in out.getvalue()
 
 
 def test_the_screenshot_is_an_svg_of_the_panel() -> None:
-    svg = terminal.screenshot_svg(make_status())
+    svg = panel.screenshot_svg(make_status())
     assert svg.startswith("<svg") and "37/60" in svg and "is&#160;process" not in svg
 
 
@@ -175,8 +176,8 @@ def test_status_prints_panel_and_books_and_fails_without_a_run(
 ) -> None:
     assert main(["status", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"error: no run at {tmp_path}")
-    log = RunLog(tmp_path, make_config(tmp_path, tensorboard=False))
-    log.status(make_status())
+    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
+    log.write_status(make_status())
     log.close()
     assert main(["status", str(tmp_path)]) == 0
     out = capsys.readouterr().out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -14,10 +13,9 @@ from megatron_async_rl.patches import prepare_megatron
 prepare_megatron()
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from test_mapping import shape_of
+from model_shapes import tiny_shape
 
-from megatron_async_rl.config import load as configuration
-from megatron_async_rl.config.config import Config
+from configs import trainer_config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.trainer import parallel
 from megatron_async_rl.trainer.model import settings
@@ -32,20 +30,6 @@ ARCHITECTURE = Architecture(
     rope_scaling_factor=None,
     max_positions=4096,
 )
-
-
-def config_with(precision: str = "fp32", steps: int = 10, **megatron: Any) -> Config:
-    return configuration.from_tree(
-        {
-            "run": {"dir": "unused", "steps": steps},
-            "model": {"path": "unused", "context_tokens": 64},
-            "data": {"train": "unused"},
-            "rollout": {"max_new_tokens": 32},
-            "algorithm": {"prompts_per_step": 8, "samples_per_prompt": 2},
-            "trainer": {"precision": precision},
-            "megatron": megatron,
-        }
-    )
 
 
 def test_an_unknown_key_names_the_nearest() -> None:
@@ -70,7 +54,7 @@ def test_what_another_setting_decides_is_refused_with_the_remedy(
 
 
 def test_keys_reach_every_class_that_has_them() -> None:
-    config = config_with(
+    config = trainer_config(
         lr="1e-6", adam_beta2=0.95, overlap_grad_reduce=True, recompute_granularity="selective"
     )
     settings.check_keys(config.megatron)
@@ -78,21 +62,21 @@ def test_keys_reach_every_class_that_has_them() -> None:
     assert (optimizer.lr, optimizer.adam_beta2) == (1e-6, 0.95)  # YAML reads 1e-6 as a string
     assert settings.ddp_config(config).overlap_grad_reduce
     assert (
-        settings.transformer_config(config, shape_of(QWEN3), ARCHITECTURE).recompute_granularity
+        settings.transformer_config(config, tiny_shape(QWEN3), ARCHITECTURE).recompute_granularity
         == "selective"
     )
 
 
 def test_a_value_of_the_wrong_type_names_the_key() -> None:
     with pytest.raises(ConfigError, match=r"megatron\.clip_grad = 'much'"):
-        settings.optimizer_config(config_with(clip_grad="much"))
+        settings.optimizer_config(trainer_config(clip_grad="much"))
 
 
 def test_what_megatron_itself_refuses_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="TransformerConfig"):
         settings.transformer_config(
-            config_with(recompute_granularity="full", distribute_saved_activations=True),
-            shape_of(QWEN3),
+            trainer_config(recompute_granularity="full", distribute_saved_activations=True),
+            tiny_shape(QWEN3),
             ARCHITECTURE,
         )
 
@@ -105,14 +89,14 @@ def test_what_megatron_itself_refuses_is_a_config_error() -> None:
     ],
 )
 def test_a_size_that_does_not_divide_the_model_is_refused(sizes: dict[str, int], what: str) -> None:
-    config = config_with(**{f"{name}_parallel_size": size for name, size in sizes.items()})
+    config = trainer_config(**{f"{name}_parallel_size": size for name, size in sizes.items()})
     with pytest.raises(ConfigError, match=rf"{what}; use a divisor of"):
-        settings.check_layout(config, shape_of(QWEN3))
+        settings.check_layout(config, tiny_shape(QWEN3))
 
 
 def test_the_model_is_as_config_json_says_and_without_dropout() -> None:
     made = settings.transformer_config(
-        config_with("bf16", sequence_parallel=True), shape_of(QWEN3), ARCHITECTURE
+        trainer_config("bf16", sequence_parallel=True), tiny_shape(QWEN3), ARCHITECTURE
     )
     assert (made.num_layers, made.num_query_groups, made.kv_channels, made.qk_layernorm) == (
         2,
@@ -126,20 +110,20 @@ def test_the_model_is_as_config_json_says_and_without_dropout() -> None:
 
 
 def test_the_schedule_counts_training_steps() -> None:
-    config = config_with(
+    config = trainer_config(
         lr=2e-5, lr_warmup_iters=3, lr_decay_style="cosine", weight_decay=0.05, steps=250
     )
     got = settings.schedule_arguments(config, settings.optimizer_config(config))
     assert (got["max_lr"], got["lr_warmup_steps"], got["lr_decay_steps"]) == (2e-5, 3, 250)
     assert got["start_wd"] == got["end_wd"] == 0.05
     with pytest.raises(ConfigError, match="lr_warmup_iters = 300"):
-        bad = config_with(lr_warmup_iters=300, lr_decay_iters=250)
+        bad = trainer_config(lr_warmup_iters=300, lr_decay_iters=250)
         settings.schedule_arguments(bad, settings.optimizer_config(bad))
 
 
 def test_a_schedule_step_by_step() -> None:
     """Megatron's scheduler with our arguments: up over two steps, down a half cosine to min_lr, which stays."""
-    config = config_with(
+    config = trainer_config(
         lr=1.0, min_lr=0.1, lr_warmup_iters=2, lr_decay_iters=6, lr_decay_style="cosine"
     )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
@@ -155,7 +139,7 @@ def test_a_schedule_step_by_step() -> None:
 
 
 def test_the_critic_has_its_own_learning_rate() -> None:
-    config = config_with(lr=1e-6, adam_beta2=0.95)
+    config = trainer_config(lr=1e-6, adam_beta2=0.95)
     critic = settings.optimizer_config(config, 1e-3)
     assert (critic.lr, critic.adam_beta2, settings.optimizer_config(config).lr) == (
         1e-3,
@@ -167,19 +151,19 @@ def test_the_critic_has_its_own_learning_rate() -> None:
 
 def test_an_interleaved_pipeline_sends_one_way_at_a_time() -> None:
     sizes = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    shape = dataclasses.replace(shape_of(QWEN3), num_layers=4)
-    made = settings.transformer_config(config_with(**sizes), shape, ARCHITECTURE)
+    shape = dataclasses.replace(tiny_shape(QWEN3), num_layers=4)
+    made = settings.transformer_config(trainer_config(**sizes), shape, ARCHITECTURE)
     assert made.overlap_p2p_comm and not made.batch_p2p_comm and made.variable_seq_lengths
     plain = settings.transformer_config(
-        config_with(**(sizes | {"virtual_pipeline_model_parallel_size": 1})), shape, ARCHITECTURE
+        trainer_config(**(sizes | {"virtual_pipeline_model_parallel_size": 1})), shape, ARCHITECTURE
     )
     assert plain.virtual_pipeline_model_parallel_size is None and plain.batch_p2p_comm
 
 
 def test_fp16_scales_the_loss_by_megatrons_settings() -> None:
-    config = config_with("fp16", loss_scale_window=5, hysteresis=3, min_loss_scale=4.0)
+    config = trainer_config("fp16", loss_scale_window=5, hysteresis=3, min_loss_scale=4.0)
     made, optimizer = (
-        settings.transformer_config(config, shape_of(QWEN3), ARCHITECTURE),
+        settings.transformer_config(config, tiny_shape(QWEN3), ARCHITECTURE),
         settings.optimizer_config(config),
     )
     assert (
@@ -194,7 +178,7 @@ def test_fp16_with_experts_is_refused() -> None:
         ConfigError, match=r"trainer\.precision = fp16 with a model of experts.*use bf16"
     ):
         settings.check_layout(
-            config_with("fp16"), dataclasses.replace(shape_of(QWEN3), num_experts=4)
+            trainer_config("fp16"), dataclasses.replace(tiny_shape(QWEN3), num_experts=4)
         )
 
 
@@ -205,4 +189,4 @@ def test_the_number_of_ranks_must_be_the_product_of_the_sizes(
     with pytest.raises(
         ConfigError, match=r"2 trainer ranks.*tensor_model_parallel_size = 4.*makes 4"
     ):
-        parallel.init_parallel(config_with(tensor_model_parallel_size=4))
+        parallel.init_parallel(trainer_config(tensor_model_parallel_size=4))

@@ -9,8 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from descendants import Descendants
-from test_loop import make_inputs, start
-from test_resume import wait_for_version
+from runs import make_run_inputs, start_run, wait_for_version
 
 from megatron_async_rl.engine_env import engine_python
 
@@ -21,14 +20,14 @@ pytestmark = pytest.mark.skipif(
 
 def test_everybody_stopped_is_one_message_and_a_stack_of_each(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    path = make_inputs(tmp_path).config(
+    path = make_run_inputs(tmp_path).config(
         run_dir,
         run={"steps": 5000, "export_every": 0, "no_progress_timeout_s": 8},
         data={"eval": None},
         megatron={"tensor_model_parallel_size": 1},
         checkpoint={"every": 0},
     )
-    child = start(path)
+    child = start_run(path)
     watch = Descendants(child.pid)
     try:
         wait_for_version(run_dir, 2)

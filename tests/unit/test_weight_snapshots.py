@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_config import tree
-from test_core import make_core
-from test_snapshots import write_part
+from core_builders import make_core
+from snapshot_builders import write_part
 from tiny import make_model
 
+from configs import config_tree
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.controller.core.actions import ServerLost
 from megatron_async_rl.controller.core.core import Core
@@ -65,7 +65,7 @@ class Cluster:
         **weights: Any,
     ) -> None:
         self.config = configuration.from_tree(
-            tree(
+            config_tree(
                 run={"dir": str(run_dir), "steps": 5},
                 model={"path": str(model), "context_tokens": 96},
                 weights={"update_timeout_s": LONG_S, "transport": "disk"} | weights,

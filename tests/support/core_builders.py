@@ -1,0 +1,119 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from megatron_async_rl.controller.core.actions import (
+    Action,
+    Send,
+)
+from megatron_async_rl.controller.core.core import Core
+from megatron_async_rl.controller.core.events import (
+    JournalEvent,
+)
+from megatron_async_rl.controller.core.settings import CoreSettings
+from megatron_async_rl.protocol.messages import Generate, Generated, ScoreRequest, ScoreResult
+from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Prompt, Sample
+
+LEASE_S, SILENCE_S, STRAGGLER_S = 100.0, 60.0, 20.0
+
+
+def core_settings(**changes: object) -> CoreSettings:
+    standard: dict[str, object] = {
+        "prompts_per_step": 2,
+        "samples_per_prompt": 2,
+        "max_staleness": 1,
+        "wait_for_stragglers": True,
+        "straggler_timeout_s": STRAGGLER_S,
+        "max_new_tokens": 8,
+        "temperature": 1.0,
+        "eval_temperature": 0.0,
+        "lease_timeout_s": LEASE_S,
+        "max_attempts": 3,
+        "max_verdict_attempts": 2,
+        "drop_equal_rewards": False,
+        "heartbeat_timeout_s": SILENCE_S,
+        "steps": 1000,
+        "data_parallel_size": 1,
+    }
+    return CoreSettings(**(standard | changes))  # type: ignore[arg-type]
+
+
+def make_core(**changes: object) -> Core:
+    numbers = itertools.count()
+    core = Core(
+        core_settings(**changes),
+        lambda: Prompt(str(next(numbers)), np.arange(3, dtype=np.int32), {"answer": "1"}),
+    )
+    core.admitting = True
+    return core
+
+
+def make_sample(*versions: int) -> Sample:
+    """Three prompt tokens, then one token of each version."""
+    all_versions = np.asarray([NOT_GENERATED] * 3 + list(versions), np.int32)
+    zeros = np.zeros(len(all_versions), np.float32)
+    return Sample(
+        ids=np.arange(len(all_versions), dtype=np.int32),
+        logprobs=zeros,
+        versions=all_versions,
+        stop="stop",
+        text="1",
+    )
+
+
+def messages_of(actions: list[Action], kind: type) -> list:
+    return [
+        action.message
+        for action in actions
+        if isinstance(action, Send) and isinstance(action.message, kind)
+    ]
+
+
+def generated(lease: Generate, index: int, *versions: int) -> Generated:
+    return Generated(lease.key(index), make_sample(*versions))
+
+
+def scored(score: ScoreRequest, reward: float | None = 1.0) -> ScoreResult:
+    return ScoreResult(score.key(score.index), reward)
+
+
+def join_workers(
+    core: Core, capacity: int = 100, name: str = "rollout-0", version: int = 0
+) -> list[Generate]:
+    core.reward_joined("reward-0", 100, 0)
+    core.rollout_joined(name, capacity, 0)
+    return messages_of(core.serving(name, version, 0), Generate)
+
+
+def finish_lease(
+    core: Core, lease: Generate, version: int, now: float = 0, worker: str = "rollout-0"
+) -> list[Action]:
+    """All samples of a lease come back and are judged."""
+    actions: list[Action] = []
+    for index in lease.indices:
+        for score in messages_of(
+            core.generated(worker, generated(lease, index, version), now), ScoreRequest
+        ):
+            actions += core.scored("reward-0", scored(score), now)
+    return actions
+
+
+def restart_core(core: Core, facts: list[JournalEvent]) -> Core:
+    """The next life of the controller, from the same dataset and the facts that reached the disk."""
+    numbers = itertools.count()
+    again = Core(
+        core.rules,
+        lambda: Prompt(str(next(numbers)), np.arange(3, dtype=np.int32), {"answer": "1"}),
+    )
+    again.restore(facts)
+    again.admitting = True
+    return again
+
+
+def make_partial(*versions: int) -> Partial:
+    whole = make_sample(*versions)
+    return Partial(whole.ids, whole.logprobs, whole.versions)

@@ -1,0 +1,153 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import random
+
+from core_builders import (
+    generated,
+    make_core,
+    scored,
+)
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from megatron_async_rl.controller.core.actions import (
+    Action,
+    Send,
+    SendBatch,
+)
+from megatron_async_rl.controller.core.groups import GroupState
+from megatron_async_rl.protocol.messages import Generate, GenerateFailed, ScoreRequest
+
+
+class CoreMachine(RuleBasedStateMachine):
+    """Servers, judges and a trainer in any order, with losses, duplicates, broken judges and time passing."""
+
+    @initialize(
+        eta=st.integers(0, 3), wait=st.booleans(), equal=st.booleans(), seed=st.integers(0, 1 << 20)
+    )
+    def begin(self, eta: int, wait: bool, equal: bool, seed: int) -> None:
+        self.core = make_core(
+            max_staleness=eta,
+            wait_for_stragglers=wait,
+            drop_equal_rewards=equal,
+            lease_timeout_s=30.0,
+        )
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.leases: list[tuple[str, Generate]] = []
+        self.scores: list[tuple[str, ScoreRequest]] = []
+        self.trained: list[int] = []
+        self.cut: SendBatch | None = None
+        self.join_rollout()
+        self.take(self.core.reward_joined("reward-0", 8, 0.0))
+
+    def take(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, SendBatch):
+                self.check_cut(action)
+            elif isinstance(action, Send) and isinstance(action.message, Generate):
+                self.leases.append((action.worker, action.message))
+            elif isinstance(action, Send):
+                self.scores.append((action.worker, action.message))
+
+    def check_cut(self, cut: SendBatch) -> None:
+        assert self.cut is None and cut.version == self.core.version
+        assert len(cut.groups) == self.core.rules.prompts_per_step
+        for group in cut.groups:
+            assert None not in group.samples and None not in group.rewards
+            assert group.group_id not in self.trained, "trained twice"
+            assert (
+                cut.version - min(s.oldest_version for s in group.samples)
+                <= self.core.rules.max_staleness
+            ), "stale"
+            self.trained.append(group.group_id)
+        self.cut = cut
+
+    @precondition(lambda self: len(self.core.fleet.rollout) < 3)
+    @rule()
+    def join_rollout(self) -> None:
+        name = f"rollout-{self.random.randrange(100)}"
+        self.take(self.core.rollout_joined(name, self.random.choice([2, 5]), self.now))
+        self.take(self.core.serving(name, self.core.version, self.now))
+
+    @precondition(lambda self: self.core.fleet.rollout)
+    @rule()
+    def lose_or_fence_a_server(self) -> None:
+        name = self.random.choice(list(self.core.fleet.rollout))
+        event = self.random.choice(
+            [self.core.worker_lost, lambda n, t: self.core.fenced(n, "bad digest", t)]
+        )
+        self.take(event(name, self.now))
+
+    @precondition(lambda self: self.leases)
+    @rule(times=st.integers(1, 2), spans_versions=st.booleans())
+    def generate(self, times: int, spans_versions: bool) -> None:
+        worker, lease = self.random.choice(self.leases)
+        first = (
+            self.core.groups[lease.group_id].floor_version
+            if lease.group_id in self.core.groups
+            else 0
+        )
+        versions = sorted({first, self.core.version}) if spans_versions else [first]
+        reply = generated(lease, self.random.choice(lease.indices), *versions)
+        for _ in range(times):
+            self.take(self.core.generated(worker, reply, self.now))
+
+    @precondition(lambda self: self.leases)
+    @rule()
+    def fail(self) -> None:
+        worker, lease = self.random.choice(self.leases)
+        failed = GenerateFailed(lease.key(lease.indices[0]), "x")
+        self.take(self.core.generate_failed(worker, failed, self.now))
+
+    @precondition(lambda self: self.scores)
+    @rule(verdict=st.sampled_from([0.0, 1.0, 1.0, None]), again=st.booleans())
+    def judge(self, verdict: float | None, again: bool) -> None:
+        worker, score = self.random.choice(self.scores)
+        for _ in range(1 + again):
+            self.take(self.core.scored(worker, scored(score, verdict), self.now))
+
+    @precondition(lambda self: self.cut is None)
+    @rule()
+    def want_a_batch(self) -> None:
+        self.take(self.core.batch_wanted(0, self.core.version, self.now))
+
+    @precondition(lambda self: self.cut is not None)
+    @rule()
+    def finish_the_step(self) -> None:
+        assert self.cut is not None
+        self.cut = None
+        self.take(self.core.step_done(self.core.version + 1, self.now))
+        for name, worker in list(self.core.fleet.rollout.items()):
+            if not worker.reason:
+                self.core.updating(name)
+                self.take(self.core.serving(name, self.core.version, self.now))
+
+    @rule(seconds=st.sampled_from([0.5, 10.0, 40.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        for name in [*self.core.fleet.rollout, *self.core.fleet.reward]:
+            self.core.fleet.heard(name, self.now)
+        self.take(self.core.tick(self.now))
+
+    @invariant()
+    def books_balance(self) -> None:
+        if hasattr(self, "core"):
+            self.core.check()
+            limit = (
+                self.core.version + self.core.rules.max_staleness + 1
+            ) * self.core.rules.prompts_per_step
+            assert self.core.ledger.trained + self.core.pending <= limit, "admitted past eta"
+
+    @invariant()
+    def load_is_what_is_out(self) -> None:
+        if hasattr(self, "core"):
+            for name, worker in self.core.fleet.rollout.items():
+                running = [
+                    g
+                    for g in self.core.groups.values()
+                    if g.worker == name and g.state is GroupState.RUNNING
+                ]
+                assert worker.load == sum(len(group.missing) for group in running)

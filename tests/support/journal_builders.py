@@ -1,0 +1,65 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from core_builders import (
+    finish_lease,
+    generated,
+    join_workers,
+    make_core,
+    make_partial,
+)
+
+from megatron_async_rl.controller.core.actions import SendBatch
+from megatron_async_rl.controller.core.events import JournalEvent, SampleReturned
+from megatron_async_rl.protocol.messages import PartialSample
+from megatron_async_rl.protocol.types import Sample
+from megatron_async_rl.storage import checkpoints
+
+
+def journal_events(num_steps: int = 2) -> list[JournalEvent]:
+    """The facts of a core that has trained so many steps and has work under way."""
+    core = make_core(max_staleness=1)
+    leases = join_workers(core)
+    for version in range(num_steps):
+        cuts = []
+        for lease in leases:
+            cuts += finish_lease(core, lease, version)
+        cuts += core.batch_wanted(0, version, 0)
+        assert any(isinstance(action, SendBatch) for action in cuts)
+        core.step_done(version + 1, 0)
+        leases = [
+            a.message
+            for a in core.serving("rollout-0", version + 1, 0)
+            if hasattr(a.message, "indices")
+        ]
+    core.generated("rollout-0", generated(leases[0], 0, num_steps), 0)
+    core.interrupted(
+        "rollout-0",
+        PartialSample(leases[0].key(1), make_partial(num_steps)),
+    )
+    return core.take_events()
+
+
+def write_checkpoint(run_dir: Path, version: int, journal_seq: int = 1) -> checkpoints.Manifest:
+    folder = run_dir / checkpoints.FOLDER / checkpoints.folder_name(version)
+    folder.mkdir(parents=True)
+    for rank in (0, 1):
+        (folder / f"__{rank}_0.distcp").write_bytes(bytes([version, rank]) * 500)
+        checkpoints.write_digests(folder, rank, [f"__{rank}_0.distcp"])
+    return checkpoints.commit(run_dir, version, folder.name, journal_seq, 7)
+
+
+NUM_TOKENS = 1000
+
+
+def sample_returned(group_id: int) -> SampleReturned:
+    """A sample whose every token says which group it is of. Its versions are one run: 8 bytes a token in all."""
+    ids = np.arange(NUM_TOKENS, dtype=np.int32) + group_id * NUM_TOKENS
+    versions = np.full(NUM_TOKENS, group_id, np.int32)
+    return SampleReturned(
+        group_id, 0, Sample(ids, -ids.astype(np.float32), versions, "stop", f"text {group_id}")
+    )

@@ -1,0 +1,163 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.weights.folder import ModelFolder
+from megatron_async_rl.weights.mapping import (
+    Family,
+    ModelShape,
+    place,
+)
+
+DENSE_32B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+}
+
+
+MOE_235B = DENSE_32B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 4096,
+    "num_hidden_layers": 94,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "moe_intermediate_size": 1536,
+}
+
+
+def plan_config(
+    folder: Path, model: dict[str, Any], data_parallel: int = 1, **sizes: int
+) -> Config:
+    (folder / "config.json").write_text(json.dumps(model))
+    engine = sizes.pop("engine", 1)
+    return configuration.from_tree(
+        {
+            "run": {"dir": "unused", "steps": 1},
+            "model": {"path": str(folder), "context_tokens": 64},
+            "data": {"train": "unused"},
+            "rollout": {"max_new_tokens": 32},
+            "algorithm": {"prompts_per_step": 64, "samples_per_prompt": 2},
+            "trainer": {"data_parallel_size": data_parallel},
+            "megatron": {f"{name}_parallel_size": size for name, size in sizes.items()},
+            "sglang": {"tp_size": engine},
+        }
+    )
+
+
+def tiny_shape(family: Family, tied: bool = False, padded: int = 52) -> ModelShape:
+    return ModelShape(
+        family=family,
+        num_layers=2,
+        hidden_size=16,
+        ffn_hidden_size=24,
+        num_attention_heads=8,
+        num_query_groups=4,
+        kv_channels=6,
+        vocab_size=50,
+        padded_vocab_size=padded,
+        tied=tied,
+        num_experts=4 if family.experts else 0,
+        expert_ffn_hidden_size=12,
+    )
+
+
+NUM_RANKS = 4
+
+
+TINY_SIZES: dict[str, Any] = {
+    "vocab_size": 51,  # odd: padded under TP
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+}
+
+
+TINY_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
+    "qwen3 two groups": {"architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 2},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+}
+
+
+# experts of whole tiles, for an engine on a GPU: their digests are added up over the ranks that own them
+TINY_FAMILIES["qwen3_moe of tiles"] = TINY_FAMILIES["qwen3_moe"] | {
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 2,
+}
+
+
+UPDATE_TIMEOUT_S = 4.0
+
+
+def make_model_folder(folder: Path, family: str, scale: float = 1.0) -> Path:
+    """Every tensor of the family's table, random, in an HF folder."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(TINY_SIZES | TINY_FAMILIES[family]))
+    shape = ModelFolder(folder).shape()
+    generator = torch.Generator().manual_seed(0)
+    names = [
+        "embedding.word_embeddings.weight",
+        "decoder.final_layernorm.weight",
+        "output_layer.weight",
+    ]
+    for layer in range(shape.num_layers):
+        for rule in shape.family.layer:
+            experts = range(shape.num_experts) if "{e}" in rule.megatron else [0]
+            names += [
+                f"decoder.layers.{layer}.{rule.megatron}".replace("{e}", str(e)) for e in experts
+            ]
+    pieces = dict(piece for name in names for piece in place(name, shape).pieces)
+    tensors = {hf: scale * torch.randn(size, generator=generator) for hf, size in pieces.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def weights_config_tree(
+    model: Path, sizes: dict[str, int], weights: dict[str, Any]
+) -> dict[str, Any]:
+    ranks = 1
+    for name in ("tensor_model", "pipeline_model", "context"):
+        ranks *= sizes.get(name, 1)
+    return {
+        "run": {"dir": "unused", "steps": 1},
+        "model": {"path": str(model), "context_tokens": 64},
+        "data": {"train": "unused"},
+        "rollout": {"max_new_tokens": 32},
+        "algorithm": {"prompts_per_step": 4, "samples_per_prompt": 2},
+        "trainer": {
+            "precision": "fp32",
+            "data_parallel_size": NUM_RANKS // ranks,
+            "collective_timeout_s": 100,
+        },
+        "weights": {"bucket_bytes": 20000, "update_timeout_s": UPDATE_TIMEOUT_S} | weights,
+        "megatron": {f"{name}_parallel_size": size for name, size in sizes.items()},
+        "sglang": {} if model.name.endswith("tiles") else {"device": "cpu"},
+    }
