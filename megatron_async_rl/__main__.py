@@ -1,4 +1,9 @@
-"""The command line: `python -m megatron_async_rl run | doctor | status`."""
+"""The command line, `python -m megatron_async_rl COMMAND`: parses it and calls the command.
+
+run, join and slurm (launcher/) start a run's processes; doctor, status, audit, plan-weights, replay
+and selftest (cli/) check, show or debug. A command's module is imported only when the command is
+called, so that a wrong argument is reported at once.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +16,16 @@ from megatron_async_rl.errors import Error
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 2 for a wrong argument or an Error."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     if rest and (any(text.startswith("-") for text in rest) or not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if "command" not in args:
+        parser.print_help(sys.stderr)
+        return 2
     if rest:
-        args.overrides += rest  # settings after an option
+        args.overrides += rest  # key=value after an option
     try:
         return args.command(args)
     except Error as e:
@@ -29,23 +38,18 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_async_rl",
-        description="Asynchronous reinforcement learning for language models: Megatron-Core trains, SGLang generates.",
+        description="Asynchronous reinforcement learning for language models: Megatron-Core "
+        "trains, SGLang generates.",
     )
     parser.add_argument("--version", action="version", version=f"megatron_async_rl {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND")
 
-    run = commands.add_parser("run", help="train, and show how it goes")
-    run.add_argument("config", metavar="CONFIG", help="YAML file, such as those in configs/")
-    run.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="settings to change, such as staleness.max_staleness=0",
-    )
+    run = commands.add_parser("run", help="start or resume a run and show its progress")
+    _add_config(run)
     run.add_argument(
         "--from-scratch",
         action="store_true",
-        help="begin anew; a run that is in run.dir is kept under another name",
+        help="start a new run; an existing run in run.dir is renamed, not deleted",
     )
     run.add_argument(
         "--elsewhere",
@@ -55,99 +59,99 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(command=_run)
 
-    join = commands.add_parser(
-        "join", help="start some processes of a run from this host, also in place of lost ones"
-    )
-    join.add_argument(
-        "run_dir",
-        metavar="RUN_DIR",
-        type=Path,
-        help="its run.dir, on a file system that all hosts share",
-    )
+    join = commands.add_parser("join", help="start processes of an existing run on this host")
+    _add_run_dir(join, "its run.dir, on a file system that all hosts share")
     join.add_argument(
         "names",
         metavar="NAME",
         nargs="+",
-        help="rollout-N, reward-N, trainer, or trainer-N with trainer.hosts > 1",
+        help="rollout-N, reward-N, trainer, or trainer-N with trainer.hosts > 1; a name in use is "
+        "taken over",
     )
     join.set_defaults(command=_join)
 
     slurm = commands.add_parser(
-        "slurm",
-        help="one node's part of a run over a Slurm job, as launchers/slurm.sbatch starts it",
+        "slurm", help="start this node's part of a Slurm job (see launchers/slurm.sbatch)"
     )
-    slurm.add_argument("config", metavar="CONFIG", help="YAML file")
-    slurm.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
+    _add_config(slurm)
     slurm.add_argument(
-        "--plan", action="store_true", help="print what would run where, and exit; needs no Slurm"
+        "--plan", action="store_true", help="only print the placement; needs no Slurm"
     )
-    slurm.add_argument("--nodes", metavar="N", type=int, help="with --plan: nodes of the job")
-    slurm.add_argument("--gpus-per-node", metavar="G", type=int, help="with --plan: GPUs of each")
+    slurm.add_argument("--nodes", metavar="N", type=int, help="with --plan: number of nodes")
+    slurm.add_argument("--gpus-per-node", metavar="G", type=int, help="with --plan: GPUs per node")
     slurm.set_defaults(command=_slurm)
 
     doctor = commands.add_parser(
-        "doctor", help="say what is missing on this host, or for this CONFIG"
+        "doctor", help="check this host's installation and, with CONFIG, a run's settings"
     )
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     doctor.set_defaults(command=_doctor)
 
-    selftest = commands.add_parser(
-        "selftest", help="compare CONFIG's parallel layout with none: loss, gradients"
-    )
-    selftest.add_argument("config", metavar="CONFIG", help="YAML file")
-    selftest.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
-    selftest.set_defaults(command=_selftest)
+    status = commands.add_parser("status", help="print the current status of a run")
+    _add_run_dir(status)
+    status.set_defaults(command=_status)
 
-    replay = commands.add_parser("replay", help="train one saved batch, with no fleet")
-    replay.add_argument(
-        "batches",
-        metavar="BATCH",
-        nargs="+",
-        type=Path,
-        help="files of one step, as a refused one left",
+    audit = commands.add_parser(
+        "audit", help="recompute sample accounting and staleness of a run from its journal"
     )
-    replay.add_argument(
-        "--config", type=Path, help="YAML file; otherwise the run's, from a folder above"
-    )
-    replay.add_argument(
-        "--set", metavar="key=value", action="append", default=[], help="a setting to change"
-    )
-    replay.set_defaults(command=_replay)
+    _add_run_dir(audit)
+    audit.set_defaults(command=_audit)
 
     plan = commands.add_parser(
-        "plan-weights", help="show and prove the way of every weight from trainer to engine"
+        "plan-weights", help="print how each parameter maps from trainer shards to engine shards"
     )
-    plan.add_argument(
-        "config", metavar="CONFIG", help="YAML file; model.path needs config.json alone"
-    )
-    plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
-    plan.add_argument("--json", metavar="FILE", type=Path, help="write every route there")
+    _add_config(plan, "YAML file; of model.path only config.json is needed")
+    plan.add_argument("--json", metavar="FILE", type=Path, help="write every route to this file")
     plan.add_argument(
         "--link-gb-s",
         metavar="RATE",
         type=float,
         default=50.0,
-        help="10^9 bytes/s of a source's link (50)",
+        help="bandwidth of a source's link in 10^9 bytes/s (default 50)",
     )
     plan.set_defaults(command=_plan_weights)
 
-    audit = commands.add_parser(
-        "audit", help="check a run's books and staleness from its journal, by counting anew"
+    replay = commands.add_parser("replay", help="train one saved batch without rollout workers")
+    replay.add_argument(
+        "batches", metavar="BATCH", nargs="+", type=Path, help="batch files of one step"
     )
-    audit.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="its run.dir")
-    audit.set_defaults(command=_audit)
+    replay.add_argument(
+        "--config",
+        type=Path,
+        help="YAML file; default: the config.yaml in the nearest folder above the batch",
+    )
+    replay.add_argument(
+        "--set", metavar="key=value", action="append", default=[], help="a setting to override"
+    )
+    replay.set_defaults(command=_replay)
 
-    status = commands.add_parser("status", help="show how a run stands")
-    status.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="its run.dir")
-    status.set_defaults(command=_status)
+    selftest = commands.add_parser(
+        "selftest", help="compare loss and gradients of CONFIG's parallel layout with one rank's"
+    )
+    _add_config(selftest)
+    selftest.set_defaults(command=_selftest)
     return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, text: str = "YAML file, see configs/") -> None:
+    parser.add_argument("config", metavar="CONFIG", help=text)
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="settings to override, such as staleness.max_staleness=0",
+    )
+
+
+def _add_run_dir(parser: argparse.ArgumentParser, text: str = "run.dir of the run") -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help=text)
 
 
 def _run(args: argparse.Namespace) -> int:
     from megatron_async_rl.config.load import load
 
     config = load(args.config, args.overrides)
-    from megatron_async_rl.launcher import run  # after the YAML was understood: it brings in more
+    from megatron_async_rl.launcher import run  # slower to import: errors of the YAML come first
 
     return run.run(config, args.from_scratch, [name for name in args.elsewhere.split(",") if name])
 
@@ -172,31 +176,10 @@ def _doctor(args: argparse.Namespace) -> int:
     return doctor.run(args.config)
 
 
-def _selftest(args: argparse.Namespace) -> int:
-    from megatron_async_rl.cli import offline
-    from megatron_async_rl.config.load import load
+def _status(args: argparse.Namespace) -> int:
+    from megatron_async_rl.cli import status
 
-    return offline.selftest(load(args.config, args.overrides))
-
-
-def _replay(args: argparse.Namespace) -> int:
-    from megatron_async_rl.cli import offline
-
-    return offline.replay(args.batches, args.config, args.set)
-
-
-def _plan_weights(args: argparse.Namespace) -> int:
-    import msgspec
-
-    from megatron_async_rl.config.load import load
-    from megatron_async_rl.weights import plan as plans
-
-    plan = plans.make(load(args.config, args.overrides), args.link_gb_s)
-    print(plans.summary(plan))
-    if args.json:
-        args.json.write_bytes(msgspec.json.encode(plan))
-        print(f"every route: {args.json}")
-    return 0
+    return status.run(args.run_dir)
 
 
 def _audit(args: argparse.Namespace) -> int:
@@ -206,22 +189,24 @@ def _audit(args: argparse.Namespace) -> int:
     return audit.run(args.run_dir, load(args.run_dir / "config.yaml").staleness.max_staleness)
 
 
-def _status(args: argparse.Namespace) -> int:
-    from rich.console import Console
+def _plan_weights(args: argparse.Namespace) -> int:
+    from megatron_async_rl.cli import plan_weights
+    from megatron_async_rl.config.load import load
 
-    from megatron_async_rl.errors import DataError
-    from megatron_async_rl.observability import terminal
-    from megatron_async_rl.observability.run_log import read_status
+    return plan_weights.run(load(args.config, args.overrides), args.link_gb_s, args.json)
 
-    try:
-        status = read_status(args.run_dir)
-    except DataError as e:
-        sys.stderr.write(f"error: {e}\n")
-        return 1
-    console = Console()
-    console.print(terminal.render(status))
-    console.print(terminal.ledger(status))
-    return 0
+
+def _replay(args: argparse.Namespace) -> int:
+    from megatron_async_rl.cli import offline
+
+    return offline.replay(args.batches, args.config, args.set)
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from megatron_async_rl.cli import offline
+    from megatron_async_rl.config.load import load
+
+    return offline.selftest(load(args.config, args.overrides))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,25 @@
-"""Every error of ours that a person may have to act on.
+"""The errors that a person may have to act on; their texts are written for the terminal.
 
 Error
-├── ConfigError      a setting is wrong: names the setting, its value, the rule, the remedy
-├── DataError        a dataset row or a model folder cannot be used
-├── EngineError      the inference server failed, or refused a call
-│   └── EngineSilent     it did not answer in time
-├── PublishError     a weight update failed on the sender's side
-├── ProtocolError    a peer sent what the protocol does not allow
-├── ConservationError  the ledger does not add up: the run must not go on
-├── NoVerdict        a workflow asked for a verdict, and none could be had
-├── StepRefused      a training step would have written non-finite weights
-├── SelftestFailed   a parallel layout does not compute what one without parallelism does
-└── Preempted        no failure: the job was told to end, saved what it had, and asks to be run again (exit code 75)
+├── ConfigError       a setting is wrong: names the setting, its value, the rule, the remedy
+├── DataError         a dataset row or a model folder cannot be used
+├── EngineError       the SGLang server failed or refused a call
+│   └── EngineTimeout     it did not answer in time
+├── PublishError      a weight update failed on the sender's side
+├── ProtocolError     a peer sent a message that the protocol does not allow
+├── LedgerError       admitted != trained + dropped + pending: the run must stop
+├── ScoreUnavailable  a workflow requested a score, and scoring failed or the lease ended
+├── NonFiniteStep     a training step would have written non-finite weights
+├── SelftestFailed    a parallel layout computes another loss or gradient than a single rank
+└── Preempted         not a failure: a job received SIGTERM and saved its state
 
-A process ends with exit code 2 and one `error: ...` line on any of them (processes.main).
+A process ends with one `error: ...` line and exit code 2 on any of them, and with 75 on Preempted
+(processes.main).
 """
 
 
 class Error(Exception):
-    """Base of the above; its text is meant for a person."""
+    pass
 
 
 class ConfigError(Error):
@@ -33,7 +34,7 @@ class EngineError(Error):
     pass
 
 
-class EngineSilent(EngineError):
+class EngineTimeout(EngineError):
     pass
 
 
@@ -45,15 +46,15 @@ class ProtocolError(Error):
     pass
 
 
-class ConservationError(Error):
+class LedgerError(Error):
     pass
 
 
-class NoVerdict(Error):
+class ScoreUnavailable(Error):
     pass
 
 
-class StepRefused(Error):
+class NonFiniteStep(Error):
     pass
 
 

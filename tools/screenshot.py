@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from megatron_async_rl.observability.run_log import read_status
-from megatron_async_rl.observability.terminal import screenshot_svg
+from megatron_async_rl.observability.status import read_status
+from megatron_async_rl.observability.panel import screenshot_svg
 
 if __name__ == "__main__":
     run_dir, out = map(Path, sys.argv[1:])

@@ -19,14 +19,14 @@ import time
 from pathlib import Path
 
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.observability.run_log import Status, read_status
+from megatron_async_rl.observability.status import RunStatus, read_status
 
 Case = tuple[int, str]  # eta, loss
 REPOSITORY = Path(__file__).resolve().parent.parent
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 
 
-def finished(run_dir: Path) -> Status | None:
+def finished(run_dir: Path) -> RunStatus | None:
     try:
         status = read_status(run_dir)
     except DataError:
@@ -34,7 +34,7 @@ def finished(run_dir: Path) -> Status | None:
     return status if status.state == "finished" else None
 
 
-def run(config: str, run_dir: Path, case: Case, seed: int, overrides: list[str]) -> Status | None:
+def run(config: str, run_dir: Path, case: Case, seed: int, overrides: list[str]) -> RunStatus | None:
     """The finished run, or None where it failed; what it said is in OUT/NAME.log."""
     if done := finished(run_dir):
         return done
@@ -67,18 +67,18 @@ def run(config: str, run_dir: Path, case: Case, seed: int, overrides: list[str])
     return finished(run_dir)
 
 
-def final_reward(status: Status) -> float:
+def final_reward(status: RunStatus) -> float:
     history = status.reward_history
     return statistics.fmean(history[-max(1, len(history) // 5) :])
 
 
-def accuracy(status: Status) -> float | None:
+def accuracy(status: RunStatus) -> float | None:
     """After the last step; None where no server was left to evaluate it."""
     last = status.evals[-1] if status.evals else None
     return last.accuracy if last and last.version == status.version else None
 
 
-def table(results: dict[Case, list[Status]]) -> str:
+def table(results: dict[Case, list[RunStatus]]) -> str:
     lines = [
         "| eta | loss | runs | reward at the end | of eta = 0 | accuracy | mean staleness |",
         "|---|---|---|---|---|---|---|",
@@ -109,7 +109,7 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.3f}{deviation}"
 
 
-def plot(results: dict[Case, list[Status]], width: int = 720, height: int = 400) -> str:
+def plot(results: dict[Case, list[RunStatus]], width: int = 720, height: int = 400) -> str:
     """An SVG of reward over steps: a line a case, the mean over its seeds."""
     curves = {
         case: [
@@ -168,7 +168,7 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     cases = list(itertools.product(args.etas, args.losses))
-    results: dict[Case, list[Status]] = {case: [] for case in cases}
+    results: dict[Case, list[RunStatus]] = {case: [] for case in cases}
     for seed, case in itertools.product(
         args.seeds, cases
     ):  # whole rounds: a study cut short has all cases

@@ -1,8 +1,9 @@
-"""`samples.jsonl`: every sample that was trained, one line each, in order; a torn last line costs that line only.
+"""`samples.jsonl`: one line for each trained sample, in order; a torn last line is ignored.
 
-Text and numbers are plain. Token ids and logprobs are base64 of little-endian int32 and float32, which takes a tenth of
-the time of writing them out, np.frombuffer(base64.b64decode(line["ids"]), "<i4"); and they are kept of the first
-`monitor.sample_tokens` samples of a step alone: a step may have gigabytes of them.
+Text and numbers are plain JSON. Token ids and logprobs are base64 of little-endian int32 and
+float32, np.frombuffer(base64.b64decode(line["ids"]), "<i4"), which takes a tenth of the time of
+JSON numbers. A step can have gigabytes of them, so only the first `monitor.sample_tokens` samples
+of it keep them.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ class TrainedGroup(msgspec.Struct, frozen=True):
     group_id: int
     prompt_id: str
     samples: list[Sample]
-    rewards: list[float]  # one per sample, as the reward function gave it
+    rewards: list[float]  # one per sample, as the reward function returned it
     advantages: list[float]  # one per sample
 
 
 class SampleLine(
     msgspec.Struct, frozen=True, rename={"ids_bytes": "ids", "logprobs_bytes": "logprobs"}
 ):
-    """One line of samples.jsonl: one sample that was trained."""
+    """One line of samples.jsonl."""
 
-    version: int  # of the weights that it was trained on
+    version: int  # of the weights that were trained on it
     group_id: int
     prompt_id: str
     index: int  # within its group
@@ -49,23 +50,21 @@ class SampleLine(
     text: str
     ids_bytes: bytes
     logprobs_bytes: bytes
-    turns: list[
-        list[int]
-    ] = []  # [[start, end], ...] of the generated tokens in `ids`: several where it had several turns
+    turns: list[list[int]] = []  # [[start, end], ...] of the generated tokens in `ids`
 
     @property
     def ids(self) -> np.ndarray:
-        """[num_tokens] int32, prompt and response."""
+        """[num_tokens] int32: prompt and response."""
         return np.frombuffer(self.ids_bytes, "<i4")
 
     @property
     def logprobs(self) -> np.ndarray:
-        """[num_generated] float32, of the generated tokens, as the engine gave them."""
+        """[num_generated] float32: behavior logprobs from the engine."""
         return np.frombuffer(self.logprobs_bytes, "<f4")
 
 
 def read_samples(run_dir: Path) -> Iterator[SampleLine]:
-    """The trained samples so far, in order; a line that is still being written, or was torn by a crash, is left out."""
+    """Yields the trained samples in order, without an incomplete last line."""
     decoder = msgspec.json.Decoder(SampleLine)
     with (Path(run_dir) / SAMPLES_FILE).open("rb") as file:
         for line in file:
@@ -76,6 +75,7 @@ def read_samples(run_dir: Path) -> Iterator[SampleLine]:
 def sample_line(version: int, group: TrainedGroup, index: int, with_tokens: bool) -> SampleLine:
     sample = group.samples[index]
     runs = sample.version_runs()
+    logprobs = sample.logprobs[sample.generated].astype("<f4", copy=False)
     return SampleLine(
         version=version,
         group_id=group.group_id,
@@ -90,15 +90,13 @@ def sample_line(version: int, group: TrainedGroup, index: int, with_tokens: bool
         num_interrupts=sample.num_interrupts,
         text=sample.text,
         ids_bytes=sample.ids.astype("<i4", copy=False).tobytes() if with_tokens else b"",
-        logprobs_bytes=sample.logprobs[sample.generated].astype("<f4", copy=False).tobytes()
-        if with_tokens
-        else b"",
+        logprobs_bytes=logprobs.tobytes() if with_tokens else b"",
         turns=sample.turns(),
     )
 
 
 def append_whole(file: io.FileIO, data: bytes) -> None:
-    """All of it or, on a disk that is full, nothing: half a line would be glued to the next. Raises OSError."""
+    """Appends all of `data` or, with OSError on a full disk, nothing: no half line is left."""
     end = os.fstat(file.fileno()).st_size
     left = memoryview(data)
     try:
@@ -110,7 +108,7 @@ def append_whole(file: io.FileIO, data: bytes) -> None:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Takes away what a crash left of a line, or the next line would be glued to it."""
+    """Removes an incomplete last line, so that the next line does not continue it."""
     if not path.exists():
         return
     with path.open("rb+") as file:
@@ -127,7 +125,7 @@ def cut_torn_line(path: Path) -> None:
 
 
 def last_version(path: Path) -> int:
-    """The version of the last sample in a log; -1: none."""
+    """Returns the version of the last sample in a log; -1 if there is none."""
     if not path.exists() or not path.stat().st_size:
         return -1
     with path.open("rb") as file:

@@ -87,8 +87,8 @@ def test_a_large_fleet_is_counted_and_not_listed() -> None:
 
 
 def test_a_run_that_fell_silent_is_marked_and_an_ended_one_is_not() -> None:
-    assert "no news for 2:28: is process 77 still there?" in draw(make_status(), now_unix=1400.0)
-    assert "no news" not in draw(make_status(state="finished"), now_unix=1400.0)
+    assert "no update for 2:28: is process 77 alive?" in draw(make_status(), now_unix=1400.0)
+    assert "no update" not in draw(make_status(state="finished"), now_unix=1400.0)
 
 
 def test_the_summary_tells_the_evaluation_before_and_after() -> None:

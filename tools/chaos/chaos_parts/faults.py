@@ -19,17 +19,18 @@ from megatron_async_rl import processes
 from megatron_async_rl.controller.core.events import ControllerStarted, SampleReturned, SampleScored
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
 from megatron_async_rl.errors import ProtocolError
-from megatron_async_rl.observability.run_log import read_status
+from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.protocol import transport
 from megatron_async_rl.protocol.messages import (
     Generated,
     GenerateFailed,
     Hello,
     Message,
-    Scored,
+    ScoreResult,
     StepDone,
 )
 from megatron_async_rl.protocol.transport import Link
+from megatron_async_rl.protocol.types import SampleKey
 from megatron_async_rl.storage import checkpoints
 
 Fault = Callable[[Job], int | None]
@@ -220,11 +221,11 @@ def f16_replayed_messages(job: Job) -> None:
     for fact in facts[-400:]:
         if isinstance(fact, SampleReturned):
             for attempt, of in ((1, epoch), (2, epoch), (1, epoch - 1)):
-                messages.append(Generated(of, fact.group_id, attempt, fact.index, fact.sample))
-                messages.append(GenerateFailed(of, fact.group_id, attempt, fact.index, "a lie"))
+                key = SampleKey(of, fact.group_id, attempt, fact.index)
+                messages += [Generated(key, fact.sample), GenerateFailed(key, "a lie")]
         elif isinstance(fact, SampleScored):
             messages += [
-                Scored(epoch, fact.group_id, attempt, fact.index, 1.0 - fact.reward)
+                ScoreResult(SampleKey(epoch, fact.group_id, attempt, fact.index), 1.0 - fact.reward)
                 for attempt in (1, 2)
             ]
     messages += [StepDone(version, {}) for version in range(max(0, job.version - 3), job.version)]

@@ -18,7 +18,7 @@ from chaos_parts.world import HOST_A, World
 from megatron_async_rl import processes
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, last_seq
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.observability.run_log import FINAL_STATES, read_status
+from megatron_async_rl.observability.status import FINAL_STATES, read_status
 
 START_S = 240.0
 STEPS = 100_000  # more than any job of this tool trains

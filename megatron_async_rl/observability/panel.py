@@ -1,0 +1,259 @@
+"""Renders a RunStatus for people: the panel of the terminal, a summary, one line for a log."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import time
+from collections import Counter
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from megatron_async_rl.observability.status import FINAL_STATES, RunStatus, ServerStatus
+
+SILENT_S = 60.0  # an unfinished run whose status is older than this is marked
+MAX_SERVER_ROWS = 8  # larger fleets are shown as counts
+SPARK_WIDTH = 24
+BLOCKS = "▁▂▃▄▅▆▇█"
+STATE_STYLE = {"failed": "bold red", "finished": "bold green", "training": "bold cyan"}
+
+
+def render(status: RunStatus, now_unix: float | None = None) -> Panel:
+    """Returns the panel; it fits 80 columns."""
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="bold", no_wrap=True)
+    rows.add_column(ratio=1)
+    rows.add_row("step", _progress(status))
+    if status.reward_mean is not None:
+        rows.add_row("reward", _reward(status))
+    if status.generate_tokens_per_s is not None:
+        rows.add_row("tokens/s", _throughput(status))
+    if status.staleness_max is not None:
+        rows.add_row("staleness", _staleness(status))
+    if status.update_s is not None:
+        rows.add_row("weights", _weights(status))
+    if status.step_s is not None:
+        rows.add_row("time", _step_time(status))
+    if status.ledger:
+        rows.add_row("groups", _groups(status.ledger))
+    if status.fleet:
+        rows.add_row("fleet", _fleet(status.fleet))
+    if status.evals:
+        rows.add_row("eval", _evals(status))
+    notes = []
+    if status.message:
+        notes.append(Text(status.message, "red" if status.state == "failed" else "italic"))
+    silent_s = (time.time() if now_unix is None else now_unix) - status.updated_unix
+    if status.state not in FINAL_STATES and status.updated_unix and silent_s > SILENT_S:
+        age = duration_text(silent_s)
+        notes.append(Text(f"no update for {age}: is process {status.pid} alive?", "yellow"))
+    title = Text.assemble(
+        "megatron_async_rl  ", (status.state, STATE_STYLE.get(status.state, "bold yellow"))
+    )
+    return Panel(
+        Group(rows, *notes), title=title, title_align="left", border_style="dim", padding=(0, 1)
+    )
+
+
+def ledger_table(status: RunStatus) -> Table:
+    """Returns the ledger in full, with every reason for which groups were dropped."""
+    table = Table("groups", "", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for name, count in status.ledger.items():
+        table.add_row(name, f"{count:,}")
+    return table
+
+
+def summary(status: RunStatus) -> str:
+    """Returns the text printed at the end of a run: evaluation and reward, before and after."""
+    took = duration_text(status.elapsed_s)
+    lines = [f"{status.state} after {status.version} of {status.steps} steps in {took}"]
+    if status.message:
+        lines[0] += f": {status.message}"
+    if len(status.evals) >= 2:
+        before, after = status.evals[0], status.evals[-1]
+        lines.append(
+            f"evaluation  {before.accuracy:.1%} before (v{before.version})  ->  "
+            f"{after.accuracy:.1%} after (v{after.version}), on {after.num} problems"
+        )
+    elif status.evals:
+        only = status.evals[0]
+        lines.append(f"evaluation  {only.accuracy:.1%} at v{only.version}, on {only.num} problems")
+    if status.reward_history:
+        first, last = status.reward_history[0], status.reward_history[-1]
+        lines.append(f"reward      {first:.3f} in the first step  ->  {last:.3f} in the last")
+    if status.staleness_max is not None:
+        lines.append(
+            f"staleness   mean {_number(status.staleness_mean)}, max {status.staleness_max} "
+            f"in the last step, {status.staleness_worst} in the whole run, limit "
+            f"{status.staleness_limit}; {status.interrupted_samples:,} samples resumed under "
+            "newer weights"
+        )
+    if status.ledger:
+        lines.append(f"groups      {_groups(status.ledger).plain}")
+    return "\n".join(lines)
+
+
+def log_line(status: RunStatus) -> str:
+    if status.state == "failed":
+        return f"failed: {status.message}"
+    parts = [status.state]
+    if status.message:
+        parts.append(status.message)
+    if status.steps:
+        parts.append(f"step {status.version}/{status.steps}")
+    if status.reward_mean is not None:
+        parts.append(f"reward {status.reward_mean:.3f}")
+    if status.generate_tokens_per_s is not None:
+        parts.append(f"{status.generate_tokens_per_s:,.0f} tokens/s generated")
+    if status.staleness_max is not None:
+        worst = f"worst {status.staleness_worst} of {status.staleness_limit}"
+        parts.append(f"staleness max {status.staleness_max}, {worst}")
+    if status.update_s is not None:
+        parts.append(f"update {status.update_s:.2f} s")
+    if status.evals:
+        parts.append(f"eval {status.evals[-1].accuracy:.1%} at v{status.evals[-1].version}")
+    if status.eta_s is not None and status.state not in FINAL_STATES:
+        parts.append(f"{duration_text(status.eta_s)} left")
+    return " | ".join(parts)
+
+
+def screenshot_svg(status: RunStatus, width: int = 88) -> str:
+    """Returns the panel as an SVG picture of a terminal of that width."""
+    console = Console(
+        record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor"
+    )
+    console.print(render(status, now_unix=status.updated_unix))
+    return console.export_svg(title="python -m megatron_async_rl run")
+
+
+def _progress(status: RunStatus) -> Table:
+    row = Table.grid(padding=(0, 2))
+    row.add_column(no_wrap=True)
+    row.add_column(ratio=1, min_width=10)
+    row.add_column(no_wrap=True, justify="right")
+    if status.state in FINAL_STATES:
+        clock = f"took {duration_text(status.elapsed_s)}"
+    else:
+        parts = [f"{duration_text(status.elapsed_s)} elapsed"] if status.elapsed_s else []
+        parts += [f"{duration_text(status.eta_s)} left"] if status.eta_s is not None else []
+        clock = ", ".join(parts)
+    bar = ProgressBar(total=status.steps or 1, completed=status.version, finished_style="green")
+    row.add_row(f"{status.version}/{status.steps or '?'}", bar, clock)
+    return row
+
+
+def _reward(status: RunStatus) -> Text:
+    history = status.reward_history
+    text = Text(_number(status.reward_mean, 3), "bold green")
+    if len(history) > 1:
+        text.append(f"  {_spark(history)}", "green")
+        text.append(f"  from {history[0]:.3f}", "dim")
+    return text
+
+
+def _throughput(status: RunStatus) -> Text:
+    generated = _number(status.generate_tokens_per_s, 0)
+    trained = _number(status.train_tokens_per_s, 0)
+    return Text.assemble((generated, "bold"), " generated   ", (trained, "bold"), " trained")
+
+
+def _staleness(status: RunStatus) -> Text:
+    over = (status.staleness_worst or 0) > status.staleness_limit
+    text = Text.assemble(
+        "mean ",
+        (_number(status.staleness_mean), "bold"),
+        "   max ",
+        (str(status.staleness_max), "bold"),
+        "   worst so far ",
+        (str(status.staleness_worst), "bold red" if over else "bold"),
+        f" of {status.staleness_limit}",
+    )
+    if status.interrupted_samples:
+        text.append(f"   {status.interrupted_samples:,} samples interrupted by an update", "dim")
+    return text
+
+
+def _weights(status: RunStatus) -> Text:
+    text = Text.assemble("last update ", (_seconds(status.update_s), "bold"))
+    if status.update_fraction is not None:
+        text.append(f"   {status.update_fraction:.1%} of the time")
+    return text
+
+
+def _step_time(status: RunStatus) -> Text:
+    text = Text.assemble("step ", (_seconds(status.step_s), "bold"))
+    if status.train_wait_fraction is not None:
+        text.append(f"   trainer waits for samples {status.train_wait_fraction:.0%} of it")
+    return text
+
+
+def _groups(ledger: dict[str, int]) -> Text:
+    """admitted = trained + pending + dropped; red if the sum does not match."""
+    reasons = {
+        name.removeprefix("dropped."): count
+        for name, count in ledger.items()
+        if name.startswith("dropped.")
+    }
+    admitted, trained, pending = (ledger.get(n, 0) for n in ("admitted", "trained", "pending"))
+    dropped = sum(reasons.values())
+    balanced = admitted == trained + pending + dropped
+    text = Text.assemble(
+        f"{admitted:,} admitted ",
+        ("=", "") if balanced else ("!=", "bold red"),
+        f" {trained:,} trained + {pending:,} pending + {dropped:,} dropped",
+    )
+    if dropped:
+        counts = ", ".join(f"{count:,} {name}" for name, count in reasons.items() if count)
+        text.append(f" ({counts})", "dim")
+    return text
+
+
+def _fleet(fleet: list[ServerStatus]) -> RenderableType:
+    if len(fleet) > MAX_SERVER_ROWS:
+        kinds = Counter((server.state, server.version) for server in fleet).most_common()
+        counts = "   ".join(f"{count} {state} v{version}" for (state, version), count in kinds)
+        running = sum(server.running for server in fleet)
+        return Text(f"{len(fleet)} servers, {running:,} samples running:  {counts}")
+    table = Table("server", "state", "weights", "running", box=None, pad_edge=False)
+    table.header_style = "dim"
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for server in fleet:
+        table.add_row(server.name, server.state, f"v{server.version}", str(server.running))
+    return table
+
+
+def _evals(status: RunStatus) -> Text:
+    shown = status.evals if len(status.evals) <= 4 else [status.evals[0], *status.evals[-3:]]
+    accuracies = "  ->  ".join(f"{e.accuracy:.1%} (v{e.version})" for e in shown)
+    return Text(f"{accuracies}   on {shown[-1].num} problems")
+
+
+def _spark(values: list[float]) -> str:
+    """Draws at most SPARK_WIDTH blocks, each the mean of equally many values, over their range."""
+    width = min(SPARK_WIDTH, len(values))
+    edges = [i * len(values) // width for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, spread = min(means), max(means) - min(means)
+    levels = [(mean - low) / spread if spread else 0.0 for mean in means]
+    return "".join(BLOCKS[round(level * (len(BLOCKS) - 1))] for level in levels)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} s" if value < 10 else f"{value:,.1f} s"
+
+
+def duration_text(seconds: float) -> str:
+    """Returns 1:05 or 2:00:10."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,77 @@
+"""`status.json`: the state of a run, written by the controller (run_log.py).
+
+The terminal display, `status`, the launchers and the trainer nodes read it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from megatron_async_rl.errors import DataError
+
+STATUS_FILE = "status.json"
+FINAL_STATES = ("finished", "failed", "stopped")
+
+RunState = Literal[
+    "starting", "evaluating", "training", "finishing", "finished", "failed", "stopped"
+]
+
+
+class ServerStatus(msgspec.Struct):
+    """A rollout worker and its SGLang server."""
+
+    name: str
+    state: str
+    version: int
+    running: int  # samples
+
+
+class EvaluationResult(msgspec.Struct):
+    version: int
+    accuracy: float
+    num: int  # problems
+
+
+class RunStatus(msgspec.Struct):
+    """The content of status.json. None: not known yet."""
+
+    state: RunState = "starting"
+    message: str = ""  # the current activity, or the reason of the failure
+    pid: int = 0  # of the controller; 0 is filled in when written
+    updated_unix: float = 0.0  # filled in when written; for display only
+    elapsed_s: float = 0.0  # since the controller started; 0 is filled in when written
+    version: int = 0  # training steps done
+    steps: int = 0  # training steps to do
+    eta_s: float | None = None  # estimated time to the end
+    reward_mean: float | None = None
+    reward_history: list[float] = []
+    generate_tokens_per_s: float | None = None
+    train_tokens_per_s: float | None = None
+    staleness_mean: float | None = None
+    staleness_max: int | None = None  # of the last step
+    staleness_worst: int | None = None  # of the whole run
+    staleness_limit: int = 0
+    update_s: float | None = None  # the last weight update
+    update_fraction: float | None = None  # share of the wall time spent in weight updates
+    step_s: float | None = None
+    train_wait_fraction: float | None = None  # share of the wall time the trainer waits for data
+    ledger: dict[str, int] = {}  # admitted, trained, pending, dropped.<reason>: in groups
+    fleet: list[ServerStatus] = []
+    evals: list[EvaluationResult] = []
+    interrupted_samples: int = 0  # finished under newer weights than they began with
+    lost: list[str] = []  # workers without heartbeat
+
+
+def read_status(run_dir: Path) -> RunStatus:
+    """Raises DataError if there is no status.json, or it is not one of this version."""
+    path = Path(run_dir) / STATUS_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=RunStatus)
+    except OSError as e:
+        problem = f"no run at {run_dir}: {path} cannot be read ({e.strerror})"
+    except msgspec.DecodeError as e:
+        problem = f"{path} is not the status of a run of this version: {e}"
+    raise DataError(f"{problem}; give the run.dir of a run")
