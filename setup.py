@@ -47,7 +47,16 @@ setup(
         "pebble>=5",
     ],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "psutil"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "psutil",
+        ],
         "gpu": ["transformer-engine[pytorch]"],
     },
 )
