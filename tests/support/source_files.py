@@ -1,4 +1,4 @@
-"""TODO."""
+"""The Python files of the repository."""
 
 from __future__ import annotations
 

@@ -1,215 +1,160 @@
-"""Who may import whom, and what is written nowhere: held by reading the source, not by running it."""
+"""The structure of the repository: which module may reach which, over any chain of imports.
+
+All checks read the source (import_graph.py); nothing is imported. An error shows the chain, from
+the module that breaks the rule to the one that it must not reach.
+"""
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
+import itertools
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from paths import ROOT
+from import_graph import import_circles, import_graph, package_modules, shortest_chain
 from source_files import PACKAGE, relative_path, source_files
 
 PROCESSES = {"controller", "rollout", "reward", "trainer", "recorder", "node"}
-HEAVY = {"trainer", "weights"}  # the folders that may import torch and Megatron
-UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
-UNSAFE_NAMES = {  # of modules that are fine otherwise: never imported bare, so that calls of them can be seen
-    "yaml": {"load", "load_all", "unsafe_load", "full_load"},
-    "torch": {"load"},
-    "numpy": {"load"},
-    "os": {"system", "popen"},
-    "subprocess": {"getoutput", "getstatusoutput"},
-    "builtins": {"eval", "exec", "compile"},
-}
-YAML_LOADER = f"{PACKAGE}/config/load.py"  # holds the one SafeLoader subclass
-ZYGOTE = f"{PACKAGE}/sandbox/zygote.py"  # runs programs: its jail is what test_sandbox.py is about
+COMMANDS = {"cli", "launcher.run", "launcher.join", "launcher.slurm"}
+TORCH_USERS = {"trainer", "weights"}
+TORCH_PACKAGES = {"torch", "megatron", "transformer_engine", "apex", "triton"}
+MAX_FILES = 13  # of one folder, besides __init__.py
+MAX_COLUMNS, MAX_LONG_LINES = 100, 0.02
+
+Rule = tuple[str, Callable[[str], bool]]  # what is forbidden, and which modules that is
 
 
-GET_OUTPUT = {"subprocess.getoutput", "subprocess.getstatusoutput"}  # a shell each
-BUILTINS = {"builtins.eval", "builtins.exec"}
-
-
-def imported(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def import_violations(path: str, tree: ast.AST) -> list[str]:
-    """What a module of the package imports although its place forbids it; `path` is relative to the repository."""
-    place = Path(path).parts[1] if len(Path(path).parts) > 2 else ""
-    found = []
-    for name in imported(tree):
-        parts = name.split(".")
-        if parts[0] in {"torch", "megatron", "transformer_engine", "apex"} and place not in HEAVY:
-            found.append(f"{path} imports {name}: only trainer/ and weights/ may")
-        if parts[0] == "sglang":
-            found.append(f"{path} imports {name}: SGLang is reached by HTTP alone")
-        if parts[0] == "zmq" and path != f"{PACKAGE}/protocol/transport.py":
-            found.append(f"{path} imports {name}: only transport.py may")
-        if parts[0] == "tools":
-            found.append(f"{path} imports {name}: nothing imports tools/")
-        if (
-            parts[0] == PACKAGE
-            and place in PROCESSES
-            and len(parts) > 1
-            and parts[1] in PROCESSES - {place}
-        ):
-            found.append(f"{path} imports {name}: processes meet in messages.py")
-    return found
-
-
-def safety_violations(path: str, tree: ast.AST) -> list[str]:
-    """Ways to run what came by wire or file as code."""
-    found = [
-        f"{path} imports {name}" for name in imported(tree) if name.split(".")[0] in UNSAFE_MODULES
-    ]
-    found += [
-        f"{path} imports {module}.{name} bare"
-        for module, names in UNSAFE_NAMES.items()
-        for name in names & bare_names(tree, module)
-    ]
-    modules = {alias.asname: alias.name for alias in imports(tree) if alias.asname}
-    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        name, line = ast.unparse(call.func), call.lineno
-        owner, _, attribute = name.rpartition(".")
-        name = (
-            f"{modules.get(owner, owner)}.{attribute}" if owner else name
-        )  # `import torch as t` hides nothing
-        keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-        banned = {"eval", "exec", "__import__", "os.system", "os.popen"} | GET_OUTPUT | BUILTINS
-        if name in banned and (path, name) != (ZYGOTE, "exec"):
-            found.append(f"{path}:{line} calls {name}")
-        if name.endswith((".recv_pyobj", ".send_pyobj")):
-            found.append(f"{path}:{line} calls {name}: pickle on a socket")
-        if (
-            name in {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all"}
-            and path != YAML_LOADER
-        ):
-            found.append(f"{path}:{line} calls {name}; use yaml.safe_load")
-        if name == "torch.load" and not is_true(keywords.get("weights_only")):
-            found.append(f"{path}:{line} calls torch.load without weights_only=True")
-        if "shell" in keywords and not is_false(keywords["shell"]):
-            found.append(f"{path}:{line} passes shell=")
-        if is_true(keywords.get("allow_pickle")):
-            found.append(f"{path}:{line} passes allow_pickle=True")
-    return found
-
-
-def imports(tree: ast.AST) -> list[ast.alias]:
-    return [
-        alias for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
-    ]
-
-
-def bare_names(tree: ast.AST, module: str) -> set[str]:
-    nodes = (
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == module
+def is_below(module: str, *folders: str) -> bool:
+    """Tells whether `module` is one of these, or inside one: named relative to the package."""
+    return any(
+        module == f"{PACKAGE}.{folder}" or module.startswith(f"{PACKAGE}.{folder}.")
+        for folder in folders
     )
-    return {alias.name for node in nodes for alias in node.names}
 
 
-def is_true(node: ast.AST | None) -> bool:
-    return isinstance(node, ast.Constant) and node.value is True
+def is_foreign(module: str, *packages: str) -> bool:
+    return module.split(".")[0] in packages
 
 
-def is_false(node: ast.AST | None) -> bool:
-    return isinstance(node, ast.Constant) and node.value is False
+def rules_of(module: str) -> Iterator[Rule]:
+    """Yields what this module must not reach, over any number of imports."""
+    yield "SGLang is reached by HTTP alone", lambda name: is_foreign(name, "sglang")
+    yield "the package does not use tools/", lambda name: is_foreign(name, "tools")
+    place = module.removeprefix(f"{PACKAGE}.").split(".")[0]
+    if place not in TORCH_USERS:
+        yield (
+            "only trainer/ and weights/ reach torch",
+            lambda name: is_foreign(name, *TORCH_PACKAGES),
+        )
+    if place in PROCESSES:
+        others = PROCESSES - {place}
+        yield "processes share messages only", lambda name: is_below(name, *others)
+        yield "a process uses no command", lambda name: is_below(name, *COMMANDS)
+    if is_below(module, "controller.core"):
+        yield "the core is synchronous", lambda name: is_foreign(name, "asyncio")
+        yield "the core sends nothing", lambda name: is_below(name, "protocol.transport")
 
 
-@pytest.mark.parametrize("path", source_files(PACKAGE), ids=relative_path)
-def test_a_module_imports_only_what_its_place_allows(path: Path) -> None:
-    assert import_violations(relative_path(path), ast.parse(path.read_text())) == []
+def forbidden_chains(graph: dict[str, set[str]], module: str) -> list[str]:
+    found = []
+    for reason, is_forbidden in rules_of(module):
+        chain = shortest_chain(graph, module, is_forbidden)
+        if chain:
+            found.append(f"{' -> '.join(chain)}: {reason}")
+    if module != f"{PACKAGE}.protocol.transport":
+        found += [
+            f"{module} -> {name}: only protocol/transport.py imports zmq"
+            for name in sorted(graph[module])
+            if is_foreign(name, "zmq")
+        ]
+    return found
 
 
-@pytest.mark.parametrize("path", source_files(PACKAGE, "tools", "tests"), ids=relative_path)
-def test_nothing_unpickles_evaluates_or_starts_a_shell(path: Path) -> None:
-    assert safety_violations(relative_path(path), ast.parse(path.read_text())) == []
+@pytest.mark.parametrize("module", sorted(package_modules()))
+def test_module_reaches_only_what_its_folder_allows(module: str) -> None:
+    assert forbidden_chains(import_graph(type_only=False), module) == []
 
 
-def test_the_only_yaml_load_uses_a_safe_loader() -> None:
-    tree = ast.parse((ROOT / YAML_LOADER).read_text())
-    loads = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "yaml.load"
-    ]
-    loaders = [
-        ast.unparse(keyword.value)
-        for call in loads
-        for keyword in call.keywords
-        if keyword.arg == "Loader"
-    ]
-    bases = {
-        node.name: [ast.unparse(base) for base in node.bases]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
-    }
-    assert len(loads) == len(loaders) == 1
-    assert bases[loaders[0]] == ["yaml.SafeLoader"]
+def test_modules_form_no_import_circle() -> None:
+    """Imports for type checkers alone count too."""
+    circles = import_circles(import_graph(type_only=True))
+    assert [" -> ".join(circle) for circle in circles] == []
+
+
+def test_no_folder_has_too_many_files() -> None:
+    files = [path for path in source_files(PACKAGE) if path.name != "__init__.py"]
+    counts = {relative_path(path.parent): 0 for path in files}
+    for path in files:
+        counts[relative_path(path.parent)] += 1
+    assert {folder: count for folder, count in counts.items() if count > MAX_FILES} == {}
+
+
+@pytest.mark.parametrize("path", source_files("tests"), ids=relative_path)
+def test_test_code_imports_no_test_module(path: Path) -> None:
+    """Programs inside strings count too; shared code is in tests/support/."""
+    found = re.findall(r"^\s*(?:from|import) +test_\w+.*", path.read_text(), re.MULTILINE)
+    assert found == []
+
+
+def test_lines_fit_into_the_columns() -> None:
+    lines = [line for path in source_files(PACKAGE) for line in path.read_text().splitlines()]
+    num_long = sum(len(line) > MAX_COLUMNS for line in lines)
+    assert num_long <= MAX_LONG_LINES * len(lines)
+
+
+# ---- the checks find what they are for
 
 
 @pytest.mark.parametrize(
-    ("path", "source"),
+    "chain",
     [
-        ("megatron_async_rl/controller/core/core.py", "import torch"),
-        ("megatron_async_rl/protocol/types.py", "def f():\n    from torch import nn"),
-        ("megatron_async_rl/rollout/worker.py", "from megatron.core import parallel_state"),
-        ("megatron_async_rl/weights/publish.py", "import sglang.srt"),
-        ("megatron_async_rl/rollout/engine_process.py", "import zmq.asyncio"),
-        ("megatron_async_rl/reward/worker.py", "from megatron_async_rl.rollout import server"),
-        ("megatron_async_rl/reward/worker.py", "from megatron_async_rl import controller"),
-        ("megatron_async_rl/config/load.py", "import tools.arithmetic"),
+        "controller.core.core torch",
+        "protocol.types torch.nn",
+        "config.load protocol.types megatron.core",
+        "rollout.worker weights.bucket torch",
+        "data.dataset weights.folder safetensors triton",
+        "weights.publish sglang.srt",
+        "rollout.engine_process zmq.asyncio",
+        "reward.worker rollout.worker",
+        "reward.worker controller",
+        "reward.worker protocol.types observability.run_log rollout.worker",
+        "controller.controller launcher.supervisor launcher.run",
+        "node.node cli.doctor",
+        "controller.core.leases controller.handlers asyncio",
+        "controller.core.leases storage.files protocol.transport",
+        "config.load tools.arithmetic",
     ],
 )
-def test_a_forbidden_import_is_seen(path: str, source: str) -> None:
-    assert import_violations(path, ast.parse(source))
+def test_forbidden_chain_is_found(chain: str) -> None:
+    folders = {relative_path(path.parent) for path in source_files(PACKAGE)}
+    tops = {folder.split("/")[1] for folder in folders if "/" in folder}
+    names = [f"{PACKAGE}.{name}" if name.split(".")[0] in tops else name for name in chain.split()]
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for name, imported in itertools.pairwise(names):
+        graph[name] = {imported}
+    [found] = forbidden_chains(graph, names[0])
+    assert found.startswith(" -> ".join(names))
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("module", "imported"),
     [
-        "import pickle",
-        "from cloudpickle import dumps",
-        "import pickle as p",
-        "def f():\n    import dill",
-        "socket.recv_pyobj()",
-        "self._socket.send_pyobj(x)",
-        "yaml.load(text)",
-        "yaml.unsafe_load(text)",
-        "import yaml as y\ny.load(text, Loader=y.FullLoader)",
-        "from yaml import load\nload(text)",
-        "import torch as t\nt.load(path)",
-        "from torch import load\nload(path)",
-        "torch.load(path, weights_only=flag)",
-        "import builtins\nbuiltins.eval(text)",
-        "from os import system",
-        "os.popen(command)",
-        "subprocess.getoutput(command)",
-        "subprocess.run(command, shell=flag)",
-        "subprocess.Popen(command, shell=1)",
-        "__import__('pickle')",
-        "yaml.load(text, Loader=yaml.Loader)",
-        "torch.load(path)",
-        "torch.load(path, weights_only=False)",
-        "eval(text)",
-        "exec(text)",
-        "subprocess.run(command, shell=True)",
-        "np.load(path, allow_pickle=True)",
+        ("trainer.step", "torch"),
+        ("weights.plan", "megatron.core"),
+        ("protocol.transport", "zmq"),
+        ("controller.handlers", "asyncio"),
+        ("controller.core.core", f"{PACKAGE}.protocol.messages"),
+        ("trainer.controller_client", f"{PACKAGE}.protocol.transport"),
+        ("launcher.run", f"{PACKAGE}.cli.doctor"),
     ],
 )
-def test_an_unsafe_call_is_seen(source: str) -> None:
-    assert safety_violations("megatron_async_rl/protocol/types.py", ast.parse(source))
+def test_allowed_import_is_not_reported(module: str, imported: str) -> None:
+    graph = {f"{PACKAGE}.{module}": {imported}}
+    assert forbidden_chains(graph, f"{PACKAGE}.{module}") == []
 
 
-@pytest.mark.parametrize(
-    "source", ["model.eval()", "torch.load(path, weights_only=True)", "run(command, shell=False)"]
-)
-def test_a_safe_call_is_let_through(source: str) -> None:
-    assert safety_violations("megatron_async_rl/protocol/types.py", ast.parse(source)) == []
+def test_circle_is_found_over_several_modules() -> None:
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set()}
+    [circle] = import_circles(graph)
+    assert set(circle) == {"a", "b", "c"} and circle[0] == circle[-1]
