@@ -1,6 +1,8 @@
-"""Where our patches of third-party packages lie, and how the trainer's processes apply theirs.
+"""Finds the folder patches/ and applies patches of third-party packages to the current process.
 
-They are applied at start by a call, never by importing a package; a patch that no longer fits stops the process.
+A process applies a patch by a call at its start, never as a side effect of an import. A patch that
+does not fit the installed version raises DriftError and so stops the process. patches/README.md
+lists them all.
 """
 
 from __future__ import annotations
@@ -11,19 +13,30 @@ from pathlib import Path
 
 
 def patches_dir() -> Path:
-    """The folder `patches/` next to the package in a checkout, or its copy inside an installed package."""
+    """Returns patches/ of a checkout, or its copy megatron_async_rl/_patches in an installed
+    package.
+
+    Raises FileNotFoundError where there is neither.
+    """
     package = Path(__file__).resolve().parent
     for candidate in (package.parent / "patches", package / "_patches"):
         if (candidate / "megatron_cpu").is_dir():
             return candidate
     raise FileNotFoundError(
-        f"no patches folder next to {package} and no _patches in it; install the package with pip, or run it from a checkout"
+        f"no patches folder next to {package} and no _patches in it; install the package with pip, "
+        "or run it from a checkout"
     )
 
 
-def prepare_megatron() -> None:
-    """Makes megatron.core importable and usable on this machine; call it before the first import of megatron.core."""
+def apply(name: str) -> None:
+    """Applies patches/NAME to this process; a second call does nothing."""
     folder = str(patches_dir())
     if folder not in sys.path:
         sys.path.append(folder)  # last: no name in it may shadow an installed package
-    importlib.import_module("megatron_cpu").install()
+    importlib.import_module(name).install()
+
+
+def prepare_megatron() -> None:
+    """Makes megatron.core importable and usable here; call it before its first import."""
+    apply("megatron_cpu")
+    apply("megatron_checkpoint")

@@ -23,10 +23,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from multiprocessing import popen_fork, resource_tracker
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_async_rl import patches
 from megatron_async_rl.errors import Error, Preempted
 
 EXIT_REQUEUE = 75  # told to end, saved: run it again (Slurm: --requeue, or requeue on this code)
@@ -84,8 +84,7 @@ def _exit_in_order(signum: int, frame: object) -> None:
 
 def _heed_the_parent_alone() -> None:
     """A rank that Slurm signals with the whole job must still save; torchrun's order to it must end it, stuck or not."""
-    resource_tracker._IGNORED_SIGNALS = (signal.SIGINT,)  # type: ignore[attr-defined]  # its start would unblock SIGTERM
-    popen_fork.Popen.terminate = popen_fork.Popen.kill  # type: ignore[method-assign]  # our end waits for our children's
+    patches.apply("blocked_sigterm")
     signal.pthread_sigmask(
         signal.SIG_BLOCK, {signal.SIGTERM}
     )  # of all threads to come, and of what they start

@@ -31,8 +31,7 @@ from megatron_async_rl.launcher.preflight import (
     config_checks,
     size_text,
 )
-
-PATCHES = Path(__file__).resolve().parents[2] / "patches"
+from megatron_async_rl.patches import patches_dir
 
 CPU_VERSIONS = {"torch": "~=2.13.0", "megatron-core": "~=0.16.1"}
 GPU_VERSIONS = {"torch": ">=2.11", "megatron-core": "~=0.19.2"}
@@ -168,11 +167,10 @@ def _apex() -> Check:
 
 
 def _patches() -> Check:
-    if not PATCHES.is_dir():
-        return Check(
-            "patches", False, f"{PATCHES} is missing", "work in a checkout: pip install -e ."
-        )
-    return Check("patches", True, str(PATCHES))
+    try:
+        return Check("patches", True, str(patches_dir()))
+    except FileNotFoundError as e:
+        return Check("patches", False, str(e), SETUP)
 
 
 def _gpus() -> list[str]:

@@ -144,7 +144,7 @@ class Server:
             return b"address already in use" in log.read().lower()
 
     def _command(self, host: str, port: int) -> list[str]:
-        module = "launch" if self._on_cpu else "sglang.launch_server"
+        module = "launch" if self._config.on_cpu else "sglang.launch_server"
         ours: dict[str, Any] = {
             "model_path": str(self._model_path),
             "weight_version": self.started_from and snapshots.version_of(self.started_from),
@@ -169,30 +169,26 @@ class Server:
         environment = {
             "NCCL_CUMEM_ENABLE": "0",  # SGLang sets it; both ends of an update group must agree
             "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(patches_dir() / "sglang_tie"),
+            "PYTHONPATH": str(patches_dir() / "sglang_startup"),
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # /health must not generate between updates
         }
-        if self._on_cpu:
+        if self._config.on_cpu:
             environment |= {
                 "PYTHONPATH": os.pathsep.join(
-                    str(patches_dir() / name) for name in ("sglang_tie", "sglang_cpu")
+                    str(patches_dir() / name) for name in ("sglang_startup", "sglang_cpu")
                 ),
                 "SGLANG_USE_CPU_ENGINE": "1",
                 "SGLANG_EXTERNAL_MODEL_PACKAGE": "cpu_models",
                 "OMP_NUM_THREADS": "1",  # more threads decode a small model several times slower
             }
             if (
-                tp := int(self._config.sglang.get("tp_size", 1))
+                tp := self._config.engine_tp
             ) > 1:  # SGLang wants a NUMA node per rank, or to be told
                 cores = os.cpu_count() or 1
                 environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
                     str(rank % cores) for rank in range(tp)
                 )
         return environment
-
-    @property
-    def _on_cpu(self) -> bool:
-        return self._config.sglang.get("device") == "cpu"
 
 
 def _last_words(log: Path) -> str:

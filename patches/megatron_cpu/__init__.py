@@ -1,16 +1,18 @@
-"""Lets an unmodified megatron-core (0.16.1, 0.19.2) run on CPU and gloo: `install()` before importing megatron.core.
+"""Lets an unmodified megatron-core (0.16.1, 0.19.2) run on CPU and gloo.
 
-| patch          | what it does                                                                       | when             |
-|----------------|------------------------------------------------------------------------------------|------------------|
-| triton_leaf    | stands in for the one module that imports triton unconditionally                   | no triton        |
-| router_gemm    | defines a name that the MoE router reads though its optional import failed          | no TE            |
-| torch_cuda     | torch.cuda.{current_device, Stream, ...} and Tensor.cuda answer for the CPU         | no CUDA          |
-| rng_tracker    | the CUDA RNG tracker forks torch's CPU generator                                    | no CUDA          |
-| moe_splits     | split sizes of the MoE all-to-all become numpy, though they never leave a GPU       | no CUDA          |
-| retarget       | the constants 'cuda' and 'torch.cuda.FloatTensor' of a fixed list of functions      | no CUDA          |
+Call `install()` before the first import of megatron.core.
 
-Each checks that what it replaces is still there and raises DriftError otherwise, so a new megatron-core stops the run
-at start instead of failing in the middle of it. With CUDA (and triton and TE) nothing is touched.
+| patch       | what it does                                                         | needed    |
+|-------------|----------------------------------------------------------------------|-----------|
+| triton_leaf | replaces the module that imports triton unconditionally              | no triton |
+| router_gemm | defines a name that the MoE router reads after a failed import       | no TE     |
+| torch_cuda  | torch.cuda.{current_device, Stream, ...}, Tensor.cuda answer for CPU | no CUDA   |
+| rng_tracker | the CUDA RNG tracker forks torch's CPU generator                     | no CUDA   |
+| moe_splits  | split sizes of the MoE all-to-all become numpy on a CPU too          | no CUDA   |
+| retarget    | constants 'cuda', 'torch.cuda.FloatTensor' of listed functions       | no CUDA   |
+
+Each patch checks that the code it replaces is still there and raises DriftError otherwise, so a new
+megatron-core stops the run at its start. With CUDA, triton and TE nothing is changed.
 """
 
 from __future__ import annotations
@@ -28,33 +30,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
-
-class DriftError(RuntimeError):
-    """What a patch replaces has changed: the installed megatron-core is not one these patches were written for."""
-
+from patch_checks import DriftError, core_module, require
 
 _installed = False
 
 
 def install() -> None:
-    """Applies what this machine needs; a second call does nothing."""
+    """Applies the patches that this machine needs; a second call does nothing."""
     global _installed
     if _installed:
         return
     if not torch.cuda.is_available():
-        # jit_fuser is torch.compile: inductor costs about 10 s per process on a CPU and gains nothing there.
-        # torch._dynamo reads this when first imported, which megatron.core does.
+        # jit_fuser is torch.compile: on a CPU inductor costs about 10 s per process and gains
+        # nothing. torch._dynamo reads this variable on its first import, by megatron.core.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _triton_leaf()
-    # It warns of every optional package that is not installed, and torch of calls that only megatron-core makes.
+    # megatron-core warns of every optional package that is missing, and torch of its calls.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger"
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Before torch_cuda: this import builds torch._dynamo's tables of torch.cuda, which refuse our stand-ins.
+        # Before torch_cuda: this import builds torch._dynamo's tables of torch.cuda functions,
+        # which refuse the replacements.
         importlib.import_module("megatron.core")
     _router_gemm()
     if not torch.cuda.is_available():
@@ -65,26 +64,13 @@ def install() -> None:
     _installed = True
 
 
-def _core(name: str) -> types.ModuleType:
-    try:
-        return importlib.import_module(f"megatron.core.{name}")
-    except ModuleNotFoundError as e:
-        raise DriftError(f"megatron.core.{name} is gone") from e
-
-
-def _require(owner: Any, *names: str) -> None:
-    for name in names:
-        if not hasattr(owner, name):
-            raise DriftError(f"{owner.__name__}.{name} is gone")
-
-
-# ---- wherever triton or transformer-engine is missing, GPU or not ----
+# ---- without triton or Transformer Engine, on GPU and CPU ----
 
 
 def _triton_leaf() -> None:
-    """0.18 and later import triton in one leaf module, whose kernels (MoE paged stash) run on GPUs only.
+    """Replaces the module of GPU kernels (MoE paged stash) in which 0.18 and later import triton.
 
-    Only that leaf is replaced: a fake `triton` package would break torch._inductor, which probes triton.backends.
+    A fake `triton` package instead would break torch._inductor, which probes triton.backends.
     """
     leaf = "megatron.core.transformer.moe.ops.paged_stash"
     if importlib.util.find_spec("triton") is not None or leaf in sys.modules:
@@ -100,17 +86,17 @@ def _triton_leaf() -> None:
 
 
 def _router_gemm() -> None:
-    """0.16.1 without TE: the router's forward reads te_general_gemm, which a failed import left undefined."""
-    moe_utils = _core("transformer.moe.moe_utils")
+    """Defines te_general_gemm, which 0.16.1 without TE leaves undefined and the router reads."""
+    moe_utils = core_module("transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
 
-# ---- no CUDA ----
+# ---- without CUDA ----
 
 
 class _Stream:
-    """A stream or event that has always finished."""
+    """A stream or event whose work is always finished."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -137,13 +123,13 @@ class _Stream:
 
 
 def _returning(value: Any) -> Callable[..., Any]:
-    """A fresh function each time: torch._dynamo refuses one object under two names."""
+    """Returns a new constant function: torch._dynamo refuses one object under two names."""
     return lambda *args, **kwargs: value
 
 
 def _torch_cuda() -> None:
     stream = _Stream()
-    stand_ins: dict[str, Any] = {
+    replacements: dict[str, Any] = {
         "current_device": _returning(torch.device("cpu")),
         "current_stream": _returning(stream),
         "default_stream": _returning(stream),
@@ -158,17 +144,17 @@ def _torch_cuda() -> None:
         "IntTensor": lambda data: torch.tensor(data, dtype=torch.int32),
         "LongTensor": lambda data: torch.tensor(data, dtype=torch.int64),
     }
-    stand_ins |= {
+    replacements |= {
         name: _returning(None)
         for name in ("set_device", "synchronize", "empty_cache", "set_stream")
     }
-    stand_ins |= {
+    replacements |= {
         name: _returning(0)
         for name in ("memory_allocated", "memory_reserved", "max_memory_allocated")
     }
-    _require(torch.cuda, *stand_ins)
-    for name, stand_in in stand_ins.items():
-        setattr(torch.cuda, name, stand_in)
+    require(torch.cuda, *replacements)
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
     torch.cuda.nvtx.range_push = _returning(None)
@@ -178,24 +164,24 @@ def _torch_cuda() -> None:
 
 
 def _rng_tracker() -> None:
-    random = _core("tensor_parallel.random")
-    _require(random, "_get_cuda_rng_state", "_set_cuda_rng_state", "CudaRNGStatesTracker")
+    random = core_module("tensor_parallel.random")
+    require(random, "_get_cuda_rng_state", "_set_cuda_rng_state", "CudaRNGStatesTracker")
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
         torch.get_rng_state()
     )
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(
         new_state
     )
-    # fork() warns when the CPU generator moves; here it is the generator that must move.
+    # fork() warns when the CPU generator advances, which is the purpose here.
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
 
 
 def _moe_splits() -> None:
-    """The dispatcher makes split sizes numpy only where it moves them off a GPU; gloo refuses tensors there."""
-    dispatcher = _core("transformer.moe.token_dispatcher")
-    _require(dispatcher, "maybe_move_tensor_to_cpu")
+    """Converts split sizes to numpy on a CPU too: gloo's all-to-all refuses tensors."""
+    dispatcher = core_module("transformer.moe.token_dispatcher")
+    require(dispatcher, "maybe_move_tensor_to_cpu")
     original = dispatcher.maybe_move_tensor_to_cpu
 
     def to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -213,8 +199,8 @@ _CPU_CONSTANTS = {"cuda": "cpu"} | {
     for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "DoubleTensor")
 }
 
-# Module below megatron.core -> functions whose constants are swapped. '?' marks what not every supported version has;
-# any other must exist and hold at least one such constant.
+# Module below megatron.core -> functions whose constants are replaced. '?' marks functions that
+# not every supported version has; any other must exist and hold at least one such constant.
 _RETARGETED = {
     "optimizer.clip_grads": [
         "get_grad_norm_fp32",
@@ -254,7 +240,7 @@ _RETARGETED = {
 def _retarget() -> None:
     seen: set[types.FunctionType] = set()  # two names may be one function
     for module_name, names in _RETARGETED.items():
-        module = _core(module_name)
+        module = core_module(module_name)
         for name in names:
             optional, name = name.startswith("?"), name.lstrip("?")
             function = _function(module, name)
@@ -284,7 +270,7 @@ def _function(module: types.ModuleType, dotted: str) -> types.FunctionType | Non
 
 
 def _swap_constants(code: types.CodeType) -> tuple[types.CodeType, int]:
-    """The code with CPU constants, nested functions included, and how many were swapped."""
+    """Returns the code with CPU constants, also in nested functions, and the number replaced."""
     swapped = 0
 
     def swap(constant: Any) -> Any:

@@ -1,26 +1,26 @@
-"""Attention over the whole batch at once for SGLang's torch_native back end, which loops over the requests in Python (0.5.21).
+"""Attention over the whole batch at once for SGLang's torch_native attention backend (0.5.21).
 
-With many short requests that loop is half of a decode step on a CPU. Here every request's keys and values are gathered
-into one padded block, B requests x L tokens, and attended in one call. Same mathematics with the additions in another
-order, so not bit-identical to the loop. Cross attention, sliding windows and big ragged prefills go to SGLang's own code.
+SGLang loops over the requests in Python; with many short requests that loop is half of a decode
+step on a CPU. Here the keys and values of all requests are gathered into one padded block, B
+requests x L tokens, and attended in one call. The sums are taken in another order, so results are
+not bit-identical to the loop. Cross attention, sliding windows and large ragged prefills use
+SGLang's code.
 """
 
 import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-MAX_SCORES = (
-    1 << 24
-)  # largest padded score block (floats) of one layer; above it the loop wastes less
+MAX_SCORES = 1 << 24  # largest padded score block (floats) of a layer; above, the loop is cheaper
 
 
 class BatchedTorchAttention(TorchNativeAttnBackend):
     def init_forward_metadata(self, forward_batch):
         super().init_forward_metadata(forward_batch)
-        self._padded = None  # what _gather() works out once a forward pass, for all layers
+        self._padded = None  # cached by _gather() for all layers of a forward pass
 
     def _gather(self, req_to_token, req_pool_indices, seq_lens):
-        """tokens[B, L]: cache slot of each token (slot 0 beyond the end); exists[B, L]: True where a token exists."""
+        """Returns each token's cache slot (0 beyond the end) and whether it exists, both [B, L]."""
         if self._padded is None:
             length = int(seq_lens.max())
             exists = torch.arange(length) < seq_lens[:, None]
@@ -28,13 +28,14 @@ class BatchedTorchAttention(TorchNativeAttnBackend):
         return self._padded
 
     def _run_sdpa_forward_decode(
-        self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens=None,
+        self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens,
+        encoder_lens=None,
         scaling=None, enable_gqa=False, causal=False, is_cross_attn=False, sliding_window_size=None,
     ):  # fmt: skip
         if encoder_lens is not None or is_cross_attn or sliding_window_size is not None:
             return super()._run_sdpa_forward_decode(
-                query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens,
-                scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
+                query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens,
+                encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
             )  # fmt: skip
         tokens, exists = self._gather(req_to_token, req_pool_indices, seq_lens)
         output.copy_(
@@ -45,8 +46,9 @@ class BatchedTorchAttention(TorchNativeAttnBackend):
         return output
 
     def _run_sdpa_forward_extend(
-        self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens,
-        encoder_lens=None, scaling=None, enable_gqa=False, causal=False, is_cross_attn=False, sliding_window_size=None,
+        self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens,
+        extend_prefix_lens, extend_seq_lens, encoder_lens=None, scaling=None, enable_gqa=False,
+        causal=False, is_cross_attn=False, sliding_window_size=None,
     ):  # fmt: skip
         batch, heads = len(seq_lens), query.shape[1]
         width = int(extend_seq_lens.max())
@@ -59,8 +61,9 @@ class BatchedTorchAttention(TorchNativeAttnBackend):
             or too_big
         ):
             return super()._run_sdpa_forward_extend(
-                query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens,
-                encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
+                query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens,
+                extend_prefix_lens, extend_seq_lens, encoder_lens, scaling, enable_gqa, causal,
+                is_cross_attn, sliding_window_size,
             )  # fmt: skip
         tokens, exists = self._gather(req_to_token, req_pool_indices, seq_lens)
         column = torch.arange(width)
@@ -76,7 +79,7 @@ class BatchedTorchAttention(TorchNativeAttnBackend):
 
 
 def _attend(q_BQHD, k_BLKD, v_BLKD, visible_BQL, scaling):
-    """Grouped-query attention: H query heads share K key heads (H = K x G). Returns [B, Q, H, D]."""
+    """Computes grouped-query attention, H = K x G query heads over K key heads: [B, Q, H, D]."""
     B, Q, H, D = q_BQHD.shape
     K = k_BLKD.shape[2]
     q = (

@@ -1,8 +1,9 @@
-"""Start the stock SGLang server on a CPU: `python -m launch <sglang.launch_server's own arguments>`.
+"""Starts the stock SGLang server on a CPU: `python -m launch <arguments of sglang.launch_server>`.
 
-SGLang starts its scheduler and detokenizer with the "spawn" method, so three processes each spend 8 CPU seconds on the
-same imports. A CPU engine has no CUDA context that a fork would break, so here everything is imported once and the
-children are forked. OMP_NUM_THREADS=1 goes with it: a child can't use threads of a pool its parent had started.
+SGLang starts its scheduler and detokenizer with the "spawn" method, so three processes each spend
+8 CPU seconds on the same imports. A CPU engine has no CUDA context that a fork would break, so here
+everything is imported once and the children are forked. Set OMP_NUM_THREADS=1 with it: a forked
+child cannot use the threads of a pool that its parent started.
 """
 
 import gc
@@ -14,9 +15,9 @@ multiprocessing.set_start_method = lambda method, force=False: _set_start_method
     "fork", force=force
 )
 
-gc.disable()  # collecting while modules load finds nothing and costs a sixth of the time
-import batched_attention
-import sglang.srt.entrypoints.http_server  # noqa: F401
+gc.disable()  # collections during the imports find nothing and take a sixth of the time
+import batched_attention  # noqa: E402
+import sglang.srt.entrypoints.http_server  # noqa: E402, F401
 
 gc.freeze()  # children share these pages
 gc.enable()

@@ -1,1 +1,1 @@
-"""Models SGLang finds without importing all of sglang.srt.models: SGLANG_EXTERNAL_MODEL_PACKAGE=cpu_models."""
+"""SGLANG_EXTERNAL_MODEL_PACKAGE=cpu_models: SGLang finds these without importing all its models."""

@@ -1,6 +1,6 @@
-"""Just enough of torchvision for SGLang 0.5.21 and transformers 5.12 to import.
+"""The names of torchvision that SGLang 0.5.21 and transformers 5.12 import.
 
-Both load their image code for text models too; it never runs.
+Both import their image code for text models too, but never run it.
 """
 
 from . import io, transforms  # noqa: F401

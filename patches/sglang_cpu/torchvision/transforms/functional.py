@@ -1,7 +1,7 @@
 import enum
 
 
-# transformers/image_utils.py, sglang/srt/configs/deepseek_ocr.py, sglang/srt/multimodal/internvl_utils.py
+# transformers/image_utils.py; in sglang/srt: configs/deepseek_ocr.py, multimodal/internvl_utils.py
 class InterpolationMode(enum.Enum):
     NEAREST = "nearest"
     NEAREST_EXACT = "nearest-exact"

@@ -1,14 +1,14 @@
-"""Every process that SGLang spawns dies with the one that spawned it, from its first instant on.
+"""Runs at the start of every Python process of the SGLang server (imported for its name).
 
-Python imports this file at its start, long before SGLang's own code asks for the same: SGLang imports for seconds first, and
-a scheduler whose server is killed in that time goes on alone and keeps its GPU.
+Parent death: each process that SGLang spawns asks the kernel to be killed with its parent. SGLang
+asks for the same, but only after seconds of imports: a scheduler whose server is killed in that
+time would go on running and keep its GPU memory.
 
-And SIGTERM stays blocked in all of them, as the worker that starts the server asks for (Slurm signals every process of a
-job, and the requests under way must still come back). Python would unblock it where it starts its resource tracker, and
-where it ends it would wait for ever for children that it has sent SIGTERM: they are killed.
+SIGTERM: stays blocked in all of these processes, as the rollout worker that starts the server
+requests (blocked_sigterm.py).
 
-The TCPStore of SGLang's own ranks listens on the address that the ranks are given (loopback for one host) instead of on
-every address of the host: torch has the argument (`master_listen_fd`), SGLang does not pass it.
+TCPStore: the store of SGLang's ranks listens on the address that the ranks are given (loopback on
+one host) instead of on all addresses. torch has an argument for it, which SGLang does not pass.
 """
 
 import ctypes
@@ -23,18 +23,20 @@ PR_SET_PDEATHSIG = 1
 
 if any("multiprocessing.spawn" in argument for argument in sys.orig_argv):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() == 1:
+    if os.getppid() == 1:  # the parent has ended before the call
         os._exit(128 + signal.SIGKILL)
 
 if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
-    from multiprocessing import popen_fork, resource_tracker
+    patches = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
+    sys.path.append(patches)
+    import blocked_sigterm
 
-    resource_tracker._IGNORED_SIGNALS = (signal.SIGINT,)
-    popen_fork.Popen.terminate = popen_fork.Popen.kill
+    sys.path.remove(patches)
+    blocked_sigterm.install()
 
 
 class _BindStores(importlib.abc.MetaPathFinder):
-    """Replaces TCPStore in torch.distributed.rendezvous when that is imported; importing torch here would cost seconds."""
+    """Replaces TCPStore when torch.distributed.rendezvous is imported (torch takes seconds)."""
 
     MODULE = "torch.distributed.rendezvous"
 
