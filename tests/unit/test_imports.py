@@ -113,7 +113,7 @@ def test_lines_fit_into_the_columns() -> None:
         "protocol.types torch.nn",
         "config.load protocol.types megatron.core",
         "rollout.worker weights.bucket torch",
-        "data.dataset weights.folder safetensors triton",
+        "data.dataset weights.load safetensors triton",
         "weights.publish sglang.srt",
         "rollout.engine_process zmq.asyncio",
         "reward.worker rollout.worker",
@@ -141,7 +141,7 @@ def test_forbidden_chain_is_found(chain: str) -> None:
     ("module", "imported"),
     [
         ("trainer.step", "torch"),
-        ("weights.plan", "megatron.core"),
+        ("weights.reshard", "megatron.core"),
         ("protocol.transport", "zmq"),
         ("controller.handlers", "asyncio"),
         ("controller.core.core", f"{PACKAGE}.protocol.messages"),

@@ -11,19 +11,17 @@ from model_shapes import tiny_shape
 from safetensors.torch import save_file
 
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.weights.folder import ModelFolder
-from megatron_async_rl.weights.mapping import (
+from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.families import (
     FAMILIES,
     TOP,
     Family,
     ModelShape,
-    from_hf,
-    local_shape,
-    place,
-    shard,
-    to_hf,
-    unshard,
+    map_parameter,
+    shard_shape,
 )
+from megatron_async_rl.weights.load import SafetensorsFolder
+from megatron_async_rl.weights.mapping import from_hf, to_hf
 
 
 def parameters(shape: ModelShape) -> list[str]:
@@ -37,9 +35,23 @@ def parameters(shape: ModelShape) -> list[str]:
     ]
 
 
+def shard(
+    name: str, full: torch.Tensor, shape: ModelShape, rank: int, tp: int
+) -> torch.Tensor:
+    """Rank `rank`'s shard of a full Megatron parameter."""
+    hf = dict(to_hf(name, [full], shape))
+    return from_hf(name, lambda piece, index: hf[piece][index], shape, rank, tp)
+
+
+def unshard(name: str, shards: list[torch.Tensor], shape: ModelShape) -> torch.Tensor:
+    """The full Megatron parameter out of all ranks' shards."""
+    hf = dict(to_hf(name, shards, shape))
+    return from_hf(name, lambda piece, index: hf[piece][index], shape)
+
+
 def random_hf(shape: ModelShape) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    pieces = sorted({piece for name in parameters(shape) for piece in place(name, shape).pieces})
+    pieces = sorted({piece for name in parameters(shape) for piece in map_parameter(name, shape).pieces})
     return {name: torch.randn(size, generator=g) for name, size in pieces}
 
 
@@ -52,8 +64,8 @@ def test_shards_of_all_ranks_give_back_the_hf_tensors(family: Family, tp: int) -
         shards = [
             from_hf(name, lambda n, index: hf[n][index], shape, rank, tp) for rank in range(tp)
         ]
-        assert {s.shape for s in shards} == {torch.Size(local_shape(name, shape, tp))}
-        cut = shards if place(name, shape).rule.split is not None else shards[:1]
+        assert {s.shape for s in shards} == {torch.Size(shard_shape(name, shape, tp))}
+        cut = shards if map_parameter(name, shape).rule.split is not None else shards[:1]
         for hf_name, tensor in to_hf(name, cut, shape):
             assert torch.equal(tensor, hf[hf_name]), (name, hf_name)
 
@@ -69,7 +81,7 @@ def test_shard_and_unshard_are_inverse_and_agree_with_reading_a_shard(family: Fa
             assert torch.equal(
                 shards[rank], from_hf(name, lambda n, index: hf[n][index], shape, rank, 2)
             )
-        if place(name, shape).rule.split is not None:
+        if map_parameter(name, shape).rule.split is not None:
             assert torch.equal(unshard(name, shards, shape), full)
 
 
@@ -112,7 +124,7 @@ def test_padded_vocabulary_is_zero_inside_and_absent_outside() -> None:
 
 
 def test_a_tied_output_layer_reads_the_embedding() -> None:
-    assert place("output_layer.weight", tiny_shape(FAMILIES[1], tied=True)).pieces == (
+    assert map_parameter("output_layer.weight", tiny_shape(FAMILIES[1], tied=True)).pieces == (
         ("model.embed_tokens.weight", (50, 16)),
     )
 
@@ -132,9 +144,9 @@ def write_config(folder: Path, **config: object) -> Path:
 
 
 def test_an_unsupported_architecture_is_named_with_the_supported_ones(tmp_path: Path) -> None:
-    folder = ModelFolder(write_config(tmp_path, architectures=["MambaForCausalLM"]))
+    config = HfConfig(write_config(tmp_path, architectures=["MambaForCausalLM"]))
     with pytest.raises(DataError, match=r"model.path.*MambaForCausalLM.*Qwen3ForCausalLM"):
-        _ = folder.family
+        _ = config.family
 
 
 @pytest.mark.parametrize(
@@ -144,28 +156,28 @@ def test_what_megatron_would_compute_differently_is_refused(
     tmp_path: Path, key: str, value: object
 ) -> None:
     with pytest.raises(DataError, match=key):
-        ModelFolder(write_config(tmp_path, **{key: value})).architecture()
+        HfConfig(write_config(tmp_path, **{key: value})).architecture()
 
 
 def test_rope_theta_is_read_from_both_places(tmp_path: Path) -> None:
-    assert ModelFolder(write_config(tmp_path, rope_theta=5e5)).architecture().rotary_base == 5e5
-    new = ModelFolder(
+    assert HfConfig(write_config(tmp_path, rope_theta=5e5)).architecture().rotary_base == 5e5
+    new = HfConfig(
         write_config(tmp_path, rope_parameters={"rope_theta": 7e5, "rope_type": "default"})
     )
     assert new.architecture().rotary_base == 7e5
     with pytest.raises(DataError, match="yarn"):
-        ModelFolder(
+        HfConfig(
             write_config(tmp_path, rope_scaling={"type": "yarn", "factor": 4.0})
         ).architecture()
 
 
 def test_vocabulary_is_padded_to_the_multiple(tmp_path: Path) -> None:
-    shape = ModelFolder(write_config(tmp_path)).shape(vocab_multiple=16)
+    shape = HfConfig(write_config(tmp_path)).shape(vocab_multiple=16)
     assert (shape.vocab_size, shape.padded_vocab_size, shape.kv_channels) == (50, 64, 2)
 
 
 def test_an_incomplete_folder_names_the_tensor(tmp_path: Path) -> None:
-    folder = ModelFolder(write_config(tmp_path))
+    folder = SafetensorsFolder(write_config(tmp_path))
     with pytest.raises(DataError, match="safetensors"):
         folder.tensor_shape("model.norm.weight")
     save_file({"other": torch.zeros(4, 6)}, tmp_path / "model.safetensors")

@@ -53,7 +53,7 @@ def reward(response: str, answer: Any) -> float:
     ],
 )
 def test_a_right_answer_is_seen_at_once(response: str, answer: Any) -> None:
-    gold, answered = math_answer.read(response, {"answer": answer})
+    gold, answered = math_answer.read_answers(response, {"answer": answer})
     assert math_answer.compare_plain(gold, answered) is True
 
 
@@ -82,7 +82,7 @@ def test_a_right_answer_is_seen_at_once(response: str, answer: Any) -> None:
     ],
 )
 def test_a_wrong_answer_is_seen_at_once(response: str, answer: Any) -> None:
-    gold, answered = math_answer.read(response, {"answer": answer})
+    gold, answered = math_answer.read_answers(response, {"answer": answer})
     assert math_answer.compare_plain(gold, answered) is False
 
 
@@ -155,7 +155,7 @@ def test_a_row_without_answer_is_an_error_that_names_it(row: dict[str, Any]) -> 
 def test_no_text_holds_up_the_part_that_runs_without_deadline(text: str) -> None:
     started = time.perf_counter()
     for gold in ("42", r"\text{a b}"):
-        math_answer.compare_plain(*math_answer.read(text, {"answer": gold}))
+        math_answer.compare_plain(*math_answer.read_answers(text, {"answer": gold}))
     assert time.perf_counter() - started < 1.0
 
 

@@ -238,13 +238,13 @@ MALFORMED = {
     "text": [b"hello"],
     "unknown field": [packed({**header(a_score()), "extra": 1})],
     "missing field": [
-        packed({name: v for name, v in header(a_score()).items() if name != "epoch"})
+        packed({name: v for name, v in header(a_score()).items() if name != "key"})
     ],
     "unknown message": [packed({**header(a_score()), "type": "Execute"})],
-    "no type": [packed({"epoch": 1})],
-    "wrong type": [packed({**header(a_score()), "epoch": "1"})],
+    "no type": [packed({"response": "42"})],
+    "wrong type": [packed({**header(a_score()), "call": "1"})],
     "number for text": [packed({**header(a_score()), "response": 5})],
-    "float for number": [packed({**header(a_score()), "epoch": 1.5})],
+    "float for number": [packed({**header(a_score()), "call": 1.5})],
     "not UTF-8": [packed(header(a_score())).replace(b"answer", b"\xff\xff\xff\xff\xff\xff")],
 }
 SAMPLE = {

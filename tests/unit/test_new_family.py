@@ -10,13 +10,14 @@ from model_shapes import plan_config
 from safetensors.torch import load_file
 
 from megatron_async_rl.errors import ConfigError, DataError
-from megatron_async_rl.weights import folder as folder_module
-from megatron_async_rl.weights import plan
+from megatron_async_rl.model import families, weight_plan
+from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.families import ATTENTION, FAMILIES, MLP, Family, parameter_names
 from megatron_async_rl.weights.digest import EngineDigests
-from megatron_async_rl.weights.folder import ModelFolder
-from megatron_async_rl.weights.mapping import _ATTENTION, _MLP, FAMILIES, Family, from_hf, to_hf
+from megatron_async_rl.weights.load import SafetensorsFolder
+from megatron_async_rl.weights.mapping import from_hf, to_hf
 
-NEW = Family("mistral", "MistralForCausalLM", _ATTENTION + _MLP)
+NEW = Family("mistral", "MistralForCausalLM", ATTENTION + MLP)
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +43,21 @@ def test_one_entry_maps_every_tensor_that_transformers_wrote(
     mistral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DataError, match="MistralForCausalLM is not supported"):
-        _ = ModelFolder(mistral).family
-    monkeypatch.setattr(folder_module, "FAMILIES", (*FAMILIES, NEW))
-    folder, written = ModelFolder(mistral), load_file(mistral / "model.safetensors")
-    assert folder.architecture().family is NEW
+        _ = HfConfig(mistral).family
+    monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, NEW))
+    model, folder = HfConfig(mistral), SafetensorsFolder(mistral)
+    written = load_file(mistral / "model.safetensors")
+    assert model.architecture().family is NEW
     config = plan_config(
-        mistral, folder.config, data_parallel=1, tensor_model=2, pipeline_model=2, engine=2
+        mistral, model.raw, data_parallel=1, tensor_model=2, pipeline_model=2, engine=2
     )
-    routes = plan.make(
-        config, 50.0
-    ).routes  # proved: every element of every engine rank is written exactly once
+    routes = weight_plan.make(config, 50.0).routes
     assert {route.tensor: tuple(route.shape) for route in routes} == {
         n: tuple(t.shape) for n, t in written.items()
     }
-    shape = folder.shape(2)
+    shape = model.shape(2)
     digests = EngineDigests(shape, engine_tp=2)
-    for name in plan.parameters(shape):
+    for name in parameter_names(shape):
         shards = [from_hf(name, folder.read, shape, rank, 2) for rank in range(2)]
         is_cut = next(route.split for route in routes if route.parameter == name) is not None
         for hf, tensor in to_hf(name, shards if is_cut else shards[:1], shape):
@@ -71,10 +71,10 @@ def test_one_entry_maps_every_tensor_that_transformers_wrote(
 def test_an_entry_with_a_wrong_rule_is_refused_by_the_plan(
     mistral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for wrong in (_ATTENTION + _MLP[:-1], _ATTENTION[:1] + _MLP):  # no down_proj; no qkv
+    for wrong in (ATTENTION + MLP[:-1], ATTENTION[:1] + MLP):  # no down_proj; no qkv
         monkeypatch.setattr(
-            folder_module, "FAMILIES", (*FAMILIES, Family("mistral", "MistralForCausalLM", wrong))
+            families, "FAMILIES", (*FAMILIES, Family("mistral", "MistralForCausalLM", wrong))
         )
-        config = plan_config(mistral, ModelFolder(mistral).config, engine=2)
+        config = plan_config(mistral, HfConfig(mistral).raw, engine=2)
         with pytest.raises(ConfigError, match="engine tensors without a source"):
-            plan.make(config, 50.0)
+            weight_plan.make(config, 50.0)

@@ -15,13 +15,16 @@ from model_shapes import DENSE_32B, MOE_235B, plan_config
 from megatron_async_rl.__main__ import main
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.errors import ConfigError
-from megatron_async_rl.weights import plan
-from megatron_async_rl.weights.digest import EngineDigests, engine_cut, sha256
-from megatron_async_rl.weights.mapping import FAMILIES, ModelShape, from_hf
+from megatron_async_rl.model import layout, weight_plan
+from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.families import FAMILIES, ModelShape, parameter_names
+from megatron_async_rl.model.layout import Layout
+from megatron_async_rl.weights.digest import EngineDigests, engine_slice, sha256
+from megatron_async_rl.weights.mapping import from_hf
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[ModelShape, plan.Layouts]:
+def cases(draw: st.DrawFn) -> tuple[ModelShape, Layout]:
     family = draw(st.sampled_from(FAMILIES))
     tp, pp, vpp = (
         draw(st.sampled_from([1, 2, 4])),
@@ -40,20 +43,39 @@ def cases(draw: st.DrawFn) -> tuple[ModelShape, plan.Layouts]:
         if family.experts
         else (1, tp)
     )
-    return shape, plan.Layouts(tp, pp, vpp if pp > 1 else 1, ep, etp, 1, ep * etp, engine, 1)
+    vpp = vpp if pp > 1 else 1
+    return shape, Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp=ep * etp, engine_tp=engine)
+
+
+def reference_slice(
+    leaf: str, tensor: torch.Tensor, shape: ModelShape, rank: int, tp: int
+) -> torch.Tensor:
+    """A rank's slice written down a second time, with `chunk` instead of ranges."""
+    if leaf in ("embed_tokens", "lm_head"):
+        padding = -len(tensor) % 64
+        tensor = torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])])
+    elif leaf in ("o_proj", "down_proj"):
+        return tensor.chunk(tp, 1)[rank]
+    elif leaf in ("k_proj", "v_proj") and shape.num_query_groups < tp:
+        return tensor.chunk(shape.num_query_groups)[rank // (tp // shape.num_query_groups)]
+    elif leaf not in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+        return tensor
+    return tensor.chunk(tp)[rank]
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_ranges_of_any_layout_are_the_shards_and_the_engine_tensors(
-    case: tuple[ModelShape, plan.Layouts],
+    case: tuple[ModelShape, Layout],
 ) -> None:
     shape, layouts = case
-    plan.check(layouts, shape)
+    layout.check(layouts, shape)
     routes = [
-        route for name in plan.parameters(shape) for route in plan._routes(name, shape, layouts)
+        route
+        for name in parameter_names(shape)
+        for route in weight_plan.parameter_routes(name, shape, layouts)
     ]
-    plan.prove(routes, shape, layouts)
+    weight_plan.verify(routes, shape, layouts)
     generator = torch.Generator().manual_seed(0)
     tensors = {route.tensor: torch.randn(route.shape, generator=generator) for route in routes}
     engine: dict[str, dict[int, torch.Tensor]] = {}
@@ -64,14 +86,14 @@ def test_ranges_of_any_layout_are_the_shards_and_the_engine_tensors(
         leaf = route.tensor.split(".")[-2]
         for rank, start, end in route.pieces:
             piece = tensor.narrow(route.cut or 0, start, end - start)
-            whole = engine_cut(leaf, tensor, shape, rank, layouts.engine_tp)
-            assert (
-                torch.equal(whole[: len(piece)], piece) and not whole[len(piece) :].any()
-            )  # the rest is padding
+            whole = reference_slice(leaf, tensor, shape, rank, layouts.engine_tp)
+            assert torch.equal(engine_slice(leaf, tensor, shape, rank, layouts.engine_tp), whole)
+            # the rest is padding
+            assert torch.equal(whole[: len(piece)], piece) and not whole[len(piece) :].any()
             engine.setdefault(f"{rank}:{route.engine_tensor}", {})[route.part] = whole
     expected = {name: sha256(*(parts[n] for n in sorted(parts))) for name, parts in engine.items()}
     assert digests.result() == expected
-    for name in plan.parameters(shape):
+    for name in parameter_names(shape):
         mine = {route.tensor: route for route in routes if route.parameter == name}
         ranks = layouts.etp if "local_experts" in name else layouts.tp
         for rank in range(ranks):
@@ -97,16 +119,16 @@ def test_ranges_of_any_layout_are_the_shards_and_the_engine_tensors(
 
 def test_a_map_with_a_hole_or_a_double_is_refused(tmp_path: Path) -> None:
     config = plan_config(tmp_path, DENSE_32B, tensor_model=2, engine=2)
-    whole = plan.make(config, 50.0)
-    shape, layouts = plan.ModelFolder(tmp_path).shape(2), plan.Layouts.of(config)
-    plan.prove(whole.routes, shape, layouts)
+    whole = weight_plan.make(config, 50.0)
+    shape, layouts = HfConfig(tmp_path).shape(2), Layout.from_config(config)
+    weight_plan.verify(whole.routes, shape, layouts)
     for broken in (
         whole.routes[1:],
         [*whole.routes, whole.routes[0]],
         [*whole.routes[:3], *whole.routes[4:]],
     ):
-        with pytest.raises(ConfigError, match="the plan does not hold"):
-            plan.prove(broken, shape, layouts)
+        with pytest.raises(ConfigError, match="the weight plan is inconsistent"):
+            weight_plan.verify(broken, shape, layouts)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +138,7 @@ def test_a_map_with_a_hole_or_a_double_is_refused(tmp_path: Path) -> None:
         (DENSE_32B, {"engine": 3}, "sglang.tp_size = 3"),
         (DENSE_32B, {"pipeline_model": 2, "virtual_pipeline_model": 3}, "num_hidden_layers = 64"),
         (DENSE_32B, {"virtual_pipeline_model": 2}, "pipeline_model_parallel_size >= 2"),
-        (DENSE_32B, {"expert_model": 2}, "it has none"),
+        (DENSE_32B, {"expert_model": 2}, "has no experts"),
         (MOE_235B, {"expert_model": 3}, "num_experts = 128"),
         (MOE_235B, {"expert_model": 8, "tensor_model": 4}, "data_parallel_size"),
     ],
@@ -125,11 +147,11 @@ def test_a_layout_that_cannot_be_is_refused_with_the_reason(
     tmp_path: Path, model: dict[str, Any], sizes: dict[str, int], reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
-        plan.make(plan_config(tmp_path, model, **sizes), 50.0)
+        weight_plan.make(plan_config(tmp_path, model, **sizes), 50.0)
 
 
 def test_sizes_of_a_32b_and_a_235b_are_those_of_the_models(tmp_path: Path) -> None:
-    dense = plan.make(
+    dense = weight_plan.make(
         plan_config(tmp_path, DENSE_32B, tensor_model=8, pipeline_model=4, engine=4), 50.0
     )
     assert dense.total_bytes == 2 * 32_762_123_264  # parameters of Qwen3-32B
@@ -140,7 +162,7 @@ def test_sizes_of_a_32b_and_a_235b_are_those_of_the_models(tmp_path: Path) -> No
     gathered = sum(source.gather_bytes for source in dense.sources)
     assert 0.87 < gathered / dense.total_bytes < 7 / 8  # all but the norms is cut in eight
     sizes = {"tensor_model": 4, "pipeline_model": 2, "expert_model": 8, "expert_tensor": 1}
-    moe = plan.make(plan_config(tmp_path, MOE_235B, data_parallel=8, engine=8, **sizes), 50.0)
+    moe = weight_plan.make(plan_config(tmp_path, MOE_235B, data_parallel=8, engine=8, **sizes), 50.0)
     assert moe.total_bytes == 2 * 235_093_634_560  # of Qwen3-235B-A22B
     assert len(moe.routes) == 94 * (128 * 3 + 9) + 3
     assert [(source.stage, source.expert_rank) for source in moe.sources] == [

@@ -33,7 +33,6 @@ from megatron_async_rl.launcher import placement, roles, slurm
 from megatron_async_rl.launcher.gpus import assign_gpus
 from megatron_async_rl.launcher.run import Run
 from megatron_async_rl.launcher.supervisor import Supervisor
-from megatron_async_rl.weights import plan as plans
 
 BIG = ROOT / "configs" / "qwen3_32b_slurm.yaml"
 
@@ -231,7 +230,7 @@ def test_the_configuration_for_eight_nodes_is_a_whole_and_its_weights_find_their
     settings = load.load(BIG, [f"model.path={tmp_path}"])
     placed = placement.place(settings, 8, 8)
     assert placed.trainer_hosts == 4 and placed.gpus == [8] * 8 and placed.warnings() == []
-    plan = plans.make(settings, 50.0)  # refuses layouts that cannot be, and proves the map
+    plan = weight_plan.make(settings, 50.0)  # refuses layouts that cannot be, and proves the map
     assert round(plan.total_bytes / 1e9) == 66 and plan.engine == {"tp": 4, "servers": 8}
     script = (ROOT / "launchers" / "slurm.sbatch").read_text()
     assert (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_async_rl.model.families import FAMILIES, ModelShape
 from megatron_async_rl.weights import tile_hash
 from megatron_async_rl.weights.digest import EngineDigests
-from megatron_async_rl.weights.mapping import FAMILIES, ModelShape
 
 LOW = 0xFFFFFFFF
 

@@ -17,10 +17,10 @@ from model_shapes import tiny_shape
 
 from configs import trainer_config
 from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.model.config_json import Architecture
+from megatron_async_rl.model.families import FAMILIES
 from megatron_async_rl.trainer import parallel
 from megatron_async_rl.trainer.model import settings
-from megatron_async_rl.weights.folder import Architecture
-from megatron_async_rl.weights.mapping import FAMILIES
 
 QWEN3 = FAMILIES[2]
 ARCHITECTURE = Architecture(
@@ -90,7 +90,7 @@ def test_what_megatron_itself_refuses_is_a_config_error() -> None:
 )
 def test_a_size_that_does_not_divide_the_model_is_refused(sizes: dict[str, int], what: str) -> None:
     config = trainer_config(**{f"{name}_parallel_size": size for name, size in sizes.items()})
-    with pytest.raises(ConfigError, match=rf"{what}; use a divisor of"):
+    with pytest.raises(ConfigError, match=rf"{what}; set it to one of"):
         settings.check_layout(config, tiny_shape(QWEN3))
 
 
