@@ -20,7 +20,6 @@ from megatron_async_rl.controller.workers import Workers
 from megatron_async_rl.errors import Error, ProtocolError
 from megatron_async_rl.protocol.messages import (
     AnyMessage,
-    Ask,
     BucketsSent,
     CheckpointSaved,
     Failed,
@@ -35,7 +34,8 @@ from megatron_async_rl.protocol.messages import (
     PublishOffer,
     Refused,
     RejoinRequest,
-    Scored,
+    ScoreRequest,
+    ScoreResult,
     SnapshotWritten,
     StepDone,
     Updated,
@@ -155,21 +155,13 @@ class Handlers:
         elif isinstance(message, PartialSample):
             await self._act(core.interrupted(name, message))
         elif isinstance(message, GenerateFailed):
-            logger.warning(
-                "%s: sample %d.%d: %s", name, message.group_id, message.index, message.error
-            )
+            logger.warning("%s: sample %s: %s", name, message.key, message.error)
             await self._act(core.generate_failed(name, message, now))
-        elif isinstance(message, Ask):
+        elif isinstance(message, ScoreRequest):
             await self._act(core.asked(name, message, now))
-        elif isinstance(message, Scored):
+        elif isinstance(message, ScoreResult):
             if message.reward is None:
-                logger.warning(
-                    "%s: no verdict on %d.%d: %s",
-                    name,
-                    message.group_id,
-                    message.index,
-                    message.error,
-                )
+                logger.warning("%s: no verdict on %s: %s", name, message.key, message.error)
             await self._act(core.scored(name, message, now))
         elif isinstance(message, GetBatch):
             self._delivery.wanted(now)

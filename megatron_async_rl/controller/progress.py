@@ -15,7 +15,8 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.core.fleet import Fleet
 from megatron_async_rl.controller.core.groups import Group
 from megatron_async_rl.controller.weight_sync.session import Outcome
-from megatron_async_rl.observability.run_log import Evaluation, RunLog, Server, State, Status
+from megatron_async_rl.observability.run_log import RunLog
+from megatron_async_rl.observability.status import EvaluationResult, RunState, RunStatus, ServerStatus
 from megatron_async_rl.observability.sample_log import TrainedGroup
 from megatron_async_rl.protocol.types import Sample
 
@@ -26,7 +27,7 @@ ETA_STEPS = 8  # the time left is taken from so many last steps
 
 class Progress:
     def __init__(self, run_log: RunLog, config: Config) -> None:
-        self.state: State = "starting"
+        self.state: RunState = "starting"
         self.message = ""
         self.ledger: dict[str, int] = {}
         self.last_progress = time.monotonic()
@@ -35,7 +36,7 @@ class Progress:
         ] = []  # workers that are silent: whoever started them should start them anew
         self._log = run_log
         self._write_error = ""
-        self._status = Status(
+        self._status = RunStatus(
             steps=config.run.steps,
             staleness_limit=config.staleness.max_staleness,
             staleness_worst=run_log.staleness_worst,
@@ -100,7 +101,7 @@ class Progress:
             )
             for g, group in enumerate(groups)
         ]
-        self._record(self._log.train_samples, version, trained)
+        self._record(self._log.write_samples, version, trained)
         runs = [
             run for group in trained for sample in group.samples for run in sample.version_runs()
         ]
@@ -138,7 +139,7 @@ class Progress:
         self._step_stats |= {
             f"ledger/{name.replace('.', '_')}": count for name, count in self.ledger.items()
         }
-        self._record(self._log.step, version, self._step_stats)
+        self._record(self._log.write_scalars, version, self._step_stats)
         self._step_stats = {}
         state = ", ".join(f"{name} {count}" for name, count in self.ledger.items())
         logger.info(
@@ -156,7 +157,7 @@ class Progress:
                 self.last_progress - self._training_began
             )
         self._record(
-            self._log.step,
+            self._log.write_scalars,
             outcome.version,
             {f"sync/{phase}_s": value for phase, value in outcome.seconds.items()},
         )
@@ -167,8 +168,8 @@ class Progress:
         )  # fmt: skip
 
     def evaluated(self, version: int, accuracy: float, num: int) -> None:
-        self._status.evals.append(Evaluation(version, accuracy, num))
-        self._record(self._log.step, version, {"eval/accuracy": accuracy})
+        self._status.evals.append(EvaluationResult(version, accuracy, num))
+        self._record(self._log.write_scalars, version, {"eval/accuracy": accuracy})
         logger.info("evaluation of version %d: %.1f %% of %d", version, 100 * accuracy, num)
 
     def write(self, fleet: Fleet) -> None:
@@ -178,11 +179,11 @@ class Progress:
         status.lost = self.lost
         status.generate_tokens_per_s = self._generate_rate()
         status.fleet = [
-            Server(w.name, w.state.value, w.version, w.load) for w in fleet.rollout.values()
+            ServerStatus(w.name, w.state.value, w.version, w.load) for w in fleet.rollout.values()
         ]
-        self._record(self._log.status, status)
+        self._record(self._log.write_status, status)
 
-    def end(self, state: State, message: str) -> None:
+    def end(self, state: RunState, message: str) -> None:
         self.state, self.message = state, message
         self.write(Fleet())
 

@@ -13,8 +13,15 @@ from typing import Any, Literal, Union
 
 import msgspec
 
-from megatron_async_rl.protocol.types import Partial, Prompt, Purpose, Sample, TrainSample
-from megatron_async_rl.storage.snapshots import FileEntry
+from megatron_async_rl.protocol.types import (
+    FileEntry,
+    Partial,
+    Prompt,
+    Purpose,
+    Sample,
+    SampleKey,
+    TrainSample,
+)
 
 Role = Literal["rollout", "reward", "trainer"]
 
@@ -97,89 +104,56 @@ class Generate(Message, frozen=True):
     max_new_tokens: int
     temperature: float  # 0 is greedy
     partials: list[Partial | None] = []  # one per index, of an earlier lease; empty: none
-    floor_version: int = (
-        0  # what the worker itself has left of these samples counts unless it is older
-    )
+    floor_version: int = 0  # the worker's own partial samples count unless a token is older
+
+    def key(self, index: int) -> SampleKey:
+        return SampleKey(self.epoch, self.group_id, self.attempt, index)
 
 
 class Generated(Message, frozen=True):
-    """Rollout worker -> controller."""
+    """Rollout worker -> controller: a finished sample."""
 
-    epoch: int
-    group_id: int
-    attempt: int
-    index: int
+    key: SampleKey
     sample: Sample
 
 
 class PartialSample(Message, frozen=True):
-    """Rollout worker -> controller: what a sample has at an interruption, for whoever goes on with it after a crash."""
+    """Rollout worker -> controller: the tokens of an interrupted sample, kept for its next lease
+    in case this worker is lost."""
 
-    epoch: int
-    group_id: int
-    attempt: int
-    index: int
+    key: SampleKey
     partial: Partial
 
 
 class GenerateFailed(Message, frozen=True):
-    """Rollout worker -> controller: this sample cannot be had from this worker."""
+    """Rollout worker -> controller: this worker cannot generate the sample."""
 
-    epoch: int
-    group_id: int
-    attempt: int
-    index: int
+    key: SampleKey
     error: str
 
 
-class Ask(Message, frozen=True):
-    """Rollout worker -> controller: what a workflow wants judged before its sample is whole. Answered by Answer."""
+# ---- scoring
 
-    epoch: int
-    group_id: int
-    attempt: int
-    index: int
-    number: int  # of the question, from 1 on, within its sample
+
+class ScoreRequest(Message, frozen=True):
+    """Controller -> reward worker; for a workflow's request also rollout worker -> controller,
+    which adds the row. Answered by ScoreResult with the same key and call."""
+
+    key: SampleKey
     response: str
+    row: dict[str, Any] = {}  # of the dataset
+    call: int = 0  # 0: reward of the finished sample; n: n-th request of its workflow, from 1
 
 
-class Answer(Message, frozen=True):
-    """Controller -> rollout worker: the verdict on an Ask, or why there is none."""
+class ScoreResult(Message, frozen=True):
+    """Reward worker -> controller, and on to the rollout worker if a workflow asked: a reward, or
+    None with an infrastructure error, which never counts as a reward."""
 
-    group_id: int
-    attempt: int
-    index: int
-    number: int
-    reward: float | None = None
-    error: str = ""
-
-
-# ---- reward
-
-
-class Score(Message, frozen=True):
-    """Controller -> reward worker. Answered by Scored."""
-
-    epoch: int
-    group_id: int
-    attempt: int
-    index: int
-    response: str
-    row: dict[str, Any]
-    number: int = 0  # of a workflow's question; 0: the sample's own verdict
-
-
-class Scored(Message, frozen=True):
-    """Reward worker -> controller: a verdict, or an infrastructure error, which is never a reward."""
-
-    epoch: int
-    group_id: int
-    attempt: int
-    index: int
+    key: SampleKey
     reward: float | None
     error: str = ""
     seconds: float = 0.0
-    number: int = 0  # that of the Score
+    call: int = 0  # that of the ScoreRequest
 
 
 # ---- training
@@ -395,7 +369,7 @@ class Published(Message, frozen=True):
 
 AnyMessage = Union[
     Hello, Welcome, Refused, RejoinRequest, Heartbeat, Shutdown, Failed,
-    Generate, Generated, PartialSample, GenerateFailed, Ask, Answer, Score, Scored,
+    Generate, Generated, PartialSample, GenerateFailed, ScoreRequest, ScoreResult,
     GetBatch, TrainBatch, Republish, CheckpointSaved, StepDone,
     PublishOffer, OpenGroup, GroupOpened, JoinGroup, GroupJoined,
     UpdateWeights, UpdateReady, SendBuckets, ReceiveBuckets, BucketsSent, WeightDigests, AbandonUpdate, Updated, Published,

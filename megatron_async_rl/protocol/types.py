@@ -19,6 +19,18 @@ StopReason = Literal["stop", "length"]
 Purpose = Literal["train", "eval"]
 
 
+class SampleKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One sample under one lease. Replies with an older epoch or attempt are fenced."""
+
+    epoch: int
+    group_id: int
+    attempt: int
+    index: int  # of the sample in its group
+
+    def __str__(self) -> str:
+        return f"{self.group_id}.{self.index}"
+
+
 class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One row of the dataset, ready to be generated from."""
 
@@ -111,6 +123,15 @@ class Partial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for a, b in itertools.pairwise(cuts)
             if a < b
         ]
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A safetensors file that a weight source wrote into a snapshot."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    tensors: list[str]
 
 
 class TrainSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_async_rl.protocol.messages import Ask, Generate, PartialSample
+from megatron_async_rl.protocol.messages import Generate, PartialSample, ScoreRequest
 from megatron_async_rl.protocol.types import Partial, Segment, join_segments
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.workflow import Completion
@@ -40,10 +40,8 @@ class SampleLease:
 
     async def judge(self, text: str) -> float:
         self._num_asked += 1
-        lease = self._lease
-        return await self._worker.ask(
-            Ask(lease.epoch, lease.group_id, lease.attempt, self._index, self._num_asked, text)
-        )
+        key = self._lease.key(self._index)
+        return await self._worker.ask(ScoreRequest(key, text, call=self._num_asked))
 
     def left_of(self, ids: list[int]) -> list[Segment]:
         """What an earlier lease has made of just this input: none, when it was another call of the workflow."""
@@ -67,7 +65,4 @@ class SampleLease:
         while len(self._worker.left) > MAX_LEFT:
             del self._worker.left[next(iter(self._worker.left))]  # the oldest
         if interrupted:
-            lease = self._lease
-            await self._worker.send(
-                PartialSample(lease.epoch, lease.group_id, lease.attempt, self._index, partial)
-            )
+            await self._worker.send(PartialSample(self._lease.key(self._index), partial))

@@ -18,15 +18,13 @@ from megatron_async_rl.data.tokenizer import Tokenizer, fingerprint, vocabulary_
 from megatron_async_rl.errors import (
     DataError,
     EngineError,
-    EngineSilent,
+    EngineTimeout,
     Error,
-    NoVerdict,
+    ScoreUnavailable,
     Preempted,
 )
 from megatron_async_rl.protocol.messages import (
     AbandonUpdate,
-    Answer,
-    Ask,
     Failed,
     Generate,
     Generated,
@@ -34,11 +32,13 @@ from megatron_async_rl.protocol.messages import (
     Heartbeat,
     Hello,
     PartialSample,
+    ScoreRequest,
+    ScoreResult,
     Shutdown,
     WeightDigests,
 )
 from megatron_async_rl.protocol.transport import Link
-from megatron_async_rl.protocol.types import Partial, Sample, Segment
+from megatron_async_rl.protocol.types import Partial, Sample, SampleKey, Segment
 from megatron_async_rl.rollout.engine_client import EngineClient, Part, Sampling
 from megatron_async_rl.rollout.engine_process import Server
 from megatron_async_rl.rollout.gate import Gate
@@ -72,9 +72,7 @@ class RolloutWorker:
         self._doubted = asyncio.Event()  # a request was not answered in time
         self._tasks: set[asyncio.Task[None]] = set()
         self._leases: set[asyncio.Task[None]] = set()  # those of them that make samples
-        self._questions: dict[
-            tuple[int, int, int, int], asyncio.Future[Answer]
-        ] = {}  # by what Answer says of itself
+        self._score_requests: dict[tuple[SampleKey, int], asyncio.Future[ScoreResult]] = {}
         self.left: dict[tuple[int, int], Partial] = {}  # (group, index) -> its tokens so far
 
     async def run(self) -> None:
@@ -160,7 +158,7 @@ class RolloutWorker:
                 return await self._client.generate(
                     tokens, sampling, self.updates.interruption.cache_key()
                 )
-        except EngineSilent:
+        except EngineTimeout:
             self._doubted.set()
             raise
 
@@ -175,10 +173,8 @@ class RolloutWorker:
                 return
             if isinstance(message, WeightDigests | AbandonUpdate):
                 self.updates.hear(message)
-            elif isinstance(message, Answer):
-                answered = self._questions.get(
-                    (message.group_id, message.attempt, message.index, message.number)
-                )
+            elif isinstance(message, ScoreResult):
+                answered = self._score_requests.get((message.key, message.call))
                 if answered and not answered.done():
                     answered.set_result(message)
             elif isinstance(message, Generate):
@@ -229,21 +225,21 @@ class RolloutWorker:
     async def send(self, message: PartialSample) -> None:
         await self._link.send(message)
 
-    async def ask(self, ask: Ask) -> float:
-        """Raises NoVerdict."""
-        key = (ask.group_id, ask.attempt, ask.index, ask.number)
-        answered = self._questions[key] = asyncio.get_running_loop().create_future()
+    async def ask(self, request: ScoreRequest) -> float:
+        """Raises ScoreUnavailable."""
+        key = (request.key, request.call)
+        answered = self._score_requests[key] = asyncio.get_running_loop().create_future()
         limit_s = self._config.rollout.lease_timeout_s
         try:
-            await self._link.send(ask)
+            await self._link.send(request)
             answer = await asyncio.wait_for(answered, limit_s)
         except TimeoutError:
-            raise NoVerdict(f"no verdict within rollout.lease_timeout_s = {limit_s:g}") from None
+            raise ScoreUnavailable(f"no verdict within rollout.lease_timeout_s = {limit_s:g}") from None
         finally:
-            del self._questions[key]
+            del self._score_requests[key]
         if answer.reward is None:
-            raise NoVerdict(
-                f"no verdict on {ask.group_id}.{ask.index}, question {ask.number}: {answer.error}"
+            raise ScoreUnavailable(
+                f"no score for request {request.call} of sample {request.key}: {answer.error}"
             )
         return answer.reward
 
@@ -273,7 +269,7 @@ class RolloutWorker:
             task.cancel()
 
     async def _sample(self, lease: Generate, index: int, partial: Partial | None) -> None:
-        who = (lease.epoch, lease.group_id, lease.attempt, index)
+        key = lease.key(index)
         policy = SampleLease(self, lease, index, partial)
         sampling = Sampling(lease.max_new_tokens, lease.temperature, sorted(self.tokenizer.eos_ids))
         try:
@@ -290,14 +286,14 @@ class RolloutWorker:
                 )
         except EngineError as e:
             await asyncio.sleep(FAILURE_PAUSE_S)
-            await self._link.send(GenerateFailed(*who, error=str(e)))
+            await self._link.send(GenerateFailed(key, error=str(e)))
         except (
             Exception
         ) as e:  # the user's workflow: its failure is this sample's, not the worker's
             logger.exception("the workflow failed on group %d", lease.group_id)
-            await self._link.send(GenerateFailed(*who, error=f"{type(e).__name__}: {e}"))
+            await self._link.send(GenerateFailed(key, error=f"{type(e).__name__}: {e}"))
         else:
-            await self._link.send(Generated(*who, sample=sample))
+            await self._link.send(Generated(key, sample=sample))
 
 
 def _merge(segments: list[Segment]) -> list[Segment]:

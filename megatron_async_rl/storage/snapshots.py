@@ -27,24 +27,17 @@ import msgspec
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import DataError
+from megatron_async_rl.protocol.types import FileEntry
 from megatron_async_rl.storage.files import digest, sync, write
 
 logger = logging.getLogger(__name__)
+DigestKind = Literal["sha256", "tiles"]
 FOLDER = "weights"
 KEEP = 2
 INDEX_FILE = "model.safetensors.index.json"
 _MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"v(\d+)\.(\d+)")
 _WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-
-
-class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One safetensors file of a weight source."""
-
-    name: str
-    num_bytes: int
-    sha256: str
-    tensors: list[str]
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,9 +59,9 @@ class Snapshot(msgspec.Struct, frozen=True):
         return self.manifest.version
 
 
-def digest_kind(config: Config) -> Literal["sha256", "tiles"]:
-    """How the run's engines digest their tensors."""
-    return "sha256" if config.sglang.get("device") == "cpu" else "tiles"
+def digest_kind(config: Config) -> DigestKind:
+    """Returns how the run's servers digest their tensors."""
+    return "sha256" if config.on_cpu else "tiles"
 
 
 def begin(run_dir: Path, version: int) -> Path:

@@ -28,7 +28,7 @@ from megatron_async_rl.launcher.preflight import config_checks
 from megatron_async_rl.protocol.messages import ScoreRequest, ScoreResult
 from megatron_async_rl.protocol.transport import Hub, Peer
 from megatron_async_rl.protocol.types import SampleKey
-from megatron_async_rl.reward.code_answer import program_in, same_data, same_text
+from megatron_async_rl.reward.code_answer import extract_program, values_match, texts_match
 from megatron_async_rl.reward.worker import RewardWorker
 
 SANDBOX = {"python": SANDBOX_PYTHON, "isolation": "landlock", "test_timeout_s": 2.0}
@@ -61,7 +61,7 @@ def fenced(program: str) -> str:
     ],
 )
 def test_the_last_python_block_is_the_program(response: str, program: str | None) -> None:
-    assert program_in(response) == program
+    assert extract_program(response) == program
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_last_python_block_is_the_program(response: str, program: str | None
     ],
 )
 def test_outputs_are_compared_word_by_word(output: str, expected: str, same: bool) -> None:
-    assert same_text(output, expected) is same
+    assert texts_match(output, expected) is same
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_outputs_are_compared_word_by_word(output: str, expected: str, same: boo
     ],
 )
 def test_results_are_compared_as_data(returned: Any, expected: Any, same: bool) -> None:
-    assert same_data(returned, expected) is same
+    assert values_match(returned, expected) is same
 
 
 # ---- rows
@@ -213,8 +213,8 @@ def test_programs_and_functions_get_their_verdicts() -> None:
         (adds, STDIO, 1.0, ""),
         (sums, FUNCTION, 1.0, ""),
         (fenced("class Solution:\n    def add(self, a, b): return a + b"), FUNCTION, 1.0, ""),
-        (fenced("print(7)"), STDIO, 0.0, "test 2: another output"),
-        (fenced("def add(a, b): return 7"), FUNCTION, 0.0, "test 2: another result"),
+        (fenced("print(7)"), STDIO, 0.0, "test 2: wrong output"),
+        (fenced("def add(a, b): return 7"), FUNCTION, 0.0, "test 2: wrong result"),
         (fenced("def plus(a, b): return a + b"), FUNCTION, 0.0, "raised an exception"),
         (fenced("while 1: pass"), STDIO, 0.0, "test 1: took too long"),
         ("I do not know.", STDIO, 0.0, "no fenced program in the answer"),
@@ -229,7 +229,7 @@ def test_programs_and_functions_get_their_verdicts() -> None:
         for one, (*_, words) in zip(scored, cases, strict=True):
             assert words in one.error and (words or not one.error)
             assert one.key == SampleKey(1, 2, 3, 4)
-        assert worker.score_at_once(score(adds, STDIO)) is None
+        assert worker.score_inline(score(adds, STDIO)) is None
 
     with_worker(test, children=2)
 

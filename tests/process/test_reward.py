@@ -33,16 +33,16 @@ def with_worker(test: Callable[[RewardWorker], Awaitable[None]], **settings: Any
 
 def test_a_plain_verdict_needs_no_child() -> None:
     async def test(worker: RewardWorker) -> None:
-        right = worker.score_at_once(score_request(r"\boxed{42}", index=5))
-        wrong = worker.score_at_once(score_request(r"\boxed{41}"))
-        broken = worker.score_at_once(score_request(r"\boxed{41}", answer=None))
+        right = worker.score_inline(score_request(r"\boxed{42}", index=5))
+        wrong = worker.score_inline(score_request(r"\boxed{41}"))
+        broken = worker.score_inline(score_request(r"\boxed{41}", answer=None))
         assert right is not None and wrong is not None and broken is not None
         assert right.key == SampleKey(1, 2, 3, 5)
         assert (right.reward, right.error) == (1.0, "")
         assert (wrong.reward, wrong.error) == (0.0, "")
         assert broken.reward is None
         assert "row-1" in broken.error and "answer" in broken.error
-        assert worker.score_at_once(score_request(r"\boxed{42\text{ cm}}")) is None
+        assert worker.score_inline(score_request(r"\boxed{42\text{ cm}}")) is None
         assert worker.num_pools == 0
 
     with_worker(test)
@@ -126,7 +126,7 @@ def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_broken_function_is_an_infrastructure_error_and_the_worker_goes_on(custom: str) -> None:
     async def test(worker: RewardWorker) -> None:
         good = score_request("fine", "4", prompt="2+2=")
-        assert worker.score_at_once(good) is None
+        assert worker.score_inline(good) is None
         assert (await worker.score(good)).reward == 0.5
         for response, error in {
             "raise": "Unpicklable: two arguments",
@@ -137,8 +137,8 @@ def test_a_broken_function_is_an_infrastructure_error_and_the_worker_goes_on(cus
             "none": "returned a NoneType",
             "list": "returned a list",
             "die": "died",
-            "vanish": "not judged within 1 s",  # pebble takes exit code 0 for a child that has done its tasks
-            "hang": "not judged within 1 s",
+            "vanish": "not scored within 1 s",  # pebble takes exit code 0 for a child that has done its tasks
+            "hang": "not scored within 1 s",
         }.items():
             scored = await worker.score(score_request(response))
             assert scored.reward is None, response

@@ -78,7 +78,7 @@ def generated(lease: Generate, index: int, *versions: int) -> Generated:
 
 
 def scored(score: ScoreRequest, reward: float | None = 1.0) -> ScoreResult:
-    return ScoreResult(score.key(score.index), reward)
+    return ScoreResult(score.key, reward)
 
 
 def join_workers(

@@ -11,12 +11,8 @@ from safetensors.torch import save_file
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.weights.folder import ModelFolder
-from megatron_async_rl.weights.mapping import (
-    Family,
-    ModelShape,
-    place,
-)
+from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.families import Family, ModelShape, map_parameter
 
 DENSE_32B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -121,7 +117,7 @@ def make_model_folder(folder: Path, family: str, scale: float = 1.0) -> Path:
     """Every tensor of the family's table, random, in an HF folder."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(TINY_SIZES | TINY_FAMILIES[family]))
-    shape = ModelFolder(folder).shape()
+    shape = HfConfig(folder).shape()
     generator = torch.Generator().manual_seed(0)
     names = [
         "embedding.word_embeddings.weight",
@@ -134,7 +130,7 @@ def make_model_folder(folder: Path, family: str, scale: float = 1.0) -> Path:
             names += [
                 f"decoder.layers.{layer}.{rule.megatron}".replace("{e}", str(e)) for e in experts
             ]
-    pieces = dict(piece for name in names for piece in place(name, shape).pieces)
+    pieces = dict(piece for name in names for piece in map_parameter(name, shape).pieces)
     tensors = {hf: scale * torch.randn(size, generator=generator) for hf, size in pieces.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -206,7 +206,7 @@ def test_a_reward_that_is_no_number_is_a_broken_judge(reward: float) -> None:
     [lease] = join_workers(core)
     [score] = messages_of(core.generated("rollout-0", generated(lease, 0, 0), 0), ScoreRequest)
     [retry] = messages_of(core.scored("reward-0", scored(score, reward), 0), ScoreRequest)
-    assert (retry.group_id, retry.index) == (score.group_id, score.index)
+    assert retry.key == score.key
     assert core.groups[lease.group_id].rewards == [None, None]
 
 

@@ -49,8 +49,8 @@ from megatron_async_rl.protocol.messages import (
     OpenGroup,
     Published,
     PublishOffer,
-    Score,
-    Scored,
+    ScoreRequest,
+    ScoreResult,
     SendBuckets,
     Shutdown,
     StepDone,
@@ -118,9 +118,7 @@ def rollout(run_dir: Path, number: int, tokens: int, tokenizer: str) -> None:
                     sample = Sample(
                         ids=ids, logprobs=logprobs, versions=versions, stop="stop", text="1"
                     )
-                    await link.send(
-                        Generated(message.epoch, message.group_id, message.attempt, index, sample)
-                    )
+                    await link.send(Generated(message.key(index), sample))
             elif isinstance(message, UpdateWeights):
                 await link.send(UpdateReady(message.version, {}))
             elif isinstance(message, JoinGroup):
@@ -137,11 +135,9 @@ def judge(run_dir: Path) -> None:
         link = Link(run_dir)
         await link.join(Hello("reward", "reward-0", os.getpid(), capacity=256))
         while not isinstance(message := await link.receive(), Shutdown):
-            if isinstance(message, Score):
-                reward = float(message.index % 2)
-                await link.send(
-                    Scored(message.epoch, message.group_id, message.attempt, message.index, reward)
-                )
+            if isinstance(message, ScoreRequest):
+                reward = float(message.key.index % 2)
+                await link.send(ScoreResult(message.key, reward))
         link.close()
 
     asyncio.run(body())

@@ -40,11 +40,11 @@ from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
 from megatron_async_rl.controller.core.verdicts import Verdicts
 from megatron_async_rl.protocol.messages import (
-    Ask,
     Generated,
     GenerateFailed,
     PartialSample,
-    Scored,
+    ScoreRequest,
+    ScoreResult,
 )
 from megatron_async_rl.protocol.types import Prompt
 
@@ -102,7 +102,7 @@ class Core:
         return self.cut.wanted_since is not None
 
     def check(self) -> None:
-        """Raises ConservationError unless every admitted group is accounted for."""
+        """Raises LedgerError unless every admitted group is accounted for."""
         self.state.check()
 
     # ---- lives of the controller
@@ -169,13 +169,13 @@ class Core:
             return []
         if fault := self.leases.fault(group, reply.sample):
             self.num_fenced_messages += 1
-            self.last_fault = f"{worker}: sample {reply.group_id}.{reply.index} is refused: {fault}"
+            self.last_fault = f"{worker}: sample {reply.key} is refused: {fault}"
             return self._release(group) + self._advance(
                 now
             )  # like a failure: another server may do better
-        self.state.record(SampleReturned(group.group_id, reply.index, reply.sample))
+        self.state.record(SampleReturned(group.group_id, reply.key.index, reply.sample))
         self.leases.unload(worker)
-        self.verdicts.owe(group, reply.index)
+        self.verdicts.owe(group, reply.key.index)
         return self._advance(now)
 
     def interrupted(self, worker: str, reply: PartialSample) -> list[Action]:
@@ -184,7 +184,7 @@ class Core:
         if group is None:
             self.num_fenced_messages += 1
         else:
-            self.state.record(PartialSaved(group.group_id, reply.index, reply.partial))
+            self.state.record(PartialSaved(group.group_id, reply.key.index, reply.partial))
         return []
 
     def generate_failed(self, worker: str, reply: GenerateFailed, now: float) -> list[Action]:
@@ -194,7 +194,7 @@ class Core:
             return []
         return self._release(group) + self._advance(now)
 
-    def asked(self, worker: str, ask: Ask, now: float) -> list[Action]:
+    def asked(self, worker: str, ask: ScoreRequest, now: float) -> list[Action]:
         """A workflow wants something judged before its sample is whole."""
         if self.leases.group_of(worker, ask) is None:
             self.num_fenced_messages += 1
@@ -202,23 +202,23 @@ class Core:
         self.questions.put(worker, ask)
         return self._advance(now)
 
-    def scored(self, worker: str, reply: Scored, now: float) -> list[Action]:
-        if reply.number:
+    def scored(self, worker: str, reply: ScoreResult, now: float) -> list[Action]:
+        if reply.call:
             answer = self.questions.answered(worker, reply)
             self.num_fenced_messages += answer is None
             return (answer or []) + self._advance(now)
         if not self.verdicts.is_asked_of(worker, reply):
             self.num_fenced_messages += 1
             return []
-        self.verdicts.settle((reply.group_id, reply.index))
-        group = self.groups.get(reply.group_id)
+        self.verdicts.settle((reply.key.group_id, reply.key.index))
+        group = self.groups.get(reply.key.group_id)
         actions: list[Action] = []
         if group is not None and reply.reward is not None and math.isfinite(reply.reward):
-            self.state.record(SampleScored(group.group_id, reply.index, reply.reward))
+            self.state.record(SampleScored(group.group_id, reply.key.index, reply.reward))
             if group.is_judged:
                 actions += self._complete(group)
         elif group is not None:
-            actions += self._no_verdict(group, reply.index)
+            actions += self._no_verdict(group, reply.key.index)
         return actions + self._advance(now)
 
     # ---- events: trainer

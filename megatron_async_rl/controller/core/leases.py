@@ -21,11 +21,11 @@ from megatron_async_rl.controller.core.ledger import DropReason
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
 from megatron_async_rl.protocol.messages import (
-    Ask,
     Generate,
     Generated,
     GenerateFailed,
     PartialSample,
+    ScoreRequest,
 )
 from megatron_async_rl.protocol.types import NOT_GENERATED, Sample
 
@@ -97,23 +97,16 @@ class Leases:
     # ---- back
 
     def group_of(
-        self, worker: str, reply: Generated | GenerateFailed | PartialSample | Ask
+        self, worker: str, reply: Generated | GenerateFailed | PartialSample | ScoreRequest
     ) -> Group | None:
         """The group that this reply may change; None for a late, duplicate or foreign one."""
-        group = self._state.groups.get(reply.group_id)
-        if (
-            group is None
-            or reply.epoch != self._state.epoch
-            or group.state is not GroupState.RUNNING
-        ):
+        key = reply.key
+        group = self._state.groups.get(key.group_id)
+        if group is None or group.state is not GroupState.RUNNING or group.worker != worker:
             return None
-        if (
-            group.worker != worker
-            or group.attempt != reply.attempt
-            or reply.index not in group.missing
-        ):
+        if (key.epoch, key.attempt) != (self._state.epoch, group.attempt):
             return None
-        return group
+        return group if key.index in group.missing else None
 
     def fault(self, group: Group, sample: Sample) -> str:
         """What shows that no engine of ours can have sampled this; empty when nothing does."""

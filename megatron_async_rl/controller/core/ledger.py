@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 
-from megatron_async_rl.errors import ConservationError
+from megatron_async_rl.errors import LedgerError
 
 
 class DropReason(enum.Enum):
@@ -48,9 +48,9 @@ class Ledger:
         return self.admitted - self.dropped.total()
 
     def check(self, pending: int) -> None:
-        """Raises ConservationError unless the books balance."""
+        """Raises LedgerError unless the books balance."""
         if self.admitted != self.closed + pending:
-            raise ConservationError(
+            raise LedgerError(
                 f"the ledger does not balance: admitted {self.admitted} != trained {self.trained} + dropped "
                 f"{self.dropped.total()} {self._reasons()} + pending {pending}; a group was lost or counted twice"
             )

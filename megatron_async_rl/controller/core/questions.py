@@ -14,15 +14,16 @@ from megatron_async_rl.controller.core.actions import Action, Send
 from megatron_async_rl.controller.core.fleet import Fleet
 from megatron_async_rl.controller.core.leases import Leases
 from megatron_async_rl.controller.core.settings import CoreSettings
-from megatron_async_rl.protocol.messages import Answer, Ask, Score, Scored
+from megatron_async_rl.protocol.messages import ScoreRequest, ScoreResult
+from megatron_async_rl.protocol.types import SampleKey
 
-Key = tuple[int, int, int, int]  # (group_id, attempt, index, number)
+Key = tuple[SampleKey, int]
 
 
 @dataclass
 class Question:
     worker: str
-    ask: Ask
+    ask: ScoreRequest
     attempts: int = 0
     judge: str = ""
     deadline: float = 0.0
@@ -36,7 +37,7 @@ class Questions:
         self._waiting: deque[Question] = deque()
         self._under_way: dict[Key, Question] = {}
 
-    def put(self, worker: str, ask: Ask) -> None:
+    def put(self, worker: str, ask: ScoreRequest) -> None:
         self._waiting.append(Question(worker, ask))
 
     def pass_on(self, now: float) -> list[Action]:
@@ -51,29 +52,21 @@ class Questions:
             judge.load += 1
             question.judge, question.deadline = judge.name, now + self._settings.lease_timeout_s
             question.attempts += 1
-            self._under_way[ask.group_id, ask.attempt, ask.index, ask.number] = question
-            score = Score(
-                ask.epoch,
-                ask.group_id,
-                ask.attempt,
-                ask.index,
-                ask.response,
-                group.prompt.row,
-                ask.number,
-            )
+            self._under_way[ask.key, ask.call] = question
+            score = ScoreRequest(ask.key, ask.response, group.prompt.row, ask.call)
             sends.append(Send(judge.name, score))
         return sends
 
-    def answered(self, judge: str, reply: Scored) -> list[Action] | None:
+    def answered(self, judge: str, reply: ScoreResult) -> list[Action] | None:
         """None for a late, duplicate or foreign reply."""
-        key = (reply.group_id, reply.attempt, reply.index, reply.number)
+        key = (reply.key, reply.call)
         question = self._under_way.get(key)
-        if question is None or question.judge != judge or reply.epoch != question.ask.epoch:
+        if question is None or question.judge != judge:
             return None
         self._end(key)
         if reply.reward is None or not math.isfinite(reply.reward):
             return self._again(question, reply.error or f"the judge said {reply.reward}")
-        return [Send(question.worker, Answer(*key, reward=reply.reward))]
+        return [Send(question.worker, reply)]
 
     def tick(self, now: float) -> list[Action]:
         actions = []
@@ -103,5 +96,5 @@ class Questions:
         return [refusal(question.worker, question.ask, error)]
 
 
-def refusal(worker: str, ask: Ask, error: str) -> Send:
-    return Send(worker, Answer(ask.group_id, ask.attempt, ask.index, ask.number, error=error))
+def refusal(worker: str, ask: ScoreRequest, error: str) -> Send:
+    return Send(worker, ScoreResult(ask.key, None, error, call=ask.call))

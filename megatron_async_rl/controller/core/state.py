@@ -98,7 +98,7 @@ class ControllerState:
         return sorted(found, key=lambda group: group.group_id)
 
     def check(self) -> None:
-        """Raises ConservationError unless every admitted group is accounted for."""
+        """Raises LedgerError unless every admitted group is accounted for."""
         self.ledger.check(self.pending)
         assert sum(map(len, self._by_state.values())) == len(self.groups), (
             "a group is in no state, or in two"

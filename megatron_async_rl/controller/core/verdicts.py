@@ -10,7 +10,8 @@ from megatron_async_rl.controller.core.fleet import Fleet
 from megatron_async_rl.controller.core.groups import Group
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
-from megatron_async_rl.protocol.messages import Score, Scored
+from megatron_async_rl.protocol.messages import ScoreRequest, ScoreResult
+from megatron_async_rl.protocol.types import SampleKey
 
 Key = tuple[int, int]  # (group_id, index)
 
@@ -53,24 +54,18 @@ class Verdicts:
             self.under_way[key] = Verdict(
                 judge.name, group.attempt, now + self._settings.lease_timeout_s
             )
-            score = Score(
-                epoch=self._state.epoch,
-                group_id=key[0],
-                attempt=group.attempt,
-                index=key[1],
-                response=sample.text,
-                row=group.prompt.row,
-            )
+            sample_key = SampleKey(self._state.epoch, key[0], group.attempt, key[1])
+            score = ScoreRequest(sample_key, sample.text, group.prompt.row)
             sends.append(Send(judge.name, score))
         return sends
 
-    def is_asked_of(self, judge: str, reply: Scored) -> bool:
+    def is_asked_of(self, judge: str, reply: ScoreResult) -> bool:
         """False for a late, duplicate or foreign reply."""
-        verdict = self.under_way.get((reply.group_id, reply.index))
+        verdict = self.under_way.get((reply.key.group_id, reply.key.index))
         return (
             verdict is not None
-            and reply.epoch == self._state.epoch
-            and (verdict.judge, verdict.attempt) == (judge, reply.attempt)
+            and reply.key.epoch == self._state.epoch
+            and (verdict.judge, verdict.attempt) == (judge, reply.key.attempt)
         )
 
     def settle(self, key: Key) -> None:

@@ -47,7 +47,7 @@ class SnapshotStore:
     def __init__(self, config: Config) -> None:
         self._run_dir = config.run_dir.resolve()
         self._model_path = Path(config.model.path)
-        self._engine_tp = int(config.sglang.get("tp_size", 1))
+        self._engine_tp = config.engine_tp
         self._in_use: Counter[Path] = Counter()
         kind = snapshots.digest_kind(config)
         self._whole = [
@@ -100,7 +100,7 @@ class TrainerPublisher:
     def __init__(self, exchange: UpdateSession, config: Config, folders: SnapshotStore) -> None:
         self.exchange = exchange
         self._network = BroadcastPublisher(
-            exchange, int(config.sglang.get("tp_size", 1)), config.weights.verify_every
+            exchange, config.engine_tp, config.weights.verify_every
         )
         self._folders = folders
         self._over_disk = config.weights.transport == "disk"
