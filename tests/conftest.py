@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runs import RunInputs, make_run_inputs
-from tiny import make_dataset, make_model
+from tiny_model import make_dataset, make_model
+from whole_runs import RunInputs, make_run_inputs
 
 
 @pytest.fixture(scope="session")

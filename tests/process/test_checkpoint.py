@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT, SUPPORT
-from tiny import make_model
+from tiny_model import make_model
 
 from megatron_async_rl.storage import checkpoints
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from needs import SANDBOX_PYTHON
 from reward_process import collect_scores, descendant_pids, wait_until_gone, with_reward_process
-from tiny import make_model
+from tiny_model import make_model
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
@@ -28,7 +28,7 @@ from megatron_async_rl.launcher.preflight import config_checks
 from megatron_async_rl.protocol.messages import ScoreRequest, ScoreResult
 from megatron_async_rl.protocol.transport import Hub, Peer
 from megatron_async_rl.protocol.types import SampleKey
-from megatron_async_rl.reward.code_answer import extract_program, values_match, texts_match
+from megatron_async_rl.reward.code_answer import extract_program, texts_match, values_match
 from megatron_async_rl.reward.worker import RewardWorker
 
 SANDBOX = {"python": SANDBOX_PYTHON, "isolation": "landlock", "test_timeout_s": 2.0}

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import CPU_ENGINE, make_model
+from tiny_model import CPU_ENGINE, make_model
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.engine_env import engine_python

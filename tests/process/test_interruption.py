@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_model
+from tiny_model import make_model
 from transformers import AutoModelForCausalLM
 from update_parts import NEW_TOKENS, Sent, make_config
 
 from megatron_async_rl.engine_env import engine_python
+from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.protocol.messages import (
     Bucket,
     JoinGroup,
@@ -38,7 +39,6 @@ from megatron_async_rl.rollout.gate import Gate
 from megatron_async_rl.rollout.interruption import Pause
 from megatron_async_rl.rollout.weight_update import WeightUpdates
 from megatron_async_rl.weights.digest import EngineDigests
-from megatron_async_rl.weights.folder import ModelFolder
 from megatron_async_rl.weights.update_group import UpdateGroup
 
 pytestmark = pytest.mark.skipif(
@@ -67,7 +67,7 @@ class Trainer:
             )
             for start in range(0, len(names), 4)
         ]
-        digests = EngineDigests(ModelFolder(folder).shape(), 1)
+        digests = EngineDigests(HfConfig(folder).shape(), 1)
         for name in names:
             digests.add(name, tensors[name])
         expected = digests.result()

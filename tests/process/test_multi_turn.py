@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from loop_reward import even_digits
 from loop_workflow import GIVEN, NUM_TURNS, TURN_TOKENS
-from runs import (
+from whole_runs import (
     FinishedRun,
     RunInputs,
     assert_no_process_left,

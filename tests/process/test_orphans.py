@@ -13,7 +13,7 @@ import psutil
 import pytest
 from descendants import Descendants
 from paths import ROOT, SUPPORT
-from tiny import make_model
+from tiny_model import make_model
 
 
 def launcher(code: str, *arguments: str) -> subprocess.Popen[bytes]:

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from descendants import Descendants
-from runs import make_run_inputs, start_run, wait_for_version
+from whole_runs import make_run_inputs, start_run, wait_for_version
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.config import load

@@ -73,7 +73,7 @@ def answer(program: str) -> str:
 
 
 def verdict(sandbox: Sandbox, program: str, tests: CodeTests, limits: Limits = PATIENT) -> bool:
-    return code_answer.judge(sandbox, answer(program), tests, limits, 20.0)[0]
+    return code_answer.passes_tests(sandbox, answer(program), tests, limits, 20.0)[0]
 
 
 def works_as_before(sandbox: Sandbox) -> None:

@@ -17,11 +17,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from config_builders import config_tree
+from megatron_async_rl.node.generations import FOLDER, GenerationFiles, TrainerGeneration
 from needs import needs_network_namespaces
 from paths import ROOT, SUPPORT, TOOLS
-from tiny import make_dataset, make_model
+from tiny_model import make_dataset, make_model
 
-from configs import config_tree
 from megatron_async_rl import addresses
 from megatron_async_rl.config import load
 from megatron_async_rl.config.checks import cross_host_parallelism_warning
@@ -33,7 +34,6 @@ from megatron_async_rl.launcher import roles
 from megatron_async_rl.launcher.claims import Claims
 from megatron_async_rl.launcher.gpus import assign_gpus
 from megatron_async_rl.node import node
-from megatron_async_rl.node.generations import FOLDER, GenerationFiles, TrainerGeneration
 from megatron_async_rl.observability.status import STATUS_FILE, RunStatus
 
 SLEEP = "import time; time.sleep(600)"

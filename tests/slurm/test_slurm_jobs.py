@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from paths import ROOT, SUPPORT
-from runs import RunInputs, assert_no_process_left
-from tiny import make_dataset, make_model
+from tiny_model import make_dataset, make_model
+from whole_runs import RunInputs, assert_no_process_left
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.engine_env import engine_python

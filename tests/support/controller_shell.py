@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from configs import config_tree
+from config_builders import config_tree
+
 from megatron_async_rl.config import load
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.controller import Controller

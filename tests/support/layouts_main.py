@@ -19,10 +19,10 @@ import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
+from config_builders import algorithm_tree
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from configs import algorithm_tree
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.errors import NonFiniteStep
 from megatron_async_rl.protocol.types import TrainSample

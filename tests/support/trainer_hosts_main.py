@@ -16,10 +16,10 @@ import msgspec
 import psutil
 from chaos_parts import world
 from hosts import Host, wait_until
-from runs import RunInputs
+from megatron_async_rl.node.generations import FOLDER, TrainerGeneration
+from whole_runs import RunInputs
 
 from megatron_async_rl.cli import audit
-from megatron_async_rl.node.generations import FOLDER, TrainerGeneration
 from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.storage.checkpoints import manifests
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tiny import CPU_ENGINE
+from tiny_model import CPU_ENGINE
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from runs import (
+from whole_runs import (
     FinishedRun,
     RunInputs,
     assert_no_process_left,

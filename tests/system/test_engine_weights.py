@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from tiny import CPU_ENGINE, make_model
+from tiny_model import CPU_ENGINE, make_model
 from weight_ranks import WeightController, drive_updates, weight_processes
 
 from megatron_async_rl.config import load as configuration
@@ -39,7 +39,7 @@ from megatron_async_rl.storage import snapshots
 pytestmark = pytest.mark.skipif(
     engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
 )
-VOCABULARY = 37  # of tiny.py
+VOCABULARY = 37  # of tiny_model.py
 IDS = [5, 9, 21, 33, 7, 7, 30, 12, 3, 36, 17, 25, 4, 11]
 NAME = "rollout-0"
 

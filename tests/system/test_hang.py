@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from descendants import Descendants
-from runs import START_TIMEOUT_S, make_run_inputs, start_run, wait_for_version
+from whole_runs import START_TIMEOUT_S, make_run_inputs, start_run, wait_for_version
 
 from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.observability.status import read_status

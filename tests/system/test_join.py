@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from controller_shell import ask, hello_of, with_controller
 from hosts import Host, wait_until
-from runs import RunInputs
+from whole_runs import RunInputs
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.config import load

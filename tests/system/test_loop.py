@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from runs import (
+from whole_runs import (
     RUN_MAX_STALENESS,
     RUN_STEPS,
     FinishedRun,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import RunInputs, assert_no_process_left, start_run, wait_for_version
-from tiny import make_dataset, make_model
+from tiny_model import make_dataset, make_model
+from whole_runs import RunInputs, assert_no_process_left, start_run, wait_for_version
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.config import load

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
-from runs import RUN_MAX_STALENESS, RunInputs, assert_no_process_left, start_run
-from tiny import make_dataset, make_model
+from tiny_model import make_dataset, make_model
+from whole_runs import RUN_MAX_STALENESS, RunInputs, assert_no_process_left, start_run
 
 from megatron_async_rl.config.load import load
 from megatron_async_rl.engine_env import engine_python

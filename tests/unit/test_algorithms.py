@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from config_builders import algorithm_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import algorithm_config
 from megatron_async_rl.config.algorithm import AlgorithmConfig
 from megatron_async_rl.controller.advantage import (
     BATCH_EPS,

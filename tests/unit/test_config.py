@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from config_builders import config_tree
 from paths import ROOT
 
-from configs import config_tree
 from megatron_async_rl.config import documentation, load
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.sections import Section

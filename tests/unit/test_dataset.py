@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_model
+from tiny_model import make_model
 
 from megatron_async_rl.config import load
 from megatron_async_rl.config.config import Config

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from config_builders import algorithm_config
 
-from configs import algorithm_config
 from megatron_async_rl.config.algorithm import AlgorithmConfig
 from megatron_async_rl.trainer.algorithms.loss import LossInputs, policy_loss
 from megatron_async_rl.trainer.model.logprobs import token_logprobs

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from paths import ROOT
-from tiny import make_model
+from tiny_model import make_model
 
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import TrainSample

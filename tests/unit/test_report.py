@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
+from config_builders import trainer_config
 
-from configs import trainer_config
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.trainer.algorithms.loss import MAXIMA, SUMS
 from megatron_async_rl.trainer.report import PACKING_SUMS, summary, warn_of_mismatch

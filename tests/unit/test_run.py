@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from descendants import Descendants
-from runs import START_TIMEOUT_S, make_run_inputs, start_run, wait_for_version
+from whole_runs import START_TIMEOUT_S, make_run_inputs, start_run, wait_for_version
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.engine_env import engine_python
@@ -80,7 +80,8 @@ def test_a_cap_ends_the_run_by_name_and_a_second_sigterm_ends_it_at_once(tmp_pat
 
 
 def some(servers: int, **sections: dict[str, object]) -> Config:
-    from configs import config_tree
+    from config_builders import config_tree
+
     from megatron_async_rl.config import load
 
     return load.from_tree(

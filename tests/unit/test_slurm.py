@@ -18,12 +18,12 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from config_builders import config_tree
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from model_shapes import DENSE_32B
 from paths import ROOT
 
-from configs import config_tree
 from megatron_async_rl import processes
 from megatron_async_rl.__main__ import main
 from megatron_async_rl.config import load
@@ -33,6 +33,7 @@ from megatron_async_rl.launcher import placement, roles, slurm
 from megatron_async_rl.launcher.gpus import assign_gpus
 from megatron_async_rl.launcher.run import Run
 from megatron_async_rl.launcher.supervisor import Supervisor
+from megatron_async_rl.model import weight_plan
 
 BIG = ROOT / "configs" / "qwen3_32b_slurm.yaml"
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from snapshot_builders import part_tensors, write_part
-from tiny import make_model
+from tiny_model import make_model
 
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.storage import snapshots

@@ -12,10 +12,10 @@ from megatron_async_rl.patches import prepare_megatron
 
 prepare_megatron()
 
+from config_builders import trainer_config
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from model_shapes import tiny_shape
 
-from configs import trainer_config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model.config_json import Architecture
 from megatron_async_rl.model.families import FAMILIES

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from config_builders import config_tree
 from core_builders import make_core
 from snapshot_builders import write_part
-from tiny import make_model
+from tiny_model import make_model
 
-from configs import config_tree
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.controller.core.actions import ServerLost
 from megatron_async_rl.controller.core.core import Core

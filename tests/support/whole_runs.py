@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import yaml
 from paths import ROOT, SUPPORT
-from tiny import CPU_ENGINE, make_dataset, make_model
+from tiny_model import CPU_ENGINE, make_dataset, make_model
 
 from megatron_async_rl import processes
 from megatron_async_rl.config import load
