@@ -49,7 +49,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_loss_and_gradients_are_those_of_the_plain_layout(
+def test_loss_and_gradients_match_the_single_rank_layout(
     name: str, figures: dict[str, Any]
 ) -> None:
     if name not in figures:

@@ -42,7 +42,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     return {figure["cutting"]: figure for figure in map(json.loads, out.read_text().splitlines())}
 
 
-def lengths_and_attention_length() -> tuple[list[int], float]:
+def sample_lengths_and_attention_length() -> tuple[list[int], float]:
     sys.path.insert(0, str(TOOLS / "bench"))
     try:
         import trainer_scenarios as scenarios
@@ -60,16 +60,16 @@ def lengths_and_attention_length() -> tuple[list[int], float]:
     return lengths, weights / (heads * d)
 
 
-def test_the_same_tokens_are_trained_however_cut(figures: dict[str, dict[str, Any]]) -> None:
-    lengths, _ = lengths_and_attention_length()
+def test_microbatch_splits_train_the_same_tokens(figures: dict[str, dict[str, Any]]) -> None:
+    lengths, _ = sample_lengths_and_attention_length()
     assert {f["tokens"] for f in figures.values()} == {sum(lengths)}
     assert {f["samples"] for f in figures.values()} == {len(lengths)}
 
 
-def test_fill_and_balance_of_the_microbatches_are_metrics(
+def test_packing_efficiency_and_imbalance_match_the_split(
     figures: dict[str, dict[str, Any]],
 ) -> None:
-    lengths, attention_length = lengths_and_attention_length()
+    lengths, attention_length = sample_lengths_and_attention_length()
     everything = range(len(lengths))
     cuts = {
         "dynamic": allocate(lengths, 512),

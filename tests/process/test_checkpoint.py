@@ -56,7 +56,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return model, run_dir
 
 
-def test_two_generations_are_whole_when_told(saved: tuple[Path, Path]) -> None:
+def test_last_two_checkpoints_are_complete_when_reported(saved: tuple[Path, Path]) -> None:
     _, run_dir = saved
     assert json.loads((run_dir / "losses.json").read_text())["told"] == [
         [2, "v000002"],
@@ -70,7 +70,7 @@ def test_two_generations_are_whole_when_told(saved: tuple[Path, Path]) -> None:
     [(2, 1, 1, 2), (1, 1, 1, 1), (1, 2, 1, 2), (1, 2, 2, 2), (1, 1, 1, 2)],
     ids=str,
 )
-def test_the_generation_before_a_damaged_one_goes_on_as_if_nothing_had_been(
+def test_previous_checkpoint_of_a_damaged_one_resumes_identically(
     saved: tuple[Path, Path], tp: int, pp: int, vpp: int, count: int
 ) -> None:
     """Losses and gradient norms of the next steps: weights, Adam's moments and its step count are all there."""
@@ -84,7 +84,7 @@ def test_the_generation_before_a_damaged_one_goes_on_as_if_nothing_had_been(
     assert loaded["losses"] == (expected if exact else pytest.approx(expected, rel=2e-3, abs=2e-4))
 
 
-def test_what_an_interleaved_pipeline_saved_goes_on_without_one(tmp_path: Path) -> None:
+def test_interleaved_pipeline_checkpoint_loads_into_one_rank(tmp_path: Path) -> None:
     """Policy and critic."""
     model, run_dir = make_model(tmp_path / "model", layers=4), tmp_path / "run"
     run_dir.mkdir()

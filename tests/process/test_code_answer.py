@@ -60,7 +60,7 @@ def fenced(program: str) -> str:
         ("", None),
     ],
 )
-def test_the_last_python_block_is_the_program(response: str, program: str | None) -> None:
+def test_last_python_block_is_the_program(response: str, program: str | None) -> None:
     assert extract_program(response) == program
 
 
@@ -115,7 +115,7 @@ def test_outputs_are_compared_word_by_word(output: str, expected: str, same: boo
         ({"dict": []}, {}, True),
     ],
 )
-def test_results_are_compared_as_data(returned: Any, expected: Any, same: bool) -> None:
+def test_results_are_compared_by_value(returned: Any, expected: Any, same: bool) -> None:
     assert values_match(returned, expected) is same
 
 
@@ -137,7 +137,7 @@ def test_results_are_compared_as_data(returned: Any, expected: Any, same: bool) 
         ({"function": "f(x)", "tests": [{"input": [1], "output": 2}]}, "`function` is 'f"),
     ],
 )
-def test_a_row_without_proper_tests_is_refused(
+def test_row_without_valid_tests_is_refused(
     row: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=re.escape(words)):
@@ -153,9 +153,7 @@ def test_a_row_without_proper_tests_is_refused(
     ("python", "ok", "words"),
     [(SANDBOX_PYTHON, True, "Landlock, seccomp"), ("/no/python", False, "3.9")],
 )
-def test_the_sandbox_is_tried_before_a_run(
-    python: str, ok: bool, words: str, tmp_path: Path
-) -> None:
+def test_preflight_checks_the_sandbox(python: str, ok: bool, words: str, tmp_path: Path) -> None:
     config = code_config(tmp_path, STDIO, FUNCTION, python=python)
     assert [
         p.row["tests"]
@@ -206,7 +204,7 @@ def with_worker(
     asyncio.run(asyncio.wait_for(body(), 60))
 
 
-def test_programs_and_functions_get_their_verdicts() -> None:
+def test_programs_and_functions_are_scored() -> None:
     adds = fenced("a, b = map(int, input().split())\nprint(a + b)")
     sums = fenced("def add(a, b): return a + b")
     cases = [
@@ -234,7 +232,7 @@ def test_programs_and_functions_get_their_verdicts() -> None:
     with_worker(test, children=2)
 
 
-def test_many_slow_tests_end_at_the_verdicts_own_deadline() -> None:
+def test_scoring_deadline_bounds_many_slow_tests() -> None:
     row = {"tests": [{"input": "", "output": "1\n"}] * 20}
 
     async def test(worker: RewardWorker) -> None:
@@ -245,7 +243,7 @@ def test_many_slow_tests_end_at_the_verdicts_own_deadline() -> None:
     with_worker(test)
 
 
-def test_a_sandbox_that_is_lost_is_no_verdict() -> None:
+def test_lost_sandbox_is_an_infrastructure_error() -> None:
     async def test(worker: RewardWorker) -> None:
         slow = asyncio.create_task(
             worker.score(score(fenced("import time\ntime.sleep(0.9)\nprint(7)"), STDIO))
@@ -264,7 +262,7 @@ def test_a_sandbox_that_is_lost_is_no_verdict() -> None:
     with_worker(test)
 
 
-def test_a_host_without_the_interpreter_is_refused_at_start_up() -> None:
+def test_missing_interpreter_is_refused_at_startup() -> None:
     async def never(worker: RewardWorker) -> None:
         pytest.fail("started")
 
@@ -276,7 +274,7 @@ def test_a_host_without_the_interpreter_is_refused_at_start_up() -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_a_program_that_runs_ends_with_the_reward_process(
+def test_running_program_ends_with_the_reward_process(
     tmp_path: Path, signum: signal.Signals
 ) -> None:
     async def test(hub: Hub, peer: Peer, process: subprocess.Popen[bytes]) -> None:

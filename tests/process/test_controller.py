@@ -45,7 +45,7 @@ from megatron_async_rl.protocol.wire import SCHEMA
         ("tokenizer", "beef", "tokenizer beef there, ", "put the same files under model.path"),
     ],
 )
-def test_a_worker_that_differs_is_refused_with_both_sides_and_the_remedy(
+def test_incompatible_worker_is_refused_with_a_remedy(
     model_and_dataset: tuple[Path, Path],
     tmp_path: Path,
     field: str,
@@ -71,7 +71,7 @@ def test_a_worker_that_differs_is_refused_with_both_sides_and_the_remedy(
     with_controller(model_and_dataset, tmp_path, test)
 
 
-def test_a_worker_whose_hello_cannot_be_read_is_refused_by_name(
+def test_worker_with_unreadable_hello_is_refused_by_name(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     async def test(controller: Controller, link: Link) -> None:
@@ -86,7 +86,7 @@ def test_a_worker_whose_hello_cannot_be_read_is_refused_by_name(
     with_controller(model_and_dataset, tmp_path, test)
 
 
-def test_a_model_folder_saved_anew_is_the_same_tokenizer_and_any_other_is_not(
+def test_tokenizer_fingerprint_ignores_how_the_folder_was_saved(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     tokenizer = json.loads((model_and_dataset[0] / "tokenizer.json").read_text())
@@ -107,7 +107,7 @@ def test_a_model_folder_saved_anew_is_the_same_tokenizer_and_any_other_is_not(
     assert saved(tokenizer, settings) != fingerprint(model_and_dataset[0])
 
 
-def test_who_is_not_known_must_say_hello_and_who_was_lost_too(
+def test_unknown_and_lost_workers_must_rejoin(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     async def test(controller: Controller, link: Link) -> None:
@@ -130,7 +130,7 @@ def test_who_is_not_known_must_say_hello_and_who_was_lost_too(
     with_controller(model_and_dataset, tmp_path, test)
 
 
-def test_each_life_has_an_epoch_of_its_own(
+def test_each_controller_start_has_its_own_epoch(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     epochs = []
@@ -146,7 +146,7 @@ def test_each_life_has_an_epoch_of_its_own(
     assert epochs == [1, 2, 3]
 
 
-def test_a_journal_that_is_shorter_than_the_checkpoint_says_is_refused(
+def test_journal_shorter_than_the_checkpoint_is_refused(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     write_checkpoint(tmp_path, 2, journal_seq=100)
@@ -160,7 +160,7 @@ def test_a_journal_that_is_shorter_than_the_checkpoint_says_is_refused(
         with_controller(model_and_dataset, tmp_path, test)
 
 
-def test_a_journal_of_another_dataset_is_refused(
+def test_journal_of_another_dataset_is_refused(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     journal = Journal(tmp_path / JOURNAL_FILE)
@@ -174,7 +174,7 @@ def test_a_journal_of_another_dataset_is_refused(
         with_controller(model_and_dataset, tmp_path, test)
 
 
-def test_the_end_of_the_run_is_not_taken_for_a_trainer_that_came_back(
+def test_shutdown_during_an_update_ends_the_controller(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Told to end in the middle of an update, the controller ends: it does not wait for the trainer's next offer."""
@@ -207,7 +207,7 @@ def test_the_end_of_the_run_is_not_taken_for_a_trainer_that_came_back(
     with_controller(model_and_dataset, tmp_path, test)
 
 
-def test_an_update_ends_when_a_new_life_of_the_server_that_it_waits_for_says_hello(
+def test_update_ends_when_its_server_rejoins(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Long before weights.update_timeout_s = 120; and the new life is in the next one."""
@@ -238,7 +238,7 @@ def test_an_update_ends_when_a_new_life_of_the_server_that_it_waits_for_says_hel
     with_controller(model_and_dataset, tmp_path, test)
 
 
-def test_a_server_that_is_lost_before_its_update_begins_is_left_out(
+def test_server_lost_before_an_update_is_left_out(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """The journal is waited for between the choice of servers and the update."""
@@ -256,7 +256,7 @@ def test_a_server_that_is_lost_before_its_update_begins_is_left_out(
     with_controller(model_and_dataset, tmp_path, test)
 
 
-def test_a_trainer_that_says_hello_twice_has_offered_nothing_until_it_offers_again(
+def test_second_hello_of_a_trainer_withdraws_its_offer(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """After a crash of the controller each message on the way is answered by SayHello, and each of those by a hello."""

@@ -134,7 +134,7 @@ def generate(client: EngineClient) -> Awaitable[Any]:
 
 
 @pytest.mark.parametrize("version", ["0.5.18", "0.5.21", "0.5.23"])
-def test_tokens_carry_the_versions_that_the_reply_names(version: str) -> None:
+def test_tokens_carry_the_versions_of_the_reply(version: str) -> None:
     spans = [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 3}]
     part = talk(FakeSGLang(version, reply([5, 6, 0], spans)), generate)
     assert [(s.version, s.ids, s.logprobs) for s in part.segments] == [
@@ -145,7 +145,7 @@ def test_tokens_carry_the_versions_that_the_reply_names(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.5.16", "0.5.17", "0.5.17.post1"])
-def test_before_spans_all_tokens_are_of_the_version_in_the_reply(version: str) -> None:
+def test_reply_without_spans_labels_all_tokens_with_one_version(version: str) -> None:
     part = talk(FakeSGLang(version, reply([5, 6], None, {"type": "length", "length": 2})), generate)
     assert [(segment.version, segment.ids) for segment in part.segments] == [(7, [5, 6])]
 
@@ -157,7 +157,7 @@ def test_before_spans_all_tokens_are_of_the_version_in_the_reply(version: str) -
         {"type": "abort", "message": "Abort in waiting queue"},
     ],
 )
-def test_an_aborted_request_returns_what_it_has(finish: dict[str, Any]) -> None:
+def test_aborted_request_returns_its_tokens(finish: dict[str, Any]) -> None:
     part = talk(
         FakeSGLang("0.5.21", reply([5], [{"version": "3", "start": 0, "end": 1}], finish)), generate
     )
@@ -183,13 +183,13 @@ def test_an_aborted_request_returns_what_it_has(finish: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_a_reply_that_cannot_be_trusted_is_refused(answer: dict[str, Any], complaint: str) -> None:
+def test_inconsistent_reply_is_refused(answer: dict[str, Any], complaint: str) -> None:
     with pytest.raises(EngineError, match=complaint):
         talk(FakeSGLang("0.5.21", answer), generate)
 
 
 @pytest.mark.parametrize("version", ["0.5.16", "0.5.20", "0.5.21", "0.5.23"])
-def test_an_update_opens_a_session_only_where_there_are_sessions(version: str) -> None:
+def test_update_opens_a_session_where_the_server_has_sessions(version: str) -> None:
     async def update(client: EngineClient) -> str:
         await client.begin_update()
         await client.receive_bucket("g", BUCKET, True, None)
@@ -209,17 +209,17 @@ def test_an_update_opens_a_session_only_where_there_are_sessions(version: str) -
 
 
 @pytest.mark.parametrize("version", ["0.5.15", "0.5.24", "0.6.0"])
-def test_a_version_outside_the_range_is_refused_with_the_range(version: str) -> None:
+def test_unsupported_server_version_is_refused_with_the_range(version: str) -> None:
     with pytest.raises(EngineError, match=r"0\.5\.16 to 0\.5\.23"):
         talk(FakeSGLang(version), generate)
 
 
-def test_a_wrong_key_is_an_error_with_the_server_s_words() -> None:
+def test_wrong_key_raises_with_the_server_message() -> None:
     with pytest.raises(EngineError, match=r"401.*Unauthorized"):
         talk(FakeSGLang("0.5.21"), generate, api_key="wrong")
 
 
-def test_a_silent_server_is_an_error_within_the_deadline() -> None:
+def test_silent_server_raises_within_the_deadline() -> None:
     async def run() -> None:
         server = await asyncio.start_server(
             lambda reader, writer: asyncio.sleep(30), "127.0.0.1", 0
@@ -237,7 +237,7 @@ def test_a_silent_server_is_an_error_within_the_deadline() -> None:
         asyncio.run(run())
 
 
-def test_a_connection_that_the_server_has_closed_while_we_were_busy_is_not_used_again(
+def test_connection_closed_by_the_server_is_not_reused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SGLang closes what was idle for 5 s; whoever's event loop was held up for so long has not heard of it."""

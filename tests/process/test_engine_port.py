@@ -35,7 +35,7 @@ def make_server(folder: Path, **sglang: object) -> Server:
     return Server(configuration.from_tree(tree), folder / "run", "rollout-0")
 
 
-def test_a_port_that_was_taken_meanwhile_is_no_reason_to_give_up(
+def test_server_retries_when_its_port_was_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = make_server(tmp_path)
@@ -61,7 +61,7 @@ def test_a_port_that_was_taken_meanwhile_is_no_reason_to_give_up(
     assert time.monotonic() - started < 150  # two starts, not start_timeout_s
 
 
-def test_a_port_of_the_configuration_that_is_taken_is_named(tmp_path: Path) -> None:
+def test_error_names_the_configured_port_that_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = make_server(tmp_path, port=port)

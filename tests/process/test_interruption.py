@@ -214,7 +214,7 @@ def segments(part: Part) -> list[tuple[int, list[int], np.ndarray]]:
     ]
 
 
-def test_retracted_requests_and_new_ones_see_nothing_of_the_old_weights(
+def test_retracted_and_new_requests_use_only_new_weights(
     server: tuple[asyncio.Runner, Server], models: Models, tmp_path: Path
 ) -> None:
     asked = prompts(10)
@@ -245,7 +245,7 @@ def test_retracted_requests_and_new_ones_see_nothing_of_the_old_weights(
         runner.run(scenario(it))
 
 
-def test_kept_kv_goes_on_labelled_and_no_new_request_meets_it(
+def test_kept_kv_cache_is_labelled_and_not_shared_with_new_requests(
     server: tuple[asyncio.Runner, Server], models: Models, tmp_path: Path
 ) -> None:
     asked = prompts(10)
@@ -283,7 +283,7 @@ def test_kept_kv_goes_on_labelled_and_no_new_request_meets_it(
 
 
 @pytest.mark.parametrize("weights", [{"interrupt": "retract"}, {"kv_cache": "keep"}], ids=str)
-def test_requests_stay_frozen_behind_weights_that_are_wrong_and_go_on_after_the_next_update(
+def test_requests_wait_behind_bad_weights_until_the_next_update(
     server: tuple[asyncio.Runner, Server], models: Models, tmp_path: Path, weights: dict[str, str]
 ) -> None:
     asked = prompts(4)

@@ -150,7 +150,7 @@ def hf_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def test_loss_and_gradient_are_those_of_transformers_and_the_formula(
+def test_loss_and_gradient_match_transformers_and_the_formula(
     ran: Path, results: dict[str, Any]
 ) -> None:
     """An independent computation: one sample at a time, log_softmax over the full vocabulary, the formula as it stands."""
@@ -181,7 +181,7 @@ def test_loss_and_gradient_are_those_of_transformers_and_the_formula(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradient_do_not_depend_on_layout_or_cut(
+def test_loss_and_gradient_do_not_depend_on_the_layout(
     ran: Path, results: dict[str, Any], layout: str
 ) -> None:
     want = results["totals"][LAYOUTS[layout]]
@@ -194,7 +194,7 @@ def test_loss_and_gradient_do_not_depend_on_layout_or_cut(
 
 
 @pytest.mark.parametrize("layout", GAE_LAYOUTS)
-def test_gradients_of_policy_and_critic_do_not_depend_on_layout_or_cut(
+def test_policy_and_critic_gradients_do_not_depend_on_the_layout(
     ran: Path, results: dict[str, Any], layout: str
 ) -> None:
     """With a value head that is not zeros."""
@@ -209,7 +209,7 @@ def test_gradients_of_policy_and_critic_do_not_depend_on_layout_or_cut(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_after_a_step_do_not_depend_on_layout_or_cut(
+def test_weights_after_a_step_do_not_depend_on_the_layout(
     ran: Path, results: dict[str, Any], layout: str
 ) -> None:
     want = load(ran / f"weights {LAYOUTS[layout]}.pt")
@@ -232,7 +232,7 @@ def test_weights_after_a_step_do_not_depend_on_layout_or_cut(
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
-def test_logits_are_those_of_transformers(ran: Path, family: str) -> None:
+def test_logits_match_transformers(ran: Path, family: str) -> None:
     model, got, start = hf_model(ran / "models" / family), load(ran / f"logits {family}.pt"), 0
     for sample in global_batch():
         with torch.no_grad():
@@ -242,7 +242,7 @@ def test_logits_are_those_of_transformers(ran: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
-def test_what_is_loaded_is_exported_bit_for_bit(ran: Path, family: str) -> None:
+def test_export_returns_the_loaded_weights_bit_for_bit(ran: Path, family: str) -> None:
     source, export = hf_model(ran / "models" / family), hf_model(ran / f"export {family}")
     for name, tensor in source.state_dict().items():
         assert torch.equal(export.state_dict()[name], tensor), name
@@ -256,7 +256,7 @@ def test_what_is_loaded_is_exported_bit_for_bit(ran: Path, family: str) -> None:
     assert not [f for f in ran.iterdir() if f.name.startswith(".export")]
 
 
-def test_the_trained_policy_is_what_transformers_loads(ran: Path) -> None:
+def test_transformers_loads_the_trained_policy(ran: Path) -> None:
     trained, weights = (
         hf_model(ran / "export trained").state_dict(),
         load(ran / "weights trained.pt"),
@@ -264,12 +264,12 @@ def test_the_trained_policy_is_what_transformers_loads(ran: Path) -> None:
     assert all(torch.equal(trained[name], tensor) for name, tensor in weights.items())
 
 
-def test_with_one_minibatch_the_proximal_pass_would_change_nothing(results: dict[str, Any]) -> None:
+def test_proximal_pass_changes_nothing_with_one_minibatch(results: dict[str, Any]) -> None:
     implicit = results["implicit proximal"]
     assert results["explicit proximal"] == pytest.approx(implicit, rel=1e-6, abs=1e-6)
 
 
-def test_the_second_minibatch_is_off_the_proximal_policy(results: dict[str, Any]) -> None:
+def test_second_minibatch_differs_from_the_proximal_policy(results: dict[str, Any]) -> None:
     first, second = results["two minibatches"]
     for metrics in (first, second):
         assert metrics["train/importance_weight_max"] > 1.0
@@ -278,7 +278,7 @@ def test_the_second_minibatch_is_off_the_proximal_policy(results: dict[str, Any]
     assert first["perf/time/proximal_s"] > 0
 
 
-def test_the_first_minibatch_needs_no_proximal_pass(results: dict[str, Any]) -> None:
+def test_first_minibatch_needs_no_proximal_pass(results: dict[str, Any]) -> None:
     """Its own forward pass is under the same weights: the steps are the same."""
     whole, without_first = results["proximal recompute"], results["proximal reuse_first_minibatch"]
     for name, value in whole.items():
@@ -286,7 +286,7 @@ def test_the_first_minibatch_needs_no_proximal_pass(results: dict[str, Any]) -> 
             assert without_first[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
-def test_loglinear_makes_no_pass_and_other_weights(results: dict[str, Any]) -> None:
+def test_loglinear_proximal_makes_no_pass_and_other_weights(results: dict[str, Any]) -> None:
     loglinear, whole = results["proximal loglinear"], results["proximal recompute"]
     assert loglinear["perf/time/proximal_s"] < 0.2 * whole["perf/time/proximal_s"]
     assert loglinear["train/behavior_weight_mean"] != pytest.approx(
@@ -294,24 +294,24 @@ def test_loglinear_makes_no_pass_and_other_weights(results: dict[str, Any]) -> N
     )
 
 
-def test_the_kl_to_the_starting_policy_is_0_at_first_and_not_after(results: dict[str, Any]) -> None:
+def test_kl_to_the_reference_is_zero_at_first_and_then_positive(results: dict[str, Any]) -> None:
     first, second, third = (metrics["train/reference_kl"] for metrics in results["kl"])
     assert abs(first) < 1e-6 and second > 1e-4 and third > 1e-4
 
 
-def test_the_kl_in_the_reward_is_taken_where_the_loss_is(results: dict[str, Any]) -> None:
+def test_kl_in_the_reward_uses_the_tokens_of_the_loss(results: dict[str, Any]) -> None:
     assert all(
         changed == last for changed, last in results["kl in reward changes advantages, last stage"]
     )
 
 
-def test_m2po_masks_some_tokens_by_the_whole_batch(results: dict[str, Any]) -> None:
+def test_m2po_masks_tokens_by_the_whole_batch(results: dict[str, Any]) -> None:
     layouts = ("m2po", "m2po tp2 pp2 sp", "m2po cp2")
     fractions = [results["metrics"][name]["train/masked_by_cap_fraction"] for name in layouts]
     assert 0 < fractions[0] < 0.5 and len(set(fractions)) == 1
 
 
-def test_whole_samples_are_masked_where_context_parallelism_cuts_them(
+def test_whole_samples_are_masked_under_context_parallelism(
     results: dict[str, Any],
 ) -> None:
     layouts = ("sequence mask", "sequence mask cp2")
@@ -319,19 +319,19 @@ def test_whole_samples_are_masked_where_context_parallelism_cuts_them(
     assert 0 < fractions[0] < 1 and fractions[0] == fractions[1]
 
 
-def test_a_minibatch_with_too_large_a_ratio_makes_no_step(results: dict[str, Any]) -> None:
+def test_minibatch_with_too_large_a_ratio_makes_no_step(results: dict[str, Any]) -> None:
     assert results["stopped"]["train/stopped_minibatches"] == 1
     assert results["stopped, weights same"]
 
 
-def test_a_non_finite_step_is_refused_by_all_ranks_before_it_writes(
+def test_all_ranks_refuse_a_non_finite_step_before_writing(
     results: dict[str, Any],
 ) -> None:
     assert "training step 5" in results["refused"] and "nan" in results["refused"]
     assert results["refused everywhere, weights same"] == [[True, True]] * 4
 
 
-def test_a_refused_batch_is_kept(ran: Path) -> None:
+def test_refused_batch_is_saved(ran: Path) -> None:
     version, samples = batches.load(ran / "run" / "refused" / "v5-replica0.npz")
     assert version == 5 and len(samples) == len(global_batch())
     assert np.isnan(samples[0].advantages).all() and np.array_equal(
@@ -348,7 +348,7 @@ def test_bf16_trains(results: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("layout", GAE_LAYOUTS)
-def test_policy_and_critic_do_not_depend_on_layout_or_cut(
+def test_policy_and_critic_do_not_depend_on_the_layout(
     ran: Path, results: dict[str, Any], layout: str
 ) -> None:
     """After three steps in which the critic's values make the advantages."""
@@ -366,7 +366,7 @@ def test_policy_and_critic_do_not_depend_on_layout_or_cut(
         assert difference < 2e-4, (who, name)
 
 
-def test_the_critic_is_a_model_of_its_own_that_learns(ran: Path, results: dict[str, Any]) -> None:
+def test_critic_is_a_separate_model_that_learns(ran: Path, results: dict[str, Any]) -> None:
     first, *_, last = results["gae"]
     assert first["critic/value_mean"] == 0 and last["critic/value_mean"] != 0
     assert (
@@ -387,7 +387,7 @@ def test_the_critic_is_a_model_of_its_own_that_learns(ran: Path, results: dict[s
 class TestFp16:
     """With the distributed optimizer and without."""
 
-    def test_a_step_is_that_of_fp32(self, results: dict[str, Any], shard: str) -> None:
+    def test_step_matches_fp32(self, results: dict[str, Any], shard: str) -> None:
         told, want = results["fp16"][shard], results["metrics"]["tp2 pp2"]
         assert told["dtypes"] == told["published as"] == ["torch.float16"]
         assert told["step"]["train/loss"] == pytest.approx(want["train/loss"], abs=5e-3)
@@ -396,7 +396,7 @@ class TestFp16:
         )  # unscaled
         assert told["step"]["train/overflowed_minibatches"] == 0
 
-    def test_the_scale_is_saved_with_the_optimizer(
+    def test_loss_scale_is_saved_with_the_optimizer(
         self, results: dict[str, Any], shard: str
     ) -> None:
         told = results["fp16"][shard]
@@ -406,7 +406,7 @@ class TestFp16:
         )  # grown after the one step
         assert told["step after loading"]["train/loss_scale"] == 4096
 
-    def test_an_overflow_writes_nothing_is_counted_and_lowers_the_scale(
+    def test_overflow_skips_the_step_and_lowers_the_scale(
         self, results: dict[str, Any], shard: str
     ) -> None:
         told = results["fp16"][shard]
@@ -419,13 +419,13 @@ class TestFp16:
         ]  # from the second
         assert all(math.isfinite(s["train/loss"]) for s in told["overflows"])
 
-    def test_a_loss_that_is_not_finite_is_refused_and_no_overflow(
+    def test_non_finite_loss_is_refused_and_not_an_overflow(
         self, results: dict[str, Any], shard: str
     ) -> None:
         told = results["fp16"][shard]
         assert "loss nan" in told["nan"] and told["nan, weights same"]
 
-    def test_an_overflow_at_the_smallest_scale_is_refused(
+    def test_overflow_at_the_smallest_scale_is_refused(
         self, results: dict[str, Any], shard: str
     ) -> None:
         told = results["fp16"][shard]

@@ -12,7 +12,7 @@ from model_shapes import make_model_folder
 from paths import ROOT, SUPPORT
 
 
-def test_logits_are_those_of_transformers_and_a_step_trains(tmp_path: Path) -> None:
+def test_moe_logits_match_transformers_and_a_step_trains(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = make_model_folder(tmp_path / "model", "qwen3_moe", scale=0.2)

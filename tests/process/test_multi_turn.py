@@ -26,7 +26,7 @@ from megatron_async_rl.rollout.workflow import Completion, Episode
 STEPS, GROUPS, SAMPLES = 6, 4, 4
 
 
-def test_an_episode_is_what_was_given_and_what_was_sampled_in_order() -> None:
+def test_episode_joins_given_and_sampled_tokens_in_order() -> None:
     episode = Episode(np.array([1, 2], np.int32))
     episode.sampled(
         Completion([Segment(3, [10, 11], [-0.1, -0.2]), Segment(4, [12], [-0.3])], "stop")
@@ -55,7 +55,7 @@ def test_an_episode_is_what_was_given_and_what_was_sampled_in_order() -> None:
     )
 
 
-def test_an_episode_without_a_turn_is_no_sample() -> None:
+def test_episode_without_a_turn_is_refused() -> None:
     with pytest.raises(DataError, match="without a turn"):
         Episode(np.array([1], np.int32)).sample("stop", "")
 
@@ -80,7 +80,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return FinishedRun(folder / "run", output)
 
 
-def test_every_sample_has_its_turns_and_between_them_what_was_given(run: FinishedRun) -> None:
+def test_samples_hold_their_turns_and_the_context_between_them(run: FinishedRun) -> None:
     given = Tokenizer(run.folder.parent / "model").encode(GIVEN).tolist()
     assert len(run.samples) == STEPS * GROUPS * SAMPLES
     for line in run.samples:
@@ -95,7 +95,7 @@ def test_every_sample_has_its_turns_and_between_them_what_was_given(run: Finishe
             assert line.ids[end:next_one].tolist() == given
 
 
-def test_every_turn_was_judged_as_the_reward_function_judges(run: FinishedRun) -> None:
+def test_every_turn_is_scored_by_the_reward_function(run: FinishedRun) -> None:
     for line in run.samples:
         turns = [turn.rpartition(" => ") for turn in line.text.split("\n")]
         assert len(turns) == NUM_TURNS
@@ -107,7 +107,7 @@ def test_every_turn_was_judged_as_the_reward_function_judges(run: FinishedRun) -
         )  # the sample's own verdict is of the whole
 
 
-def test_a_sample_that_is_too_long_is_refused_by_name_and_its_group_accounted_for(
+def test_too_long_sample_is_refused_and_its_group_accounted_for(
     run: FinishedRun,
 ) -> None:
     ledger = run.status.ledger
@@ -120,7 +120,7 @@ def test_a_sample_that_is_too_long_is_refused_by_name_and_its_group_accounted_fo
     assert_no_process_left(run.folder)
 
 
-def test_each_turn_s_logprobs_are_those_of_a_fresh_prefill(run: FinishedRun) -> None:
+def test_logprobs_of_each_turn_match_a_fresh_prefill(run: FinishedRun) -> None:
     spanning = [line for line in run.samples if len(line.versions) >= 2]
     assert spanning  # updates came between and within turns
     whole = [line for line in run.samples if len(line.versions) == 1]
@@ -134,7 +134,7 @@ def test_each_turn_s_logprobs_are_those_of_a_fresh_prefill(run: FinishedRun) -> 
             done += count
 
 
-def test_megatron_trains_the_sampled_tokens_and_agrees_with_the_engine_on_them(
+def test_megatron_and_engine_agree_on_the_sampled_tokens(
     run: FinishedRun,
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -48,7 +48,7 @@ time.sleep(600)
 """
 
 
-def test_forks_of_forks_in_sessions_of_their_own_end_with_a_killed_launcher() -> None:
+def test_descendants_in_other_sessions_end_with_a_killed_launcher() -> None:
     parent = launcher(FAMILY)
     watch = Descendants(parent.pid)
     deadline = time.monotonic() + 20
@@ -71,7 +71,7 @@ time.sleep(600)
 """
 
 
-def test_a_process_whose_parent_ended_before_it_could_ask_ends_by_itself() -> None:
+def test_process_whose_parent_already_ended_exits() -> None:
     """Its launcher is still there, so only the line of parents tells."""
     parent = launcher(LATE)
     assert parent.stdout
@@ -95,7 +95,7 @@ if __name__ == "__main__":
 """
 
 
-def test_what_the_engine_spawns_is_tied_before_it_imports_anything(tmp_path: Path) -> None:
+def test_engine_children_are_tied_to_it_before_any_import(tmp_path: Path) -> None:
     """A child that never asks for it: patches/sglang_startup does, on the engine's PYTHONPATH."""
     program = tmp_path / "engine.py"
     program.write_text(SPAWNS)
@@ -130,9 +130,7 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("killed", ["rank", "launcher"])
-def test_a_trainer_killed_while_it_saves_leaves_neither_writers_nor_their_manager(
-    tmp_path: Path, killed: str
-) -> None:
+def test_trainer_killed_while_saving_leaves_no_writers(tmp_path: Path, killed: str) -> None:
     model, run_dir, log = make_model(tmp_path / "model"), tmp_path / "run", tmp_path / "log"
     run_dir.mkdir()
     command = (

@@ -116,7 +116,7 @@ def wait_until_back(run_dir: Path, life: int, keys: set[Key]) -> list[AnyEvent]:
         time.sleep(0.2)
 
 
-def test_half_finished_samples_go_on_after_a_killed_controller_and_after_a_killed_job(
+def test_partial_samples_resume_after_a_killed_controller_and_job(
     tmp_path: Path,
 ) -> None:
     run_dir = tmp_path / "run"

@@ -31,7 +31,7 @@ def with_worker(test: Callable[[RewardWorker], Awaitable[None]], **settings: Any
     asyncio.run(asyncio.wait_for(body(), 30))
 
 
-def test_a_plain_verdict_needs_no_child() -> None:
+def test_plain_number_is_scored_without_a_child() -> None:
     async def test(worker: RewardWorker) -> None:
         right = worker.score_inline(score_request(r"\boxed{42}", index=5))
         wrong = worker.score_inline(score_request(r"\boxed{41}"))
@@ -48,7 +48,7 @@ def test_a_plain_verdict_needs_no_child() -> None:
     with_worker(test)
 
 
-def test_hostile_answers_end_at_the_deadline_and_the_others_are_judged_right() -> None:
+def test_hostile_answers_end_at_the_deadline_and_others_are_scored() -> None:
     async def test(worker: RewardWorker) -> None:
         await worker.score(score_request(r"\boxed{42\text{ cm}}"))  # the children are up
         messages = [score_request(SLOW_ANSWER), score_request(SLOW_ANSWER)]
@@ -68,7 +68,7 @@ def test_hostile_answers_end_at_the_deadline_and_the_others_are_judged_right() -
     with_worker(test, timeout_s=0.5)
 
 
-def test_a_clock_that_jumps_ahead_is_no_timeout_and_no_reward(
+def test_clock_jump_is_an_infrastructure_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The pool counts seconds by the wall clock: an hour passes in an instant for the answer that is being judged."""
@@ -123,7 +123,7 @@ def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield "our_rewards:judge"
 
 
-def test_a_broken_function_is_an_infrastructure_error_and_the_worker_goes_on(custom: str) -> None:
+def test_broken_reward_function_is_an_infrastructure_error(custom: str) -> None:
     async def test(worker: RewardWorker) -> None:
         good = score_request("fine", "4", prompt="2+2=")
         assert worker.score_inline(good) is None
@@ -149,7 +149,7 @@ def test_a_broken_function_is_an_infrastructure_error_and_the_worker_goes_on(cus
     with_worker(test, function=custom, timeout_s=1.0)
 
 
-def test_a_child_killed_while_idle_is_replaced_unnoticed(custom: str) -> None:
+def test_child_killed_while_idle_is_replaced(custom: str) -> None:
     async def test(worker: RewardWorker) -> None:
         for _ in range(2):
             for pid in children_named(worker):
@@ -178,7 +178,7 @@ def children_named(worker: RewardWorker) -> list[int]:
         ("our_deadly:judge", "died"),
     ],
 )
-def test_a_function_that_cannot_be_loaded_is_refused_at_start_up(
+def test_unloadable_reward_function_is_refused_at_startup(
     custom: str, tmp_path: Path, function: str, words: str
 ) -> None:
     (tmp_path / "our_broken.py").write_text("1 / 0")

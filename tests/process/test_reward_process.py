@@ -24,7 +24,7 @@ from megatron_async_rl.protocol.messages import (
 from megatron_async_rl.protocol.transport import Hub, Peer
 
 
-def test_the_process_answers_every_score_and_ends_at_shutdown(tmp_path: Path) -> None:
+def test_reward_process_answers_every_request_and_ends_at_shutdown(tmp_path: Path) -> None:
     async def test(hub: Hub, peer: Peer, process: subprocess.Popen[bytes]) -> None:
         responses = [SLOW_ANSWER, r"\boxed{42}", r"\boxed{41}", r"\boxed{42\text{ cm}}", ""]
         scored = await collect_scores(
@@ -42,9 +42,7 @@ def test_the_process_answers_every_score_and_ends_at_shutdown(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_the_process_leaves_no_child_behind_when_it_is_killed_in_the_middle(
-    tmp_path: Path, signum: signal.Signals
-) -> None:
+def test_killed_reward_process_leaves_no_child(tmp_path: Path, signum: signal.Signals) -> None:
     async def test(hub: Hub, peer: Peer, process: subprocess.Popen[bytes]) -> None:
         await collect_scores(hub, peer, [score_request(r"\boxed{42\text{ cm}}")])
         await hub.send(peer, score_request(SLOW_ANSWER))
@@ -62,7 +60,7 @@ def test_the_process_leaves_no_child_behind_when_it_is_killed_in_the_middle(
     with_reward_process(tmp_path, test, timeout_s=60.0)
 
 
-def test_the_process_ends_with_the_name_of_a_function_that_cannot_be_loaded(tmp_path: Path) -> None:
+def test_reward_process_names_an_unloadable_function(tmp_path: Path) -> None:
     async def test(hub: Hub, peer: Peer, process: subprocess.Popen[bytes]) -> None:
         assert await asyncio.to_thread(process.wait, 15) == 2
         line = "error: reward.function = 'no_such_module:judge' cannot be loaded"

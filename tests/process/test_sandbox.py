@@ -92,7 +92,7 @@ def programs(*kinds: dict[str, str]) -> list[object]:
 
 
 @pytest.mark.parametrize("program", programs(hostile.FORGE, hostile.ESCAPE, hostile.HARM))
-def test_a_hostile_program_gets_nothing_and_leaves_nothing(sandbox: Sandbox, program: str) -> None:
+def test_hostile_program_gets_no_reward_and_leaves_nothing(sandbox: Sandbox, program: str) -> None:
     assert not verdict(sandbox, program, TEXTS, LIMITS)
     result = sandbox.run(program, b"3\n", LIMITS)
     assert b"PWNED" not in result.output
@@ -101,7 +101,7 @@ def test_a_hostile_program_gets_nothing_and_leaves_nothing(sandbox: Sandbox, pro
 
 
 @pytest.mark.parametrize("program", programs(hostile.FORGE_FUNCTIONS, hostile.HARM_FUNCTIONS))
-def test_a_hostile_function_gets_nothing(sandbox: Sandbox, program: str) -> None:
+def test_hostile_function_gets_no_reward(sandbox: Sandbox, program: str) -> None:
     assert not verdict(sandbox, program, CALLS, LIMITS)
     assert not verdict(sandbox, program, SQUARE_CALLS, LIMITS)
     works_as_before(sandbox)
@@ -123,7 +123,7 @@ def test_a_hostile_function_gets_nothing(sandbox: Sandbox, program: str) -> None
         ("print(1); raise SystemExit(0)", End.OK),
     ],
 )
-def test_how_a_program_ended_is_told(sandbox: Sandbox, program: str, end: End) -> None:
+def test_result_says_how_a_program_ended(sandbox: Sandbox, program: str, end: End) -> None:
     assert sandbox.run(program, b"", LIMITS if end is End.TIME else PATIENT).end is end
 
 
@@ -165,7 +165,9 @@ SENDS = "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(
     ("layer", "program", "shows"),
     [("landlock", READS_A_FILE, "untouched"), ("seccomp", FORKS, "forked")],
 )
-def test_what_only_one_layer_stops(sandbox: Sandbox, layer: str, program: str, shows: str) -> None:
+def test_each_layer_stops_what_no_other_layer_stops(
+    sandbox: Sandbox, layer: str, program: str, shows: str
+) -> None:
     assert shows not in sandbox.run(program, b"", LIMITS).output.decode()
     with Sandbox(SandboxSettings(SANDBOX_PYTHON, "landlock", disabled_layers=(layer,))) as weaker:
         assert shows in weaker.run(program, b"", PATIENT).output.decode()
@@ -176,7 +178,7 @@ def needs_namespaces(sandbox: Sandbox) -> None:
         pytest.skip("this host gives its users no namespaces")
 
 
-def test_without_seccomp_the_namespaces_still_keep_a_datagram_in(sandbox: Sandbox) -> None:
+def test_namespaces_keep_a_datagram_in_without_seccomp(sandbox: Sandbox) -> None:
     needs_namespaces(sandbox)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("127.0.0.1", 0))
@@ -193,7 +195,7 @@ def test_without_seccomp_the_namespaces_still_keep_a_datagram_in(sandbox: Sandbo
         assert server.recv(10) == b"x"
 
 
-def test_nobody_runs_programs_as_root_and_none_sees_other_processes(sandbox: Sandbox) -> None:
+def test_programs_run_without_root_and_see_no_other_process(sandbox: Sandbox) -> None:
     needs_namespaces(sandbox)
     uid, pid, parent = sandbox.run(
         "import os\nprint(os.getuid(), os.getpid(), os.getppid())", b"", PATIENT
@@ -205,7 +207,7 @@ def test_nobody_runs_programs_as_root_and_none_sees_other_processes(sandbox: San
 UPROBES = {335, 336}  # the kernel lets them by any filter; they do nothing where no probe is set
 
 
-def test_the_kernel_takes_the_calls_that_are_declared_and_no_others(sandbox: Sandbox) -> None:
+def test_kernel_allows_only_the_declared_system_calls(sandbox: Sandbox) -> None:
     """Each number with arguments of zero: those of FATAL end the program, whatever is not in ALLOWED does nothing."""
     special = {jail.CLONE, jail.CLONE3, jail.IOCTL, jail.FCNTL, jail.PRLIMIT}
     allowed, fatal = set(jail.ALLOWED.values()), set(jail.FATAL.values())
@@ -247,7 +249,7 @@ def refuses_namespaces(tmp_path: Path) -> str:
     return str(script)
 
 
-def test_a_host_that_cannot_confine_as_asked_is_refused(refuses_namespaces: str) -> None:
+def test_host_without_the_required_isolation_is_refused(refuses_namespaces: str) -> None:
     with pytest.raises(SandboxError, match=r"no new namespaces: .*not permitted"):
         Sandbox(SandboxSettings(refuses_namespaces)).start()
     with Sandbox(SandboxSettings(refuses_namespaces, isolation="landlock")) as sandbox:
@@ -262,12 +264,12 @@ def test_a_host_that_cannot_confine_as_asked_is_refused(refuses_namespaces: str)
 @pytest.mark.parametrize(
     ("python", "words"), [("/no/such/python", "No such file"), ("/bin/false", "did not start")]
 )
-def test_an_interpreter_that_is_none_is_refused(python: str, words: str) -> None:
+def test_invalid_interpreter_is_refused(python: str, words: str) -> None:
     with pytest.raises(SandboxError, match=words):
         Sandbox(SandboxSettings(python)).start()
 
 
-def test_a_lost_zygote_is_no_verdict_and_the_next_one_comes_at_once() -> None:
+def test_lost_zygote_is_an_error_and_is_replaced_at_once() -> None:
     with Sandbox(ANY) as sandbox:
         works_as_before(sandbox)
         for child in psutil.Process().children(recursive=True):
@@ -279,7 +281,7 @@ def test_a_lost_zygote_is_no_verdict_and_the_next_one_comes_at_once() -> None:
         assert sandbox.num_started == 2
 
 
-def test_nothing_is_left_over(sandbox: Sandbox) -> None:
+def test_sandbox_leaves_no_process_and_no_file(sandbox: Sandbox) -> None:
     me = psutil.Process()
     before = {child.pid for child in me.children(recursive=True)}
     with Sandbox(ANY) as another:
@@ -294,7 +296,7 @@ def test_nothing_is_left_over(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which needs root")
-def test_whoever_is_no_root_confines_as_well(sandbox: Sandbox) -> None:
+def test_unprivileged_user_is_confined_as_well(sandbox: Sandbox) -> None:
     needs_namespaces(sandbox)
     folder = Path(tempfile.mkdtemp())
     try:

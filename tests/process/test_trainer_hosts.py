@@ -43,7 +43,7 @@ def some(**sections: Any) -> Config:
     return load.from_tree(config_tree(rollout={"max_new_tokens": 8}, **sections))
 
 
-def test_hosts_share_the_ranks_evenly_or_the_setting_is_refused() -> None:
+def test_hosts_hold_equally_many_ranks() -> None:
     four = some(
         trainer={"hosts": 4, "data_parallel_size": 4}, megatron={"tensor_model_parallel_size": 2}
     )
@@ -68,7 +68,7 @@ def test_hosts_share_the_ranks_evenly_or_the_setting_is_refused() -> None:
     ("hosts", "tp", "cp", "warned"),
     [(1, 4, 2, ""), (2, 4, 2, ""), (4, 4, 2, "context"), (8, 4, 1, "tensor_model"), (2, 2, 1, "")],
 )
-def test_a_group_of_tensor_or_context_ranks_on_several_hosts_is_warned_of(
+def test_tensor_or_context_group_across_hosts_is_warned_about(
     hosts: int, tp: int, cp: int, warned: str
 ) -> None:
     sizes = {"tensor_model_parallel_size": tp, "context_parallel_size": cp}
@@ -78,7 +78,7 @@ def test_a_group_of_tensor_or_context_ranks_on_several_hosts_is_warned_of(
     assert text.startswith(f"megatron.{warned}_parallel_size") if warned else text == ""
 
 
-def test_each_host_has_a_name_a_command_and_the_gpus_of_its_own_ranks(
+def test_each_host_gets_a_name_a_command_and_its_gpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = some(trainer={"hosts": 2, "data_parallel_size": 4})
@@ -109,7 +109,7 @@ def test_each_host_has_a_name_a_command_and_the_gpus_of_its_own_ranks(
     assert "--nproc-per-node=2" in roles.torchrun(settings, "/run")
 
 
-def test_a_reserved_port_is_nobody_else_s_and_its_interface_is_found() -> None:
+def test_reserved_port_is_exclusive_and_its_interface_is_found() -> None:
     with addresses.reserve_port("127.0.0.1") as held:
         port = held.getsockname()[1]
         child = "import socket, sys\nwith socket.socket() as s:\n s.bind(('', int(sys.argv[1])))"
@@ -131,7 +131,7 @@ def test_a_reserved_port_is_nobody_else_s_and_its_interface_is_found() -> None:
     assert addresses.interface_of("127.0.0.1") == "lo" and addresses.interface_of("192.0.2.1") == ""
 
 
-def test_the_newest_word_counts_and_no_life_goes_back(tmp_path: Path) -> None:
+def test_newest_record_wins_and_incarnations_never_decrease(tmp_path: Path) -> None:
     first, second = (
         GenerationFiles(tmp_path, f"trainer-{i}", ["trainer-0", "trainer-1"]) for i in range(2)
     )
@@ -235,7 +235,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
         assert not thread.is_alive()
 
 
-def test_all_take_part_before_any_starts_and_they_meet_where_the_first_says(bench: Bench) -> None:
+def test_ranks_start_when_all_hosts_take_part(bench: Bench) -> None:
     bench.start("trainer-0")
     bench.wait(lambda: bench.life("trainer-0").life == 1)
     time.sleep(0.3)
@@ -256,7 +256,7 @@ def test_all_take_part_before_any_starts_and_they_meet_where_the_first_says(benc
     ]
 
 
-def test_a_death_anywhere_is_one_life_and_one_restart_for_all(bench: Bench) -> None:
+def test_a_death_on_any_host_restarts_all_ranks_once(bench: Bench) -> None:
     bench.start("trainer-0", "trainer-1")
     bench.both_run(1)
     before = [bench.pid(name) for name in bench.nodes]
@@ -270,7 +270,7 @@ def test_a_death_anywhere_is_one_life_and_one_restart_for_all(bench: Bench) -> N
     assert not any(Path(f"/proc/{pid}").exists() for pid in before)
 
 
-def test_ranks_that_do_not_listen_are_killed_when_another_life_begins(bench: Bench) -> None:
+def test_ranks_that_ignore_sigterm_are_killed_at_a_restart(bench: Bench) -> None:
     ready = bench.run_dir / "ready"
     deaf = "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     bench.codes[0] = f"{deaf}pathlib.Path({str(ready)!r}).touch(); time.sleep(600)"
@@ -284,7 +284,7 @@ def test_ranks_that_do_not_listen_are_killed_when_another_life_begins(bench: Ben
     bench.codes[0] = SLEEP
 
 
-def test_the_limit_is_for_the_lives_and_ends_all_of_them_by_name(bench: Bench) -> None:
+def test_restart_limit_ends_all_hosts_with_the_cause(bench: Bench) -> None:
     bench.codes[1] = "raise SystemExit(1)"
     bench.start("trainer-0", "trainer-1", max_restarts=2)
     bench.wait(lambda: len(bench.ended) == 2)
@@ -296,7 +296,7 @@ def test_the_limit_is_for_the_lives_and_ends_all_of_them_by_name(bench: Bench) -
     assert [bench.life(name).life for name in bench.nodes] == [3, 3]
 
 
-def test_a_healthy_life_begins_the_count_anew(bench: Bench) -> None:
+def test_healthy_incarnation_resets_the_restart_count(bench: Bench) -> None:
     bench.start("trainer-0", "trainer-1", max_restarts=1, restart_reset_s=0.3)
     for life in (1, 2, 3):
         bench.both_run(life)
@@ -306,7 +306,7 @@ def test_a_healthy_life_begins_the_count_anew(bench: Bench) -> None:
     assert bench.life("trainer-0").restarts == 1
 
 
-def test_who_dies_before_the_first_step_ends_the_run_on_all_hosts(bench: Bench) -> None:
+def test_death_before_the_first_step_ends_the_run_on_all_hosts(bench: Bench) -> None:
     bench.status("starting")
     bench.codes[1] = "raise SystemExit(1)"
     bench.start("trainer-0", "trainer-1")
@@ -316,7 +316,7 @@ def test_who_dies_before_the_first_step_ends_the_run_on_all_hosts(bench: Bench) 
     assert {str(error) for error in bench.ended.values()} == {said}
 
 
-def test_who_never_comes_is_named_with_who_waits(bench: Bench) -> None:
+def test_error_names_the_host_that_never_joined(bench: Bench) -> None:
     bench.start("trainer-1", start_timeout_s=0.3)
     bench.wait(lambda: bench.ended)
     text = str(bench.ended["trainer-1"])
@@ -332,7 +332,7 @@ def test_who_never_comes_is_named_with_who_waits(bench: Bench) -> None:
     assert bench.life("trainer-0").restarts == 0
 
 
-def test_nodes_give_signs_of_life_while_their_ranks_train(bench: Bench) -> None:
+def test_nodes_send_heartbeats_while_their_ranks_train(bench: Bench) -> None:
     bench.start("trainer-0", "trainer-1", heartbeat_timeout_s=2)
     bench.both_run(1)
     before = [bench.pid(name) for name in bench.nodes]
@@ -340,7 +340,7 @@ def test_nodes_give_signs_of_life_while_their_ranks_train(bench: Bench) -> None:
     assert [bench.pid(name) for name in bench.nodes] == before
 
 
-def test_a_silent_host_begins_a_life_that_waits_for_it(bench: Bench) -> None:
+def test_silent_host_starts_an_incarnation_that_waits_for_it(bench: Bench) -> None:
     bench.start("trainer-0", heartbeat_timeout_s=1.5)
     other = GenerationFiles(bench.run_dir, "trainer-1", ["trainer-0", "trainer-1"])
     other.say(TrainerGeneration(1))
@@ -359,7 +359,7 @@ def test_a_silent_host_begins_a_life_that_waits_for_it(bench: Bench) -> None:
     bench.wait(lambda: bench.pid("trainer-0"))
 
 
-def test_the_node_that_lost_its_name_stops_and_says_nothing_more(bench: Bench) -> None:
+def test_node_that_lost_its_name_stops_silently(bench: Bench) -> None:
     bench.start("trainer-0", "trainer-1")
     bench.both_run(1)
     old = bench.nodes["trainer-1"]
@@ -371,7 +371,7 @@ def test_the_node_that_lost_its_name_stops_and_says_nothing_more(bench: Bench) -
     assert bench.life("trainer-0").life == 2 and "trainer-0" not in bench.ended
 
 
-def test_ranks_that_outlive_the_run_are_stopped_after_their_grace(bench: Bench) -> None:
+def test_ranks_that_outlive_the_run_are_stopped_after_the_grace_period(bench: Bench) -> None:
     bench.start("trainer-0", "trainer-1")
     bench.both_run(1)
     bench.status("stopped")
@@ -379,7 +379,7 @@ def test_ranks_that_outlive_the_run_are_stopped_after_their_grace(bench: Bench) 
     assert set(bench.ended.values()) == {None}
 
 
-def test_a_node_of_an_earlier_start_of_the_run_ends_and_takes_no_part_in_the_next(
+def test_node_of_an_earlier_start_takes_no_part_in_the_next(
     bench: Bench,
 ) -> None:
     bench.start("trainer-0", "trainer-1")
@@ -392,7 +392,7 @@ def test_a_node_of_an_earlier_start_of_the_run_ends_and_takes_no_part_in_the_nex
     bench.both_run(2)
 
 
-def test_all_is_over_when_the_ranks_have_ended_well(bench: Bench) -> None:
+def test_nodes_end_when_all_ranks_have_finished(bench: Bench) -> None:
     bench.codes = {0: "import time; time.sleep(4)", 1: "pass"}
     bench.start(
         "trainer-0", "trainer-1", heartbeat_timeout_s=2
@@ -401,7 +401,7 @@ def test_all_is_over_when_the_ranks_have_ended_well(bench: Bench) -> None:
     assert set(bench.ended.values()) == {None} and len(bench.started) == 2
 
 
-def test_a_stranger_with_the_number_of_a_rank_on_another_host_is_not_signalled() -> None:
+def test_unrelated_process_with_the_same_pid_is_not_signalled() -> None:
     faulthandler.register(signal.SIGUSR2)  # we are one of those who are asked for their stacks
     stranger = subprocess.Popen(["sleep", "60"])  # SIGUSR2 would end it
     try:
@@ -418,7 +418,7 @@ def test_a_stranger_with_the_number_of_a_rank_on_another_host_is_not_signalled()
 @pytest.mark.skipif(
     engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
 )
-def test_two_hosts_train_and_come_back_from_the_loss_of_a_rank_a_host_and_the_job(
+def test_two_hosts_recover_from_loss_of_a_rank_a_host_and_the_job(
     tmp_path: Path,
 ) -> None:
     model, dataset = make_model(tmp_path / "model"), make_dataset(tmp_path / "train.jsonl", 20)

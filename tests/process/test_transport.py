@@ -71,7 +71,7 @@ def stranger(
     return socket
 
 
-def test_a_worker_joins_and_messages_pass_both_ways(tmp_path: Path) -> None:
+def test_worker_joins_and_messages_pass_both_ways(tmp_path: Path) -> None:
     async def test(hub: Hub) -> None:
         link = Link(tmp_path)
         peer, epoch = await asyncio.gather(welcome(hub), link.join(HELLO))
@@ -112,7 +112,7 @@ def test_arrays_arrive_at_a_blocking_worker(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "who", ["no keys", "keys of its own", "keys of another run", "the hub's key alone"]
 )
-def test_a_socket_without_this_runs_keys_delivers_nothing(tmp_path: Path, who: str) -> None:
+def test_socket_without_the_keys_of_the_run_delivers_nothing(tmp_path: Path, who: str) -> None:
     other = tmp_path / "other"
     other.mkdir()
 
@@ -150,7 +150,7 @@ def test_a_socket_without_this_runs_keys_delivers_nothing(tmp_path: Path, who: s
     run_with_hub(tmp_path, test)
 
 
-def test_a_flood_of_messages_arrives_whole_and_lets_others_have_their_turn(tmp_path: Path) -> None:
+def test_burst_of_messages_arrives_complete_and_blocks_no_task(tmp_path: Path) -> None:
     count = 300
     body = np.arange(5_000, dtype=np.int32)
     zeros = np.zeros(len(body), np.float32)
@@ -204,7 +204,7 @@ def test_a_flood_of_messages_arrives_whole_and_lets_others_have_their_turn(tmp_p
     run_with_hub(tmp_path, test)
 
 
-def test_a_malformed_message_is_counted_and_the_next_one_is_read(tmp_path: Path) -> None:
+def test_malformed_message_is_counted_and_skipped(tmp_path: Path) -> None:
     async def test(hub: Hub) -> None:
         context = zmq.asyncio.Context()
         socket = stranger(
@@ -221,7 +221,7 @@ def test_a_malformed_message_is_counted_and_the_next_one_is_read(tmp_path: Path)
     run_with_hub(tmp_path, test)
 
 
-def test_a_frame_over_the_limit_is_dropped_and_costs_its_sender_alone(
+def test_oversized_frame_disconnects_only_its_sender(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "MAX_FRAME_BYTES", 1 << 16)
@@ -250,7 +250,7 @@ def test_a_frame_over_the_limit_is_dropped_and_costs_its_sender_alone(
     run_with_hub(tmp_path, test)
 
 
-def test_without_curve_nothing_listens_beyond_this_host(
+def test_hub_without_curve_listens_on_loopback_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def open_hub(host: str) -> int:
@@ -271,7 +271,7 @@ def test_without_curve_nothing_listens_beyond_this_host(
     assert not (tmp_path / "controller.address").exists()  # nobody was told of it
 
 
-def test_secret_keys_are_for_their_owner_alone_and_new_for_each_run(tmp_path: Path) -> None:
+def test_secret_keys_are_private_and_new_for_each_run(tmp_path: Path) -> None:
     async def test(hub: Hub) -> None:
         pass
 
@@ -296,16 +296,14 @@ def test_secret_keys_are_for_their_owner_alone_and_new_for_each_run(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", [Link, SyncLink])
-def test_a_worker_without_controller_says_which_file_it_waited_for(
-    tmp_path: Path, kind: type
-) -> None:
+def test_worker_without_controller_names_the_missing_file(tmp_path: Path, kind: type) -> None:
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"controller\.address.*run\.dir"):
         kind(tmp_path, timeout_s=0.2)
     assert time.monotonic() - started < 2
 
 
-def test_a_refused_worker_is_told_why(tmp_path: Path) -> None:
+def test_refused_worker_gets_the_reason(tmp_path: Path) -> None:
     async def test(hub: Hub) -> None:
         link = Link(tmp_path)
         joining = asyncio.create_task(link.join(HELLO))
@@ -318,7 +316,7 @@ def test_a_refused_worker_is_told_why(tmp_path: Path) -> None:
     run_with_hub(tmp_path, test)
 
 
-def test_joining_a_silent_controller_ends_with_an_error(tmp_path: Path) -> None:
+def test_joining_a_silent_controller_raises(tmp_path: Path) -> None:
     async def test(hub: Hub) -> None:
         link = Link(tmp_path)
         with pytest.raises(ProtocolError, match="did not answer"):
@@ -328,14 +326,14 @@ def test_joining_a_silent_controller_ends_with_an_error(tmp_path: Path) -> None:
     run_with_hub(tmp_path, test)
 
 
-def test_sending_to_a_worker_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_sending_to_an_absent_worker_returns_false(tmp_path: Path) -> None:
     async def test(hub: Hub) -> None:
         assert not await hub.send(Peer(b"nobody--"), Shutdown(reason="done"))
 
     run_with_hub(tmp_path, test)
 
 
-def test_two_workers_are_told_apart(tmp_path: Path) -> None:
+def test_two_workers_are_distinguished(tmp_path: Path) -> None:
     async def test(hub: Hub) -> None:
         links = [Link(tmp_path) for _ in range(2)]
         peers = {}
@@ -352,11 +350,11 @@ def test_two_workers_are_told_apart(tmp_path: Path) -> None:
     run_with_hub(tmp_path, test)
 
 
-def test_a_free_port_can_be_bound() -> None:
+def test_free_port_is_unprivileged() -> None:
     assert 1024 <= transport.free_port() < 65536
 
 
-def test_workers_find_the_controller_s_next_life_and_say_again_what_they_wait_for(
+def test_workers_rejoin_a_restarted_controller_and_repeat_requests(
     tmp_path: Path,
 ) -> None:
     async def first(hub: Hub) -> None:

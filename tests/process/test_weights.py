@@ -95,7 +95,7 @@ def arrived(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=[f"{f} {s} {w}" for f, s, w in LAYOUTS])
-def test_what_arrives_is_the_folder_bit_for_bit(
+def test_received_weights_equal_the_folder_bit_for_bit(
     arrived: Path, folders: dict[str, Path], number: int
 ) -> None:
     family, _, weights = LAYOUTS[number]
@@ -114,7 +114,7 @@ def test_what_arrives_is_the_folder_bit_for_bit(
 @pytest.mark.parametrize(
     "number", [n for n, layout in enumerate(LAYOUTS) if "expert_model" in layout[1]]
 )
-def test_experts_leave_from_the_ranks_that_own_them(arrived: Path, number: int) -> None:
+def test_experts_are_sent_by_the_ranks_that_own_them(arrived: Path, number: int) -> None:
     sizes = LAYOUTS[number][1]
     owners, stages = sizes["expert_model"], sizes.get("pipeline_model", 1)
     senders: list[list[str]] = json.loads((arrived / f"senders-{number}.json").read_text())
@@ -126,7 +126,7 @@ def test_experts_leave_from_the_ranks_that_own_them(arrived: Path, number: int) 
         assert any(".experts." not in name for name in names) == (owner == 0)
 
 
-def test_a_faulty_receiver_is_fenced_in_time_and_the_other_and_the_next_update_go_on(
+def test_faulty_receiver_is_fenced_and_the_update_continues(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Two receivers and a pipeline of two stages; after each fault the faulty one comes back healthy."""
@@ -168,7 +168,7 @@ def test_a_faulty_receiver_is_fenced_in_time_and_the_other_and_the_next_update_g
             assert "model.norm.weight" in outcome.fenced["rollout-1"]
 
 
-def test_an_update_with_no_receiver_left_fails_by_name_and_the_trainer_lives(
+def test_update_without_receivers_fails_and_the_trainer_survives(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     config = weights_config_tree(folders["llama"], {"tensor_model": 2}, {})

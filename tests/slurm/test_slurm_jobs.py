@@ -158,7 +158,7 @@ def job(cluster: dict[str, str], inputs: RunInputs, tmp_path: Path) -> Iterator[
         made.slurm("scancel", made.number)
 
 
-def test_a_trainer_on_two_nodes_trains_to_its_end(job: Callable[..., Job]) -> None:
+def test_trainer_on_two_nodes_finishes(job: Callable[..., Job]) -> None:
     stages = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}
     running = job(4, trainer={"hosts": 2}, megatron=stages).submit()
     assert running.wait_for_the_end() == ("COMPLETED", "0:0"), running.output[-3000:]
@@ -178,9 +178,7 @@ def test_a_trainer_on_two_nodes_trains_to_its_end(job: Callable[..., Job]) -> No
 
 
 @pytest.mark.parametrize("who", ["time limit", "preemption", "everybody twice"])
-def test_a_job_that_is_told_to_end_saves_is_requeued_and_goes_on(
-    job: Callable[..., Job], who: str
-) -> None:
+def test_terminated_job_saves_is_requeued_and_continues(job: Callable[..., Job], who: str) -> None:
     """The time limit's signal goes to the batch script alone, that of a preemption to every process of the steps."""
     running = job(STEPS).submit()
     running.wait_for_version(6)  # with its server on the second node
@@ -220,7 +218,7 @@ def test_a_job_that_is_told_to_end_saves_is_requeued_and_goes_on(
     running.check_books(lives=2)
 
 
-def test_a_job_that_loses_a_node_is_requeued_by_slurm_and_goes_on(job: Callable[..., Job]) -> None:
+def test_job_that_loses_a_node_is_requeued_and_continues(job: Callable[..., Job]) -> None:
     running = job(STEPS).submit()
     running.wait_for_version(6)
     running.wait(lambda: bool(checkpoints.manifests(running.run_dir)))
@@ -233,7 +231,7 @@ def test_a_job_that_loses_a_node_is_requeued_by_slurm_and_goes_on(job: Callable[
     running.check_books(lives=2)
 
 
-def test_a_cancelled_job_ends_in_order_and_is_not_requeued(job: Callable[..., Job]) -> None:
+def test_cancelled_job_ends_cleanly_and_is_not_requeued(job: Callable[..., Job]) -> None:
     running = job(5000).submit()
     running.wait_for_version(2)
     running.slurm("scancel", running.number)
@@ -241,7 +239,7 @@ def test_a_cancelled_job_ends_in_order_and_is_not_requeued(job: Callable[..., Jo
     assert state == "CANCELLED" and running.shown("Restarts") == "0"
 
 
-def test_a_job_that_cannot_begin_fails_on_all_nodes_at_once_and_is_not_requeued(
+def test_job_that_cannot_start_fails_on_all_nodes_without_requeue(
     job: Callable[..., Job],
 ) -> None:
     running = job(4).submit("model.path=nowhere")

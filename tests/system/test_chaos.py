@@ -73,7 +73,7 @@ host_b.wait()
 
 
 @needs_network_namespaces
-def test_a_cut_is_silent_for_both_ends_and_loses_nothing_of_a_connection_once_healed(
+def test_partition_is_silent_and_healed_connections_lose_nothing(
     tmp_path: Path,
 ) -> None:
     assert in_world(tmp_path, PARTITION) == ["True", "0", "None", "True"]
@@ -94,11 +94,11 @@ for process in (jumping, other):
 
 
 @needs_network_namespaces
-def test_a_wall_clock_jumps_for_one_process_and_monotonic_time_goes_on(tmp_path: Path) -> None:
+def test_clock_jump_affects_one_process_and_no_monotonic_time(tmp_path: Path) -> None:
     assert in_world(tmp_path, CLOCKS) == ["-60", "0"]
 
 
-def test_the_flag_makes_one_loss_nan_and_the_next_ones_are_as_ever(tmp_path: Path) -> None:
+def test_nan_flag_affects_exactly_one_loss(tmp_path: Path) -> None:
     """Over a module in the place of the trainer's loss: what is tested is the wrapping at import."""
     package = tmp_path / "megatron_async_rl" / "trainer"
     package.mkdir(parents=True)
@@ -128,7 +128,7 @@ def test_the_flag_makes_one_loss_nan_and_the_next_ones_are_as_ever(tmp_path: Pat
     assert done.stdout.split() == ["nan", "1.0", "1.0"]
 
 
-def test_the_audit_of_a_beginning_of_the_journal_balances_at_every_fact(tmp_path: Path) -> None:
+def test_audit_balances_at_every_journal_event(tmp_path: Path) -> None:
     journal = Journal(tmp_path / JOURNAL_FILE)
     facts = journal_events()
     journal.append(facts)

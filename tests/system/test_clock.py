@@ -82,11 +82,11 @@ def decisions_by_wall_clock(tree: ast.AST) -> list[str]:
 
 
 @pytest.mark.parametrize("path", source_files(PACKAGE), ids=relative_path)
-def test_a_wall_clock_is_read_for_stamps_alone(path: Path) -> None:
+def test_wall_clock_is_read_only_for_timestamps(path: Path) -> None:
     assert decisions_by_wall_clock(ast.parse(path.read_text())) == []
 
 
-def test_the_stamps_are_where_people_look() -> None:
+def test_timestamps_are_made_only_in_observability() -> None:
     readers = {
         relative_path(path)
         for path in source_files(PACKAGE)
@@ -118,14 +118,14 @@ def test_the_stamps_are_where_people_look() -> None:
         "from datetime import datetime\nbegan = datetime.utcnow()",
     ],
 )
-def test_a_decision_by_the_wall_clock_is_seen(source: str) -> None:
+def test_checker_finds_a_decision_by_wall_clock(source: str) -> None:
     assert decisions_by_wall_clock(ast.parse(source))
 
 
 @pytest.mark.parametrize(
     "source", ["began = time.monotonic()", "write(updated_unix=time.time())", "loop.time()"]
 )
-def test_a_monotonic_clock_and_a_stamp_are_let_through(source: str) -> None:
+def test_checker_allows_monotonic_clocks_and_timestamps(source: str) -> None:
     assert decisions_by_wall_clock(ast.parse(source)) == []
 
 
@@ -133,7 +133,7 @@ def jumping(seed: int = 0) -> float:
     return time.monotonic() + 1.8e9 + random.choice([-HOUR_S, 0.0, HOUR_S])
 
 
-def test_a_simulation_plays_the_same_while_the_wall_clock_jumps(
+def test_simulation_is_unchanged_by_wall_clock_jumps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = [simulate(seed) for seed in range(100)]
@@ -148,7 +148,7 @@ async def beats(link: Link, seconds: float) -> None:
         await asyncio.sleep(0.2)
 
 
-def test_the_controller_loses_nobody_while_the_wall_clock_jumps(
+def test_controller_loses_no_worker_when_the_wall_clock_jumps(
     model_and_dataset: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(controller: Controller, link: Link) -> None:
@@ -169,7 +169,7 @@ def test_the_controller_loses_nobody_while_the_wall_clock_jumps(
     assert next(reads) > 3  # it was asked, for stamps
 
 
-def test_a_controller_that_went_by_the_wall_clock_would_lose_them(
+def test_controller_on_the_wall_clock_would_lose_workers(
     model_and_dataset: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the test before: the same world, with the wall clock where the monotonic one belongs."""

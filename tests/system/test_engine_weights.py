@@ -121,7 +121,7 @@ def changed(snapshot: snapshots.Snapshot, version: int) -> Iterator[tuple[Path, 
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_after_an_update_the_engine_computes_what_transformers_does(
+def test_engine_matches_transformers_after_every_update(
     tp: int, models: list[Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"

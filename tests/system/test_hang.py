@@ -19,7 +19,7 @@ from megatron_async_rl.observability.status import read_status
 @pytest.mark.skipif(
     engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
 )
-def test_a_server_that_generates_nothing_any_more_is_replaced(tmp_path: Path) -> None:
+def test_hung_server_is_replaced(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     path = make_run_inputs(tmp_path).config(
         run_dir,

@@ -25,7 +25,7 @@ from megatron_async_rl.protocol.messages import Heartbeat, Refused, Welcome
 from megatron_async_rl.protocol.transport import Link
 
 
-def test_a_name_has_one_owner_the_one_that_took_it_last(tmp_path: Path) -> None:
+def test_name_belongs_to_its_last_claimant(tmp_path: Path) -> None:
     first, second = Claims(tmp_path), Claims(tmp_path)
     assert first.other("rollout-0") == ""
     first.take("rollout-0")
@@ -40,7 +40,7 @@ def test_a_name_has_one_owner_the_one_that_took_it_last(tmp_path: Path) -> None:
     )
 
 
-def test_the_process_that_lost_its_name_is_refused_and_the_new_one_keeps_it(
+def test_process_that_lost_its_name_is_refused(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     async def test(controller: Controller, old: Link) -> None:
@@ -70,7 +70,7 @@ def test_the_process_that_lost_its_name_is_refused_and_the_new_one_keeps_it(
     with_controller(model_and_dataset, tmp_path, test)
 
 
-def test_joining_nothing_is_one_clear_message(
+def test_joining_without_names_is_one_clear_error(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"has no config\.yaml"):
@@ -82,7 +82,7 @@ def test_joining_nothing_is_one_clear_message(
         join(tmp_path, ["controller"])
 
 
-def test_joining_a_run_that_is_not_on_says_so(
+def test_joining_a_stopped_run_is_one_clear_error(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     path = RunInputs(*model_and_dataset, model_and_dataset[1]).config(
@@ -99,7 +99,7 @@ def test_joining_a_run_that_is_not_on_says_so(
 @pytest.mark.skipif(
     engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
 )
-def test_a_lost_host_is_replaced_under_its_name_and_refused_when_it_comes_back(
+def test_lost_host_is_replaced_and_refused_when_it_returns(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"

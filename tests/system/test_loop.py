@@ -44,7 +44,7 @@ def run(run_inputs: RunInputs, tmp_path_factory: pytest.TempPathFactory) -> Iter
     yield FinishedRun(folder, output)
 
 
-def test_the_run_ends_well_says_how_it_went_and_leaves_nobody(run: FinishedRun) -> None:
+def test_run_finishes_reports_evaluation_and_leaves_no_process(run: FinishedRun) -> None:
     assert run.status.state == "finished"
     assert run.status.version == RUN_STEPS
     assert [evaluation.version for evaluation in run.status.evals] == [0, RUN_STEPS]
@@ -61,13 +61,13 @@ def test_every_group_is_accounted_for(run: FinishedRun) -> None:
     assert len(trained) == len(set(trained)) == RUN_STEPS * 16
 
 
-def test_no_token_is_trained_later_than_eta_allows(run: FinishedRun) -> None:
+def test_no_trained_token_exceeds_max_staleness(run: FinishedRun) -> None:
     lags = [line.version - version for line in run.samples for version, _ in line.versions]
     assert max(lags) <= RUN_MAX_STALENESS
     assert max(lags) >= 1  # it was asynchronous
 
 
-def test_updates_meet_requests_in_flight_and_samples_span_versions(run: FinishedRun) -> None:
+def test_updates_interrupt_requests_and_samples_span_versions(run: FinishedRun) -> None:
     served = [line for line in run.log("controller").splitlines() if " is served by " in line]
     in_flight = [line for line in served if " 0 requests interrupted" not in line]
     assert len(served) == RUN_STEPS + 1
@@ -75,7 +75,7 @@ def test_updates_meet_requests_in_flight_and_samples_span_versions(run: Finished
     assert any(len(line.versions) >= 2 for line in run.samples)
 
 
-def test_every_update_was_verified_by_digests(run: FinishedRun) -> None:
+def test_every_update_is_verified_by_digests(run: FinishedRun) -> None:
     assert "digests to" not in run.log("rollout-0")
     served = [
         line for line in run.log("controller").splitlines() if " is served by rollout-0" in line
@@ -103,7 +103,7 @@ def difference_from_fresh_prefills(run: FinishedRun, line: SampleLine, num_spans
     return wrong_version
 
 
-def test_an_interrupted_sample_s_logprobs_are_those_of_a_fresh_prefill(run: FinishedRun) -> None:
+def test_logprobs_of_interrupted_samples_match_a_fresh_prefill(run: FinishedRun) -> None:
     spanning = [line for line in run.samples if len(line.versions) >= 2][:12]
     wrong_version = max(
         difference_from_fresh_prefills(run, line, len(line.versions)) for line in spanning
@@ -134,7 +134,7 @@ def test_requests_may_stay_in_the_engine_during_updates(
     assert_no_process_left(run.folder)
 
 
-def test_the_engine_and_transformers_agree_on_the_exported_policy(run: FinishedRun) -> None:
+def test_engine_and_transformers_agree_on_the_exported_policy(run: FinishedRun) -> None:
     whole = [line for line in run.samples if len(line.versions) == 1 and line.versions[0][0] > 0][
         :8
     ]
@@ -145,7 +145,7 @@ def test_the_engine_and_transformers_agree_on_the_exported_policy(run: FinishedR
         )
 
 
-def test_the_trained_policy_is_a_folder_that_transformers_loads(run: FinishedRun) -> None:
+def test_trained_policy_folder_loads_in_transformers(run: FinishedRun) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -190,7 +190,7 @@ def test_megatron_and_the_engine_agree_on_the_same_weights(run: FinishedRun) -> 
     assert first["logprob_diff_max"] < 1e-3
 
 
-def test_keys_are_nobody_else_s_and_on_no_command_line(run: FinishedRun) -> None:
+def test_keys_are_private_and_in_no_log(run: FinishedRun) -> None:
     for path in (run.folder / "keys").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path
     keys = yaml.safe_load((run.folder / "keys" / "rollout-0.sglang.yaml").read_text())
@@ -198,7 +198,7 @@ def test_keys_are_nobody_else_s_and_on_no_command_line(run: FinishedRun) -> None
         assert not any(key in log.read_text() for key in keys.values()), log
 
 
-def test_ctrl_c_stops_everything_and_loses_nothing_written(
+def test_ctrl_c_stops_all_processes_and_keeps_written_samples(
     run_inputs: RunInputs, tmp_path: Path
 ) -> None:
     """Also: synchronous (eta = 0), and two pipeline stages that each send their own weights."""
@@ -224,7 +224,7 @@ def test_ctrl_c_stops_everything_and_loses_nothing_written(
     assert {line.version - version for line in samples for version, _ in line.versions} == {0}
 
 
-def test_an_engine_that_dies_at_start_is_one_clear_message(
+def test_engine_failure_at_startup_is_one_clear_error(
     run_inputs: RunInputs, tmp_path: Path
 ) -> None:
     child = start_run(
@@ -239,9 +239,7 @@ def test_an_engine_that_dies_at_start_is_one_clear_message(
     assert_no_process_left(tmp_path / "run")
 
 
-def test_a_trainer_that_refuses_its_settings_is_one_clear_message(
-    run_inputs: RunInputs, tmp_path: Path
-) -> None:
+def test_refused_trainer_setting_is_one_clear_error(run_inputs: RunInputs, tmp_path: Path) -> None:
     child = start_run(run_inputs.config(tmp_path / "run", megatron={"adam_betta1": 0.9}))
     _, errors = child.communicate(timeout=240)
     assert child.returncode == 2

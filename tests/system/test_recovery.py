@@ -29,7 +29,7 @@ from megatron_async_rl.protocol.messages import Generate, GenerateFailed, Partia
 from megatron_async_rl.protocol.types import NOT_GENERATED
 
 
-def test_a_finished_group_and_a_half_finished_one_survive_and_the_prompts_go_on() -> None:
+def test_finished_and_partial_groups_survive_a_crash() -> None:
     core = make_core(max_staleness=1)
     first, second, *_ = join_workers(core)
     finish_lease(core, first, 0)
@@ -48,7 +48,7 @@ def test_a_finished_group_and_a_half_finished_one_survive_and_the_prompts_go_on(
     assert again.ledger.admitted == core.ledger.admitted == 4
 
 
-def test_what_the_old_life_gave_out_is_fenced() -> None:
+def test_replies_to_leases_of_an_older_epoch_are_fenced() -> None:
     core = make_core()
     lease, *_ = join_workers(core)
     again = restart_core(core, core.take_events())
@@ -57,7 +57,7 @@ def test_what_the_old_life_gave_out_is_fenced() -> None:
     assert again.num_fenced_messages == 1
 
 
-def test_the_same_batch_is_sent_to_a_trainer_that_had_it_when_the_controller_died() -> None:
+def test_restarted_controller_resends_the_same_batch() -> None:
     core = make_core(max_staleness=0)
     for lease in join_workers(core):
         finish_lease(core, lease, 0)
@@ -69,7 +69,7 @@ def test_the_same_batch_is_sent_to_a_trainer_that_had_it_when_the_controller_die
     assert again.step_done(1, 0) == [] and again.ledger.trained == 2
 
 
-def test_a_trainer_from_a_checkpoint_gets_recorded_batches_and_the_books_do_not_change() -> None:
+def test_trainer_from_a_checkpoint_gets_recorded_batches() -> None:
     core = make_core(max_staleness=0)
     for lease in join_workers(core):
         finish_lease(core, lease, 0)
@@ -81,7 +81,7 @@ def test_a_trainer_from_a_checkpoint_gets_recorded_batches_and_the_books_do_not_
     assert (core.version, core.ledger.trained, core.num_replayed_steps) == (1, 2, 1)
 
 
-def test_partial_tokens_go_to_the_next_lease_with_their_versions_unless_too_old() -> None:
+def test_next_lease_carries_partial_tokens_unless_too_stale() -> None:
     core = make_core(prompts_per_step=1, max_staleness=1)
     lease, other = join_workers(core)
     for index in (0, 1):
@@ -96,22 +96,20 @@ def test_partial_tokens_go_to_the_next_lease_with_their_versions_unless_too_old(
     assert other.partials == []
 
 
-def test_a_sample_with_versions_that_cannot_be_is_refused() -> None:
+def test_sample_with_impossible_versions_is_refused() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
     [again] = messages_of(core.generated("rollout-0", generated(lease, 0, 7), 0), Generate)
     assert again.attempt == lease.attempt + 1 and core.num_fenced_messages == 1
 
 
-def test_a_prompt_that_fails_on_several_servers_is_kept_out_as_poison() -> None:
+def test_prompt_that_fails_on_several_servers_is_dropped_as_poison() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0, max_attempts=2)
     [_] = join_workers(core)
     core.rollout_joined("rollout-1", 100, 0)
     core.serving("rollout-1", 0, 0)
     [again] = messages_of(core.worker_lost("rollout-0", 0), Generate)
-    core.generate_failed(
-        "rollout-1", GenerateFailed(again.key(0), "x"), 0
-    )
+    core.generate_failed("rollout-1", GenerateFailed(again.key(0), "x"), 0)
     assert core.ledger.table(0)["dropped.poison"] == 1
 
 
@@ -190,7 +188,8 @@ class RecoveringWorld(CoreMachine):
         worker, lease = self.random.choice(self.leases)
         index, first = self.random.choice(lease.indices), max(0, self.core.version - 1)
         message = PartialSample(
-            lease.key(index),             make_partial(first, self.core.version),
+            lease.key(index),
+            make_partial(first, self.core.version),
         )
         self.take(self.core.interrupted(worker, message))
 

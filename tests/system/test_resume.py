@@ -41,7 +41,7 @@ def digests(run_dir: Path) -> dict[int, str]:
     return found
 
 
-def test_killed_twice_it_ends_where_it_would_have(tmp_path: Path) -> None:
+def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     inputs = RunInputs(
         make_model(tmp_path / "model"),
         make_dataset(tmp_path / "train.jsonl", 60),

@@ -68,7 +68,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_step_is_a_file_of_fresh_samples(recorded: tuple[Path, str]) -> None:
+def test_every_step_writes_a_file_of_fresh_samples(recorded: tuple[Path, str]) -> None:
     run_dir, output = recorded
     assert f"batches: {run_dir}" in output.replace("\n", "")
     assert not (run_dir / "policy").exists()
@@ -88,7 +88,7 @@ def test_every_step_is_a_file_of_fresh_samples(recorded: tuple[Path, str]) -> No
     assert max(labels) > 0  # the servers were told
 
 
-def test_books_and_staleness_are_those_of_training(recorded: tuple[Path, str]) -> None:
+def test_ledger_and_staleness_match_a_training_run(recorded: tuple[Path, str]) -> None:
     run_dir, _ = recorded
     done = command("audit", str(run_dir))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -100,7 +100,7 @@ def test_books_and_staleness_are_those_of_training(recorded: tuple[Path, str]) -
     ) and status.staleness_max <= RUN_MAX_STALENESS
 
 
-def test_a_written_batch_is_trained_on(recorded: tuple[Path, str]) -> None:
+def test_replay_trains_a_recorded_batch(recorded: tuple[Path, str]) -> None:
     """By two data-parallel ranks; what the engine said of its tokens is what the trainer says."""
     run_dir, _ = recorded
     done = command("replay", str(run_dir / "batches" / "v000000.npz"))
@@ -112,7 +112,7 @@ def test_a_written_batch_is_trained_on(recorded: tuple[Path, str]) -> None:
     assert norm and float(norm[1]) > 0
 
 
-def test_a_run_with_more_steps_goes_on_where_it_was(
+def test_run_with_more_steps_continues_where_it_stopped(
     recorded: tuple[Path, str], inputs: RunInputs
 ) -> None:
     run_dir, _ = recorded
@@ -142,7 +142,7 @@ def batches_equal(path: Path, earlier: bytes) -> bool:
 @pytest.mark.parametrize(
     "change", [{"model": {"random_init": True}}, {"sglang": {"load_format": "dummy"}}]
 )
-def test_weights_that_no_server_reads_are_refused(
+def test_weights_that_no_server_loads_are_refused(
     inputs: RunInputs, tmp_path: Path, change: dict[str, dict[str, object]]
 ) -> None:
     path = inputs.config(tmp_path / "run", **({"run": {"mode": "rollout_only"}} | change))
