@@ -17,7 +17,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.code_tests import read_tests
 from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
 from megatron_async_rl.errors import ConfigError, DataError, Error
-from megatron_async_rl.sandbox.box import Box, BoxError, BoxSettings
+from megatron_async_rl.sandbox.sandbox import Sandbox, SandboxError, SandboxSettings
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 GIB = 1 << 30
@@ -218,9 +218,9 @@ def _row_problem(line: bytes, reward_function: str) -> str | None:
 def _sandbox(config: Config) -> Check:
     settings = config.sandbox
     try:
-        with Box(BoxSettings(settings.python, settings.isolation)) as box:
-            layers = ("namespaces, " if box.has_namespaces else "") + "limits, Landlock, seccomp"
-    except BoxError as e:
+        with Sandbox(SandboxSettings(settings.python, settings.isolation)) as sandbox:
+            layers = ("namespaces, " if sandbox.has_namespaces else "") + "limits, Landlock, seccomp"
+    except SandboxError as e:
         detail = (
             f"sandbox.python = {settings.python}, sandbox.isolation = {settings.isolation}: {e}"
         )

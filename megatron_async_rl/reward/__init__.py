@@ -1,1 +1,1 @@
-"""PROCESS. Judges answers: a verdict, or an infrastructure error, which is never a reward."""
+"""PROCESS. Scores responses: a reward, or an infrastructure error, which never counts as reward."""

@@ -1,13 +1,15 @@
-"""The reward process: python -m megatron_async_rl.reward RUN_DIR NAME
+"""The reward worker: python -m megatron_async_rl.reward RUN_DIR NAME
 
-Takes `Score` from the controller and answers each with `Scored`, in any order. Tasks and what they wait for:
+Answers each `ScoreRequest` of the controller with a `ScoreResult`, in any order. Its tasks, and
+when each one proceeds:
 
-    _receive    a message; answers what needs no child at once, queues the rest, ends at Shutdown
-    _judge      (one per slot of the worker) a queued message, then its verdict
-    _beat       the clock
-    SIGTERM     ends it like Shutdown
+    _receive           at a message: scores plain answers inline, queues others; ends at Shutdown
+    _score             (one per slot of the worker) at a queued request
+    _send_heartbeats   every HEARTBEAT_S
+    SIGTERM            ends the process like Shutdown
 
-The first of them to end ends the process. The queue is bounded by `capacity`, which the controller was told in Hello.
+The first task to end ends the process. The controller keeps the queue bounded: it sends at most
+`capacity` (in Hello) requests at a time.
 """
 
 from __future__ import annotations
@@ -22,22 +24,22 @@ from pathlib import Path
 from megatron_async_rl import processes
 from megatron_async_rl.config import load
 from megatron_async_rl.errors import Error, ProtocolError
-from megatron_async_rl.protocol.messages import Failed, Heartbeat, Hello, Score, Shutdown
+from megatron_async_rl.protocol.messages import Failed, Heartbeat, Hello, ScoreRequest, Shutdown
 from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.reward.worker import RewardWorker
 
 HEARTBEAT_S = 2.0
-VERDICTS_PER_CHILD = 64  # verdicts at once that we take on, per child
+REQUESTS_PER_PROCESS = 64  # accepted at a time, per scoring process
 
 log = logging.getLogger(__name__)
 
 
 async def _serve(run_dir: Path, name: str) -> None:
-    settings = load.load(run_dir / "config.yaml")
-    worker = RewardWorker(settings.reward, settings.sandbox)
+    config = load.load(run_dir / "config.yaml")
+    worker = RewardWorker(config.reward, config.sandbox)
     link = Link(run_dir)
     try:
-        capacity = settings.reward.processes_per_worker * VERDICTS_PER_CHILD
+        capacity = config.reward.processes_per_worker * REQUESTS_PER_PROCESS
         await link.join(Hello(role="reward", name=name, pid=os.getpid(), capacity=capacity))
         try:
             await _work(link, worker)
@@ -50,14 +52,14 @@ async def _serve(run_dir: Path, name: str) -> None:
 
 
 async def _work(link: Link, worker: RewardWorker) -> None:
-    ended = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
-    queue: asyncio.Queue[Score] = asyncio.Queue()
+    sigterm = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, sigterm.set)
+    queue: asyncio.Queue[ScoreRequest] = asyncio.Queue()
     tasks = [
-        asyncio.create_task(_beat(link, queue)),
+        asyncio.create_task(_send_heartbeats(link, queue)),
         asyncio.create_task(_receive(link, worker, queue)),
-        asyncio.create_task(ended.wait()),
-        *(asyncio.create_task(_judge(link, worker, queue)) for _ in range(worker.slots)),
+        asyncio.create_task(sigterm.wait()),
+        *(asyncio.create_task(_score(link, worker, queue)) for _ in range(worker.slots)),
     ]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -69,36 +71,35 @@ async def _work(link: Link, worker: RewardWorker) -> None:
         task.result()
 
 
-async def _receive(link: Link, worker: RewardWorker, queue: asyncio.Queue[Score]) -> None:
+async def _receive(link: Link, worker: RewardWorker, queue: asyncio.Queue[ScoreRequest]) -> None:
     await worker.start()
     while True:
         message = await link.receive()
         match message:
-            case Score():
-                scored = worker.score_at_once(message)
-                if scored is None:
-                    queue.put_nowait(message)
+            case ScoreRequest():
+                if result := worker.score_inline(message):
+                    await link.send(result)
                 else:
-                    await link.send(scored)
+                    queue.put_nowait(message)
             case Shutdown():
                 log.info("shut down by the controller: %s", message.reason)
                 return
             case _:
-                raise ProtocolError(f"a reward worker was sent {type(message).__name__}")
+                raise ProtocolError(f"a reward worker received {type(message).__name__}")
 
 
-async def _judge(link: Link, worker: RewardWorker, queue: asyncio.Queue[Score]) -> None:
+async def _score(link: Link, worker: RewardWorker, queue: asyncio.Queue[ScoreRequest]) -> None:
     while True:
         await link.send(await worker.score(await queue.get()))
 
 
-async def _beat(link: Link, queue: asyncio.Queue[Score]) -> None:
+async def _send_heartbeats(link: Link, queue: asyncio.Queue[ScoreRequest]) -> None:
     while True:
         await link.send(Heartbeat(running=queue.qsize()))
         await asyncio.sleep(HEARTBEAT_S)
 
 
-def _run() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         prog="python -m megatron_async_rl.reward", description="A reward worker of a run."
     )
@@ -106,7 +107,3 @@ def _run() -> None:
     parser.add_argument("name")
     arguments = parser.parse_args()
     processes.main(lambda: asyncio.run(_serve(arguments.run_dir, arguments.name)))
-
-
-if __name__ == "__main__":
-    _run()

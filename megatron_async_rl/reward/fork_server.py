@@ -1,7 +1,8 @@
-"""Imported by the fork server of the reward children, and by nobody else: makes it end when the reward worker ends.
+"""Imported only by the fork server of the scoring processes: kills it when the reward worker ends.
 
-multiprocessing would tell it by the end of a pipe, but every child holds a copy of that pipe, and a child that is busy
-with a hostile answer keeps it. The children in turn end with the fork server (worker.py).
+multiprocessing would end it when a pipe closes, but each scoring process holds a copy of that pipe,
+and one that is busy with a hostile answer keeps it open. The scoring processes die with the fork
+server (scoring_process.py).
 """
 
 from megatron_async_rl import processes

@@ -1,8 +1,9 @@
-"""The built-in `math` reward: is the last answer of a response equal to the row's `answer`? 1.0 or 0.0.
+"""The built-in `math` reward: 1.0 if a response's final answer equals the row's `answer`, else 0.0.
 
-Three parts: `read` finds both answers, `compare_plain` settles plain numbers and words at once, `compare_latex` asks
-math-verify for the rest. The first two take bounded time on any text and run in the reward worker itself. The third
-may run for ever on an answer such as 9^{9^{9^{9}}}: it belongs in a child that can be killed (worker.py).
+`read_answers` finds both answers, `compare_plain` decides plain numbers and words, `compare_latex`
+uses math-verify for the rest. The first two take bounded time on any text and run in the reward
+worker. The third may never end on an answer such as 9^{9^{9^{9}}}, so it runs in a scoring process
+that can be killed (worker.py).
 """
 
 from __future__ import annotations
@@ -19,74 +20,70 @@ from typing import Any
 
 from megatron_async_rl.errors import DataError
 
-MAX_TEXT_CHARS = 64 * 1024  # only so much of a response's end is looked at
-_MAX_NUMBER_CHARS = 64  # a longer one is left to math-verify
-_ROUNDING = Decimal(
-    "1e-3"
-)  # math-verify rounds decimals to 6 places; numbers farther apart than this surely differ
+MAX_TEXT_CHARS = 64 * 1024  # only this much of a response's end is searched
+_MAX_NUMBER_CHARS = 64  # longer numbers are left to math-verify
+_ROUNDING = Fraction(1, 1000)  # math-verify rounds to 6 places: numbers farther apart surely differ
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_FRACTION = r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}"
 _LAST_NUMBER = re.compile(
-    rf"(?:(?<![\w.)\]}}])[-+\u2212])?(?:\\[dt]?frac\s*\{{\d{{1,30}}\}}\s*\{{\d{{1,30}}\}}|(?<![\w.])(?:{_DIGITS})(?:/\d+(?!\.?\d))?)"
+    r"(?:(?<![\w.)\]}])[-+\u2212])?"
+    r"(?:\\[dt]?frac\s*\{\d{1,30}\}\s*\{\d{1,30}\}"
+    rf"|(?<![\w.])(?:{_DIGITS})(?:/\d+(?!\.?\d))?)"
 )
-_NUMBER = re.compile(
-    rf"([-+]?)\s*(?:({_DIGITS})|(\d+)\s*/\s*(\d+)|\\[dt]?frac\s*\{{(\d+)\}}\s*\{{(\d+)\}})"
-)
+_NUMBER = re.compile(rf"([-+]?)\s*(?:({_DIGITS})|(\d+)\s*/\s*(\d+)|{_FRACTION})")
 _INTEGER = re.compile(r"-?\d{1,18}")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)+")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}\\]*)\}")
 
 
 def math(prompt: str, response: str, row: dict[str, Any]) -> float:
-    """1.0 where the response's final answer equals `row["answer"]`. Unbounded in time: see the top of this file."""
-    gold, answer = read(response, row)
-    verdict = compare_plain(gold, answer)
-    return float(compare_latex(gold, answer) if verdict is None else verdict)
+    """Returns 1.0 if the final answer equals `row["answer"]`, else 0.0. Takes unbounded time."""
+    expected, answer = read_answers(response, row)
+    is_equal = compare_plain(expected, answer)
+    return float(compare_latex(expected, answer) if is_equal is None else is_equal)
 
 
-def read(response: str, row: dict[str, Any]) -> tuple[str, str]:
-    """The row's answer and the response's, which is empty where it has none.
+def read_answers(response: str, row: dict[str, Any]) -> tuple[str, str]:
+    """Returns the row's answer and the response's final answer ("" if it has none).
 
-    A final answer is the last complete \\boxed{...}; without one, the last number after the last `####`; without that,
-    the last number. So of several guesses only the last one counts. Raises DataError where the row has no answer.
+    The final answer is the last complete \\boxed{...}, else the last number after the last `####`,
+    else the last number: of several guesses only the last counts. Raises DataError if the row has
+    no answer.
     """
-    gold = row.get("answer")
-    if isinstance(gold, float) and _math.isfinite(gold):
-        gold = format(Decimal(repr(gold)), "f")
-    elif isinstance(gold, int) and not isinstance(gold, bool):
-        gold = str(gold)
-    if not isinstance(gold, str) or not (gold := _clean(_gold_answer(gold))):
+    expected = row.get("answer")
+    if isinstance(expected, float) and _math.isfinite(expected):
+        expected = format(Decimal(repr(expected)), "f")
+    elif isinstance(expected, int) and not isinstance(expected, bool):
+        expected = str(expected)
+    if not isinstance(expected, str) or not (expected := _clean(_row_answer(expected))):
         raise DataError(
-            f"row {row.get('id', '(without id)')!r} has no answer to compare with: its field `answer` is "
-            f"{row.get('answer')!r}; it must hold a number or a text"
+            f"row {row.get('id', '(without id)')!r} has no answer to compare with: its field "
+            f"`answer` is {row.get('answer')!r}; it must hold a number or a text"
         )
     text = response[-MAX_TEXT_CHARS:]
-    boxed = _last_boxed(text)
-    answer = (
-        (_last_number(text.rpartition("####")[2]) or _last_number(text)) if boxed is None else boxed
-    )
-    return gold, _clean(answer)
+    answer = _last_boxed(text)
+    if answer is None:
+        answer = _last_number(text.rpartition("####")[2]) or _last_number(text)
+    return expected, _clean(answer)
 
 
-def compare_plain(gold: str, answer: str) -> bool | None:
-    """Whether the two are equal, where that can be seen at once; None where math-verify has to look."""
+def compare_plain(expected: str, answer: str) -> bool | None:
+    """Returns whether the two are equal, None where math-verify has to decide."""
     if not answer:
         return False
-    if gold == answer:
+    if expected == answer:
         return True
-    if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer):
-        return int(gold) == int(answer)
-    words = _words(gold)
+    if _INTEGER.fullmatch(expected) and _INTEGER.fullmatch(answer):
+        return int(expected) == int(answer)
+    words = _words(expected)
     if words is not None and (answered := _words(answer, min_letters=1)) is not None:
-        return (
-            words == answered
-        )  # math-verify reads words as products of letters: to it `ten` is `net`
-    a, b = _number(gold), _number(answer)
+        # math-verify reads words as products of letters: `ten` would equal `net`
+        return words == answered
+    a, b = _number(expected), _number(answer)
     if a is None or b is None:
         return None
-    if isinstance(a, Fraction) or isinstance(b, Fraction):
-        a, b = Fraction(a), Fraction(b)
     if a == b:
         return True
     if a == int(a) and b == int(b):
@@ -94,40 +91,43 @@ def compare_plain(gold: str, answer: str) -> bool | None:
     return False if abs(a - b) > _ROUNDING else None
 
 
-def compare_latex(gold: str, answer: str) -> bool:
-    """math-verify's opinion. Its own timeouts are signals, which work in no thread: they are off, the caller kills."""
+def compare_latex(expected: str, answer: str) -> bool:
+    """Returns math-verify's decision. Raises DataError if it cannot read `expected`.
+
+    Its own timeouts are off: they use signals, which only work in the main thread. The caller must
+    be able to kill this process.
+    """
     parse, verify = load_math_verify()
-    expected = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
-    if not expected:
-        raise DataError(f"math-verify cannot read the row's `answer` {gold!r}")
-    return bool(
-        verify(expected, parse(f"\\boxed{{{answer}}}", parsing_timeout=None), timeout_seconds=None)
-    )
+    parsed = parse(f"\\boxed{{{expected}}}", parsing_timeout=None)
+    if not parsed:
+        raise DataError(f"math-verify cannot read the row's `answer` {expected!r}")
+    parsed_answer = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    return bool(verify(parsed, parsed_answer, timeout_seconds=None))
 
 
 @functools.cache
 def load_math_verify() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Its `parse` and `verify`, warmed up and silent; takes a second (sympy), so only children and tools call it."""
+    """Returns math-verify's `parse` and `verify`, warmed up and silenced.
+
+    Takes a second (it imports sympy): call it in scoring processes and tools only.
+    """
     from math_verify import parse, verify
 
     for name in ("math_verify", "latex2sympy2_extended"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"sympy|latex2sympy2_extended|math_verify|antlr4")
-    verify(
-        parse(r"\boxed{\frac{1}{2}}", parsing_timeout=None),
-        parse("$0.5$", parsing_timeout=None),
-        timeout_seconds=None,
-    )
+    half = parse(r"\boxed{\frac{1}{2}}", parsing_timeout=None)
+    verify(half, parse("$0.5$", parsing_timeout=None), timeout_seconds=None)
     return parse, verify
 
 
-def _gold_answer(gold: str) -> str:
-    boxed = _last_boxed(gold)
-    return gold.rpartition("####")[2] if boxed is None else boxed
+def _row_answer(text: str) -> str:
+    boxed = _last_boxed(text)
+    return text.rpartition("####")[2] if boxed is None else boxed
 
 
 def _last_boxed(text: str) -> str | None:
-    """What is inside the last \\boxed{...} whose braces balance; an unfinished box is no answer."""
+    """Returns the content of the last \\boxed{...} with balanced braces, None if there is none."""
     last = text.rfind("\\boxed")
     if last < 0:
         return None
@@ -136,9 +136,12 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _scan_boxes(text: str, start: int) -> str | None:
-    """The balanced box that opens last at or after `start`, in one pass: text is hostile, so nothing is quadratic."""
+    """Returns the content of the balanced box that opens last at or after `start`.
+
+    One pass over the text: a hostile response must not cost quadratic time.
+    """
     best = None
-    opened: list[int] = []  # start of the content of each open brace; -1 for a brace that is no box
+    opened: list[int] = []  # per open brace: start of a box's content, -1 for other braces
     for match in _BRACES.finditer(text, start):
         token = match[0]
         if token == "{":
@@ -160,24 +163,20 @@ def _last_number(text: str) -> str:
 
 
 def _clean(answer: str) -> str:
-    """Without what writers put around an answer: spaces, dollar signs, a full stop, LaTeX's spaces in numbers."""
+    """Strips spaces, dollar signs, a final full stop and LaTeX's spacing commands."""
     answer = answer.strip()
     if "\\" in answer or "{" in answer:
         for space in ("\\!", "\\,", "\\;", "\\left", "\\right"):
             answer = answer.replace(space, "")
-        answer = (
-            answer.replace("{,}", ",")
-            .replace("\\$", "$")
-            .replace("\\dfrac", "\\frac")
-            .replace("\\tfrac", "\\frac")
-        )
+        answer = answer.replace("{,}", ",").replace("\\$", "$")
+        answer = answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
         if match := _TEXT_COMMAND.fullmatch(answer):
             answer = match[1]
     return answer.replace("\u2212", "-").strip("$ \t\n").rstrip(".").rstrip()
 
 
 @functools.lru_cache(maxsize=4096)
-def _number(text: str) -> Decimal | Fraction | None:
+def _number(text: str) -> Fraction | None:
     if len(text) > _MAX_NUMBER_CHARS:
         return None
     match = _NUMBER.fullmatch(text)
@@ -185,7 +184,7 @@ def _number(text: str) -> Decimal | Fraction | None:
         return None
     sign, decimal, above, below, frac_above, frac_below = match.groups()
     if decimal is not None:
-        return Decimal(sign + decimal.replace(",", ""))
+        return Fraction(Decimal(sign + decimal.replace(",", "")))
     denominator = int(below or frac_below)
     if denominator == 0:
         return None
@@ -193,7 +192,7 @@ def _number(text: str) -> Decimal | Fraction | None:
 
 
 def _words(text: str, min_letters: int = 3) -> str | None:
-    r"""The text in lower case where it is words and no formula: `yes`, \\text{Evelyn}, `Monday morning`."""
+    r"""Returns words in lower case (`yes`, \text{Evelyn}, `Monday morning`), None for a formula."""
     plain, num_commands = _TEXT_COMMAND.subn(r"\1", text)
     plain = " ".join(plain.split())
     if _WORDS.fullmatch(plain) or (plain.isalpha() and (num_commands or len(plain) >= min_letters)):

@@ -1,1 +1,1 @@
-"""Runs programs that a model wrote. box.py: our end; zygote.py and jail.py: the other, in an interpreter of its own."""
+"""Runs untrusted programs. sandbox.py is the trusted side; zygote.py and jail.py run elsewhere."""

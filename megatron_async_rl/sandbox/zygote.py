@@ -1,13 +1,16 @@
-"""The process that programs are forked from: it has the interpreter loaded, the namespaces entered and the privileges dropped.
+"""Forks one confined process per program; sandbox.py starts it in the programs' interpreter.
 
-    python -I -B zygote.py SOCKET SETTINGS      SETTINGS: JSON, see box.py
+    python -I -B zygote.py SOCKET SETTINGS      SETTINGS: JSON, see Sandbox.start
 
-Over the socket (SEQPACKET) come jobs, one at a time: JSON, with three descriptors: the program, its input, where its output
-goes. Back goes how it ended. It never sees what is expected of a program, nor any other program's input: only this job's.
-While a program runs, any message on the socket means that it is to be ended.
+It has the interpreter loaded, the namespaces entered and the privileges dropped. Over the socket
+(SEQPACKET) it receives jobs one at a time: JSON and three descriptors (program, input, output), and
+answers each with a report of how the program ended. While a program runs, any message kills it.
+A job carries neither the expected output nor any other program's input.
 
-Standard library alone, and Python 3.9.
+Standard library only, Python 3.9 or newer.
 """
+
+from __future__ import annotations
 
 import array
 import contextlib
@@ -22,37 +25,37 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import jail
 
 del sys.path[0]
 
-MEMORY_RAN_OUT, RAISED = 71, 72  # exit codes of a program's process, beside its own
-DEPTH = 64  # of a result: deeper than any honest one
+OUT_OF_MEMORY, RAISED = 71, 72  # exit codes of a program's process, next to its own
+MAX_DEPTH = 64  # nesting of a returned value
 
 
-def main():
+def main() -> None:
     settings = json.loads(sys.argv[2])
     link = socket.socket(fileno=int(sys.argv[1]))
     jail.die_with_parent()
-    error, namespaces = "", False
+    error, has_namespaces = "", False
     if not jail.is_supported() or not jail.landlock_version():
         error = "this host is not Linux on x86-64 with Landlock (5.13 or newer)"
     jail.drop_privileges()
-    jail.die_with_parent()  # forgotten when the user changes
-    if "namespaces" not in settings["without"]:
+    jail.die_with_parent()  # the kernel clears it when the user changes
+    if "namespaces" not in settings["disabled_layers"]:
         try:
             jail.enter_namespaces()
-            namespaces = True
+            has_namespaces = True
         except OSError as e:
-            error = error or (
-                f"no new namespaces: {e}" if settings["isolation"] == "namespaces" else ""
-            )
-    if namespaces and (
-        init := os.fork()
-    ):  # the child is init of the new pid namespace: with it all of it ends
+            if not error and settings["isolation"] == "namespaces":
+                error = f"no new namespaces: {e}"
+    # the child is init of the new pid namespace: when it ends, the kernel kills all in there
+    if has_namespaces and (init := os.fork()):
         link.close()
         os._exit(os.waitstatus_to_exitcode(os.waitpid(init, 0)[1]) & 255)
     jail.die_with_parent()
@@ -61,66 +64,57 @@ def main():
             importlib.import_module(module)
     gc.collect()
     gc.freeze()
-    link.send(
-        json.dumps(
-            {"error": error, "namespaces": namespaces, "python": sys.version_info[:2]}
-        ).encode()
-    )
-    while not error and serve(link, settings, namespaces):
+    ready = {"error": error, "namespaces": has_namespaces, "python": sys.version_info[:2]}
+    link.send(json.dumps(ready).encode())
+    while not error and serve(link, settings, has_namespaces):
         pass
 
 
-def serve(link, settings, namespaces):
-    """One job. False: nobody is there any more."""
+def serve(link: socket.socket, settings: dict[str, Any], has_namespaces: bool) -> bool:
+    """Runs one job. Returns False when the other end has closed the socket."""
     message, ancillary, _, _ = link.recvmsg(1 << 16, socket.CMSG_SPACE(4 * 4))
     if not message:
         return False
     if not ancillary:
-        return True  # to end a program that has just ended by itself
+        return True  # a kill message for a program that had just ended
     descriptors = array.array("i")
     for _, _, data in ancillary:
         descriptors.frombytes(data)
     job = json.loads(message)
-    confined, says_confined = os.pipe()
+    confined_read, confined_write = os.pipe()
     program = os.fork()
     if program == 0:
         code = RAISED
         try:
             link.close()
-            code = run(job, settings, *descriptors, says_confined)
+            code = run(job, settings, descriptors, confined_write)
         finally:
             os._exit(code & 255)
-    for descriptor in (*descriptors, says_confined):
+    for descriptor in (*descriptors, confined_write):
         os.close(descriptor)
     handle = os.pidfd_open(program)
-    ended, told_to_end = wait(handle, link, time.monotonic() + job["wall_s"])
+    ended, killed = wait(handle, link, time.monotonic() + job["wall_s"])
     if not ended:
         os.kill(program, signal.SIGKILL)
     _, status = os.waitpid(program, 0)
-    was_confined = bool(
-        os.read(confined, 1)
-    )  # said before the program had its turn, over what it never had
-    os.close(confined)
+    # written before the program ran, to a descriptor that it never had
+    confined = bool(os.read(confined_read, 1))
+    os.close(confined_read)
     os.close(handle)
-    if namespaces:
+    if has_namespaces:  # kills all of this pid namespace but init; seccomp allows no fork anyway
         with contextlib.suppress(ProcessLookupError):
-            os.kill(
-                -1, signal.SIGKILL
-            )  # all of this pid namespace but us; seccomp let none of them begin
-    report = {
-        "id": job["id"],
-        "status": status,
-        "too_long": not ended and not told_to_end,
-        "confined": was_confined,
-    }
+            os.kill(-1, signal.SIGKILL)
+    too_long = not ended and not killed
+    report = {"id": job["id"], "status": status, "too_long": too_long, "confined": confined}
     link.send(json.dumps(report).encode())
     return True
 
 
-def wait(handle, link, deadline):
-    """(it ended by itself, we were told to end it)."""
-    left = deadline - time.monotonic()
-    ready = select.select([handle, link], [], [], max(0.0, left))[0]
+def wait(handle: int, link: socket.socket, deadline: float) -> tuple[bool, bool]:
+    """Returns whether the program ended by itself, and whether a message asks to kill it."""
+    remaining_s = max(0.0, deadline - time.monotonic())
+    sources: list[int | socket.socket] = [handle, link]
+    ready = select.select(sources, [], [], remaining_s)[0]
     if handle in ready:
         return True, False
     if link in ready:
@@ -132,15 +126,19 @@ def wait(handle, link, deadline):
 # ---- the program's process
 
 
-def run(job, settings, program, given, output, says_confined):
+def run(
+    job: dict[str, Any], settings: dict[str, Any], descriptors: Iterable[int], confined_write: int
+) -> int:
+    """Confines this process, then runs the program. Returns the exit code."""
     jail.die_with_parent()
     os.setsid()
+    program, given, output = descriptors
     source = os.pread(program, os.fstat(program).st_size, 0).decode("utf-8", "replace")
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    for number, descriptor in enumerate((given, output, nothing, says_confined)):
+    null = os.open(os.devnull, os.O_WRONLY)
+    for number, descriptor in enumerate((given, output, null, confined_write)):
         os.dup2(descriptor, number)
     os.closerange(4, 4096)
-    jail.confine(job, settings["readable"], settings["without"])
+    jail.confine(job, settings["readable"], settings["disabled_layers"])
     os.write(3, b"1")
     os.close(3)
     sys.setrecursionlimit(20000)
@@ -148,53 +146,60 @@ def run(job, settings, program, given, output, says_confined):
         if job["function"]:
             call(source, job["function"])
         else:
-            stdio(source)
+            run_script(source)
     except SystemExit as e:
         return e.code if type(e.code) is int else int(e.code is not None)
     except MemoryError:
-        return MEMORY_RAN_OUT
+        return OUT_OF_MEMORY
     except BaseException:
         return RAISED
     return 0
 
 
-def stdio(source):
-    """The program reads its input and prints."""
+def run_script(source: str) -> None:
+    """Runs a program that reads stdin and prints."""
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0)), encoding="utf-8")
-    sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(1, "w")), encoding="utf-8", errors="replace"
-    )
+    output = io.BufferedWriter(io.FileIO(1, "w"))
+    sys.stdout = io.TextIOWrapper(output, encoding="utf-8", errors="replace")
     exec(compile(source, "<program>", "exec"), {"__name__": "__main__"})
     sys.stdout.flush()
 
 
-def call(source, name):
-    """The program defines a function (or a class Solution with it); what each call returns goes out as one frame."""
+def call(source: str, name: str) -> None:
+    """Calls the program's function `name`, or that method of its class Solution, per argument list.
+
+    Writes each returned value as a frame: four bytes of length (little-endian), then JSON.
+    """
     output, sys.stdout = io.BufferedWriter(io.FileIO(1, "w")), io.StringIO()
     calls = json.loads(io.FileIO(0).readall())
-    names = {"__name__": "program"}
+    names: dict[str, Any] = {"__name__": "program"}
     exec(compile(source, "<program>", "exec"), names)
     function = getattr(names["Solution"](), name) if "Solution" in names else names[name]
     for arguments in calls:
-        frame = json.dumps(plain(function(*arguments))).encode()
+        frame = json.dumps(to_plain(function(*arguments))).encode()
         output.write(struct.pack("<I", len(frame)) + frame)
     output.flush()
 
 
-def plain(value, depth=0):
-    """A result as data. Exact types only: an object that says it equals anything stays here."""
+def to_plain(value: Any, depth: int = 0) -> Any:
+    """Converts a returned value to JSON data.
+
+    Accepts exact types only: no object with an `__eq__` of its own leaves this process.
+    """
     kind = type(value)
-    if depth > DEPTH:
+    if depth > MAX_DEPTH:
         raise ValueError("nested too deep")
     if kind in (int, float, str, bool, type(None)):
         return value
     if kind in (list, tuple):
-        return [plain(one, depth + 1) for one in value]
+        return [to_plain(one, depth + 1) for one in value]
     if kind is dict and all(type(key) in (str, int, float, bool) for key in value):
-        return {"dict": [[plain(key), plain(one, depth + 1)] for key, one in value.items()]}
+        items = value.items()
+        return {"dict": [[to_plain(key), to_plain(one, depth + 1)] for key, one in items]}
     if kind in (set, frozenset):
-        return {"set": sorted((plain(one, depth + 1) for one in value), key=repr)}
+        return {"set": sorted((to_plain(one, depth + 1) for one in value), key=repr)}
     raise TypeError(f"a result of type {kind.__name__}")
 
 
-main()
+if __name__ == "__main__":
+    main()

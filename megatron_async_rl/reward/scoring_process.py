@@ -1,0 +1,101 @@
+"""Runs in the scoring processes of a reward worker (worker.py): `initialize` once, then tasks.
+
+A task returns (reward, error). A failure of the reward function or the sandbox is reward None with
+an error, never a reward of 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import numbers
+import resource
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from megatron_async_rl import processes
+from megatron_async_rl.data.code_tests import CodeTests
+from megatron_async_rl.reward import code_answer, math_answer
+from megatron_async_rl.sandbox.sandbox import (
+    Limits,
+    Sandbox,
+    SandboxError,
+    SandboxLost,
+    SandboxSettings,
+)
+
+MATH_MEMORY_BYTES = 4 << 30  # address space of a process that runs the built-in `math`
+
+Outcome = tuple[float | None, str]  # reward, error
+
+_function: Callable[[str, str, dict[str, Any]], Any] | None = None
+_load_error = ""
+_sandbox: Sandbox | None = None
+
+
+def initialize(function: str, sandbox: SandboxSettings) -> None:
+    """Sets this process's limits and loads its reward function or starts its sandbox."""
+    global _function, _load_error, _sandbox
+    # pebble's handler would only run once sympy returns to the interpreter
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    processes.die_with_parent()  # the fork server, which dies with the reward worker
+    if function == "code":
+        _sandbox = Sandbox(sandbox)
+        try:
+            _sandbox.start()
+        except SandboxError as e:
+            _load_error = str(e)
+        return
+    if function == "math":
+        resource.setrlimit(resource.RLIMIT_AS, (MATH_MEMORY_BYTES, MATH_MEMORY_BYTES))
+        math_answer.load_math_verify()
+        return
+    module, _, name = function.partition(":")
+    try:
+        loaded = getattr(importlib.import_module(module), name)
+    except Exception as e:  # a user's module may raise anything; `load_error` reports it
+        _load_error = f"{type(e).__name__}: {e}"
+        return
+    if callable(loaded):
+        _function = loaded
+    else:
+        _load_error = f"{name} is a {type(loaded).__name__}, not a function"
+
+
+def load_error() -> str:
+    """Returns the reason why `initialize` failed, "" if it did not."""
+    return _load_error
+
+
+def score_math(expected: str, answer: str) -> Outcome:
+    try:
+        return float(math_answer.compare_latex(expected, answer)), ""
+    except Exception as e:  # any failure of math-verify is an infrastructure error
+        return None, f"{type(e).__name__}: {e}"
+
+
+def score_code(response: str, tests: CodeTests, limits: Limits, timeout_s: float) -> Outcome:
+    assert _sandbox is not None
+    try:
+        passes, reason = code_answer.passes_tests(_sandbox, response, tests, limits, timeout_s)
+    except (SandboxLost, SandboxError) as e:
+        return None, f"the sandbox: {e}"
+    except Exception as e:  # any failure of the comparison is an infrastructure error
+        return None, f"{type(e).__name__}: {e}"
+    return float(passes), reason
+
+
+def score_custom(prompt: str, response: str, row: dict[str, Any]) -> Outcome:
+    if _function is None:
+        return None, _load_error
+    try:
+        value = _function(prompt, response, row)
+    except (Exception, SystemExit) as e:  # as text: some exceptions cannot be pickled
+        return None, f"{type(e).__name__}: {e}"
+    if not isinstance(value, numbers.Real):
+        return None, f"the reward function returned a {type(value).__name__}, not a number"
+    reward = float(value)
+    if not math.isfinite(reward):
+        return None, f"the reward function returned {reward}"
+    return reward, ""
