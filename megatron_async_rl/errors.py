@@ -19,7 +19,12 @@ A process ends with one `error: ...` line and exit code 2 on any of them, and wi
 
 
 class Error(Exception):
-    pass
+    """Base of the errors above. The message is for a person: the problem, then the remedy."""
+
+    def __init__(self, problem: str = "", remedy: str = "") -> None:
+        super().__init__(f"{problem}; {remedy}" if remedy else problem)
+        self.problem = problem
+        self.remedy = remedy
 
 
 class ConfigError(Error):

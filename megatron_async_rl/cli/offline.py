@@ -13,7 +13,7 @@ import msgspec
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.launcher.roles import REPOSITORY
 
 
@@ -45,10 +45,6 @@ def replay(paths: list[Path], config_path: Path | None, overrides: list[str]) ->
 def selftest(config: Config) -> int:
     """Compares this configuration's layout with TP1 PP1 CP1."""
     source = Path(config.model.path)
-    if not (source / "config.json").is_file():
-        raise DataError(
-            f"model.path = {source} has no config.json; give the folder of a Hugging Face model"
-        )
     from megatron_async_rl.trainer.selftest import small_model
 
     with tempfile.TemporaryDirectory() as folder:

@@ -96,6 +96,9 @@ def cross_check(config: Config) -> None:
         size = config.megatron.get(f"{name}_parallel_size", 1)
         if type(size) is not int or size < 1:
             raise ConfigError(f"megatron.{name}_parallel_size = {size!r}: expected an integer >= 1")
+    size = config.sglang.get("tp_size", 1)
+    if type(size) is not int or size < 1:
+        raise ConfigError(f"sglang.tp_size = {size!r}: expected an integer >= 1")
     _check_trainer_hosts(config)
 
 

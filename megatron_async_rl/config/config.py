@@ -53,6 +53,16 @@ class Config(Section, kw_only=True):
         return int(self.megatron.get(f"{name}_parallel_size", 1))
 
     @property
+    def engine_tp(self) -> int:
+        """Tensor-parallel ranks of each server: sglang.tp_size."""
+        return int(self.sglang.get("tp_size", 1))
+
+    @property
+    def on_cpu(self) -> bool:
+        """True if the run uses no GPU: sglang.device is cpu."""
+        return self.sglang.get("device") == "cpu"
+
+    @property
     def has_trainer(self) -> bool:
         return self.run.mode == "train"
 

@@ -30,9 +30,11 @@ def visible_gpus() -> list[str]:
 def assign_gpus(
     config: Config, gpus: list[str], here: Collection[str] | None = None
 ) -> dict[str, str]:
-    """CUDA_VISIBLE_DEVICES by process name. Raises ConfigError when there are too few for trainer and servers.
+    """CUDA_VISIBLE_DEVICES by process name. Raises ConfigError when there are too few for trainer
+    and servers.
 
-    `here`: the processes that this host starts, when not all. `sglang.device: cpu` says that nothing of the run uses a GPU.
+    `here`: the processes that this host starts, when not all. `sglang.device: cpu` says that
+    nothing of the run uses a GPU.
     """
     chosen = (
         [*config.trainer_names, *(f"rollout-{i}" for i in range(config.rollout.servers))]
@@ -40,9 +42,9 @@ def assign_gpus(
         else here
     )
     servers = [name for name in chosen if name.startswith("rollout-")]
-    if config.sglang.get("device") == "cpu":
+    if config.on_cpu:
         return dict.fromkeys(chosen, "")
-    per_server = int(config.sglang.get("tp_size", 1))
+    per_server = config.engine_tp
     trainers = [name for name in config.trainer_names if name in chosen and config.has_trainer]
     trainer_ranks = config.ranks_per_host * len(trainers)
     needed = trainer_ranks + per_server * len(servers)

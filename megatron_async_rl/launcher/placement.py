@@ -1,11 +1,12 @@
-"""Which process of a run goes to which node of an allocation: decided from the configuration and two numbers, so that a
-laptop can show it (`slurm --plan`).
+"""Which process of a run goes to which node of an allocation: decided from the configuration and
+two numbers, so that a laptop can show it (`slurm --plan`).
 
     trainer's hosts    the first nodes, one each, every one with the same number of ranks
     SGLang servers     packed into the GPUs that are left, in order; a server is never split over nodes
     the rest           on the first node: controller, reward workers, with run.mode = rollout_only the recorder
 
-With sglang.device = cpu nothing uses a GPU: servers are dealt to the nodes in turn, those without trainer ranks first.
+With sglang.device = cpu nothing uses a GPU: servers are dealt to the nodes in turn, those without
+trainer ranks first.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def place(config: Config, num_nodes: int, gpus_per_node: int) -> Placement:
     """Raises ConfigError, with the numbers and what would do, when they do not fit."""
     if num_nodes < 1:
         raise ConfigError(f"a run takes at least 1 node, not {num_nodes}")
-    on_cpu = config.sglang.get("device") == "cpu"
+    on_cpu = config.on_cpu
     hosts = (
         config.trainer.hosts
         if on_cpu or not config.has_trainer
@@ -83,7 +84,7 @@ def place(config: Config, num_nodes: int, gpus_per_node: int) -> Placement:
     )
     hosts = hosts if config.has_trainer else 1
     config = replace(config, trainer=replace(config.trainer, hosts=hosts))
-    per_server = 0 if on_cpu else int(config.sglang.get("tp_size", 1))
+    per_server = 0 if on_cpu else config.engine_tp
     per_host = config.ranks_per_host if config.has_trainer and not on_cpu else 0
     needed = _nodes_needed(config, hosts, per_host, per_server, gpus_per_node)
     if num_nodes < needed:
@@ -109,7 +110,8 @@ def place(config: Config, num_nodes: int, gpus_per_node: int) -> Placement:
 
 
 def trainer_hosts(config: Config, gpus_per_node: int) -> int:
-    """trainer.hosts, checked against the nodes; the fewest nodes that hold the ranks where it is not set (1).
+    """trainer.hosts, checked against the nodes; the fewest nodes that hold the ranks where it is
+    not set (1).
 
     A tensor-parallel group talks in every layer, over NVLink: it must not span nodes.
     """

@@ -6,7 +6,6 @@ Loss and the gradient of every parameter must agree: in float32, so that no diff
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megatron_async_rl import patches, processes
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import SelftestFailed
+from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.protocol.types import NOT_GENERATED, TrainSample
 
 TOLERANCE = 1e-4  # of the largest entry of a gradient
@@ -28,7 +28,7 @@ _SAMPLES_PER_RANK, _LONGEST = 6, 60
 
 def small_model(source: Path, config: Config) -> dict[str, Any]:
     """config.json of a model with the same family, number of heads and experts, but narrow and shallow."""
-    given = json.loads((source / "config.json").read_text())
+    given = HfConfig(source).raw
     stages = config.parallel_size("pipeline_model") * config.parallel_size("virtual_pipeline_model")
     heads = given["num_attention_heads"]
     small = {name: value for name, value in SIZES.items() if name in given or name == "head_dim"}

@@ -1,65 +1,105 @@
-"""Fills this rank's model from a Hugging Face folder, reading its own shard of each tensor."""
+"""Fills this rank's model: from the safetensors files of a Hugging Face folder, or at random.
+
+A rank reads only the rows or columns that it holds, so it never has more of the model in memory
+than its own shards and one slice.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+import json
+import zlib
+from pathlib import Path
+from typing import Any
 
 import torch
-from megatron.core import parallel_state as mpu
-from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor
 
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.weights.folder import ModelFolder
-from megatron_async_rl.weights.mapping import ModelShape, from_hf, place
+from megatron_async_rl.model.families import ModelShape, map_parameter
+from megatron_async_rl.weights.mapping import Index, from_hf
+from megatron_async_rl.weights.parameters import Modules, global_parameters, tensor_parallel
 
-Modules = GPTModel | Sequence[GPTModel]
-"""A pipeline stage's part of the model: one module, or its chunks of an interleaved pipeline in order."""
-_LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
-
-
-def chunks(modules: Modules) -> list[GPTModel]:
-    return [modules] if isinstance(modules, nn.Module) else list(modules)
+_RANDOM_STD = 0.02
 
 
-def global_parameters(modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
-    """This rank's parameters in a fixed order, with the layers' and the experts' global numbers in their names."""
-    for module in chunks(modules):
-        offset = get_transformer_layer_offset(module.config, vp_stage=module.vp_stage)
-        for name, parameter in module.named_parameters():
-            parts = name.split(".")
-            if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(int(parts[2]) + offset)
-            yield _global_expert(".".join(parts), module), parameter
+class SafetensorsFolder:
+    """Reads parts of tensors from a Hugging Face folder, by name and index."""
 
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._open: dict[str, Any] = {}
+        self._file_of: dict[str, str] | None = None
 
-def is_expert(name: str) -> bool:
-    return ".local_experts." in name
+    def read(self, name: str, index: Index) -> Tensor:
+        """Returns part of a tensor, in the stored element type. Raises DataError if missing."""
+        return self._slice(name)[index]
 
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
 
-def tensor_parallel(name: str) -> tuple[int, int]:
-    """This rank and the number of ranks that cut the parameter: experts may be cut another way than the rest."""
-    if is_expert(name):
-        return mpu.get_expert_tensor_parallel_rank(), mpu.get_expert_tensor_parallel_world_size()
-    return mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+    def _slice(self, name: str) -> Any:
+        """Returns safetensors' lazy handle on a tensor."""
+        files = self._files()
+        if name not in files:
+            raise DataError(
+                f"model.path = {self._path} has no tensor {name}, which the model needs",
+                "download the model again",
+            )
+        file = files[name]
+        if file not in self._open:
+            self._open[file] = safe_open(str(self._path / file), framework="pt")
+        return self._open[file].get_slice(name)
+
+    def _files(self) -> dict[str, str]:
+        """Returns tensor name -> file name."""
+        if self._file_of is None:
+            index = self._path / "model.safetensors.index.json"
+            single = self._path / "model.safetensors"
+            if index.is_file():
+                self._file_of = json.loads(index.read_text())["weight_map"]
+            elif single.is_file():
+                with safe_open(str(single), framework="pt") as file:
+                    self._file_of = dict.fromkeys(file.keys(), single.name)
+            else:
+                raise DataError(
+                    f"model.path = {self._path} has neither {single.name} nor {index.name}",
+                    "convert the weights to safetensors",
+                )
+        return self._file_of
 
 
 @torch.no_grad()
-def load_folder(modules: Modules, folder: ModelFolder, shape: ModelShape) -> None:
+def load_folder(modules: Modules, model_path: str | Path, shape: ModelShape) -> None:
+    """Loads this rank's shards. Raises DataError if a tensor is missing or has another shape."""
+    folder = SafetensorsFolder(model_path)
     for name, parameter in global_parameters(modules):
-        for hf, size in place(name, shape).pieces:
-            if folder.tensor_shape(hf) != size:
+        for hf, size in map_parameter(name, shape).pieces:
+            stored = folder.tensor_shape(hf)
+            if stored != size:
                 raise DataError(
-                    f"model.path = {folder.path}: {hf} has shape {folder.tensor_shape(hf)}, but by config.json it is {size}"
+                    f"model.path = {model_path}: {hf} has shape {stored}, but {size} according to "
+                    "config.json",
+                    "download the model again",
                 )
         parameter.copy_(from_hf(name, folder.read, shape, *tensor_parallel(name)))
 
 
-def _global_expert(name: str, module: GPTModel) -> str:
-    if not is_expert(name):
-        return name
-    local = module.config.num_moe_experts // mpu.get_expert_model_parallel_world_size()
-    first = local * mpu.get_expert_model_parallel_rank()
-    return _LOCAL_EXPERT.sub(lambda match: f".local_experts.{int(match[1]) + first}.", name)
+@torch.no_grad()
+def fill_random(modules: Modules, shape: ModelShape, seed: int) -> None:
+    """Draws this rank's weights from a normal distribution; norms keep their initial ones.
+
+    Each Hugging Face tensor is drawn whole from its own generator and then sliced, so all layouts
+    get the same weights on the same kind of device.
+    """
+    for name, parameter in global_parameters(modules):
+        if name.endswith(("norm.weight", "norm_weight")):
+            continue
+        sizes, device = dict(map_parameter(name, shape).pieces), parameter.device
+
+        def draw(hf: str, index: Index, sizes: Any = sizes, device: Any = device) -> Tensor:
+            generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {hf}".encode()))
+            whole = torch.randn(sizes[hf], generator=generator, device=device)
+            return (whole * _RANDOM_STD)[index]
+
+        parameter.copy_(from_hf(name, draw, shape, *tensor_parallel(name)))

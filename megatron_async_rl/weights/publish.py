@@ -20,6 +20,7 @@ from megatron.core import parallel_state as mpu
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import PublishError
+from megatron_async_rl.model.families import ModelShape
 from megatron_async_rl.protocol.messages import (
     BucketsSent,
     GroupJoined,
@@ -37,8 +38,7 @@ from megatron_async_rl.storage.snapshots import digest_kind
 from megatron_async_rl.weights.bucket import fill_buckets, plan_buckets, split_bucket
 from megatron_async_rl.weights.digest import EngineDigests
 from megatron_async_rl.weights.disk import FolderWriter
-from megatron_async_rl.weights.load import Modules, chunks
-from megatron_async_rl.weights.mapping import ModelShape
+from megatron_async_rl.weights.parameters import Modules, chunks
 from megatron_async_rl.weights.reshard import (
     hf_tensors,
     is_first_of_stage,
@@ -176,7 +176,7 @@ class WeightPublisher:
         socket.send(GroupJoined(order.group, error))
 
     def _new_digests(self) -> EngineDigests:
-        tp = int(self._config.sglang.get("tp_size", 1))
+        tp = self._config.engine_tp
         return EngineDigests(self._shape, tp, self._digest_kind, num_expert_owners())
 
     def _experts_digests(self, digests: EngineDigests) -> dict[str, str]:
@@ -184,12 +184,12 @@ class WeightPublisher:
         if num_expert_owners() == 1:
             return digests.result()
         element_bytes = (self._dtype or next(chunks(self._modules)[0].parameters()).dtype).itemsize
-        if digests.adds_up(element_bytes):
+        if digests.can_sum_experts(element_bytes):
             if self._owners is not None:
                 totals = digests.expert_sums()
                 dist.all_reduce(totals, group=self._owners)
                 if is_first_of_stage():
-                    digests.take_expert_sums(totals)
+                    digests.set_expert_sums(totals)
             return digests.result()
         whole = EngineDigests(self._shape, digests.engine_tp, self._digest_kind)
         for name, tensor in hf_tensors(self._modules, self._shape, self._dtype, only_experts=True):

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
-from megatron_async_rl.weights.load import Modules, global_parameters, is_expert
-from megatron_async_rl.weights.mapping import ModelShape, place, to_hf
+from megatron_async_rl.model.families import ModelShape, map_parameter
+from megatron_async_rl.weights.mapping import to_hf
+from megatron_async_rl.weights.parameters import Modules, global_parameters, is_expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ def manifest(
         TensorInfo(hf, size, dtype or parameter.dtype, one)
         for name, parameter in _owned(modules, shape)
         for one in _experts(name, shape)
-        for hf, size in place(one, shape).pieces
+        for hf, size in map_parameter(one, shape).pieces
     ]
 
 
@@ -112,7 +113,7 @@ def own_manifest(
         TensorInfo(hf, size, dtype or parameter.dtype, name)
         for name, parameter in _owned(modules, shape)
         if (_is_expert_owner() if is_expert(name) else is_first_of_stage())
-        for hf, size in place(name, shape).pieces
+        for hf, size in map_parameter(name, shape).pieces
     ]
 
 
@@ -134,7 +135,7 @@ def own_tensors(
         if not holds:
             continue
         local = parameter.data.to(dtype or parameter.dtype).contiguous()
-        rule = place(name, shape).rule
+        rule = map_parameter(name, shape).rule
         shards = local[None] if rule.split is None else _gather(local, _cutting_group(name))
         if rule.split == 0 and rule.join == "one":
             shards = shards.flatten(0, 1)[
@@ -164,7 +165,7 @@ def hf_tensors(
             continue
         local = get(parameter)
         local = local.to(dtype or local.dtype).contiguous()
-        names, is_cut = _experts(name, shape), place(name, shape).rule.split is not None
+        names, is_cut = _experts(name, shape), map_parameter(name, shape).rule.split is not None
         if len(names) > 1:
             joint, over_experts = (
                 mpu.get_expert_tensor_and_model_parallel_group(),

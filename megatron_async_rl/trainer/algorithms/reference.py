@@ -12,9 +12,7 @@ from torch import Tensor
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.trainer.model.build import TrainerModel
-from megatron_async_rl.weights.folder import ModelFolder
-from megatron_async_rl.weights.load import load_folder
-from megatron_async_rl.weights.random_init import fill_random
+from megatron_async_rl.weights.load import fill_random, load_folder
 
 _kept: WeakKeyDictionary[GPTModel, list[Tensor]] = WeakKeyDictionary()  # by the first chunk
 
@@ -43,7 +41,7 @@ def _read(model: TrainerModel, config: Config) -> list[Tensor]:
     if config.model.random_init:
         fill_random(model.modules, model.shape, config.run.seed)
     else:
-        load_folder(model.modules, ModelFolder(config.model.path), model.shape)
+        load_folder(model.modules, config.model.path, model.shape)
     reference = [p.clone() for p in model.parameters()]
     for p, data in zip(model.parameters(), own, strict=True):
         p.copy_(data)

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.families import ModelShape
 from megatron_async_rl.storage import snapshots
 from megatron_async_rl.trainer.model.build import TrainerModel
-from megatron_async_rl.weights.folder import ModelFolder
-from megatron_async_rl.weights.load import Modules
-from megatron_async_rl.weights.mapping import ModelShape
+from megatron_async_rl.weights.parameters import Modules
 from megatron_async_rl.weights.reshard import own_tensors, source_number, takes_part
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,8 @@ def export_hf(
 
 
 def _stored_dtype(source: Path) -> torch.dtype | None:
-    config = ModelFolder(source).config
-    name = config.get("dtype") or config.get("torch_dtype")
-    return getattr(torch, name) if isinstance(name, str) else None
+    name = HfConfig(source).dtype_name
+    return getattr(torch, name) if name else None
 
 
 def _write_part(tensors: Iterator[tuple[str, Tensor]], folder: Path, number: int) -> None:

@@ -19,13 +19,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.model.config_json import Architecture, HfConfig
+from megatron_async_rl.model.families import ModelShape
 from megatron_async_rl.trainer import parallel
 from megatron_async_rl.trainer.model import layers, settings
 from megatron_async_rl.trainer.model.value_head import ValueHead
-from megatron_async_rl.weights.folder import Architecture, ModelFolder
-from megatron_async_rl.weights.load import load_folder
-from megatron_async_rl.weights.mapping import ModelShape
-from megatron_async_rl.weights.random_init import fill_random
+from megatron_async_rl.weights.load import fill_random, load_folder
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +110,10 @@ def build_modules(
     critic: those of critic.path, with an output layer that shares nothing and gives way to a value head.
     """
     settings.check_keys(config.megatron)
-    folder = ModelFolder((config.critic.path if critic else None) or config.model.path)
-    shape, architecture = (
-        folder.shape(settings.padded_vocab_multiple(config)),
-        folder.architecture(),
-    )
+    path = (config.critic.path if critic else None) or config.model.path
+    hf_config = HfConfig(path)
+    shape = hf_config.shape(settings.padded_vocab_multiple(config))
+    architecture = hf_config.architecture()
     if (
         config.parallel_size("context") > 1
         and torch.cuda.is_available()
@@ -140,7 +138,7 @@ def build_modules(
     if config.model.random_init:
         fill_random(modules, shape, config.run.seed)
     else:
-        load_folder(modules, folder, shape)
+        load_folder(modules, path, shape)
     return transformer, shape, modules
 
 

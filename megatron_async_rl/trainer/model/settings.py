@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from typing import Any, get_type_hints
 
 import msgspec
@@ -20,8 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
-from megatron_async_rl.weights.folder import Architecture
-from megatron_async_rl.weights.mapping import ModelShape
+from megatron_async_rl.model import layout
+from megatron_async_rl.model.config_json import Architecture
+from megatron_async_rl.model.families import ModelShape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,42 +127,15 @@ def _make(cls: type, **fields: Any) -> Any:
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:
-    """Refuses parallel sizes that do not divide the model."""
-    tp, pp = config.parallel_size("tensor_model"), config.parallel_size("pipeline_model")
-    ep, vpp = config.parallel_size("expert_model"), config.parallel_size("virtual_pipeline_model")
-    if ep > 1 and shape.num_experts % ep:
-        raise ConfigError(
-            f"megatron.expert_model_parallel_size = {ep} does not divide the model's num_experts = {shape.num_experts}; "
-            f"use {'1' if not shape.num_experts else 'a divisor of it'}"
-        )
+    """Raises ConfigError if Megatron cannot train the model in this parallel layout."""
     if shape.num_experts and config.trainer.precision == "fp16":
         raise ConfigError(
-            "trainer.precision = fp16 with a model of experts: megatron.core scales the losses of experts and of the rest "
-            "apart, and one overflow would be no overflow to the other; use bf16"
+            "trainer.precision = fp16 with a model of experts: megatron.core scales the losses of "
+            "experts and of the other layers separately, so an overflow in one is not seen by the "
+            "other",
+            "use bf16",
         )
-    etp = int(config.megatron.get("expert_tensor_parallel_size", tp))
-    if config.trainer_ranks // pp % (ep * etp):
-        raise ConfigError(
-            f"megatron.expert_model_parallel_size = {ep} times expert_tensor_parallel_size = {etp} does not divide the "
-            f"{config.trainer_ranks // pp} ranks of a pipeline stage; raise trainer.data_parallel_size or lower one of them"
-        )
-    if vpp > 1 and (pp == 1 or shape.num_layers % (pp * vpp)):
-        raise ConfigError(
-            f"megatron.virtual_pipeline_model_parallel_size = {vpp} with pipeline_model_parallel_size = {pp}: an interleaved "
-            f"pipeline has at least 2 stages, and their product divides num_hidden_layers = {shape.num_layers}"
-        )
-    rules = (
-        ("tensor_model", tp, "num_attention_heads", shape.num_attention_heads),
-        ("tensor_model", tp, "num_key_value_heads", shape.num_query_groups),
-        ("tensor_model", tp, "intermediate_size", shape.ffn_hidden_size),
-        ("pipeline_model", pp, "num_hidden_layers", shape.num_layers),
-    )
-    for name, size, what, count in rules:
-        if count % size:
-            raise ConfigError(
-                f"megatron.{name}_parallel_size = {size} does not divide the model's {what} = {count}; use a divisor of "
-                f"{math.gcd(shape.num_attention_heads, shape.num_query_groups) if name == 'tensor_model' else count}"
-            )
+    layout.check_trainer(layout.Layout.from_config(config), shape)
 
 
 def padded_vocab_multiple(config: Config) -> int:

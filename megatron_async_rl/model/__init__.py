@@ -1,0 +1,1 @@
+"""Model descriptions without torch: config.json, model families, parallel layouts, weight plan."""

@@ -1,0 +1,137 @@
+"""Parallel layouts of trainer and servers, and the one set of rules for which models they fit.
+
+Preflight, the trainer and `plan-weights` apply the same rules, each with the same message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.model.engine_layout import VOCABULARY_MULTIPLE
+from megatron_async_rl.model.families import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The trainer's parallel sizes and, from engine_tp on, the servers'."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    """Chunks of layers on each pipeline stage; more than 1: an interleaved pipeline."""
+    ep: int = 1
+    etp: int = 1
+    cp: int = 1
+    dp: int = 1
+    engine_tp: int = 1
+    servers: int = 1
+
+    @classmethod
+    def from_config(cls, config: Config) -> Layout:
+        size = config.parallel_size
+        return cls(
+            tp=size("tensor_model"),
+            pp=size("pipeline_model"),
+            vpp=size("virtual_pipeline_model"),
+            ep=size("expert_model"),
+            etp=config.megatron.get("expert_tensor_parallel_size", size("tensor_model")),
+            cp=size("context"),
+            dp=config.trainer.data_parallel_size,
+            engine_tp=config.engine_tp,
+            servers=config.rollout.servers,
+        )
+
+    def stage_of(self, layer: int, num_layers: int) -> int:
+        """Returns the pipeline stage of a layer. Interleaved pipelines deal chunks in turn."""
+        return layer // (num_layers // (self.pp * self.vpp)) % self.pp
+
+
+def check(layout: Layout, shape: ModelShape) -> None:
+    """Raises ConfigError if trainer or servers cannot run the model in this layout."""
+    check_trainer(layout, shape)
+    check_engine(layout, shape)
+
+
+def check_trainer(layout: Layout, shape: ModelShape) -> None:
+    """Raises ConfigError if Megatron cannot split the model so."""
+    split_by_tp = {
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+    }
+    if not shape.num_experts:
+        split_by_tp["intermediate_size"] = shape.ffn_hidden_size
+    _check_divides("megatron.tensor_model_parallel_size", layout.tp, split_by_tp)
+    layers = {"num_hidden_layers": shape.num_layers}
+    _check_divides("megatron.pipeline_model_parallel_size", layout.pp, layers)
+    if layout.vpp > 1:
+        key = f"megatron.virtual_pipeline_model_parallel_size = {layout.vpp}"
+        if layout.pp == 1:
+            raise ConfigError(
+                f"{key} needs pipeline_model_parallel_size >= 2", "raise that, or remove the key"
+            )
+        if shape.num_layers % (layout.pp * layout.vpp):
+            raise ConfigError(
+                f"{key} times pipeline_model_parallel_size = {layout.pp} does not divide the "
+                f"model's num_hidden_layers = {shape.num_layers}",
+                "change one of the two sizes",
+            )
+    if shape.num_experts:
+        experts = {"num_experts": shape.num_experts}
+        _check_divides("megatron.expert_model_parallel_size", layout.ep, experts)
+        ffn = {"moe_intermediate_size": shape.expert_ffn_hidden_size}
+        _check_divides("megatron.expert_tensor_parallel_size", layout.etp, ffn)
+    elif layout.ep > 1:
+        raise ConfigError(
+            f"megatron.expert_model_parallel_size = {layout.ep}, but the model has no experts",
+            "set it to 1",
+        )
+    stage_ranks = layout.tp * layout.cp * layout.dp
+    if stage_ranks % (layout.ep * layout.etp):
+        raise ConfigError(
+            f"megatron.expert_model_parallel_size = {layout.ep} times expert_tensor_parallel_size "
+            f"= {layout.etp} does not divide the {stage_ranks} ranks of a pipeline stage",
+            "raise trainer.data_parallel_size or lower one of them",
+        )
+
+
+def check_engine(layout: Layout, shape: ModelShape) -> None:
+    """Raises ConfigError if SGLang cannot split the model so."""
+    heads, kv_heads, tp = shape.num_attention_heads, shape.num_query_groups, layout.engine_tp
+    ffn = "moe_intermediate_size" if shape.num_experts else "intermediate_size"
+    counts = {
+        "num_attention_heads": heads,
+        ffn: shape.expert_ffn_hidden_size if shape.num_experts else shape.ffn_hidden_size,
+        "vocabulary padding": VOCABULARY_MULTIPLE,
+    }
+    fitting = [
+        size for size in _divisors(*counts.values()) if kv_heads % size == 0 or size % kv_heads == 0
+    ]
+    _check_divides("sglang.tp_size", tp, counts, fitting)
+    if tp not in fitting:
+        raise ConfigError(
+            f"sglang.tp_size = {tp} neither divides the model's num_key_value_heads = {kv_heads} "
+            "nor is a multiple of it",
+            f"set it to one of {_listed(fitting)}",
+        )
+
+
+def _check_divides(
+    key: str, size: int, counts: dict[str, int], fitting: list[int] | None = None
+) -> None:
+    """Raises ConfigError if `size` does not divide one of the model's counts, given by name."""
+    for name, count in counts.items():
+        if count % size:
+            raise ConfigError(
+                f"{key} = {size} does not divide the model's {name} = {count}",
+                f"set it to one of {_listed(fitting or _divisors(*counts.values()))}",
+            )
+
+
+def _divisors(*numbers: int) -> list[int]:
+    return [n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers)]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
