@@ -82,7 +82,7 @@ def advantages_one_by_one(
     "extra", [{}, {"reward_clip": 0.5, "reward_scale": 5.0}, {"batch_normalize": True}]
 )
 @pytest.mark.parametrize("samples", [1, 2, 16])
-def test_advantages_are_the_formula(advantage: str, extra: dict[str, object], samples: int) -> None:
+def test_advantages_match_the_formula(advantage: str, extra: dict[str, object], samples: int) -> None:
     c, rng = algorithm(advantage=advantage, **extra), np.random.default_rng(samples)
     rewards, tokens = rng.random((5, samples)), rng.integers(1, 50, (5, samples))
     rewards[0] = 1.0  # all equal
@@ -92,7 +92,7 @@ def test_advantages_are_the_formula(advantage: str, extra: dict[str, object], sa
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
 
 
-def test_a_critic_is_given_the_shaped_reward() -> None:
+def test_critic_receives_the_shaped_reward() -> None:
     """Whatever else is asked for: the trainer normalises what it makes of it."""
     c = algorithm(
         advantage="gae", reward_scale=5.0, reward_bias=0.1, reward_clip=4.0, batch_normalize=True
@@ -104,20 +104,20 @@ def test_a_critic_is_given_the_shaped_reward() -> None:
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo"])
-def test_a_group_of_equal_rewards_or_of_one_teaches_nothing(advantage: str) -> None:
+def test_group_of_equal_rewards_or_one_sample_has_zero_advantage(advantage: str) -> None:
     for shape in [(3, 4), (3, 1)]:
         got = sample_advantages(np.ones(shape), np.ones(shape, int), algorithm(advantage=advantage))
         assert np.array_equal(got, np.zeros(shape))
 
 
-def test_lengths_from_1_to_32k_weigh_the_batch_norm() -> None:
+def test_batch_normalization_weighs_samples_by_length() -> None:
     tokens, rewards = np.array([[1, 32768]]), np.array([[1.0, 0.0]])
     got = sample_advantages(rewards, tokens, algorithm(advantage="reinforce_pp"))
     assert (got * tokens).sum() == pytest.approx(0, abs=1e-6)
     assert got[0, 0] > 100 and abs(got[0, 1]) < 0.01
 
 
-def test_the_overlong_penalty_rises_over_the_buffer_alone() -> None:
+def test_overlong_penalty_rises_only_over_the_buffer() -> None:
     np.testing.assert_allclose(
         overlong_share(np.array([[1, 60, 80, 100, 120]]), 100, 40), [[0, 0, 0.5, 1, 1]]
     )
@@ -224,7 +224,7 @@ def check(x: LossInputs, c: AlgorithmConfig) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("level", CHOICES["behavior_weight_level"])
 @pytest.mark.parametrize("action", CHOICES["behavior_weight_action"])
 @pytest.mark.parametrize("loss", CHOICES["loss"])
-def test_losses_and_corrections_are_the_formula(loss: str, action: str, level: str) -> None:
+def test_losses_and_corrections_match_the_formula(loss: str, action: str, level: str) -> None:
     for seed, (cap, floor) in enumerate([(5.0, None), (1.1, 0.9), (None, None), (None, 0.8)]):
         for spread in (0.0, 0.1, 1.0):
             c = algorithm(
@@ -244,17 +244,17 @@ def test_losses_and_corrections_are_the_formula(loss: str, action: str, level: s
     st.sampled_from(CHOICES["loss"]),
 )
 @settings(max_examples=50, deadline=None)
-def test_any_lengths(lengths: list[int], seed: int, loss: str) -> None:
+def test_losses_match_the_formula_for_any_lengths(lengths: list[int], seed: int, loss: str) -> None:
     check(pack_of(lengths, seed, 0.3), algorithm(loss=loss, behavior_weight_level="sequence"))
 
 
 @pytest.mark.parametrize("loss", CHOICES["loss"])
-def test_a_sample_of_32k_tokens_beside_one_of_one(loss: str) -> None:
+def test_losses_match_for_32k_tokens_beside_one_token(loss: str) -> None:
     check(pack_of([32768, 1], 0, 0.2), algorithm(loss=loss, behavior_weight_level="sequence"))
 
 
 @pytest.mark.parametrize("loss", CHOICES["loss"])
-def test_fully_masked_samples_give_nothing_and_no_nan(loss: str) -> None:
+def test_fully_masked_samples_add_no_loss_and_no_nan(loss: str) -> None:
     x = pack_of([5, 9], 0, 0.5, masked={0, 1})
     value, _ = policy_loss(x, algorithm(loss=loss, behavior_weight_level="sequence", kl_coef=0.1))
     value.backward()
@@ -262,13 +262,13 @@ def test_fully_masked_samples_give_nothing_and_no_nan(loss: str) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_the_kl_to_the_reference_in_the_loss(estimator: str) -> None:
+def test_kl_loss_matches_the_formula(estimator: str) -> None:
     c = algorithm(kl_coef=0.3, kl_estimator=estimator)
     metrics = check(pack_of([6, 20], 1, 0.3), c)
     assert metrics["reference_kl"] > 0
 
 
-def test_the_kl_in_the_reward_is_each_tokens_reward_to_go() -> None:
+def test_kl_in_reward_adds_the_kl_of_later_tokens() -> None:
     x = pack_of([3, 10, 1, 5], 2, 0.5)
     got = kl_reward_to_go(x.behavior_T, x.reference_T, x.mask_T, x.owners)
     for t in range(len(got)):
@@ -287,7 +287,7 @@ def test_loglinear_interpolates_by_staleness(loss: str) -> None:
     check(x, algorithm(loss=loss, proximal="loglinear"))
 
 
-def test_loglinear_takes_fresh_tokens_proximal_from_the_engine() -> None:
+def test_loglinear_uses_engine_logprobs_for_fresh_tokens() -> None:
     x = pack_of([20], 4, 0.4)
     fresh = {"proximal_T": None, "lag_T": torch.zeros_like(x.lag_T)}
     x = LossInputs(**{f: getattr(x, f) for f in LossInputs.__slots__} | fresh)
@@ -303,7 +303,7 @@ def test_loglinear_takes_fresh_tokens_proximal_from_the_engine() -> None:
     st.lists(st.one_of(st.floats(0, 8, width=32), st.sampled_from([0.0, 0.5, 2.0])), max_size=40),
     st.sampled_from([0.01, 0.04, 0.5, 3.0]),
 )
-def test_m2po_leaves_out_the_largest_until_the_mean_is_small(
+def test_m2po_masks_the_largest_ratios_until_the_mean_fits(
     squares: list[float], threshold: float
 ) -> None:
     cutoff = second_moment_cutoff(torch.tensor(squares, dtype=torch.float32), threshold)
@@ -314,7 +314,7 @@ def test_m2po_leaves_out_the_largest_until_the_mean_is_small(
     assert [x for x in sorted(squares) if x <= cutoff] == left
 
 
-def test_m2po_over_ranks_is_that_of_the_whole() -> None:
+def test_m2po_over_ranks_equals_m2po_of_the_batch() -> None:
     whole = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 8
     alone = second_moment_cutoff(whole, 0.04)
     assert 0 < alone < whole.max()
@@ -340,12 +340,12 @@ def test_m2po_over_ranks_is_that_of_the_whole() -> None:
     assert cutoffs == [alone] * 3
 
 
-def test_m2po_leaves_infinity_out_and_keeps_nothing_of_nothing() -> None:
+def test_m2po_masks_infinity_and_accepts_empty_batches() -> None:
     assert second_moment_cutoff(torch.tensor([float("inf"), 0.01]), 0.04) < float("inf")
     assert second_moment_cutoff(torch.empty(0), 0.04) > 1e38
 
 
-def test_a_token_that_is_not_trusted_has_no_gradient() -> None:
+def test_masked_token_has_no_gradient() -> None:
     inputs, c = pack_of([4, 1, 9], 0, 0.5), algorithm(behavior_weight_cap=None)
     trusted_T = torch.arange(len(inputs.mask_T)) % 3 > 0
     logprobs_T = inputs.logprobs_T.detach().clone().requires_grad_()

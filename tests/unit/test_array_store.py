@@ -43,7 +43,7 @@ def files(path: Path) -> list[str]:
     return sorted(file.name for file in path.with_name(ARRAYS_FOLDER).iterdir())
 
 
-def test_arrays_come_back_in_this_life_and_the_next_ones(tmp_path: Path) -> None:
+def test_arrays_are_read_back_now_and_after_restarts(tmp_path: Path) -> None:
     path = written(tmp_path, 1, 2)
     written(tmp_path, 3)
     check(list(read_events(path)), [1, 2, 3])
@@ -54,7 +54,7 @@ def test_arrays_come_back_in_this_life_and_the_next_ones(tmp_path: Path) -> None
     )  # what was allocated is given back
 
 
-def test_a_file_goes_with_its_last_group_and_not_before(
+def test_file_is_removed_with_its_last_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -83,7 +83,7 @@ def test_a_file_goes_with_its_last_group_and_not_before(
     check(list(read_events(path)), [9])
 
 
-def test_arrays_without_a_row_are_removed_by_the_next_life(tmp_path: Path) -> None:
+def test_arrays_without_a_row_are_removed_at_restart(tmp_path: Path) -> None:
     path = written(tmp_path, 1)
     (path.with_name(ARRAYS_FOLDER) / "000007.bin").write_bytes(b"of a commit that never came")
     written(tmp_path, 2)
@@ -92,7 +92,7 @@ def test_arrays_without_a_row_are_removed_by_the_next_life(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_damaged_arrays_are_named_and_never_believed(tmp_path: Path, damage: str) -> None:
+def test_damaged_arrays_raise_an_error_that_names_the_file(tmp_path: Path, damage: str) -> None:
     path = written(tmp_path, 1, 2)
     file = path.with_name(ARRAYS_FOLDER) / "000001.bin"
     data = bytearray(file.read_bytes())
@@ -106,7 +106,7 @@ def test_damaged_arrays_are_named_and_never_believed(tmp_path: Path, damage: str
 
 
 @pytest.mark.parametrize("refused", ["posix_fallocate", "pwritev", "fdatasync"])
-def test_a_disk_that_refuses_arrays_delays_and_loses_nothing(
+def test_full_disk_delays_arrays_and_loses_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
     def refuse(*_: object) -> None:
@@ -129,7 +129,7 @@ def test_a_disk_that_refuses_arrays_delays_and_loses_nothing(
     journal.close()
 
 
-def test_what_was_said_to_be_on_disk_is_there_after_a_kill(tmp_path: Path) -> None:
+def test_flushed_arrays_survive_a_kill(tmp_path: Path) -> None:
     program = textwrap.dedent(
         """
         import sys

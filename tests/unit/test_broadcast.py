@@ -88,7 +88,7 @@ class Cluster:
         ]
 
 
-def test_every_server_gets_the_version_and_the_sources_hear_of_it() -> None:
+def test_all_servers_update_and_sources_are_released() -> None:
     cluster = Cluster(num_stages=2)
     outcome = cluster.publish(3, "rollout-0", "rollout-1")
     assert outcome.serving == ["rollout-0", "rollout-1"] and not outcome.fenced
@@ -101,13 +101,13 @@ def test_every_server_gets_the_version_and_the_sources_hear_of_it() -> None:
     assert cluster.sent(Published) == [Published(3, 2)] * 2
 
 
-def test_ranks_in_a_group_are_the_source_then_each_server() -> None:
+def test_group_ranks_are_the_source_then_the_servers() -> None:
     cluster = Cluster()
     cluster.publish(0, "rollout-0", "rollout-1")
     assert [(j.rank_offset, j.world_size) for j in cluster.sent(JoinGroup)] == [(1, 3), (2, 3)]
 
 
-def test_groups_are_kept_while_the_membership_is_the_same() -> None:
+def test_groups_are_reused_while_membership_is_unchanged() -> None:
     cluster = Cluster()
     cluster.publish(0, "rollout-0")
     cluster.publish(1, "rollout-0")
@@ -116,7 +116,7 @@ def test_groups_are_kept_while_the_membership_is_the_same() -> None:
     assert len(cluster.sent(OpenGroup)) == 2
 
 
-def test_digests_are_compared_at_every_kth_update_and_whatever_goes_through_new_groups() -> None:
+def test_digests_are_compared_every_kth_update_and_in_new_groups() -> None:
     cluster = Cluster(verify_every=3)
 
     def verified(version: int, *servers: str) -> bool:
@@ -133,7 +133,7 @@ def test_digests_are_compared_at_every_kth_update_and_whatever_goes_through_new_
     assert verified(7, "rollout-0", "rollout-1")
 
 
-def test_after_a_broken_broadcast_the_second_try_is_verified() -> None:
+def test_second_attempt_after_a_broken_broadcast_is_verified() -> None:
     cluster = Cluster(verify_every=100)
     cluster.publish(0, "rollout-0")
     broken = iter([True])
@@ -151,7 +151,7 @@ def test_after_a_broken_broadcast_the_second_try_is_verified() -> None:
 
 
 @pytest.mark.parametrize("kind", [UpdateWeights, JoinGroup, WeightDigests])
-def test_a_server_that_stays_silent_is_fenced_and_the_others_go_on(kind: type) -> None:
+def test_silent_server_is_fenced_and_others_continue(kind: type) -> None:
     cluster = Cluster(faults={("rollout-1", kind): lambda name, message: None})
     outcome = cluster.publish(0, "rollout-0", "rollout-1")
     assert outcome.serving == ["rollout-0"]
@@ -163,7 +163,7 @@ LOST_AT = [UpdateWeights, OpenGroup, JoinGroup, SendBuckets, AbandonUpdate, Weig
 
 
 @pytest.mark.parametrize("kind", LOST_AT)
-def test_a_server_that_is_lost_is_not_waited_for_and_its_next_life_is_in_the_next_update(
+def test_lost_server_is_not_awaited_and_rejoins_the_next_update(
     kind: type,
 ) -> None:
     cluster = Cluster(timeout_s=30.0)
@@ -219,7 +219,7 @@ def test_a_server_that_is_lost_is_not_waited_for_and_its_next_life_is_in_the_nex
     assert cluster.publish(1, "rollout-0", "rollout-1").serving == ["rollout-0", "rollout-1"]
 
 
-def test_a_server_that_is_lost_between_updates_or_was_not_in_this_one_is_nobody_s_matter() -> None:
+def test_lost_server_outside_update_is_ignored() -> None:
     cluster = Cluster()
     cluster.exchange.lost("rollout-0")
     cluster.publish(0, "rollout-0")
@@ -232,7 +232,7 @@ def test_a_server_that_is_lost_between_updates_or_was_not_in_this_one_is_nobody_
     assert outcome.serving == ["rollout-0"] and not outcome.fenced
 
 
-def test_a_server_with_a_wrong_digest_is_fenced_by_name() -> None:
+def test_server_with_wrong_digest_is_fenced_with_the_tensor_name() -> None:
     def mismatch(name: str, message: Message) -> Message:
         return Updated(0, {}, error="tensor model.norm.weight in the engine digests to 1")
 
@@ -243,7 +243,7 @@ def test_a_server_with_a_wrong_digest_is_fenced_by_name() -> None:
 
 
 @pytest.mark.parametrize("dead", [True, False])
-def test_whoever_answers_after_a_broken_broadcast_is_given_a_second_try_and_no_third(
+def test_responsive_servers_get_one_second_attempt(
     dead: bool,
 ) -> None:
     broken = iter([True])
@@ -268,7 +268,7 @@ def test_whoever_answers_after_a_broken_broadcast_is_given_a_second_try_and_no_t
     assert len(cluster.sent(OpenGroup)) == 2
 
 
-def test_a_broadcast_that_never_works_ends_with_an_error() -> None:
+def test_broadcast_that_always_fails_raises() -> None:
     cluster = Cluster()
     cluster.faults[("trainer-0", SendBuckets)] = lambda name, message: BucketsSent(
         0, 0, {}, {}, "no network"
@@ -282,7 +282,7 @@ def test_a_broadcast_that_never_works_ends_with_an_error() -> None:
     assert len(cluster.sent(OpenGroup)) == 2
 
 
-def test_no_server_left_is_an_error_and_the_sources_are_released() -> None:
+def test_update_without_servers_raises_and_releases_sources() -> None:
     cluster = Cluster(
         faults={
             ("rollout-0", JoinGroup): lambda name, message: GroupJoined(message.group, "refused")
@@ -293,7 +293,7 @@ def test_no_server_left_is_an_error_and_the_sources_are_released() -> None:
     assert cluster.sent(Published) == [Published(0, 0)]
 
 
-def test_an_answer_of_an_earlier_update_is_not_taken_for_this_one() -> None:
+def test_reply_of_an_earlier_update_is_ignored() -> None:
     cluster = Cluster()
     cluster.exchange.inbox.put_nowait(("rollout-0", Updated(6, {}, error="old trouble")))
     cluster.exchange.inbox.put_nowait(("rollout-0", UpdateReady(6, {})))

@@ -61,23 +61,23 @@ def load_text(path: Path, text: str, *overrides: str) -> Config:
     return load.load(path, list(overrides))
 
 
-def test_the_smallest_configuration_is_enough() -> None:
+def test_minimal_configuration_is_valid() -> None:
     settings = load.from_tree(config_tree())
     assert settings.staleness.max_staleness == 4
     assert settings.reward.function == "math"
     assert settings.trainer_ranks == 1
 
 
-def test_every_setting_says_what_it_is() -> None:
+def test_every_setting_has_a_description() -> None:
     assert [key for key, _ in leaves() if not load._description(key)] == []
 
 
-def test_the_documentation_of_the_settings_is_current() -> None:
+def test_documentation_of_settings_is_current() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == documentation.markdown()
 
 
 @pytest.mark.parametrize(("key", "value"), LIMITS, ids=[key for key, _ in LIMITS])
-def test_a_number_out_of_range_is_refused_by_name(key: str, value: float) -> None:
+def test_number_out_of_range_is_rejected_by_name(key: str, value: float) -> None:
     text = refusal(**{key: value})
     assert text.startswith(f"{key} = {value!r}: expected ")
     assert f"{key}=VALUE" in text
@@ -88,7 +88,7 @@ def test_most_numbers_have_a_range() -> None:
 
 
 @pytest.mark.parametrize("key", [key for key, _ in leaves()])
-def test_a_value_of_the_wrong_type_is_refused_by_name(key: str) -> None:
+def test_value_of_wrong_type_is_rejected_by_name(key: str) -> None:
     assert refusal(**{key: ["a", "list"]}).startswith(f"{key} = ['a', 'list']: expected ")
 
 
@@ -102,11 +102,11 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(key: str) -> None:
         ("stalenes", "staleness"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_one(key: str, nearest: str) -> None:
+def test_unknown_key_error_suggests_the_nearest_key(key: str, nearest: str) -> None:
     assert refusal(**{key: 1}).startswith(f"{key} is not a setting; did you mean {nearest}?")
 
 
-def test_an_unknown_key_like_no_other_is_refused_with_all_that_are_known() -> None:
+def test_unknown_key_without_a_near_one_lists_known_keys() -> None:
     text = refusal(**{"staleness.qqq": 1})
     assert text.startswith("staleness.qqq is not a setting;")
     assert text.endswith("Known here: max_staleness, straggler_policy, straggler_timeout_s")
@@ -115,7 +115,7 @@ def test_an_unknown_key_like_no_other_is_refused_with_all_that_are_known() -> No
 @pytest.mark.parametrize(
     "key", ["run.steps", "model.context_tokens", "data.train", "algorithm.prompts_per_step"]
 )
-def test_a_setting_without_default_is_asked_for_with_its_meaning(key: str) -> None:
+def test_missing_required_setting_error_describes_it(key: str) -> None:
     section, name = key.split(".")
     incomplete = config_tree()
     del incomplete[section][name]
@@ -126,7 +126,7 @@ def test_a_setting_without_default_is_asked_for_with_its_meaning(key: str) -> No
         load.from_tree(incomplete)
 
 
-def test_a_missing_section_is_asked_for() -> None:
+def test_missing_section_is_rejected() -> None:
     incomplete = config_tree()
     del incomplete["model"]
     with pytest.raises(ConfigError, match="model is not set"):
@@ -140,12 +140,12 @@ def test_a_missing_section_is_asked_for() -> None:
         ("trainer.precision", "'fp32', 'bf16', 'fp16'"),
     ],
 )
-def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(key: str, choices: str) -> None:
+def test_unknown_choice_error_lists_the_choices(key: str, choices: str) -> None:
     assert refusal(**{key: "other"}).startswith(f"{key} = 'other': expected one of {choices}.")
 
 
 @pytest.mark.parametrize("value", [True, 2.5, "3", None])
-def test_an_integer_is_an_integer(value: Any) -> None:
+def test_integer_setting_accepts_only_integers(value: Any) -> None:
     assert refusal(**{"staleness.max_staleness": value}).startswith(
         f"staleness.max_staleness = {value!r}: expected `int`"
     )
@@ -204,14 +204,14 @@ def test_an_integer_is_an_integer(value: Any) -> None:
         ),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused_by_both_names(
+def test_contradicting_settings_error_names_both(
     changes: dict[str, Any], words: list[str]
 ) -> None:
     text = refusal(**changes)
     assert [word for word in words if word not in text] == []
 
 
-def test_settings_on_the_edge_of_a_contradiction_are_allowed() -> None:
+def test_settings_at_the_limit_of_a_rule_are_allowed() -> None:
     load.from_tree(config_tree(**{"rollout.max_new_tokens": 127}))
     load.from_tree(config_tree(**{"algorithm.samples_per_prompt": 256}))
     load.from_tree(
@@ -238,7 +238,7 @@ def test_trainer_ranks_are_the_product_of_the_parallel_sizes() -> None:
     ("text", "value"),
     [("1e-3", 1e-3), ("1E2", 100.0), ("1.5e-6", 1.5e-6), ("+2e0", 2.0), ("1.", 1.0), ("3", 3.0)],
 )
-def test_a_float_may_be_written_as_people_write_it(tmp_path: Path, text: str, value: float) -> None:
+def test_float_may_be_written_in_common_notations(tmp_path: Path, text: str, value: float) -> None:
     (tmp_path / "config.yaml").write_text(load.dump(load.from_tree(config_tree())))
     assert (
         load.load(
@@ -248,7 +248,7 @@ def test_a_float_may_be_written_as_people_write_it(tmp_path: Path, text: str, va
     )
 
 
-def test_what_is_dumped_loads_as_it_was(tmp_path: Path) -> None:
+def test_dumped_configuration_loads_unchanged(tmp_path: Path) -> None:
     changes = {
         "algorithm.loss.clip_eps": 1e-7,
         "algorithm.loss.clip_eps_high": None,
@@ -261,7 +261,7 @@ def test_what_is_dumped_loads_as_it_was(tmp_path: Path) -> None:
     assert load_text(tmp_path, load.dump(settings)) == settings
 
 
-def test_overrides_come_after_the_file_and_the_last_one_wins(tmp_path: Path) -> None:
+def test_overrides_replace_file_values_and_the_last_wins(tmp_path: Path) -> None:
     text = load.dump(load.from_tree(config_tree()))
     settings = load_text(
         tmp_path,
@@ -291,7 +291,7 @@ def test_overrides_come_after_the_file_and_the_last_one_wins(tmp_path: Path) -> 
         ("staleness=3", "staleness = 3"),
     ],
 )
-def test_an_override_that_cannot_be_applied_is_refused(
+def test_invalid_override_is_rejected(
     tmp_path: Path, override: str, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words.replace("?", r"\?")):
@@ -307,30 +307,30 @@ def test_an_override_that_cannot_be_applied_is_refused(
         ("run: !!python/object/apply:os.getcwd []", "is not YAML"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_file_that_is_not_a_configuration_is_rejected(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_text(tmp_path, text)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_unreadable_file_error_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml"):
         load.load(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match="directory"):
         load.load(tmp_path)
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_binary_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError):
         load.load(tmp_path / "config.yaml")
 
 
-def test_a_section_written_twice_is_refused(tmp_path: Path) -> None:
+def test_duplicate_section_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="staleness"):
         load_text(tmp_path, load.dump(load.from_tree(config_tree())) + "\nstaleness: {eta: 1}\n")
 
 
-def test_a_key_that_is_no_text_is_refused_by_name() -> None:
+def test_key_that_is_not_a_string_is_rejected_by_name() -> None:
     assert "sglang" in refusal(**{"sglang": {1: 2}}).partition(":")[0]
 
 
@@ -343,7 +343,7 @@ def test_a_key_that_is_no_text_is_refused_by_name() -> None:
         "reward.timeout_s",
     ],
 )
-def test_a_number_that_is_none_is_refused(key: str) -> None:
+def test_nan_is_rejected(key: str) -> None:
     assert refusal(**{key: float("nan")}).startswith(f"{key} = nan: expected ")
 
 
@@ -351,11 +351,11 @@ def test_a_number_that_is_none_is_refused(key: str) -> None:
     ("key", "value"),
     [("algorithm.reward_shaping.bias", float("nan")), ("run.no_progress_timeout_s", float("inf"))],
 )
-def test_a_setting_is_a_finite_number(key: str, value: float) -> None:
+def test_unbounded_setting_must_still_be_finite(key: str, value: float) -> None:
     assert refusal(**{key: value}).startswith(key)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_configuration_we_ship_loads_and_survives_a_dump(path: Path, tmp_path: Path) -> None:
+def test_shipped_configurations_load_and_survive_a_dump(path: Path, tmp_path: Path) -> None:
     settings = load.load(path)
     assert load_text(tmp_path, load.dump(settings)) == settings

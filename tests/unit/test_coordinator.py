@@ -71,7 +71,7 @@ def asked_by_an_update(num_buckets: int, **weights: str) -> list[str]:
     return asyncio.run(update())
 
 
-def test_the_prefix_cache_is_dropped_with_the_last_bucket_where_the_engine_is_sure_to_be_idle() -> (
+def test_prefix_cache_is_flushed_with_the_last_bucket_if_idle() -> (
     None
 ):
     """It dies of a flush while anything runs; one that aborts has surely ended all when it has taken a few buckets."""
@@ -98,7 +98,7 @@ def interruption_of(version: tuple[int, ...], **weights: str) -> Any:
 
 @pytest.mark.parametrize("weights", [{"interrupt": "retract"}, {"kv_cache": "keep"}], ids=str)
 @pytest.mark.parametrize("version", [(0, 5, 16), (0, 5, 17), (0, 5, 20)])
-def test_an_engine_too_old_for_a_way_of_interrupting_is_refused_by_name(
+def test_engine_too_old_for_interrupt_mode_is_rejected(
     version: tuple[int, ...], weights: dict[str, str]
 ) -> None:
     [(key, value)] = weights.items()
@@ -115,7 +115,7 @@ def test_abort_works_with_any_engine_and_newer_ones_pause() -> None:
     assert isinstance(interruption_of((0, 5, 23), kv_cache="keep"), Pause)
 
 
-def test_a_kept_cache_is_keyed_anew_with_every_update() -> None:
+def test_kept_cache_gets_a_new_key_with_every_update() -> None:
     """By the update, not the version: a run that goes back to a checkpoint makes other weights of the same version."""
 
     async def keys(mode: Any) -> list[str | None]:

@@ -34,13 +34,13 @@ from megatron_async_rl.protocol.messages import Generate, Generated, GenerateFai
 from megatron_async_rl.protocol.types import NOT_GENERATED, Prompt, SampleKey
 
 
-def test_admission_stops_eta_steps_ahead_of_training() -> None:
+def test_admission_stops_max_staleness_steps_ahead() -> None:
     core = make_core(max_staleness=1)
     assert len(join_workers(core)) == 4  # (version 0 + eta 1 + 1) * 2 groups
     assert core.next_step == 2
 
 
-def test_eta_zero_admits_one_batch_per_version() -> None:
+def test_zero_staleness_admits_one_batch_per_version() -> None:
     core = make_core(max_staleness=0)
     leases = join_workers(core)
     assert len(leases) == 2
@@ -56,7 +56,7 @@ def test_eta_zero_admits_one_batch_per_version() -> None:
     assert len(messages_of(core.serving("rollout-0", 1, 3), Generate)) == 2
 
 
-def test_a_straggler_is_waited_for_and_then_trained_first() -> None:
+def test_straggler_is_awaited_and_trained_first() -> None:
     core = make_core(max_staleness=0, prompts_per_step=2)
     first, second = join_workers(core)
     finish_lease(core, second, 0)
@@ -66,7 +66,7 @@ def test_a_straggler_is_waited_for_and_then_trained_first() -> None:
     assert [group.group_id for group in cut.groups] == [first.group_id, second.group_id]
 
 
-def test_a_straggler_that_stays_out_is_dropped_as_stale_and_its_place_given_back() -> None:
+def test_missing_straggler_is_dropped_as_stale_and_replaced() -> None:
     core = make_core(max_staleness=1, wait_for_stragglers=False)
     straggler, *others = join_workers(core)
     for lease in others[:2]:
@@ -87,7 +87,7 @@ def test_a_straggler_that_stays_out_is_dropped_as_stale_and_its_place_given_back
     core.check()
 
 
-def test_waiting_for_a_straggler_ends_at_its_deadline() -> None:
+def test_straggler_wait_ends_at_its_deadline() -> None:
     core = make_core(max_staleness=1)
     straggler, second, third, _fourth = join_workers(core)
     for lease in (second, third):
@@ -106,7 +106,7 @@ def test_waiting_for_a_straggler_ends_at_its_deadline() -> None:
     assert core.groups[straggler.group_id].state is GroupState.RUNNING
 
 
-def test_late_duplicate_and_foreign_replies_change_a_counter_and_nothing_else() -> None:
+def test_late_duplicate_and_foreign_replies_are_only_counted() -> None:
     core = make_core()
     lease, *_ = join_workers(core)
     core.generated("rollout-0", generated(lease, 0, 0), 0)
@@ -131,7 +131,7 @@ def test_late_duplicate_and_foreign_replies_change_a_counter_and_nothing_else() 
     assert core.groups[lease.group_id].samples[1] is None
 
 
-def test_a_lost_server_s_samples_go_to_another_and_what_is_back_stays() -> None:
+def test_samples_of_lost_server_are_requeued_and_returned_kept() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
     core.generated("rollout-0", generated(lease, 0, 0), 0)
@@ -144,7 +144,7 @@ def test_a_lost_server_s_samples_go_to_another_and_what_is_back_stays() -> None:
     )  # the lost one speaks up: too late
 
 
-def test_that_a_server_is_lost_is_said_once_and_only_of_one_that_was_there() -> None:
+def test_lost_server_is_reported_once_and_only_if_known() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
 
     def said(actions: list[Action]) -> list[str]:
@@ -162,7 +162,7 @@ def test_that_a_server_is_lost_is_said_once_and_only_of_one_that_was_there() -> 
     assert said(core.tick(SILENCE_S + 2)) == []
 
 
-def test_a_group_is_dropped_after_the_last_attempt_with_its_reason() -> None:
+def test_group_is_dropped_with_reason_after_last_attempt() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0, max_attempts=2)
     [lease] = join_workers(core)
     failed = GenerateFailed(lease.key(0), "broken")
@@ -173,7 +173,7 @@ def test_a_group_is_dropped_after_the_last_attempt_with_its_reason() -> None:
     assert core.fleet.rollout["rollout-0"].load == 2
 
 
-def test_a_late_lease_goes_to_a_new_attempt() -> None:
+def test_expired_lease_starts_a_new_attempt() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
     core.fleet.heard("rollout-0", LEASE_S)
@@ -182,7 +182,7 @@ def test_a_late_lease_goes_to_a_new_attempt() -> None:
     assert messages_of(core.tick(LEASE_S + 1), Generate)[0].attempt == lease.attempt + 1
 
 
-def test_a_broken_judge_is_retried_then_the_group_dropped_and_never_scored_zero() -> None:
+def test_failed_scoring_is_retried_then_dropped_never_zero() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
     [score] = messages_of(core.generated("rollout-0", generated(lease, 0, 0), 0), ScoreRequest)
@@ -192,7 +192,7 @@ def test_a_broken_judge_is_retried_then_the_group_dropped_and_never_scored_zero(
     assert core.fleet.reward["reward-0"].load == 0
 
 
-def test_a_lost_judge_s_verdicts_are_asked_of_another() -> None:
+def test_scores_of_lost_reward_worker_are_requested_elsewhere() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
     [score] = messages_of(core.generated("rollout-0", generated(lease, 0, 0), 0), ScoreRequest)
@@ -201,7 +201,7 @@ def test_a_lost_judge_s_verdicts_are_asked_of_another() -> None:
 
 
 @pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf")])
-def test_a_reward_that_is_no_number_is_a_broken_judge(reward: float) -> None:
+def test_non_finite_reward_is_an_infrastructure_error(reward: float) -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
     [score] = messages_of(core.generated("rollout-0", generated(lease, 0, 0), 0), ScoreRequest)
@@ -224,7 +224,7 @@ def test_a_reward_that_is_no_number_is_a_broken_judge(reward: float) -> None:
         ),
     ],
 )
-def test_a_sample_that_no_engine_can_have_made_is_never_trained(
+def test_impossible_sample_is_never_trained(
     damage: dict[str, np.ndarray], fault: str
 ) -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
@@ -237,7 +237,7 @@ def test_a_sample_that_no_engine_can_have_made_is_never_trained(
     assert core.groups[lease.group_id].samples == [None, None]
 
 
-def test_groups_with_equal_rewards_are_dropped_only_when_asked() -> None:
+def test_equal_reward_groups_are_dropped_only_if_configured() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0, drop_equal_rewards=True)
     [lease] = join_workers(core)
     actions = finish_lease(core, lease, 0)
@@ -247,7 +247,7 @@ def test_groups_with_equal_rewards_are_dropped_only_when_asked() -> None:
 @pytest.mark.parametrize(
     "band, dropped", [((0.5, 0.9), True), ((0.0, 0.4), True), ((1.0, 1.0), False)]
 )
-def test_groups_outside_the_band_of_success_rates_are_dropped(
+def test_groups_outside_success_rate_band_are_dropped(
     band: tuple[float, float], dropped: bool
 ) -> None:
     core = make_core(prompts_per_step=1, max_staleness=0, success_rates=band)
@@ -258,7 +258,7 @@ def test_groups_outside_the_band_of_success_rates_are_dropped(
     ] * dropped
 
 
-def test_a_fenced_server_keeps_no_work_and_gets_none() -> None:
+def test_fenced_server_loses_its_work_and_gets_none() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
     assert core.fenced("rollout-0", "digest", 0) == []
@@ -266,7 +266,7 @@ def test_a_fenced_server_keeps_no_work_and_gets_none() -> None:
     assert core.fleet.free_server(1, 0) is None
 
 
-def test_evaluation_holds_training_leases_back_and_returns_every_group() -> None:
+def test_evaluation_delays_training_and_returns_every_group() -> None:
     core = make_core()
     core.admitting = False
     join_workers(core)
@@ -282,7 +282,7 @@ def test_evaluation_holds_training_leases_back_and_returns_every_group() -> None
     assert core.ledger.admitted == core.pending
 
 
-def test_the_books_close_when_the_run_ends() -> None:
+def test_ledger_balances_at_the_end_of_the_run() -> None:
     core = make_core()
     join_workers(core)
     core.end()
@@ -290,7 +290,7 @@ def test_the_books_close_when_the_run_ends() -> None:
     assert core.ledger.dropped[DropReason.RUN_ENDED] == core.ledger.admitted == 4
 
 
-def test_a_lost_group_breaks_the_books_by_name() -> None:
+def test_lost_group_raises_a_ledger_error_by_name() -> None:
     core = make_core()
     join_workers(core)
     core.groups.pop(next(iter(core.groups)))

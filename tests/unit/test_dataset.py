@@ -38,7 +38,7 @@ def read(settings: Config, path: Path, *rows: Any) -> list[Prompt]:
     return read_prompts(str(path), "data.train", settings, Tokenizer(settings.model.path))
 
 
-def test_rows_become_prompts_with_their_ids_and_rows(settings: Config, tmp_path: Path) -> None:
+def test_rows_become_prompts_with_ids_and_fields(settings: Config, tmp_path: Path) -> None:
     prompts = read(
         settings,
         tmp_path / "d.jsonl",
@@ -65,7 +65,7 @@ def test_rows_become_prompts_with_their_ids_and_rows(settings: Config, tmp_path:
         ({"prompt": "1", "answer": "1", "id": "first"}, "row 2: id 'first' stands twice"),
     ],
 )
-def test_a_bad_row_is_named_with_its_file_and_number(
+def test_bad_row_error_names_file_and_row(
     settings: Config, tmp_path: Path, row: Any, complaint: str
 ) -> None:
     with pytest.raises(DataError, match=r"data.train = .*d\.jsonl") as error:
@@ -73,11 +73,11 @@ def test_a_bad_row_is_named_with_its_file_and_number(
     assert complaint in str(error.value)
 
 
-def test_line_separators_inside_a_row_do_not_end_it(settings: Config, tmp_path: Path) -> None:
+def test_unicode_line_separator_does_not_end_a_row(settings: Config, tmp_path: Path) -> None:
     assert len(read(settings, tmp_path / "d.jsonl", '{"prompt": "1", "answer": "a\u2028b"}')) == 1
 
 
-def test_the_order_is_seeded_and_differs_by_epoch() -> None:
+def test_order_depends_on_seed_and_epoch() -> None:
     prompts = [Prompt(str(n), None, {}) for n in range(20)]  # type: ignore[arg-type]
     first, again = PromptStream(prompts, seed=5), PromptStream(prompts, seed=5)
     order = [first.next().prompt_id for _ in range(60)]
@@ -89,7 +89,7 @@ def test_the_order_is_seeded_and_differs_by_epoch() -> None:
 
 
 @pytest.mark.parametrize("position", [0, 7, 20, 33])
-def test_a_stream_started_at_a_position_goes_on_where_the_other_would(position: int) -> None:
+def test_stream_started_at_a_position_continues_the_order(position: int) -> None:
     prompts = [Prompt(str(n), None, {}) for n in range(20)]  # type: ignore[arg-type]
     whole = PromptStream(prompts, seed=5)
     order = [whole.next().prompt_id for _ in range(50)]

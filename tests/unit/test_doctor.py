@@ -79,14 +79,14 @@ def install(folder: Path, name: str, **metadata: str) -> None:
     (info / "METADATA").write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
 
 
-def test_a_good_configuration_passes() -> None:
+def test_valid_configuration_passes() -> None:
     preflight(make_config())
     preflight(
         make_config(megatron={"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})
     )
 
 
-def test_every_failing_check_says_what_to_do() -> None:
+def test_every_failing_check_has_a_remedy() -> None:
     Path("model/config.json").unlink()
     failing = [check for check in checks(make_config()) if not check.ok]
     assert "model" in [check.name for check in failing]
@@ -153,12 +153,12 @@ def test_preflight_names_key_value_rule_and_remedy(
         assert word in str(caught.value)
 
 
-def test_preflight_tells_all_problems_at_once() -> None:
+def test_preflight_reports_all_problems_at_once() -> None:
     with pytest.raises(ConfigError, match=r"(?s)2 problems.*megatron\.tensor.*data\.eval = none"):
         preflight(make_config(megatron={"tensor_model_parallel_size": 3}, data={"eval": "none"}))
 
 
-def test_an_architecture_without_a_weight_table_is_refused() -> None:
+def test_architecture_without_weight_table_is_rejected() -> None:
     write_model(architectures=["GPT2LMHeadModel"])
     with pytest.raises(
         DataError, match="architecture is GPT2LMHeadModel; use a model of one of LlamaForCausalLM"
@@ -166,7 +166,7 @@ def test_an_architecture_without_a_weight_table_is_refused() -> None:
         preflight(make_config())
 
 
-def test_a_model_download_that_broke_off_is_noticed() -> None:
+def test_incomplete_model_download_is_detected() -> None:
     index = {
         "weight_map": {
             "a": "model-00001-of-00002.safetensors",
@@ -182,7 +182,7 @@ def test_a_model_download_that_broke_off_is_noticed() -> None:
         preflight(make_config())
 
 
-def test_a_config_json_that_is_no_decoder_is_named() -> None:
+def test_config_json_of_another_model_type_is_rejected() -> None:
     Path("model/config.json").write_text('{"architectures": ["CLIPModel"]}')
     with pytest.raises(DataError, match="missing required field `num_attention_heads`"):
         preflight(make_config())
@@ -198,25 +198,25 @@ def test_a_config_json_that_is_no_decoder_is_named() -> None:
         ("{", "not JSON"),
     ],
 )
-def test_a_bad_row_is_named_by_file_and_number(row: str, problem: str) -> None:
+def test_bad_dataset_row_error_names_file_and_row(row: str, problem: str) -> None:
     with Path("train.jsonl").open("a") as file:
         file.write("\n" + row + "\n")
     with pytest.raises(DataError, match=f"data.train = train.jsonl, row 7: {re.escape(problem)}"):
         preflight(make_config())
 
 
-def test_a_dataset_without_rows_is_refused() -> None:
+def test_empty_dataset_is_rejected() -> None:
     Path("eval.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"data.eval = eval.jsonl has no rows"):
         preflight(make_config())
 
 
-def test_an_answer_is_asked_for_only_where_the_reward_compares_with_it() -> None:
+def test_answer_is_required_only_if_the_reward_needs_it() -> None:
     Path("train.jsonl").write_text('{"prompt": "write a poem"}\n')
     preflight(make_config(reward={"function": "my.module:poem"}))
 
 
-def test_a_fixed_engine_port_in_use_is_refused() -> None:
+def test_engine_port_in_use_is_rejected() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(
@@ -225,7 +225,7 @@ def test_a_fixed_engine_port_in_use_is_refused() -> None:
             preflight(make_config(sglang={"port": port}))
 
 
-def test_a_missing_engine_is_named_with_the_command_that_makes_one(
+def test_missing_engine_error_gives_the_setup_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(ENGINE_VARIABLE)
@@ -242,19 +242,19 @@ def test_a_missing_engine_is_named_with_the_command_that_makes_one(
         ("echo lost >&2; exit 1", "has no SGLang: lost"),
     ],
 )
-def test_an_engine_that_does_not_fit_is_refused(script: str, words: str) -> None:
+def test_unsupported_engine_is_rejected(script: str, words: str) -> None:
     Path("engine/bin/python").write_text(f"#!/bin/sh\n{script}\n")
     with pytest.raises(ConfigError, match=words):
         preflight(make_config())
 
 
-def test_an_engine_variable_that_names_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_variable_without_interpreter_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENGINE_VARIABLE, "/none/python")
     with pytest.raises(ConfigError, match=f"/none/python does not run.*{ENGINE_VARIABLE}"):
         preflight(make_config())
 
 
-def test_the_newest_complete_engine_is_taken(
+def test_newest_complete_engine_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(ENGINE_VARIABLE)
@@ -273,7 +273,7 @@ def test_the_newest_complete_engine_is_taken(
     assert engine_python() == elsewhere
 
 
-def test_a_stranger_named_apex_is_told_from_nvidias(
+def test_foreign_apex_package_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(
@@ -287,7 +287,7 @@ def test_a_stranger_named_apex_is_told_from_nvidias(
     assert result("apex").ok
 
 
-def test_the_shim_named_zmq_is_mentioned_and_does_no_harm(
+def test_zmq_shim_package_is_reported_and_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path / "shim", "zmq")
@@ -295,7 +295,7 @@ def test_the_shim_named_zmq_is_mentioned_and_does_no_harm(
     assert result("pyzmq").ok and "shim" in result("pyzmq").detail
 
 
-def test_an_old_library_is_named_with_the_range_that_is_supported(
+def test_old_library_error_gives_the_supported_range(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path / "old", "torch")
@@ -303,7 +303,7 @@ def test_an_old_library_is_named_with_the_range_that_is_supported(
     assert not result("torch").ok and "1.0, supported is" in result("torch").detail
 
 
-def test_a_host_with_gpus_is_held_to_the_versions_for_gpus(
+def test_gpu_host_requires_the_gpu_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smi = tmp_path / "bin" / "nvidia-smi"
@@ -320,20 +320,20 @@ def test_a_host_with_gpus_is_held_to_the_versions_for_gpus(
 
 
 @pytest.mark.parametrize("host", ["198.51.100.1", "no such host"])
-def test_an_address_of_another_host_is_named_before_the_controller_starts(host: str) -> None:
+def test_address_of_another_host_is_rejected_before_start(host: str) -> None:
     with pytest.raises(
         ConfigError, match=rf"run\.host = '{host}' is no address of this host.*ip addr shows them"
     ):
         preflight(make_config(run={"host": host}))
 
 
-def test_a_run_folder_that_cannot_be_written_is_named() -> None:
+def test_unwritable_run_folder_is_reported() -> None:
     Path("file").write_text("")
     check = result("disk", make_config(run={"dir": "file/run"}))
     assert not check.ok and "file cannot be written" in check.detail
 
 
-def test_the_doctor_prints_a_row_for_each_check_and_fails_when_one_does(
+def test_doctor_prints_every_check_and_fails_if_one_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Path("run.yaml").write_text(dump(make_config()))
@@ -347,7 +347,7 @@ def test_the_doctor_prints_a_row_for_each_check_and_fails_when_one_does(
     assert "to mend: " in out.getvalue() and "engine" in out.getvalue().rpartition("to mend")[2]
 
 
-def test_the_doctor_names_a_configuration_it_cannot_read() -> None:
+def test_doctor_reports_an_unreadable_configuration() -> None:
     out = io.StringIO()
     assert doctor.run("none.yaml", Console(file=out, width=200)) == 1
     assert "cannot read the configuration none.yaml" in out.getvalue()

@@ -73,7 +73,7 @@ def compare(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(7, 1, 64), (50, 1, 4, 32)])
-def test_rms_norm(device: str, shape: tuple[int, ...]) -> None:
+def test_rms_norm_matches_the_formula(device: str, shape: tuple[int, ...]) -> None:
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(shape, generator=g) * 3, torch.randn(shape[-1], generator=g)
     given = [x.to(device), weight.to(device)]
@@ -93,7 +93,7 @@ def test_rms_norm(device: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(7, 1, 64), (33, 1, 4, 32)])
-def test_swiglu(device: str, shape: tuple[int, ...]) -> None:
+def test_swiglu_matches_the_formula(device: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
 
     def formula(x: Tensor) -> tuple[Tensor]:
@@ -105,7 +105,7 @@ def test_swiglu(device: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tokens", [1, 33])
-def test_rotation(device: str, tokens: int) -> None:
+def test_rotation_matches_the_formula(device: str, tokens: int) -> None:
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(tokens, 4, 16, generator=g), torch.randn(tokens, 2, 16, generator=g)
     angles = torch.rand(tokens, 8, generator=g) * 100
@@ -123,7 +123,7 @@ def test_rotation(device: str, tokens: int) -> None:
 @pytest.mark.parametrize(
     "tokens, columns, vocab, temperature", [(1, 40, 37, 1.0), (33, 1000, 1000, 0.7)]
 )
-def test_logprobs(
+def test_logprobs_match_the_formula(
     device: str,
     overwrite: bool,
     tokens: int,
@@ -168,7 +168,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_float32_temporary_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_temporaries_are_no_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory bound of logprobs.py, forward and backward: bfloat16 logits stay bfloat16."""
     tokens, vocab = 700, 500
     logits = torch.randn(tokens, vocab).bfloat16().requires_grad_()
@@ -188,7 +188,7 @@ def test_no_float32_temporary_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyP
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("lengths", [[5], [900, 1, 130, 300], [5000, 4096], [4608, 4100, 700, 3]])
-def test_varlen_attention_with_fewer_key_heads_is_each_sequence_alone(
+def test_grouped_varlen_attention_equals_each_sequence_alone(
     device: str, lengths: list[int]
 ) -> None:
     """Normed and rotated, as in the model: both are made again for backward."""
@@ -226,7 +226,7 @@ def test_varlen_attention_with_fewer_key_heads_is_each_sequence_alone(
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("lengths", [[8192], [5000, 4096, 3000, 96]])
-def test_attention_keeps_nothing_of_what_it_makes_but_its_output(
+def test_attention_saves_only_its_output_for_backward(
     device: str, lengths: list[int]
 ) -> None:
     """Memory between forward and backward: the inputs, the output, and 1 % for the softmax's sums."""

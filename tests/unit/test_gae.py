@@ -52,7 +52,7 @@ def by_the_formula(
     lam=st.sampled_from([1.0, 0.95, 0.0]),
     seed=st.integers(0, 99),
 )
-def test_advantages_and_returns_are_the_formula(
+def test_advantages_and_returns_match_the_formula(
     masks: list[list[bool]], gamma: float, lam: float, seed: int
 ) -> None:
     """Several turns are gaps in a mask; among the samples are fully masked ones and those of one token."""
@@ -65,7 +65,7 @@ def test_advantages_and_returns_are_the_formula(
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_without_values_every_token_has_the_reward() -> None:
+def test_without_critic_every_token_gets_the_reward() -> None:
     """gamma = lambda = 1 and V = 0: what every other advantage does."""
     mask_T, owners = packed(
         [[False, True, True, True, False], [True], [False, False], [True, False, True]]
@@ -79,7 +79,7 @@ def test_without_values_every_token_has_the_reward() -> None:
     assert advantages_T.tolist() == returns_T.tolist() == [0, 5, 5, 5, 0, -5, 0, 0, 2, 0, 2]
 
 
-def test_a_perfect_critic_leaves_no_advantage() -> None:
+def test_perfect_critic_gives_zero_advantage() -> None:
     mask_T, owners = packed([[True] * 5, [True] * 3])
     rewards_T = final_rewards(torch.tensor([1.0] * 5 + [-2.0] * 3), mask_T, owners)
     values_T = torch.tensor(
@@ -90,7 +90,7 @@ def test_a_perfect_critic_leaves_no_advantage() -> None:
     torch.testing.assert_close(returns_T, values_T)
 
 
-def test_neither_padding_nor_what_lies_between_turns_matters() -> None:
+def test_padding_and_tokens_between_turns_are_ignored() -> None:
     masks = [[False, True, False, False, True, True], [False] * 4]
     mask_T, owners = packed(masks)
     values_T, rewards_T = torch.randn(2, 10, dtype=torch.float64)
@@ -101,7 +101,7 @@ def test_neither_padding_nor_what_lies_between_turns_matters() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 32768])
-def test_discounted_sums_of_any_length_are_the_recurrence(length: int) -> None:
+def test_discounted_sums_match_the_recurrence(length: int) -> None:
     x_K = torch.randn(length + 3, dtype=torch.float64)
     owner_K = torch.cat([torch.zeros(length, dtype=torch.int64), torch.ones(3, dtype=torch.int64)])
     want, after = x_K.clone(), 0.0
@@ -112,7 +112,7 @@ def test_discounted_sums_of_any_length_are_the_recurrence(length: int) -> None:
     torch.testing.assert_close(discounted_sums(x_K, owner_K, 0.999), want, rtol=1e-11, atol=1e-11)
 
 
-def test_no_tokens_at_all() -> None:
+def test_empty_input_gives_empty_output() -> None:
     mask_T, owners = packed([[False, False]])
     advantages_T, returns_T = generalized_advantages(
         torch.ones(2), torch.ones(2), mask_T, owners, 1.0, 1.0
@@ -123,7 +123,7 @@ def test_no_tokens_at_all() -> None:
 
 @pytest.mark.parametrize("clip_eps", [EPS, None])
 @pytest.mark.parametrize("seed", range(5))
-def test_value_loss_and_gradient_are_the_formula(clip_eps: float | None, seed: int) -> None:
+def test_value_loss_and_gradient_match_the_formula(clip_eps: float | None, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     values_T, old_T, returns_T = (torch.randn(3, 24, generator=g, dtype=torch.float64)) * 0.5
     mask_T = torch.rand(24, generator=g) < 0.6
@@ -147,7 +147,7 @@ def test_value_loss_and_gradient_are_the_formula(clip_eps: float | None, seed: i
     )
 
 
-def test_a_fully_masked_pack_teaches_the_critic_nothing() -> None:
+def test_fully_masked_pack_gives_zero_value_loss() -> None:
     values_T = torch.full((4,), float("nan"), requires_grad=True)
     nothing = torch.zeros(4, dtype=torch.bool)
     loss, sums = value_loss(values_T, torch.full((4,), float("inf")), torch.ones(4), nothing, EPS)

@@ -29,16 +29,16 @@ def test_trainer_and_servers_share_no_gpu() -> None:
     assert shares == {"trainer": "a,b", "rollout-0": "c,d", "rollout-1": "e,f"}
 
 
-def test_too_few_gpus_are_refused_with_the_sum() -> None:
+def test_too_few_gpus_error_gives_the_sum() -> None:
     with pytest.raises(ConfigError, match=r"needs 6 GPUs.*this host has 5"):
         assign_gpus(settings(), list("abcde"))
 
 
-def test_a_run_on_the_cpu_sees_no_gpu() -> None:
+def test_cpu_run_sees_no_gpu() -> None:
     assert set(assign_gpus(settings(device="cpu"), ["0", "1"]).values()) == {""}
 
 
-def test_the_user_s_own_choice_of_gpus_is_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visible_devices_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert visible_gpus() == ["3", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -42,7 +42,7 @@ def state(facts: list[JournalEvent]) -> tuple:
     return core.version, core.ledger.table(core.pending), groups
 
 
-def test_every_fact_comes_back_with_its_arrays(tmp_path: Path) -> None:
+def test_every_event_is_read_back_with_its_arrays(tmp_path: Path) -> None:
     facts = journal_events()
     journal = Journal(tmp_path / "journal.sqlite")
     journal.append(facts)
@@ -63,7 +63,7 @@ def test_every_fact_comes_back_with_its_arrays(tmp_path: Path) -> None:
     } <= kinds
 
 
-def test_any_prefix_of_the_facts_is_a_state_that_balances_and_goes_on() -> None:
+def test_every_prefix_of_the_journal_restores_a_valid_state() -> None:
     """A crash at every single write, one by one."""
     facts = journal_events()
     for count in range(len(facts) + 1):
@@ -77,7 +77,7 @@ def test_any_prefix_of_the_facts_is_a_state_that_balances_and_goes_on() -> None:
         assert len(set(prompts)) == len(prompts)
 
 
-def test_a_process_killed_while_it_writes_leaves_a_prefix(tmp_path: Path) -> None:
+def test_process_killed_while_writing_leaves_a_prefix(tmp_path: Path) -> None:
     program = textwrap.dedent(
         """
         import sys
@@ -108,7 +108,7 @@ def test_a_process_killed_while_it_writes_leaves_a_prefix(tmp_path: Path) -> Non
         child.stdout.close()
 
 
-def test_a_full_disk_delays_and_loses_nothing(
+def test_full_disk_delays_events_and_loses_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal_module, "RETRY_S", 0.05)
@@ -130,7 +130,7 @@ def test_a_full_disk_delays_and_loses_nothing(
     journal.close()
 
 
-def test_a_recorded_batch_can_be_had_again_until_it_is_pruned(tmp_path: Path) -> None:
+def test_recorded_batch_can_be_read_until_it_is_pruned(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.sqlite")
     journal.append(journal_events())
     journal.flush().result(10)
@@ -144,14 +144,14 @@ def test_a_recorded_batch_can_be_had_again_until_it_is_pruned(tmp_path: Path) ->
     journal.close()
 
 
-def test_a_damaged_journal_is_named_and_never_taken_for_an_empty_one(tmp_path: Path) -> None:
+def test_damaged_journal_is_rejected_with_its_remedy(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     path.write_bytes(b"no database" * 1000)
     with pytest.raises(DataError, match="--from-scratch"):
         Journal(path)
 
 
-def test_a_journal_of_another_schema_is_refused(tmp_path: Path) -> None:
+def test_journal_of_another_schema_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 99")
@@ -160,7 +160,7 @@ def test_a_journal_of_another_schema_is_refused(tmp_path: Path) -> None:
         Journal(path)
 
 
-def test_a_changed_dataset_is_refused() -> None:
+def test_changed_dataset_is_rejected() -> None:
     with pytest.raises(DataError, match=r"data\.train now gives '0'"):
         restart_core(make_core(), [GroupAdmitted(0, "another")])
 
@@ -169,7 +169,7 @@ def test_a_changed_dataset_is_refused() -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "swap"])
-def test_any_damage_to_a_file_is_seen(tmp_path: Path, damage: str) -> None:
+def test_any_damage_to_a_checkpoint_file_is_detected(tmp_path: Path, damage: str) -> None:
     manifest = write_checkpoint(tmp_path, 4)
     assert checkpoints.damage(tmp_path, manifest) == ""
     folder = tmp_path / checkpoints.FOLDER / manifest.folder
@@ -189,7 +189,7 @@ def test_any_damage_to_a_file_is_seen(tmp_path: Path, damage: str) -> None:
     assert any(shares)  # whoever looks at that share
 
 
-def test_a_torn_manifest_is_no_checkpoint_and_the_one_before_counts(tmp_path: Path) -> None:
+def test_truncated_manifest_is_ignored(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 2)
     write_checkpoint(tmp_path, 4)
     path = tmp_path / checkpoints.FOLDER / "v000004.json"
@@ -197,7 +197,7 @@ def test_a_torn_manifest_is_no_checkpoint_and_the_one_before_counts(tmp_path: Pa
     assert [manifest.version for manifest in checkpoints.manifests(tmp_path)] == [2]
 
 
-def test_a_folder_with_an_unfinished_file_is_not_committed(tmp_path: Path) -> None:
+def test_folder_with_an_unfinished_file_is_not_committed(tmp_path: Path) -> None:
     folder = tmp_path / checkpoints.FOLDER / "v000001"
     folder.mkdir(parents=True)
     (folder / "__0_0.distcp").write_bytes(b"x")
@@ -205,7 +205,7 @@ def test_a_folder_with_an_unfinished_file_is_not_committed(tmp_path: Path) -> No
         checkpoints.commit(tmp_path, 1, "v000001", 0, 0)
 
 
-def test_two_generations_are_kept_and_one_being_written_is_left_alone(tmp_path: Path) -> None:
+def test_prune_keeps_two_checkpoints_and_unfinished_folders(tmp_path: Path) -> None:
     for version in (1, 2, 3):
         write_checkpoint(tmp_path, version)
     (tmp_path / checkpoints.FOLDER / "v000004").mkdir()
@@ -218,7 +218,7 @@ def test_two_generations_are_kept_and_one_being_written_is_left_alone(tmp_path: 
 # ---- the offline audit
 
 
-def test_the_audit_counts_anew_and_sees_what_does_not_add_up(tmp_path: Path) -> None:
+def test_audit_recounts_the_journal_and_finds_mismatches(tmp_path: Path) -> None:
     facts = journal_events()
     journal = Journal(tmp_path / "journal.sqlite")
     journal.append(facts)

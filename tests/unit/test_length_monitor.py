@@ -48,7 +48,7 @@ def played(facts: list[JournalEvent], ask_every: int = 1) -> tuple[list[str], Le
     return said, meter
 
 
-def test_long_answers_that_come_too_late_are_warned_of_once() -> None:
+def test_starved_long_answers_are_warned_about_once() -> None:
     groups = [
         trained(n, SHORT, SHORT) if n % 4 else dropped(n, "stale", LONG, LONG) for n in range(100)
     ]
@@ -71,7 +71,7 @@ def test_long_answers_that_come_too_late_are_warned_of_once() -> None:
     )
 
 
-def test_a_few_long_answers_are_missed_too_though_the_mean_hardly_moves() -> None:
+def test_rare_starved_long_answers_are_detected() -> None:
     """8 % of the samples, half as long again as the others: the mean falls by 4 % only."""
     lengths = np.random.default_rng(0).integers(90, 110, 100)
     groups = [
@@ -84,7 +84,7 @@ def test_a_few_long_answers_are_missed_too_though_the_mean_hardly_moves() -> Non
     assert len(said) == 1
 
 
-def test_answers_that_never_come_back_count_with_the_tokens_that_they_had() -> None:
+def test_unreturned_answers_count_with_their_partial_tokens() -> None:
     groups: list[list[JournalEvent]] = []
     for n in range(100):
         lost: list[JournalEvent] = [
@@ -97,7 +97,7 @@ def test_answers_that_never_come_back_count_with_the_tokens_that_they_had() -> N
 
 
 @pytest.mark.parametrize("reason", ["stale", "equal_rewards"])
-def test_drops_that_spare_no_length_are_no_starvation(reason: str) -> None:
+def test_drops_of_all_lengths_are_not_starvation(reason: str) -> None:
     groups = [
         dropped(n, reason, SHORT, LONG) if n % 5 in (0, 1) else trained(n, SHORT, LONG)
         for n in range(200)
@@ -105,14 +105,14 @@ def test_drops_that_spare_no_length_are_no_starvation(reason: str) -> None:
     assert played([fact for group in groups for fact in group])[0] == []
 
 
-def test_long_answers_that_are_all_trained_are_no_starvation() -> None:
+def test_trained_long_answers_are_not_starvation() -> None:
     groups = [
         trained(n, SHORT, LONG) if n % 2 else dropped(n, "equal_rewards", SHORT) for n in range(100)
     ]
     assert played([fact for group in groups for fact in group])[0] == []
 
 
-def test_too_few_groups_and_the_end_of_the_run_say_nothing() -> None:
+def test_few_groups_and_end_of_run_give_no_warning() -> None:
     groups = [trained(n, SHORT) for n in range(MIN_GROUPS - 1)] + [
         dropped(90 + n, "stale", LONG) for n in range(9)
     ]
@@ -123,7 +123,7 @@ def test_too_few_groups_and_the_end_of_the_run_say_nothing() -> None:
     assert played([fact for group in groups for fact in group])[0] == []
 
 
-def test_it_is_said_again_while_it_lasts_but_not_at_every_step() -> None:
+def test_warning_repeats_while_it_lasts_but_not_every_step() -> None:
     starved = [trained(n, SHORT) if n % 2 else dropped(n, "stale", LONG) for n in range(4 * WINDOW)]
     fair = [trained(10_000 + n, LONG) for n in range(4 * WINDOW)]
     assert len(played([fact for group in starved for fact in group])[0]) == 4
@@ -133,7 +133,7 @@ def test_it_is_said_again_while_it_lasts_but_not_at_every_step() -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
-def test_drops_by_chance_do_not_ring_the_alarm(share: float) -> None:
+def test_random_drops_give_no_warning(share: float) -> None:
     rings = 0
     for seed in range(20):
         draw = np.random.default_rng(seed)

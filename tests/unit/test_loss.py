@@ -100,12 +100,12 @@ def check(x: LossInputs, c: AlgorithmConfig) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 4.0])
 @pytest.mark.parametrize("case", CASES)
-def test_value_gradient_and_counts_are_the_formula(case: str, spread: float) -> None:
+def test_loss_gradient_and_counts_match_the_formula(case: str, spread: float) -> None:
     for seed in range(5):
         check(inputs(seed, spread), algorithm(**CASES[case]))
 
 
-def test_without_proximal_logprobs_the_current_policy_is_the_proximal_one() -> None:
+def test_missing_proximal_logprobs_use_the_current_policy() -> None:
     x = inputs(0, 0.5)
     same = LossInputs(**{f: getattr(x, f) for f in LossInputs.__slots__} | {"proximal_T": None})
     loss, _ = policy_loss(same, algorithm())
@@ -117,7 +117,7 @@ def test_without_proximal_logprobs_the_current_policy_is_the_proximal_one() -> N
     assert torch.equal(loss, want) and torch.equal(g, h)
 
 
-def test_the_behavior_weight_carries_no_gradient() -> None:
+def test_behavior_weight_has_no_gradient() -> None:
     x = inputs(1, 0.3)
     proximal = x.logprobs_T.detach().clone().requires_grad_()
     loss, _ = policy_loss(
@@ -132,7 +132,7 @@ def test_the_behavior_weight_carries_no_gradient() -> None:
     )
 
 
-def test_all_masked_gives_zero_and_no_nan_even_over_garbage() -> None:
+def test_fully_masked_input_gives_zero_even_with_garbage() -> None:
     x = inputs(2, 1.0)
     garbage = torch.full_like(x.behavior_T, float("nan"))
     nothing = torch.zeros_like(x.mask_T)
@@ -145,7 +145,7 @@ def test_all_masked_gives_zero_and_no_nan_even_over_garbage() -> None:
     assert torch.equal(logprobs.grad, torch.zeros_like(garbage))
 
 
-def test_extreme_ratios_are_removed_by_the_cap_not_turned_into_nan() -> None:
+def test_extreme_ratios_are_masked_by_the_cap_without_nan() -> None:
     x = inputs(3, 1.0)
     far = x.behavior_T + 1000.0  # exp overflows
     current = far.clone().requires_grad_()
@@ -158,13 +158,13 @@ def test_extreme_ratios_are_removed_by_the_cap_not_turned_into_nan() -> None:
     assert torch.equal(current.grad, torch.zeros_like(far))
 
 
-def test_masked_by_cap_tokens_still_count_in_the_normaliser() -> None:
+def test_tokens_masked_by_the_cap_count_in_the_normalizer() -> None:
     _, metrics = policy_loss(inputs(4, 3.0), algorithm(behavior_weight_cap=1.0))
     assert metrics["masked_by_cap"] > 0
     assert metrics["tokens"] == inputs(4, 3.0).mask_T.sum()
 
 
-def test_trainer_and_engine_are_compared_on_current_tokens_only() -> None:
+def test_mismatch_is_measured_on_current_tokens_only() -> None:
     x = inputs(5, 0.5)
     _, metrics = policy_loss(x, algorithm())
     chosen = x.mask_T & (x.lag_T == 0)
@@ -175,7 +175,7 @@ def test_trainer_and_engine_are_compared_on_current_tokens_only() -> None:
     assert metrics["compared_tokens"] == chosen.sum()
 
 
-def test_logprobs_of_weights_that_a_minibatch_has_moved_are_no_mismatch() -> None:
+def test_later_minibatches_do_not_count_as_mismatch() -> None:
     x = inputs(5, 0.5)
     fresh = {f: getattr(x, f) for f in LossInputs.__slots__} | {"proximal_T": None}
     _, first = policy_loss(LossInputs(**fresh), algorithm(loss="ppo"))
@@ -207,7 +207,7 @@ def test_logprobs_and_entropy_ignore_padded_vocabulary(tokens: int, temperature:
     assert torch.equal(got[:, 11:], torch.zeros(tokens, 2, dtype=torch.float64))
 
 
-def test_logits_are_left_alone_unless_given_away() -> None:
+def test_logits_are_unchanged_unless_overwriting_is_allowed() -> None:
     logits = torch.randn(5, 8, requires_grad=True)
     before = logits.detach().clone()
     logprobs, _ = token_logprobs(logits, torch.zeros(5, dtype=torch.int64), vocab_size=8)

@@ -57,7 +57,7 @@ def random_hf(shape: ModelShape) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_shards_of_all_ranks_give_back_the_hf_tensors(family: Family, tp: int) -> None:
+def test_shards_of_all_ranks_rebuild_the_hf_tensors(family: Family, tp: int) -> None:
     shape = tiny_shape(family)
     hf = random_hf(shape)
     for name in parameters(shape):
@@ -71,7 +71,7 @@ def test_shards_of_all_ranks_give_back_the_hf_tensors(family: Family, tp: int) -
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-def test_shard_and_unshard_are_inverse_and_agree_with_reading_a_shard(family: Family) -> None:
+def test_shard_and_unshard_are_inverse_for_any_shape(family: Family) -> None:
     shape = tiny_shape(family)
     hf = random_hf(shape)
     for name in parameters(shape):
@@ -101,14 +101,14 @@ def test_qkv_is_interleaved_per_group() -> None:
     ]  # 2 query heads, key, value
 
 
-def test_a_rank_of_fc1_holds_its_gate_and_its_up() -> None:
+def test_fc1_shard_holds_its_gate_and_up_rows() -> None:
     shape = tiny_shape(FAMILIES[0])
     full = torch.arange(48).reshape(48, 1).expand(48, 16)
     got = shard("decoder.layers.0.mlp.linear_fc1.weight", full, shape, 1, 2)
     assert got[:, 0].tolist() == [*range(12, 24), *range(36, 48)]
 
 
-def test_padded_vocabulary_is_zero_inside_and_absent_outside() -> None:
+def test_padded_vocabulary_rows_are_zero_and_not_exported() -> None:
     shape = tiny_shape(FAMILIES[0], padded=64)
     hf = random_hf(shape)
     last = from_hf("output_layer.weight", lambda n, index: hf[n][index], shape, 3, 4)
@@ -123,7 +123,7 @@ def test_padded_vocabulary_is_zero_inside_and_absent_outside() -> None:
     assert torch.equal(beyond, torch.zeros(32, 16))
 
 
-def test_a_tied_output_layer_reads_the_embedding() -> None:
+def test_tied_output_layer_reads_the_embedding() -> None:
     assert map_parameter("output_layer.weight", tiny_shape(FAMILIES[1], tied=True)).pieces == (
         ("model.embed_tokens.weight", (50, 16)),
     )
@@ -143,7 +143,7 @@ def write_config(folder: Path, **config: object) -> Path:
     return folder
 
 
-def test_an_unsupported_architecture_is_named_with_the_supported_ones(tmp_path: Path) -> None:
+def test_unsupported_architecture_error_lists_supported_ones(tmp_path: Path) -> None:
     config = HfConfig(write_config(tmp_path, architectures=["MambaForCausalLM"]))
     with pytest.raises(DataError, match=r"model.path.*MambaForCausalLM.*Qwen3ForCausalLM"):
         _ = config.family
@@ -152,14 +152,14 @@ def test_an_unsupported_architecture_is_named_with_the_supported_ones(tmp_path: 
 @pytest.mark.parametrize(
     "key, value", [("hidden_act", "gelu"), ("use_sliding_window", True), ("attention_bias", True)]
 )
-def test_what_megatron_would_compute_differently_is_refused(
+def test_model_that_megatron_computes_differently_is_rejected(
     tmp_path: Path, key: str, value: object
 ) -> None:
     with pytest.raises(DataError, match=key):
         HfConfig(write_config(tmp_path, **{key: value})).architecture()
 
 
-def test_rope_theta_is_read_from_both_places(tmp_path: Path) -> None:
+def test_rope_theta_is_read_from_either_field(tmp_path: Path) -> None:
     assert HfConfig(write_config(tmp_path, rope_theta=5e5)).architecture().rotary_base == 5e5
     new = HfConfig(
         write_config(tmp_path, rope_parameters={"rope_theta": 7e5, "rope_type": "default"})
@@ -176,7 +176,7 @@ def test_vocabulary_is_padded_to_the_multiple(tmp_path: Path) -> None:
     assert (shape.vocab_size, shape.padded_vocab_size, shape.kv_channels) == (50, 64, 2)
 
 
-def test_an_incomplete_folder_names_the_tensor(tmp_path: Path) -> None:
+def test_incomplete_folder_error_names_the_tensor(tmp_path: Path) -> None:
     folder = SafetensorsFolder(write_config(tmp_path))
     with pytest.raises(DataError, match="safetensors"):
         folder.tensor_shape("model.norm.weight")

@@ -52,7 +52,7 @@ def reward(response: str, answer: Any) -> float:
         (r"\boxed{ yes }", r"\text{Yes}"),
     ],
 )
-def test_a_right_answer_is_seen_at_once(response: str, answer: Any) -> None:
+def test_correct_answer_is_recognized_without_a_deadline(response: str, answer: Any) -> None:
     gold, answered = math_answer.read_answers(response, {"answer": answer})
     assert math_answer.compare_plain(gold, answered) is True
 
@@ -81,7 +81,7 @@ def test_a_right_answer_is_seen_at_once(response: str, answer: Any) -> None:
         (r"\boxed{no}", r"\text{no one}"),
     ],
 )
-def test_a_wrong_answer_is_seen_at_once(response: str, answer: Any) -> None:
+def test_wrong_answer_is_recognized_without_a_deadline(response: str, answer: Any) -> None:
     gold, answered = math_answer.read_answers(response, {"answer": answer})
     assert math_answer.compare_plain(gold, answered) is False
 
@@ -101,7 +101,7 @@ def test_a_wrong_answer_is_seen_at_once(response: str, answer: Any) -> None:
         (r"\boxed{0.333333333}", "1/3"),
     ],
 )
-def test_an_answer_in_other_words_is_right(response: str, answer: str) -> None:
+def test_equivalent_answer_is_correct(response: str, answer: str) -> None:
     assert reward(response, answer) == 1.0
 
 
@@ -123,7 +123,7 @@ def test_an_answer_in_other_words_is_right(response: str, answer: str) -> None:
         (r"\boxed{(5,\infty)}", "(5,6)"),
     ],
 )
-def test_several_guesses_at_once_are_wrong(response: str, answer: str) -> None:
+def test_several_guesses_are_wrong(response: str, answer: str) -> None:
     assert reward(response, answer) == 0.0
 
 
@@ -131,7 +131,7 @@ def test_several_guesses_at_once_are_wrong(response: str, answer: str) -> None:
     "row",
     [{}, {"answer": None}, {"answer": ""}, {"answer": " $ "}, {"answer": ["4"]}, {"answer": True}],
 )
-def test_a_row_without_answer_is_an_error_that_names_it(row: dict[str, Any]) -> None:
+def test_row_without_answer_error_names_the_row(row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"row 'row-1' .*`answer`"):
         math_answer.math("", r"\boxed{42}", {"id": "row-1", **row})
 
@@ -152,12 +152,12 @@ def test_a_row_without_answer_is_an_error_that_names_it(row: dict[str, Any]) -> 
     ],
     ids=range(10),
 )
-def test_no_text_holds_up_the_part_that_runs_without_deadline(text: str) -> None:
+def test_no_text_delays_the_check_without_deadline(text: str) -> None:
     started = time.perf_counter()
     for gold in ("42", r"\text{a b}"):
         math_answer.compare_plain(*math_answer.read_answers(text, {"answer": gold}))
     assert time.perf_counter() - started < 1.0
 
 
-def test_the_end_of_a_long_response_is_what_counts() -> None:
+def test_end_of_a_long_response_decides() -> None:
     assert reward(r"\boxed{41}" + "so " * 100_000 + r"\boxed{42}", "42") == 1.0

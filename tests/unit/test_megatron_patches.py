@@ -19,18 +19,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_the_folder_is_found_next_to_the_package() -> None:
+def test_patch_folder_is_found_next_to_the_package() -> None:
     assert (patches_dir() / "megatron_cpu" / "README.md").is_file()
 
 
-def test_a_second_call_changes_nothing() -> None:
+def test_second_call_changes_nothing() -> None:
     before = torch.cuda.current_device
     prepare_megatron()
     assert torch.cuda.current_device is before
     assert torch.cuda.current_device() == torch.device("cpu")
 
 
-def test_constants_are_swapped_in_nested_functions_too() -> None:
+def test_constants_are_replaced_in_nested_functions() -> None:
     def outer() -> object:
         return "cuda", ("torch.cuda.FloatTensor", 1), lambda: "cuda", "cuda:0"
 
@@ -46,7 +46,7 @@ def test_constants_are_swapped_in_nested_functions_too() -> None:
     )
 
 
-def test_what_is_gone_is_named() -> None:
+def test_missing_patch_target_error_names_it() -> None:
     module = types.ModuleType("megatron.core.somewhere")
     with pytest.raises(patch_checks.DriftError, match=r"megatron\.core\.somewhere\.step is gone"):
         patch_checks.require(module, "step")
@@ -54,7 +54,7 @@ def test_what_is_gone_is_named() -> None:
         patch_checks.core_module("no.such.module")
 
 
-def test_a_function_without_the_constant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_function_without_the_constant_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Already swapped in this process, these functions are what a megatron-core that changed looks like."""
     monkeypatch.setattr(megatron_cpu, "_RETARGETED", {"utils": ["local_multi_tensor_l2_norm"]})
     with pytest.raises(patch_checks.DriftError, match="holds no 'cuda' constant any more"):

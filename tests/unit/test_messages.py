@@ -111,7 +111,7 @@ def a_batch() -> TrainBatch:
 
 
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
-def test_every_message_arrives_as_it_was_sent(kind: type) -> None:
+def test_every_message_survives_encoding(kind: type) -> None:
     codec = Codec()
 
     @settings(
@@ -124,7 +124,7 @@ def test_every_message_arrives_as_it_was_sent(kind: type) -> None:
     arrives()
 
 
-def test_every_message_class_can_travel() -> None:
+def test_every_message_class_is_covered() -> None:
     classes = {
         kind
         for kind in vars(messages).values()
@@ -133,7 +133,7 @@ def test_every_message_class_can_travel() -> None:
     assert classes - {messages.Message} == set(MESSAGES)
 
 
-def test_a_received_array_cannot_be_written_to() -> None:
+def test_received_array_is_read_only() -> None:
     codec = Codec()
     batch = codec.decode(received(codec.encode(a_batch())))
     assert isinstance(batch, TrainBatch)
@@ -161,7 +161,7 @@ LONG_ARRAYS = {
 
 
 @pytest.mark.parametrize("name", LONG_ARRAYS)
-def test_long_arrays_arrive_bit_by_bit_whatever_their_runs(name: str) -> None:
+def test_long_arrays_survive_encoding_exactly(name: str) -> None:
     array = LONG_ARRAYS[name]
     sample = TrainSample(ids=array, logprobs=array[:0], versions=array[:300], advantages=array)
     frames = received(Codec().encode(TrainBatch(1, [sample])))
@@ -175,7 +175,7 @@ def test_long_arrays_arrive_bit_by_bit_whatever_their_runs(name: str) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(-(2**31), 2**31 - 1), st.integers(1, 400)), max_size=40))
-def test_any_runs_arrive(runs: list[tuple[int, int]]) -> None:
+def test_run_length_encoding_is_lossless(runs: list[tuple[int, int]]) -> None:
     values, lengths = np.array(runs, np.int64).reshape(-1, 2).T
     array = np.repeat(values.astype(np.int32), lengths)
     sample = TrainSample(array, array.view(np.float32), array, array.view(np.float32))
@@ -186,7 +186,7 @@ def test_any_runs_arrive(runs: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize(
     "runs", [[7], [7, 8, 9], [7, 0], [7, -1], [7, 8, 1 << 30, 1 << 30], [7, (1 << 24) + 1]]
 )
-def test_runs_that_are_none_or_would_fill_the_memory_are_malformed(runs: list[int]) -> None:
+def test_invalid_or_huge_runs_are_rejected(runs: list[int]) -> None:
     frames = received(
         Codec().encode(TrainBatch(1, [TrainSample(*[np.full(1000, 7, np.int32)] * 4)]))
     )
@@ -195,7 +195,7 @@ def test_runs_that_are_none_or_would_fill_the_memory_are_malformed(runs: list[in
         Codec().decode(frames)
 
 
-def test_an_array_with_strides_travels_by_value() -> None:
+def test_strided_array_is_sent_by_value() -> None:
     codec = Codec()
     sample = TrainSample(
         ids=np.arange(10, dtype=np.int32)[::2],
@@ -212,7 +212,7 @@ def test_an_array_with_strides_travels_by_value() -> None:
     "array",
     [np.zeros(2, np.int64), np.zeros((2, 2), np.float32), np.array(["a"]), np.array([None])],
 )
-def test_an_array_of_another_type_or_shape_is_not_sent(array: np.ndarray) -> None:
+def test_array_of_unsupported_type_or_shape_is_not_sent(array: np.ndarray) -> None:
     sample = TrainSample(ids=array, logprobs=array, versions=array, advantages=array)
     with pytest.raises(ProtocolError, match="does not travel"):
         Codec().encode(TrainBatch(version=0, samples=[sample]))
@@ -269,20 +269,20 @@ for name, array in {
 
 
 @pytest.mark.parametrize("frames", MALFORMED.values(), ids=MALFORMED.keys())
-def test_a_malformed_message_is_refused(frames: list[bytes]) -> None:
+def test_malformed_message_is_rejected(frames: list[bytes]) -> None:
     codec = Codec()
     with pytest.raises(ProtocolError):
         codec.decode(frames)
     assert plain(codec.decode(BATCH)) == plain(a_batch())  # and leaves nothing behind
 
 
-def test_frames_that_no_array_names_are_refused() -> None:
+def test_unreferenced_frames_are_rejected() -> None:
     with pytest.raises(ProtocolError):
         Codec().decode([*BATCH, b"\x00\x00\x00\x00"])
 
 
 @pytest.mark.parametrize("opening", [b"\x81\xa1a", b"\x91"], ids=["maps", "lists"])
-def test_a_header_nested_without_end_is_refused(opening: bytes) -> None:
+def test_deeply_nested_header_is_rejected(opening: bytes) -> None:
     nested = (
         packed({**header(a_score()), "row": 0})[:-1] + b"\x81\xa1a" + opening * 100_000 + b"\xc0"
     )
@@ -293,14 +293,14 @@ def test_a_header_nested_without_end_is_refused(opening: bytes) -> None:
 @pytest.mark.parametrize(
     "answer", ["\ud800", 10**30], ids=["lone surrogate", "number beyond 64 bits"]
 )
-def test_a_row_that_cannot_travel_is_refused_by_name(answer: Any) -> None:
+def test_row_that_cannot_be_encoded_is_rejected_by_name(answer: Any) -> None:
     with pytest.raises(ProtocolError):
         Codec().encode(a_score({"answer": answer}))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.integers(0, len(BATCH) - 1), st.data())
-def test_flipped_bytes_are_refused_or_decode_to_a_message(frame: int, data: st.DataObject) -> None:
+def test_flipped_bytes_are_rejected_or_decode_to_a_message(frame: int, data: st.DataObject) -> None:
     damaged = bytearray(BATCH[frame])
     for _ in range(3):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
@@ -336,7 +336,7 @@ def test_any_change_to_a_message_changes_the_schema(fields: list[tuple]) -> None
     assert schema_of(changed) != schema_of(Told)
 
 
-def test_a_change_inside_what_a_message_holds_changes_the_schema() -> None:
+def test_change_in_a_nested_struct_changes_the_schema() -> None:
     inner = msgspec.defstruct(
         "TrainSample", [(f.name, f.type) for f in msgspec.structs.fields(TrainSample)][:-1]
     )
@@ -345,7 +345,7 @@ def test_a_change_inside_what_a_message_holds_changes_the_schema() -> None:
     assert schema_of(changed) != schema_of(Told)
 
 
-def test_the_schema_is_the_same_in_every_process() -> None:
+def test_schema_is_equal_in_every_process() -> None:
     program = "from megatron_async_rl.protocol.wire import SCHEMA; print(SCHEMA)"
     seeds = ("0", "1")  # of str hashes, which order sets
     answers = [
@@ -361,7 +361,7 @@ def test_the_schema_is_the_same_in_every_process() -> None:
     assert answers == [f"{SCHEMA}\n"] * 2
 
 
-def test_of_another_version_s_hello_the_name_and_versions_are_read_and_of_nothing_else() -> None:
+def test_hello_of_another_version_yields_name_and_versions_only() -> None:
     old = {"type": "Hello", "role": "rollout", "name": "rollout-0", "protocol": 1, "shoes": [1, 2]}
     stranger = read_unknown_hello(msgspec.msgpack.encode(old))
     assert stranger is not None and (stranger.name, stranger.package, stranger.schema) == (

@@ -68,7 +68,7 @@ def test_one_entry_maps_every_tensor_that_transformers_wrote(
     )  # per engine rank: what stands alone, and what is left of a layer
 
 
-def test_an_entry_with_a_wrong_rule_is_refused_by_the_plan(
+def test_entry_with_a_wrong_rule_is_rejected_by_the_plan(
     mistral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for wrong in (ATTENTION + MLP[:-1], ATTENTION[:1] + MLP):  # no down_proj; no qkv

@@ -74,14 +74,14 @@ def same(got: list[TrainSample], want: list[TrainSample]) -> bool:
 
 
 @pytest.mark.parametrize("count", [0, 1, 16])
-def test_a_saved_batch_is_read_back(tmp_path: Path, count: int) -> None:
+def test_saved_batch_is_read_back(tmp_path: Path, count: int) -> None:
     batches.save(tmp_path / "new" / "b.npz", 7, samples(count))
     version, got = batches.load(tmp_path / "new" / "b.npz")
     assert version == 7 and same(got, samples(count))
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["b.npz"]
 
 
-def test_what_is_not_a_saved_batch_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_not_a_saved_batch_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("no")
     np.savez(tmp_path / "pickle.npz", version=1, lengths=np.array([{}], object))
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
@@ -93,7 +93,7 @@ def test_what_is_not_a_saved_batch_is_refused(tmp_path: Path) -> None:
             batches.load(path)
 
 
-def test_a_saved_batch_is_trained_with_no_fleet(run_dir: Path) -> None:
+def test_replay_trains_a_saved_batch_without_servers(run_dir: Path) -> None:
     batches.save(run_dir / "refused" / "v4-replica0.npz", 4, samples(16))
     done = command("replay", str(run_dir / "refused" / "v4-replica0.npz"))
     assert done.returncode == 0, done.stderr
@@ -102,7 +102,7 @@ def test_a_saved_batch_is_trained_with_no_fleet(run_dir: Path) -> None:
     assert float(figures["train/grad_norm"]) > 0
 
 
-def test_replaying_a_poisonous_batch_refuses_it_again_and_leaves_nothing(run_dir: Path) -> None:
+def test_replay_of_a_nan_batch_fails_and_writes_nothing(run_dir: Path) -> None:
     batches.save(run_dir / "refused" / "v5-replica0.npz", 5, samples(16, bad=float("nan")))
     before = {p.name for p in (run_dir / "refused").iterdir()}
     done = command(
@@ -112,7 +112,7 @@ def test_replaying_a_poisonous_batch_refuses_it_again_and_leaves_nothing(run_dir
     assert {p.name for p in (run_dir / "refused").iterdir()} == before
 
 
-def test_batches_of_two_steps_are_not_mixed(run_dir: Path, tmp_path: Path) -> None:
+def test_replay_rejects_batches_of_different_steps(run_dir: Path, tmp_path: Path) -> None:
     for version in (1, 2):
         batches.save(tmp_path / f"{version}.npz", version, samples(2))
     done = command(
@@ -125,13 +125,13 @@ def test_batches_of_two_steps_are_not_mixed(run_dir: Path, tmp_path: Path) -> No
     assert done.returncode != 0 and "versions [1, 2]" in done.stderr
 
 
-def test_selftest_of_a_layout_agrees_with_none(run_dir: Path) -> None:
+def test_selftest_of_a_layout_agrees_with_one_rank(run_dir: Path) -> None:
     done = command("selftest", str(run_dir / "config.yaml"), "trainer.data_parallel_size=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("4 ranks") and "25 of 25 gradients agree" in done.stdout
 
 
-def test_selftest_of_an_interleaved_pipeline(run_dir: Path) -> None:
+def test_selftest_of_an_interleaved_pipeline_agrees(run_dir: Path) -> None:
     changes = [
         "megatron.pipeline_model_parallel_size=2",
         "megatron.virtual_pipeline_model_parallel_size=2",
@@ -176,7 +176,7 @@ MOE = {  # of a size that selftest makes small
     ],
     ids=lambda layout: " ".join(layout),
 )
-def test_selftest_of_experts_and_contexts_in_parallel(
+def test_selftest_of_expert_and_context_parallelism_agrees(
     run_dir: Path, tmp_path: Path, layout: dict[str, object]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(MOE))
@@ -189,7 +189,7 @@ def test_selftest_of_experts_and_contexts_in_parallel(
     assert "69 of 69 gradients agree" in done.stdout
 
 
-def test_selftest_finds_a_planted_fault_and_names_the_parameter(
+def test_selftest_names_the_parameter_of_a_planted_fault(
     run_dir: Path, tmp_path: Path
 ) -> None:
     """Norms not marked for sequence parallelism: each rank has the gradient of its own tokens alone."""

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 200), st.integers(1, 8))
 @settings(max_examples=200, deadline=None)
-def test_every_sample_is_in_one_bin_and_no_bin_is_over_the_budget(
+def test_each_sample_is_in_one_bin_within_the_budget(
     lengths: list[int], capacity: int, min_bins: int
 ) -> None:
     bins = allocate(lengths, capacity, min_bins)
@@ -44,7 +44,7 @@ def test_every_sample_is_in_one_bin_and_no_bin_is_over_the_budget(
     assert len(bins) >= min(min_bins, len(lengths))
 
 
-def test_a_new_sequence_goes_to_the_fitting_bin_with_the_fewest() -> None:
+def test_new_sequence_goes_to_the_emptiest_fitting_bin() -> None:
     # 6 | 5 by the minimum of two bins; 3 fits both, equal in number: the first; 2 fits both, the second has fewer.
     assert allocate([6, 5, 3, 2], 10, min_bins=2) == [[0, 2], [1, 3]]
 
@@ -63,7 +63,7 @@ def test_packing_of_a_long_tailed_batch_is_dense(seed: int) -> None:
     assert sum(lengths) / (len(bins) * 32768) > 0.97
 
 
-def test_few_samples_are_packed_into_as_few_micro_batches_as_hold_them() -> None:
+def test_few_samples_use_the_fewest_micro_batches() -> None:
     """With some 16 micro-batches 97 % is out of reach for most mixes: half a micro-batch at the end is 3 %."""
     fills, bounds = [], []
     for seed in range(20):
@@ -77,7 +77,7 @@ def test_few_samples_are_packed_into_as_few_micro_batches_as_hold_them() -> None
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 200))
 @settings(max_examples=200, deadline=None)
-def test_bins_filled_one_by_one_lose_and_double_nothing(lengths: list[int], capacity: int) -> None:
+def test_bin_by_bin_filling_keeps_each_sample_once(lengths: list[int], capacity: int) -> None:
     bins = fill_one_by_one(lengths, capacity)
     assert sorted(n for b in bins for n in b) == list(range(len(lengths)))
     assert all(sum(lengths[n] for n in b) <= capacity for b in bins)
@@ -88,7 +88,7 @@ def test_bins_filled_one_by_one_lose_and_double_nothing(lengths: list[int], capa
     )
 
 
-def test_a_set_that_first_fit_misses_is_found() -> None:
+def test_subset_that_first_fit_misses_is_found() -> None:
     lengths = [12, 10, 8, 7, 6, 6, 6, 4]  # 12 8 | 10 6 4 | 7 6 6: 59 of 60
     assert [sum(lengths[n] for n in b) for b in fill_one_by_one(lengths, 20)] == [20, 20, 19]
     assert len(first_fit(lengths, 20)) == 4 and len(allocate(lengths, 20)) == 3
@@ -123,12 +123,12 @@ def test_differencing_partitions_the_textbook_case() -> None:
 
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 9))
 @settings(max_examples=100, deadline=None)
-def test_differencing_loses_and_doubles_nothing(costs: list[int], count: int) -> None:
+def test_differencing_keeps_each_item_once(costs: list[int], count: int) -> None:
     bins = karmarkar_karp(costs, count)
     assert len(bins) == count and sorted(n for b in bins for n in b) == list(range(len(costs)))
 
 
-def test_a_sample_over_the_budget_names_the_setting() -> None:
+def test_sample_over_the_budget_error_names_the_setting() -> None:
     with pytest.raises(DataError, match=r"trainer\.max_tokens_per_microbatch = 10"):
         allocate([11], 10)
 
@@ -143,7 +143,7 @@ def sample(length: int, prompt: int, version: int) -> TrainSample:
     )
 
 
-def test_everything_is_aligned_at_the_predicting_position() -> None:
+def test_pack_is_aligned_at_the_predicting_position() -> None:
     packing = Packing(budget=64, tp=4, device=CPU, thd=False, dense=True)
     got = pack([sample(4, 2, 5), sample(3, 1, 6)], 6, packing)
     assert got.ids_T.tolist() == [500, 501, 502, 503, 600, 601, 602, 0]
@@ -157,13 +157,13 @@ def test_everything_is_aligned_at_the_predicting_position() -> None:
     assert got.num_tokens == 7
 
 
-def test_an_empty_share_is_a_pack_of_padding() -> None:
+def test_empty_share_is_a_pack_of_padding() -> None:
     got = pack([], 1, Packing(budget=64, tp=2, device=CPU, thd=False, dense=True))
     assert got.ids_T.tolist() == [0, 0] and not got.mask_T.any() and got.num_tokens == 0
 
 
 @pytest.mark.parametrize("lengths", [[5], [9, 1, 30, 30, 29, 2], [1] * 20 + [40]])
-def test_attention_of_a_pack_is_each_sequence_alone(lengths: list[int]) -> None:
+def test_attention_of_a_pack_equals_each_sequence_alone(lengths: list[int]) -> None:
     g = torch.Generator().manual_seed(0)
     total, heads, groups, size = sum(lengths), 4, 2, 8
     q, k, v = (
@@ -188,7 +188,7 @@ def test_attention_of_a_pack_is_each_sequence_alone(lengths: list[int]) -> None:
 @pytest.mark.parametrize(
     "rank, positions", [(0, [0, 1, 6, 7, 0, 3, 0, 3]), (1, [2, 3, 4, 5, 1, 2, 1, 2])]
 )
-def test_context_parallel_ranks_hold_the_first_and_last_chunks_of_every_sequence(
+def test_context_ranks_hold_first_and_last_chunks(
     rank: int, positions: list[int]
 ) -> None:
     packing = Packing(budget=64, tp=2, device=CPU, thd=False, dense=True, cp=2, cp_rank=rank)

@@ -65,7 +65,7 @@ def reference_slice(
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
-def test_ranges_of_any_layout_are_the_shards_and_the_engine_tensors(
+def test_plan_ranges_match_shards_and_engine_tensors(
     case: tuple[ModelShape, Layout],
 ) -> None:
     shape, layouts = case
@@ -117,7 +117,7 @@ def test_ranges_of_any_layout_are_the_shards_and_the_engine_tensors(
                 ), hf
 
 
-def test_a_map_with_a_hole_or_a_double_is_refused(tmp_path: Path) -> None:
+def test_plan_with_a_gap_or_overlap_is_rejected(tmp_path: Path) -> None:
     config = plan_config(tmp_path, DENSE_32B, tensor_model=2, engine=2)
     whole = weight_plan.make(config, 50.0)
     shape, layouts = HfConfig(tmp_path).shape(2), Layout.from_config(config)
@@ -143,14 +143,14 @@ def test_a_map_with_a_hole_or_a_double_is_refused(tmp_path: Path) -> None:
         (MOE_235B, {"expert_model": 8, "tensor_model": 4}, "data_parallel_size"),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused_with_the_reason(
+def test_impossible_layout_is_rejected_with_the_reason(
     tmp_path: Path, model: dict[str, Any], sizes: dict[str, int], reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         weight_plan.make(plan_config(tmp_path, model, **sizes), 50.0)
 
 
-def test_sizes_of_a_32b_and_a_235b_are_those_of_the_models(tmp_path: Path) -> None:
+def test_total_sizes_match_the_32b_and_235b_models(tmp_path: Path) -> None:
     dense = weight_plan.make(
         plan_config(tmp_path, DENSE_32B, tensor_model=8, pipeline_model=4, engine=4), 50.0
     )
@@ -175,7 +175,7 @@ def test_sizes_of_a_32b_and_a_235b_are_those_of_the_models(tmp_path: Path) -> No
     }  # nobody cuts them
 
 
-def test_the_command_writes_every_route(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_every_route(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = plan_config(tmp_path, DENSE_32B, tensor_model=8, engine=4)
     yaml, out = tmp_path / "run.yaml", tmp_path / "plan.json"
     yaml.write_text(configuration.dump(config))

@@ -32,7 +32,7 @@ def cut(progress: Progress, version: int, *runs: tuple[int, int]) -> None:
     progress.step_done(version + 1, STATS)
 
 
-def test_the_worst_staleness_of_the_run_stays_beside_that_of_the_last_step(tmp_path: Path) -> None:
+def test_worst_staleness_of_the_run_is_kept(tmp_path: Path) -> None:
     config = log_config(tmp_path, tensorboard=False)
     log = RunLog(tmp_path, config)
     progress = Progress(log, config)
@@ -54,7 +54,7 @@ def test_the_worst_staleness_of_the_run_stays_beside_that_of_the_last_step(tmp_p
     assert (read_status(tmp_path).staleness_max, read_status(tmp_path).staleness_worst) == (1, 3)
 
 
-def test_every_scalar_s_name_is_an_area_and_a_name(tmp_path: Path) -> None:
+def test_every_scalar_tag_is_area_and_name(tmp_path: Path) -> None:
     config = log_config(tmp_path)
     log = RunLog(tmp_path, config)
     progress = Progress(log, config)

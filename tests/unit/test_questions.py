@@ -13,7 +13,7 @@ def ask(lease: Generate, index: int = 0, number: int = 1) -> ScoreRequest:
     return ScoreRequest(lease.key(index), "is it 2?", call=number)
 
 
-def test_a_workflow_s_question_goes_to_a_judge_and_its_answer_back_and_changes_nothing_else() -> (
+def test_workflow_score_request_is_answered_and_changes_nothing() -> (
     None
 ):
     core = make_core()
@@ -37,7 +37,7 @@ def test_a_workflow_s_question_goes_to_a_judge_and_its_answer_back_and_changes_n
     )
 
 
-def test_a_question_without_an_answer_says_why() -> None:
+def test_unanswered_score_request_returns_the_reason() -> None:
     core = make_core()  # two attempts
     [lease, *_] = join_workers(core)
     core.reward_joined("reward-1", 1, 0)
@@ -49,7 +49,7 @@ def test_a_question_without_an_answer_says_why() -> None:
     assert core.fleet.reward["reward-1"].load == 0
 
 
-def test_a_verdict_that_is_no_number_is_none() -> None:
+def test_non_finite_score_is_an_error() -> None:
     core = make_core()
     [lease, *_] = join_workers(core)
     core.asked("rollout-0", ask(lease), 1)
@@ -59,7 +59,7 @@ def test_a_verdict_that_is_no_number_is_none() -> None:
     assert answer.reward is None and "nan" in answer.error
 
 
-def test_a_question_ends_with_its_lease_and_its_judge_is_free_again() -> None:
+def test_score_request_ends_with_its_lease() -> None:
     core = make_core(heartbeat_timeout_s=1e9)
     [lease, *_] = join_workers(core)
     core.asked("rollout-0", ask(lease), 1)
@@ -68,7 +68,7 @@ def test_a_question_ends_with_its_lease_and_its_judge_is_free_again() -> None:
     assert core.fleet.reward["reward-0"].load == 0
 
 
-def test_a_question_of_a_lease_that_has_ended_is_refused() -> None:
+def test_score_request_of_an_ended_lease_is_rejected() -> None:
     core = make_core()
     [lease, *_] = join_workers(core)
     core.worker_lost("reward-0", 0)

@@ -30,7 +30,7 @@ def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
     return [x.grad for x in inputs]
 
 
-def test_what_is_named_is_dropped_and_made_again_once_for_each_view() -> None:
+def test_named_activation_is_recomputed_once_per_view() -> None:
     x, w = torch.randn(6, 8, dtype=torch.double), torch.randn(4, 4, dtype=torch.double)
     made = []
 
@@ -68,7 +68,7 @@ def test_what_is_named_is_dropped_and_made_again_once_for_each_view() -> None:
     assert len(made) == 2  # for the product's mixed, and for mixed[0, 0]
 
 
-def test_outputs_kept_by_who_comes_after_are_not_kept_twice() -> None:
+def test_outputs_saved_by_later_layers_are_stored_once() -> None:
     """As in attention over several sequences: backward of each needs its output, and the next layer keeps them joined."""
     given = [torch.randn(n, 2, 4, dtype=torch.double) for n in (5, 3)]
     storages = []
@@ -107,7 +107,7 @@ def test_outputs_kept_by_who_comes_after_are_not_kept_twice() -> None:
         assert torch.equal(a, b)
 
 
-def test_a_layout_that_differs_is_refused() -> None:
+def test_recompute_with_another_layout_is_rejected() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     with SelectiveRecompute() as remake:
         y = x.exp()

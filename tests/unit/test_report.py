@@ -30,7 +30,7 @@ def minibatch(**changed: float) -> dict[str, float]:
     )
 
 
-def test_the_mismatch_is_over_tokens_of_the_current_version() -> None:
+def test_mismatch_covers_tokens_of_the_current_version() -> None:
     stats = summary(
         [
             minibatch(
@@ -55,20 +55,20 @@ def test_the_mismatch_is_over_tokens_of_the_current_version() -> None:
     )
 
 
-def test_a_skipped_minibatch_has_no_gradient_norm() -> None:
+def test_skipped_minibatch_reports_no_gradient_norm() -> None:
     stats = summary([minibatch(grad_norm=3.0), minibatch(overflowed=1.0)])
     assert stats["train/grad_norm"] == 3.0 and stats["train/overflowed_minibatches"] == 1
     assert summary([minibatch(overflowed=1.0)])["train/grad_norm"] == 0
 
 
-def test_the_fill_and_what_it_could_be() -> None:
+def test_report_gives_fill_and_its_upper_bound() -> None:
     stats = summary([minibatch(), minibatch()])
     assert (stats["train/packing_efficiency"], stats["train/packing_bound"]) == (0.5, 0.8)
     assert stats["train/packing_imbalance"] == pytest.approx(1.2)  # 18 over a mean of 15
 
 
 @pytest.mark.parametrize(("alarm", "heard"), [(0.05, True), (0.2, False), (None, False)])
-def test_drift_of_engine_and_trainer_raises_the_alarm(
+def test_engine_trainer_drift_is_warned_about(
     caplog: pytest.LogCaptureFixture, alarm: float | None, heard: bool
 ) -> None:
     tree = configuration.msgspec.to_builtins(trainer_config())

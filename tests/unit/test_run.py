@@ -45,7 +45,7 @@ def kill_one(watch: Descendants, module: str, not_pid: int = 0) -> int:
 @pytest.mark.skipif(
     engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
 )
-def test_a_cap_ends_the_run_by_name_and_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:
+def test_restart_limit_and_second_sigterm_end_the_run(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     path = make_run_inputs(tmp_path).config(
         run_dir,
@@ -89,7 +89,7 @@ def some(servers: int, **sections: dict[str, object]) -> Config:
     )
 
 
-def test_every_process_has_a_name_and_the_controller_stays_with_run() -> None:
+def test_every_process_but_the_controller_can_join() -> None:
     assert roles.names(some(2)) == ["controller", "rollout-0", "rollout-1", "trainer", "reward-0"]
     roles.check_joining(["rollout-0", "rollout-17", "reward-3", "trainer"], some(2))
     for name in ("controller", "rollout", "rollout-x", "trainer-0", ""):
@@ -97,7 +97,7 @@ def test_every_process_has_a_name_and_the_controller_stays_with_run() -> None:
             roles.check_joining([name], some(2))
 
 
-def test_a_host_gives_its_gpus_to_what_it_starts_alone() -> None:
+def test_host_gives_gpus_only_to_its_own_processes() -> None:
     settings = some(3, sglang={"tp_size": 2}, megatron={"tensor_model_parallel_size": 2})
     gpus = [str(n) for n in range(8)]
     assert assign_gpus(settings, gpus)["rollout-2"] == "6,7"

@@ -21,7 +21,7 @@ from megatron_async_rl.observability.status import (
 from megatron_async_rl.protocol.types import NOT_GENERATED, Sample
 
 
-def test_scalars_stand_under_their_tags_at_their_versions(tmp_path: Path) -> None:
+def test_scalars_are_written_by_tag_and_version(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path))
     log.write_scalars(3, {"train/loss": 0.25, "perf/time/train_s": 1.5})
     log.write_scalars(4, {"train/loss": 0.125})
@@ -33,7 +33,7 @@ def test_scalars_stand_under_their_tags_at_their_versions(tmp_path: Path) -> Non
     assert read_tensorboard(tmp_path).Scalars("perf/time/train_s")[0].value == 1.5
 
 
-def test_staleness_counts_each_generated_token_and_no_prompt_token(tmp_path: Path) -> None:
+def test_staleness_counts_generated_tokens_only(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path))
     log.write_samples(
         4, [trained_group(sample_of_versions((3, 12), (4, 8)), sample_of_versions((1, 5)))]
@@ -62,7 +62,7 @@ def test_staleness_counts_each_generated_token_and_no_prompt_token(tmp_path: Pat
     assert board.Histograms("rollout/response_tokens")[0].histogram_value.max == 20
 
 
-def test_a_histogram_keeps_every_value_however_wide_the_range(tmp_path: Path) -> None:
+def test_histogram_keeps_every_value_of_a_wide_range(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path))
     lengths = [1, 2, 20_000, 31_999]
     log.write_samples(0, [trained_group(*(sample_of_versions((0, length)) for length in lengths))])
@@ -72,7 +72,7 @@ def test_a_histogram_keeps_every_value_however_wide_the_range(tmp_path: Path) ->
     assert histogram.bucket_limit[-1] > 31_999
 
 
-def test_a_sample_text_shows_reward_and_where_the_version_changed(tmp_path: Path) -> None:
+def test_sample_text_shows_reward_and_version_changes(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path, sample_texts=2))
     worst, best, other = (
         sample_of_versions((3, 1), text="worst"),
@@ -92,7 +92,7 @@ def test_a_sample_text_shows_reward_and_where_the_version_changed(tmp_path: Path
     assert "samples/2" not in board.Tags()["tensors"]
 
 
-def test_the_custom_scalars_page_names_tags_that_are_written(tmp_path: Path) -> None:
+def test_custom_scalars_page_uses_written_tags(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path))
     log.write_samples(1, [trained_group(sample_of_versions((0, 2)))])
     log.close()
@@ -108,7 +108,7 @@ def test_the_custom_scalars_page_names_tags_that_are_written(tmp_path: Path) -> 
     assert {band.value, band.lower, band.upper} <= set(board.Tags()["scalars"])
 
 
-def test_every_trained_sample_becomes_one_line_that_people_can_grep(tmp_path: Path) -> None:
+def test_every_trained_sample_becomes_one_json_line(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path))
     log.write_samples(
         4,
@@ -135,7 +135,7 @@ def test_every_trained_sample_becomes_one_line_that_people_can_grep(tmp_path: Pa
     assert line.ids.tolist() == [1, 2, 3] + [7] * 20 and line.logprobs.tolist() == [-0.5] * 20
 
 
-def test_token_ids_are_kept_of_as_many_samples_as_asked_for(tmp_path: Path) -> None:
+def test_token_ids_are_logged_for_the_configured_count(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False, sample_tokens=3))
     group = trained_group(sample_of_versions((3, 12)), sample_of_versions((4, 2)))
     log.write_samples(4, [group, group])
@@ -149,7 +149,7 @@ def test_token_ids_are_kept_of_as_many_samples_as_asked_for(tmp_path: Path) -> N
     ]
 
 
-def test_tokens_of_tools_between_turns_are_in_no_version_run(tmp_path: Path) -> None:
+def test_tool_tokens_between_turns_belong_to_no_version(tmp_path: Path) -> None:
     versions = np.array([NOT_GENERATED, 2, 2, NOT_GENERATED, NOT_GENERATED, 3, 2], np.int32)
     sample = Sample(
         np.arange(7, dtype=np.int32), np.zeros(7, np.float32), versions, "length", "text"
@@ -161,7 +161,7 @@ def test_tokens_of_tools_between_turns_are_in_no_version_run(tmp_path: Path) -> 
     assert (line.num_prompt, line.num_generated, line.versions) == (1, 4, [[2, 2], [3, 1], [2, 1]])
 
 
-def test_a_sample_without_a_single_token_does_not_stop_the_log(tmp_path: Path) -> None:
+def test_sample_without_tokens_is_logged(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path))
     log.write_samples(1, [trained_group(sample_of_versions())])
     log.write_samples(2, [])
@@ -172,7 +172,7 @@ def test_a_sample_without_a_single_token_does_not_stop_the_log(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("whole_lines", [0, 2])
-def test_a_line_torn_by_a_crash_costs_that_line_only(tmp_path: Path, whole_lines: int) -> None:
+def test_truncated_line_is_the_only_one_lost(tmp_path: Path, whole_lines: int) -> None:
     config = log_config(tmp_path, tensorboard=False)
     log = RunLog(tmp_path, config)
     log.write_samples(0, [trained_group(sample_of_versions((0, 1)))] * whole_lines)
@@ -186,7 +186,7 @@ def test_a_line_torn_by_a_crash_costs_that_line_only(tmp_path: Path, whole_lines
     assert [line.version for line in read_samples(tmp_path)] == [0] * whole_lines + [1]
 
 
-def test_a_status_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_status_is_read_back_unchanged(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
     assert read_status(tmp_path).state == "starting" and read_status(tmp_path).steps == 10
     status = RunStatus(
@@ -207,7 +207,7 @@ def test_a_status_comes_back_as_it_was_written(tmp_path: Path) -> None:
     again.close()
 
 
-def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+def test_folder_without_a_run_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"no run at {tmp_path}"):
         read_status(tmp_path)
     (tmp_path / "status.json").write_text('{"state": "dancing"}')
@@ -215,7 +215,7 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
         read_status(tmp_path)
 
 
-def test_no_torch_and_no_tensorflow_is_loaded_by_the_log_or_the_commands(tmp_path: Path) -> None:
+def test_log_and_commands_load_no_torch_or_tensorflow(tmp_path: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
@@ -238,7 +238,7 @@ print(sorted({{"torch", "tensorflow", "megatron", "transformers"}} & set(sys.mod
     assert answer.stdout.strip() == "[]", answer.stderr
 
 
-def test_lines_that_a_full_disk_refuses_leave_no_half_line(tmp_path: Path) -> None:
+def test_full_disk_leaves_no_partial_line(tmp_path: Path) -> None:
     program = """
 import resource, signal, sys
 from megatron_async_rl.observability.sample_log import append_whole

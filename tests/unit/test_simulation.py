@@ -15,7 +15,7 @@ NUM_SEEDS = 1000
 BUG_SEEDS = 150  # a bug must show within so many
 
 
-def test_a_thousand_runs_keep_every_promise() -> None:
+def test_all_simulated_runs_keep_every_guarantee() -> None:
     total: Counter[str] = Counter()
     for seed in range(NUM_SEEDS):
         try:
@@ -34,7 +34,7 @@ def test_a_thousand_runs_keep_every_promise() -> None:
     assert total["trained"] > 10 * total["dropped"] / 5 and total["stale"] >= 3
 
 
-def test_a_seed_plays_the_same_run_again() -> None:
+def test_same_seed_repeats_the_run() -> None:
     assert simulate(17) == simulate(17)
 
 
@@ -49,13 +49,13 @@ def first_breach(restore: Callable | None = None) -> str:
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_a_seeded_bug_is_caught(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeded_bug_is_caught(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
     bug(monkeypatch)
     caught = first_breach()
     print(f"{bug.__name__}: {caught}")
     assert caught, bug.__doc__
 
 
-def test_a_torn_journal_is_caught() -> None:
+def test_torn_journal_is_caught() -> None:
     """Facts missing in the middle: not what a crash can leave, but what a bad copy of a file can."""
     assert first_breach(lambda facts: facts[: len(facts) // 2] + facts[len(facts) // 2 + 3 :])

@@ -108,7 +108,7 @@ def test_each_node_gets_its_processes(
         (some(), 1, 1, ("ask for 2 nodes",)),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_with_the_numbers_and_what_would_do(
+def test_placement_that_does_not_fit_error_gives_the_remedy(
     settings: Config, nodes: int, gpus: int, words: tuple[str, ...]
 ) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -124,7 +124,7 @@ SIZES = st.sampled_from([1, 2, 3, 4, 8])
     tp=SIZES, pp=SIZES, dp=SIZES, servers=st.integers(1, 24), engine_tp=SIZES,
     gpus=st.sampled_from([1, 2, 4, 8]), spare=st.integers(-2, 3), rollout_only=st.booleans(),
 )  # fmt: skip
-def test_every_process_is_somewhere_once_and_no_gpu_is_used_twice(
+def test_each_process_is_placed_once_and_gpus_are_not_shared(
     tp: int,
     pp: int,
     dp: int,
@@ -169,7 +169,7 @@ def test_every_process_is_somewhere_once_and_no_gpu_is_used_twice(
     assert bool(placed.warnings()) == (sum(placed.gpus) < len(placed.gpus) * gpus)
 
 
-def test_idle_gpus_and_nodes_are_told_of() -> None:
+def test_idle_gpus_and_nodes_are_warned_about() -> None:
     waste, idle = placement.place(some(tp=2, servers=1, engine_tp=2), 3, 4).warnings()
     assert waste == "nothing runs on node 1, 2: ask for 1 nodes"
     assert idle.startswith("8 of 12 GPUs stay idle: 4 of node 1, 4 of node 2")
@@ -179,7 +179,7 @@ def test_idle_gpus_and_nodes_are_told_of() -> None:
 # ---- the plan, on a laptop
 
 
-def test_the_plan_is_shown_without_slurm(capsys: pytest.CaptureFixture[str]) -> None:
+def test_placement_is_printed_without_slurm(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(
             [
@@ -218,7 +218,7 @@ def test_the_plan_is_shown_without_slurm(capsys: pytest.CaptureFixture[str]) -> 
     )
 
 
-def test_the_configuration_for_eight_nodes_is_a_whole_and_its_weights_find_their_way(
+def test_eight_node_configuration_is_placed_and_mapped(
     tmp_path: Path,
 ) -> None:
     extra = {
@@ -261,7 +261,7 @@ def allocation(
     return slurm.Allocation.here()
 
 
-def test_a_task_knows_its_place_and_its_life(
+def test_task_reads_its_node_and_job_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert allocation(tmp_path, monkeypatch) == slurm.Allocation("7.0.0", ["n1", "n2"], 1, 8)
@@ -278,7 +278,7 @@ def test_a_task_knows_its_place_and_its_life(
         allocation(tmp_path, monkeypatch, STEP_NODELIST="n[1-3]")
 
 
-def test_nobody_listens_to_the_word_of_an_earlier_life(tmp_path: Path) -> None:
+def test_assignment_of_an_earlier_job_attempt_is_ignored(tmp_path: Path) -> None:
     settings = some(
         run={"dir": str(tmp_path / "run"), "steps": 1}, trainer={"start_timeout_s": 0.3}
     )
@@ -329,7 +329,7 @@ if __name__ == "__main__":
 """
 
 
-def test_an_engine_and_all_that_it_spawns_is_deaf_to_sigterm_and_stopped_all_the_same(
+def test_engine_and_children_block_sigterm_and_can_be_stopped(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "engine.py").write_text(SPAWNS)
@@ -370,7 +370,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(("context", "path"), [("spawn", "patches/sglang_startup"), ("fork", ".")])
-def test_an_engine_or_a_rank_that_ends_by_itself_does_not_wait_for_deaf_children(
+def test_exiting_process_does_not_wait_for_blocked_children(
     tmp_path: Path, context: str, path: str
 ) -> None:
     """Python sends SIGTERM to them at its end, and waits."""
@@ -396,7 +396,7 @@ processes.main(run, unwind=False)
 """
 
 
-def test_a_rank_ends_by_its_parents_sigterm_and_by_nobody_elses() -> None:
+def test_rank_ends_by_sigterm_of_its_parent_only() -> None:
     rank = subprocess.Popen(
         [sys.executable, "-c", RANK],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -414,7 +414,7 @@ def test_a_rank_ends_by_its_parents_sigterm_and_by_nobody_elses() -> None:
     assert rank.wait(5) == 128 + signal.SIGTERM
 
 
-def test_a_second_sigterm_says_no_more_than_the_first_to_who_is_patient(tmp_path: Path) -> None:
+def test_patient_run_ignores_a_second_sigterm(tmp_path: Path) -> None:
     settings = some()
     for patient, interrupted in ((True, 0), (False, signal.SIGTERM)):
         run = Run(tmp_path, Supervisor(tmp_path, settings.faults, print), 60.0, patient)

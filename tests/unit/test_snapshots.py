@@ -40,7 +40,7 @@ def write(run_dir: Path, version: int, model: Path) -> snapshots.Snapshot:
     )
 
 
-def test_a_folder_is_one_that_transformers_and_safetensors_read(
+def test_snapshot_is_readable_by_transformers_and_safetensors(
     tmp_path: Path, model: Path
 ) -> None:
     snapshot = write(tmp_path, 3, model)
@@ -56,7 +56,7 @@ def test_a_folder_is_one_that_transformers_and_safetensors_read(
     assert snapshots.whole(tmp_path) == [snapshot]
 
 
-def test_a_third_version_removes_the_first_unless_a_server_reads_it(
+def test_third_snapshot_removes_the_first_unless_in_use(
     tmp_path: Path, model: Path
 ) -> None:
     first = write(tmp_path, 1, model)
@@ -76,7 +76,7 @@ def test_a_third_version_removes_the_first_unless_a_server_reads_it(
     ]
 
 
-def test_who_holds_a_folder_has_it_whatever_is_pruned(tmp_path: Path, model: Path) -> None:
+def test_held_snapshot_survives_pruning(tmp_path: Path, model: Path) -> None:
     first = write(tmp_path, 1, model)
     held = snapshots.hold(first, "rollout-0")
     assert held
@@ -97,7 +97,7 @@ def test_who_holds_a_folder_has_it_whatever_is_pruned(tmp_path: Path, model: Pat
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
-def test_damage_is_seen_and_named(tmp_path: Path, model: Path, harm: str) -> None:
+def test_damaged_file_is_detected_and_named(tmp_path: Path, model: Path, harm: str) -> None:
     snapshot = write(tmp_path, 1, model)
     path = snapshot.path / "model-00002-00002.safetensors"
     raw = bytearray(path.read_bytes())
@@ -109,7 +109,7 @@ def test_damage_is_seen_and_named(tmp_path: Path, model: Path, harm: str) -> Non
     assert path.name in snapshots.damage(snapshot)
 
 
-def test_what_a_source_did_not_write_whole_is_not_committed(tmp_path: Path, model: Path) -> None:
+def test_incomplete_snapshot_is_not_committed(tmp_path: Path, model: Path) -> None:
     partial = snapshots.begin(tmp_path, 1)
     files = write_part(partial, 1, 0)
     manifest = Manifest(1, {}, 1, "sha256", {})
@@ -122,7 +122,7 @@ def test_what_a_source_did_not_write_whole_is_not_committed(tmp_path: Path, mode
     assert snapshots.whole(tmp_path) == []
 
 
-def test_a_full_disk_is_an_error_and_the_gather_runs_to_its_end(tmp_path: Path) -> None:
+def test_full_disk_is_reported_after_the_gather_completes(tmp_path: Path) -> None:
     named = iter(part_tensors(1, 0))
     plan = plan_buckets(
         [TensorInfo(n, tuple(t.shape), t.dtype, n) for n, t in part_tensors(1, 0)], 20_000
@@ -139,7 +139,7 @@ def _write_until_killed(run_dir: Path, model: Path) -> None:
         snapshots.prune(run_dir)
 
 
-def test_a_kill_in_the_middle_leaves_only_whole_folders(tmp_path: Path, model: Path) -> None:
+def test_kill_while_writing_leaves_only_complete_folders(tmp_path: Path, model: Path) -> None:
     """A writer is killed at ten moments of its work; a reader looks all the time and reads what it finds."""
     write(tmp_path, 1, model)
     newest = 1
@@ -170,7 +170,7 @@ def test_a_kill_in_the_middle_leaves_only_whole_folders(tmp_path: Path, model: P
         newest = found[0].version
 
 
-def test_a_writer_killed_at_every_step_of_the_commit_leaves_the_version_before(
+def test_kill_at_any_commit_step_leaves_the_old_version(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A power cut before the n-th forcing to disk or rename of the second version, for every n."""

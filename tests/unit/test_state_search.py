@@ -304,13 +304,13 @@ def search(limit: int = 3_000_000) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_every_reachable_state_of_a_small_setting_keeps_the_promises() -> None:
+def test_every_reachable_state_keeps_the_guarantees() -> None:
     states, transitions = search()
     print(f"{states:,} states, {transitions:,} transitions, exhausted")
     assert states >= 100_000
 
 
-def test_the_search_sees_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_finds_a_seeded_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     apply = ControllerState._apply
 
     def forgetful(self: ControllerState, fact: AnyEvent) -> None:

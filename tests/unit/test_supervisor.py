@@ -47,7 +47,7 @@ class Bench:
     def watch(self, seconds: float = 10.0, until: Callable[[], bool] = lambda: False) -> bool:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if self.supervisor.over():
+            if self.supervisor.poll():
                 return True
             if until():
                 return False
@@ -71,7 +71,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
         processes.stop(bench.supervisor.processes, 0.0)
 
 
-def test_a_worker_that_dies_is_started_again_and_the_others_are_left_alone(
+def test_dead_worker_is_restarted_and_others_are_untouched(
     make: Callable[..., Bench],
 ) -> None:
     bench = make()
@@ -84,7 +84,7 @@ def test_a_worker_that_dies_is_started_again_and_the_others_are_left_alone(
     assert {name for name in before if before[name] != after[name]} == {"rollout-0"}
 
 
-def test_who_dies_before_the_first_step_ends_the_run(make: Callable[..., Bench]) -> None:
+def test_exit_before_the_first_step_ends_the_run(make: Callable[..., Bench]) -> None:
     bench = make()
     bench.status("starting")
     bench.start(rollout_0="raise SystemExit(2)")
@@ -92,7 +92,7 @@ def test_who_dies_before_the_first_step_ends_the_run(make: Callable[..., Bench])
     assert bench.supervisor.num_restarts == 0
 
 
-def test_a_server_that_dies_at_every_start_is_given_up_while_enough_are_left(
+def test_crashing_server_is_abandoned_if_enough_remain(
     make: Callable[..., Bench],
 ) -> None:
     bench = make(max_restarts=2)
@@ -102,7 +102,7 @@ def test_a_server_that_dies_at_every_start_is_given_up_while_enough_are_left(
     assert "rollout-1 died 3 times (faults.max_restarts = 2) and is given up" in bench.told[-1]
 
 
-def test_below_the_floor_the_run_ends_and_says_why(make: Callable[..., Bench]) -> None:
+def test_run_ends_with_reason_below_min_servers(make: Callable[..., Bench]) -> None:
     bench = make(max_restarts=1, min_servers=2)
     bench.start(rollout_0=SLEEP, rollout_1="raise SystemExit(1)")
     assert bench.watch() and bench.supervisor.failed == "rollout-1"
@@ -112,7 +112,7 @@ def test_below_the_floor_the_run_ends_and_says_why(make: Callable[..., Bench]) -
     )
 
 
-def test_an_error_that_the_controller_names_ends_the_run_and_a_kill_does_not(
+def test_controller_error_ends_the_run_and_a_kill_does_not(
     make: Callable[..., Bench],
 ) -> None:
     bench = make()
@@ -127,7 +127,7 @@ def test_an_error_that_the_controller_names_ends_the_run_and_a_kill_does_not(
     assert bench.watch() and bench.supervisor.failed == "controller"
 
 
-def test_a_silent_worker_is_killed_and_has_its_time_to_start(make: Callable[..., Bench]) -> None:
+def test_silent_worker_is_killed_after_its_start_time(make: Callable[..., Bench]) -> None:
     bench = make(heartbeat_timeout_s=0.3)
     bench.start(rollout_0=SLEEP)
     bench.status("training", ["rollout-0"])
@@ -147,14 +147,14 @@ def test_a_silent_worker_is_killed_and_has_its_time_to_start(make: Callable[...,
     assert bench.supervisor.num_restarts == 1
 
 
-def test_a_controller_without_news_is_killed(make: Callable[..., Bench]) -> None:
+def test_controller_without_status_updates_is_killed(make: Callable[..., Bench]) -> None:
     bench = make(heartbeat_timeout_s=0.3)
     bench.start()
     before = bench.pid("controller")
     assert not bench.watch(until=lambda: bench.pid("controller") != before)
 
 
-def test_when_controller_and_trainer_have_ended_well_all_is_over(
+def test_run_ends_when_controller_and_trainer_exit_cleanly(
     make: Callable[..., Bench],
 ) -> None:
     bench = make()
@@ -163,7 +163,7 @@ def test_when_controller_and_trainer_have_ended_well_all_is_over(
     assert not bench.supervisor.failed
 
 
-def test_a_process_that_another_launcher_has_taken_over_is_left_to_it(
+def test_process_claimed_by_another_launcher_is_left_alone(
     make: Callable[..., Bench],
 ) -> None:
     bench = make()
@@ -176,7 +176,7 @@ def test_a_process_that_another_launcher_has_taken_over_is_left_to_it(
     assert not bench.watch(0.3)  # the run goes on
 
 
-def test_servers_of_other_launchers_count_for_the_floor(make: Callable[..., Bench]) -> None:
+def test_servers_of_other_launchers_count_for_min_servers(make: Callable[..., Bench]) -> None:
     bench = make(max_restarts=0, min_servers=1)
     Claims(bench.run_dir).take("rollout-1")
     bench.start(rollout_0="raise SystemExit(1)")
@@ -184,7 +184,7 @@ def test_servers_of_other_launchers_count_for_the_floor(make: Callable[..., Benc
     assert "is given up; 1 rollout workers go on" in bench.told[-1]
 
 
-def test_a_launcher_without_the_controller_ends_with_the_run(make: Callable[..., Bench]) -> None:
+def test_launcher_without_the_controller_ends_with_the_run(make: Callable[..., Bench]) -> None:
     bench = make()
     bench.supervisor.start("rollout-0", child(SLEEP))
     assert not bench.watch(0.3)

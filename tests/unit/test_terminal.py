@@ -57,7 +57,7 @@ def draw(status: RunStatus, width: int = 80, now_unix: float = 1253.0) -> str:
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_the_panel_shows_what_matters_and_fits(width: int) -> None:
+def test_panel_shows_the_main_figures_and_fits(width: int) -> None:
     text = draw(make_status(), width)
     assert all(len(row) <= width for row in text.splitlines())
     for part in (
@@ -68,15 +68,15 @@ def test_the_panel_shows_what_matters_and_fits(width: int) -> None:
         assert part in text
 
 
-def test_a_run_that_has_just_started_can_be_drawn() -> None:
+def test_panel_of_a_starting_run_can_be_drawn() -> None:
     assert "starting" in draw(RunStatus())
 
 
-def test_books_that_do_not_balance_are_shown_as_such() -> None:
+def test_unbalanced_ledger_is_shown() -> None:
     assert "!=" in draw(make_status(ledger={"admitted": 3, "trained": 1, "pending": 1}))
 
 
-def test_a_large_fleet_is_counted_and_not_listed() -> None:
+def test_large_fleet_is_counted_instead_of_listed() -> None:
     fleet = [
         ServerStatus(f"rollout-{i}", "updating" if i < 8 else "serving", 36 if i < 8 else 37, 64)
         for i in range(64)
@@ -86,12 +86,12 @@ def test_a_large_fleet_is_counted_and_not_listed() -> None:
     assert "rollout-9" not in text
 
 
-def test_a_run_that_fell_silent_is_marked_and_an_ended_one_is_not() -> None:
+def test_silent_run_is_marked_and_an_ended_one_is_not() -> None:
     assert "no update for 2:28: is process 77 alive?" in draw(make_status(), now_unix=1400.0)
     assert "no update" not in draw(make_status(state="finished"), now_unix=1400.0)
 
 
-def test_the_summary_tells_the_evaluation_before_and_after() -> None:
+def test_summary_gives_evaluation_before_and_after() -> None:
     text = panel.summary(make_status(state="finished", version=60))
     assert text.splitlines()[0] == "finished after 60 of 60 steps in 4:12"
     assert "31.2% before (v0)  ->  65.5% after (v37), on 256 problems" in text
@@ -101,14 +101,14 @@ def test_the_summary_tells_the_evaluation_before_and_after() -> None:
     )
 
 
-def test_the_summary_of_a_failed_run_says_why() -> None:
+def test_summary_of_a_failed_run_gives_the_reason() -> None:
     text = panel.summary(
         RunStatus(state="failed", message="server rollout-0 did not start", steps=60)
     )
     assert "failed after 0 of 60 steps" in text and "server rollout-0 did not start" in text
 
 
-def test_without_a_terminal_each_version_and_state_is_one_line(tmp_path: Path) -> None:
+def test_without_terminal_each_version_and_state_is_a_line(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
     stop, out = threading.Event(), io.StringIO()
     follower = threading.Thread(
@@ -135,7 +135,7 @@ def test_without_a_terminal_each_version_and_state_is_one_line(tmp_path: Path) -
     ]
 
 
-def test_a_start_that_takes_long_gives_signs_of_life(
+def test_slow_start_prints_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(terminal, "PLAIN_LINE_S", 0.2)
@@ -148,7 +148,7 @@ def test_a_start_that_takes_long_gives_signs_of_life(
     )
 
 
-def test_the_end_of_an_earlier_run_in_the_folder_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+def test_end_of_an_earlier_run_is_ignored(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
     log.write_status(make_status(state="finished"))
     log.close()
@@ -157,7 +157,7 @@ def test_the_end_of_an_earlier_run_in_the_folder_is_not_taken_for_this_ones(tmp_
     assert out.getvalue().startswith("starting")
 
 
-def test_a_terminal_gets_the_panel(tmp_path: Path) -> None:
+def test_terminal_shows_the_panel(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
     log.write_status(make_status())
     log.close()
@@ -166,12 +166,12 @@ def test_a_terminal_gets_the_panel(tmp_path: Path) -> None:
     assert "37/60" in out.getvalue() and "rollout-1" in out.getvalue()
 
 
-def test_the_screenshot_is_an_svg_of_the_panel() -> None:
+def test_screenshot_is_an_svg_of_the_panel() -> None:
     svg = panel.screenshot_svg(make_status())
     assert svg.startswith("<svg") and "37/60" in svg and "is&#160;process" not in svg
 
 
-def test_status_prints_panel_and_books_and_fails_without_a_run(
+def test_status_prints_panel_and_ledger_or_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["status", str(tmp_path)]) == 1
@@ -184,7 +184,7 @@ def test_status_prints_panel_and_books_and_fails_without_a_run(
     assert "37/60" in out and "dropped.reward_unavailable" in out
 
 
-def test_an_error_of_ours_ends_a_command_with_one_line_and_code_2(
+def test_package_error_ends_a_command_with_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", str(tmp_path / "none.yaml")]) == 2

@@ -45,12 +45,12 @@ def digest(tensor: torch.Tensor) -> str:
 
 @pytest.mark.parametrize("num", [1, 2, 7, 8192 * 2, 8192 * 2 + 1, 50001])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_digest_is_the_reference_s(num: int, dtype: torch.dtype) -> None:
+def test_digest_equals_the_reference(num: int, dtype: torch.dtype) -> None:
     tensor = torch.randn(num, generator=torch.Generator().manual_seed(num)).to(dtype)
     assert digest(tensor) == reference(tensor.view(torch.uint8).numpy().tobytes())
 
 
-def test_a_flipped_bit_and_swapped_words_change_it() -> None:
+def test_flipped_bit_or_swapped_words_change_the_digest() -> None:
     tensor = torch.randn(30000, generator=torch.Generator().manual_seed(0))
     flipped, swapped = tensor.clone(), tensor.clone()
     flipped.view(torch.int32)[20000] ^= 1
@@ -58,7 +58,7 @@ def test_a_flipped_bit_and_swapped_words_change_it() -> None:
     assert len({digest(t) for t in (tensor, flipped, swapped)}) == 3
 
 
-def test_experts_that_come_one_by_one_in_any_order_digest_as_the_whole_layer() -> None:
+def test_expert_digests_in_any_order_sum_to_the_layer_digest() -> None:
     shape = ModelShape(
         family=FAMILIES[3], num_layers=1, hidden_size=128, ffn_hidden_size=128, num_attention_heads=2, num_query_groups=2,
         kv_channels=16, vocab_size=8, padded_vocab_size=8, tied=True, num_experts=3, expert_ffn_hidden_size=128,

@@ -32,7 +32,7 @@ ARCHITECTURE = Architecture(
 )
 
 
-def test_an_unknown_key_names_the_nearest() -> None:
+def test_unknown_megatron_key_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"megatron\.clip_gard.*megatron\.clip_grad"):
         settings.check_keys({"clip_gard": 1.0})
 
@@ -46,7 +46,7 @@ def test_an_unknown_key_names_the_nearest() -> None:
         ("moe_grouped_gemm", True, "parameters of their own"),
     ],
 )
-def test_what_another_setting_decides_is_refused_with_the_remedy(
+def test_key_owned_by_another_setting_is_rejected(
     key: str, value: object, remedy: str
 ) -> None:
     with pytest.raises(ConfigError, match=rf"megatron\.{key}.*{remedy}"):
@@ -67,12 +67,12 @@ def test_keys_reach_every_class_that_has_them() -> None:
     )
 
 
-def test_a_value_of_the_wrong_type_names_the_key() -> None:
+def test_value_of_wrong_type_error_names_the_key() -> None:
     with pytest.raises(ConfigError, match=r"megatron\.clip_grad = 'much'"):
         settings.optimizer_config(trainer_config(clip_grad="much"))
 
 
-def test_what_megatron_itself_refuses_is_a_config_error() -> None:
+def test_megatron_validation_error_becomes_a_config_error() -> None:
     with pytest.raises(ConfigError, match="TransformerConfig"):
         settings.transformer_config(
             trainer_config(recompute_granularity="full", distribute_saved_activations=True),
@@ -88,13 +88,13 @@ def test_what_megatron_itself_refuses_is_a_config_error() -> None:
         ({"pipeline_model": 4}, "num_hidden_layers = 2"),
     ],
 )
-def test_a_size_that_does_not_divide_the_model_is_refused(sizes: dict[str, int], what: str) -> None:
+def test_size_that_does_not_divide_the_model_is_rejected(sizes: dict[str, int], what: str) -> None:
     config = trainer_config(**{f"{name}_parallel_size": size for name, size in sizes.items()})
     with pytest.raises(ConfigError, match=rf"{what}; set it to one of"):
         settings.check_layout(config, tiny_shape(QWEN3))
 
 
-def test_the_model_is_as_config_json_says_and_without_dropout() -> None:
+def test_model_follows_config_json_without_dropout() -> None:
     made = settings.transformer_config(
         trainer_config("bf16", sequence_parallel=True), tiny_shape(QWEN3), ARCHITECTURE
     )
@@ -109,7 +109,7 @@ def test_the_model_is_as_config_json_says_and_without_dropout() -> None:
     assert not made.sequence_parallel  # there is nothing to cut with one tensor-parallel rank
 
 
-def test_the_schedule_counts_training_steps() -> None:
+def test_schedule_counts_training_steps() -> None:
     config = trainer_config(
         lr=2e-5, lr_warmup_iters=3, lr_decay_style="cosine", weight_decay=0.05, steps=250
     )
@@ -121,7 +121,7 @@ def test_the_schedule_counts_training_steps() -> None:
         settings.schedule_arguments(bad, settings.optimizer_config(bad))
 
 
-def test_a_schedule_step_by_step() -> None:
+def test_schedule_values_step_by_step() -> None:
     """Megatron's scheduler with our arguments: up over two steps, down a half cosine to min_lr, which stays."""
     config = trainer_config(
         lr=1.0, min_lr=0.1, lr_warmup_iters=2, lr_decay_iters=6, lr_decay_style="cosine"
@@ -138,7 +138,7 @@ def test_a_schedule_step_by_step() -> None:
     assert rates == pytest.approx([0.0, 0.5, *cosine, 0.1])
 
 
-def test_the_critic_has_its_own_learning_rate() -> None:
+def test_critic_has_its_own_learning_rate() -> None:
     config = trainer_config(lr=1e-6, adam_beta2=0.95)
     critic = settings.optimizer_config(config, 1e-3)
     assert (critic.lr, critic.adam_beta2, settings.optimizer_config(config).lr) == (
@@ -149,7 +149,7 @@ def test_the_critic_has_its_own_learning_rate() -> None:
     assert settings.schedule_arguments(config, critic)["max_lr"] == 1e-3
 
 
-def test_an_interleaved_pipeline_sends_one_way_at_a_time() -> None:
+def test_interleaved_pipeline_sends_one_way_at_a_time() -> None:
     sizes = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
     shape = dataclasses.replace(tiny_shape(QWEN3), num_layers=4)
     made = settings.transformer_config(trainer_config(**sizes), shape, ARCHITECTURE)
@@ -160,7 +160,7 @@ def test_an_interleaved_pipeline_sends_one_way_at_a_time() -> None:
     assert plain.virtual_pipeline_model_parallel_size is None and plain.batch_p2p_comm
 
 
-def test_fp16_scales_the_loss_by_megatrons_settings() -> None:
+def test_fp16_loss_scale_uses_megatron_settings() -> None:
     config = trainer_config("fp16", loss_scale_window=5, hysteresis=3, min_loss_scale=4.0)
     made, optimizer = (
         settings.transformer_config(config, tiny_shape(QWEN3), ARCHITECTURE),
@@ -173,7 +173,7 @@ def test_fp16_scales_the_loss_by_megatrons_settings() -> None:
     assert (optimizer.hysteresis, optimizer.min_loss_scale, optimizer.loss_scale) == (3, 4.0, None)
 
 
-def test_fp16_with_experts_is_refused() -> None:
+def test_fp16_with_experts_is_rejected() -> None:
     with pytest.raises(
         ConfigError, match=r"trainer\.precision = fp16 with a model of experts.*use bf16"
     ):
@@ -182,7 +182,7 @@ def test_fp16_with_experts_is_refused() -> None:
         )
 
 
-def test_the_number_of_ranks_must_be_the_product_of_the_sizes(
+def test_number_of_ranks_must_equal_the_product_of_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -148,7 +148,7 @@ def in_loop(body: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(body(), 60))  # type: ignore[arg-type]
 
 
-def test_the_trainer_is_released_when_the_folder_is_whole_and_servers_load_it_then(
+def test_trainer_is_released_before_servers_load_the_snapshot(
     tmp_path: Path, model: Path
 ) -> None:
     cluster = Cluster(tmp_path, model)
@@ -165,7 +165,7 @@ def test_the_trainer_is_released_when_the_folder_is_whole_and_servers_load_it_th
 
 
 @pytest.mark.parametrize("fault", ["error", "silence", "short"])
-def test_a_source_that_fails_leaves_the_folders_before_and_all_are_released(
+def test_failed_source_keeps_old_snapshots_and_releases_all(
     tmp_path: Path, model: Path, fault: str
 ) -> None:
     cluster = Cluster(tmp_path, model)
@@ -200,7 +200,7 @@ def test_a_source_that_fails_leaves_the_folders_before_and_all_are_released(
     in_loop(body)
 
 
-def test_a_server_that_does_not_take_it_is_fenced_and_the_other_serves(
+def test_server_that_rejects_a_snapshot_is_fenced(
     tmp_path: Path, model: Path
 ) -> None:
     faults: dict[tuple[str, type], Answer] = {
@@ -221,7 +221,7 @@ def test_a_server_that_does_not_take_it_is_fenced_and_the_other_serves(
 
 
 @pytest.mark.parametrize("kind", [WriteSnapshot, LoadSnapshot])
-def test_a_server_that_is_lost_is_not_waited_for(tmp_path: Path, model: Path, kind: type) -> None:
+def test_lost_server_is_not_awaited(tmp_path: Path, model: Path, kind: type) -> None:
     cluster = Cluster(tmp_path, model)
 
     def loses(message: Message) -> Message | None:
@@ -242,7 +242,7 @@ def test_a_server_that_is_lost_is_not_waited_for(tmp_path: Path, model: Path, ki
     in_loop(body)
 
 
-def test_who_is_behind_catches_up_with_the_newest_that_eta_allows_and_nobody_else_is_asked(
+def test_stale_server_catches_up_within_max_staleness(
     tmp_path: Path, model: Path
 ) -> None:
     cluster = Cluster(tmp_path, model)
@@ -273,7 +273,7 @@ def test_who_is_behind_catches_up_with_the_newest_that_eta_allows_and_nobody_els
 
 
 @pytest.mark.parametrize("harm", ["digest", "silence", "damage", "new life", "lost"])
-def test_who_cannot_catch_up_is_fenced_unless_the_folder_is_to_blame(
+def test_failed_catch_up_fences_the_server_unless_data_is_bad(
     tmp_path: Path, model: Path, harm: str
 ) -> None:
     cluster = Cluster(tmp_path, model)
@@ -321,7 +321,7 @@ def test_who_cannot_catch_up_is_fenced_unless_the_folder_is_to_blame(
     in_loop(body)
 
 
-def test_beside_the_network_a_folder_is_written_when_the_servers_serve_already(
+def test_network_update_writes_its_snapshot_after_serving(
     tmp_path: Path, model: Path
 ) -> None:
     cluster = Cluster(tmp_path, model, transport="network", snapshot_every=2)
