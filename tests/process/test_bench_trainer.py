@@ -1,4 +1,8 @@
-"""tools/bench/bench_trainer.py on the CPU: what it reports of packing, and that cutting otherwise trains the same tokens."""
+"""Runs tools/bench/bench_trainer.py on the CPU.
+
+Checks the packing figures that it reports, and that every split into micro-batches trains the same
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +54,7 @@ def sample_lengths_and_attention_length() -> tuple[list[int], float]:
         sys.path.pop(0)
     shape = scenarios.COMMON | scenarios.SHAPES["tiny"]
     lengths = [len(s.ids) for s in scenarios.samples_of("64-256", 1500, shape["vocab_size"])]
-    # where the causal attention of a sequence, 6 n^2 H D, costs what its products do, 6 n weights
+    # length at which causal attention (6 n^2 H D) costs as much as the products (6 n weights)
     h, d, heads, groups = (
         shape[k] for k in ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads")
     )
@@ -73,7 +77,9 @@ def test_packing_efficiency_and_imbalance_match_the_split(
     everything = range(len(lengths))
     cuts = {
         "dynamic": allocate(lengths, 512),
-        "fixed": [list(everything[n : n + 2]) for n in everything[::2]],  # two of 256 always fit
+        "fixed": [
+            list(everything[n : n + 2]) for n in everything[::2]
+        ],  # two samples of 256 tokens always fit
     }
     for name, cut in cuts.items():
         costs = [sum(cost(lengths[n], attention_length) for n in part) for part in cut]

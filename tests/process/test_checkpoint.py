@@ -1,4 +1,7 @@
-"""A checkpoint is saved while training goes on, falls back to the one before when it is damaged, and loads in other layouts."""
+"""Checkpoints are saved in the background, and load in other parallel layouts.
+
+A damaged checkpoint is detected, and the previous one is loaded instead.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from megatron_async_rl.storage import checkpoints
 
 
 def ranks(count: int, *arguments: str) -> str:
-    """The log of so many ranks; they must end well."""
+    """Runs checkpoint_main.py in `count` ranks, which must succeed; returns their log."""
     done = subprocess.run(
         [
             *(
@@ -44,7 +47,7 @@ def ranks(count: int, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(model, run_dir) with checkpoints of versions 2 and 4, made by TP = 2; the newer one is then damaged."""
+    """(model, run_dir) with checkpoints of versions 2 and 4 from TP = 2; version 4 is damaged."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model, run_dir = make_model(folder / "model", layers=4), folder / "run"
     run_dir.mkdir()
@@ -73,7 +76,7 @@ def test_last_two_checkpoints_are_complete_when_reported(saved: tuple[Path, Path
 def test_previous_checkpoint_of_a_damaged_one_resumes_identically(
     saved: tuple[Path, Path], tp: int, pp: int, vpp: int, count: int
 ) -> None:
-    """Losses and gradient norms of the next steps: weights, Adam's moments and its step count are all there."""
+    """Weights, Adam's moments and step count are restored: losses and gradient norms agree."""
     model, run_dir = saved
     log = ranks(count, str(model), str(run_dir), "load", str(tp), str(pp), str(vpp))
     assert "is damaged" in log and "does not match its digest" in log
@@ -85,7 +88,7 @@ def test_previous_checkpoint_of_a_damaged_one_resumes_identically(
 
 
 def test_interleaved_pipeline_checkpoint_loads_into_one_rank(tmp_path: Path) -> None:
-    """Policy and critic."""
+    """For the policy and the critic."""
     model, run_dir = make_model(tmp_path / "model", layers=4), tmp_path / "run"
     run_dir.mkdir()
     ranks(2, str(model), str(run_dir), "save", "1", "2", "2", "gae")

@@ -1,4 +1,4 @@
-"""Programs judged by their tests: what counts as the same output, how rows are read, and the reward worker around it."""
+"""reward.function = code: comparison of outputs, rows of unit tests, and the reward worker."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ FUNCTION = {
 }
 
 
-def fenced(program: str) -> str:
+def code_block(program: str) -> str:
     return f"```python\n{program}\n```"
 
 
-# ---- what is compared
+# ---- comparison of outputs
 
 
 @pytest.mark.parametrize(
@@ -205,16 +205,16 @@ def with_worker(
 
 
 def test_programs_and_functions_are_scored() -> None:
-    adds = fenced("a, b = map(int, input().split())\nprint(a + b)")
-    sums = fenced("def add(a, b): return a + b")
+    adds = code_block("a, b = map(int, input().split())\nprint(a + b)")
+    sums = code_block("def add(a, b): return a + b")
     cases = [
         (adds, STDIO, 1.0, ""),
         (sums, FUNCTION, 1.0, ""),
-        (fenced("class Solution:\n    def add(self, a, b): return a + b"), FUNCTION, 1.0, ""),
-        (fenced("print(7)"), STDIO, 0.0, "test 2: wrong output"),
-        (fenced("def add(a, b): return 7"), FUNCTION, 0.0, "test 2: wrong result"),
-        (fenced("def plus(a, b): return a + b"), FUNCTION, 0.0, "raised an exception"),
-        (fenced("while 1: pass"), STDIO, 0.0, "test 1: took too long"),
+        (code_block("class Solution:\n    def add(self, a, b): return a + b"), FUNCTION, 1.0, ""),
+        (code_block("print(7)"), STDIO, 0.0, "test 2: wrong output"),
+        (code_block("def add(a, b): return 7"), FUNCTION, 0.0, "test 2: wrong result"),
+        (code_block("def plus(a, b): return a + b"), FUNCTION, 0.0, "raised an exception"),
+        (code_block("while 1: pass"), STDIO, 0.0, "test 1: took too long"),
         ("I do not know.", STDIO, 0.0, "no fenced program in the answer"),
         (adds, {"tests": []}, None, "no `tests`"),
     ]
@@ -236,7 +236,9 @@ def test_scoring_deadline_bounds_many_slow_tests() -> None:
     row = {"tests": [{"input": "", "output": "1\n"}] * 20}
 
     async def test(worker: RewardWorker) -> None:
-        scored = await worker.score(score(fenced("import time\ntime.sleep(0.5)\nprint(1)"), row))
+        scored = await worker.score(
+            score(code_block("import time\ntime.sleep(0.5)\nprint(1)"), row)
+        )
         assert scored.reward == 0.0 and "took too long" in scored.error
         assert 2.5 < scored.seconds < 6
 
@@ -246,7 +248,7 @@ def test_scoring_deadline_bounds_many_slow_tests() -> None:
 def test_lost_sandbox_is_an_infrastructure_error() -> None:
     async def test(worker: RewardWorker) -> None:
         slow = asyncio.create_task(
-            worker.score(score(fenced("import time\ntime.sleep(0.9)\nprint(7)"), STDIO))
+            worker.score(score(code_block("import time\ntime.sleep(0.9)\nprint(7)"), STDIO))
         )
         await asyncio.sleep(0.4)
         for child in psutil.Process().children(recursive=True):
@@ -255,7 +257,7 @@ def test_lost_sandbox_is_an_infrastructure_error() -> None:
         lost = await slow
         assert lost.reward is None and "the sandbox" in lost.error
         right = await worker.score(
-            score(fenced("a, b = map(int, input().split())\nprint(a + b)"), STDIO)
+            score(code_block("a, b = map(int, input().split())\nprint(a + b)"), STDIO)
         )
         assert right.reward == 1.0
 
@@ -280,11 +282,11 @@ def test_running_program_ends_with_the_reward_process(
     async def test(hub: Hub, peer: Peer, process: subprocess.Popen[bytes]) -> None:
         [right] = (
             await collect_scores(
-                hub, peer, [score(fenced("print(sum(map(int, input().split())))"), STDIO)]
+                hub, peer, [score(code_block("print(sum(map(int, input().split())))"), STDIO)]
             )
         ).values()
         assert right.reward == 1.0
-        await hub.send(peer, score(fenced("while 1: pass"), STDIO))
+        await hub.send(peer, score(code_block("while 1: pass"), STDIO))
         await asyncio.sleep(0.5)
         left = descendant_pids(process.pid)
         assert sum("zygote.py" in " ".join(psutil.Process(pid).cmdline()) for pid in left) >= 2

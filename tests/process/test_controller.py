@@ -1,4 +1,7 @@
-"""The controller's shell over its real socket: who is welcome, who must say hello, and what its next life remembers."""
+"""The controller over its real socket.
+
+Which workers are accepted, which must rejoin, and the state that a restarted controller recovers.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +120,7 @@ def test_unknown_and_lost_workers_must_rejoin(
         )
         assert controller.core.fleet.rollout[
             "rollout-0"
-        ].is_serving  # it served before this life began
+        ].is_serving  # it served before this controller started
         controller.core.worker_lost("rollout-0", 0.0)
         assert await ask(link, Heartbeat()) == RejoinRequest()
         assert isinstance(
@@ -125,7 +128,7 @@ def test_unknown_and_lost_workers_must_rejoin(
         )
         assert not controller.core.fleet.rollout[
             "rollout-0"
-        ].is_serving  # lost once in this life: not trusted again
+        ].is_serving  # lost since this controller started: not trusted
 
     with_controller(model_and_dataset, tmp_path, test)
 
@@ -177,7 +180,7 @@ def test_journal_of_another_dataset_is_refused(
 def test_shutdown_during_an_update_ends_the_controller(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Told to end in the middle of an update, the controller ends: it does not wait for the trainer's next offer."""
+    """A controller that is stopped during an update does not wait for the trainer's next offer."""
 
     async def test(controller: Controller, link: Link) -> None:
         trainer, judge = Link(tmp_path), Link(tmp_path)
@@ -191,7 +194,7 @@ def test_shutdown_during_an_update_ends_the_controller(
                 PublishOffer(0, 0, 1, [Bucket([TensorSpec("w", "float32", [2])])], "gloo")
             )
             while not isinstance(await link._receive(), UpdateWeights):
-                pass  # and it is never answered
+                pass  # never answered
             [conducting] = [
                 t
                 for t in asyncio.all_tasks()
@@ -210,7 +213,7 @@ def test_shutdown_during_an_update_ends_the_controller(
 def test_update_ends_when_its_server_rejoins(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Long before weights.update_timeout_s = 120; and the new life is in the next one."""
+    """Long before weights.update_timeout_s = 120; the next update includes the new server."""
 
     async def test(controller: Controller, link: Link) -> None:
         trainer, judge, anew = Link(tmp_path), Link(tmp_path), Link(tmp_path)
@@ -223,7 +226,7 @@ def test_update_ends_when_its_server_rejoins(
             )
             await trainer.send(offer)
             while not isinstance(await link._receive(), UpdateWeights):
-                pass  # and it is never answered
+                pass  # never answered
             assert isinstance(
                 await ask(anew, hello_of(model_and_dataset, "rollout", "rollout-0")), Welcome
             )
@@ -241,12 +244,12 @@ def test_update_ends_when_its_server_rejoins(
 def test_server_lost_before_an_update_is_left_out(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The journal is waited for between the choice of servers and the update."""
+    """The controller waits for the journal between choosing the servers and the update."""
 
     async def test(controller: Controller, link: Link) -> None:
         await ask(link, hello_of(model_and_dataset, "rollout", "rollout-0"))
         offer = PublishOffer(0, 0, 1, [Bucket([TensorSpec("w", "float32", [2])])], "gloo")
-        chosen = ["rollout-0", "rollout-1"]  # of these rollout-1 is there no more
+        chosen = ["rollout-0", "rollout-1"]  # rollout-1 is already lost
         update = asyncio.create_task(controller.updates._publish(0, {"trainer-0": offer}, chosen))
         while not isinstance(await link._receive(), UpdateWeights):
             pass
@@ -259,7 +262,10 @@ def test_server_lost_before_an_update_is_left_out(
 def test_second_hello_of_a_trainer_withdraws_its_offer(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """After a crash of the controller each message on the way is answered by SayHello, and each of those by a hello."""
+    """After a restart of the controller a trainer may send two hellos.
+
+    Each of its messages is answered by RejoinRequest, and each RejoinRequest by a hello.
+    """
 
     async def test(controller: Controller, link: Link) -> None:
         trainer, judge = Link(tmp_path), Link(tmp_path)
@@ -272,7 +278,7 @@ def test_second_hello_of_a_trainer_withdraws_its_offer(
             await ask(link, hello_of(model_and_dataset, "rollout", "rollout-0"))
             await ask(
                 judge, hello_of(model_and_dataset, "reward", "reward-0")
-            )  # all are there: the first update may begin
+            )  # all workers have joined: the first update may begin
             await asyncio.sleep(0.3)
             [conducting] = [
                 t

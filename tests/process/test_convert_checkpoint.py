@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py: to Megatron in one layout, back in another, and every tensor is as it was."""
+"""tools/convert_checkpoint.py: to Megatron in one layout and back in another, bit for bit."""
 
 from __future__ import annotations
 

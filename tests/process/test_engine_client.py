@@ -1,6 +1,7 @@
-"""The SGLang client over the versions it speaks, against a server that answers as each of them does.
+"""The SGLang client against a fake server that answers like each supported version.
 
-What the fake answers was taken from real servers; tests/test_loop.py drives the real 0.5.21 through the same client.
+The answers of the fake were recorded from real servers; tests/system/test_loop.py drives a real
+0.5.21 through the same client.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ BUCKET = Bucket([TensorSpec("model.norm.weight", "bfloat16", [4])])
 
 @dataclass
 class FakeSGLang:
-    """Keys, sessions and reply shapes of SGLang `version`; `reply` is the next answer of /generate."""
+    """Imitates keys, sessions and replies of SGLang `version`; /generate answers with `reply`."""
 
     version: str
     reply: dict[str, Any] = field(default_factory=dict)
@@ -204,7 +205,7 @@ def test_update_opens_a_session_where_the_server_has_sessions(version: str) -> N
     assert [body.get("weight_version") for body in updates] == [
         None,
         "7",
-    ]  # recorded per call: only with the last
+    ]  # the server records it per call: only the last call names it
     assert {body["load_format"] for body in updates} == {"flattened_bucket"}
 
 
@@ -240,7 +241,10 @@ def test_silent_server_raises_within_the_deadline() -> None:
 def test_connection_closed_by_the_server_is_not_reused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SGLang closes what was idle for 5 s; whoever's event loop was held up for so long has not heard of it."""
+    """SGLang closes a connection that was idle for 5 s.
+
+    A client whose event loop was blocked meanwhile has not noticed it.
+    """
     monkeypatch.setattr(client_module, "KEEP_ALIVE_S", 0.2)
     fake = FakeSGLang("0.5.21", reply([5], [{"version": "3", "start": 0, "end": 1}]))
     runner = web.AppRunner(fake.application(), keepalive_timeout=0.3)
@@ -255,12 +259,12 @@ def test_connection_closed_by_the_server_is_not_reused(
         try:
             await client.connect()
             await generate(client)
-            time.sleep(1.0)
+            time.sleep(1.0)  # noqa: ASYNC251 (blocks the client's event loop on purpose)
             await generate(client)
         finally:
             await client.close()
 
-    server = asyncio.new_event_loop()  # in a thread of its own: it is not held up
+    server = asyncio.new_event_loop()  # in another thread, so that it is not blocked
     thread = threading.Thread(target=server.run_forever)
     thread.start()
     try:

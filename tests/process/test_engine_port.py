@@ -1,4 +1,4 @@
-"""A server whose port somebody takes before it can: another try, at once."""
+"""A server whose port is taken between its choice and its use is started again at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def make_server(folder: Path, **sglang: object) -> Server:
+def make_engine(folder: Path, **sglang: object) -> Server:
     (folder / "run" / "logs").mkdir(parents=True)
     (folder / "run" / "keys").mkdir()
     tree = {
@@ -38,7 +38,7 @@ def make_server(folder: Path, **sglang: object) -> Server:
 def test_server_retries_when_its_port_was_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = make_server(tmp_path)
+    server = make_engine(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = module.free_port
         ports = iter([taken.getsockname()[1]])
@@ -58,12 +58,12 @@ def test_server_retries_when_its_port_was_taken(
         "address already in use"
         in (tmp_path / "run" / "logs" / "rollout-0.sglang.log").read_text().lower()
     )
-    assert time.monotonic() - started < 150  # two starts, not start_timeout_s
+    assert time.monotonic() - started < 150  # the time of two starts, less than start_timeout_s
 
 
 def test_error_names_the_configured_port_that_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        server = make_server(tmp_path, port=port)
+        server = make_engine(tmp_path, port=port)
         with pytest.raises(EngineError, match=f"lost its port {port}|exit code"):
             asyncio.run(server.start())

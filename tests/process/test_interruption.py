@@ -1,7 +1,8 @@
-"""What a weight update leaves in a real SGLang server, for the ways in which requests can stay inside it.
+"""Weight updates of a real SGLang server while requests are running, for each interruption mode.
 
-One server, two random models: requests with shared prompts are under way when the weights of the other model arrive.
-Every token's logprob is held against transformers under the very weights that the token is labelled with.
+One server, two random models: the weights of the second model arrive while requests with shared
+prompts are running. The logprob of every token is compared with transformers, under the weights
+that the token is labelled with.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ from megatron_async_rl.weights.update_group import UpdateGroup
 pytestmark = pytest.mark.skipif(
     engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
 )
-formations = itertools.count(1)
+group_numbers = itertools.count(1)
 
 
 @dataclass
 class Trainer:
-    """Sends a folder's tensors the way the weight source does, in buckets of four tensors."""
+    """Sends the tensors of a folder like a weight source, in buckets of four tensors."""
 
     updates: WeightUpdates
     sent: Sent
@@ -88,7 +89,7 @@ class Trainer:
         return answer
 
     async def join(self) -> UpdateGroup:
-        name = f"weights-{next(formations)}-stage0"
+        name = f"weights-{next(group_numbers)}-stage0"
         self.group = group = UpdateGroup(name, 2, "gloo", "127.0.0.1", 60.0)
         order = JoinGroup(name, group.address, group.port, 1, 2, "gloo")
         await asyncio.gather(self.updates.step(order), asyncio.to_thread(group.join))
@@ -107,7 +108,7 @@ class Trainer:
 
 @dataclass
 class Rollout:
-    """A gate, an engine behind it, and who brings it weights."""
+    """A gate, the engine behind it, and the trainer that sends it weights."""
 
     gate: Gate
     client: EngineClient
@@ -121,15 +122,18 @@ class Rollout:
             return await self.client.generate(prompt, Sampling(num_new, 1.0, []), key)
 
     async def start(self, prompts: list[list[int]]) -> list[asyncio.Task[Part]]:
-        """One request per prompt; returns when they have a dozen tokens each."""
+        """Starts one request per prompt; returns when each has a dozen tokens."""
         requests = [asyncio.create_task(self.generate(prompt)) for prompt in prompts]
-        await self.generate(prompts[0], 12)  # in one batch with them
+        await self.generate(prompts[0], 12)  # in the same batch
         return requests
 
-    async def interrupted_by(
+    async def run_through_update(
         self, version: int, folder: Path, prompts: list[list[int]]
     ) -> list[Part]:
-        """One request per prompt, whose prompts are in the prefix cache, in the middle of which the update comes."""
+        """Publishes `folder` in the middle of one request per prompt.
+
+        The prompts are in the prefix cache.
+        """
         await asyncio.gather(*(self.generate(prompt, 2) for prompt in prompts))
         requests = await self.start(prompts)
         updated = await self.trainer.publish(version, folder)
@@ -153,7 +157,10 @@ class Models:
     def mixed(
         self, before: int, after: int, num_before: int, prompt: list[int], ids: list[int]
     ) -> np.ndarray:
-        """[num_ids]: the same on one KV cache: model `before` samples the first `num_before` (at least 1), `after` goes on."""
+        """[num_ids]: the same on one KV cache, under two models.
+
+        Model `before` samples the first `num_before` tokens (at least 1), `after` the others.
+        """
         tokens = torch.tensor([prompt + ids])
         cut = len(prompt) + num_before - 1  # the last token that `before` sampled is fed to `after`
         with torch.no_grad():
@@ -168,7 +175,7 @@ class Models:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     folders = [make_model(tmp_path_factory.mktemp("models") / str(seed), seed) for seed in (0, 1)]
-    for folder in folders:  # the end is seldom sampled, so that requests are long
+    for folder in folders:  # the end token is rarely sampled, so that requests are long
         tensors = load_file(folder / "model.safetensors")
         tensors["lm_head.weight"][0] = 0.0
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -200,7 +207,7 @@ def rollout(server: Server, models: Models, run_dir: Path, **weights: str) -> It
 
 
 def prompts(num: int) -> list[list[int]]:
-    """Pairs of one prompt each, all of them with a common beginning."""
+    """Pairs of equal prompts, all with a common prefix."""
     rng = np.random.default_rng(5)
     common = rng.integers(3, 34, 24).tolist()
     return [common + rng.integers(3, 34, 16).tolist() for _ in range(num // 2) for _ in range(2)][
@@ -221,7 +228,7 @@ def test_retracted_and_new_requests_use_only_new_weights(
 
     async def scenario(rollout: Rollout) -> None:
         assert not (await rollout.trainer.publish(10, models.folders[0])).error
-        parts = await rollout.interrupted_by(11, models.folders[1], asked)
+        parts = await rollout.run_through_update(11, models.folders[1], asked)
         later = list(await asyncio.gather(*map(rollout.generate, asked)))
         assert {version for part in later for version, _, _ in segments(part)} == {11}
         spanning = [part for part in parts if [s.version for s in part.segments] == [10, 11]]
@@ -233,7 +240,8 @@ def test_retracted_and_new_requests_use_only_new_weights(
             for version, these, said in segments(part):
                 expected = models.fresh(version - 10, prompt, ids)[done : done + len(these)]
                 np.testing.assert_allclose(said, expected, atol=1e-3)
-                if done and len(these) > 8:  # what a KV cache of the old weights would have given
+                if done and len(these) > 8:
+                    # the logprobs that a KV cache of the old weights would have given
                     stale = models.mixed(0, 1, done, prompt, ids)[done:]
                     differs = max(differs, float(np.abs(said - stale).max()))
                 done += len(these)
@@ -252,15 +260,12 @@ def test_kept_kv_cache_is_labelled_and_not_shared_with_new_requests(
 
     async def scenario(rollout: Rollout) -> None:
         assert not (await rollout.trainer.publish(20, models.folders[0])).error
-        parts = await rollout.interrupted_by(21, models.folders[1], asked)
+        parts = await rollout.run_through_update(21, models.folders[1], asked)
         spanning = [
             (p, part) for p, part in zip(asked, parts, strict=True) if len(part.segments) == 2
         ]
         assert len(spanning) >= 4
-        for (
-            prompt,
-            part,
-        ) in spanning:  # token for token: the label changes exactly where the weights did
+        for prompt, part in spanning:  # the label changes exactly where the weights did
             assert [segment.version for segment in part.segments] == [20, 21]
             ids = [token for segment in part.segments for token in segment.ids]
             said = np.concatenate([logprobs for _, _, logprobs in segments(part)])
@@ -268,9 +273,8 @@ def test_kept_kv_cache_is_labelled_and_not_shared_with_new_requests(
             np.testing.assert_allclose(said, expected, atol=1e-3)
         first = await rollout.generate(asked[0], 8)
         again = await rollout.generate(asked[0], 8)
-        assert (
-            first.num_cached == 0 and again.num_cached > 30
-        )  # the old prefix is there, and is not found
+        # the old prefix is still in the cache, and is not found
+        assert first.num_cached == 0 and again.num_cached > 30
         later = list(await asyncio.gather(*map(rollout.generate, asked)))
         for prompt, part in zip([asked[0]] * 2 + asked, [first, again, *later], strict=True):
             [(version, ids, said)] = segments(part)

@@ -1,4 +1,7 @@
-"""Layout invariance, equality with transformers, and export, on tiny models over four CPU processes (layouts_main.py)."""
+"""Layout invariance, equality with transformers, and export.
+
+Tiny models over four CPU ranks (layouts_main.py), whose results all tests here read.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
     "dtype": "float32",
 }
-LAYOUTS = {  # layout: the one it must equal
+LAYOUTS = {  # layout -> the layout whose results it must equal
     "tp1 small microbatches": "tp1",
     "tp1 one microbatch": "tp1",
     "tp1 uneven shares": "tp1",
@@ -87,9 +90,8 @@ def make_models(folder: Path) -> None:
     }
     g = torch.Generator().manual_seed(0)
     for name, model in models.items():
-        with (
-            torch.no_grad()
-        ):  # norms and biases too: initialised to ones and zeros they would hide a wrong mapping
+        # norms and biases too: initialised to ones and zeros they would hide a wrong mapping
+        with torch.no_grad():
             for key, p in model.named_parameters():
                 p.copy_(torch.randn(p.shape, generator=g) * 0.08 + (1.0 if "norm" in key else 0.0))
         model.save_pretrained(folder / name)
@@ -97,8 +99,8 @@ def make_models(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs layouts_main.py once; the folder it wrote to. The models are in models/."""
+def layout_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs layouts_main.py once; returns the folder it wrote to, with the models in models/."""
     out = tmp_path_factory.mktemp("layouts")
     make_models(out / "models")
     command = [
@@ -118,24 +120,24 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
     )
     try:
-        said, _ = ranks.communicate(timeout=480)
+        log, _ = ranks.communicate(timeout=480)
     finally:
-        ranks.terminate()  # torchrun ends its workers on SIGTERM; they would outlive a SIGKILL
+        ranks.terminate()  # torchrun ends its ranks on SIGTERM; they would survive a SIGKILL
         ranks.wait(30)
-    assert ranks.returncode == 0, said[-12000:]
+    assert ranks.returncode == 0, log[-12000:]
     return out
 
 
 @pytest.fixture(scope="module")
-def results(ran: Path) -> dict[str, Any]:
-    return json.loads((ran / "results.json").read_text())
+def results(layout_folder: Path) -> dict[str, Any]:
+    return json.loads((layout_folder / "results.json").read_text())
 
 
 def load(path: Path) -> Any:
     return torch.load(path, weights_only=True)
 
 
-def worst(
+def largest_difference(
     got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], scale: dict[str, torch.Tensor]
 ) -> tuple[float, str]:
     assert set(got) == set(want)
@@ -151,10 +153,13 @@ def hf_model(folder: Path) -> Any:
 
 
 def test_loss_and_gradient_match_transformers_and_the_formula(
-    ran: Path, results: dict[str, Any]
+    layout_folder: Path, results: dict[str, Any]
 ) -> None:
-    """An independent computation: one sample at a time, log_softmax over the full vocabulary, the formula as it stands."""
-    model = hf_model(ran / "models" / "qwen3")
+    """Against an independent computation.
+
+    One sample at a time, log_softmax over the full vocabulary, the formula of the paper as it is.
+    """
+    model = hf_model(layout_folder / "models" / "qwen3")
     algorithm = AlgorithmConfig(prompts_per_step=1, samples_per_prompt=2)
     total, count = torch.zeros(()), 0
     for sample in global_batch():
@@ -176,47 +181,53 @@ def test_loss_and_gradient_match_transformers_and_the_formula(
     assert totals["tokens"] == count
     assert totals["loss"] == pytest.approx(total.item(), rel=1e-5)
     want = {n: p.grad for n, p in model.named_parameters()}
-    difference, name = worst(load(ran / "gradient tp1.pt"), want, want)
+    difference, name = largest_difference(load(layout_folder / "gradient tp1.pt"), want, want)
     assert difference < 1e-4, name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_and_gradient_do_not_depend_on_the_layout(
-    ran: Path, results: dict[str, Any], layout: str
+    layout_folder: Path, results: dict[str, Any], layout: str
 ) -> None:
     want = results["totals"][LAYOUTS[layout]]
     for name, value in results["totals"][layout].items():
         if name not in ("budget", "least_budget", "microbatches", "cost_max"):
             assert value == pytest.approx(want[name], rel=1e-4, abs=1e-4), name
-    gradient = load(ran / f"gradient {LAYOUTS[layout]}.pt")
-    difference, name = worst(load(ran / f"gradient {layout}.pt"), gradient, gradient)
+    gradient = load(layout_folder / f"gradient {LAYOUTS[layout]}.pt")
+    difference, name = largest_difference(
+        load(layout_folder / f"gradient {layout}.pt"), gradient, gradient
+    )
     assert difference < 1e-4, name
 
 
 @pytest.mark.parametrize("layout", GAE_LAYOUTS)
 def test_policy_and_critic_gradients_do_not_depend_on_the_layout(
-    ran: Path, results: dict[str, Any], layout: str
+    layout_folder: Path, results: dict[str, Any], layout: str
 ) -> None:
-    """With a value head that is not zeros."""
+    """With a value head that is not all zeros."""
     for name, want in results["totals"]["gae"].items():
         if name not in ("budget", "least_budget", "microbatches", "cost_max"):
             assert results["totals"][layout][name] == pytest.approx(want, rel=1e-4, abs=1e-4), name
     assert results["totals"]["gae"]["critic value"] != 0
     for who in ("gradient", "critic gradient"):
-        want = load(ran / f"{who} gae.pt")
-        difference, name = worst(load(ran / f"{who} {layout}.pt"), want, want)
+        want = load(layout_folder / f"{who} gae.pt")
+        difference, name = largest_difference(
+            load(layout_folder / f"{who} {layout}.pt"), want, want
+        )
         assert difference < 1e-4, (who, name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_after_a_step_do_not_depend_on_the_layout(
-    ran: Path, results: dict[str, Any], layout: str
+    layout_folder: Path, results: dict[str, Any], layout: str
 ) -> None:
-    want = load(ran / f"weights {LAYOUTS[layout]}.pt")
-    before = hf_model(ran / "models" / ("qwen2" if "tied" in layout else "qwen3")).state_dict()
+    want = load(layout_folder / f"weights {LAYOUTS[layout]}.pt")
+    before = hf_model(
+        layout_folder / "models" / ("qwen2" if "tied" in layout else "qwen3")
+    ).state_dict()
     moved = {n: want[n] - before[n] for n in want}
     assert min(m.abs().max().item() for m in moved.values()) > 0
-    difference, name = worst(load(ran / f"weights {layout}.pt"), want, moved)
+    difference, name = largest_difference(load(layout_folder / f"weights {layout}.pt"), want, moved)
     assert difference < 1e-4, name
     for key in (
         "train/loss",
@@ -232,8 +243,12 @@ def test_weights_after_a_step_do_not_depend_on_the_layout(
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
-def test_logits_match_transformers(ran: Path, family: str) -> None:
-    model, got, start = hf_model(ran / "models" / family), load(ran / f"logits {family}.pt"), 0
+def test_logits_match_transformers(layout_folder: Path, family: str) -> None:
+    model, got, start = (
+        hf_model(layout_folder / "models" / family),
+        load(layout_folder / f"logits {family}.pt"),
+        0,
+    )
     for sample in global_batch():
         with torch.no_grad():
             want = model(input_ids=torch.from_numpy(sample.ids).long()[None]).logits[0]
@@ -242,24 +257,27 @@ def test_logits_match_transformers(ran: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
-def test_export_returns_the_loaded_weights_bit_for_bit(ran: Path, family: str) -> None:
-    source, export = hf_model(ran / "models" / family), hf_model(ran / f"export {family}")
+def test_export_returns_the_loaded_weights_bit_for_bit(layout_folder: Path, family: str) -> None:
+    source, export = (
+        hf_model(layout_folder / "models" / family),
+        hf_model(layout_folder / f"export {family}"),
+    )
     for name, tensor in source.state_dict().items():
         assert torch.equal(export.state_dict()[name], tensor), name
-    files = {f.name for f in (ran / f"export {family}").iterdir()}
+    files = {f.name for f in (layout_folder / f"export {family}").iterdir()}
     assert {
         "config.json",
         "generation_config.json",
         "tokenizer.json",
         "model.safetensors.index.json",
     } <= files
-    assert not [f for f in ran.iterdir() if f.name.startswith(".export")]
+    assert not [f for f in layout_folder.iterdir() if f.name.startswith(".export")]
 
 
-def test_transformers_loads_the_trained_policy(ran: Path) -> None:
+def test_transformers_loads_the_trained_policy(layout_folder: Path) -> None:
     trained, weights = (
-        hf_model(ran / "export trained").state_dict(),
-        load(ran / "weights trained.pt"),
+        hf_model(layout_folder / "export trained").state_dict(),
+        load(layout_folder / "weights trained.pt"),
     )
     assert all(torch.equal(trained[name], tensor) for name, tensor in weights.items())
 
@@ -279,7 +297,7 @@ def test_second_minibatch_differs_from_the_proximal_policy(results: dict[str, An
 
 
 def test_first_minibatch_needs_no_proximal_pass(results: dict[str, Any]) -> None:
-    """Its own forward pass is under the same weights: the steps are the same."""
+    """Its own forward pass uses the same weights: the steps are equal."""
     whole, without_first = results["proximal recompute"], results["proximal reuse_first_minibatch"]
     for name, value in whole.items():
         if not name.startswith("perf/"):
@@ -331,8 +349,8 @@ def test_all_ranks_refuse_a_non_finite_step_before_writing(
     assert results["refused everywhere, weights same"] == [[True, True]] * 4
 
 
-def test_refused_batch_is_saved(ran: Path) -> None:
-    version, samples = batches.load(ran / "run" / "refused" / "v5-replica0.npz")
+def test_refused_batch_is_saved(layout_folder: Path) -> None:
+    version, samples = batches.load(layout_folder / "run" / "refused" / "v5-replica0.npz")
     assert version == 5 and len(samples) == len(global_batch())
     assert np.isnan(samples[0].advantages).all() and np.array_equal(
         samples[1].ids, global_batch()[1].ids
@@ -349,31 +367,35 @@ def test_bf16_trains(results: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("layout", GAE_LAYOUTS)
 def test_policy_and_critic_do_not_depend_on_the_layout(
-    ran: Path, results: dict[str, Any], layout: str
+    layout_folder: Path, results: dict[str, Any], layout: str
 ) -> None:
-    """After three steps in which the critic's values make the advantages."""
+    """After three steps whose advantages come from the critic's values."""
     last, want = results[layout][-1], results["gae"][-1]
     for name, value in want.items():
         if name.startswith(("critic/", "train/")) and "packing" not in name:
             assert last[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
     for who in ("weights", "critic"):
-        weights = load(ran / f"{who} gae.pt")
-        before = hf_model(ran / "models" / "qwen3").state_dict() | {
+        weights = load(layout_folder / f"{who} gae.pt")
+        before = hf_model(layout_folder / "models" / "qwen3").state_dict() | {
             "value head": torch.zeros(1, 32)
         }
         moved = {n: weights[n] - before[n] for n in weights}
-        difference, name = worst(load(ran / f"{who} {layout}.pt"), weights, moved)
+        difference, name = largest_difference(
+            load(layout_folder / f"{who} {layout}.pt"), weights, moved
+        )
         assert difference < 2e-4, (who, name)
 
 
-def test_critic_is_a_separate_model_that_learns(ran: Path, results: dict[str, Any]) -> None:
+def test_critic_is_a_separate_model_that_learns(
+    layout_folder: Path, results: dict[str, Any]
+) -> None:
     first, *_, last = results["gae"]
     assert first["critic/value_mean"] == 0 and last["critic/value_mean"] != 0
     assert (
         results["gae two minibatches"]["critic/value_mean"] != 0
-    )  # the second's, after the first's step
+    )  # of the second step, after the first
     assert last["critic/grad_norm"] > 0 and last["critic/loss"] < first["critic/loss"]
-    policy, critic = load(ran / "weights gae.pt"), load(ran / "critic gae.pt")
+    policy, critic = load(layout_folder / "weights gae.pt"), load(layout_folder / "critic gae.pt")
     assert set(critic) - set(policy) == {"value head"} and set(policy) - set(critic) == {
         "lm_head.weight"
     }
@@ -385,7 +407,7 @@ def test_critic_is_a_separate_model_that_learns(ran: Path, results: dict[str, An
 
 @pytest.mark.parametrize("shard", ["True", "False"])
 class TestFp16:
-    """With the distributed optimizer and without."""
+    """With and without the distributed optimizer."""
 
     def test_step_matches_fp32(self, results: dict[str, Any], shard: str) -> None:
         told, want = results["fp16"][shard], results["metrics"]["tp2 pp2"]
@@ -403,7 +425,7 @@ class TestFp16:
         assert told["loaded"] == 1
         assert (
             told["loaded scale"] == told["step"]["train/loss_scale"] == 2048
-        )  # grown after the one step
+        )  # it grew after the one step
         assert told["step after loading"]["train/loss_scale"] == 4096
 
     def test_overflow_skips_the_step_and_lowers_the_scale(
@@ -416,7 +438,7 @@ class TestFp16:
             2.0**60,
             2.0**59,
             2.0**58,
-        ]  # from the second
+        ]  # from the second step
         assert all(math.isfinite(s["train/loss"]) for s in told["overflows"])
 
     def test_non_finite_loss_is_refused_and_not_an_overflow(

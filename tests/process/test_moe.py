@@ -1,4 +1,4 @@
-"""Qwen3-MoE in Megatron is Qwen3-MoE in transformers."""
+"""Qwen3-MoE in Megatron computes what Qwen3-MoE in transformers computes."""
 
 from __future__ import annotations
 

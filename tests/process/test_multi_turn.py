@@ -1,4 +1,4 @@
-"""Samples of several turns: their arrays, and a whole run of them with weight updates in the middle of turns."""
+"""Samples of several turns: their arrays, and a whole run with weight updates during turns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_episode_joins_given_and_sampled_tokens_in_order() -> None:
     assert episode.ids == [1, 2, 10, 11, 12, 20, 21, 22]
     episode.sampled(Completion([Segment(4, [13], [-0.4])], "stop"))
     episode.given([30])
-    episode.sampled(Completion([], "length"))  # no room was left
+    episode.sampled(Completion([], "length"))  # no tokens were left
     episode.given([31])
     sample = episode.sample("length", "text")
     assert sample.ids.tolist() == [1, 2, 10, 11, 12, 20, 21, 22, 13, 30]
@@ -100,11 +100,9 @@ def test_every_turn_is_scored_by_the_reward_function(run: FinishedRun) -> None:
         turns = [turn.rpartition(" => ") for turn in line.text.split("\n")]
         assert len(turns) == NUM_TURNS
         assert [float(reward) for *_, reward in turns] == [
-            even_digits("", said, {}) for said, *_ in turns
+            even_digits("", text, {}) for text, *_ in turns
         ]
-        assert line.reward == even_digits(
-            "", line.text, {}
-        )  # the sample's own verdict is of the whole
+        assert line.reward == even_digits("", line.text, {})  # of the whole sample
 
 
 def test_too_long_sample_is_refused_and_its_group_accounted_for(
@@ -122,7 +120,7 @@ def test_too_long_sample_is_refused_and_its_group_accounted_for(
 
 def test_logprobs_of_each_turn_match_a_fresh_prefill(run: FinishedRun) -> None:
     spanning = [line for line in run.samples if len(line.versions) >= 2]
-    assert spanning  # updates came between and within turns
+    assert spanning  # updates came between turns and within them
     whole = [line for line in run.samples if len(line.versions) == 1]
     for line in [*spanning[:12], *whole[:6]]:
         done = 0

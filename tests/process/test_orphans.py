@@ -1,4 +1,4 @@
-"""Nobody is left: whatever a process started ends with it, also when it is killed and has no say in the matter."""
+"""No orphan processes: all that a process started ends with it, also when it is killed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from paths import ROOT, SUPPORT
 from tiny_model import make_model
 
 
-def launcher(code: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """A process that stands for the launcher: it starts children as ours do."""
+def start_launcher(code: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """Starts a process that stands for the launcher and starts children like it."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         env={
@@ -29,7 +29,7 @@ def launcher(code: str, *arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
-FAMILY = """
+CHILD_WITH_FORKS = """
 import os, sys, time
 from pathlib import Path
 from megatron_async_rl import processes
@@ -49,7 +49,7 @@ time.sleep(600)
 
 
 def test_descendants_in_other_sessions_end_with_a_killed_launcher() -> None:
-    parent = launcher(FAMILY)
+    parent = start_launcher(CHILD_WITH_FORKS)
     watch = Descendants(parent.pid)
     deadline = time.monotonic() + 20
     while len(watch.look()) < 3:
@@ -60,20 +60,29 @@ def test_descendants_in_other_sessions_end_with_a_killed_launcher() -> None:
     assert watch.left(3) == []
 
 
-LATE = """
+CHILD_OF_ENDED_PARENT = """
 import subprocess, sys, os, time
 from megatron_async_rl import processes
 os.environ[processes.LAUNCHER_VARIABLE] = str(os.getpid())
-between = 'import subprocess, sys; print(subprocess.Popen([sys.executable, "-c", sys.argv[1]]).pid, flush=True)'
-late = 'import time; time.sleep(1); from megatron_async_rl import processes; processes.die_with_parent(); time.sleep(600)'
+between = '''
+import subprocess, sys
+print(subprocess.Popen([sys.executable, "-c", sys.argv[1]]).pid, flush=True)
+'''
+late = '''
+import time
+time.sleep(1)
+from megatron_async_rl import processes
+processes.die_with_parent()
+time.sleep(600)
+'''
 subprocess.run([sys.executable, "-c", between, late])
 time.sleep(600)
 """
 
 
 def test_process_whose_parent_already_ended_exits() -> None:
-    """Its launcher is still there, so only the line of parents tells."""
-    parent = launcher(LATE)
+    """Its launcher is still alive, so only the chain of parents shows it."""
+    parent = start_launcher(CHILD_OF_ENDED_PARENT)
     assert parent.stdout
     orphan = psutil.Process(int(parent.stdout.readline()))
     try:
@@ -83,7 +92,7 @@ def test_process_whose_parent_already_ended_exits() -> None:
         parent.communicate()
 
 
-SPAWNS = """
+SPAWNING_ENGINE = """
 import multiprocessing, time
 
 def sleep():
@@ -96,9 +105,9 @@ if __name__ == "__main__":
 
 
 def test_engine_children_are_tied_to_it_before_any_import(tmp_path: Path) -> None:
-    """A child that never asks for it: patches/sglang_startup does, on the engine's PYTHONPATH."""
+    """The child does not ask for it: patches/sglang_startup on its PYTHONPATH does."""
     program = tmp_path / "engine.py"
-    program.write_text(SPAWNS)
+    program.write_text(SPAWNING_ENGINE)
     parent = subprocess.Popen(
         [sys.executable, str(program)],
         env={**os.environ, "PYTHONPATH": str(ROOT / "patches" / "sglang_startup")},
@@ -119,7 +128,7 @@ def test_engine_children_are_tied_to_it_before_any_import(tmp_path: Path) -> Non
     assert psutil.wait_procs(spawned, 5)[1] == []
 
 
-RANKS = """
+STARTED_RANKS = """
 import sys, time
 from pathlib import Path
 from megatron_async_rl import processes
@@ -148,18 +157,18 @@ def test_trainer_killed_while_saving_leaves_no_writers(tmp_path: Path, killed: s
         "1",
         "1",
     )
-    parent = launcher(RANKS, str(log), *command, "--rdzv-endpoint=127.0.0.1:0", *ranks)
+    parent = start_launcher(
+        STARTED_RANKS, str(log), *command, "--rdzv-endpoint=127.0.0.1:0", *ranks
+    )
     watch = Descendants(parent.pid)
     try:
         deadline = time.monotonic() + 120
-        while not any(
-            (run_dir / "checkpoints").glob("*/*.distcp")
-        ):  # a writer is at it, or has just been
+        while not any((run_dir / "checkpoints").glob("*/*.distcp")):  # a writer is, or was, active
             assert parent.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
             time.sleep(0.01)
         [torchrun] = psutil.Process(parent.pid).children()
         [rank] = torchrun.children()
-        assert len(rank.children()) >= 2  # the manager, and the tracker that Python starts with it
+        assert len(rank.children()) >= 2  # the manager, and Python's resource tracker
         if killed == "rank":
             left = rank.children(recursive=True)
             rank.kill()

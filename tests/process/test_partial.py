@@ -1,7 +1,8 @@
-"""Tokens of half-finished samples survive: the controller is killed, then the whole job, while samples are half generated.
+"""Partial samples survive: first the controller is killed, then the whole job.
 
-What the journal held of them at that instant is where they go on: the same tokens, with the logprobs and the versions
-under which they were sampled, and more tokens after them. At temperature 1 no second sample would begin the same.
+Generation resumes from the tokens in the journal: the same tokens with the logprobs and versions
+under which they were sampled, followed by more. At temperature 1 no other sample would begin with
+the same tokens.
 """
 
 from __future__ import annotations
@@ -35,48 +36,48 @@ from megatron_async_rl.protocol.types import Partial
 pytestmark = pytest.mark.skipif(
     engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
 )
-START_S = 240.0
-ETA = 3
+TIMEOUT_S = 240.0
+MAX_STALENESS = 3
 Key = tuple[int, int]  # group, index
 
 
-def half_finished(facts: list[AnyEvent]) -> dict[Key, Partial]:
-    """What the journal holds of samples that are not back."""
+def partial_samples(events: list[AnyEvent]) -> dict[Key, Partial]:
+    """Returns the tokens in the journal of samples that have not been returned."""
     found: dict[Key, Partial] = {}
-    for fact in facts:
-        if isinstance(fact, PartialSaved):
-            found[fact.group_id, fact.index] = fact.partial
-        elif isinstance(fact, SampleReturned):
-            found.pop((fact.group_id, fact.index), None)
-        elif isinstance(fact, GroupDropped):
-            found = {key: partial for key, partial in found.items() if key[0] != fact.group_id}
+    for event in events:
+        if isinstance(event, PartialSaved):
+            found[event.group_id, event.index] = event.partial
+        elif isinstance(event, SampleReturned):
+            found.pop((event.group_id, event.index), None)
+        elif isinstance(event, GroupDropped):
+            found = {key: partial for key, partial in found.items() if key[0] != event.group_id}
     return found
 
 
-def next_life(facts: list[AnyEvent], life: int) -> list[AnyEvent]:
-    begins = [place for place, fact in enumerate(facts) if isinstance(fact, ControllerStarted)]
-    return facts[begins[life] :] if len(begins) > life else []
+def events_since(events: list[AnyEvent], start: int) -> list[AnyEvent]:
+    starts = [place for place, event in enumerate(events) if isinstance(event, ControllerStarted)]
+    return events[starts[start] :] if len(starts) > start else []
 
 
-def went_on(facts: list[AnyEvent], life: int, before: dict[Key, Partial]) -> int:
-    """How many samples went on from their tokens; all that were fresh enough must have."""
-    leased_at: dict[int, int] = {}  # group -> version of the trainer when it was leased again
-    count = life_of_fact = version = 0
-    for fact in facts:
-        if isinstance(fact, BatchTrained):
-            version = fact.version
-        elif isinstance(fact, ControllerStarted):
-            life_of_fact = fact.epoch - 1
-        elif life_of_fact < life:
+def count_resumed(events: list[AnyEvent], start: int, before: dict[Key, Partial]) -> int:
+    """Returns how many samples resumed; every sample that was fresh enough must have."""
+    leased_at: dict[int, int] = {}  # group -> trainer version at its new lease
+    count = start_of_event = version = 0
+    for event in events:
+        if isinstance(event, BatchTrained):
+            version = event.version
+        elif isinstance(event, ControllerStarted):
+            start_of_event = event.epoch - 1
+        elif start_of_event < start:
             continue
-        elif isinstance(fact, LeaseGranted):
-            leased_at.setdefault(fact.group_id, version)
-        elif isinstance(fact, SampleReturned) and (
-            partial := before.pop((fact.group_id, fact.index), None)
+        elif isinstance(event, LeaseGranted):
+            leased_at.setdefault(event.group_id, version)
+        elif isinstance(event, SampleReturned) and (
+            partial := before.pop((event.group_id, event.index), None)
         ):
-            if partial.oldest_version < leased_at[fact.group_id] - ETA:
-                continue  # too old to be trained: sampled anew
-            sample, length = fact.sample, len(partial.ids)
+            if partial.oldest_version < leased_at[event.group_id] - MAX_STALENESS:
+                continue  # too stale to be trained: sampled again
+            sample, length = event.sample, len(partial.ids)
             assert sample.ids[:length].tolist() == partial.ids.tolist()
             assert sample.versions[:length].tolist() == partial.versions.tolist()
             np.testing.assert_array_equal(sample.logprobs[:length], partial.logprobs)
@@ -89,29 +90,29 @@ def journal(run_dir: Path) -> list[AnyEvent]:
     return list(read_events(run_dir / JOURNAL_FILE))
 
 
-def wait_for_half_finished(run_dir: Path, life: int, at_least: int = 4) -> None:
-    deadline = time.monotonic() + START_S
+def wait_for_partial_samples(run_dir: Path, start: int, at_least: int = 4) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
     while True:
-        facts = journal(run_dir)
+        events = journal(run_dir)
         if (
-            any(isinstance(f, BatchTrained) for f in next_life(facts, life))
-            and len(half_finished(facts)) >= at_least
+            any(isinstance(f, BatchTrained) for f in events_since(events, start))
+            and len(partial_samples(events)) >= at_least
         ):
             return
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def wait_until_back(run_dir: Path, life: int, keys: set[Key]) -> list[AnyEvent]:
-    """Returns when those samples have all been returned in that life, or dropped."""
-    deadline = time.monotonic() + START_S
+def wait_until_returned(run_dir: Path, start: int, keys: set[Key]) -> list[AnyEvent]:
+    """Waits until that controller start has returned or dropped all these samples."""
+    deadline = time.monotonic() + TIMEOUT_S
     while True:
-        facts = journal(run_dir)
-        after = next_life(facts, life)
+        events = journal(run_dir)
+        after = events_since(events, start)
         back = {(f.group_id, f.index) for f in after if isinstance(f, SampleReturned)}
         dropped = {f.group_id for f in after if isinstance(f, GroupDropped)}
         if all(key in back or key[0] in dropped for key in keys):
-            return facts
+            return events
         assert time.monotonic() < deadline, (keys - back, [type(f).__name__ for f in after][-20:])
         time.sleep(0.2)
 
@@ -127,35 +128,33 @@ def test_partial_samples_resume_after_a_killed_controller_and_job(
         rollout={"max_concurrent_samples": 8},
         faults={"restart_backoff_s": 0.1},
         megatron={"tensor_model_parallel_size": 1},
-        checkpoint={
-            "every": 0
-        },  # nothing is forgotten; a new trainer does all recorded batches again
+        checkpoint={"every": 0},  # a restarted trainer repeats all recorded batches
     )
     child = start_run(path)
     watch = Descendants(child.pid)
     try:
         wait_for_version(run_dir, 0)
-        wait_for_half_finished(run_dir, life=0)
+        wait_for_partial_samples(run_dir, start=0)
         controller = next(
             p
             for p in watch.look()
             if p.is_running() and "megatron_async_rl.controller" in p.cmdline()
         )
         controller.kill()
-        controller_lost = half_finished(journal(run_dir))
-        facts = wait_until_back(run_dir, 1, set(controller_lost))
-        assert went_on(facts, 1, controller_lost) >= 1
+        controller_lost = partial_samples(journal(run_dir))
+        events = wait_until_returned(run_dir, 1, set(controller_lost))
+        assert count_resumed(events, 1, controller_lost) >= 1
 
-        wait_for_half_finished(run_dir, life=1)
+        wait_for_partial_samples(run_dir, start=1)
         os.kill(child.pid, signal.SIGKILL)
         child.communicate()
         assert watch.left() == []
-        job_lost = half_finished(journal(run_dir))
+        job_lost = partial_samples(journal(run_dir))
         assert len(job_lost) >= 1
 
         child = start_run(path)
-        facts = wait_until_back(run_dir, 2, set(job_lost))
-        assert went_on(facts, 2, job_lost) >= 1
+        events = wait_until_returned(run_dir, 2, set(job_lost))
+        assert count_resumed(events, 2, job_lost) >= 1
         child.send_signal(signal.SIGTERM)
         assert child.wait(90) == 75
         result = audit.audit(run_dir, load.load(run_dir / "config.yaml").staleness.max_staleness)

@@ -1,4 +1,4 @@
-"""The reward worker: a broken judge gives no reward, and a hostile answer costs its deadline."""
+"""The reward worker: broken functions give no reward, hostile answers end at the deadline."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_plain_number_is_scored_without_a_child() -> None:
 
 def test_hostile_answers_end_at_the_deadline_and_others_are_scored() -> None:
     async def test(worker: RewardWorker) -> None:
-        await worker.score(score_request(r"\boxed{42\text{ cm}}"))  # the children are up
+        await worker.score(score_request(r"\boxed{42\text{ cm}}"))  # starts the children
         messages = [score_request(SLOW_ANSWER), score_request(SLOW_ANSWER)]
         messages += [
             score_request(rf"\boxed{{{40 + n}\text{{ cm}}}}", "42", index=n) for n in range(5)
@@ -71,16 +71,16 @@ def test_hostile_answers_end_at_the_deadline_and_others_are_scored() -> None:
 def test_clock_jump_is_an_infrastructure_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The pool counts seconds by the wall clock: an hour passes in an instant for the answer that is being judged."""
+    """The process pool measures by the wall clock, which jumps by an hour during a scoring."""
     now, ahead_s = time.time, [0.0]
     monkeypatch.setattr(time, "time", lambda: now() + ahead_s[0])
 
     async def test(worker: RewardWorker) -> None:
-        await worker.score(score_request(r"\boxed{\sqrt{4}}", "2"))  # the child is there
-        judged = asyncio.create_task(worker.score(score_request(SLOW_ANSWER, "7")))
+        await worker.score(score_request(r"\boxed{\sqrt{4}}", "2"))  # starts the child
+        scoring = asyncio.create_task(worker.score(score_request(SLOW_ANSWER, "7")))
         await asyncio.sleep(1)
         ahead_s[0] = 3600.0
-        scored = await asyncio.wait_for(judged, 15)
+        scored = await asyncio.wait_for(scoring, 15)
         assert scored.reward is None and "this host's clock was changed" in scored.error
 
     with_worker(test, timeout_s=30.0)
@@ -137,7 +137,7 @@ def test_broken_reward_function_is_an_infrastructure_error(custom: str) -> None:
             "none": "returned a NoneType",
             "list": "returned a list",
             "die": "died",
-            "vanish": "not scored within 1 s",  # pebble takes exit code 0 for a child that has done its tasks
+            "vanish": "not scored within 1 s",  # pebble reads exit code 0 as done
             "hang": "not scored within 1 s",
         }.items():
             scored = await worker.score(score_request(response))
@@ -152,7 +152,7 @@ def test_broken_reward_function_is_an_infrastructure_error(custom: str) -> None:
 def test_child_killed_while_idle_is_replaced(custom: str) -> None:
     async def test(worker: RewardWorker) -> None:
         for _ in range(2):
-            for pid in children_named(worker):
+            for pid in child_pids(worker):
                 os.kill(pid, signal.SIGKILL)
             await asyncio.sleep(0.5)
             scored = await worker.score(score_request("fine"))
@@ -161,7 +161,7 @@ def test_child_killed_while_idle_is_replaced(custom: str) -> None:
     with_worker(test, function=custom)
 
 
-def children_named(worker: RewardWorker) -> list[int]:
+def child_pids(worker: RewardWorker) -> list[int]:
     assert worker._pool is not None
     return list(worker._pool._pool_manager.worker_manager.workers)
 

@@ -1,4 +1,4 @@
-"""The reward process, with a controller written by hand at the other end."""
+"""The reward process, driven by a hub in place of the controller."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The sandbox against programs that want more than to answer: none is rewarded, none touches anything, none hurts the next.
+"""The sandbox against hostile programs: no reward, no change outside, no effect on the next one.
 
-Every layer of the jail is switched off by itself too: a program that only it stops must then get through, or nobody would
-notice a layer that has died.
+Each layer of the jail is also switched off alone: a program that only this layer stops must then
+succeed. Otherwise a layer that has stopped working would go unnoticed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from megatron_async_rl.sandbox.sandbox import (
 )
 
 LIMITS = Limits(wall_s=0.6)
-PATIENT = Limits(wall_s=10.0)  # honest programs do not fail on a busy machine
-ANY = SandboxSettings(SANDBOX_PYTHON, isolation="landlock")  # with namespaces where there are some
+PATIENT = Limits(wall_s=10.0)  # for honest programs, on a busy machine too
+SETTINGS = SandboxSettings(
+    SANDBOX_PYTHON, isolation="landlock"
+)  # with namespaces where the host allows them
 SECRETS = ["secret-7f3a\n", "secret-91bc\n"]
 TEXTS = CodeTests("", ["3\n", "5\n"], SECRETS)
 SQUARES = CodeTests("", ["3\n", "5\n"], ["9\n", "25\n"])
@@ -49,13 +51,13 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(ANY) as opened:
+    with Sandbox(SETTINGS) as opened:
         yield opened
 
 
 @pytest.fixture(autouse=True)
 def canary() -> Iterator[Path]:
-    """What everyone may read and write, were it not for the jail."""
+    """A folder that only the jail protects: every user may read and write it."""
     folder = Path(hostile.CANARY)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -72,15 +74,15 @@ def answer(program: str) -> str:
     return f"Here it is:\n```python\n{program}\n```\n"
 
 
-def verdict(sandbox: Sandbox, program: str, tests: CodeTests, limits: Limits = PATIENT) -> bool:
+def passes(sandbox: Sandbox, program: str, tests: CodeTests, limits: Limits = PATIENT) -> bool:
     return code_answer.passes_tests(sandbox, answer(program), tests, limits, 20.0)[0]
 
 
-def works_as_before(sandbox: Sandbox) -> None:
-    assert verdict(sandbox, "print(int(input()) ** 2)", SQUARES)
-    assert not verdict(sandbox, "print(int(input()) * 3)", SQUARES)
-    assert verdict(sandbox, "def solve(n): return n * n", SQUARE_CALLS)
-    assert not verdict(sandbox, "def solve(n): return 3 * n", SQUARE_CALLS)
+def assert_still_works(sandbox: Sandbox) -> None:
+    assert passes(sandbox, "print(int(input()) ** 2)", SQUARES)
+    assert not passes(sandbox, "print(int(input()) * 3)", SQUARES)
+    assert passes(sandbox, "def solve(n): return n * n", SQUARE_CALLS)
+    assert not passes(sandbox, "def solve(n): return 3 * n", SQUARE_CALLS)
 
 
 def programs(*kinds: dict[str, str]) -> list[object]:
@@ -93,18 +95,18 @@ def programs(*kinds: dict[str, str]) -> list[object]:
 
 @pytest.mark.parametrize("program", programs(hostile.FORGE, hostile.ESCAPE, hostile.HARM))
 def test_hostile_program_gets_no_reward_and_leaves_nothing(sandbox: Sandbox, program: str) -> None:
-    assert not verdict(sandbox, program, TEXTS, LIMITS)
+    assert not passes(sandbox, program, TEXTS, LIMITS)
     result = sandbox.run(program, b"3\n", LIMITS)
     assert b"PWNED" not in result.output
-    works_as_before(sandbox)
-    assert sandbox.num_started == 1  # nor did it cost the zygote
+    assert_still_works(sandbox)
+    assert sandbox.num_started == 1  # the zygote survived
 
 
 @pytest.mark.parametrize("program", programs(hostile.FORGE_FUNCTIONS, hostile.HARM_FUNCTIONS))
 def test_hostile_function_gets_no_reward(sandbox: Sandbox, program: str) -> None:
-    assert not verdict(sandbox, program, CALLS, LIMITS)
-    assert not verdict(sandbox, program, SQUARE_CALLS, LIMITS)
-    works_as_before(sandbox)
+    assert not passes(sandbox, program, CALLS, LIMITS)
+    assert not passes(sandbox, program, SQUARE_CALLS, LIMITS)
+    assert_still_works(sandbox)
     assert sandbox.num_started == 1
 
 
@@ -138,7 +140,8 @@ def test_result_says_how_a_program_ended(sandbox: Sandbox, program: str, end: En
         "def main(): n = int(input()); print(f(5000) - 5000 + n * n)\n"
         "t = threading.Thread(target=main); t.start(); t.join()",
         "import os\nn = int(os.read(0, 100))\nos.write(1, str(n * n).encode())",
-        "import zoneinfo, random, csv, uuid, asyncio\nrandom.seed(1)\nn = int(open(0).read())\nprint(n * n)",
+        "import zoneinfo, random, csv, uuid, asyncio\nrandom.seed(1)\n"
+        "n = int(open(0).read())\nprint(n * n)",
         "import subprocess\nn = int(input())\nprint(n * n, flush=True)",
     ],
     ids=[
@@ -151,19 +154,22 @@ def test_result_says_how_a_program_ended(sandbox: Sandbox, program: str, end: En
     ],
 )
 def test_honest_programs_pass(sandbox: Sandbox, program: str) -> None:
-    assert verdict(sandbox, program, SQUARES)
+    assert passes(sandbox, program, SQUARES)
 
 
 # ---- the layers, one by one
 
-READS_A_FILE = f"print(open({hostile.CANARY + '/file'!r}).read())"
+READS_FILE = f"print(open({hostile.CANARY + '/file'!r}).read())"
 FORKS = "import posix\npid = posix.fork()\nif pid: posix.waitpid(pid, 0); print('forked')"
-SENDS = "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port}))\nprint('sent')"
+SENDS = (
+    "import socket\nsender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+    "sender.sendto(b'x', ('127.0.0.1', {port}))\nprint('sent')"
+)
 
 
 @pytest.mark.parametrize(
     ("layer", "program", "shows"),
-    [("landlock", READS_A_FILE, "untouched"), ("seccomp", FORKS, "forked")],
+    [("landlock", READS_FILE, "untouched"), ("seccomp", FORKS, "forked")],
 )
 def test_each_layer_stops_what_no_other_layer_stops(
     sandbox: Sandbox, layer: str, program: str, shows: str
@@ -173,13 +179,13 @@ def test_each_layer_stops_what_no_other_layer_stops(
         assert shows in weaker.run(program, b"", PATIENT).output.decode()
 
 
-def needs_namespaces(sandbox: Sandbox) -> None:
+def skip_without_namespaces(sandbox: Sandbox) -> None:
     if not sandbox.has_namespaces:
-        pytest.skip("this host gives its users no namespaces")
+        pytest.skip("this host does not allow user namespaces")
 
 
 def test_namespaces_keep_a_datagram_in_without_seccomp(sandbox: Sandbox) -> None:
-    needs_namespaces(sandbox)
+    skip_without_namespaces(sandbox)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("127.0.0.1", 0))
         server.settimeout(0.5)
@@ -196,7 +202,7 @@ def test_namespaces_keep_a_datagram_in_without_seccomp(sandbox: Sandbox) -> None
 
 
 def test_programs_run_without_root_and_see_no_other_process(sandbox: Sandbox) -> None:
-    needs_namespaces(sandbox)
+    skip_without_namespaces(sandbox)
     uid, pid, parent = sandbox.run(
         "import os\nprint(os.getuid(), os.getpid(), os.getppid())", b"", PATIENT
     ).output.split()
@@ -204,17 +210,23 @@ def test_programs_run_without_root_and_see_no_other_process(sandbox: Sandbox) ->
     assert int(parent) == 1 and 1 < int(pid) < 10_000
 
 
-UPROBES = {335, 336}  # the kernel lets them by any filter; they do nothing where no probe is set
+UPROBES = {335, 336}  # no filter stops them; they do nothing without a probe
 
 
 def test_kernel_allows_only_the_declared_system_calls(sandbox: Sandbox) -> None:
-    """Each number with arguments of zero: those of FATAL end the program, whatever is not in ALLOWED does nothing."""
+    """Tries each number with zero arguments: FATAL ones end the program, others fail with EPERM."""
     special = {jail.CLONE, jail.CLONE3, jail.IOCTL, jail.FCNTL, jail.PRLIMIT}
     allowed, fatal = set(jail.ALLOWED.values()), set(jail.FATAL.values())
     others = set(range(463)) - allowed - fatal - special - UPROBES
     assert not allowed & fatal
-    text = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.syscall.restype = ctypes.c_long\n"
-    refused = f"{text}for n in {sorted(others)}:\n    print(n, libc.syscall(n, 0, 0, 0, 0, 0, 0), ctypes.get_errno())"
+    text = (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "libc.syscall.restype = ctypes.c_long\n"
+    )
+    refused = (
+        f"{text}for n in {sorted(others)}:\n"
+        "    print(n, libc.syscall(n, 0, 0, 0, 0, 0, 0), ctypes.get_errno())"
+    )
     lines = [
         line.split() for line in sandbox.run(refused, b"", PATIENT).output.decode().splitlines()
     ]
@@ -228,33 +240,36 @@ def test_kernel_allows_only_the_declared_system_calls(sandbox: Sandbox) -> None:
 
 # ---- the zygote
 
-REFUSES_NAMESPACES = f"""#!{SANDBOX_PYTHON}
+PYTHON_WITHOUT_NAMESPACES = f"""#!{SANDBOX_PYTHON}
 import ctypes, os, sys
-class One(ctypes.Structure): _fields_ = [("a", ctypes.c_uint16), ("b", ctypes.c_uint8), ("c", ctypes.c_uint8), ("d", ctypes.c_uint32)]
-class All(ctypes.Structure): _fields_ = [("n", ctypes.c_uint16), ("p", ctypes.POINTER(One))]
-rules = [One(0x20, 0, 0, 0), One(0x15, 0, 1, 272), One(6, 0, 0, 0x50001), One(6, 0, 0, 0x7FFF0000)]
+byte, half, word = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32
+class Rule(ctypes.Structure): _fields_ = [("a", half), ("b", byte), ("c", byte), ("d", word)]
+class Filter(ctypes.Structure): _fields_ = [("n", half), ("p", ctypes.POINTER(Rule))]
+rules = [
+    Rule(0x20, 0, 0, 0), Rule(0x15, 0, 1, 272), Rule(6, 0, 0, 0x50001), Rule(6, 0, 0, 0x7FFF0000)
+]
 libc = ctypes.CDLL(None)
 assert libc.prctl(38, 1, 0, 0, 0) == 0
-assert libc.prctl(22, 2, ctypes.byref(All(4, (One * 4)(*rules))), 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.byref(Filter(4, (Rule * 4)(*rules))), 0, 0) == 0
 os.execv({SANDBOX_PYTHON!r}, [{SANDBOX_PYTHON!r}, *sys.argv[1:]])
 """
 
 
 @pytest.fixture
-def refuses_namespaces(tmp_path: Path) -> str:
-    """An interpreter on a kernel that lets nobody make namespaces, as some distributions' do."""
+def python_without_namespaces(tmp_path: Path) -> str:
+    """An interpreter under a filter that refuses new namespaces, as some distributions do."""
     script = tmp_path / "python"
-    script.write_text(REFUSES_NAMESPACES)
+    script.write_text(PYTHON_WITHOUT_NAMESPACES)
     script.chmod(0o755)
     return str(script)
 
 
-def test_host_without_the_required_isolation_is_refused(refuses_namespaces: str) -> None:
+def test_host_without_the_required_isolation_is_refused(python_without_namespaces: str) -> None:
     with pytest.raises(SandboxError, match=r"no new namespaces: .*not permitted"):
-        Sandbox(SandboxSettings(refuses_namespaces)).start()
-    with Sandbox(SandboxSettings(refuses_namespaces, isolation="landlock")) as sandbox:
+        Sandbox(SandboxSettings(python_without_namespaces)).start()
+    with Sandbox(SandboxSettings(python_without_namespaces, isolation="landlock")) as sandbox:
         assert not sandbox.has_namespaces
-        works_as_before(sandbox)
+        assert_still_works(sandbox)
         for program in programs(hostile.ESCAPE):
             text = program.values[0]  # type: ignore[attr-defined]
             assert b"PWNED" not in sandbox.run(text, b"3\n", LIMITS).output
@@ -270,22 +285,22 @@ def test_invalid_interpreter_is_refused(python: str, words: str) -> None:
 
 
 def test_lost_zygote_is_an_error_and_is_replaced_at_once() -> None:
-    with Sandbox(ANY) as sandbox:
-        works_as_before(sandbox)
+    with Sandbox(SETTINGS) as sandbox:
+        assert_still_works(sandbox)
         for child in psutil.Process().children(recursive=True):
             if "zygote.py" in " ".join(child.cmdline()):
                 child.kill()
         with pytest.raises(SandboxLost):
             sandbox.run("print(1)", b"", PATIENT)
-        works_as_before(sandbox)
+        assert_still_works(sandbox)
         assert sandbox.num_started == 2
 
 
 def test_sandbox_leaves_no_process_and_no_file(sandbox: Sandbox) -> None:
     me = psutil.Process()
     before = {child.pid for child in me.children(recursive=True)}
-    with Sandbox(ANY) as another:
-        works_as_before(another)
+    with Sandbox(SETTINGS) as another:
+        assert_still_works(another)
         descriptors = me.num_fds()
         for _ in range(100):
             assert another.run("print(int(input()) ** 2)", b"3\n", PATIENT).output == b"9\n"
@@ -297,7 +312,7 @@ def test_sandbox_leaves_no_process_and_no_file(sandbox: Sandbox) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which needs root")
 def test_unprivileged_user_is_confined_as_well(sandbox: Sandbox) -> None:
-    needs_namespaces(sandbox)
+    skip_without_namespaces(sandbox)
     folder = Path(tempfile.mkdtemp())
     try:
         folder.chmod(0o755)
@@ -309,8 +324,11 @@ def test_unprivileged_user_is_confined_as_well(sandbox: Sandbox) -> None:
         script = (
             "from megatron_async_rl.sandbox.sandbox import *\n"
             f"with Sandbox(SandboxSettings({SANDBOX_PYTHON!r})) as sandbox:\n"
-            "    print(sandbox.has_namespaces, sandbox.run('print(int(input()) ** 2)', b'3', Limits()).output)\n"
-            f"    print(sandbox.run({READS_A_FILE!r}, b'', Limits()).end, sandbox.run({FORKS!r}, b'', Limits()).end)\n"
+            "    square = sandbox.run('print(int(input()) ** 2)', b'3', Limits())\n"
+            "    print(sandbox.has_namespaces, square.output)\n"
+            f"    read = sandbox.run({READS_FILE!r}, b'', Limits())\n"
+            f"    fork = sandbox.run({FORKS!r}, b'', Limits())\n"
+            "    print(read.end, fork.end)\n"
         )
         done = subprocess.run(
             [SANDBOX_PYTHON, "-B", "-c", script],

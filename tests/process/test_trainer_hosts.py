@@ -1,5 +1,8 @@
-"""A trainer whose ranks are on several hosts: the lives that its nodes agree on, over real processes of one line each, and a
-whole run over two network namespaces (trainer_hosts_main.py)."""
+"""A trainer whose ranks are on several hosts.
+
+The incarnations that its nodes agree on, over processes of one line each, and a whole run over two
+network namespaces (trainer_hosts_main.py).
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,12 @@ from megatron_async_rl.observability.status import STATUS_FILE, RunStatus
 SLEEP = "import time; time.sleep(600)"
 
 
-def some(**sections: Any) -> Config:
+def config_with(**sections: Any) -> Config:
     return load.from_tree(config_tree(rollout={"max_new_tokens": 8}, **sections))
 
 
 def test_hosts_hold_equally_many_ranks() -> None:
-    four = some(
+    four = config_with(
         trainer={"hosts": 4, "data_parallel_size": 4}, megatron={"tensor_model_parallel_size": 2}
     )
     assert (
@@ -55,9 +58,9 @@ def test_hosts_hold_equally_many_ranks() -> None:
         ConfigError,
         match=r"trainer\.hosts = 3 does not divide the 4 trainer ranks .* one of 1, 2, 4,",
     ):
-        some(trainer={"hosts": 3, "data_parallel_size": 4})
-    assert some(trainer={"data_parallel_size": 4}).trainer_names == ["trainer"]
-    recorded = some(
+        config_with(trainer={"hosts": 3, "data_parallel_size": 4})
+    assert config_with(trainer={"data_parallel_size": 4}).trainer_names == ["trainer"]
+    recorded = config_with(
         run={"dir": "unused", "steps": 1, "mode": "rollout_only"},
         trainer={"hosts": 2, "data_parallel_size": 2},
     )
@@ -73,7 +76,7 @@ def test_tensor_or_context_group_across_hosts_is_warned_about(
 ) -> None:
     sizes = {"tensor_model_parallel_size": tp, "context_parallel_size": cp}
     text = cross_host_parallelism_warning(
-        some(trainer={"hosts": hosts, "data_parallel_size": 16 // tp // cp}, megatron=sizes)
+        config_with(trainer={"hosts": hosts, "data_parallel_size": 16 // tp // cp}, megatron=sizes)
     )
     assert text.startswith(f"megatron.{warned}_parallel_size") if warned else text == ""
 
@@ -81,7 +84,7 @@ def test_tensor_or_context_group_across_hosts_is_warned_about(
 def test_each_host_gets_a_name_a_command_and_its_gpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = some(trainer={"hosts": 2, "data_parallel_size": 4})
+    settings = config_with(trainer={"hosts": 2, "data_parallel_size": 4})
     assert roles.names(settings) == [
         "controller",
         "rollout-0",
@@ -119,7 +122,8 @@ def test_reserved_port_is_exclusive_and_its_interface_is_found() -> None:
         assert b"Address already in use" in taken.stderr
         store = (
             "import sys, datetime\nfrom megatron_async_rl.weights.store import listening_store\n"
-            "listening_store('127.0.0.1', int(sys.argv[1]), 1, datetime.timedelta(seconds=20)).set('key', 'value')"
+            "timeout = datetime.timedelta(seconds=20)\n"
+            "listening_store('127.0.0.1', int(sys.argv[1]), 1, timeout).set('key', 'value')"
         )
         assert (
             subprocess.run(
@@ -150,11 +154,11 @@ def test_newest_record_wins_and_incarnations_never_decrease(tmp_path: Path) -> N
     assert first.silent(100) == [] and first.silent(-1) == ["trainer-1"]
     second.say(TrainerGeneration(4, done=True))
     first.look()
-    assert first.silent(-1) == []  # it has ended well
+    assert first.silent(-1) == []  # it has finished
 
 
-class Bench:
-    """Nodes in threads, whose torchrun is a process of one line."""
+class NodeHarness:
+    """Runs nodes in threads, each with a process of one line in place of torchrun."""
 
     def __init__(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.run_dir = run_dir
@@ -181,7 +185,7 @@ class Bench:
         whole.replace(self.run_dir / STATUS_FILE)
 
     def start(self, *names: str, start_timeout_s: float = 30, **faults: float) -> None:
-        settings = some(
+        settings = config_with(
             trainer={"hosts": 2, "data_parallel_size": 2, "start_timeout_s": start_timeout_s},
             faults={"restart_backoff_s": 0.05, "shutdown_grace_s": 0.3, **faults},
         )
@@ -226,100 +230,102 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    made = Bench(tmp_path, monkeypatch)
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NodeHarness]:
+    made = NodeHarness(tmp_path, monkeypatch)
     yield made
-    made.status("stopped")  # so that they all end
+    made.status("stopped")  # ends all nodes
     for thread in made.threads:
         thread.join(20)
         assert not thread.is_alive()
 
 
-def test_ranks_start_when_all_hosts_take_part(bench: Bench) -> None:
-    bench.start("trainer-0")
-    bench.wait(lambda: bench.life("trainer-0").life == 1)
+def test_ranks_start_when_all_hosts_take_part(harness: NodeHarness) -> None:
+    harness.start("trainer-0")
+    harness.wait(lambda: harness.life("trainer-0").life == 1)
     time.sleep(0.3)
-    assert bench.started == [] and bench.life("trainer-0").port == 0
-    bench.start("trainer-1")
-    bench.both_run(1)
-    meeting = bench.life("trainer-0")
-    for words in bench.started:
+    assert harness.started == [] and harness.life("trainer-0").port == 0
+    harness.start("trainer-1")
+    harness.both_run(1)
+    meeting = harness.life("trainer-0")
+    for words in harness.started:
         assert {
             "--nnodes=2",
             f"--master-addr={meeting.address}",
             f"--master-port={meeting.port}",
             "--rdzv-id=life-1",
         } < {*words}
-    assert sorted(word for words in bench.started for word in words if "node-rank" in word) == [
+    assert sorted(word for words in harness.started for word in words if "node-rank" in word) == [
         "--node-rank=0",
         "--node-rank=1",
     ]
 
 
-def test_a_death_on_any_host_restarts_all_ranks_once(bench: Bench) -> None:
-    bench.start("trainer-0", "trainer-1")
-    bench.both_run(1)
-    before = [bench.pid(name) for name in bench.nodes]
-    for pid in before:  # both see a death
+def test_a_death_on_any_host_restarts_all_ranks_once(harness: NodeHarness) -> None:
+    harness.start("trainer-0", "trainer-1")
+    harness.both_run(1)
+    before = [harness.pid(name) for name in harness.nodes]
+    for pid in before:  # both nodes see a death
         os.kill(pid, 9)
-    bench.both_run(2)
-    assert [bench.life(name).restarts for name in bench.nodes] == [1, 1]
-    os.kill(bench.pid("trainer-1"), 9)  # one does
-    bench.both_run(3)
-    assert [bench.life(name).restarts for name in bench.nodes] == [2, 2]
+    harness.both_run(2)
+    assert [harness.life(name).restarts for name in harness.nodes] == [1, 1]
+    os.kill(harness.pid("trainer-1"), 9)  # one node does
+    harness.both_run(3)
+    assert [harness.life(name).restarts for name in harness.nodes] == [2, 2]
     assert not any(Path(f"/proc/{pid}").exists() for pid in before)
 
 
-def test_ranks_that_ignore_sigterm_are_killed_at_a_restart(bench: Bench) -> None:
-    ready = bench.run_dir / "ready"
-    deaf = "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-    bench.codes[0] = f"{deaf}pathlib.Path({str(ready)!r}).touch(); time.sleep(600)"
-    bench.start("trainer-0", "trainer-1")
-    bench.both_run(1)
-    bench.wait(ready.exists)
-    old = bench.pid("trainer-0")
-    os.kill(bench.pid("trainer-1"), 9)
-    bench.wait(lambda: bench.life("trainer-0").life == 2 and bench.pid("trainer-0") not in (0, old))
+def test_ranks_that_ignore_sigterm_are_killed_at_a_restart(harness: NodeHarness) -> None:
+    ready = harness.run_dir / "ready"
+    ignore_sigterm = "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    harness.codes[0] = f"{ignore_sigterm}pathlib.Path({str(ready)!r}).touch(); time.sleep(600)"
+    harness.start("trainer-0", "trainer-1")
+    harness.both_run(1)
+    harness.wait(ready.exists)
+    old = harness.pid("trainer-0")
+    os.kill(harness.pid("trainer-1"), 9)
+    harness.wait(
+        lambda: harness.life("trainer-0").life == 2 and harness.pid("trainer-0") not in (0, old)
+    )
     assert not Path(f"/proc/{old}").exists()
-    bench.codes[0] = SLEEP
+    harness.codes[0] = SLEEP
 
 
-def test_restart_limit_ends_all_hosts_with_the_cause(bench: Bench) -> None:
-    bench.codes[1] = "raise SystemExit(1)"
-    bench.start("trainer-0", "trainer-1", max_restarts=2)
-    bench.wait(lambda: len(bench.ended) == 2)
-    for error in bench.ended.values():
+def test_restart_limit_ends_all_hosts_with_the_cause(harness: NodeHarness) -> None:
+    harness.codes[1] = "raise SystemExit(1)"
+    harness.start("trainer-0", "trainer-1", max_restarts=2)
+    harness.wait(lambda: len(harness.ended) == 2)
+    for error in harness.ended.values():
         assert (
             "the trainer died 3 times (faults.max_restarts = 2); trainer-1 ended with exit code 1"
             in str(error)
         )
-    assert [bench.life(name).life for name in bench.nodes] == [3, 3]
+    assert [harness.life(name).life for name in harness.nodes] == [3, 3]
 
 
-def test_healthy_incarnation_resets_the_restart_count(bench: Bench) -> None:
-    bench.start("trainer-0", "trainer-1", max_restarts=1, restart_reset_s=0.3)
+def test_healthy_incarnation_resets_the_restart_count(harness: NodeHarness) -> None:
+    harness.start("trainer-0", "trainer-1", max_restarts=1, restart_reset_s=0.3)
     for life in (1, 2, 3):
-        bench.both_run(life)
+        harness.both_run(life)
         time.sleep(0.4)
-        os.kill(bench.pid("trainer-0"), 9)
-    bench.both_run(4)
-    assert bench.life("trainer-0").restarts == 1
+        os.kill(harness.pid("trainer-0"), 9)
+    harness.both_run(4)
+    assert harness.life("trainer-0").restarts == 1
 
 
-def test_death_before_the_first_step_ends_the_run_on_all_hosts(bench: Bench) -> None:
-    bench.status("starting")
-    bench.codes[1] = "raise SystemExit(1)"
-    bench.start("trainer-0", "trainer-1")
-    bench.wait(lambda: len(bench.ended) == 2)
-    log = bench.run_dir / "logs" / "trainer-1.log"
+def test_death_before_the_first_step_ends_the_run_on_all_hosts(harness: NodeHarness) -> None:
+    harness.status("starting")
+    harness.codes[1] = "raise SystemExit(1)"
+    harness.start("trainer-0", "trainer-1")
+    harness.wait(lambda: len(harness.ended) == 2)
+    log = harness.run_dir / "logs" / "trainer-1.log"
     said = f"trainer-1 ended with exit code 1 before the first training step: its log is {log}"
-    assert {str(error) for error in bench.ended.values()} == {said}
+    assert {str(error) for error in harness.ended.values()} == {said}
 
 
-def test_error_names_the_host_that_never_joined(bench: Bench) -> None:
-    bench.start("trainer-1", start_timeout_s=0.3)
-    bench.wait(lambda: bench.ended)
-    text = str(bench.ended["trainer-1"])
+def test_error_names_the_host_that_never_joined(harness: NodeHarness) -> None:
+    harness.start("trainer-1", start_timeout_s=0.3)
+    harness.wait(lambda: harness.ended)
+    text = str(harness.ended["trainer-1"])
     assert text.startswith(
         "trainer-1 has waited for trainer-0 to take part in life 1 of the trainer for "
     )
@@ -327,90 +333,92 @@ def test_error_names_the_host_that_never_joined(bench: Bench) -> None:
         "trainer.start_timeout_s = 0.3 s; start it with `join " in text
         and "trainer-0`, on its host or another" in text
     )
-    bench.start("trainer-0", "trainer-1")  # of a later start: the failure is not theirs
-    bench.both_run(2)
-    assert bench.life("trainer-0").restarts == 0
+    harness.start("trainer-0", "trainer-1")  # a later start: the failure does not count for it
+    harness.both_run(2)
+    assert harness.life("trainer-0").restarts == 0
 
 
-def test_nodes_send_heartbeats_while_their_ranks_train(bench: Bench) -> None:
-    bench.start("trainer-0", "trainer-1", heartbeat_timeout_s=2)
-    bench.both_run(1)
-    before = [bench.pid(name) for name in bench.nodes]
+def test_nodes_send_heartbeats_while_their_ranks_train(harness: NodeHarness) -> None:
+    harness.start("trainer-0", "trainer-1", heartbeat_timeout_s=2)
+    harness.both_run(1)
+    before = [harness.pid(name) for name in harness.nodes]
     time.sleep(4)
-    assert [bench.pid(name) for name in bench.nodes] == before
+    assert [harness.pid(name) for name in harness.nodes] == before
 
 
-def test_silent_host_starts_an_incarnation_that_waits_for_it(bench: Bench) -> None:
-    bench.start("trainer-0", heartbeat_timeout_s=1.5)
-    other = GenerationFiles(bench.run_dir, "trainer-1", ["trainer-0", "trainer-1"])
+def test_silent_host_starts_an_incarnation_that_waits_for_it(harness: NodeHarness) -> None:
+    harness.start("trainer-0", heartbeat_timeout_s=1.5)
+    other = GenerationFiles(harness.run_dir, "trainer-1", ["trainer-0", "trainer-1"])
     other.say(TrainerGeneration(1))
-    bench.wait(lambda: bench.pid("trainer-0"))
-    for _ in range(25):  # it is there
+    harness.wait(lambda: harness.pid("trainer-0"))
+    for _ in range(25):  # its host is reachable
         other.beat()
         time.sleep(0.1)
-    assert bench.life("trainer-0").life == 1
-    bench.wait(lambda: bench.life("trainer-0").life == 2)
+    assert harness.life("trainer-0").life == 1
+    harness.wait(lambda: harness.life("trainer-0").life == 2)
     assert (
         "nothing heard of trainer-1 for faults.heartbeat_timeout_s = 1.5 s"
-        in bench.life("trainer-0").why
+        in harness.life("trainer-0").why
     )
-    bench.wait(lambda: not bench.pid("trainer-0"))
-    other.say(TrainerGeneration(2))  # and is back
-    bench.wait(lambda: bench.pid("trainer-0"))
+    harness.wait(lambda: not harness.pid("trainer-0"))
+    other.say(TrainerGeneration(2))  # it returns
+    harness.wait(lambda: harness.pid("trainer-0"))
 
 
-def test_node_that_lost_its_name_stops_silently(bench: Bench) -> None:
-    bench.start("trainer-0", "trainer-1")
-    bench.both_run(1)
-    old = bench.nodes["trainer-1"]
-    bench.start("trainer-1")  # elsewhere
-    bench.wait(lambda: "trainer-1" in bench.ended)
-    assert "trainer-1 was taken over:" in str(bench.ended["trainer-1"]) and old._torchrun is None
-    bench.both_run(2)
+def test_node_that_lost_its_name_stops_silently(harness: NodeHarness) -> None:
+    harness.start("trainer-0", "trainer-1")
+    harness.both_run(1)
+    old = harness.nodes["trainer-1"]
+    harness.start("trainer-1")  # elsewhere
+    harness.wait(lambda: "trainer-1" in harness.ended)
+    assert "trainer-1 was taken over:" in str(harness.ended["trainer-1"]) and old._torchrun is None
+    harness.both_run(2)
     time.sleep(0.2)
-    assert bench.life("trainer-0").life == 2 and "trainer-0" not in bench.ended
+    assert harness.life("trainer-0").life == 2 and "trainer-0" not in harness.ended
 
 
-def test_ranks_that_outlive_the_run_are_stopped_after_the_grace_period(bench: Bench) -> None:
-    bench.start("trainer-0", "trainer-1")
-    bench.both_run(1)
-    bench.status("stopped")
-    bench.wait(lambda: len(bench.ended) == 2)
-    assert set(bench.ended.values()) == {None}
+def test_ranks_that_outlive_the_run_are_stopped_after_the_grace_period(
+    harness: NodeHarness,
+) -> None:
+    harness.start("trainer-0", "trainer-1")
+    harness.both_run(1)
+    harness.status("stopped")
+    harness.wait(lambda: len(harness.ended) == 2)
+    assert set(harness.ended.values()) == {None}
 
 
 def test_node_of_an_earlier_start_takes_no_part_in_the_next(
-    bench: Bench,
+    harness: NodeHarness,
 ) -> None:
-    bench.start("trainer-0", "trainer-1")
-    bench.both_run(1)
-    (bench.run_dir / "keys").mkdir()
-    (bench.run_dir / "keys" / "hub.key").write_text("another")
-    bench.wait(lambda: len(bench.ended) == 2)
-    assert set(bench.ended.values()) == {None} and bench.life("trainer-0").life == 1
-    bench.start("trainer-0", "trainer-1")
-    bench.both_run(2)
+    harness.start("trainer-0", "trainer-1")
+    harness.both_run(1)
+    (harness.run_dir / "keys").mkdir()
+    (harness.run_dir / "keys" / "hub.key").write_text("another")
+    harness.wait(lambda: len(harness.ended) == 2)
+    assert set(harness.ended.values()) == {None} and harness.life("trainer-0").life == 1
+    harness.start("trainer-0", "trainer-1")
+    harness.both_run(2)
 
 
-def test_nodes_end_when_all_ranks_have_finished(bench: Bench) -> None:
-    bench.codes = {0: "import time; time.sleep(4)", 1: "pass"}
-    bench.start(
+def test_nodes_end_when_all_ranks_have_finished(harness: NodeHarness) -> None:
+    harness.codes = {0: "import time; time.sleep(4)", 1: "pass"}
+    harness.start(
         "trainer-0", "trainer-1", heartbeat_timeout_s=2
-    )  # the one that is done is not taken for silent
-    bench.wait(lambda: len(bench.ended) == 2)
-    assert set(bench.ended.values()) == {None} and len(bench.started) == 2
+    )  # the finished node is not taken for silent
+    harness.wait(lambda: len(harness.ended) == 2)
+    assert set(harness.ended.values()) == {None} and len(harness.started) == 2
 
 
 def test_unrelated_process_with_the_same_pid_is_not_signalled() -> None:
-    faulthandler.register(signal.SIGUSR2)  # we are one of those who are asked for their stacks
-    stranger = subprocess.Popen(["sleep", "60"])  # SIGUSR2 would end it
+    faulthandler.register(signal.SIGUSR2)  # this process is asked for its stacks too
+    unrelated = subprocess.Popen(["sleep", "60"])  # SIGUSR2 would end this process
     try:
-        dump_stacks([SimpleNamespace(hello=SimpleNamespace(pid=stranger.pid))])  # type: ignore[arg-type]
+        dump_stacks([SimpleNamespace(hello=SimpleNamespace(pid=unrelated.pid))])  # type: ignore[arg-type]
         with pytest.raises(subprocess.TimeoutExpired):
-            stranger.wait(0.5)
+            unrelated.wait(0.5)
     finally:
-        stranger.kill()
-        stranger.wait()
+        unrelated.kill()
+        unrelated.wait()
         faulthandler.unregister(signal.SIGUSR2)
 
 

@@ -1,4 +1,4 @@
-"""The star: only a worker of this run gets through, and what it sends is checked."""
+"""Only workers with the keys of the run reach the hub, and their messages are checked."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ async def welcome(hub: Hub, epoch: int = 3) -> Peer:
     return peer
 
 
-def stranger(
+def connect_with_keys(
     context: zmq.asyncio.Context,
     run_dir: Path,
     keys: tuple[bytes, bytes] | None,
     server: bytes | None = None,
 ) -> zmq.asyncio.Socket:
-    """A socket that knows the address, and whatever keys it is given."""
+    """Connects to the hub with the given keys, or without any."""
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     if keys is not None:
@@ -131,9 +131,9 @@ def test_socket_without_the_keys_of_the_run_delivers_nothing(tmp_path: Path, who
             ),
         }[who]()
         context = zmq.asyncio.Context()
-        socket = stranger(context, tmp_path, keys)
+        socket = connect_with_keys(context, tmp_path, keys)
         await socket.send_multipart(Codec().encode(HELLO))
-        await asyncio.sleep(0.3)  # the stranger goes first
+        await asyncio.sleep(0.3)  # the connect_with_keys's message is sent first
         link = Link(tmp_path)
         joining = asyncio.create_task(link.join(Hello(role="rollout", name="ours", pid=2)))
         peer, message = await hub.receive()
@@ -169,7 +169,9 @@ def test_burst_of_messages_arrives_complete_and_blocks_no_task(tmp_path: Path) -
                         number, [TrainSample(body + number, zeros, body, zeros)][: number % 2]
                     )
                 )
-            await asyncio.sleep(0.2)  # what comes after the socket was empty for a while comes too
+            await asyncio.sleep(
+                0.2
+            )  # a message after a pause, when the socket has been empty, arrives too
             await link.send(Heartbeat())
 
         turns = 0
@@ -207,7 +209,7 @@ def test_burst_of_messages_arrives_complete_and_blocks_no_task(tmp_path: Path) -
 def test_malformed_message_is_counted_and_skipped(tmp_path: Path) -> None:
     async def test(hub: Hub) -> None:
         context = zmq.asyncio.Context()
-        socket = stranger(
+        socket = connect_with_keys(
             context, tmp_path, zmq.auth.load_certificate(tmp_path / "keys" / "worker.key_secret")
         )
         await socket.send_multipart([b"\x80\x04\x95."])
@@ -232,12 +234,12 @@ def test_oversized_frame_disconnects_only_its_sender(
         await welcome(hub)
         await joining
         context = zmq.asyncio.Context()
-        socket = stranger(
+        socket = connect_with_keys(
             context, tmp_path, zmq.auth.load_certificate(tmp_path / "keys" / "worker.key_secret")
         )
         await socket.send_multipart(
             Codec().encode(Failed("x" * (1 << 17)))
-        )  # well-formed but for its size
+        )  # well-formed except for its size
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(hub.receive(), 0.5)
         await link.send(Heartbeat(running=2))
@@ -268,7 +270,7 @@ def test_hub_without_curve_listens_on_loopback_only(
     for host in ("0.0.0.0", "10.0.0.1", "::"):
         with pytest.raises(ConfigError, match=f"does not listen on {host} without CURVE"):
             asyncio.run(open_hub(host))
-    assert not (tmp_path / "controller.address").exists()  # nobody was told of it
+    assert not (tmp_path / "controller.address").exists()  # the address was not published
 
 
 def test_secret_keys_are_private_and_new_for_each_run(tmp_path: Path) -> None:
@@ -287,7 +289,7 @@ def test_secret_keys_are_private_and_new_for_each_run(tmp_path: Path) -> None:
     run_with_hub(tmp_path, test)
     assert all(
         path.read_bytes() == old for path, old in zip(secrets, before, strict=True)
-    )  # the same run's next life
+    )  # a restart of the same run
     (tmp_path / "controller.address").unlink()
     run_with_hub(tmp_path, test)
     assert all(path.read_bytes() != old for path, old in zip(secrets, before, strict=True))

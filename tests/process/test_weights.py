@@ -1,6 +1,9 @@
-"""What arrives at a receiver is the Hugging Face folder, bit for bit, from every parallel layout; and what breaks on the
-way breaks no one else. Trainer ranks (weights_main.py), update groups, Publisher and transport are the real ones; the
-receivers (weights_receiver.py) are processes of the tests, for an engine shows its tensors only as digests."""
+"""A receiver gets the tensors of the Hugging Face folder bit for bit, from every parallel layout.
+
+A faulty receiver fails alone. Trainer ranks (weights_main.py), update groups, publisher and
+transport are the real ones; the receivers (weights_receiver.py) are test processes, because an
+engine shows its tensors only as digests.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def arrived(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each layout publishes twice: version 2n over the network, 2n + 1 by way of the disk; n is its number in LAYOUTS."""
+    """Layout number n publishes twice: version 2n over the network, 2n + 1 through the disk."""
     folder = tmp_path_factory.mktemp("arrived")
     work = [
         {
@@ -104,7 +107,7 @@ def test_received_weights_equal_the_folder_bit_for_bit(
         name: tensor.to(dtype)
         for name, tensor in load_file(folders[family] / "model.safetensors").items()
     }
-    for version in (2 * number, 2 * number + 1):  # over the network, and by way of the disk
+    for version in (2 * number, 2 * number + 1):  # over the network, through the disk
         got = load_file(arrived / f"rollout-0-v{version}.safetensors")
         assert set(got) == set(want)
         for name, tensor in want.items():
@@ -129,7 +132,7 @@ def test_experts_are_sent_by_the_ranks_that_own_them(arrived: Path, number: int)
 def test_faulty_receiver_is_fenced_and_the_update_continues(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Two receivers and a pipeline of two stages; after each fault the faulty one comes back healthy."""
+    """Two receivers, two pipeline stages; after each fault the faulty receiver returns healthy."""
     lives = [life for fault in FAULTS for life in (fault, "ok")]
     config = weights_config_tree(
         folders["qwen3"], {"tensor_model": 2, "pipeline_model": 2}, {"bucket_bytes": 70000}
@@ -145,7 +148,7 @@ def test_faulty_receiver_is_fenced_and_the_update_continues(
             if number + 1 == len(lives):
                 assert control.num_buckets == sum(
                     fault.startswith("die:") for fault in FAULTS
-                )  # after each of them once
+                )  # once after each of them
                 return
             if life in ("ok", "absent"):
                 await control.send("rollout-1", Shutdown("the next life takes over"))
