@@ -27,7 +27,7 @@ from megatron_async_rl.launcher.preflight import (
     GIB,
     SETUP,
     Check,
-    _engine,
+    check_engine,
     config_checks,
     size_text,
 )
@@ -57,7 +57,7 @@ def checks(config: Config | None) -> list[Check]:
         _pyzmq(),
         _curve(),
         _apex(),
-        _engine(),
+        check_engine(),
         _patches(),
         Check("devices", True, ", ".join(gpus) if gpus else "CPU (no nvidia-smi here)"),
         _cores(),
@@ -65,7 +65,7 @@ def checks(config: Config | None) -> list[Check]:
         _shm("GPU" if gpus else "CPU"),
         _disk(config),
         _loopback(),
-        *([] if config is None else (check for check, _ in config_checks(config))),
+        *([] if config is None else config_checks(config)),
     ]
 
 

@@ -1,1 +1,1 @@
-"""Datasets and tokenizers, read the same way by preflight checks and by the controller."""
+"""Datasets and tokenizers; preflight and the controller read them by the same code."""

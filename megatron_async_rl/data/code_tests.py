@@ -1,7 +1,11 @@
-"""The unit tests in a dataset row, for reward.function = code. Read by the controller at the start, by the judge each time.
+"""The unit tests in a dataset row, for reward.function = code.
 
-{"prompt": ..., "tests": [{"input": "3 4\\n", "output": "7\\n"}, ...]}                      a program: stdin and stdout
-{"prompt": ..., "function": "add", "tests": [{"input": [3, 4], "output": 7}, ...]}     a function: arguments and result
+A program reads stdin and writes stdout; a function is called with arguments:
+
+    {"prompt": ..., "tests": [{"input": "3 4\\n", "output": "7\\n"}, ...]}
+    {"prompt": ..., "function": "add", "tests": [{"input": [3, 4], "output": 7}, ...]}
+
+The dataset reader checks every row; a reward worker reads the tests again for each scoring.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from megatron_async_rl.errors import DataError
 
 
 class CodeTests(msgspec.Struct, frozen=True):
-    """`inputs[i]` must give `outputs[i]`: texts, or with a `function` lists of arguments and their results."""
+    """`inputs[i]` must give `outputs[i]`: texts, or with `function` argument lists and results."""
 
     function: str  # empty: a program
     inputs: list[Any]
@@ -22,28 +26,23 @@ class CodeTests(msgspec.Struct, frozen=True):
 
 
 def read_tests(row: dict[str, Any]) -> CodeTests:
-    """Raises DataError saying what the row lacks."""
+    """Returns a row's tests. Raises DataError that says what is wrong with the row."""
     tests, function = row.get("tests"), row.get("function", "")
     if not isinstance(tests, list) or not tests:
-        raise DataError(
-            "no `tests`; reward.function = code needs a list of {input, output}, one or more"
-        )
+        raise DataError("no `tests`, which reward.function = code needs: a list of {input, output}")
     if not isinstance(function, str) or (function and not function.isidentifier()):
         raise DataError(f"`function` is {function!r}, must be the name of a function")
-    kind: type = list if function else str
-    inputs, outputs = [], []
+    input_type: type = list if function else str
     for number, test in enumerate(tests, 1):
         if not isinstance(test, dict) or not {"input", "output"} <= test.keys():
             raise DataError(f"test {number} is no object with `input` and `output`")
-        if not isinstance(test["input"], kind) or not (function or isinstance(test["output"], str)):
-            must = (
-                "`input` must be the list of arguments"
-                if function
-                else "`input` and `output` must be texts"
-            )
-            raise DataError(
-                f"test {number}: {must} (a row with `function` calls it, one without runs a program)"
-            )
-        inputs.append(test["input"])
-        outputs.append(test["output"])
-    return CodeTests(function, inputs, outputs)
+        if isinstance(test["input"], input_type) and (function or isinstance(test["output"], str)):
+            continue
+        if function:
+            raise DataError(f"test {number}: `input` must be the list of arguments of `function`")
+        raise DataError(
+            f"test {number}: `input` and `output` must be texts, since the row has no `function`"
+        )
+    return CodeTests(
+        function, [test["input"] for test in tests], [test["output"] for test in tests]
+    )

@@ -1,106 +1,130 @@
-"""The prompt stream: rows of a JSONL file in a seeded order, epoch after epoch, resumable at any position.
+"""Datasets: JSONL files of prompts, read, checked and put in a seeded order.
 
-The order depends on seed and epoch alone, so `PromptStream(..., start=n)` after a crash goes on exactly where the first
-n prompts of the earlier run ended.
+`read_rows` is the one reader. Preflight runs it before a run starts; the controller runs it
+through `read_prompts`, which also tokenizes. Rows are numbered from 1, as editors number lines.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.code_tests import read_tests
-from megatron_async_rl.data.tokenizer import Tokenizer, vocabulary_size
+from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import DataError
+from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.protocol.types import Prompt
 
 
+class Row(NamedTuple):
+    number: int
+    prompt_id: str
+    fields: dict[str, Any]
+
+
 class PromptStream:
+    """Prompts in an order that depends on seed and epoch alone, epoch after epoch.
+
+    A stream that starts at `start` continues exactly where the first `start` prompts of an earlier
+    run ended.
+    """
+
     def __init__(self, prompts: list[Prompt], seed: int, start: int = 0) -> None:
         self._prompts = prompts
         self._seed = seed
         self._epoch = -1
-        self.position = start  # prompts handed out so far, over all epochs
+        self.position = start  # prompts returned so far, over all epochs
 
     def next(self) -> Prompt:
         epoch, offset = divmod(self.position, len(self._prompts))
         if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts)),
-            )
+            self._epoch = epoch
+            rng = np.random.default_rng([self._seed, epoch])
+            self._order = rng.permutation(len(self._prompts))
         self.position += 1
         return self._prompts[self._order[offset]]
 
 
-def read_prompts(path: str, setting: str, config: Config, tokenizer: Tokenizer) -> list[Prompt]:
-    """Reads, checks and tokenizes a whole dataset. Raises DataError naming the file, the row and what is wrong."""
-    prompts: list[Prompt] = []
+def read_rows(path: str, setting: str, reward_function: str) -> Iterator[Row]:
+    """Yields the rows of a dataset. `setting`: its key, such as data.train, for error messages.
+
+    Raises DataError with the file, the row and the problem at the first row that cannot be used.
+    """
+    tests = reward_function == "code"
+    expected = '"tests": [{"input": "1 1", "output": "2"}]' if tests else '"answer": "2"'
+    form = f'a row is one line like {{"prompt": "1+1=", {expected}}}'
     seen: set[str] = set()
-    vocab_size = vocabulary_size(config.model.path)
-    room = config.model.context_tokens - config.rollout.max_new_tokens
-    for number, line in enumerate(_lines(path, setting), 1):
-        if not line.strip():
-            continue
-        where = f"{setting} = {path}, row {number}"
-        row = _parse(line, where, config.reward.function)
-        ids = _prompt_ids(row, config, tokenizer)
-        if not 0 < len(ids) <= room:
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    fields = _parse(line, reward_function)
+                    prompt_id = str(fields.get("id", number))
+                    if prompt_id in seen:
+                        raise DataError(f"duplicate id {prompt_id!r}")
+                except DataError as e:
+                    problem = f"{setting} = {path}, row {number}: {e}"
+                    raise DataError(problem, f"correct the row: {form}") from None
+                seen.add(prompt_id)
+                yield Row(number, prompt_id, fields)
+    except OSError as e:
+        problem = f"{setting} = {path} cannot be read: {e.strerror}"
+        raise DataError(problem, f"set {setting} to a JSONL file; {form}") from None
+    if not seen:
+        problem = f"{setting} = {path} has no rows"
+        raise DataError(problem, f"set {setting} to another JSONL file; {form}")
+
+
+def read_prompts(path: str, setting: str, config: Config, tokenizer: Tokenizer) -> list[Prompt]:
+    """Reads and tokenizes a whole dataset. Raises DataError as `read_rows`, and for prompts that
+    are too long or have tokens outside the model's vocabulary."""
+    prompts: list[Prompt] = []
+    vocab_size = HfConfig(config.model.path).vocab_size
+    max_tokens = config.model.context_tokens - config.rollout.max_new_tokens
+    for number, prompt_id, fields in read_rows(path, setting, config.reward.function):
+        ids = _prompt_ids(fields["prompt"], config, tokenizer)
+        row = f"{setting} = {path}, row {number}"
+        if not 0 < len(ids) <= max_tokens:
             raise DataError(
-                f"{where}: the prompt has {len(ids)} tokens, must be 1 to {room} (model.context_tokens - "
-                f"rollout.max_new_tokens); shorten it, or change one of these settings"
+                f"{row}: the prompt has {len(ids)} tokens, must be 1 to {max_tokens} "
+                "(model.context_tokens - rollout.max_new_tokens)",
+                "shorten it, or change one of these settings",
             )
-        if ids.max() >= vocab_size:
+        if ids.max() >= vocab_size:  # a server that receives it would crash
             raise DataError(
-                f"{where}: token id {ids.max()} is outside the model's vocabulary of {vocab_size}, which would end the "
-                f"engine; model.path = {config.model.path} has a tokenizer of another model"
+                f"{row}: token id {ids.max()} is outside the model's vocabulary of {vocab_size}",
+                f"put the model's own tokenizer into model.path = {config.model.path}",
             )
-        prompt_id = str(row.get("id", number))
-        if prompt_id in seen:
-            raise DataError(f"{where}: id {prompt_id!r} stands twice; ids must differ")
-        seen.add(prompt_id)
-        prompts.append(Prompt(prompt_id=prompt_id, ids=ids, row=row))
-    if not prompts:
-        raise DataError(
-            f"{setting} = {path} has no rows; a row is a JSON object with `prompt` and `answer`"
-        )
+        prompts.append(Prompt(prompt_id=prompt_id, ids=ids, row=fields))
     return prompts
 
 
-def _lines(path: str, setting: str) -> list[str]:
+def _parse(line: bytes, reward_function: str) -> dict[str, Any]:
+    """Returns a row's fields. Raises DataError with the problem alone."""
     try:
-        return Path(path).read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{setting} = {path} cannot be read: {e}; give a JSONL file") from None
-
-
-def _parse(line: str, where: str, reward_function: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise DataError(f"{where} is not JSON: {e}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), (str, list)):
-        raise DataError(
-            f"{where} has no text `prompt`; a row is a JSON object with `prompt` and `answer`"
-        )
-    if reward_function == "math" and row.get("answer") in (None, ""):
-        raise DataError(
-            f"{where} has no `answer`, which reward.function = math needs; add it, or take the row out"
-        )
+        fields = msgspec.json.decode(line)
+    except msgspec.DecodeError as e:
+        raise DataError(f"not JSON: {e}") from None
+    if not isinstance(fields, dict):
+        raise DataError("not a JSON object")
+    if not isinstance(fields.get("prompt"), str | list) or not fields["prompt"]:
+        raise DataError("no `prompt`")
+    if reward_function == "math" and fields.get("answer") in (None, ""):
+        raise DataError("no `answer`, which reward.function = math compares with")
     if reward_function == "code":
-        try:
-            read_tests(row)
-        except DataError as e:
-            raise DataError(f"{where}: {e}") from None
-    return row
+        read_tests(fields)
+    return fields
 
 
-def _prompt_ids(row: dict[str, Any], config: Config, tokenizer: Tokenizer) -> np.ndarray:
-    prompt = row["prompt"]
+def _prompt_ids(prompt: str | list[Any], config: Config, tokenizer: Tokenizer) -> np.ndarray:
+    """Returns [num_tokens] int32 of a text or of chat messages."""
     if isinstance(prompt, list) or config.data.chat_template:
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         return tokenizer.encode(tokenizer.render_chat(messages))

@@ -14,7 +14,7 @@ import signal
 from typing import Any
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.data.tokenizer import Tokenizer, fingerprint, vocabulary_size
+from megatron_async_rl.data.tokenizer import Tokenizer, fingerprint
 from megatron_async_rl.errors import (
     DataError,
     EngineError,
@@ -23,6 +23,7 @@ from megatron_async_rl.errors import (
     ScoreUnavailable,
     Preempted,
 )
+from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.protocol.messages import (
     AbandonUpdate,
     Failed,
@@ -59,7 +60,7 @@ class RolloutWorker:
     ) -> None:
         self.tokenizer = Tokenizer(config.model.path)
         self._fingerprint = fingerprint(config.model.path)
-        self._vocabulary_size = vocabulary_size(config.model.path)
+        self._vocabulary_size = HfConfig(config.model.path).vocab_size
         self._name = name
         self._config = config
         self._link = link

@@ -53,16 +53,16 @@ def test_rows_become_prompts_with_ids_and_fields(settings: Config, tmp_path: Pat
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ("{not json", "row 2 is not JSON"),
-        ({"answer": "1"}, "row 2 has no text `prompt`"),
-        ({"prompt": "1+2="}, "row 2 has no `answer`"),
-        ({"prompt": "1+2=", "answer": ""}, "row 2 has no `answer`"),
+        ("{not json", "row 2: not JSON"),
+        ({"answer": "1"}, "row 2: no `prompt`"),
+        ({"prompt": "1+2="}, "row 2: no `answer`"),
+        ({"prompt": "1+2=", "answer": ""}, "row 2: no `answer`"),
         (
             {"prompt": "12345678901", "answer": "1"},
             "row 2: the prompt has 11 tokens, must be 1 to 10",
         ),
-        ({"prompt": "", "answer": "1"}, "row 2: the prompt has 0 tokens"),
-        ({"prompt": "1", "answer": "1", "id": "first"}, "row 2: id 'first' stands twice"),
+        ({"prompt": "", "answer": "1"}, "row 2: no `prompt`"),
+        ({"prompt": "1", "answer": "1", "id": "first"}, "row 2: duplicate id 'first'"),
     ],
 )
 def test_bad_row_error_names_file_and_row(

@@ -18,6 +18,9 @@ from megatron_async_rl.launcher.preflight import preflight
 
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 96,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_hidden_layers": 4,
@@ -111,7 +114,7 @@ def test_every_failing_check_has_a_remedy() -> None:
             {"megatron": {"tensor_model_parallel_size": 3}},
             ConfigError,
             [
-                "megatron.tensor_model_parallel_size = 3 does not divide the model's 4 attention heads",
+                "megatron.tensor_model_parallel_size = 3 does not divide the model's num_attention_heads = 4",
                 "one of 1, 2",
             ],
         ),
@@ -119,7 +122,7 @@ def test_every_failing_check_has_a_remedy() -> None:
             {"megatron": {"tensor_model_parallel_size": 4}},
             ConfigError,
             [
-                "megatron.tensor_model_parallel_size = 4 does not divide the model's 2 KV heads",
+                "megatron.tensor_model_parallel_size = 4 does not divide the model's num_key_value_heads = 2",
                 "one of 1, 2",
             ],
         ),
@@ -127,14 +130,14 @@ def test_every_failing_check_has_a_remedy() -> None:
             {"megatron": {"pipeline_model_parallel_size": 3}},
             ConfigError,
             [
-                "megatron.pipeline_model_parallel_size = 3 does not divide the model's 4 layers",
+                "megatron.pipeline_model_parallel_size = 3 does not divide the model's num_hidden_layers = 4",
                 "one of 1, 2, 4",
             ],
         ),
         (
             {"megatron": {"expert_model_parallel_size": 2}},
             ConfigError,
-            ["does not divide the model's 0 experts"],
+            ["the model has no experts"],
         ),
         ({"sglang": {"tp_size": 3}}, ConfigError, ["sglang.tp_size = 3", "one of 1, 2, 4"]),
         (
@@ -161,7 +164,7 @@ def test_preflight_reports_all_problems_at_once() -> None:
 def test_architecture_without_weight_table_is_rejected() -> None:
     write_model(architectures=["GPT2LMHeadModel"])
     with pytest.raises(
-        DataError, match="architecture is GPT2LMHeadModel; use a model of one of LlamaForCausalLM"
+        DataError, match="architecture GPT2LMHeadModel is not supported; use a model of one of LlamaForCausalLM"
     ):
         preflight(make_config())
 
@@ -183,9 +186,23 @@ def test_incomplete_model_download_is_detected() -> None:
 
 
 def test_config_json_of_another_model_type_is_rejected() -> None:
-    Path("model/config.json").write_text('{"architectures": ["CLIPModel"]}')
-    with pytest.raises(DataError, match="missing required field `num_attention_heads`"):
+    Path("model/config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(DataError, match="num_attention_heads = None, expected an integer"):
         preflight(make_config())
+
+
+def test_random_init_needs_config_json_and_the_tokenizer_alone() -> None:
+    Path("model/model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"\*\.safetensors not in it"):
+        preflight(make_config())
+    preflight(make_config(model={"random_init": True}))
+
+
+def test_a_model_that_megatron_would_compute_differently_is_refused_with_a_trainer() -> None:
+    write_model(use_sliding_window=True)
+    with pytest.raises(DataError, match="use_sliding_window = True"):
+        preflight(make_config())
+    preflight(make_config(run={"mode": "rollout_only"}))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +237,7 @@ def test_engine_port_in_use_is_rejected() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(
-            ConfigError, match=rf"sglang.port = {port} cannot be bound.*take sglang.port out"
+            ConfigError, match=rf"sglang.port = {port} cannot be bound.*remove sglang.port"
         ):
             preflight(make_config(sglang={"port": port}))
 

@@ -35,9 +35,7 @@ def parameters(shape: ModelShape) -> list[str]:
     ]
 
 
-def shard(
-    name: str, full: torch.Tensor, shape: ModelShape, rank: int, tp: int
-) -> torch.Tensor:
+def shard(name: str, full: torch.Tensor, shape: ModelShape, rank: int, tp: int) -> torch.Tensor:
     """Rank `rank`'s shard of a full Megatron parameter."""
     hf = dict(to_hf(name, [full], shape))
     return from_hf(name, lambda piece, index: hf[piece][index], shape, rank, tp)
@@ -51,7 +49,9 @@ def unshard(name: str, shards: list[torch.Tensor], shape: ModelShape) -> torch.T
 
 def random_hf(shape: ModelShape) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    pieces = sorted({piece for name in parameters(shape) for piece in map_parameter(name, shape).pieces})
+    pieces = sorted(
+        {piece for name in parameters(shape) for piece in map_parameter(name, shape).pieces}
+    )
     return {name: torch.randn(size, generator=g) for name, size in pieces}
 
 

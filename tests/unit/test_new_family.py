@@ -10,6 +10,7 @@ from model_shapes import plan_config
 from safetensors.torch import load_file
 
 from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.launcher.preflight import config_checks
 from megatron_async_rl.model import families, weight_plan
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.families import ATTENTION, FAMILIES, MLP, Family, parameter_names
@@ -51,6 +52,9 @@ def test_one_entry_maps_every_tensor_that_transformers_wrote(
     config = plan_config(
         mistral, model.raw, data_parallel=1, tensor_model=2, pipeline_model=2, engine=2
     )
+    (mistral / "tokenizer.json").write_text("{}")
+    checks = {check.name: check for check in config_checks(config)}
+    assert checks["architecture"].ok and "Mistral" in checks["architecture"].detail
     routes = weight_plan.make(config, 50.0).routes
     assert {route.tensor: tuple(route.shape) for route in routes} == {
         n: tuple(t.shape) for n, t in written.items()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -162,7 +163,9 @@ def test_total_sizes_match_the_32b_and_235b_models(tmp_path: Path) -> None:
     gathered = sum(source.gather_bytes for source in dense.sources)
     assert 0.87 < gathered / dense.total_bytes < 7 / 8  # all but the norms is cut in eight
     sizes = {"tensor_model": 4, "pipeline_model": 2, "expert_model": 8, "expert_tensor": 1}
-    moe = weight_plan.make(plan_config(tmp_path, MOE_235B, data_parallel=8, engine=8, **sizes), 50.0)
+    moe = weight_plan.make(
+        plan_config(tmp_path, MOE_235B, data_parallel=8, engine=8, **sizes), 50.0
+    )
     assert moe.total_bytes == 2 * 235_093_634_560  # of Qwen3-235B-A22B
     assert len(moe.routes) == 94 * (128 * 3 + 9) + 3
     assert [(source.stage, source.expert_rank) for source in moe.sources] == [
@@ -173,6 +176,19 @@ def test_total_sizes_match_the_32b_and_235b_models(tmp_path: Path) -> None:
     assert {source.gather_bytes for source in moe.sources if source.expert_rank} == {
         0
     }  # nobody cuts them
+
+
+@pytest.mark.parametrize(
+    "precision, dtype, num_bytes",
+    [("fp32", "float32", 4), ("bf16", "bfloat16", 2), ("fp16", "float16", 2)],
+)
+def test_weights_are_sent_in_the_trainer_precision(
+    tmp_path: Path, precision: str, dtype: str, num_bytes: int
+) -> None:
+    tree = msgspec.to_builtins(plan_config(tmp_path, DENSE_32B))
+    tree["trainer"]["precision"] = precision
+    plan = weight_plan.make(configuration.from_tree(tree), 50.0)
+    assert plan.dtype == dtype and plan.total_bytes == num_bytes * 32_762_123_264
 
 
 def test_command_prints_every_route(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
