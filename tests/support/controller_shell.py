@@ -1,4 +1,4 @@
-"""TODO."""
+"""Runs a controller over its real socket inside a test, with a worker's end of the connection."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.observability.run_log import RunLog
-from megatron_async_rl.protocol.messages import (
-    Hello,
-    Message,
-)
+from megatron_async_rl.protocol.messages import Hello, Message
 from megatron_async_rl.protocol.transport import Hub, Link, with_versions
 
 TIMEOUT_S = 20.0
@@ -45,7 +42,7 @@ def with_controller(
     run_dir: Path,
     test: Callable[[Controller, Link], Awaitable[None]],
 ) -> None:
-    """A controller that runs, and a worker's socket."""
+    """Calls `test` with a running controller and a worker's socket."""
 
     async def body() -> None:
         chosen = controller_config(model_and_dataset, run_dir)
@@ -55,10 +52,8 @@ def with_controller(
                 opened.callback(part.close)
                 return part
 
-            journal, log = (
-                closing(Journal(run_dir / JOURNAL_FILE)),
-                closing(RunLog(run_dir, chosen)),
-            )
+            journal = closing(Journal(run_dir / JOURNAL_FILE))
+            log = closing(RunLog(run_dir, chosen))
             hub = closing(Hub(run_dir))
             link = closing(Link(run_dir))
             controller = Controller(chosen, hub, log, journal)
@@ -73,6 +68,7 @@ def with_controller(
 
 
 async def ask(link: Link, message: Message) -> Message:
+    """Sends a message and returns the next one that arrives, without answering a Refused."""
     await link.send(message)
     return await link._receive()
 
@@ -83,7 +79,7 @@ def hello_of(
     name: str,
     **more: int,
 ) -> Hello:
-    """As a worker of this version that sees this model folder says it."""
+    """Returns the Hello of a worker of this version that sees this model folder."""
     return with_versions(
         Hello(role, name, 1, capacity=4, tokenizer=fingerprint(model_and_dataset[0]), **more)
     )

@@ -1,19 +1,15 @@
-"""TODO."""
+"""Builders for tests of the controller's core: a core, the replies to its messages, a restart."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 
-from megatron_async_rl.controller.core.actions import (
-    Action,
-    Send,
-)
+from megatron_async_rl.controller.core.actions import Action, Send
 from megatron_async_rl.controller.core.core import Core
-from megatron_async_rl.controller.core.events import (
-    JournalEvent,
-)
+from megatron_async_rl.controller.core.events import JournalEvent
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.protocol.messages import Generate, Generated, ScoreRequest, ScoreResult
 from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Prompt, Sample
@@ -42,18 +38,20 @@ def core_settings(**changes: object) -> CoreSettings:
     return CoreSettings(**(standard | changes))  # type: ignore[arg-type]
 
 
-def make_core(**changes: object) -> Core:
+def prompt_stream() -> Callable[[], Prompt]:
+    """Returns a stream of prompts of three tokens, numbered from 0."""
     numbers = itertools.count()
-    core = Core(
-        core_settings(**changes),
-        lambda: Prompt(str(next(numbers)), np.arange(3, dtype=np.int32), {"answer": "1"}),
-    )
+    return lambda: Prompt(str(next(numbers)), np.arange(3, dtype=np.int32), {"answer": "1"})
+
+
+def make_core(**changes: object) -> Core:
+    core = Core(core_settings(**changes), prompt_stream())
     core.admitting = True
     return core
 
 
 def make_sample(*versions: int) -> Sample:
-    """Three prompt tokens, then one token of each version."""
+    """Returns a sample of three prompt tokens and one generated token of each version."""
     all_versions = np.asarray([NOT_GENERATED] * 3 + list(versions), np.int32)
     zeros = np.zeros(len(all_versions), np.float32)
     return Sample(
@@ -66,6 +64,7 @@ def make_sample(*versions: int) -> Sample:
 
 
 def messages_of(actions: list[Action], kind: type) -> list:
+    """Returns the messages of this class that the actions send."""
     return [
         action.message
         for action in actions
@@ -84,6 +83,7 @@ def scored(score: ScoreRequest, reward: float | None = 1.0) -> ScoreResult:
 def join_workers(
     core: Core, capacity: int = 100, name: str = "rollout-0", version: int = 0
 ) -> list[Generate]:
+    """Joins a reward worker and a server; returns the leases that the server gets."""
     core.reward_joined("reward-0", 100, 0)
     core.rollout_joined(name, capacity, 0)
     return messages_of(core.serving(name, version, 0), Generate)
@@ -92,7 +92,7 @@ def join_workers(
 def finish_lease(
     core: Core, lease: Generate, version: int, now: float = 0, worker: str = "rollout-0"
 ) -> list[Action]:
-    """All samples of a lease come back and are judged."""
+    """Returns all samples of a lease, and a reward of 1 for each."""
     actions: list[Action] = []
     for index in lease.indices:
         for score in messages_of(
@@ -102,16 +102,12 @@ def finish_lease(
     return actions
 
 
-def restart_core(core: Core, facts: list[JournalEvent]) -> Core:
-    """The next life of the controller, from the same dataset and the facts that reached the disk."""
-    numbers = itertools.count()
-    again = Core(
-        core.rules,
-        lambda: Prompt(str(next(numbers)), np.arange(3, dtype=np.int32), {"answer": "1"}),
-    )
-    again.restore(facts)
-    again.admitting = True
-    return again
+def restart_core(core: Core, events: list[JournalEvent]) -> Core:
+    """Returns the core of the next epoch: same dataset, restored from the events on disk."""
+    restarted = Core(core.rules, prompt_stream())
+    restarted.restore(events)
+    restarted.admitting = True
+    return restarted
 
 
 def make_partial(*versions: int) -> Partial:

@@ -1,35 +1,30 @@
-"""TODO."""
+"""A hypothesis state machine around the core: servers, reward workers, a trainer in any order."""
 
 from __future__ import annotations
 
 import random
 
-from core_builders import (
-    generated,
-    make_core,
-    scored,
-)
+from core_builders import generated, make_core, scored
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from megatron_async_rl.controller.core.actions import (
-    Action,
-    Send,
-    SendBatch,
-)
+from megatron_async_rl.controller.core.actions import Action, Send, SendBatch
 from megatron_async_rl.controller.core.groups import GroupState
 from megatron_async_rl.protocol.messages import Generate, GenerateFailed, ScoreRequest
 
 
 class CoreMachine(RuleBasedStateMachine):
-    """Servers, judges and a trainer in any order, with losses, duplicates, broken judges and time passing."""
+    """Loses and duplicates messages, fails samples and scores, removes servers, lets time pass."""
 
     @initialize(
-        eta=st.integers(0, 3), wait=st.booleans(), equal=st.booleans(), seed=st.integers(0, 1 << 20)
+        max_staleness=st.integers(0, 3),
+        wait=st.booleans(),
+        equal=st.booleans(),
+        seed=st.integers(0, 1 << 20),
     )
-    def begin(self, eta: int, wait: bool, equal: bool, seed: int) -> None:
+    def begin(self, max_staleness: int, wait: bool, equal: bool, seed: int) -> None:
         self.core = make_core(
-            max_staleness=eta,
+            max_staleness=max_staleness,
             wait_for_stragglers=wait,
             drop_equal_rewards=equal,
             lease_timeout_s=30.0,
@@ -39,31 +34,31 @@ class CoreMachine(RuleBasedStateMachine):
         self.leases: list[tuple[str, Generate]] = []
         self.scores: list[tuple[str, ScoreRequest]] = []
         self.trained: list[int] = []
-        self.cut: SendBatch | None = None
+        self.batch: SendBatch | None = None
         self.join_rollout()
         self.take(self.core.reward_joined("reward-0", 8, 0.0))
 
     def take(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, SendBatch):
-                self.check_cut(action)
+                self.check_batch(action)
             elif isinstance(action, Send) and isinstance(action.message, Generate):
                 self.leases.append((action.worker, action.message))
             elif isinstance(action, Send):
                 self.scores.append((action.worker, action.message))
 
-    def check_cut(self, cut: SendBatch) -> None:
-        assert self.cut is None and cut.version == self.core.version
-        assert len(cut.groups) == self.core.rules.prompts_per_step
-        for group in cut.groups:
+    def check_batch(self, batch: SendBatch) -> None:
+        assert self.batch is None and batch.version == self.core.version
+        assert len(batch.groups) == self.core.rules.prompts_per_step
+        for group in batch.groups:
             assert None not in group.samples and None not in group.rewards
             assert group.group_id not in self.trained, "trained twice"
             assert (
-                cut.version - min(s.oldest_version for s in group.samples)
+                batch.version - min(s.oldest_version for s in group.samples)
                 <= self.core.rules.max_staleness
             ), "stale"
             self.trained.append(group.group_id)
-        self.cut = cut
+        self.batch = batch
 
     @precondition(lambda self: len(self.core.fleet.rollout) < 3)
     @rule()
@@ -103,22 +98,22 @@ class CoreMachine(RuleBasedStateMachine):
         self.take(self.core.generate_failed(worker, failed, self.now))
 
     @precondition(lambda self: self.scores)
-    @rule(verdict=st.sampled_from([0.0, 1.0, 1.0, None]), again=st.booleans())
-    def judge(self, verdict: float | None, again: bool) -> None:
-        worker, score = self.random.choice(self.scores)
+    @rule(reward=st.sampled_from([0.0, 1.0, 1.0, None]), again=st.booleans())
+    def score(self, reward: float | None, again: bool) -> None:
+        worker, request = self.random.choice(self.scores)
         for _ in range(1 + again):
-            self.take(self.core.scored(worker, scored(score, verdict), self.now))
+            self.take(self.core.scored(worker, scored(request, reward), self.now))
 
-    @precondition(lambda self: self.cut is None)
+    @precondition(lambda self: self.batch is None)
     @rule()
     def want_a_batch(self) -> None:
         self.take(self.core.batch_wanted(0, self.core.version, self.now))
 
-    @precondition(lambda self: self.cut is not None)
+    @precondition(lambda self: self.batch is not None)
     @rule()
     def finish_the_step(self) -> None:
-        assert self.cut is not None
-        self.cut = None
+        assert self.batch is not None
+        self.batch = None
         self.take(self.core.step_done(self.core.version + 1, self.now))
         for name, worker in list(self.core.fleet.rollout.items()):
             if not worker.reason:
@@ -133,16 +128,18 @@ class CoreMachine(RuleBasedStateMachine):
         self.take(self.core.tick(self.now))
 
     @invariant()
-    def books_balance(self) -> None:
+    def ledger_balances(self) -> None:
         if hasattr(self, "core"):
             self.core.check()
             limit = (
                 self.core.version + self.core.rules.max_staleness + 1
             ) * self.core.rules.prompts_per_step
-            assert self.core.ledger.trained + self.core.pending <= limit, "admitted past eta"
+            assert self.core.ledger.trained + self.core.pending <= limit, (
+                "admitted past max_staleness"
+            )
 
     @invariant()
-    def load_is_what_is_out(self) -> None:
+    def load_equals_running_samples(self) -> None:
         if hasattr(self, "core"):
             for name, worker in self.core.fleet.rollout.items():
                 running = [

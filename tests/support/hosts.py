@@ -1,4 +1,4 @@
-"""TODO."""
+"""Launchers of one run, each in a session of its own as on a host of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ START_S = 240.0
 
 
 class Host:
-    """One launcher, in a session of its own as on a host of its own."""
+    """One launcher and the processes that it started."""
 
     def __init__(self, log: Path, *arguments: str, prefix: Sequence[str] = (), **env: str) -> None:
         self.log = log

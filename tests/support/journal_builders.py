@@ -1,17 +1,11 @@
-"""TODO."""
+"""Journal events and checkpoint folders for tests of what is on disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-from core_builders import (
-    finish_lease,
-    generated,
-    join_workers,
-    make_core,
-    make_partial,
-)
+from core_builders import finish_lease, generated, join_workers, make_core, make_partial
 
 from megatron_async_rl.controller.core.actions import SendBatch
 from megatron_async_rl.controller.core.events import JournalEvent, SampleReturned
@@ -19,17 +13,19 @@ from megatron_async_rl.protocol.messages import PartialSample
 from megatron_async_rl.protocol.types import Sample
 from megatron_async_rl.storage import checkpoints
 
+NUM_TOKENS = 1000
+
 
 def journal_events(num_steps: int = 2) -> list[JournalEvent]:
-    """The facts of a core that has trained so many steps and has work under way."""
+    """Returns the events of a core that has trained so many steps and has work in progress."""
     core = make_core(max_staleness=1)
     leases = join_workers(core)
     for version in range(num_steps):
-        cuts = []
+        actions = []
         for lease in leases:
-            cuts += finish_lease(core, lease, version)
-        cuts += core.batch_wanted(0, version, 0)
-        assert any(isinstance(action, SendBatch) for action in cuts)
+            actions += finish_lease(core, lease, version)
+        actions += core.batch_wanted(0, version, 0)
+        assert any(isinstance(action, SendBatch) for action in actions)
         core.step_done(version + 1, 0)
         leases = [
             a.message
@@ -37,14 +33,12 @@ def journal_events(num_steps: int = 2) -> list[JournalEvent]:
             if hasattr(a.message, "indices")
         ]
     core.generated("rollout-0", generated(leases[0], 0, num_steps), 0)
-    core.interrupted(
-        "rollout-0",
-        PartialSample(leases[0].key(1), make_partial(num_steps)),
-    )
+    core.interrupted("rollout-0", PartialSample(leases[0].key(1), make_partial(num_steps)))
     return core.take_events()
 
 
 def write_checkpoint(run_dir: Path, version: int, journal_seq: int = 1) -> checkpoints.Manifest:
+    """Writes and commits a checkpoint of two ranks with a small file each."""
     folder = run_dir / checkpoints.FOLDER / checkpoints.folder_name(version)
     folder.mkdir(parents=True)
     for rank in (0, 1):
@@ -53,11 +47,11 @@ def write_checkpoint(run_dir: Path, version: int, journal_seq: int = 1) -> check
     return checkpoints.commit(run_dir, version, folder.name, journal_seq, 7)
 
 
-NUM_TOKENS = 1000
-
-
 def sample_returned(group_id: int) -> SampleReturned:
-    """A sample whose every token says which group it is of. Its versions are one run: 8 bytes a token in all."""
+    """Returns an event with a sample of NUM_TOKENS tokens, all of which depend on the group.
+
+    The versions are one run, so the arrays take 8 bytes a token.
+    """
     ids = np.arange(NUM_TOKENS, dtype=np.int32) + group_id * NUM_TOKENS
     versions = np.full(NUM_TOKENS, group_id, np.int32)
     return SampleReturned(

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Model sizes for tests: published ones as numbers, tiny ones as folders with random weights."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ DENSE_32B = {
     "head_dim": 128,
     "vocab_size": 151936,
 }
-
-
 MOE_235B = DENSE_32B | {
     "architectures": ["Qwen3MoeForCausalLM"],
     "hidden_size": 4096,
@@ -72,9 +70,8 @@ def tiny_shape(family: Family, tied: bool = False, padded: int = 52) -> ModelSha
     )
 
 
-NUM_RANKS = 4
-
-
+NUM_RANKS = 4  # trainer ranks of a test of weight updates
+UPDATE_TIMEOUT_S = 4.0
 TINY_SIZES: dict[str, Any] = {
     "vocab_size": 51,  # odd: padded under TP
     "hidden_size": 32,
@@ -85,8 +82,6 @@ TINY_SIZES: dict[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": 256,
 }
-
-
 TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"]},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
@@ -101,20 +96,16 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
-
-
-# experts of whole tiles, for an engine on a GPU: their digests are added up over the ranks that own them
+# Experts of a whole number of hash tiles, as for an engine on a GPU: their digests are summed over
+# the ranks that own them.
 TINY_FAMILIES["qwen3_moe of tiles"] = TINY_FAMILIES["qwen3_moe"] | {
     "moe_intermediate_size": 256,
     "num_hidden_layers": 2,
 }
 
 
-UPDATE_TIMEOUT_S = 4.0
-
-
 def make_model_folder(folder: Path, family: str, scale: float = 1.0) -> Path:
-    """Every tensor of the family's table, random, in an HF folder."""
+    """Writes a Hugging Face folder with every tensor of the family's table, at random."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(TINY_SIZES | TINY_FAMILIES[family]))
     shape = HfConfig(folder).shape()
@@ -139,6 +130,7 @@ def make_model_folder(folder: Path, family: str, scale: float = 1.0) -> Path:
 def weights_config_tree(
     model: Path, sizes: dict[str, int], weights: dict[str, Any]
 ) -> dict[str, Any]:
+    """Returns the configuration of NUM_RANKS trainer ranks; `sizes` are parallel sizes."""
     ranks = 1
     for name in ("tensor_model", "pipeline_model", "context"):
         ranks *= sizes.get(name, 1)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A reward process joined to a hub that the test holds, and the requests it is sent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_async_rl.protocol.messages import (
 from megatron_async_rl.protocol.transport import Hub, Peer
 from megatron_async_rl.protocol.types import SampleKey
 
-SLOW_ANSWER = r"\boxed{9^{9^{9^{9}}}}"
+SLOW_ANSWER = r"\boxed{9^{9^{9^{9}}}}"  # would be evaluated for hours
 
 
 def score_request(response: str, answer: Any = "42", index: int = 0, **row: Any) -> ScoreRequest:
@@ -38,7 +38,7 @@ def descendant_pids(pid: int) -> set[int]:
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
-            continue  # gone meanwhile
+            continue  # the process has just ended
         parents[int(stat.parent.name)] = int(fields[1])
     found, border = set(), {pid}
     while border:
@@ -69,7 +69,7 @@ def with_reward_process(
     sandbox: dict[str, Any] | None = None,
     **reward: Any,
 ) -> None:
-    """The reward process joined to a hub, and gone with all its children at the end."""
+    """Calls `test` with a hub and a reward process that has joined it; kills the process then."""
     tree = {
         "run": {"dir": str(tmp_path), "steps": 1},
         "model": {"path": "none", "context_tokens": 16},
@@ -102,6 +102,7 @@ def with_reward_process(
 async def collect_scores(
     hub: Hub, peer: Peer, messages: list[ScoreRequest]
 ) -> dict[int, ScoreResult]:
+    """Sends the requests and returns their results by sample index."""
     for message in messages:
         await hub.send(peer, message)
     scored: dict[int, ScoreResult] = {}

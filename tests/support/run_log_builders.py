@@ -1,4 +1,4 @@
-"""TODO."""
+"""Samples and configurations for tests of the run's log, and a reader of its TensorBoard files."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def log_config(run_dir: Path, **monitor: object) -> Config:
 
 
 def sample_of_versions(*runs: tuple[int, int], text: str = "1+1=2") -> Sample:
+    """Returns a sample of three prompt tokens and, for each (version, length), so many tokens."""
     segments = [Segment(version, [7] * length, [-0.5] * length) for version, length in runs]
     return join_segments(np.array([1, 2, 3], np.int32), segments, "stop", text)
 
@@ -38,7 +39,5 @@ def trained_group(*samples: Sample, rewards: list[float] | None = None) -> Train
 
 
 def read_tensorboard(run_dir: Path) -> EventAccumulator:
-    board = EventAccumulator(
-        str(run_dir / "tensorboard"), size_guidance={"histograms": 0, "tensors": 0}
-    )
-    return board.Reload()
+    size_guidance = {"histograms": 0, "tensors": 0}  # 0: keep all
+    return EventAccumulator(str(run_dir / "tensorboard"), size_guidance=size_guidance).Reload()

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Parts of weight snapshots, as one weight source writes them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def part_tensors(version: int, part: int) -> list[tuple[str, torch.Tensor]]:
 
 
 def write_part(partial: Path, version: int, part: int) -> list[FileEntry]:
+    """Writes the tensors of one part in several buckets; returns the files."""
     named = part_tensors(version, part)
     plan = plan_buckets([TensorInfo(n, tuple(t.shape), t.dtype, n) for n, t in named], 20_000)
     writer = FolderWriter(partial, part)

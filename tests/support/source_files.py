@@ -1,4 +1,4 @@
-"""The Python files of the repository."""
+"""The Python files of the repository, for tests that read the source."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import msgspec
 import psutil
 from chaos_parts import world
 from hosts import Host, wait_until
-from megatron_async_rl.node.generations import FOLDER, TrainerGeneration
+from megatron_async_rl.node.incarnations import FOLDER, TrainerIncarnation
 from whole_runs import RunInputs
 
 from megatron_async_rl.cli import audit
@@ -73,10 +73,10 @@ class Job:
         now = read_status(self.run_dir).version
         wait_until(lambda: self.trained(now + steps), 100)
 
-    def lives(self) -> list[TrainerGeneration]:
+    def incarnations(self) -> list[TrainerIncarnation]:
         files = [self.run_dir / FOLDER / name for name in ("trainer-0", "trainer-1")]
         assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
-        return [msgspec.json.decode(file.read_bytes(), type=TrainerGeneration) for file in files]
+        return [msgspec.json.decode(file.read_bytes(), type=TrainerIncarnation) for file in files]
 
     def check_books(self) -> None:
         result = audit.audit(self.run_dir, 3)
@@ -112,8 +112,8 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         b = job.join()
         wait_until(lambda: job.trained(2), 150)
         say("trains")
-        first, second = job.lives()
-        assert (first.life, first.restarts, second.life, second.restarts) == (1, 0, 1, 0)
+        first, second = job.incarnations()
+        assert (first.number, first.restarts, second.number, second.restarts) == (1, 0, 1, 0)
         assert first.address == world.HOST_A and first.port > 0
         old = [rank_of(a), rank_of(b)]
         old[1].kill()
@@ -122,7 +122,7 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         )  # both, not one
         job.goes_on()
         say("a rank was killed on the second host")
-        assert [(n.life, n.restarts) for n in job.lives()] == [
+        assert [(n.number, n.restarts) for n in job.incarnations()] == [
             (2, 1),
             (2, 1),
         ]  # one restart, though two lost a rank
@@ -134,17 +134,17 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         b = job.join()
         job.goes_on()
         say("the second host was lost and joined anew")
-        assert len({n.life for n in job.lives()}) == 1 and job.lives()[0].life >= 3
+        assert len({n.number for n in job.incarnations()}) == 1 and job.incarnations()[0].number >= 3
         assert not survivor.is_running() or survivor.status() == psutil.STATUS_ZOMBIE
 
         a.kill()  # with the controller
         assert a.watch.left() == []
-        before = job.lives()[0].life
+        before = job.incarnations()[0].number
         a = job.run()
         job.goes_on()
         say("the first host was lost and run again; the second came along by itself")
-        assert b.process.poll() is None and b.says("the run has begun a new life")
-        assert job.lives()[0].life > before and job.lives()[0].restarts == 0
+        assert b.process.poll() is None and b.says("`run` was started again")
+        assert job.incarnations()[0].number > before and job.incarnations()[0].restarts == 0
 
         for host in (b, c, a):
             host.process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What tests of weight updates at a server share: a configuration, and the worker's end of its link."""
+"""A configuration and the worker's end of its link, for tests of weight updates at a server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_config(model: Path, run_dir: Path, **weights: str) -> Config:
 
 @dataclass
 class Sent:
-    """The worker's end of the link to the controller, as far as an update uses it."""
+    """Replaces the worker's link to the controller: keeps the messages that an update sends."""
 
     messages: list[Message] = field(default_factory=list)
 

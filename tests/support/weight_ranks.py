@@ -1,4 +1,7 @@
-"""TODO."""
+"""Weight updates with real trainer ranks (weights_main.py) and receivers (weights_receiver.py).
+
+The test holds the controller's end: it accepts every process and drives the updates one by one.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model_shapes import (
-    NUM_RANKS,
-    UPDATE_TIMEOUT_S,
-)
-from paths import ROOT, SUPPORT
+from model_shapes import NUM_RANKS, UPDATE_TIMEOUT_S
+from paths import SUPPORT, python_environment
 
 from megatron_async_rl.controller.weight_sync.broadcast import BroadcastPublisher
 from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
@@ -41,7 +41,7 @@ from megatron_async_rl.protocol.transport import Hub, Peer
 
 @dataclass
 class WeightController:
-    """The controller's end: everyone connects here, updates are driven one by one."""
+    """The controller's end of all connections."""
 
     hub: Hub
     peers: dict[str, Peer] = field(default_factory=dict)
@@ -80,6 +80,7 @@ class WeightController:
             await asyncio.wait_for(self.changed.wait_for(what), 100)
 
     async def publish(self, version: int, servers: list[str]) -> tuple[Outcome, float]:
+        """Waits for the offers of all sources, runs one update; returns its outcome and seconds."""
         await self.wait_for(lambda: self._all_offer(version))
         offers, self.offers = self.offers, {}
         self.num_buckets = sum(len(offer.buckets) for offer in offers.values())
@@ -99,27 +100,20 @@ class WeightController:
 
 @contextmanager
 def weight_processes(
-    folder: Path, work: list[dict[str, Any]], lives: dict[str, list[str]]
+    folder: Path, work: list[dict[str, Any]], receivers: dict[str, list[str]]
 ) -> Iterator[None]:
+    """Runs the ranks over `work` and the receivers, each with the behaviors of its incarnations.
+
+    Fails if the ranks do not end with exit code 0 after the block.
+    """
     (folder / "keys").mkdir(mode=0o700)
     (folder / "work.json").write_text(json.dumps(work))
-    environment = os.environ | {
-        "TORCHDYNAMO_DISABLE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)]),
-    }
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(NUM_RANKS),
-    ]
-    commands = [[*torchrun, str(SUPPORT / "weights_main.py"), str(folder)]]
+    environment = python_environment(TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1")
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node".split()]
+    commands = [[*torchrun, str(NUM_RANKS), str(SUPPORT / "weights_main.py"), str(folder)]]
     commands += [
-        [sys.executable, str(SUPPORT / "weights_receiver.py"), str(folder), name, *lives_of]
-        for name, lives_of in lives.items()
+        [sys.executable, str(SUPPORT / "weights_receiver.py"), str(folder), name, *behaviors]
+        for name, behaviors in receivers.items()
     ]
     children = []
     try:
@@ -144,6 +138,7 @@ def weight_processes(
 
 
 async def drive_updates(folder: Path, body: Any) -> Any:
+    """Awaits `body(controller)`, then tells every process to shut down."""
     hub = Hub(folder)
     control = WeightController(hub)
     loop = asyncio.create_task(control.receive())

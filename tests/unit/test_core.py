@@ -1,4 +1,4 @@
-"""The pure core under a greedy and hostile world: books balance, no token is trained too late, late messages do nothing."""
+"""The core's decisions: admission, leases, scoring, batch selection, dropping and accounting."""
 
 from __future__ import annotations
 
@@ -46,12 +46,11 @@ def test_zero_staleness_admits_one_batch_per_version() -> None:
     assert len(leases) == 2
     for lease in leases:
         finish_lease(core, lease, 0)
-    [cut] = core.batch_wanted(0, 0, 0)
-    assert isinstance(cut, SendBatch)
+    [batch] = core.batch_wanted(0, 0, 0)
+    assert isinstance(batch, SendBatch)
     assert not messages_of(core.tick(1), Generate)  # nothing is generated while version 0 trains
-    assert not messages_of(
-        core.step_done(1, 2), Generate
-    )  # nor on the server's old weights once it is trained
+    # nor under the server's old weights once it is trained
+    assert not messages_of(core.step_done(1, 2), Generate)
     core.updating("rollout-0")
     assert len(messages_of(core.serving("rollout-0", 1, 3), Generate)) == 2
 
@@ -61,9 +60,9 @@ def test_straggler_is_awaited_and_trained_first() -> None:
     first, second = join_workers(core)
     finish_lease(core, second, 0)
     assert core.batch_wanted(0, 0, 0) == []
-    [cut] = finish_lease(core, first, 0)
-    assert isinstance(cut, SendBatch)
-    assert [group.group_id for group in cut.groups] == [first.group_id, second.group_id]
+    [batch] = finish_lease(core, first, 0)
+    assert isinstance(batch, SendBatch)
+    assert [group.group_id for group in batch.groups] == [first.group_id, second.group_id]
 
 
 def test_missing_straggler_is_dropped_as_stale_and_replaced() -> None:
@@ -72,8 +71,8 @@ def test_missing_straggler_is_dropped_as_stale_and_replaced() -> None:
     for lease in others[:2]:
         finish_lease(core, lease, 0)
     for version in (0, 1):
-        cut = next(a for a in core.batch_wanted(0, version, 0) if isinstance(a, SendBatch))
-        assert straggler.group_id not in [group.group_id for group in cut.groups]
+        batch = next(a for a in core.batch_wanted(0, version, 0) if isinstance(a, SendBatch))
+        assert straggler.group_id not in [group.group_id for group in batch.groups]
         core.step_done(version + 1, 0)
         for lease in [
             *others[2:],
@@ -89,18 +88,17 @@ def test_missing_straggler_is_dropped_as_stale_and_replaced() -> None:
 
 def test_straggler_wait_ends_at_its_deadline() -> None:
     core = make_core(max_staleness=1)
-    straggler, second, third, _fourth = join_workers(core)
+    straggler, second, third, fourth = join_workers(core)
     for lease in (second, third):
         finish_lease(core, lease, 0)
     core.batch_wanted(0, 0, 0)
     core.step_done(1, 0)
     new = messages_of(core.serving("rollout-0", 1, 0), Generate)
-    finish_lease(core, _fourth, 1)
+    finish_lease(core, fourth, 1)
     for lease in new:
         finish_lease(core, lease, 1)
-    assert not [
-        a for a in core.batch_wanted(0, 1, 0) if isinstance(a, SendBatch)
-    ]  # version 0 tokens have a last chance
+    # the straggler's tokens of version 0 can still be trained in this batch, but not later
+    assert not [a for a in core.batch_wanted(0, 1, 0) if isinstance(a, SendBatch)]
     assert not [a for a in core.tick(STRAGGLER_S) if isinstance(a, SendBatch)]
     assert [a for a in core.tick(STRAGGLER_S + 1) if isinstance(a, SendBatch)]
     assert core.groups[straggler.group_id].state is GroupState.RUNNING
@@ -139,27 +137,26 @@ def test_samples_of_lost_server_are_requeued_and_returned_kept() -> None:
     core.serving("rollout-1", 0, 0)
     [again] = messages_of(core.worker_lost("rollout-0", 1), Generate)
     assert (again.group_id, again.attempt, again.indices) == (lease.group_id, 2, [1])
-    assert (
-        core.generated("rollout-0", generated(lease, 1, 0), 1) == []
-    )  # the lost one speaks up: too late
+    late = generated(lease, 1, 0)
+    assert core.generated("rollout-0", late, 1) == []
 
 
 def test_lost_server_is_reported_once_and_only_if_known() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
 
-    def said(actions: list[Action]) -> list[str]:
+    def lost(actions: list[Action]) -> list[str]:
         return [action.name for action in actions if isinstance(action, ServerLost)]
 
-    assert said(core.rollout_joined("rollout-0", 4, 0)) == []
-    assert said(core.rollout_joined("rollout-0", 4, 0)) == ["rollout-0"]  # the life before
-    assert said(core.worker_lost("rollout-0", 0)) == ["rollout-0"]
+    assert lost(core.rollout_joined("rollout-0", 4, 0)) == []
+    assert lost(core.rollout_joined("rollout-0", 4, 0)) == ["rollout-0"]  # the incarnation before
+    assert lost(core.worker_lost("rollout-0", 0)) == ["rollout-0"]
     assert (
-        said(core.worker_lost("rollout-0", 0)) == said(core.rollout_joined("rollout-0", 4, 0)) == []
+        lost(core.worker_lost("rollout-0", 0)) == lost(core.rollout_joined("rollout-0", 4, 0)) == []
     )
-    assert said(core.reward_joined("reward-0", 4, 0)) == said(core.worker_lost("reward-0", 0)) == []
-    assert said(core.fenced("rollout-0", "bad digest", 0)) == said(core.tick(SILENCE_S)) == []
-    assert said(core.tick(SILENCE_S + 1)) == ["rollout-0"]
-    assert said(core.tick(SILENCE_S + 2)) == []
+    assert lost(core.reward_joined("reward-0", 4, 0)) == lost(core.worker_lost("reward-0", 0)) == []
+    assert lost(core.fenced("rollout-0", "bad digest", 0)) == lost(core.tick(SILENCE_S)) == []
+    assert lost(core.tick(SILENCE_S + 1)) == ["rollout-0"]
+    assert lost(core.tick(SILENCE_S + 2)) == []
 
 
 def test_group_is_dropped_with_reason_after_last_attempt() -> None:
@@ -169,7 +166,7 @@ def test_group_is_dropped_with_reason_after_last_attempt() -> None:
     [again] = messages_of(core.generate_failed("rollout-0", failed, 0), Generate)
     actions = core.generate_failed("rollout-0", GenerateFailed(again.key(0), "broken"), 0)
     assert [a.reason for a in actions if isinstance(a, Dropped)] == [DropReason.GENERATION_FAILED]
-    assert messages_of(actions, Generate)[0].group_id != lease.group_id  # its place is given back
+    assert messages_of(actions, Generate)[0].group_id != lease.group_id  # another is admitted
     assert core.fleet.rollout["rollout-0"].load == 2
 
 
@@ -224,9 +221,7 @@ def test_non_finite_reward_is_an_infrastructure_error(reward: float) -> None:
         ),
     ],
 )
-def test_impossible_sample_is_never_trained(
-    damage: dict[str, np.ndarray], fault: str
-) -> None:
+def test_impossible_sample_is_never_trained(damage: dict[str, np.ndarray], fault: str) -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
     bad = msgspec.structs.replace(make_sample(0), **damage)
@@ -278,7 +273,7 @@ def test_evaluation_delays_training_and_returns_every_group() -> None:
     actions = [action for lease in leases for action in finish_lease(core, lease, 0)]
     [result] = [action for action in actions if isinstance(action, EvalFinished)]
     assert len(result.groups) == 3
-    assert messages_of(actions, Generate)  # the gate is open again
+    assert messages_of(actions, Generate)  # admission continues
     assert core.ledger.admitted == core.pending
 
 
@@ -298,5 +293,5 @@ def test_lost_group_raises_a_ledger_error_by_name() -> None:
         core.check()
 
 
-TestWorld = CoreMachine.TestCase
-TestWorld.settings = settings(max_examples=50, stateful_step_count=60, deadline=None)
+TestCoreMachine = CoreMachine.TestCase
+TestCoreMachine.settings = settings(max_examples=50, stateful_step_count=60, deadline=None)
