@@ -1,4 +1,7 @@
-"""Layouts over NCCL on one host's GPUs compute what TP1 PP1 CP1 does: float32, and bfloat16 to its rounding."""
+"""Layouts over NCCL compute what TP1 PP1 CP1 computes, on the GPUs of one host.
+
+In float32, and in bfloat16 within its rounding error.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from paths import ROOT, SUPPORT
 
 pytestmark = pytest.mark.gpu
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of the largest entry of a gradient
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # relative to the largest entry of a gradient
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +28,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("layouts") / "figures.json"
     ranks = 4 if GPUS >= 4 else 2
     environment = os.environ | {
-        "TORCHDYNAMO_DISABLE": "1",  # the compiled kernels have tests of their own
+        "TORCHDYNAMO_DISABLE": "1",  # tests/unit/test_fused.py covers the compiled kernels
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
     }
     command = [

@@ -8,17 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+from needs import needs_engine
 from tiny_model import CPU_ENGINE, make_model
 
 from megatron_async_rl.config import load as configuration
-from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.errors import EngineError
 from megatron_async_rl.rollout import engine_process as module
 from megatron_async_rl.rollout.engine_process import Server
 
-pytestmark = pytest.mark.skipif(
-    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
-)
+pytestmark = needs_engine
 
 
 def make_engine(folder: Path, **sglang: object) -> Server:

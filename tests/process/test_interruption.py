@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from needs import needs_engine
 from safetensors.torch import load_file, save_file
 from tiny_model import make_model
 from transformers import AutoModelForCausalLM
 from update_parts import NEW_TOKENS, Sent, make_config
 
-from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.protocol.messages import (
     Bucket,
@@ -42,9 +42,7 @@ from megatron_async_rl.rollout.weight_update import WeightUpdates
 from megatron_async_rl.weights.digest import EngineDigests
 from megatron_async_rl.weights.update_group import UpdateGroup
 
-pytestmark = pytest.mark.skipif(
-    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
-)
+pytestmark = needs_engine
 group_numbers = itertools.count(1)
 
 

@@ -37,7 +37,7 @@ child = '''
 import os, time
 from megatron_async_rl import processes
 processes.die_with_parent()
-processes.forks_die_with_us()
+processes.make_forks_die_with_parent()
 if os.fork() == 0:
     os.setsid()
     os.fork()

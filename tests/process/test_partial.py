@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pytest
 from descendants import Descendants
+from needs import needs_engine
 from whole_runs import make_run_inputs, start_run, wait_for_version
 
 from megatron_async_rl.cli import audit
@@ -30,12 +30,9 @@ from megatron_async_rl.controller.core.events import (
     SampleReturned,
 )
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
-from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.protocol.types import Partial
 
-pytestmark = pytest.mark.skipif(
-    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
-)
+pytestmark = needs_engine
 TIMEOUT_S = 240.0
 MAX_STALENESS = 3
 Key = tuple[int, int]  # group, index

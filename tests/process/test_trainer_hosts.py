@@ -21,8 +21,7 @@ from typing import Any
 import msgspec
 import pytest
 from config_builders import config_tree
-from megatron_async_rl.node.generations import FOLDER, GenerationFiles, TrainerGeneration
-from needs import needs_network_namespaces
+from needs import needs_engine, needs_network_namespaces
 from paths import ROOT, SUPPORT, TOOLS
 from tiny_model import make_dataset, make_model
 
@@ -31,12 +30,12 @@ from megatron_async_rl.config import load
 from megatron_async_rl.config.checks import cross_host_parallelism_warning
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.watchdog import dump_stacks
-from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.errors import ConfigError, Error
-from megatron_async_rl.launcher import roles
+from megatron_async_rl.launcher import roles, torchrun
 from megatron_async_rl.launcher.claims import Claims
 from megatron_async_rl.launcher.gpus import assign_gpus
 from megatron_async_rl.node import node
+from megatron_async_rl.node.incarnations import FOLDER, IncarnationFiles, TrainerIncarnation
 from megatron_async_rl.observability.status import STATUS_FILE, RunStatus
 
 SLEEP = "import time; time.sleep(600)"
@@ -104,12 +103,16 @@ def test_each_host_gets_a_name_a_command_and_its_gpus(
         "trainer-1": "a,b",
         "rollout-0": "c",
     }
-    assert assign_gpus(settings, gpus) == {"trainer-0": "a,b", "trainer-1": "c,d", "rollout-0": "e"}
+    assert assign_gpus(settings, gpus, roles.names(settings)) == {
+        "trainer-0": "a,b",
+        "trainer-1": "c,d",
+        "rollout-0": "e",
+    }
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     command = roles.commands(settings, Path("/run"), ["trainer-1"])["trainer-1"]
     assert command.arguments[-3:] == ["megatron_async_rl.node", "/run", "trainer-1"]
     assert command.env["CUDA_VISIBLE_DEVICES"] == "3,5"
-    assert "--nproc-per-node=2" in roles.torchrun(settings, "/run")
+    assert "--nproc-per-node=2" in torchrun.command(2, [], "module")
 
 
 def test_reserved_port_is_exclusive_and_its_interface_is_found() -> None:
@@ -137,23 +140,23 @@ def test_reserved_port_is_exclusive_and_its_interface_is_found() -> None:
 
 def test_newest_record_wins_and_incarnations_never_decrease(tmp_path: Path) -> None:
     first, second = (
-        GenerationFiles(tmp_path, f"trainer-{i}", ["trainer-0", "trainer-1"]) for i in range(2)
+        IncarnationFiles(tmp_path, f"trainer-{i}", ["trainer-0", "trainer-1"]) for i in range(2)
     )
-    first.say(TrainerGeneration(3, 1, "a"))
-    second.say(TrainerGeneration(3, 2, "b"))
-    assert first.look().restarts == 2 and first.absent() == []
-    first.say(TrainerGeneration(4, 3))
+    first.write(TrainerIncarnation(3, 1, "a"))
+    second.write(TrainerIncarnation(3, 2, "b"))
+    assert first.read().restarts == 2 and first.missing() == []
+    first.write(TrainerIncarnation(4, 3))
     assert (
-        second.look().life == 4
-        and second.absent() == []
-        and first.look().life == 4
-        and first.absent() == ["trainer-1"]
+        second.read().number == 4
+        and second.missing() == []
+        and first.read().number == 4
+        and first.missing() == ["trainer-1"]
     )
-    second.say(TrainerGeneration(4, 3, "over", failed=True))
-    assert first.look().why == "over"
+    second.write(TrainerIncarnation(4, 3, "over", failed=True))
+    assert first.read().reason == "over"
     assert first.silent(100) == [] and first.silent(-1) == ["trainer-1"]
-    second.say(TrainerGeneration(4, done=True))
-    first.look()
+    second.write(TrainerIncarnation(4, done=True))
+    first.read()
     assert first.silent(-1) == []  # it has finished
 
 
@@ -170,13 +173,14 @@ class NodeHarness:
         (run_dir / "controller.address").write_text("tcp://127.0.0.1:5\n")
         self.status("training")
         monkeypatch.setattr(node, "POLL_S", 0.02)
-        monkeypatch.setattr(roles, "torchrun", self.torchrun)
+        monkeypatch.setattr(torchrun, "command", self.torchrun)
 
-    def torchrun(self, settings: Config, run_dir: str, *meeting: str) -> list[str]:
-        self.started.append(list(meeting))
-        index = next(
-            int(word.partition("=")[2]) for word in meeting if word.startswith("--node-rank")
-        )
+    def torchrun(
+        self, ranks: int, rendezvous: list[str], module: str, *arguments: str
+    ) -> list[str]:
+        self.started.append(rendezvous)
+        conf = next(option for option in rendezvous if option.startswith("--rdzv-conf=rank="))
+        index = int(conf.removeprefix("--rdzv-conf=rank=").partition(",")[0])
         return [sys.executable, "-c", self.codes.get(index, SLEEP)]
 
     def status(self, state: str) -> None:
@@ -202,12 +206,12 @@ class NodeHarness:
         except Error as e:
             self.ended[name] = e
 
-    def life(self, name: str) -> TrainerGeneration:
+    def incarnation(self, name: str) -> TrainerIncarnation:
         path = self.run_dir / FOLDER / name
         return (
-            msgspec.json.decode(path.read_bytes(), type=TrainerGeneration)
+            msgspec.json.decode(path.read_bytes(), type=TrainerIncarnation)
             if path.exists()
-            else TrainerGeneration()
+            else TrainerIncarnation()
         )
 
     def pid(self, name: str) -> int:
@@ -220,10 +224,10 @@ class NodeHarness:
             assert time.monotonic() < deadline, self.ended
             time.sleep(0.01)
 
-    def both_run(self, life: int) -> None:
+    def both_run(self, number: int) -> None:
         self.wait(
             lambda: all(
-                self.life(name).life == life and self.pid(name)
+                self.incarnation(name).number == number and self.pid(name)
                 for name in ("trainer-0", "trainer-1")
             )
         )
@@ -241,22 +245,21 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NodeHar
 
 def test_ranks_start_when_all_hosts_take_part(harness: NodeHarness) -> None:
     harness.start("trainer-0")
-    harness.wait(lambda: harness.life("trainer-0").life == 1)
+    harness.wait(lambda: harness.incarnation("trainer-0").number == 1)
     time.sleep(0.3)
-    assert harness.started == [] and harness.life("trainer-0").port == 0
+    assert harness.started == [] and harness.incarnation("trainer-0").port == 0
     harness.start("trainer-1")
     harness.both_run(1)
-    meeting = harness.life("trainer-0")
+    meeting = harness.incarnation("trainer-0")
     for words in harness.started:
         assert {
             "--nnodes=2",
-            f"--master-addr={meeting.address}",
-            f"--master-port={meeting.port}",
-            "--rdzv-id=life-1",
+            f"--rdzv-endpoint={meeting.address}:{meeting.port}",
+            "--rdzv-id=incarnation-1",
         } < {*words}
-    assert sorted(word for words in harness.started for word in words if "node-rank" in word) == [
-        "--node-rank=0",
-        "--node-rank=1",
+    assert sorted(word for words in harness.started for word in words if "rdzv-conf" in word) == [
+        "--rdzv-conf=rank=0,timeout=30",
+        "--rdzv-conf=rank=1,timeout=30",
     ]
 
 
@@ -267,10 +270,10 @@ def test_a_death_on_any_host_restarts_all_ranks_once(harness: NodeHarness) -> No
     for pid in before:  # both nodes see a death
         os.kill(pid, 9)
     harness.both_run(2)
-    assert [harness.life(name).restarts for name in harness.nodes] == [1, 1]
+    assert [harness.incarnation(name).restarts for name in harness.nodes] == [1, 1]
     os.kill(harness.pid("trainer-1"), 9)  # one node does
     harness.both_run(3)
-    assert [harness.life(name).restarts for name in harness.nodes] == [2, 2]
+    assert [harness.incarnation(name).restarts for name in harness.nodes] == [2, 2]
     assert not any(Path(f"/proc/{pid}").exists() for pid in before)
 
 
@@ -284,7 +287,10 @@ def test_ranks_that_ignore_sigterm_are_killed_at_a_restart(harness: NodeHarness)
     old = harness.pid("trainer-0")
     os.kill(harness.pid("trainer-1"), 9)
     harness.wait(
-        lambda: harness.life("trainer-0").life == 2 and harness.pid("trainer-0") not in (0, old)
+        lambda: (
+            harness.incarnation("trainer-0").number == 2
+            and harness.pid("trainer-0") not in (0, old)
+        )
     )
     assert not Path(f"/proc/{old}").exists()
     harness.codes[0] = SLEEP
@@ -299,7 +305,7 @@ def test_restart_limit_ends_all_hosts_with_the_cause(harness: NodeHarness) -> No
             "the trainer died 3 times (faults.max_restarts = 2); trainer-1 ended with exit code 1"
             in str(error)
         )
-    assert [harness.life(name).life for name in harness.nodes] == [3, 3]
+    assert [harness.incarnation(name).number for name in harness.nodes] == [3, 3]
 
 
 def test_healthy_incarnation_resets_the_restart_count(harness: NodeHarness) -> None:
@@ -309,7 +315,7 @@ def test_healthy_incarnation_resets_the_restart_count(harness: NodeHarness) -> N
         time.sleep(0.4)
         os.kill(harness.pid("trainer-0"), 9)
     harness.both_run(4)
-    assert harness.life("trainer-0").restarts == 1
+    assert harness.incarnation("trainer-0").restarts == 1
 
 
 def test_death_before_the_first_step_ends_the_run_on_all_hosts(harness: NodeHarness) -> None:
@@ -327,15 +333,12 @@ def test_error_names_the_host_that_never_joined(harness: NodeHarness) -> None:
     harness.wait(lambda: harness.ended)
     text = str(harness.ended["trainer-1"])
     assert text.startswith(
-        "trainer-1 has waited for trainer-0 to take part in life 1 of the trainer for "
+        "trainer-1 waited trainer.start_timeout_s = 0.3 s for trainer-0 to join (trainer incarnation 1)"
     )
-    assert (
-        "trainer.start_timeout_s = 0.3 s; start it with `join " in text
-        and "trainer-0`, on its host or another" in text
-    )
+    assert "; start it with `join " in text and "trainer-0`, on its host or another" in text
     harness.start("trainer-0", "trainer-1")  # a later start: the failure does not count for it
     harness.both_run(2)
-    assert harness.life("trainer-0").restarts == 0
+    assert harness.incarnation("trainer-0").restarts == 0
 
 
 def test_nodes_send_heartbeats_while_their_ranks_train(harness: NodeHarness) -> None:
@@ -348,20 +351,20 @@ def test_nodes_send_heartbeats_while_their_ranks_train(harness: NodeHarness) -> 
 
 def test_silent_host_starts_an_incarnation_that_waits_for_it(harness: NodeHarness) -> None:
     harness.start("trainer-0", heartbeat_timeout_s=1.5)
-    other = GenerationFiles(harness.run_dir, "trainer-1", ["trainer-0", "trainer-1"])
-    other.say(TrainerGeneration(1))
+    other = IncarnationFiles(harness.run_dir, "trainer-1", ["trainer-0", "trainer-1"])
+    other.write(TrainerIncarnation(1))
     harness.wait(lambda: harness.pid("trainer-0"))
     for _ in range(25):  # its host is reachable
-        other.beat()
+        other.heartbeat()
         time.sleep(0.1)
-    assert harness.life("trainer-0").life == 1
-    harness.wait(lambda: harness.life("trainer-0").life == 2)
+    assert harness.incarnation("trainer-0").number == 1
+    harness.wait(lambda: harness.incarnation("trainer-0").number == 2)
     assert (
-        "nothing heard of trainer-1 for faults.heartbeat_timeout_s = 1.5 s"
-        in harness.life("trainer-0").why
+        "no heartbeat of trainer-1 for faults.heartbeat_timeout_s = 1.5 s"
+        in harness.incarnation("trainer-0").reason
     )
     harness.wait(lambda: not harness.pid("trainer-0"))
-    other.say(TrainerGeneration(2))  # it returns
+    other.write(TrainerIncarnation(2))  # it returns
     harness.wait(lambda: harness.pid("trainer-0"))
 
 
@@ -371,10 +374,12 @@ def test_node_that_lost_its_name_stops_silently(harness: NodeHarness) -> None:
     old = harness.nodes["trainer-1"]
     harness.start("trainer-1")  # elsewhere
     harness.wait(lambda: "trainer-1" in harness.ended)
-    assert "trainer-1 was taken over:" in str(harness.ended["trainer-1"]) and old._torchrun is None
+    assert (
+        "trainer-1 was taken over by" in str(harness.ended["trainer-1"]) and old._torchrun is None
+    )
     harness.both_run(2)
     time.sleep(0.2)
-    assert harness.life("trainer-0").life == 2 and "trainer-0" not in harness.ended
+    assert harness.incarnation("trainer-0").number == 2 and "trainer-0" not in harness.ended
 
 
 def test_ranks_that_outlive_the_run_are_stopped_after_the_grace_period(
@@ -395,7 +400,7 @@ def test_node_of_an_earlier_start_takes_no_part_in_the_next(
     (harness.run_dir / "keys").mkdir()
     (harness.run_dir / "keys" / "hub.key").write_text("another")
     harness.wait(lambda: len(harness.ended) == 2)
-    assert set(harness.ended.values()) == {None} and harness.life("trainer-0").life == 1
+    assert set(harness.ended.values()) == {None} and harness.incarnation("trainer-0").number == 1
     harness.start("trainer-0", "trainer-1")
     harness.both_run(2)
 
@@ -423,9 +428,7 @@ def test_unrelated_process_with_the_same_pid_is_not_signalled() -> None:
 
 
 @needs_network_namespaces
-@pytest.mark.skipif(
-    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
-)
+@needs_engine
 def test_two_hosts_recover_from_loss_of_a_rank_a_host_and_the_job(
     tmp_path: Path,
 ) -> None:

@@ -1,5 +1,8 @@
-"""Whole jobs through launchers/slurm.sbatch on a real Slurm: two nodes that share this machine and its loopback
-(tools/slurm_local.sh), a tiny model on the CPU. To the end, through a preemption, and cancelled."""
+"""Whole jobs through launchers/slurm.sbatch on a real Slurm.
+
+Two nodes share this machine and its loopback (tools/slurm_local.sh) and train a tiny model on the
+CPU: to the end, through a preemption, through the loss of a node, and cancelled.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from needs import needs_engine
 from paths import ROOT, SUPPORT
 from tiny_model import make_dataset, make_model
 from whole_runs import RunInputs, assert_no_process_left
 
 from megatron_async_rl.cli import audit
-from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.observability.status import RunStatus, read_status
 from megatron_async_rl.storage import checkpoints
 
@@ -30,15 +33,18 @@ MISSING = [
     for name in ("munged", "slurmctld", "slurmd", "sbatch")
     if not shutil.which(name, path=os.defpath + ":/usr/sbin")
 ]
-START_S = 150.0
+TIMEOUT_S = 150.0
 STEPS = 40
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: apt-get install slurmctld slurmd slurm-client munge"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="slurmd runs as root alone"),
-    pytest.mark.skipif(engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"),
-]  # fmt: skip
+    pytest.mark.skipif(
+        bool(MISSING),
+        reason=f"no {', '.join(MISSING)}: apt-get install slurmctld slurmd slurm-client munge",
+    ),
+    pytest.mark.skipif(os.geteuid() != 0, reason="slurmd needs root"),
+    needs_engine,
+]
 
 
 @dataclass
@@ -75,29 +81,29 @@ class Job:
         self.number = self.slurm("sbatch", *options, "launchers/slurm.sbatch", path, *settings)
         return self
 
-    def shown(self, key: str) -> str:
+    def job_field(self, key: str) -> str:
         match = re.search(rf"\b{key}=(\S+)", self.slurm("scontrol", "show", "job", self.number))
         return match[1] if match else ""
 
     def status(self) -> RunStatus:
         return read_status(self.run_dir) if (self.run_dir / "status.json").exists() else RunStatus()
 
-    def wait(self, what: Callable[[], bool], limit_s: float = START_S) -> None:
+    def wait(self, what: Callable[[], bool], limit_s: float = TIMEOUT_S) -> None:
         deadline = time.monotonic() + limit_s
         while not what():
-            assert time.monotonic() < deadline, (self.shown("JobState"), self.output[-3000:])
+            assert time.monotonic() < deadline, (self.job_field("JobState"), self.output[-3000:])
             time.sleep(0.2)
 
     def wait_for_version(self, version: int) -> None:
         self.wait(lambda: self.status().version >= version and self.status().state == "training")
 
-    def wait_for_the_end(self) -> tuple[str, str]:
-        """Returns Slurm's word for it, and the exit code."""
-        self.wait(lambda: self.shown("JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
+    def wait_for_end(self) -> tuple[str, str]:
+        """Returns Slurm's state of the job, and its exit code."""
+        self.wait(lambda: self.job_field("JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
         assert_no_process_left(self.run_dir)
-        return self.shown("JobState"), self.shown("ExitCode")
+        return self.job_field("JobState"), self.job_field("ExitCode")
 
-    def check_books(self, lives: int) -> None:
+    def check_ledger(self, lives: int) -> None:
         result = audit.audit(self.run_dir, 3)
         assert (
             result.breaches == []
@@ -108,7 +114,10 @@ class Job:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment that speaks to it. Its nodes have two GPUs, which a run on the CPU leaves alone."""
+    """Starts a cluster; returns the environment variables of its clients.
+
+    Each node has two GPUs, which a run on the CPU does not use.
+    """
     folder = tmp_path_factory.mktemp("slurm")
     up = subprocess.run(
         ["bash", str(CLUSTER), "up", str(folder), "2", "2"],
@@ -122,7 +131,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": os.pathsep.join([os.environ["PATH"], "/usr/sbin"]),
-            "PYTHONPATH": str(SUPPORT),  # the reward function's place
+            "PYTHONPATH": str(SUPPORT),  # for the reward function
             "MEGATRON_ASYNC_RL_PYTHON": sys.executable,
         }
     finally:
@@ -140,7 +149,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> RunInputs:
 
 @pytest.fixture
 def job(cluster: dict[str, str], inputs: RunInputs, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    made = Job(tmp_path, cluster)
+    submitted = Job(tmp_path, cluster)
 
     def make(steps: int, **sections: dict[str, Any]) -> Job:
         standard: dict[str, dict[str, Any]] = {
@@ -150,40 +159,45 @@ def job(cluster: dict[str, str], inputs: RunInputs, tmp_path: Path) -> Iterator[
             "megatron": {"tensor_model_parallel_size": 1},
             "checkpoint": {"every": 4},
         }
-        inputs.config(made.run_dir, **(standard | sections))
-        return made
+        inputs.config(submitted.run_dir, **(standard | sections))
+        return submitted
 
     yield make
-    if made.number and made.shown("JobState") in ("PENDING", "RUNNING"):
-        made.slurm("scancel", made.number)
+    if submitted.number and submitted.job_field("JobState") in ("PENDING", "RUNNING"):
+        submitted.slurm("scancel", submitted.number)
 
 
 def test_trainer_on_two_nodes_finishes(job: Callable[..., Job]) -> None:
     stages = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}
     running = job(4, trainer={"hosts": 2}, megatron=stages).submit()
-    assert running.wait_for_the_end() == ("COMPLETED", "0:0"), running.output[-3000:]
-    assert running.shown("Restarts") == "0" and "is requeued" not in running.output
+    assert running.wait_for_end() == ("COMPLETED", "0:0"), running.output[-3000:]
+    assert running.job_field("Restarts") == "0" and "is requeued" not in running.output
     assert (
-        "1: trainer-1 started for the run" in running.output
-        and "1: nothing more to do here" in running.output
+        "1: started trainer-1 for the run" in running.output
+        and "1: this host's part of the run is done" in running.output
     )
     status = running.status()
     assert (status.state, status.version, status.ledger["trained"]) == ("finished", 4, 16)
     assert (running.run_dir / "policy" / "config.json").exists()
-    running.check_books(lives=1)
+    running.check_ledger(lives=1)
 
-    again = running.submit()  # of a run that is complete: the other node is not left waiting for it
-    assert again.wait_for_the_end() == ("COMPLETED", "0:0")
+    again = running.submit()  # the run is complete: neither node waits for the other
+    assert again.wait_for_end() == ("COMPLETED", "0:0")
     assert "raise run.steps to go on" in again.output
 
 
-@pytest.mark.parametrize("who", ["time limit", "preemption", "everybody twice"])
-def test_terminated_job_saves_is_requeued_and_continues(job: Callable[..., Job], who: str) -> None:
-    """The time limit's signal goes to the batch script alone, that of a preemption to every process of the steps."""
+@pytest.mark.parametrize("cause", ["time limit", "preemption", "every process twice"])
+def test_terminated_job_saves_is_requeued_and_continues(
+    job: Callable[..., Job], cause: str
+) -> None:
+    """Every way in which Slurm terminates a job.
+
+    At the time limit only the batch script is signalled, at a preemption every process of the job.
+    """
     running = job(STEPS).submit()
-    running.wait_for_version(6)  # with its server on the second node
+    running.wait_for_version(6)  # its server is on the second node
     started = running.status().pid
-    if who == "preemption":
+    if cause == "preemption":
         running.slurm(
             "sbatch",
             "--partition=urgent",
@@ -194,56 +208,54 @@ def test_terminated_job_saves_is_requeued_and_continues(job: Callable[..., Job],
         )
     else:
         running.slurm("scancel", "--batch", "--signal=TERM", running.number)
-    if who == "everybody twice":
+    if cause == "every process twice":
         running.slurm("scancel", "--signal=TERM", running.number)
-    told = time.monotonic()
-    running.wait(lambda: running.shown("Restarts") == "1")
-    assert (
-        time.monotonic() - told < 30
-    )  # far less than faults.shutdown_grace_s: everybody did what was asked
+    signalled_at = time.monotonic()
+    running.wait(lambda: running.job_field("Restarts") == "1")
+    # far less than faults.shutdown_grace_s: no process had to be killed
+    assert time.monotonic() - signalled_at < 30
     stopped = running.status()
     assert stopped.state == "stopped" and not Path(f"/proc/{started}").exists()
     saved = checkpoints.manifests(running.run_dir)[0].version
-    assert saved == stopped.version < STEPS  # not the one of every fourth step: the one of SIGTERM
+    assert saved == stopped.version < STEPS  # saved at SIGTERM, not at a fourth step
     assert "exit code 75: job" in running.output and "stopped by SIGTERM" not in running.output
 
-    assert running.wait_for_the_end() == ("COMPLETED", "0:0"), running.output[-3000:]
-    assert running.shown("Restarts") == "1" and running.status().version == STEPS
+    assert running.wait_for_end() == ("COMPLETED", "0:0"), running.output[-3000:]
+    assert running.job_field("Restarts") == "1" and running.status().version == STEPS
     assert (
         f"loaded checkpoint v{saved:06d}" in (running.run_dir / "logs" / "trainer.log").read_text()
     )
     assert [path.name for path in running.folder.glob(".run.job-*")] == [
         f".run.job-{running.number}.0.1"
     ]
-    running.check_books(lives=2)
+    running.check_ledger(lives=2)
 
 
 def test_job_that_loses_a_node_is_requeued_and_continues(job: Callable[..., Job]) -> None:
     running = job(STEPS).submit()
     running.wait_for_version(6)
     running.wait(lambda: bool(checkpoints.manifests(running.run_dir)))
-    running.slurm(
-        "scontrol", "update", "nodename=n2", "state=down", "reason=test"
-    )  # back as soon as its slurmd says so
-    running.wait(lambda: running.shown("Restarts") == "1")
-    assert running.wait_for_the_end() == ("COMPLETED", "0:0"), running.output[-3000:]
-    assert running.shown("Restarts") == "1" and running.status().version == STEPS
-    running.check_books(lives=2)
+    # the node returns as soon as its slurmd registers again
+    running.slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    running.wait(lambda: running.job_field("Restarts") == "1")
+    assert running.wait_for_end() == ("COMPLETED", "0:0"), running.output[-3000:]
+    assert running.job_field("Restarts") == "1" and running.status().version == STEPS
+    running.check_ledger(lives=2)
 
 
 def test_cancelled_job_ends_cleanly_and_is_not_requeued(job: Callable[..., Job]) -> None:
     running = job(5000).submit()
     running.wait_for_version(2)
     running.slurm("scancel", running.number)
-    state, _ = running.wait_for_the_end()
-    assert state == "CANCELLED" and running.shown("Restarts") == "0"
+    state, _ = running.wait_for_end()
+    assert state == "CANCELLED" and running.job_field("Restarts") == "0"
 
 
 def test_job_that_cannot_start_fails_on_all_nodes_without_requeue(
     job: Callable[..., Job],
 ) -> None:
     running = job(4).submit("model.path=nowhere")
-    state, code = running.wait_for_the_end()
-    assert (state, code) == ("FAILED", "2:0") and running.shown("Restarts") == "0"
+    state, code = running.wait_for_end()
+    assert (state, code) == ("FAILED", "2:0") and running.job_field("Restarts") == "0"
     assert "0: error: model.path = nowhere: no such folder" in running.output
     assert "1: n1 has nothing for this node to do" in running.output

@@ -8,6 +8,8 @@ import subprocess
 
 import pytest
 
+from megatron_async_rl.engine_env import engine_python
+
 SANDBOX_PYTHON = "/usr/bin/python3"
 
 
@@ -21,4 +23,7 @@ def has_network_namespaces() -> bool:
 
 needs_network_namespaces = pytest.mark.skipif(
     not has_network_namespaces(), reason="needs Linux namespaces, `ip` and a C compiler"
+)
+needs_engine = pytest.mark.skipif(
+    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
 )

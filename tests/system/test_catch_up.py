@@ -1,5 +1,8 @@
-"""Whole runs whose weights go by way of the disk: every update by it; or beside the network, for a server that was
-stopped dead, fenced, started anew, and comes back by itself while the other goes on."""
+"""Whole runs whose weights go through the disk.
+
+Either every update does, or only the catch-up of a server that hung, was fenced and restarted,
+while the other server continues over the network.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pytest
+from needs import needs_engine
 from whole_runs import (
     FinishedRun,
     RunInputs,
@@ -22,17 +25,14 @@ from whole_runs import (
     start_run,
 )
 
-from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.storage import snapshots
 
-pytestmark = pytest.mark.skipif(
-    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
-)
+pytestmark = needs_engine
 STEPS = 4
 
 
-def test_a_run_whose_weights_go_by_way_of_the_disk(run_inputs: RunInputs, tmp_path: Path) -> None:
-    """Two pipeline stages: each writes its own files."""
+def test_run_with_disk_transport(run_inputs: RunInputs, tmp_path: Path) -> None:
+    """With two pipeline stages, which each write their own files."""
     run_dir = tmp_path / "run"
     path = run_inputs.config(
         run_dir,
@@ -63,9 +63,9 @@ def test_a_run_whose_weights_go_by_way_of_the_disk(run_inputs: RunInputs, tmp_pa
         done = 0
         for version, count in line.versions:
             these = slice(done, done + count)
-            said = np.asarray(line.logprobs[these])
+            logprobs = np.asarray(line.logprobs[these])
             np.testing.assert_allclose(
-                said, fresh_logprobs(run_dir, version, line)[these], atol=1e-3
+                logprobs, fresh_logprobs(run_dir, version, line)[these], atol=1e-3
             )
             done += count
     assert_no_process_left(run_dir)
@@ -79,7 +79,7 @@ def wait_for(what: Callable[[], object], limit_s: float, why: Callable[[], str])
 
 
 def engine_of(run_dir: Path, name: str) -> list[psutil.Process]:
-    """The server of a rollout worker, with its scheduler and whatever else it has."""
+    """Returns the processes of a rollout worker's server."""
     workers = [
         p
         for p in processes_of_run(run_dir)
@@ -88,7 +88,7 @@ def engine_of(run_dir: Path, name: str) -> list[psutil.Process]:
     return [child for worker in workers for child in worker.children(recursive=True)]
 
 
-def test_a_server_that_hangs_is_fenced_and_comes_back_from_the_disk_while_the_other_goes_on(
+def test_fenced_server_catches_up_from_disk_while_the_other_continues(
     run_inputs: RunInputs, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -107,7 +107,7 @@ def test_a_server_that_hangs_is_fenced_and_comes_back_from_the_disk_while_the_ot
         return log_file.read_text() if log_file.exists() else ""
 
     def in_log(pattern: str, after: int = 0) -> int:
-        """Where it ends, 0: not there."""
+        """Returns the end of the first match after `after`, or 0 without a match."""
         found = re.search(pattern, log()[after:])
         return after + found.end() if found else 0
 
@@ -123,10 +123,8 @@ def test_a_server_that_hangs_is_fenced_and_comes_back_from_the_disk_while_the_ot
         fenced = in_log(r"rollout-1 is fenced")
         wait_for(lambda: in_log(r"rollout-1 has caught up with version \d+ from", fenced), 300, log)
         back = in_log(r"rollout-1 has caught up with version \d+ from", fenced)
-        assert len(re.findall(alone, log()[fenced:back])) >= 2  # the other went on without it
-        wait_for(
-            lambda: in_log(both, back), 90, log
-        )  # and it is in the next update over the network
+        assert len(re.findall(alone, log()[fenced:back])) >= 2  # the other server continued alone
+        wait_for(lambda: in_log(both, back), 90, log)  # it joins the next network update
         assert "error" not in log()[back:].lower()
     finally:
         child.send_signal(signal.SIGINT)

@@ -1,5 +1,8 @@
-"""That the chaos tool really does what it says: partitions that nobody is told of, clocks that jump, a loss that is not a number,
-and counts of the journal up to a fact."""
+"""The faults of tools/chaos are real.
+
+Silent network partitions, jumps of the wall clock, a NaN loss, and an audit of the journal up to
+any event.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,22 @@ from pathlib import Path
 
 from journal_builders import journal_events
 from needs import needs_network_namespaces
-from paths import TOOLS
+from paths import ROOT, TOOLS
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.controller.core.events import GroupAdmitted, GroupDropped
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal, last_seq
 
 
-def in_world(folder: Path, code: str) -> list[str]:
-    """What this code prints, run inside a world of its own."""
+def run_in_namespaces(folder: Path, code: str) -> list[str]:
+    """Runs the code inside namespaces of its own; returns the words it prints."""
     program = folder / "program.py"
     program.write_text(
-        "import subprocess, sys, os, time\nfrom pathlib import Path\nfrom chaos_parts import world\nworld.enter()\n"
+        "import subprocess, sys, os, time\nfrom pathlib import Path\n"
+        "from chaos_parts import world\nworld.enter()\n"
         f"around = world.World(Path({str(folder / 'chaos')!r}))\n{code}"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(TOOLS.parent)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS / "chaos"), str(ROOT)])}
     done = subprocess.run(
         [sys.executable, str(program)],
         capture_output=True,
@@ -41,17 +45,17 @@ PARTITION = """
 import socket
 around.make_hosts()
 server = socket.create_server((world.HOST_A, 0))
-talk = f'''
+sender = f'''
 import socket, time
 link = socket.create_connection(("{world.HOST_A}", {server.getsockname()[1]}))
 while True:
     link.send(b"x")
     time.sleep(0.02)
 '''
-host_b = subprocess.Popen(["ip", "netns", "exec", "b", sys.executable, "-c", talk])
+host_b = subprocess.Popen(["ip", "netns", "exec", "b", sys.executable, "-c", sender])
 link, _ = server.accept()
 
-def heard(seconds):
+def count_received(seconds):
     end, count = time.monotonic() + seconds, 0
     link.settimeout(0.1)
     while time.monotonic() < end:
@@ -61,12 +65,12 @@ def heard(seconds):
             pass
     return count
 
-print(heard(0.5) > 0)
+print(count_received(0.5) > 0)
 around.cut(world.HOST_A)
-heard(0.3)  # what was on the way
-print(heard(1.0), host_b.poll())
+count_received(0.3)  # what was in flight
+print(count_received(1.0), host_b.poll())
 around.heal(world.HOST_A)
-print(heard(5.0) >= 50)
+print(count_received(5.0) >= 50)
 host_b.kill()
 host_b.wait()
 """
@@ -76,13 +80,21 @@ host_b.wait()
 def test_partition_is_silent_and_healed_connections_lose_nothing(
     tmp_path: Path,
 ) -> None:
-    assert in_world(tmp_path, PARTITION) == ["True", "0", "None", "True"]
+    assert run_in_namespaces(tmp_path, PARTITION) == ["True", "0", "None", "True"]
 
 
-CLOCKS = """
-look = "import time; a, m = time.time(), time.monotonic(); input(); print(time.time() - a, time.monotonic() - m)"
+CLOCKS = '''
+look = """
+import time
+wall, monotonic = time.time(), time.monotonic()
+input()
+print(time.time() - wall, time.monotonic() - monotonic)
+"""
+environment = {**os.environ, **around.environment()}
 jumping, other = (
-    subprocess.Popen([sys.executable, "-c", look], env={**os.environ, **around.environment()}, stdin=-1, stdout=-1, text=True)
+    subprocess.Popen(
+        [sys.executable, "-c", look], env=environment, stdin=-1, stdout=-1, text=True
+    )
     for _ in range(2)
 )
 time.sleep(1)
@@ -90,21 +102,23 @@ around.move_clock(jumping.pid, -3600)
 for process in (jumping, other):
     wall, monotonic = map(float, process.communicate("\\n")[0].split())
     print(round((wall - monotonic) / 60))
-"""
+'''
 
 
 @needs_network_namespaces
 def test_clock_jump_affects_one_process_and_no_monotonic_time(tmp_path: Path) -> None:
-    assert in_world(tmp_path, CLOCKS) == ["-60", "0"]
+    assert run_in_namespaces(tmp_path, CLOCKS) == ["-60", "0"]
 
 
 def test_nan_flag_affects_exactly_one_loss(tmp_path: Path) -> None:
-    """Over a module in the place of the trainer's loss: what is tested is the wrapping at import."""
+    """With a stand-in for the trainer's loss: the test is of the wrapper at its import."""
     package = tmp_path / "megatron_async_rl" / "trainer"
-    package.mkdir(parents=True)
-    for folder in (package, package.parent):
+    (package / "algorithms").mkdir(parents=True)
+    for folder in (package / "algorithms", package, package.parent):
         (folder / "__init__.py").touch()
-    (package / "loss.py").write_text("def policy_loss(inputs, config):\n    return 1.0, {}\n")
+    (package / "algorithms" / "loss.py").write_text(
+        "def policy_loss(inputs, config):\n    return 1.0, {}\n"
+    )
     (package / "__main__.py").write_text(
         "from megatron_async_rl.trainer.algorithms.loss import policy_loss\n"
         "print(*[policy_loss(None, None)[0] for _ in range(3)])\n"
@@ -130,15 +144,15 @@ def test_nan_flag_affects_exactly_one_loss(tmp_path: Path) -> None:
 
 def test_audit_balances_at_every_journal_event(tmp_path: Path) -> None:
     journal = Journal(tmp_path / JOURNAL_FILE)
-    facts = journal_events()
-    journal.append(facts)
+    events = journal_events()
+    journal.append(events)
     journal.close()
-    assert last_seq(tmp_path / JOURNAL_FILE) == len(facts)
-    for until in range(len(facts) + 1):
-        result = audit(tmp_path, eta=4, until=until)
-        seen = facts[:until]
-        assert result.admitted == sum(isinstance(fact, GroupAdmitted) for fact in seen)
-        assert result.dropped.total() == sum(isinstance(fact, GroupDropped) for fact in seen)
+    assert last_seq(tmp_path / JOURNAL_FILE) == len(events)
+    for until in range(len(events) + 1):
+        result = audit.audit(tmp_path, 4, until=until)
+        seen = events[:until]
+        assert result.admitted == sum(isinstance(event, GroupAdmitted) for event in seen)
+        assert result.dropped.total() == sum(isinstance(event, GroupDropped) for event in seen)
         assert result.lost == result.duplicated == 0 and not [
             b for b in result.breaches if "unaccounted" in b
         ]

@@ -1,8 +1,8 @@
-"""What a real SGLang of one and of two ranks computes after an update is what transformers computes on the very weights:
-the whole distribution at every position, after weights came over a network group and after they came from the disk. And
-what is wrong on the way from the disk is never served.
+"""After an update, a real SGLang of one and of two ranks computes what transformers computes.
 
-Trainer ranks (weights_main.py, TP = 2), publisher, rollout worker and engine are the real ones; the test is the controller.
+Compared is the whole distribution at every position, after an update over the network and after
+one from the disk. Damaged snapshots are never served. Trainer ranks (weights_main.py, TP = 2),
+publisher, rollout worker and engine are the real ones; the test takes the controller's place.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from needs import needs_engine
 from tiny_model import CPU_ENGINE, make_model
 from weight_ranks import WeightController, drive_updates, weight_processes
 
@@ -26,7 +27,6 @@ from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.weight_sync.session import UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
-from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.messages import LoadSnapshot, Updated
 from megatron_async_rl.protocol.transport import Link
@@ -36,9 +36,7 @@ from megatron_async_rl.rollout.worker import RolloutWorker
 from megatron_async_rl.rollout.workflow import SingleTurn
 from megatron_async_rl.storage import snapshots
 
-pytestmark = pytest.mark.skipif(
-    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
-)
+pytestmark = needs_engine
 VOCABULARY = 37  # of tiny_model.py
 IDS = [5, 9, 21, 33, 7, 7, 30, 12, 3, 36, 17, 25, 4, 11]
 NAME = "rollout-0"
@@ -46,13 +44,13 @@ NAME = "rollout-0"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The one the engine starts with, and two others."""
+    """The model that the engine starts with, and two others."""
     base = tmp_path_factory.mktemp("models")
-    # 256 rows: of an MLP that does not divide into its blocks, an engine of two ranks on a CPU pads each half
+    # 256 rows: on a CPU an engine of two ranks pads an MLP that its blocks do not divide
     return [make_model(base / f"model{seed}", seed, intermediate_size=256) for seed in range(3)]
 
 
-def settings(run_dir: Path, model: Path, tp: int, transport: str) -> dict[str, Any]:
+def config_tree(run_dir: Path, model: Path, tp: int, transport: str) -> dict[str, Any]:
     return {
         "run": {"dir": str(run_dir), "steps": 1},
         "model": {"path": str(model), "context_tokens": 64},
@@ -79,7 +77,7 @@ async def load(control: WeightController, folder: Path, version: int) -> Updated
             return message
 
 
-def want(model: Path) -> np.ndarray:
+def transformers_logprobs(model: Path) -> np.ndarray:
     """[num_tokens - 1, vocabulary]: log softmax after each token but the last, by transformers."""
     from transformers import AutoModelForCausalLM
 
@@ -88,8 +86,8 @@ def want(model: Path) -> np.ndarray:
         return torch.log_softmax(policy(input_ids=torch.tensor([IDS])).logits[0, :-1], -1).numpy()
 
 
-async def got(worker: RolloutWorker, version: int) -> np.ndarray:
-    """The same by the engine: one prefill, every token of the vocabulary among its top logprobs."""
+async def engine_logprobs(worker: RolloutWorker, version: int) -> np.ndarray:
+    """The same by the engine: one prefill, with the top logprobs of the whole vocabulary."""
     request = {
         "input_ids": IDS,
         "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
@@ -110,8 +108,10 @@ async def got(worker: RolloutWorker, version: int) -> np.ndarray:
 
 
 @contextmanager
-def changed(snapshot: snapshots.Snapshot, version: int) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A copy of the folder as another version; what the block changes in its manifest is written."""
+def changed_copy(
+    snapshot: snapshots.Snapshot, version: int
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Copies the folder as another version; the block may change the copy and its manifest."""
     path = snapshot.path.with_name(f"v{version:06d}.0")
     shutil.copytree(snapshot.path, path)
     manifest = msgspec.to_builtins(snapshot.manifest)
@@ -127,11 +127,11 @@ def test_engine_matches_transformers_after_every_update(
     run_dir = tmp_path / "run"
     (run_dir / "logs").mkdir(parents=True)
     start, second, third = models
-    config = configuration.from_tree(settings(run_dir, start, tp, "disk"))
-    over_network = configuration.from_tree(settings(run_dir, start, tp, "network"))
+    config = configuration.from_tree(config_tree(run_dir, start, tp, "disk"))
+    over_network = configuration.from_tree(config_tree(run_dir, start, tp, "network"))
     work = [
-        {"config": settings(run_dir, second, tp, "network"), "versions": [0, 0]},
-        {"config": settings(run_dir, third, tp, "disk"), "versions": [1, 1]},
+        {"config": config_tree(run_dir, second, tp, "network"), "versions": [0, 0]},
+        {"config": config_tree(run_dir, third, tp, "disk"), "versions": [1, 1]},
     ]
     tensor = f"{tp - 1}:model.layers.1.self_attn.qkv_proj.weight"
 
@@ -146,10 +146,12 @@ def test_engine_matches_transformers_after_every_update(
             await control.wait_for(lambda: NAME in control.peers)
             outcome, _ = await control.publish(0, [NAME])
             assert outcome.serving == [NAME]
-            np.testing.assert_allclose(await got(worker, 0), want(second), atol=2e-4)
-            assert np.abs(want(second) - want(start)).max() > 0.1
+            np.testing.assert_allclose(
+                await engine_logprobs(worker, 0), transformers_logprobs(second), atol=2e-4
+            )
+            assert np.abs(transformers_logprobs(second) - transformers_logprobs(start)).max() > 0.1
 
-            for ids in ([5, VOCABULARY], [-1], []):  # the engine would not live through these
+            for ids in ([5, VOCABULARY], [-1], []):  # these would crash the engine
                 with pytest.raises(DataError, match=f"from 0 to {VOCABULARY - 1}"):
                     await worker.generate(ids, Sampling(1, 1.0, []))
             completion = await worker.generate([VOCABULARY - 1], Sampling(1, 1.0, []))
@@ -161,37 +163,37 @@ def test_engine_matches_transformers_after_every_update(
                 outcome.serving == [NAME]
                 and {"check_files", "load", "digest", "write"} <= outcome.seconds.keys()
             )
-            np.testing.assert_allclose(await got(worker, 1), want(third), atol=2e-4)
+            np.testing.assert_allclose(
+                await engine_logprobs(worker, 1), transformers_logprobs(third), atol=2e-4
+            )
             [snapshot] = snapshots.whole(run_dir)
-            np.testing.assert_array_equal(want(snapshot.path), want(third))
+            np.testing.assert_array_equal(
+                transformers_logprobs(snapshot.path), transformers_logprobs(third)
+            )
 
-            with changed(snapshot, 2) as (
-                path,
-                manifest,
-            ):  # a flipped digest: the engine is not what it must be
+            # a wrong digest in the manifest: the engine's weights do not match it
+            with changed_copy(snapshot, 2) as (path, manifest):
                 manifest["digests"][tensor] = "0" * 16
             answer = await load(control, path, 2)
             assert tensor in answer.error and not worker.gate.is_open
-            answer = await load(
-                control, snapshot.path, 1
-            )  # only a whole catch-up opens the gate again
+            # only a complete catch-up opens the gate again
+            answer = await load(control, snapshot.path, 1)
             assert not answer.error and worker.gate.is_open
 
-            with changed(snapshot, 3) as (
-                path,
-                _,
-            ):  # a flipped bit: it does not come near the engine
+            # a flipped bit in a file: nothing reaches the engine
+            with changed_copy(snapshot, 3) as (path, _):
                 file = next(path.glob("*.safetensors"))
                 raw = bytearray(file.read_bytes())
                 raw[-5] ^= 1
                 file.write_bytes(raw)
             answer = await load(control, path, 3)
             assert f"{file} does not match its digest" in answer.error and worker.gate.is_open
-            np.testing.assert_allclose(await got(worker, 1), want(third), atol=2e-4)
+            np.testing.assert_allclose(
+                await engine_logprobs(worker, 1), transformers_logprobs(third), atol=2e-4
+            )
 
-            cold = Server(
-                config, run_dir, "cold"
-            )  # a new server begins with the newest folder; broken ones go first
+            # a new server starts from the newest snapshot, once the damaged ones are removed
+            cold = Server(config, run_dir, "cold")
             for broken in snapshots.whole(run_dir)[:-1]:
                 snapshots.remove(broken.path)
             assert "--weight-version" not in server._command("h", 1)

@@ -1,5 +1,7 @@
-"""A run whose processes several launchers started, as on several hosts: one host is lost, another takes its place, the first
-comes back. The names are the same; who has them is always one."""
+"""A run whose processes are started by several launchers, as on several hosts.
+
+One host is lost, another takes over its names, the first returns: a name has one owner at any time.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ import msgspec
 import pytest
 from controller_shell import ask, hello_of, with_controller
 from hosts import Host, wait_until
+from needs import needs_engine
 from whole_runs import RunInputs
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.config import load
 from megatron_async_rl.controller.controller import Controller
-from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.errors import ConfigError, Error, ProtocolError
 from megatron_async_rl.launcher import join
 from megatron_async_rl.launcher.claims import Claims
@@ -27,13 +29,20 @@ from megatron_async_rl.protocol.transport import Link
 
 def test_name_belongs_to_its_last_claimant(tmp_path: Path) -> None:
     first, second = Claims(tmp_path), Claims(tmp_path)
-    assert first.other("rollout-0") == ""
+    assert first.other_owner("rollout-0") == ""
     first.take("rollout-0")
     first.take("rollout-1")
-    assert first.other("rollout-0") == "" and second.other("rollout-0") != ""
+    assert first.other_owner("rollout-0") == "" and second.other_owner("rollout-0") != ""
     second.take("rollout-0")
-    assert f"process {os.getpid()}" in first.other("rollout-0") and second.other("rollout-0") == ""
-    assert (first.elsewhere("rollout"), second.elsewhere("rollout"), first.elsewhere("reward")) == (
+    assert (
+        f"process {os.getpid()}" in first.other_owner("rollout-0")
+        and second.other_owner("rollout-0") == ""
+    )
+    assert (
+        first.count_elsewhere("rollout"),
+        second.count_elsewhere("rollout"),
+        first.count_elsewhere("reward"),
+    ) == (
         1,
         1,
         0,
@@ -58,12 +67,11 @@ def test_process_that_lost_its_name_is_refused(
                     isinstance(refused, Refused) and "rollout-0 is process 2 now" in refused.reason
                 )
             assert controller.workers["rollout-0"].hello.pid == 2
-            assert not controller.core.fleet.rollout[
-                "rollout-0"
-            ].is_serving  # what the old one served counts for nothing
+            # the version that the old process served does not count
+            assert not controller.core.fleet.rollout["rollout-0"].is_serving
             await old.send(Heartbeat())
             with pytest.raises(ProtocolError, match="its name was taken over"):
-                await old.receive()  # so it ends
+                await old.receive()  # and the process ends
         finally:
             new.close()
 
@@ -91,14 +99,12 @@ def test_joining_a_stopped_run_is_one_clear_error(
     (tmp_path / "run").mkdir()
     path.rename(tmp_path / "run" / "config.yaml")
     with pytest.raises(
-        Error, match=r"is not on: no controller within trainer\.start_timeout_s = 0"
+        Error, match=r"no running controller in .* within trainer\.start_timeout_s = 0"
     ):
         join(tmp_path / "run", ["rollout-0"])
 
 
-@pytest.mark.skipif(
-    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
-)
+@needs_engine
 def test_lost_host_is_replaced_and_refused_when_it_returns(
     model_and_dataset: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -109,7 +115,7 @@ def test_lost_host_is_replaced_and_refused_when_it_returns(
         data={"eval": None},
         rollout={"lease_timeout_s": 30, "max_new_tokens": 12, "max_concurrent_samples": 16},
         faults={"heartbeat_timeout_s": 5, "restart_backoff_s": 0.1},
-        weights={"update_timeout_s": 10.0},  # the host may vanish in the middle of one
+        weights={"update_timeout_s": 10.0},  # the host may be lost during an update
         megatron={"tensor_model_parallel_size": 1},
         checkpoint={"every": 2},
     )
@@ -129,16 +135,15 @@ def test_lost_host_is_replaced_and_refused_when_it_returns(
         wait_until(lambda: (run_dir / "controller.address").exists())
         first = joined("first")
         wait_until(lambda: trained(2))
-        first.freeze()  # the host cannot be reached
+        first.freeze()  # as if the host were unreachable
         frozen_at = read_status(run_dir).version
         second = joined("second")
-        wait_until(
-            lambda: trained(frozen_at + 8)
-        )  # more than the buffer held: the second's samples
-        first.thaw()  # and is back
+        # more batches than were buffered: samples of the second host are among them
+        wait_until(lambda: trained(frozen_at + 8))
+        first.thaw()
         wait_until(lambda: first.process.poll() is not None, 60)
-        assert first.process.returncode == 0 and first.says("nothing more to do here")
-        assert "is not started again here" in first.log.read_text()
+        assert first.process.returncode == 0 and first.says("this host's part of the run is done")
+        assert "is not restarted here" in first.log.read_text()
         assert (
             "its name was taken over: rollout-0 is process"
             in (run_dir / "logs" / "rollout-0.log").read_text()
@@ -147,18 +152,17 @@ def test_lost_host_is_replaced_and_refused_when_it_returns(
         back_at = read_status(run_dir).version
         wait_until(lambda: trained(back_at + 2))
 
-        second.kill()  # this one is lost for good, with all it had
+        second.kill()  # all its processes are lost
         assert second.watch.left() == []
         killed_at = read_status(run_dir).version
         third = joined("third")
         wait_until(lambda: trained(killed_at + 8))
 
-        third.process.send_signal(signal.SIGTERM)  # and this one is taken away in order
+        third.process.send_signal(signal.SIGTERM)  # stops in order
         assert third.process.wait(60) == 75
         log = run_dir / "logs" / "controller.log"
-        wait_until(
-            lambda: "rollout-0: told to end (SIGTERM)" in log.read_text(), 10
-        )  # not by its silence
+        # sooner than by a missing heartbeat
+        wait_until(lambda: "rollout-0: told to end (SIGTERM)" in log.read_text(), 10)
 
         main.process.send_signal(signal.SIGTERM)
         assert main.process.wait(90) == 75

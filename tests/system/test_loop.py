@@ -1,8 +1,9 @@
-"""The whole system once, with nothing stood in for: controller, rollout worker and its SGLang server, reward worker, two
-trainer ranks (TP=2). A short run of a random model whose requests are in flight at every weight update.
+"""A short run of the whole system, without stand-ins.
 
-The run exports the policy of every version. So what the engine said of each token can be held against a fresh prefill
-by transformers under the very weights that the token is labelled with, and against the neighbouring versions' weights.
+Controller, rollout worker with its SGLang server, reward worker and two trainer ranks (TP=2) train
+a random model; requests are in flight at every weight update. The run exports the policy of every
+version. So the engine's logprob of each token can be compared with a fresh prefill by transformers
+under the weights that the token is labelled with, and under those of neighbouring versions.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from needs import needs_engine
 from whole_runs import (
     RUN_MAX_STALENESS,
     RUN_STEPS,
@@ -27,12 +29,9 @@ from whole_runs import (
     start_run,
 )
 
-from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.observability.sample_log import SampleLine, read_samples
 
-pytestmark = pytest.mark.skipif(
-    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
-)
+pytestmark = needs_engine
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,7 @@ def test_every_group_is_accounted_for(run: FinishedRun) -> None:
 def test_no_trained_token_exceeds_max_staleness(run: FinishedRun) -> None:
     lags = [line.version - version for line in run.samples for version, _ in line.versions]
     assert max(lags) <= RUN_MAX_STALENESS
-    assert max(lags) >= 1  # it was asynchronous
+    assert max(lags) >= 1  # the run was asynchronous
 
 
 def test_updates_interrupt_requests_and_samples_span_versions(run: FinishedRun) -> None:
@@ -84,21 +83,21 @@ def test_every_update_is_verified_by_digests(run: FinishedRun) -> None:
 
 
 def difference_from_fresh_prefills(run: FinishedRun, line: SampleLine, num_spans: int) -> float:
-    """Asserts that the first spans of the sample are as a fresh prefill under the weights of their labels has them.
+    """Returns the largest difference from prefills under neighbouring versions.
 
-    Returns the largest difference from prefills under neighbouring versions.
+    Asserts that the first `num_spans` spans equal a fresh prefill under the labelled weights.
     """
     done, wrong_version = 0, 0.0
     for version, count in line.versions[:num_spans]:
         these = slice(done, done + count)
-        said = np.asarray(line.logprobs[these])
+        logprobs = np.asarray(line.logprobs[these])
         np.testing.assert_allclose(
-            said, fresh_logprobs(run.folder, version, line)[these], atol=1e-3
+            logprobs, fresh_logprobs(run.folder, version, line)[these], atol=1e-3
         )
         other = fresh_logprobs(
             run.folder, version + 1 if version < RUN_STEPS else version - 1, line
         )
-        wrong_version = max(wrong_version, float(np.abs(said - other[these]).max()))
+        wrong_version = max(wrong_version, float(np.abs(logprobs - other[these]).max()))
         done += count
     return wrong_version
 
@@ -108,9 +107,8 @@ def test_logprobs_of_interrupted_samples_match_a_fresh_prefill(run: FinishedRun)
     wrong_version = max(
         difference_from_fresh_prefills(run, line, len(line.versions)) for line in spanning
     )
-    assert (
-        wrong_version > 0.01
-    )  # the weights differ enough that a stale cache or a wrong label would have shown
+    # the weights differ enough to reveal a stale cache or a wrong label
+    assert wrong_version > 0.01
 
 
 @pytest.mark.parametrize(
@@ -119,7 +117,10 @@ def test_logprobs_of_interrupted_samples_match_a_fresh_prefill(run: FinishedRun)
 def test_requests_may_stay_in_the_engine_during_updates(
     weights: dict[str, str], run_inputs: RunInputs, tmp_path: Path
 ) -> None:
-    """keep: the first span alone is as a fresh prefill; what comes of the others test_interruption.py says."""
+    """With kv_cache = keep only the first span equals a fresh prefill.
+
+    process/test_interruption.py checks the later spans.
+    """
     child = start_run(run_inputs.config(tmp_path / "run", data={"eval": None}, weights=weights))
     output, errors = child.communicate(timeout=300)
     assert child.returncode == 0, output[-3000:] + errors[-3000:]
@@ -186,7 +187,7 @@ def test_megatron_and_the_engine_agree_on_the_same_weights(run: FinishedRun) -> 
         tag: events.Scalars(f"train/{tag}")[0].value
         for tag in ("current_version_fraction", "logprob_diff_max")
     }
-    assert first["current_version_fraction"] == 1.0  # the first batch is all of version 0
+    assert first["current_version_fraction"] == 1.0  # the whole first batch is of version 0
     assert first["logprob_diff_max"] < 1e-3
 
 
@@ -201,7 +202,7 @@ def test_keys_are_private_and_in_no_log(run: FinishedRun) -> None:
 def test_ctrl_c_stops_all_processes_and_keeps_written_samples(
     run_inputs: RunInputs, tmp_path: Path
 ) -> None:
-    """Also: synchronous (eta = 0), and two pipeline stages that each send their own weights."""
+    """Also covers max_staleness = 0 and two pipeline stages that each send their weights."""
     path = run_inputs.config(
         tmp_path / "run",
         run={"steps": 500, "export_every": 0},

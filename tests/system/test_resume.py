@@ -1,4 +1,7 @@
-"""The real processes, killed: first a trainer rank, then everything at once. What was trained is trained again to the bit."""
+"""A run whose processes are killed: first a trainer rank, then all at once.
+
+The steps after the last checkpoint are trained again with bit-identical results.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
+from needs import needs_engine
 from tiny_model import make_dataset, make_model
 from whole_runs import RunInputs, assert_no_process_left, start_run, wait_for_version
 
@@ -19,18 +22,15 @@ from megatron_async_rl.controller.core.events import GroupAdmitted
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
 from megatron_async_rl.data.dataset import PromptStream, read_prompts
 from megatron_async_rl.data.tokenizer import Tokenizer
-from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.storage import checkpoints
 
-pytestmark = pytest.mark.skipif(
-    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
-)
+pytestmark = needs_engine
 STEPS, EVERY = 14, 4
 
 
 def digests(run_dir: Path) -> dict[int, str]:
-    """version -> digest of the exported policy's weights, of those exports that are whole."""
+    """Returns version -> digest of the exported weights, for each complete export."""
     found = {}
     for folder in run_dir.glob("policy-v*"):
         files = sorted(folder.glob("*.safetensors"))
@@ -57,7 +57,7 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     )
     child = start_run(path)
     wait_for_version(run_dir, EVERY + 1)
-    while not checkpoints.manifests(run_dir):  # it is written while training goes on
+    while not checkpoints.manifests(run_dir):  # it is written while training continues
         assert child.poll() is None
         time.sleep(0.05)
     rank = next(
@@ -71,20 +71,20 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     killed_at = read_status(run_dir).version
     wait_for_version(run_dir, killed_at + 3)
 
-    os.kill(child.pid, signal.SIGKILL)  # and with it, by the kernel, every process of the run
+    os.kill(child.pid, signal.SIGKILL)  # the kernel then ends every process of the run
     child.communicate()
     assert_no_process_left(run_dir)
     between = digests(run_dir)
     log = (run_dir / "logs" / "controller.log").read_text()
-    assert "the trainer is back at version" in log  # some of them were made a second time
+    assert "the trainer is back at version" in log  # some steps were repeated
     assert all(
         between[version] == digest for version, digest in before.items()
-    )  # replayed to the bit
+    )  # with bit-identical weights
 
     child = start_run(path)
     output, errors = child.communicate(timeout=300)
     assert child.returncode == 0, output[-2000:] + errors[-2000:]
-    assert "going on with the run" in output
+    assert "resuming the run" in output
     after = digests(run_dir)
     assert all(after[version] == digest for version, digest in between.items())
 
@@ -106,7 +106,7 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     ]
     assert admitted == [
         stream.next().prompt_id for _ in admitted
-    ]  # the order of an undisturbed run
+    ]  # in the order of an undisturbed run
 
     again = start_run(path)
     output, _ = again.communicate(timeout=60)

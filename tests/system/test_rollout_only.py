@@ -1,4 +1,4 @@
-"""A run without a trainer: real servers, a real judge, batches on disk that `replay` trains on; then some steps more."""
+"""run.mode = rollout_only: batches on disk that `replay` can train, and a continued run."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from needs import needs_engine
 from paths import ROOT
 from tiny_model import make_dataset, make_model
 from whole_runs import RUN_MAX_STALENESS, RunInputs, assert_no_process_left, start_run
 
 from megatron_async_rl.config.load import load
-from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.protocol.types import NOT_GENERATED
 from megatron_async_rl.storage import batches
 
-pytestmark = pytest.mark.skipif(
-    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
-)
+pytestmark = needs_engine
 STEPS = 4
 
 
@@ -38,7 +36,7 @@ def config_of(inputs: RunInputs, run_dir: Path, steps: int) -> Path:
         run_dir,
         run={"steps": steps, "mode": "rollout_only", "export_every": 0},
         data={"eval": None},
-        trainer={"data_parallel_size": 2},  # for whoever trains on the batches
+        trainer={"data_parallel_size": 2},  # for a later `replay` of the batches
         megatron={"tensor_model_parallel_size": 1},
     )
 
@@ -85,7 +83,7 @@ def test_every_step_writes_a_file_of_fresh_samples(recorded: tuple[Path, str]) -
                 and version - RUN_MAX_STALENESS <= generated.min() <= generated.max() <= version
             )
             labels |= set(generated.tolist())
-    assert max(labels) > 0  # the servers were told
+    assert max(labels) > 0  # the servers learned the new versions
 
 
 def test_ledger_and_staleness_match_a_training_run(recorded: tuple[Path, str]) -> None:
@@ -101,7 +99,7 @@ def test_ledger_and_staleness_match_a_training_run(recorded: tuple[Path, str]) -
 
 
 def test_replay_trains_a_recorded_batch(recorded: tuple[Path, str]) -> None:
-    """By two data-parallel ranks; what the engine said of its tokens is what the trainer says."""
+    """On two data-parallel ranks; engine and trainer agree on the logprobs."""
     run_dir, _ = recorded
     done = command("replay", str(run_dir / "batches" / "v000000.npz"))
     assert done.returncode == 0, done.stderr
@@ -125,7 +123,10 @@ def test_run_with_more_steps_continues_where_it_stopped(
 
 
 def batches_equal(path: Path, earlier: bytes) -> bool:
-    """The newest is asked for again: the same samples, maybe in a file of another time."""
+    """Returns whether both hold the same samples.
+
+    The newest batch is requested again: its file may differ in its timestamps.
+    """
     copy = path.with_name("earlier.npz")
     copy.write_bytes(earlier)
     try:

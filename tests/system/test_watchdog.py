@@ -1,4 +1,7 @@
-"""When nothing moves any more, one message says who waits for whom and since when, and everybody's stacks lie in the run's logs."""
+"""A run without progress ends with one error that says which process waits for which.
+
+The stacks of all processes are in the logs of the run.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,14 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 from descendants import Descendants
+from needs import needs_engine
 from whole_runs import make_run_inputs, start_run, wait_for_version
 
-from megatron_async_rl.engine_env import engine_python
-
-pytestmark = pytest.mark.skipif(
-    engine_python() is None, reason="no engine environment: bash tools/setup_env.sh"
-)
+pytestmark = needs_engine
 
 
-def test_everybody_stopped_is_one_message_and_a_stack_of_each(tmp_path: Path) -> None:
+def test_stopped_processes_are_one_error_with_all_stacks(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     path = make_run_inputs(tmp_path).config(
         run_dir,
@@ -41,7 +40,8 @@ def test_everybody_stopped_is_one_message_and_a_stack_of_each(tmp_path: Path) ->
         assert child.returncode == 2
         assert 8 < time.monotonic() - stopped_at < 60
         said = re.search(
-            r"error: nothing was generated or trained for (\d+) s \(run.no_progress_timeout_s = 8\): (.*)",
+            r"error: nothing was generated or trained for (\d+) s "
+            r"\(run.no_progress_timeout_s = 8\): (.*)",
             errors,
         )
         assert said and 8 <= int(said[1]) < 30, errors

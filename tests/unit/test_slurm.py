@@ -6,17 +6,12 @@ Whole jobs through launchers/slurm.sbatch, on a real Slurm of two nodes on this 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import pytest
 from config_builders import config_tree
 from hypothesis import assume, given
@@ -24,7 +19,6 @@ from hypothesis import strategies as st
 from model_shapes import DENSE_32B
 from paths import ROOT
 
-from megatron_async_rl import processes
 from megatron_async_rl.__main__ import main
 from megatron_async_rl.config import load
 from megatron_async_rl.config.config import Config
@@ -303,115 +297,6 @@ def test_assignment_of_an_earlier_job_attempt_is_ignored(tmp_path: Path) -> None
         ConfigError, match=r"has no config\.yaml"
     ):  # joins: in earnest in test_slurm_jobs.py
         slurm._other(here, word, settings)
-
-
-# ---- whom SIGTERM reaches: Slurm sends it to every process of a job
-
-
-def below(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
-
-
-def wait_until(what: Any) -> None:
-    deadline = time.monotonic() + 20
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-SPAWNS = """
-import multiprocessing, time
-def sleep():
-    time.sleep(600)
-if __name__ == "__main__":
-    multiprocessing.get_context("spawn").Process(target=sleep).start()  # with the tracker that would unblock SIGTERM
-    time.sleep(600)
-"""
-
-
-def test_engine_and_children_block_sigterm_and_can_be_stopped(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "engine.py").write_text(SPAWNS)
-    paths = {"PYTHONPATH": str(ROOT / "patches" / "sglang_startup")}
-    engine = processes.start(
-        [sys.executable, str(tmp_path / "engine.py")], tmp_path / "log", paths, sigterm_blocked=True
-    )
-    wait_until(lambda: len(below(engine.pid)) == 2)
-    time.sleep(1)
-    everyone = [psutil.Process(engine.pid), *below(engine.pid)]
-    for process in everyone:
-        process.send_signal(signal.SIGTERM)
-    time.sleep(1)
-    assert [process.status() for process in everyone] == ["sleeping"] * 3
-    before = time.monotonic()
-    processes.stop([engine], 20.0)
-    assert time.monotonic() - before < 2  # nobody is waited for who cannot hear
-    assert psutil.wait_procs(everyone[1:], 5)[1] == []
-
-
-ENDS = """
-import multiprocessing, sys, time
-from pathlib import Path
-def sleep():
-    Path(sys.argv[1]).touch()
-    time.sleep(600)
-def run():
-    multiprocessing.get_context(sys.argv[2]).Process(target=sleep, daemon=True).start()
-    while not Path(sys.argv[1]).exists():
-        time.sleep(0.05)
-    sys.exit(3)
-if __name__ == "__main__":
-    if sys.argv[2] == "fork":
-        from megatron_async_rl import processes
-        processes.main(run, unwind=False)
-    run()
-"""
-
-
-@pytest.mark.parametrize(("context", "path"), [("spawn", "patches/sglang_startup"), ("fork", ".")])
-def test_exiting_process_does_not_wait_for_blocked_children(
-    tmp_path: Path, context: str, path: str
-) -> None:
-    """Python sends SIGTERM to them at its end, and waits."""
-    (tmp_path / "ends.py").write_text(ENDS)
-    command = [sys.executable, str(tmp_path / "ends.py"), str(tmp_path / "ready"), context]
-    child = processes.start(
-        command, tmp_path / "log", {"PYTHONPATH": str(ROOT / path)}, sigterm_blocked=True
-    )
-    try:
-        assert child.wait(20) == 3, (tmp_path / "log").read_text()
-    finally:
-        processes.stop([child], 0.0)
-
-
-RANK = """
-import multiprocessing, sys, time
-from megatron_async_rl import processes
-def run():
-    multiprocessing.resource_tracker.ensure_running()
-    print("ready", flush=True)
-    time.sleep(600)
-processes.main(run, unwind=False)
-"""
-
-
-def test_rank_ends_by_sigterm_of_its_parent_only() -> None:
-    rank = subprocess.Popen(
-        [sys.executable, "-c", RANK],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-    )
-    assert rank.stdout and rank.stdout.readline() == b"ready\n"
-    stranger = multiprocessing.get_context("fork").Process(
-        target=os.kill, args=(rank.pid, signal.SIGTERM)
-    )
-    stranger.start()
-    stranger.join()
-    with pytest.raises(subprocess.TimeoutExpired):
-        rank.wait(1)
-    rank.terminate()
-    assert rank.wait(5) == 128 + signal.SIGTERM
 
 
 def test_patient_run_ignores_a_second_sigterm(tmp_path: Path) -> None:

@@ -107,8 +107,8 @@ def test_run_ends_with_reason_below_min_servers(make: Callable[..., Bench]) -> N
     bench.start(rollout_0=SLEEP, rollout_1="raise SystemExit(1)")
     assert bench.watch() and bench.supervisor.failed == "rollout-1"
     assert (
-        "faults.max_restarts = 1" in bench.supervisor.why
-        and "faults.min_servers = 2" in bench.supervisor.why
+        "faults.max_restarts = 1" in bench.supervisor.reason
+        and "faults.min_servers = 2" in bench.supervisor.reason
     )
 
 
@@ -137,7 +137,7 @@ def test_silent_worker_is_killed_after_its_start_time(make: Callable[..., Bench]
         return bench.supervisor.num_restarts >= 1
 
     assert not bench.watch(until=fresh)
-    assert "rollout-0 is silent; it is killed" in bench.told
+    assert "rollout-0 sends no heartbeat; it is killed" in bench.told
 
     def still_starting() -> bool:
         bench.status("training", ["rollout-0"])
@@ -172,7 +172,7 @@ def test_process_claimed_by_another_launcher_is_left_alone(
     Claims(bench.run_dir).take("rollout-0")
     bench.supervisor.children["rollout-0"].process.kill()
     assert not bench.watch(until=lambda: bench.supervisor.children["rollout-0"].given_up)
-    assert bench.supervisor.num_restarts == 0 and "is not started again here" in bench.told[-1]
+    assert bench.supervisor.num_restarts == 0 and "is not restarted here" in bench.told[-1]
     assert not bench.watch(0.3)  # the run goes on
 
 
@@ -181,7 +181,7 @@ def test_servers_of_other_launchers_count_for_min_servers(make: Callable[..., Be
     Claims(bench.run_dir).take("rollout-1")
     bench.start(rollout_0="raise SystemExit(1)")
     assert not bench.watch(until=lambda: bench.supervisor.children["rollout-0"].given_up)
-    assert "is given up; 1 rollout workers go on" in bench.told[-1]
+    assert "is given up; 1 rollout workers remain" in bench.told[-1]
 
 
 def test_launcher_without_the_controller_ends_with_the_run(make: Callable[..., Bench]) -> None:

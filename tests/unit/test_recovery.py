@@ -1,4 +1,7 @@
-"""A crash at any instant: the core of test_core's hostile world dies and is rebuilt from what had reached the journal."""
+"""The controller's core is rebuilt from its journal after a crash at any point.
+
+A state machine adds crashes of the controller and of the trainer to the faults of test_core.py.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def test_finished_and_partial_groups_survive_a_crash() -> None:
         second.group_id,
         2,
         3,
-    ]  # no prompt twice, none skipped
+    ]  # no prompt is repeated or skipped
     assert leases[0].indices == [1] and leases[0].attempt == second.attempt + 1
     assert again.ledger.admitted == core.ledger.admitted == 4
 
@@ -61,11 +64,11 @@ def test_restarted_controller_resends_the_same_batch() -> None:
     core = make_core(max_staleness=0)
     for lease in join_workers(core):
         finish_lease(core, lease, 0)
-    [cut] = core.batch_wanted(0, 0, 0)
+    [batch] = core.batch_wanted(0, 0, 0)
     again = restart_core(core, core.take_events())
     [same] = again.batch_wanted(0, 0, 0)
-    assert isinstance(cut, SendBatch) and isinstance(same, SendBatch)
-    assert [g.group_id for g in same.groups] == [g.group_id for g in cut.groups]
+    assert isinstance(batch, SendBatch) and isinstance(same, SendBatch)
+    assert [g.group_id for g in same.groups] == [g.group_id for g in batch.groups]
     assert again.step_done(1, 0) == [] and again.ledger.trained == 2
 
 
@@ -113,56 +116,61 @@ def test_prompt_that_fails_on_several_servers_is_dropped_as_poison() -> None:
     assert core.ledger.table(0)["dropped.poison"] == 1
 
 
-class RecoveringWorld(CoreMachine):
-    """The world of test_core with a journal, of which a crash leaves what had reached the disk; and a trainer that
-    dies too. A batch leaves only when its facts are on disk."""
+class RecoveringMachine(CoreMachine):
+    """Adds a journal and crashes to the state machine of test_core.py.
+
+    A crash keeps the events that had reached the disk. A batch is sent only when its events are on
+    disk. The trainer crashes too.
+    """
 
     @initialize(
-        eta=st.integers(0, 3), wait=st.booleans(), equal=st.booleans(), seed=st.integers(0, 1 << 20)
+        max_staleness=st.integers(0, 3),
+        wait=st.booleans(),
+        equal=st.booleans(),
+        seed=st.integers(0, 1 << 20),
     )
-    def begin(self, eta: int, wait: bool, equal: bool, seed: int) -> None:
+    def begin(self, max_staleness: int, wait: bool, equal: bool, seed: int) -> None:
         self.disk: list[JournalEvent] = []
-        self.on_the_way: list[JournalEvent] = []
-        self.steps_done = 0  # of the trainer's weights
-        super().begin(eta, wait, equal, seed)
+        self.unwritten: list[JournalEvent] = []
+        self.steps_done = 0  # by the trainer
+        super().begin(max_staleness, wait, equal, seed)
 
     def take(self, actions: list[Action]) -> None:
-        self.on_the_way += self.core.take_events()
+        self.unwritten += self.core.take_events()
         if any(isinstance(action, SendBatch) for action in actions):
             self.flush()
         super().take([action for action in actions if not isinstance(action, ResendBatch)])
 
-    def check_cut(self, cut: SendBatch) -> None:
+    def check_batch(self, batch: SendBatch) -> None:
         known = next(
-            (f for f in self.disk if isinstance(f, BatchSelected) and f.version == cut.version),
+            (f for f in self.disk if isinstance(f, BatchSelected) and f.version == batch.version),
             None,
         )
-        assert known is not None and known.group_ids == [group.group_id for group in cut.groups]
+        assert known is not None and known.group_ids == [group.group_id for group in batch.groups]
         if set(known.group_ids) <= set(self.trained):  # sent again after a crash
-            self.cut = cut
+            self.batch = batch
         else:
-            super().check_cut(cut)
+            super().check_batch(batch)
 
     @rule()
     def flush(self) -> None:
-        self.disk += self.on_the_way
-        self.on_the_way = []
+        self.disk += self.unwritten
+        self.unwritten = []
 
-    @rule(arrived=st.floats(0, 1))
-    def crash_the_controller(self, arrived: float) -> None:
+    @rule(written_share=st.floats(0, 1))
+    def crash_the_controller(self, written_share: float) -> None:
         before = self.core
-        self.disk += self.on_the_way[: round(arrived * len(self.on_the_way))]
-        self.on_the_way = []
+        self.disk += self.unwritten[: round(written_share * len(self.unwritten))]
+        self.unwritten = []
         self.core = restart_core(before, self.disk)
         self.take(self.core.reward_joined("reward-0", 8, self.now))
         self.join_rollout()
-        self.take(
-            self.core.step_done(self.steps_done, self.now)
-        )  # the trainer says again what it has done
+        # the trainer repeats its last report
+        self.take(self.core.step_done(self.steps_done, self.now))
         assert self.core.version == self.steps_done
-        if self.cut is not None:
+        if self.batch is not None:
             [again] = self.core.batch_wanted(0, self.steps_done, self.now)
-            assert [g.group_id for g in again.groups] == [g.group_id for g in self.cut.groups]
+            assert [g.group_id for g in again.groups] == [g.group_id for g in self.batch.groups]
 
     @precondition(lambda self: self.core.version > 0)
     @rule(share=st.floats(0, 1))
@@ -175,12 +183,12 @@ class RecoveringWorld(CoreMachine):
             assert self.core.step_done(version + 1, self.now) == []
         assert self.core.ledger.table(self.core.pending) == state
 
-    @precondition(lambda self: self.cut is not None)
+    @precondition(lambda self: self.batch is not None)
     @rule()
     def finish_the_step(self) -> None:
         self.steps_done += 1
         super().finish_the_step()
-        self.flush()  # before anyone holds the new weights
+        self.flush()  # before any server holds the new weights
 
     @precondition(lambda self: self.leases)
     @rule()
@@ -197,19 +205,19 @@ class RecoveringWorld(CoreMachine):
     def every_admitted_group_is_in_one_place(self) -> None:
         if not hasattr(self, "core"):
             return
-        facts = self.disk + self.on_the_way
-        admitted = [f.group_id for f in facts if isinstance(f, GroupAdmitted)]
-        done = {f.version for f in facts if isinstance(f, BatchTrained)}
+        events = self.disk + self.unwritten
+        admitted = [f.group_id for f in events if isinstance(f, GroupAdmitted)]
+        done = {f.version for f in events if isinstance(f, BatchTrained)}
         trained = [
             g
-            for f in facts
+            for f in events
             if isinstance(f, BatchSelected) and f.version + 1 in done
             for g in f.group_ids
         ]
-        closed = [f.group_id for f in facts if isinstance(f, GroupDropped)]
+        closed = [f.group_id for f in events if isinstance(f, GroupDropped)]
         pending = [g.group_id for g in self.core.groups.values() if g.purpose == "train"]
         assert sorted(admitted) == sorted(trained + closed + pending)
 
 
-TestRecoveringWorld = RecoveringWorld.TestCase
-TestRecoveringWorld.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestRecoveringMachine = RecoveringMachine.TestCase
+TestRecoveringMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)

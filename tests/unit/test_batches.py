@@ -1,0 +1,50 @@
+"""Saved batches on disk, and the comparison of gradients that `selftest` makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from train_samples import make_train_samples
+
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.protocol.types import TrainSample
+from megatron_async_rl.storage import batches
+from megatron_async_rl.trainer.selftest import compare
+
+
+def equal_samples(got: list[TrainSample], want: list[TrainSample]) -> bool:
+    fields = TrainSample.__struct_fields__
+    return len(got) == len(want) and all(
+        np.array_equal(getattr(a, f), getattr(b, f), equal_nan=f == "advantages")
+        for a, b in zip(got, want, strict=True)
+        for f in fields
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 16])
+def test_saved_batch_is_read_back(tmp_path: Path, count: int) -> None:
+    batches.save(tmp_path / "new" / "b.npz", 7, make_train_samples(count))
+    version, got = batches.load(tmp_path / "new" / "b.npz")
+    assert version == 7 and equal_samples(got, make_train_samples(count))
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["b.npz"]
+
+
+def test_file_that_is_not_a_saved_batch_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("no")
+    np.savez(tmp_path / "pickle.npz", version=1, lengths=np.array([{}], object))
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    batches.save(tmp_path / "cut.npz", 7, make_train_samples(3))
+    with np.load(tmp_path / "cut.npz") as file:
+        np.savez(tmp_path / "cut.npz", **dict(file) | {"lengths": np.array([1, 2, 3])})
+    for path in [*tmp_path.iterdir(), tmp_path / "missing.npz"]:
+        with pytest.raises(DataError, match="is not a saved batch"):
+            batches.load(path)
+
+
+def test_selftest_names_the_first_parameter_that_differs() -> None:
+    want = {"a": np.ones(3), "b": np.array([1.0, -4.0]), "c": np.zeros(2)}
+    got = {"a": np.ones(3), "b": np.array([1.0, -3.9]), "c": np.full(2, 0.5)}
+    assert compare(got, want) == [("a", 0.0), ("b", pytest.approx(0.025)), ("c", 0.5)]
+    assert compare({}, {"a": np.ones(1)}) == [("a", float("inf"))]
