@@ -15,6 +15,7 @@ from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.launcher.roles import REPOSITORY
+from megatron_async_rl.model.small_model import small_model
 
 
 def replay(paths: list[Path], config_path: Path | None, overrides: list[str]) -> int:
@@ -44,12 +45,10 @@ def replay(paths: list[Path], config_path: Path | None, overrides: list[str]) ->
 
 def selftest(config: Config) -> int:
     """Compares this configuration's layout with TP1 PP1 CP1."""
-    source = Path(config.model.path)
-    from megatron_async_rl.trainer.selftest import small_model
-
+    model = json.dumps(small_model(config))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model").mkdir()
-        (Path(folder) / "model" / "config.json").write_text(json.dumps(small_model(source, config)))
+        (Path(folder) / "model" / "config.json").write_text(model)
         return _torchrun(config, Path(folder), "selftest", str(Path(folder) / "model"))
 
 

@@ -17,40 +17,24 @@ from megatron_async_rl import patches, processes
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import SelftestFailed
-from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.small_model import MAX_SAMPLE_TOKENS, VOCAB_SIZE
 from megatron_async_rl.protocol.types import NOT_GENERATED, TrainSample
 
 TOLERANCE = 1e-4  # of the largest entry of a gradient
 VERSION = 1
-SIZES = {"head_dim": 16, "vocab_size": 251, "moe_intermediate_size": 32}
-_SAMPLES_PER_RANK, _LONGEST = 6, 60
-
-
-def small_model(source: Path, config: Config) -> dict[str, Any]:
-    """config.json of a model with the same family, number of heads and experts, but narrow and shallow."""
-    given = HfConfig(source).raw
-    stages = config.parallel_size("pipeline_model") * config.parallel_size("virtual_pipeline_model")
-    heads = given["num_attention_heads"]
-    small = {name: value for name, value in SIZES.items() if name in given or name == "head_dim"}
-    small |= {
-        "hidden_size": 16 * heads,
-        "intermediate_size": 24 * heads,
-        "num_hidden_layers": max(2, stages),
-    }
-    small["max_position_embeddings"] = 4 * _LONGEST
-    return given | small
+_SAMPLES_PER_RANK = 6
 
 
 def samples(count: int, seed: int) -> list[TrainSample]:
     rng = np.random.default_rng(seed)
     out = []
     for _ in range(count):
-        length, prompt = int(rng.integers(6, _LONGEST)), int(rng.integers(1, 5))
+        length, prompt = int(rng.integers(6, MAX_SAMPLE_TOKENS)), int(rng.integers(1, 5))
         versions = rng.integers(VERSION - 1, VERSION + 1, length)
         versions[:prompt] = NOT_GENERATED
-        logprobs = (-np.log(SIZES["vocab_size"]) + 0.1 * rng.normal(size=length)).astype(np.float32)
+        logprobs = (-np.log(VOCAB_SIZE) + 0.1 * rng.normal(size=length)).astype(np.float32)
         advantages = np.full(length, rng.normal(), np.float32)
-        ids = rng.integers(0, SIZES["vocab_size"], length).astype(np.int32)
+        ids = rng.integers(0, VOCAB_SIZE, length).astype(np.int32)
         out.append(TrainSample(ids, logprobs, versions.astype(np.int32), advantages))
     return out
 
@@ -59,9 +43,9 @@ def variants(config: Config, folder: Path) -> dict[str, Config]:
     """The user's layout and the plain one, for the small model in `folder`."""
     tree = msgspec.to_builtins(config)
     ranks = config.trainer_ranks
-    tree["model"] |= {"path": str(folder), "random_init": True, "context_tokens": 2 * _LONGEST}
-    tree["rollout"]["max_new_tokens"] = _LONGEST
-    tree["trainer"] |= {"precision": "fp32", "max_tokens_per_microbatch": 2 * _LONGEST}
+    tree["model"] |= {"path": str(folder), "random_init": True, "context_tokens": 2 * MAX_SAMPLE_TOKENS}
+    tree["rollout"]["max_new_tokens"] = MAX_SAMPLE_TOKENS
+    tree["trainer"] |= {"precision": "fp32", "max_tokens_per_microbatch": 2 * MAX_SAMPLE_TOKENS}
     tree["algorithm"] |= {
         "prompts_per_step": ranks * _SAMPLES_PER_RANK,
         "minibatches": 1,

@@ -23,6 +23,10 @@ from megatron_async_rl.model.families import ModelShape
 from megatron_async_rl.storage.snapshots import DigestKind
 from megatron_async_rl.weights import tile_hash
 
+try:
+    from megatron_async_rl.weights import tile_hash_triton
+except ImportError:  # torch without triton
+    tile_hash_triton = None
 _TILE_BYTES = 4 * tile_hash.TILE_WORDS
 _SUMS_PER_ALLOCATION = 512
 
@@ -131,7 +135,7 @@ class EngineDigests:
             if fused.tile_sum is None:
                 fused.tile_sum = self._new_sum(local.device)
             words, num_bytes = tile_hash.as_words(local), slot.num_parts * local.nbytes
-            tile_hash.add_tile_sum(words, fused.tile_sum, slot.part * len(words), num_bytes)
+            _add_tile_sum(words, fused.tile_sum, slot.part * len(words), num_bytes)
             fused.num_hashed += 1
         else:
             fused.parts[slot.part] = local.clone() if is_expert else local
@@ -151,7 +155,8 @@ class EngineDigests:
             self._digests[name] = sha256(*parts)
             return
         self._sums[name] = self._new_sum(parts[0].device)
-        tile_hash.add_tile_sum(tile_hash.as_words(_concatenated(parts)), self._sums[name])
+        words = tile_hash.as_words(_concatenated(parts))
+        _add_tile_sum(words, self._sums[name], 0, 4 * len(words))
 
     def _new_sum(self, device: torch.device) -> Tensor:
         """Returns one int64 zero. Many are allocated at a time: each is a kernel on a GPU."""
@@ -159,6 +164,14 @@ class EngineDigests:
             zeros = torch.zeros(_SUMS_PER_ALLOCATION, dtype=torch.int64, device=device)
             self._unused_sums = list(zeros.unbind())
         return self._unused_sums.pop()
+
+
+def _add_tile_sum(words: Tensor, total: Tensor, first: int, num_bytes: int) -> None:
+    """See tile_hash.add_tile_sum. Uses the triton kernel on a GPU."""
+    if words.is_cuda and tile_hash_triton and len(words):
+        tile_hash_triton.add_tile_sum(words, total, first, num_bytes)
+    else:
+        tile_hash.add_tile_sum(words, total, first, num_bytes)
 
 
 def sha256(*parts: Tensor) -> str:

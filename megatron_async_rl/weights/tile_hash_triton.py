@@ -1,4 +1,4 @@
-"""tile_hash.add_tile_sum on a GPU: one program per tile, one atomic addition each. Reads the tensor once."""
+"""tile_hash.add_tile_sum on a GPU: one program and one atomic addition per tile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_async_rl.weights.tile_hash import MIX, POSITION, SEED, TILE_WORDS
 
-BLOCK = 1024
+_BLOCK = 1024
 
 
 @triton.jit
@@ -30,10 +30,10 @@ def _add_tile(
     sum_a = tl.zeros((BLOCK,), tl.uint32)
     sum_b = tl.zeros((BLOCK,), tl.uint32)
     for offset in tl.static_range(0, TILE, BLOCK):
-        where = base + offset + tl.arange(0, BLOCK)
-        inside = where < num_words
-        value = tl.load(words + where, mask=inside, other=0).to(tl.uint32, bitcast=True)
-        index = (first + where).to(tl.uint32)
+        position = base + offset + tl.arange(0, BLOCK)
+        inside = position < num_words
+        value = tl.load(words + position, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        index = (first + position).to(tl.uint32)
         a = index * tl.full((), POSITION_A, tl.uint32) + tl.full((), SEED_A, tl.uint32)
         b = index * tl.full((), POSITION_B, tl.uint32) + tl.full((), SEED_B, tl.uint32)
         a = _mix(value ^ a ^ ((index << 15) | (index >> 17)), FIRST, SECOND)
@@ -41,18 +41,16 @@ def _add_tile(
         sum_a += tl.where(inside, a, tl.zeros_like(a))
         sum_b += tl.where(inside, b, tl.zeros_like(b))
     size = num_bytes.to(tl.uint32)
-    high = _mix(tl.sum(sum_a, 0).to(tl.uint32) ^ size, FIRST, SECOND)
-    low = _mix(tl.sum(sum_b, 0).to(tl.uint32) ^ size, FIRST, SECOND)
-    tl.atomic_add(
-        total, ((high.to(tl.uint64) << 32) | low.to(tl.uint64)).to(tl.int64, bitcast=True)
-    )
+    high = _mix(tl.sum(sum_a, 0).to(tl.uint32) ^ size, FIRST, SECOND).to(tl.uint64)
+    low = _mix(tl.sum(sum_b, 0).to(tl.uint32) ^ size, FIRST, SECOND).to(tl.uint64)
+    tl.atomic_add(total, ((high << 32) | low).to(tl.int64, bitcast=True))
 
 
 def add_tile_sum(words: Tensor, total: Tensor, first: int, num_bytes: int) -> None:
-    """`words` [num_words] int32 and `total`, one int64, on one GPU."""
+    """Adds the tile sum of `words` ([num_words] int32) to `total` ([] int64), on the same GPU."""
     num_words = len(words)
     _add_tile[(triton.cdiv(num_words, TILE_WORDS),)](
         words, total, num_words, first, num_bytes,
         SEED_A=SEED[0], SEED_B=SEED[1], POSITION_A=POSITION[0], POSITION_B=POSITION[1],
-        FIRST=MIX[0], SECOND=MIX[1], TILE=TILE_WORDS, BLOCK=BLOCK,
+        FIRST=MIX[0], SECOND=MIX[1], TILE=TILE_WORDS, BLOCK=_BLOCK,
     )  # fmt: skip

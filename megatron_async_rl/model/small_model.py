@@ -1,0 +1,30 @@
+"""The small model that `selftest` trains to compare parallel layouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.model.config_json import HfConfig
+
+VOCAB_SIZE = 251
+MAX_SAMPLE_TOKENS = 60
+_SIZES = {"vocab_size": VOCAB_SIZE, "head_dim": 16, "moe_intermediate_size": 32}
+
+
+def small_model(config: Config) -> dict[str, Any]:
+    """Returns the config.json of a narrow and shallow model.
+
+    Family and numbers of heads and experts are those of model.path, so every layout that fits that
+    model fits this one. Raises DataError if model.path has no config.json.
+    """
+    given = HfConfig(config.model.path).raw
+    stages = config.parallel_size("pipeline_model") * config.parallel_size("virtual_pipeline_model")
+    heads = given["num_attention_heads"]
+    sizes = {name: size for name, size in _SIZES.items() if name in given or name == "head_dim"}
+    return given | sizes | {
+        "hidden_size": 16 * heads,
+        "intermediate_size": 24 * heads,
+        "num_hidden_layers": max(2, stages),
+        "max_position_embeddings": 4 * MAX_SAMPLE_TOKENS,
+    }  # fmt: skip
