@@ -1,1 +1,1 @@
-"""PROCESS. One per SGLang server, which is its child: generates samples across weight updates."""
+"""PROCESS. One per SGLang server, its child: generates samples across weight updates."""

@@ -7,20 +7,20 @@ from pathlib import Path
 from megatron_async_rl import processes
 from megatron_async_rl.config import load
 from megatron_async_rl.protocol.transport import Link
-from megatron_async_rl.rollout.engine_process import Server
+from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.worker import RolloutWorker
-from megatron_async_rl.rollout.workflow import load_workflow
+from megatron_async_rl.rollout.workflows import load_workflow
 
 
 async def _serve(run_dir: Path, name: str) -> None:
-    settings = load.load(run_dir / "config.yaml")
-    workflow = load_workflow(settings.rollout.workflow)  # before the server: it takes long to start
-    server = Server(settings, run_dir, name)
+    config = load.load(run_dir / "config.yaml")
+    workflow = load_workflow(config.rollout.workflow)  # before the server, which starts slowly
+    server = SGLangServer(config, run_dir, name)
     try:
         await server.start()
         link = Link(run_dir)
         try:
-            await RolloutWorker(name, settings, link, server, workflow).run()
+            await RolloutWorker(name, config, link, server, workflow).run()
         finally:
             link.close()
     finally:

@@ -1,12 +1,13 @@
-"""SGLang's HTTP API, versions 0.5.16 to 0.5.23: the one place that knows what changed between them.
+"""SGLang's HTTP API, versions 0.5.16 to 0.5.23. Only this file knows the differences:
 
-| from   | what                                                                                         |
-|--------|----------------------------------------------------------------------------------------------|
-| 0.5.18 | a reply lists the weight versions of its tokens as spans; before, it names one version       |
-| 0.5.21 | a weight update stands between /begin_weight_update and /end_weight_update                   |
-| 0.5.21 | the prefix cache can be dropped while retracted requests are queued                          |
+| from   | difference                                                                        |
+|--------|-----------------------------------------------------------------------------------|
+| 0.5.18 | a reply lists the weight versions of its tokens as spans, not as one version      |
+| 0.5.21 | a weight update is enclosed in /begin_weight_update and /end_weight_update        |
+| 0.5.21 | the prefix cache can be flushed while retracted requests are queued               |
 
-Every call has a deadline and carries a key: the admin key where the server asks for it, else the API key.
+Every call has a deadline and a key: the admin key where the server requires it, else the API key.
+Any call raises EngineError, and EngineTimeout at its deadline.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from typing import Any, Literal
 import aiohttp
 import msgspec
 
-from megatron_async_rl.errors import EngineError, EngineSilent
+from megatron_async_rl.errors import EngineError, EngineTimeout
 from megatron_async_rl.protocol.messages import Bucket, JoinGroup
 from megatron_async_rl.protocol.types import Segment
 
 OLDEST, NEWEST = (0, 5, 16), (0, 5, 23)
-PROBE_S = 30.0  # SGLang itself gives up a probe after 20 s
-KEEP_ALIVE_S = 2.0  # SGLang closes a connection that was idle for 5 s: what is sent over it at that moment is lost
+PROBE_S = 30.0  # SGLang itself ends a probe after 20 s
+KEEP_ALIVE_S = 2.0  # SGLang closes a connection after 5 idle seconds and loses a request sent then
 _HAS_SPANS, _HAS_SESSIONS = (0, 5, 18), (0, 5, 21)
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one request came to: to its end, or as far as it was when an update aborted it."""
+class RequestOutput:
+    """Tokens of one request. `stop` is "abort" if a weight update ended it early."""
 
     segments: list[Segment]
     stop: Literal["stop", "length", "abort"]
-    num_cached: int = 0  # tokens of the input that came out of the prefix cache
+    num_cached: int = 0  # input tokens found in the prefix cache
 
 
 @dataclass(frozen=True)
@@ -64,26 +65,26 @@ class EngineClient:
         self.version: tuple[int, ...] = ()
 
     async def connect(self) -> None:
-        """Learns which SGLang this is. Raises EngineError for one that this client does not speak."""
+        """Reads the server's SGLang version. Raises EngineError for an unsupported one."""
         info = await self._call("GET", "/server_info", None, self._api)
         self.version = tuple(int(part) for part in info["version"].split(".")[:3] if part.isdigit())
         if not OLDEST <= self.version <= NEWEST:
+            oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
             raise EngineError(
-                f"SGLang {info['version']} is outside the supported {_dotted(OLDEST)} to {_dotted(NEWEST)}; "
-                f"install a supported one in the engine's environment (tools/setup_env.sh)"
+                f"SGLang {info['version']} is outside the supported {oldest} to {newest}; install "
+                "a supported one in the engine's environment (tools/setup_env.sh)"
             )
 
-    async def healthy(self) -> bool:
+    async def is_healthy(self) -> bool:
+        url, timeout = self._base_url + "/health", aiohttp.ClientTimeout(total=5)
         try:
-            async with self._session.get(
-                self._base_url + "/health", timeout=aiohttp.ClientTimeout(total=5)
-            ) as reply:
+            async with self._session.get(url, timeout=timeout) as reply:
                 return reply.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def generates(self) -> bool:
-        """Whether a token comes out of it: its scheduler may hang while its HTTP side answers everything else."""
+    async def can_generate(self) -> bool:
+        """Generates one token: a server whose scheduler hangs may still answer other calls."""
         try:
             await self._call("GET", "/health_generate", None, self._api, PROBE_S)
         except EngineError:
@@ -94,10 +95,10 @@ class EngineClient:
 
     async def generate(
         self, ids: list[int], sampling: Sampling, cache_key: str | None = None
-    ) -> Part:
-        """Token ids and their logprobs under softmax(logits / temperature), by the weight version of each.
+    ) -> RequestOutput:
+        """Returns tokens, their logprobs under softmax(logits / temperature), and their versions.
 
-        A cached prefix is shared only with requests of the same `cache_key`.
+        Cached prefixes are shared only among requests of the same `cache_key`.
         """
         request: dict[str, Any] = {
             "input_ids": ids,
@@ -112,32 +113,31 @@ class EngineClient:
         if cache_key is not None:
             request["extra_key"] = cache_key
         reply = await self._call("POST", "/generate", request, self._api, self._generate_timeout_s)
-        return self._part(reply)
+        return self._output(reply)
 
-    def _part(self, reply: dict[str, Any]) -> Part:
+    def _output(self, reply: dict[str, Any]) -> RequestOutput:
         meta = reply["meta_info"]
-        finish = meta["finish_reason"]["type"]
+        reason = meta["finish_reason"]
         ids = reply.get("output_ids") or []
-        scored = meta.get("output_token_logprobs") or []
-        if [token for _, token, *_ in scored] != ids:
+        token_logprobs = meta.get("output_token_logprobs") or []
+        if [token for _, token, *_ in token_logprobs] != ids:
+            num_logprobs = len(token_logprobs)
             raise EngineError(
-                f"the engine returned {len(ids)} tokens and logprobs of {len(scored)} others"
+                f"the server returned {len(ids)} tokens, but logprobs of {num_logprobs} others"
             )
-        if finish not in ("stop", "length", "abort"):
-            raise EngineError(f"the engine ended a request with {meta['finish_reason']}")
-        if finish == "abort" and meta["finish_reason"].get("status_code"):
-            raise EngineError(
-                f"the engine refused a request: {meta['finish_reason'].get('message')}"
-            )
-        logprobs = [logprob for logprob, *_ in scored]
+        if reason["type"] not in ("stop", "length", "abort"):
+            raise EngineError(f"the server ended a request with {reason}")
+        if reason["type"] == "abort" and reason.get("status_code"):
+            raise EngineError(f"the server refused a request: {reason.get('message')}")
+        logprobs = [logprob for logprob, *_ in token_logprobs]
         segments = [
             Segment(version, ids[start:end], logprobs[start:end])
-            for version, start, end in self._spans(meta, len(ids))
+            for version, start, end in self._version_spans(meta, len(ids))
         ]
-        return Part(segments, finish, meta.get("cached_tokens", 0))
+        return RequestOutput(segments, reason["type"], meta.get("cached_tokens", 0))
 
-    def _spans(self, meta: dict[str, Any], num_tokens: int) -> list[tuple[int, int, int]]:
-        """(version, start, end) over the output tokens, from the reply and nowhere else."""
+    def _version_spans(self, meta: dict[str, Any], num_tokens: int) -> list[tuple[int, int, int]]:
+        """Returns (version, start, end) over the output tokens, as the reply labels them."""
         if not num_tokens:
             return []
         if self.version >= _HAS_SPANS:
@@ -147,27 +147,28 @@ class EngineClient:
         ends = [0, *(end for _, _, end in spans)]
         if [start for _, start, _ in spans] != ends[:-1] or ends[-1] != num_tokens:
             raise EngineError(
-                f"the engine's version spans {spans} do not cover its {num_tokens} tokens"
+                f"the server's version spans {spans} do not cover its {num_tokens} tokens"
             )
         return spans
 
     async def abort_all(self) -> None:
-        await self._call("POST", "/abort_request", {"abort_all": True}, self._admin)
+        await self._post("/abort_request", {"abort_all": True})
 
     async def pause(self, mode: Literal["retract", "in_place"]) -> None:
-        """Nothing is generated until `resume`. retract: running requests are queued again without their KV cache;
-        in_place: they freeze as they are. Clients see nothing of it; a weight update waits for nobody."""
-        await self._call("POST", "/pause_generation", {"mode": mode}, self._admin)
+        """Stops generation until `resume`; clients keep waiting for their requests.
+
+        retract: running requests return to the queue without their KV cache; in_place: they freeze.
+        The server accepts weights at once.
+        """
+        await self._post("/pause_generation", {"mode": mode})
 
     async def resume(self) -> None:
-        # giving the allocator's memory back takes 10 to 30 ms, and the next update would ask for it again
-        await self._call("POST", "/continue_generation", {"torch_empty_cache": False}, self._admin)
+        # emptying the allocator's cache takes 10 to 30 ms, and the next update needs the memory
+        await self._post("/continue_generation", {"torch_empty_cache": False})
 
-    async def flush_cache(self, patience_s: float = 0.0) -> None:
-        """Drops every cached prefix. Raises EngineError when requests still run after `patience_s`."""
-        await self._call(
-            "POST", f"/flush_cache?timeout={max(patience_s, 0.0):.3f}", None, self._admin
-        )
+    async def flush_cache(self, timeout_s: float = 0.0) -> None:
+        """Drops all cached prefixes. Raises EngineError if requests still run after `timeout_s`."""
+        await self._post(f"/flush_cache?timeout={max(timeout_s, 0.0):.3f}")
 
     # ---- weights
 
@@ -180,23 +181,22 @@ class EngineClient:
             "group_name": join.group,
             "backend": join.backend,
         }
-        await self._call("POST", "/init_weights_update_group", request, self._admin)
+        await self._post("/init_weights_update_group", request)
 
     async def leave_group(self, group: str) -> None:
-        await self._call(
-            "POST", "/destroy_weights_update_group", {"group_name": group}, self._admin
-        )
+        await self._post("/destroy_weights_update_group", {"group_name": group})
 
     async def begin_update(self) -> None:
         if self.version >= _HAS_SESSIONS:
-            await self._call("POST", "/begin_weight_update", {}, self._admin)
+            await self._post("/begin_weight_update", {})
 
     async def receive_bucket(
         self, group: str, bucket: Bucket, flattened: bool, version: int | None, flush: bool = False
     ) -> None:
-        """Takes in one flattened broadcast, or one per tensor; `version` with the last one: it is recorded per call.
+        """Receives one flattened broadcast, or one broadcast per tensor.
 
-        `flush` drops every cached prefix after it; an engine in which anything runs does not survive that.
+        Pass `version` with the last bucket: the server records it at each call. `flush` then drops
+        all cached prefixes; a server that still runs a request crashes on it.
         """
         request: dict[str, Any] = {
             "names": [tensor.name for tensor in bucket.tensors],
@@ -209,30 +209,30 @@ class EngineClient:
             request["load_format"] = "flattened_bucket"
         if version is not None:
             request["weight_version"] = str(version)
-        await self._call("POST", "/update_weights_from_distributed", request, self._admin)
+        await self._post("/update_weights_from_distributed", request)
 
     async def load_folder(self, folder: Path, version: int, flush: bool, timeout_s: float) -> None:
-        """Takes all weights from a Hugging Face folder; `flush` as above."""
+        """Loads all weights from a Hugging Face folder; `flush` as in `receive_bucket`."""
         request = {
             "model_path": str(folder),
-            "load_format": "safetensors",  # whatever the server was started with, such as dummy
+            "load_format": "safetensors",  # overrides the server's own, such as dummy
             "weight_version": str(version),
             "flush_cache": flush,
         }
-        await self._call("POST", "/update_weights_from_disk", request, self._admin, timeout_s)
+        await self._post("/update_weights_from_disk", request, timeout_s)
 
     async def relabel(self, version: int) -> None:
-        """The weights stay; tokens sampled from now on bear this version."""
+        """Labels tokens from now on with `version`; the weights stay the same."""
         request = {"new_version": str(version), "abort_all_requests": False}
-        await self._call("POST", "/update_weight_version", request, self._admin)
+        await self._post("/update_weight_version", request)
 
     async def end_update(self) -> None:
         if self.version >= _HAS_SESSIONS:
-            await self._call("POST", "/end_weight_update", {}, self._admin)
+            await self._post("/end_weight_update", {})
 
     async def checksums(self) -> dict[str, str]:
-        """Digests of the tensors that the engine holds, by `rank:name` in its own fused names."""
-        reply = await self._call("POST", "/weights_checker", {"action": "checksum"}, self._admin)
+        """Returns digests of the server's tensors by `rank:name`, with its fused names."""
+        reply = await self._post("/weights_checker", {"action": "checksum"})
         return {
             f"{rank}:{name}": digest
             for rank, held in enumerate(reply["ranks"])
@@ -240,12 +240,18 @@ class EngineClient:
         }
 
     async def served_version(self) -> str:
-        """The weight version that the server says it holds."""
+        """Returns the weight version that the server reports."""
         info = await self._call("GET", "/model_info", None, self._api)
         return str(info["weight_version"])
 
     async def close(self) -> None:
         await self._session.close()
+
+    async def _post(
+        self, path: str, request: dict[str, Any] | None = None, timeout_s: float | None = None
+    ) -> Any:
+        """Makes a call that requires the admin key."""
+        return await self._call("POST", path, request, self._admin, timeout_s)
 
     async def _call(
         self,
@@ -255,7 +261,7 @@ class EngineClient:
         headers: dict[str, str],
         timeout_s: float | None = None,
     ) -> Any:
-        """The reply of a call that succeeded. Raises EngineError with the server's own words."""
+        """Returns the body of a successful reply. Raises EngineError with the server's message."""
         timeout_s = timeout_s or self._timeout_s
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
@@ -263,20 +269,15 @@ class EngineClient:
                 method, self._base_url + path, json=request, headers=headers, timeout=timeout
             ) as reply:
                 if reply.status != 200:
-                    raise EngineError(
-                        f"{path} answered {reply.status}: {(await reply.text())[:500]}"
-                    )
-                # replies with logprobs are big and come by the hundred at a weight update: not the slow standard json
+                    text = (await reply.text())[:500]
+                    raise EngineError(f"{path} answered {reply.status}: {text}")
+                # at a weight update hundreds of large replies arrive: standard json is too slow
                 is_json = "json" in reply.content_type
                 body = msgspec.json.decode(await reply.read()) if is_json else await reply.text()
         except TimeoutError:
-            raise EngineSilent(f"{path} did not answer within {timeout_s:.0f} s") from None
+            raise EngineTimeout(f"{path} did not answer within {timeout_s:.0f} s") from None
         except aiohttp.ClientError as e:
             raise EngineError(f"{path}: {type(e).__name__}: {e}") from None
         if isinstance(body, dict) and body.get("success") is False:
             raise EngineError(f"{path} failed: {body.get('message')}")
         return body
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))

@@ -1,7 +1,7 @@
-"""The SGLang server as a child: started in its own environment, watched, stopped.
+"""Starts, watches and stops the SGLang server, a child process in an environment of its own.
 
-Nothing of ours imports sglang. On a CPU the stock server runs through patches/sglang_cpu (patches/README.md says why).
-Its keys lie in a file that only this user can read, never on its command line.
+On a CPU the stock server runs with patches/sglang_cpu (reasons in patches/README.md). Its keys are
+in a file that only this user can read, never on its command line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 
 from megatron_async_rl import processes
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.engine_env import engine_python
+from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
 from megatron_async_rl.errors import ConfigError, EngineError
 from megatron_async_rl.patches import patches_dir
 from megatron_async_rl.protocol.transport import free_port
@@ -27,47 +27,42 @@ from megatron_async_rl.rollout.engine_client import EngineClient
 from megatron_async_rl.storage import snapshots
 
 POLL_S = 0.25
+START_TRIES = 3  # another process may take the chosen port before the server binds it
 _NAMES_ERROR = re.compile(r"\w*(Error|Exception)\b|\berror:")
-START_TRIES = 3  # a port taken between choosing and binding is no reason to give up
 
 
-class Server:
-    """One SGLang server; `client` speaks to it once `start` has returned."""
+class SGLangServer:
+    """One SGLang server; `client` is set once `start` has returned."""
 
     client: EngineClient
 
     def __init__(self, config: Config, run_dir: Path, name: str) -> None:
         self._config = config
+        self._run_dir = run_dir
+        self._name = name
         self._log = run_dir / "logs" / f"{name}.sglang.log"
         self._keys = run_dir / "keys" / f"{name}.sglang.yaml"
         self._log_start = 0
         self._child: subprocess.Popen[bytes] | None = None
-        self._run_dir = run_dir
-        self._name = name
         self._model_path = Path(config.model.path)
-        self.started_from: Path | None = (
-            None  # the snapshot (snapshots.py) whose weights it began with
-        )
+        self.started_from: Path | None = None  # the snapshot (storage/snapshots.py) it loaded
         python = engine_python()
         if python is None:
             raise ConfigError(
-                "no engine environment: run `bash tools/setup_env.sh`, or set MEGATRON_ASYNC_RL_ENGINE_PYTHON"
+                f"no engine environment: run `bash tools/setup_env.sh`, or set {ENGINE_VARIABLE}"
             )
         self._python = python
 
     async def start(self) -> None:
-        """Returns when the server answers. Raises EngineError with its last words when it does not come up.
+        """Starts the server with the run's newest snapshot, else with model.path.
 
-        It begins with the newest weights that the run has on disk, else with model.path.
+        Returns once it answers. Raises EngineError with its last log lines if it does not.
         """
-        newest = (
-            None
-            if "load_format" in self._config.sglang
-            else next(iter(snapshots.whole(self._run_dir)), None)
-        )
-        held = (
-            snapshots.hold(newest, self._name) if newest else None
-        )  # versions come and go while it starts
+        newest = None
+        if "load_format" not in self._config.sglang:
+            newest = next(iter(snapshots.whole(self._run_dir)), None)
+        # held: the controller may remove the snapshot while the server is loading it
+        held = snapshots.hold(newest, self._name) if newest else None
         try:
             for attempt in range(1, START_TRIES + 1):
                 self._model_path = held or Path(self._config.model.path)
@@ -78,21 +73,19 @@ class Server:
                     return
                 except EngineError:
                     lost_port = self._lost_port()
-                    try_again = held or (lost_port and "port" not in self._config.sglang)
-                    if not try_again or attempt == START_TRIES:
+                    can_retry = held or (lost_port and "port" not in self._config.sglang)
+                    if not can_retry or attempt == START_TRIES:
                         raise
-                    held = held if lost_port else None
+                    held = held if lost_port else None  # else the snapshot may be the reason
         finally:
             if newest:
                 snapshots.release(newest, self._name)
 
     async def watch(self) -> None:
-        """Returns never. Raises EngineError when the server ends."""
+        """Never returns. Raises EngineError when the server ends."""
         assert self._child
         code = await asyncio.to_thread(self._child.wait)
-        raise EngineError(
-            f"the SGLang server ended with exit code {code}; its log: {self._log}\n{_last_words(self._log)}"
-        )
+        raise self._error(f"ended with exit code {code}")
 
     async def stop(self) -> None:
         if hasattr(self, "client"):
@@ -102,10 +95,8 @@ class Server:
             self._child = None
 
     async def _start_on(self, port: int) -> None:
-        api_key, admin_key = (
-            secrets.token_hex(32),
-            secrets.token_hex(32),
-        )  # urlsafe may begin with '-': taken for a flag
+        # hex: a key that begins with "-" would be parsed as a flag
+        api_key, admin_key = secrets.token_hex(32), secrets.token_hex(32)
         self._keys.touch(mode=0o600)
         self._keys.write_text(yaml.safe_dump({"api-key": api_key, "admin-api-key": admin_key}))
         host = str(self._config.sglang.get("host", "127.0.0.1"))
@@ -113,39 +104,42 @@ class Server:
         self._child = processes.start(
             self._command(host, port), self._log, self._environment(), sigterm_blocked=True
         )
+        rollout = self._config.rollout
         self.client = EngineClient(
             f"http://{host}:{port}",
             api_key,
             admin_key,
-            self._config.rollout.request_timeout_s,
-            self._config.rollout.lease_timeout_s,
+            rollout.request_timeout_s,
+            rollout.lease_timeout_s,
         )
-        limit_s = self._config.rollout.start_timeout_s
-        deadline = time.monotonic() + limit_s
-        while not await self.client.healthy():
-            code, lost_port = self._child.poll(), self._lost_port()
-            if code is not None or lost_port or time.monotonic() > deadline:
-                why = f"did not start within rollout.start_timeout_s = {limit_s:.0f}"
-                if code is not None:
-                    why = f"ended with exit code {code}"
-                elif lost_port:
-                    why = f"lost its port {port} to somebody else"
+        deadline = time.monotonic() + rollout.start_timeout_s
+        while not await self.client.is_healthy():
+            reason = ""
+            if (code := self._child.poll()) is not None:
+                reason = f"ended with exit code {code}"
+            elif self._lost_port():
+                reason = f"lost its port {port} to another process"
+            elif time.monotonic() > deadline:
+                limit_s = rollout.start_timeout_s
+                reason = f"did not start within rollout.start_timeout_s = {limit_s:.0f}"
+            if reason:
                 await self.stop()
-                raise EngineError(
-                    f"the SGLang server {why}; its log: {self._log}\n{_last_words(self._log)}"
-                )
+                raise self._error(reason)
             await asyncio.sleep(POLL_S)
         await self.client.connect()
 
     def _lost_port(self) -> bool:
-        """Somebody took its port between our choosing and its binding. It says so, and may then hang instead of ending."""
+        """Returns whether another process took the port before this server bound it.
+
+        The server logs that, and may then hang instead of ending.
+        """
         with self._log.open("rb") as log:
-            log.seek(self._log_start)  # what follows is this start's
+            log.seek(self._log_start)
             return b"address already in use" in log.read().lower()
 
     def _command(self, host: str, port: int) -> list[str]:
         module = "launch" if self._config.on_cpu else "sglang.launch_server"
-        ours: dict[str, Any] = {
+        own: dict[str, Any] = {
             "model_path": str(self._model_path),
             "weight_version": self.started_from and snapshots.version_of(self.started_from),
             "host": host,
@@ -157,7 +151,7 @@ class Server:
             "context_length": self._config.model.context_tokens,
         }
         flags: list[str] = []
-        for key, value in {**ours, **self._config.sglang}.items():
+        for key, value in {**own, **self._config.sglang}.items():
             flag = "--" + key.replace("_", "-")
             if value is True:
                 flags.append(flag)
@@ -166,37 +160,31 @@ class Server:
         return [str(self._python), "-m", module, *flags]
 
     def _environment(self) -> dict[str, str]:
+        patches = ["sglang_startup", *(["sglang_cpu"] if self._config.on_cpu else [])]
         environment = {
             "NCCL_CUMEM_ENABLE": "0",  # SGLang sets it; both ends of an update group must agree
             "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(patches_dir() / "sglang_startup"),
-            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # /health must not generate between updates
+            "PYTHONPATH": os.pathsep.join(str(patches_dir() / name) for name in patches),
+            # /health must not generate between updates
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
         }
         if self._config.on_cpu:
             environment |= {
-                "PYTHONPATH": os.pathsep.join(
-                    str(patches_dir() / name) for name in ("sglang_startup", "sglang_cpu")
-                ),
                 "SGLANG_USE_CPU_ENGINE": "1",
                 "SGLANG_EXTERNAL_MODEL_PACKAGE": "cpu_models",
                 "OMP_NUM_THREADS": "1",  # more threads decode a small model several times slower
             }
-            if (
-                tp := self._config.engine_tp
-            ) > 1:  # SGLang wants a NUMA node per rank, or to be told
+            if self._config.engine_tp > 1:  # else SGLang requires a NUMA node per rank
                 cores = os.cpu_count() or 1
                 environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
-                    str(rank % cores) for rank in range(tp)
+                    str(rank % cores) for rank in range(self._config.engine_tp)
                 )
         return environment
 
-
-def _last_words(log: Path) -> str:
-    """What the server said of its end: its last line that names an error, else its last lines; noise may follow one."""
-    lines = (
-        [line[:600] for line in log.read_text(errors="replace").splitlines()]
-        if log.exists()
-        else []
-    )
-    named = [number for number, line in enumerate(lines) if _NAMES_ERROR.search(line)]
-    return lines[named[-1]] if named else "\n".join(lines[-8:])
+    def _error(self, reason: str) -> EngineError:
+        """Quotes the last log line that names an error (more may follow it), else the last lines."""
+        text = self._log.read_text(errors="replace") if self._log.exists() else ""
+        lines = [line[:600] for line in text.splitlines()]
+        errors = [line for line in lines if _NAMES_ERROR.search(line)]
+        shown = errors[-1] if errors else "\n".join(lines[-8:])
+        return EngineError(f"the SGLang server {reason}; its log: {self._log}\n{shown}")

@@ -1,4 +1,4 @@
-"""Between the samples and the engine: requests pass while the gate is open, and are counted while they are out."""
+"""Holds back requests to the server during weight updates and counts those in flight."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 
 
 class Gate:
-    """Shut until the engine holds weights that may be generated from, and while an update is under way."""
+    """Open while the server holds verified weights and no update is in progress."""
 
     def __init__(self) -> None:
         self._open = asyncio.Event()
         self._idle = asyncio.Condition()
-        self.num_out = 0  # requests at the engine
+        self.num_in_flight = 0
 
     @property
     def is_open(self) -> bool:
@@ -22,7 +22,7 @@ class Gate:
     def open(self) -> None:
         self._open.set()
 
-    def shut(self) -> None:
+    def close(self) -> None:
         self._open.clear()
 
     async def wait_open(self) -> None:
@@ -30,19 +30,20 @@ class Gate:
 
     @contextlib.asynccontextmanager
     async def request(self) -> AsyncIterator[None]:
-        """Around one request at the engine."""
-        self.num_out += 1
+        """Counts a request as in flight within the context."""
+        self.num_in_flight += 1
         try:
             yield
         finally:
-            self.num_out -= 1
-            if not self.num_out:
+            self.num_in_flight -= 1
+            if not self.num_in_flight:
                 async with self._idle:
                     self._idle.notify_all()
 
     async def wait_idle(self, timeout_s: float) -> bool:
-        """Whether no request is out, which it waits for so long."""
+        """Waits until no request is in flight. Returns False if some are left after `timeout_s`."""
         async with self._idle:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait_for(lambda: not self.num_out), timeout_s)
-        return not self.num_out
+                is_idle = self._idle.wait_for(lambda: not self.num_in_flight)
+                await asyncio.wait_for(is_idle, timeout_s)
+        return not self.num_in_flight

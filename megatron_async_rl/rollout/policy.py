@@ -1,68 +1,118 @@
-"""The policy as the workflow of one leased sample sees it (workflow.py: Policy)."""
+"""The policy as the workflow of one leased sample sees it (implements workflow.Policy)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_async_rl.protocol.messages import Generate, PartialSample, ScoreRequest
-from megatron_async_rl.protocol.types import Partial, Segment, join_segments
+from megatron_async_rl.data.tokenizer import Tokenizer
+from megatron_async_rl.errors import ScoreUnavailable
+from megatron_async_rl.protocol.messages import (
+    Generate,
+    Message,
+    PartialSample,
+    ScoreRequest,
+    ScoreResult,
+)
+from megatron_async_rl.protocol.types import Partial, SampleKey, Segment, join_segments
 from megatron_async_rl.rollout.engine_client import Sampling
+from megatron_async_rl.rollout.generation import Generator
+from megatron_async_rl.rollout.partials import PartialStore
 from megatron_async_rl.rollout.workflow import Completion
 
-if TYPE_CHECKING:
-    from megatron_async_rl.rollout.worker import RolloutWorker
-
-MAX_LEFT = 4096  # samples whose tokens a worker keeps, for a controller that comes back
+Send = Callable[[Message], Awaitable[None]]  # to the controller
 
 
-class SampleLease:
-    """A call goes on where an interruption or a crash left it, if it is the same call again."""
+class ScoreClient:
+    """Score requests of workflows that wait for the controller's result."""
+
+    def __init__(self, send: Send, timeout_s: float) -> None:
+        self._send = send
+        self._timeout_s = timeout_s
+        self._pending: dict[tuple[SampleKey, int], asyncio.Future[ScoreResult]] = {}
+
+    async def score(self, request: ScoreRequest) -> float:
+        """Returns the reward. Raises ScoreUnavailable."""
+        pending = request.key, request.call
+        result_future = self._pending[pending] = asyncio.get_running_loop().create_future()
+        try:
+            await self._send(request)
+            result = await asyncio.wait_for(result_future, self._timeout_s)
+        except TimeoutError:
+            raise ScoreUnavailable(
+                f"no score within rollout.lease_timeout_s = {self._timeout_s:g}"
+            ) from None
+        finally:
+            del self._pending[pending]
+        if result.reward is None:
+            raise ScoreUnavailable(
+                f"no score for request {request.call} of sample {request.key}: {result.error}"
+            )
+        return result.reward
+
+    def deliver(self, result: ScoreResult) -> None:
+        future = self._pending.get((result.key, result.call))
+        if future and not future.done():
+            future.set_result(result)
+
+
+@dataclass(frozen=True)
+class PolicyServices:
+    """Shared by all samples of a rollout worker."""
+
+    tokenizer: Tokenizer
+    generator: Generator
+    partials: PartialStore
+    scores: ScoreClient
+    send: Send
+
+
+class SamplePolicy:
+    """One sample under one lease; its first call resumes from the partial sample, if there is one.
+
+    A partial sample is used only by a call with the same input. Samples of an evaluation are
+    neither kept nor resumed.
+    """
 
     def __init__(
-        self, worker: RolloutWorker, lease: Generate, index: int, partial: Partial | None
+        self, services: PolicyServices, lease: Generate, index: int, partial: Partial | None
     ) -> None:
-        self.tokenizer = worker.tokenizer
-        self._worker = worker
-        self._lease = lease
-        self._index = index
-        self._key = (lease.group_id, index)
-        self._num_asked = 0
-        left = worker.left.get(self._key)
-        if left is not None and left.oldest_version < lease.floor_version:
-            left = None
-        longer = left is not None and (partial is None or len(left.ids) > len(partial.ids))
-        self._partial = left if longer else partial
+        self.tokenizer = services.tokenizer
+        self._services = services
+        self._key = lease.key(index)
+        self._sample_id = lease.group_id, index
+        self._resumable = lease.purpose == "train"
+        self._num_scored = 0
+        self._partial = services.partials.longest(self._sample_id, partial, lease.floor_version)
 
     async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
-        return await self._worker.generate(ids, sampling, self)
+        generator = self._services.generator
+        if not self._resumable:
+            return await generator.generate(ids, sampling)
 
-    async def judge(self, text: str) -> float:
-        self._num_asked += 1
-        key = self._lease.key(self._index)
-        return await self._worker.ask(ScoreRequest(key, text, call=self._num_asked))
+        async def save(segments: list[Segment], interrupted: bool) -> None:
+            await self._save(ids, segments, interrupted)
 
-    def left_of(self, ids: list[int]) -> list[Segment]:
-        """What an earlier lease has made of just this input: none, when it was another call of the workflow."""
+        return await generator.generate(ids, sampling, self._resumed(ids), save)
+
+    async def score(self, text: str) -> float:
+        self._num_scored += 1
+        request = ScoreRequest(self._key, text, call=self._num_scored)
+        return await self._services.scores.score(request)
+
+    def _resumed(self, ids: list[int]) -> list[Segment]:
         partial = self._partial
-        if (
-            partial is None
-            or self._lease.purpose != "train"
-            or partial.ids[: partial.num_input].tolist() != ids
-        ):
+        if partial is None or partial.ids[: partial.num_input].tolist() != ids:
             return []
         return partial.segments()
 
-    async def keep(self, ids: list[int], segments: list[Segment], interrupted: bool) -> None:
-        """Holds on to the tokens so far; those of an interrupted call go to the controller too."""
-        if self._lease.purpose != "train":
-            return
-        whole = join_segments(np.asarray(ids, np.int32), segments, "length", "")
-        partial = Partial(whole.ids, whole.logprobs, whole.versions)
-        self._worker.left.pop(self._key, None)
-        self._worker.left[self._key] = partial
-        while len(self._worker.left) > MAX_LEFT:
-            del self._worker.left[next(iter(self._worker.left))]  # the oldest
+    async def _save(self, ids: list[int], segments: list[Segment], interrupted: bool) -> None:
+        """Keeps the tokens so far; those of an interrupted call go to the controller too."""
+        tokens = join_segments(np.asarray(ids, np.int32), segments, "length", "")
+        partial = Partial(tokens.ids, tokens.logprobs, tokens.versions)
+        self._services.partials.keep(self._sample_id, partial)
         if interrupted:
-            await self._worker.send(PartialSample(self._lease.key(self._index), partial))
+            await self._services.send(PartialSample(self._key, partial))

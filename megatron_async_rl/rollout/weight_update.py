@@ -1,13 +1,13 @@
-"""A weight update, seen from a server (controller/publisher.py draws the whole exchange):
+"""Weight updates of one server (controller/weight_sync/broadcast.py draws the whole exchange):
 
-UpdateWeights    new requests wait at the gate; running ones are stopped (interruption.py says how)
-ReceiveBuckets   begin, bucket after bucket, end; with `recompute` the prefix cache is dropped: nothing of the old
-                 weights is left
-WeightDigests    the engine's digests against the trainer's; equal: requests go on and the gate opens. Anything else:
-                 `Updated` with an error, and the gate stays shut
+UpdateWeights    close the gate and interrupt the requests in flight (interruption.py)
+ReceiveBuckets   begin, receive bucket after bucket, end; with kv_cache recompute also flush the
+                 prefix cache
+WeightDigests    compare the server's digests with the trainer's; if equal, resume the requests and
+                 open the gate, else answer `Updated` with an error and stay closed
 
-Or by way of the disk: LoadFolder, which has its digests in the folder. Requests go on until its files are verified.
-Without a trainer (run.mode = rollout_only) there is Relabel alone.
+LoadSnapshot replaces all of these: weights and digests come from a folder, and requests continue
+until its files are verified. With run.mode = rollout_only there is only Relabel.
 """
 
 from __future__ import annotations
@@ -16,40 +16,33 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import EngineError
-from megatron_async_rl.protocol.messages import (
-    AbandonUpdate,
-    AnyMessage,
-    GroupJoined,
-    JoinGroup,
-    LoadSnapshot,
-    ReceiveBuckets,
-    Relabel,
-    Updated,
-    UpdateReady,
-    UpdateWeights,
-    WeightDigests,
-)
+from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.rollout.engine_client import EngineClient
 from megatron_async_rl.rollout.gate import Gate
-from megatron_async_rl.rollout.interruption import interruption
+from megatron_async_rl.rollout.interruption import make_interruption
 from megatron_async_rl.storage import snapshots
 from megatron_async_rl.storage.snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
-IDLE_AFTER = (
-    3  # calls to the engine: one that nobody waits for any more has left its batches by then
+IDLE_AFTER = 3  # after this many engine calls an aborted request has surely left the running batch
+FLUSH_TIMEOUT_S = 5.0
+
+UpdateStep = (
+    messages.UpdateWeights
+    | messages.JoinGroup
+    | messages.ReceiveBuckets
+    | messages.LoadSnapshot
+    | messages.Relabel
 )
-FLUSH_PATIENCE_S = 5.0
 
 
 class WeightUpdates:
-    """Takes updates in, one at a time, and opens the gate after each that is as it must be."""
+    """Performs one update at a time; opens the gate after each one that was verified."""
 
     def __init__(
         self,
@@ -57,217 +50,215 @@ class WeightUpdates:
         link: Link,
         client: EngineClient,
         gate: Gate,
-        started_from: Path | None = None,
+        loaded_folder: Path | None = None,
     ) -> None:
-        self.version = -1  # of the weights, when last verified
-        self.interruption = interruption(config, client, gate)
-        self._config = config
+        self.version = -1  # of the weights when last verified
+        self.interruption = make_interruption(config, client, gate)
+        self._timeout_s = config.weights.update_timeout_s
         self._link = link
         self._client = client
         self._gate = gate
-        self._holds = (
-            started_from  # a snapshot's folder that the engine has loaded, not yet verified
+        self._loaded_folder = (
+            loaded_folder  # the snapshot the server started from, not yet verified
         )
         self._groups: list[str] = []
-        self._digests: asyncio.Queue[WeightDigests | AbandonUpdate] = asyncio.Queue()
+        self._digests: asyncio.Queue[messages.WeightDigests | messages.AbandonUpdate] = (
+            asyncio.Queue()
+        )
         self._seconds: dict[str, float] = {}
         self._num_interrupted = 0
-        self._paused_since = 0.0
+        self._paused_since = self._phase_started = 0.0
 
-    def hear(self, message: WeightDigests | AbandonUpdate) -> None:
-        """Ends the wait of an update that has taken in all buckets."""
+    def cache_key(self) -> str | None:
+        return self.interruption.cache_key()
+
+    def deliver(self, message: messages.WeightDigests | messages.AbandonUpdate) -> None:
+        """Ends the wait of an update that has received all buckets."""
         self._digests.put_nowait(message)
 
-    async def step(self, message: AnyMessage) -> None:
-        """One step of an update; an error is reported, and the gate stays shut."""
+    async def handle(self, message: UpdateStep) -> None:
+        """Performs one step of an update. On an error it reports it and leaves the gate closed."""
         try:
-            if isinstance(message, UpdateWeights):
-                await self._interrupt(message.version)
-            elif isinstance(message, JoinGroup):
-                await self._join(message)
-            elif isinstance(message, ReceiveBuckets):
-                await self._take_in(message)
-            elif isinstance(message, LoadSnapshot):
-                await self._load(message)
-            elif isinstance(message, Relabel):
-                await self._relabel(message.version)
+            match message:
+                case messages.UpdateWeights():
+                    await self._interrupt()
+                    ready = messages.UpdateReady(message.version, self.interruption.seconds)
+                    await self._link.send(ready)
+                case messages.JoinGroup():
+                    await self._join(message)
+                case messages.ReceiveBuckets():
+                    await self._update_from_buckets(message)
+                case messages.LoadSnapshot():
+                    await self._update_from_snapshot(message)
+                case messages.Relabel():
+                    await self._relabel(message.version)
         except EngineError as e:
             logger.error("weight update: %s", e)
-            if isinstance(message, JoinGroup):
-                await self._link.send(GroupJoined(message.group, error=str(e)))
+            if isinstance(message, messages.JoinGroup):
+                await self._link.send(messages.GroupJoined(message.group, error=str(e)))
             else:
-                await self._link.send(Updated(message.version, self._seconds, error=str(e)))
+                updated = messages.Updated(message.version, self._seconds, error=str(e))
+                await self._link.send(updated)
 
-    async def _interrupt(self, version: int) -> None:
-        await self._stop()
-        await self._link.send(UpdateReady(version, self.interruption.seconds))
-
-    async def _stop(self) -> None:
+    async def _interrupt(self) -> None:
         self._paused_since = time.monotonic()
-        self._gate.shut()
-        self._num_interrupted = self._gate.num_out
+        self._gate.close()
+        self._num_interrupted = self._gate.num_in_flight
         self._seconds = {}
         await self.interruption.stop()
 
-    async def _join(self, join: JoinGroup) -> None:
+    async def _join(self, join: messages.JoinGroup) -> None:
+        """Joins an update group, after leaving those of earlier formations."""
         formation = join.group.rsplit("-", 1)[0]
         for old in [group for group in self._groups if group.rsplit("-", 1)[0] != formation]:
             self._groups.remove(old)
             await self._client.leave_group(old)
         await self._client.join_group(join)
         self._groups.append(join.group)
-        await self._link.send(GroupJoined(join.group))
+        await self._link.send(messages.GroupJoined(join.group))
 
-    async def _load(self, order: LoadSnapshot) -> None:
-        started = time.monotonic()
-        snapshot = await asyncio.to_thread(_verified, Path(order.folder))
-        checked = time.monotonic()
-        await self._stop()
-        lap = self._laps()
-        flushes, at_once = self.interruption.flushes, self.interruption.freezes
-        if snapshot.path != self._holds:  # what the server was started from
-            timeout_s = self._config.weights.update_timeout_s
-            await self._client.load_folder(
-                snapshot.path, order.version, flushes and at_once, timeout_s
-            )
-        self._holds = None
-        await self.interruption.stopped()
-        lap("load")
-        if flushes and not at_once:
-            await self._client.flush_cache(FLUSH_PATIENCE_S)
-        lap("flush")
-        compare(await self._held(order.version, True), snapshot.manifest.digests)
-        lap("digest")
-        self._seconds["check_files"] = checked - started
-        await self._serve(order.version, lap)
-
-    async def _relabel(self, version: int) -> None:
-        """Nothing is interrupted: only the label changes."""
-        lap = self._laps()
-        self._seconds, self._num_interrupted = {}, 0
-        await self._client.relabel(version)
-        await self._held(version, False)
-        lap("relabel")
-        self.version = version
-        self._gate.open()
-        await self._link.send(Updated(version, self._seconds))
-
-    def _laps(self) -> Callable[[str], None]:
-        clock = time.monotonic()
-
-        def lap(phase: str) -> None:
-            nonlocal clock
-            now = time.monotonic()
-            self._seconds[phase], clock = now - clock, now
-
-        return lap
-
-    async def _take_in(self, update: ReceiveBuckets) -> None:
-        lap = self._laps()
-        self._holds = None
+    async def _update_from_buckets(self, update: messages.ReceiveBuckets) -> None:
+        self._phase_started = time.monotonic()
+        self._loaded_folder = None
+        flush_with_last = self.interruption.flushes_cache and self._can_flush_with_last(update)
         await self._client.begin_update()
         try:
-            await self._receive(update)
+            await self._receive(update, flush_with_last)
         except EngineError:
             with contextlib.suppress(EngineError):
-                await self._client.end_update()  # another try begins anew
+                await self._client.end_update()  # so that a retry can begin
             raise
         await self._client.end_update()
-        await self.interruption.stopped()
-        lap("load")
-        if self.interruption.flushes and not self._flushes_at_once(update):
-            await self._client.flush_cache(FLUSH_PATIENCE_S)
-        lap("flush")
-        held = await self._held(update.version, update.verify)
-        expected = await self._digests_of(update.version)
-        if isinstance(expected, AbandonUpdate):
-            await self._link.send(UpdateReady(update.version, {}))
+        await self.interruption.wait_drained()
+        self._end_phase("load")
+        if self.interruption.flushes_cache and not flush_with_last:
+            await self._client.flush_cache(FLUSH_TIMEOUT_S)
+        self._end_phase("flush")
+        digests = await self._check_version(update.version, update.verify)
+        expected = await self._expected_digests(update.version)
+        if isinstance(expected, messages.AbandonUpdate):
+            await self._link.send(messages.UpdateReady(update.version, {}))
             return
         if update.verify:
-            compare(held, expected.digests)
-        lap("digest")
-        await self._serve(update.version, lap)
+            check_digests(digests, expected.digests)
+        self._end_phase("digest")
+        await self._resume(update.version)
 
-    async def _serve(self, version: int, lap: Callable[[str], None]) -> None:
-        """The engine holds what it must."""
-        await self.interruption.resume()
-        self.version = version
-        self._gate.open()
-        self._seconds |= self.interruption.seconds
-        lap("resume")
-        self._seconds["pause"] = time.monotonic() - self._paused_since
-        await self._link.send(
-            Updated(version, self._seconds, num_interrupted=self._num_interrupted)
-        )
-
-    async def _receive(self, update: ReceiveBuckets) -> None:
+    async def _receive(self, update: messages.ReceiveBuckets, flush_with_last: bool) -> None:
         started = time.monotonic()
         buckets = [(stage.group, bucket) for stage in update.stages for bucket in stage.buckets]
         for number, (group, bucket) in enumerate(buckets, 1):
             is_last = number == len(buckets)
-            await self._client.receive_bucket(
-                group,
-                bucket,
-                update.flattened,
-                version=update.version if is_last else None,
-                flush=is_last and self.interruption.flushes and self._flushes_at_once(update),
-            )
-            if (
-                number == 1
-            ):  # of `load`: until the engine had ended what ran, and taken in the first
+            version = update.version if is_last else None
+            flush = is_last and flush_with_last
+            await self._client.receive_bucket(group, bucket, update.flattened, version, flush)
+            if number == 1:  # part of `load`: the server first ends the requests it runs
                 self._seconds["first_bucket"] = time.monotonic() - started
 
-    def _flushes_at_once(self, update: ReceiveBuckets) -> bool:
-        """Whether the cache can be dropped with the last bucket: a call for it alone takes 10 to 30 ms on a GPU.
+    def _can_flush_with_last(self, update: messages.ReceiveBuckets) -> bool:
+        """Returns whether the cache can be dropped with the last bucket.
 
-        The engine must be idle then, or it dies. It is when it is paused; else its last requests have been answered
-        before the first bucket, and only an answer that nobody waited for can be under way for one or two batches more.
+        A separate call takes 10 to 30 ms on a GPU. The server must be idle or it crashes. It is
+        idle if paused; after an abort all requests have returned before the first bucket, but an
+        abandoned request may stay in the running batch for one or two more engine calls.
         """
-        return (
-            self.interruption.freezes
-            or sum(len(stage.buckets) for stage in update.stages) >= IDLE_AFTER
+        num_buckets = sum(len(stage.buckets) for stage in update.stages)
+        return self.interruption.freezes or num_buckets >= IDLE_AFTER
+
+    async def _update_from_snapshot(self, order: messages.LoadSnapshot) -> None:
+        started = time.monotonic()
+        snapshot = await asyncio.to_thread(_read_verified, Path(order.folder))
+        check_files_s = time.monotonic() - started
+        await self._interrupt()
+        self._phase_started = time.monotonic()
+        flush, freezes = self.interruption.flushes_cache, self.interruption.freezes
+        if snapshot.path != self._loaded_folder:
+            flush_at_load = flush and freezes
+            await self._client.load_folder(
+                snapshot.path, order.version, flush_at_load, self._timeout_s
+            )
+        self._loaded_folder = None
+        await self.interruption.wait_drained()
+        self._end_phase("load")
+        if flush and not freezes:
+            await self._client.flush_cache(FLUSH_TIMEOUT_S)
+        self._end_phase("flush")
+        digests = await self._check_version(order.version, with_digests=True)
+        check_digests(digests, snapshot.manifest.digests)
+        self._end_phase("digest")
+        self._seconds["check_files"] = check_files_s
+        await self._resume(order.version)
+
+    async def _relabel(self, version: int) -> None:
+        """Changes the version label only; requests are not interrupted."""
+        self._phase_started = time.monotonic()
+        self._seconds, self._num_interrupted = {}, 0
+        await self._client.relabel(version)
+        await self._check_version(version, with_digests=False)
+        self._end_phase("relabel")
+        self.version = version
+        self._gate.open()
+        await self._link.send(messages.Updated(version, self._seconds))
+
+    async def _resume(self, version: int) -> None:
+        """Continues on weights that were verified, and reports the update."""
+        await self.interruption.resume()
+        self.version = version
+        self._gate.open()
+        self._seconds |= self.interruption.seconds
+        self._end_phase("resume")
+        self._seconds["pause"] = time.monotonic() - self._paused_since
+        await self._link.send(
+            messages.Updated(version, self._seconds, num_interrupted=self._num_interrupted)
         )
 
-    async def _held(self, version: int, verify: bool) -> dict[str, str]:
-        """The engine's digests, if they are to be compared. Raises EngineError when it names another version."""
+    def _end_phase(self, name: str) -> None:
+        now = time.monotonic()
+        self._seconds[name], self._phase_started = now - self._phase_started, now
+
+    async def _check_version(self, version: int, with_digests: bool) -> dict[str, str]:
+        """Returns the server's digests. Raises EngineError if it reports another version."""
 
         async def checksums() -> dict[str, str]:
-            return await self._client.checksums() if verify else {}
+            return await self._client.checksums() if with_digests else {}
 
-        held, served = await asyncio.gather(checksums(), self._client.served_version())
+        digests, served = await asyncio.gather(checksums(), self._client.served_version())
         if served != str(version):
-            raise EngineError(f"the engine says it holds version {served}, expected {version}")
-        return held
+            raise EngineError(f"the server reports version {served}, expected {version}")
+        return digests
 
-    async def _digests_of(self, version: int) -> WeightDigests | AbandonUpdate:
-        timeout_s = self._config.weights.update_timeout_s
+    async def _expected_digests(
+        self, version: int
+    ) -> messages.WeightDigests | messages.AbandonUpdate:
         try:
             while True:
-                message = await asyncio.wait_for(self._digests.get(), timeout_s)
+                message = await asyncio.wait_for(self._digests.get(), self._timeout_s)
                 if message.version == version:
                     return message
         except TimeoutError:
             raise EngineError(
-                f"the trainer's digests of version {version} did not come within {timeout_s:.0f} s"
+                f"the trainer's digests of version {version} did not arrive within "
+                f"weights.update_timeout_s = {self._timeout_s:.0f}"
             ) from None
 
 
-def _verified(folder: Path) -> Snapshot:
-    """Raises EngineError when its files are not what its manifest says."""
+def _read_verified(folder: Path) -> Snapshot:
+    """Reads a snapshot. Raises EngineError if its files do not match its manifest."""
     snapshot = snapshots.read(folder)
     if snapshot is None:
-        raise EngineError(f"{folder} has no manifest that can be read")
+        raise EngineError(f"{folder} has no readable manifest")
     if damage := snapshots.damage(snapshot):
         raise EngineError(damage)
     return snapshot
 
 
-def compare(held: dict[str, str], expected: dict[str, str]) -> None:
-    """Raises EngineError naming the first tensor whose digest differs, is missing or is one too many."""
+def check_digests(held: dict[str, str], expected: dict[str, str]) -> None:
+    """Raises EngineError with the first tensor whose digest differs or exists on one side only."""
     if not expected:
         raise EngineError("the trainer sent no digests, so nothing can be verified")
     for name in sorted(held.keys() | expected.keys()):
         if held.get(name) != expected.get(name):
             raise EngineError(
-                f"tensor {name} in the engine digests to {held.get(name)}, the trainer's to {expected.get(name)}"
+                f"digest mismatch: tensor {name} is {held.get(name)} in the server, "
+                f"{expected.get(name)} in the trainer"
             )

@@ -1,26 +1,25 @@
-"""What a sample is: one turn here, or a class of your own named by `rollout.workflow`.
+"""How a sample is generated: the interface of workflows, named by `rollout.workflow`.
 
-    class ThreeTries(Workflow):
+    class ThreeTries:
         async def run(self, prompt, policy, sampling):
             episode = Episode(prompt.ids)
             for _ in range(3):
                 turn = await policy.generate(episode.ids, sampling)
-                episode.sampled(turn)
+                episode.add_turn(turn)
                 text = policy.tokenizer.decode(turn.ids)
-                if turn.stop == "length" or await policy.judge(text) == 1.0:
+                if turn.stop == "length" or await policy.score(text) == 1.0:
                     break
-                episode.given(policy.tokenizer.encode("\\nThat is wrong. Try again.\\n"))
+                episode.add_context(policy.tokenizer.encode("\\nThat is wrong. Try again.\\n"))
             return episode.sample(turn.stop, text)
 
-A workflow awaits `policy.generate` as often as it likes; weight updates in between and in the middle are not its
-concern. What it returns (types.Sample) has a version on every token that the policy sampled, and those alone are trained
-on: what the policy was given, by you or by a tool, is context. `text` is what the reward function is shown. After a crash
-a sample goes on in the middle of its first turn; one that was further begins anew.
+A workflow may call `policy.generate` any number of times; weight updates between and during calls
+are transparent. The sample it returns has a version on each token that the policy sampled, and only
+those are trained; all other tokens (yours or a tool's) are context. The reward function scores its
+`text`. After a crash a sample resumes within its first turn; a later turn restarts the sample.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,14 +27,14 @@ from typing import Protocol
 import numpy as np
 
 from megatron_async_rl.data.tokenizer import Tokenizer
-from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import Prompt, Sample, Segment, StopReason, join_segments
 from megatron_async_rl.rollout.engine_client import Sampling
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished generation: segments of adjacent tokens of one version each."""
+    """A finished generation: adjacent segments, each of one version."""
 
     segments: list[Segment]
     stop: StopReason
@@ -51,41 +50,47 @@ class Policy(Protocol):
     tokenizer: Tokenizer
 
     async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
-        """At most `sampling.max_new_tokens`, and no more than model.context_tokens has room for: none, where it is full.
+        """Generates up to `sampling.max_new_tokens`, fewer if model.context_tokens is reached.
 
-        Raises DataError for ids outside the model's vocabulary.
+        Returns an empty completion if no room is left. Raises DataError for ids outside the
+        model's vocabulary.
         """
 
-    async def judge(self, text: str) -> float:
-        """What the reward function says of `text` as an answer to this prompt; the sample's own reward comes later.
+    async def score(self, text: str) -> float:
+        """Returns the reward function's score of `text` as a response to this prompt.
 
-        Raises NoVerdict when the judges fail, or the lease has ended.
+        It does not replace the score of the finished sample. Raises ScoreUnavailable if scoring
+        fails or the lease has ended.
         """
+
+
+class Workflow(Protocol):
+    async def run(self, prompt: Prompt, policy: Policy, sampling: Sampling) -> Sample: ...
 
 
 class Episode:
-    """A sample of several turns as it grows: what the policy is given, and what it samples, in order."""
+    """A sample of several turns while it grows: context and sampled tokens in order."""
 
     def __init__(self, prompt_ids: np.ndarray) -> None:
         self.ids: list[int] = prompt_ids.tolist()
-        self._given = len(self.ids)  # since the last turn
+        self._num_context = len(self.ids)  # since the last turn
         self._turns: list[Sample] = []
 
-    def sampled(self, turn: Completion) -> None:
-        """What `policy.generate(episode.ids, ...)` returned."""
-        before = np.asarray(self.ids[len(self.ids) - self._given :], np.int32)
-        self._turns.append(join_segments(before, turn.segments, turn.stop, ""))
+    def add_turn(self, turn: Completion) -> None:
+        """Appends the result of `policy.generate(episode.ids, ...)`."""
+        context = np.asarray(self.ids[len(self.ids) - self._num_context :], np.int32)
+        self._turns.append(join_segments(context, turn.segments, turn.stop, ""))
         self.ids += turn.ids
-        self._given = 0
+        self._num_context = 0
 
-    def given(self, ids: Iterable[int]) -> None:
-        """What somebody else says: context for the turns to come, nothing to train on."""
-        more = [int(token) for token in ids]
-        self.ids += more
-        self._given += len(more)
+    def add_context(self, ids: Iterable[int]) -> None:
+        """Appends tokens that the policy did not sample; they are not trained."""
+        context = [int(token) for token in ids]
+        self.ids += context
+        self._num_context += len(context)
 
     def sample(self, stop: StopReason, text: str) -> Sample:
-        """Up to the last turn: no token was sampled from what was given after it. Raises DataError when there was no turn."""
+        """Returns the tokens up to the last turn. Raises DataError if there was no turn."""
         if not (turns := self._turns):
             raise DataError("an episode without a turn: nothing was sampled")
         return Sample(
@@ -96,31 +101,3 @@ class Episode:
             text=text,
             num_interrupts=sum(turn.num_interrupts for turn in turns),
         )
-
-
-class Workflow(Protocol):
-    async def run(self, prompt: Prompt, policy: Policy, sampling: Sampling) -> Sample: ...
-
-
-class SingleTurn:
-    """The prompt in, one response out."""
-
-    async def run(self, prompt: Prompt, policy: Policy, sampling: Sampling) -> Sample:
-        completion = await policy.generate(prompt.ids.tolist(), sampling)
-        text = policy.tokenizer.decode(completion.ids)
-        return join_segments(prompt.ids, completion.segments, completion.stop, text)
-
-
-def load_workflow(name: str) -> Workflow:
-    """`single_turn`, or package.module:Class. Raises ConfigError when it cannot be imported."""
-    if name == "single_turn":
-        return SingleTurn()
-    module, colon, attribute = name.partition(":")
-    try:
-        if not colon:
-            raise ImportError("not of the form package.module:Class")
-        return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as e:
-        raise ConfigError(
-            f"rollout.workflow = {name!r} cannot be loaded: {e}; use single_turn, or package.module:Class on PYTHONPATH"
-        ) from e

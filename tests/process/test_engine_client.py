@@ -176,7 +176,7 @@ def test_aborted_request_returns_its_tokens(finish: dict[str, Any]) -> None:
         (reply([5, 6], [{"version": "3", "start": 1, "end": 2}]), "do not cover its 2 tokens"),
         (
             reply([5], None, output_token_logprobs=[[-0.5, 9, None]], weight_versions=[]),
-            "1 tokens and logprobs of 1 others",
+            "1 tokens, but logprobs of 1 others",
         ),
         (
             reply([], [], {"type": "abort", "message": "too long", "status_code": 400}),

@@ -14,12 +14,12 @@ from tiny_model import CPU_ENGINE, make_model
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.errors import EngineError
 from megatron_async_rl.rollout import engine_process as module
-from megatron_async_rl.rollout.engine_process import Server
+from megatron_async_rl.rollout.engine_process import SGLangServer
 
 pytestmark = needs_engine
 
 
-def make_engine(folder: Path, **sglang: object) -> Server:
+def make_engine(folder: Path, **sglang: object) -> SGLangServer:
     (folder / "run" / "logs").mkdir(parents=True)
     (folder / "run" / "keys").mkdir()
     tree = {
@@ -30,7 +30,7 @@ def make_engine(folder: Path, **sglang: object) -> Server:
         "algorithm": {"prompts_per_step": 1, "samples_per_prompt": 2},
         "sglang": CPU_ENGINE | sglang,
     }
-    return Server(configuration.from_tree(tree), folder / "run", "rollout-0")
+    return SGLangServer(configuration.from_tree(tree), folder / "run", "rollout-0")
 
 
 def test_server_retries_when_its_port_was_taken(
@@ -45,7 +45,7 @@ def test_server_retries_when_its_port_was_taken(
         async def body() -> None:
             try:
                 await server.start()
-                assert await server.client.healthy()
+                assert await server.client.is_healthy()
             finally:
                 await server.stop()
 

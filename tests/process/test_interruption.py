@@ -34,8 +34,8 @@ from megatron_async_rl.protocol.messages import (
     UpdateWeights,
     WeightDigests,
 )
-from megatron_async_rl.rollout.engine_client import EngineClient, Part, Sampling
-from megatron_async_rl.rollout.engine_process import Server
+from megatron_async_rl.rollout.engine_client import EngineClient, RequestOutput, Sampling
+from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.gate import Gate
 from megatron_async_rl.rollout.interruption import Pause
 from megatron_async_rl.rollout.weight_update import WeightUpdates
@@ -72,15 +72,15 @@ class Trainer:
         expected = digests.result()
         if corrupt:
             tensors["model.norm.weight"].view(torch.int32)[3] ^= 1
-        await self.updates.step(UpdateWeights(version))
+        await self.updates.handle(UpdateWeights(version))
         group = self.group or await self.join()
         receive = asyncio.create_task(
-            self.updates.step(
+            self.updates.handle(
                 ReceiveBuckets(version, [StageBuckets(group.name, buckets)], verify=True)
             )
         )
         await asyncio.to_thread(self.send, group, buckets, tensors)
-        self.updates.hear(WeightDigests(version, expected))
+        self.updates.deliver(WeightDigests(version, expected))
         await receive
         answer = self.sent.messages[-1]
         assert isinstance(answer, Updated)
@@ -90,7 +90,7 @@ class Trainer:
         name = f"weights-{next(group_numbers)}-stage0"
         self.group = group = UpdateGroup(name, 2, "gloo", "127.0.0.1", 60.0)
         order = JoinGroup(name, group.address, group.port, 1, 2, "gloo")
-        await asyncio.gather(self.updates.step(order), asyncio.to_thread(group.join))
+        await asyncio.gather(self.updates.handle(order), asyncio.to_thread(group.join))
         return group
 
     @staticmethod
@@ -113,13 +113,13 @@ class Rollout:
     updates: WeightUpdates
     trainer: Trainer
 
-    async def generate(self, prompt: list[int], num_new: int = NEW_TOKENS) -> Part:
+    async def generate(self, prompt: list[int], num_new: int = NEW_TOKENS) -> RequestOutput:
         await self.gate.wait_open()
         async with self.gate.request():
             key = self.updates.interruption.cache_key()
             return await self.client.generate(prompt, Sampling(num_new, 1.0, []), key)
 
-    async def start(self, prompts: list[list[int]]) -> list[asyncio.Task[Part]]:
+    async def start(self, prompts: list[list[int]]) -> list[asyncio.Task[RequestOutput]]:
         """Starts one request per prompt; returns when each has a dozen tokens."""
         requests = [asyncio.create_task(self.generate(prompt)) for prompt in prompts]
         await self.generate(prompts[0], 12)  # in the same batch
@@ -127,7 +127,7 @@ class Rollout:
 
     async def run_through_update(
         self, version: int, folder: Path, prompts: list[list[int]]
-    ) -> list[Part]:
+    ) -> list[RequestOutput]:
         """Publishes `folder` in the middle of one request per prompt.
 
         The prompts are in the prefix cache.
@@ -183,11 +183,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 @pytest.fixture(scope="module")
 def server(
     models: Models, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[asyncio.Runner, Server]]:
+) -> Iterator[tuple[asyncio.Runner, SGLangServer]]:
     folder = tmp_path_factory.mktemp("server")
     (folder / "logs").mkdir()
     (folder / "keys").mkdir(mode=0o700)
-    server = Server(make_config(models.folders[0], folder), folder, "rollout-0")
+    server = SGLangServer(make_config(models.folders[0], folder), folder, "rollout-0")
     with asyncio.Runner() as runner:
         runner.run(server.start())
         yield runner, server
@@ -195,7 +195,7 @@ def server(
 
 
 @contextmanager
-def rollout(server: Server, models: Models, run_dir: Path, **weights: str) -> Iterator[Rollout]:
+def rollout(server: SGLangServer, models: Models, run_dir: Path, **weights: str) -> Iterator[Rollout]:
     settings, sent, gate = make_config(models.folders[0], run_dir, **weights), Sent(), Gate()
     updates = WeightUpdates(settings, sent, server.client, gate)  # type: ignore[arg-type]
     trainer = Trainer(updates, sent)
@@ -213,14 +213,14 @@ def prompts(num: int) -> list[list[int]]:
     ]
 
 
-def segments(part: Part) -> list[tuple[int, list[int], np.ndarray]]:
+def segments(part: RequestOutput) -> list[tuple[int, list[int], np.ndarray]]:
     return [
         (segment.version, segment.ids, np.asarray(segment.logprobs)) for segment in part.segments
     ]
 
 
 def test_retracted_and_new_requests_use_only_new_weights(
-    server: tuple[asyncio.Runner, Server], models: Models, tmp_path: Path
+    server: tuple[asyncio.Runner, SGLangServer], models: Models, tmp_path: Path
 ) -> None:
     asked = prompts(10)
 
@@ -252,7 +252,7 @@ def test_retracted_and_new_requests_use_only_new_weights(
 
 
 def test_kept_kv_cache_is_labelled_and_not_shared_with_new_requests(
-    server: tuple[asyncio.Runner, Server], models: Models, tmp_path: Path
+    server: tuple[asyncio.Runner, SGLangServer], models: Models, tmp_path: Path
 ) -> None:
     asked = prompts(10)
 
@@ -286,7 +286,7 @@ def test_kept_kv_cache_is_labelled_and_not_shared_with_new_requests(
 
 @pytest.mark.parametrize("weights", [{"interrupt": "retract"}, {"kv_cache": "keep"}], ids=str)
 def test_requests_wait_behind_bad_weights_until_the_next_update(
-    server: tuple[asyncio.Runner, Server], models: Models, tmp_path: Path, weights: dict[str, str]
+    server: tuple[asyncio.Runner, SGLangServer], models: Models, tmp_path: Path, weights: dict[str, str]
 ) -> None:
     asked = prompts(4)
 

@@ -28,16 +28,16 @@ STEPS, GROUPS, SAMPLES = 6, 4, 4
 
 def test_episode_joins_given_and_sampled_tokens_in_order() -> None:
     episode = Episode(np.array([1, 2], np.int32))
-    episode.sampled(
+    episode.add_turn(
         Completion([Segment(3, [10, 11], [-0.1, -0.2]), Segment(4, [12], [-0.3])], "stop")
     )
-    episode.given([20, 21])
-    episode.given(np.array([22], np.int32))
+    episode.add_context([20, 21])
+    episode.add_context(np.array([22], np.int32))
     assert episode.ids == [1, 2, 10, 11, 12, 20, 21, 22]
-    episode.sampled(Completion([Segment(4, [13], [-0.4])], "stop"))
-    episode.given([30])
-    episode.sampled(Completion([], "length"))  # no tokens were left
-    episode.given([31])
+    episode.add_turn(Completion([Segment(4, [13], [-0.4])], "stop"))
+    episode.add_context([30])
+    episode.add_turn(Completion([], "length"))  # no tokens were left
+    episode.add_context([31])
     sample = episode.sample("length", "text")
     assert sample.ids.tolist() == [1, 2, 10, 11, 12, 20, 21, 22, 13, 30]
     none = NOT_GENERATED

@@ -1,4 +1,4 @@
-"""A workflow of the tests' own, named in the configuration as `loop_workflow:ThreeTurns`."""
+"""A workflow of three turns for whole runs; a module that a run's configuration names."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def is_bad(prompt: Prompt) -> bool:
 
 
 class ThreeTurns:
-    """Each turn is judged, and tokens of ours stand between those of the policy. A third of the prompts ends badly."""
+    """Scores each turn and adds given tokens between turns; every third prompt ends badly."""
 
     async def run(self, prompt: Prompt, policy: Policy, sampling: Sampling) -> Sample:
         episode, texts = Episode(prompt.ids), []
         given = policy.tokenizer.encode(GIVEN).tolist()
         for number in range(NUM_TURNS):
             if number:
-                episode.given(given)
+                episode.add_context(given)
             turn = await policy.generate(
                 episode.ids, Sampling(TURN_TOKENS, sampling.temperature, sampling.stop_token_ids)
             )
-            episode.sampled(turn)
+            episode.add_turn(turn)
             said = policy.tokenizer.decode(turn.ids)
-            texts.append(f"{said} => {await policy.judge(said)}")
+            texts.append(f"{said} => {await policy.score(said)}")
         if is_bad(prompt):  # a workflow that counts wrong: more than the trainer has room for
-            episode.given(given * CONTEXT_TOKENS)
-            episode.sampled(await policy.generate(episode.ids, sampling))
+            episode.add_context(given * CONTEXT_TOKENS)
+            episode.add_turn(await policy.generate(episode.ids, sampling))
         return episode.sample(turn.stop, "\n".join(texts))

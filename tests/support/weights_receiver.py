@@ -36,7 +36,7 @@ from megatron_async_rl.protocol.messages import (
     WeightDigests,
 )
 from megatron_async_rl.protocol.transport import SyncLink
-from megatron_async_rl.rollout.weight_update import compare
+from megatron_async_rl.rollout.weight_update import check_digests
 from megatron_async_rl.storage import snapshots
 from megatron_async_rl.weights import tile_hash
 
@@ -156,7 +156,7 @@ def live(run_dir: Path, name: str, life: str) -> None:
                 for file in snapshot.path.glob("*.safetensors")
                 for name, tensor in load_file(file).items()
             }
-            compare(digests(tensors, snapshot.manifest.digests), snapshot.manifest.digests)
+            check_digests(digests(tensors, snapshot.manifest.digests), snapshot.manifest.digests)
             save_file(tensors, run_dir / f"{name}-v{message.version}.safetensors")
             link.send(Updated(message.version, {}))
         elif isinstance(message, AbandonUpdate) and tensors:
@@ -164,7 +164,7 @@ def live(run_dir: Path, name: str, life: str) -> None:
         elif isinstance(message, WeightDigests):
             try:
                 if verify:
-                    compare(digests(tensors, message.digests), message.digests)
+                    check_digests(digests(tensors, message.digests), message.digests)
                 save_file(tensors, run_dir / f"{name}-v{message.version}.safetensors")
                 link.send(Updated(message.version, {}))
             except EngineError as e:

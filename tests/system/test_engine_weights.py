@@ -31,9 +31,9 @@ from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.messages import LoadSnapshot, Updated
 from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.rollout.engine_client import Sampling
-from megatron_async_rl.rollout.engine_process import Server
+from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.worker import RolloutWorker
-from megatron_async_rl.rollout.workflow import SingleTurn
+from megatron_async_rl.rollout.workflows.single_turn import SingleTurn
 from megatron_async_rl.storage import snapshots
 
 pytestmark = needs_engine
@@ -137,7 +137,7 @@ def test_engine_matches_transformers_after_every_update(
 
     async def body(control: WeightController) -> None:
         publish_by(control, over_network)
-        server = Server(config, run_dir, NAME)
+        server = SGLangServer(config, run_dir, NAME)
         await server.start()
         link = Link(run_dir)
         worker = RolloutWorker(NAME, config, link, server, SingleTurn())
@@ -153,8 +153,8 @@ def test_engine_matches_transformers_after_every_update(
 
             for ids in ([5, VOCABULARY], [-1], []):  # these would crash the engine
                 with pytest.raises(DataError, match=f"from 0 to {VOCABULARY - 1}"):
-                    await worker.generate(ids, Sampling(1, 1.0, []))
-            completion = await worker.generate([VOCABULARY - 1], Sampling(1, 1.0, []))
+                    await worker.generator.generate(ids, Sampling(1, 1.0, []))
+            completion = await worker.generator.generate([VOCABULARY - 1], Sampling(1, 1.0, []))
             assert len(completion.ids) == 1
 
             publish_by(control, config)
@@ -193,7 +193,7 @@ def test_engine_matches_transformers_after_every_update(
             )
 
             # a new server starts from the newest snapshot, once the damaged ones are removed
-            cold = Server(config, run_dir, "cold")
+            cold = SGLangServer(config, run_dir, "cold")
             for broken in snapshots.whole(run_dir)[:-1]:
                 snapshots.remove(broken.path)
             assert "--weight-version" not in server._command("h", 1)

@@ -162,7 +162,7 @@ def test_lost_host_is_replaced_and_refused_when_it_returns(
         assert third.process.wait(60) == 75
         log = run_dir / "logs" / "controller.log"
         # sooner than by a missing heartbeat
-        wait_until(lambda: "rollout-0: told to end (SIGTERM)" in log.read_text(), 10)
+        wait_until(lambda: "rollout-0: ended by SIGTERM" in log.read_text(), 10)
 
         main.process.send_signal(signal.SIGTERM)
         assert main.process.wait(90) == 75

@@ -75,7 +75,7 @@ def test_updates_interrupt_requests_and_samples_span_versions(run: FinishedRun) 
 
 
 def test_every_update_is_verified_by_digests(run: FinishedRun) -> None:
-    assert "digests to" not in run.log("rollout-0")
+    assert "digest mismatch" not in run.log("rollout-0")
     served = [
         line for line in run.log("controller").splitlines() if " is served by rollout-0" in line
     ]

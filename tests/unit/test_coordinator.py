@@ -18,7 +18,7 @@ from megatron_async_rl.protocol.messages import (
     WeightDigests,
 )
 from megatron_async_rl.rollout.gate import Gate
-from megatron_async_rl.rollout.interruption import Abort, Pause, interruption
+from megatron_async_rl.rollout.interruption import Abort, Pause, make_interruption
 from megatron_async_rl.rollout.weight_update import WeightUpdates
 
 
@@ -60,9 +60,9 @@ def asked_by_an_update(num_buckets: int, **weights: str) -> list[str]:
     async def update() -> list[str]:
         engine, gate = Engine(0, 5, 21), Gate()
         updates = WeightUpdates(make_config(Path("m"), Path("r"), **weights), Sent(), engine, gate)  # type: ignore[arg-type]
-        await updates.step(UpdateWeights(3))
-        updates.hear(WeightDigests(3, {}))
-        await updates.step(
+        await updates.handle(UpdateWeights(3))
+        updates.deliver(WeightDigests(3, {}))
+        await updates.handle(
             ReceiveBuckets(3, [StageBuckets("g", [Bucket([])] * num_buckets)], verify=False)
         )
         assert gate.is_open
@@ -93,7 +93,7 @@ def test_prefix_cache_is_flushed_with_the_last_bucket_if_idle() -> (
 
 
 def interruption_of(version: tuple[int, ...], **weights: str) -> Any:
-    return interruption(make_config(Path("m"), Path("r"), **weights), Engine(*version), Gate())  # type: ignore[arg-type]
+    return make_interruption(make_config(Path("m"), Path("r"), **weights), Engine(*version), Gate())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("weights", [{"interrupt": "retract"}, {"kv_cache": "keep"}], ids=str)

@@ -15,10 +15,10 @@ from bench_publish_setup import rounds, way
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.protocol.messages import Hello
 from megatron_async_rl.protocol.transport import Link, SyncLink
-from megatron_async_rl.rollout.engine_process import Server
+from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.interruption import Abort, Interruption, Pause
 from megatron_async_rl.rollout.worker import RolloutWorker
-from megatron_async_rl.rollout.workflow import SingleTurn
+from megatron_async_rl.rollout.workflows.single_turn import SingleTurn
 
 
 def trainer(arguments: argparse.Namespace) -> None:
@@ -66,8 +66,8 @@ class ByRound:
         self._way = ways[plan[0]]
 
     @property
-    def flushes(self) -> bool:
-        return self._has_prefixes and self._way.flushes
+    def flushes_cache(self) -> bool:
+        return self._has_prefixes and self._way.flushes_cache
 
     @property
     def freezes(self) -> bool:
@@ -81,8 +81,8 @@ class ByRound:
         self._way = self._ways[self._plan.pop(0) if self._plan else "abort"]
         await self._way.stop()
 
-    async def stopped(self) -> None:
-        await self._way.stopped()
+    async def wait_drained(self) -> None:
+        await self._way.wait_drained()
 
     async def resume(self) -> None:
         await self._way.resume()
@@ -96,7 +96,7 @@ def rollout(arguments: argparse.Namespace) -> None:
 
     async def serve() -> None:
         settings = configuration.load(arguments.out / "config.yaml")
-        server = Server(settings, arguments.out, "rollout-0")
+        server = SGLangServer(settings, arguments.out, "rollout-0")
         try:
             await server.start()
             link = Link(arguments.out)

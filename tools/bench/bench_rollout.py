@@ -30,7 +30,7 @@ import numpy as np
 from bench_publish_setup import PROMPT_TOKENS, SHAPES, make_config, make_model
 
 from megatron_async_rl.rollout.engine_client import EngineClient, Sampling
-from megatron_async_rl.rollout.engine_process import Server
+from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.interruption import Pause
 
 MODES: dict[str, Literal["retract", "in_place"]] = {"retract": "retract", "keep": "in_place"}
@@ -62,7 +62,7 @@ async def benchmark(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     (out / "logs").mkdir(parents=True)
     (out / "keys").mkdir(mode=0o700)
-    server = Server(
+    server = SGLangServer(
         make_config(arguments, make_model(out / "model", arguments.model), out), out, "rollout-0"
     )
     try:

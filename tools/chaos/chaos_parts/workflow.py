@@ -1,4 +1,4 @@
-"""`rollout.workflow: chaos_parts.workflow:Poisoned`: single turns, of which some kill or upset the server while a flag stands."""
+"""The workflow of a chaos job (rollout.workflow: chaos_parts.workflow:Poisoned): a poison prompt."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from pathlib import Path
 
 from megatron_async_rl.protocol.types import Prompt, Sample
 from megatron_async_rl.rollout.engine_client import Sampling
-from megatron_async_rl.rollout.workflow import Policy, SingleTurn
+from megatron_async_rl.rollout.workflow import Policy
+from megatron_async_rl.rollout.workflows.single_turn import SingleTurn
 
-BEYOND_THE_VOCABULARY = 1 << 20
+INVALID_TOKEN_ID = 1 << 20
 
 
 class Poisoned(SingleTurn):
-    """The first prompt that comes while the flag `poison` stands is poison from then on: a token that the model lacks."""
+    """Single turns; the first prompt that sees the flag `poison` is a poison prompt from then on.
+
+    A poison prompt holds a token id beyond the vocabulary.
+    """
 
     def __init__(self) -> None:
         self._folder = Path(os.environ["CHAOS_FOLDER"])
@@ -24,5 +28,5 @@ class Poisoned(SingleTurn):
             poisoned.write_text(prompt.prompt_id)
             (self._folder / "poison").unlink(missing_ok=True)
         if poisoned.exists() and poisoned.read_text() == prompt.prompt_id:
-            await policy.generate([*prompt.ids.tolist(), BEYOND_THE_VOCABULARY], sampling)
+            await policy.generate([*prompt.ids.tolist(), INVALID_TOKEN_ID], sampling)
         return await super().run(prompt, policy, sampling)

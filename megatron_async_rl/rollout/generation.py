@@ -1,0 +1,108 @@
+"""Generates across weight updates: the resume loop between the policy and the server.
+
+A weight update may abort a request; the server then returns the tokens sampled so far. Their KV
+cache came from the old weights, so the input and these tokens are sent again as a new prompt, which
+the server prefills under the new weights:
+
+    wait until the gate is open -> request -> append the tokens -> "abort"? repeat : return
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Iterable
+
+from megatron_async_rl.errors import DataError, EngineTimeout
+from megatron_async_rl.protocol.types import Segment
+from megatron_async_rl.rollout.engine_client import EngineClient, RequestOutput, Sampling
+from megatron_async_rl.rollout.gate import Gate
+from megatron_async_rl.rollout.workflow import Completion
+
+SaveProgress = Callable[[list[Segment], bool], Awaitable[None]]  # segments so far, interrupted
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelLimits:
+    context_tokens: int
+    vocabulary_size: int
+
+
+class Generator:
+    def __init__(
+        self,
+        client: EngineClient,
+        gate: Gate,
+        cache_key: Callable[[], str | None],
+        limits: ModelLimits,
+    ) -> None:
+        self._client = client
+        self._gate = gate
+        self._cache_key = cache_key  # of the current weights (interruption.py)
+        self._limits = limits
+        self.num_tokens = 0  # generated so far by all calls
+        self.timed_out = asyncio.Event()  # a request was not answered in time
+
+    async def generate(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        resumed: Iterable[Segment] = (),
+        save: SaveProgress | None = None,
+    ) -> Completion:
+        """Generates to the end across any number of weight updates: one segment per version.
+
+        `resumed`: tokens that an earlier, interrupted call with the same `ids` has sampled.
+        `save` is awaited after each request. Stops at model.context_tokens. Raises DataError for
+        ids outside the vocabulary, which would crash the server, and EngineError.
+        """
+        self._check(ids)
+        segments = list(resumed)
+        tokens = [*ids, *(token for segment in segments for token in segment.ids)]
+        end = min(len(ids) + sampling.max_new_tokens, self._limits.context_tokens)
+        while True:
+            if len(tokens) > len(ids) and tokens[-1] in sampling.stop_token_ids:
+                return Completion(segments, "stop")  # aborted just after its last token
+            if len(tokens) >= end:
+                return Completion(segments, "length")
+            await self._gate.wait_open()
+            output = await self._request(
+                tokens, dataclasses.replace(sampling, max_new_tokens=end - len(tokens))
+            )
+            for segment in output.segments:
+                tokens += segment.ids
+                self.num_tokens += len(segment.ids)
+            segments = _merge_versions([*segments, *output.segments])
+            if save and segments:
+                await save(segments, output.stop == "abort")
+            if output.stop != "abort":
+                return Completion(segments, output.stop)
+
+    async def _request(self, tokens: list[int], sampling: Sampling) -> RequestOutput:
+        try:
+            async with self._gate.request():
+                return await self._client.generate(tokens, sampling, self._cache_key())
+        except EngineTimeout:
+            self.timed_out.set()
+            raise
+
+    def _check(self, ids: list[int]) -> None:
+        size = self._limits.vocabulary_size
+        if not ids or min(ids) < 0 or max(ids) >= size:
+            found = f"{len(ids)} token ids" + (f" from {min(ids)} to {max(ids)}" if ids else "")
+            raise DataError(
+                f"a workflow asked to generate from {found}; there must be one or more, each from "
+                f"0 to {size - 1} (the model's vocabulary)"
+            )
+
+
+def _merge_versions(segments: list[Segment]) -> list[Segment]:
+    """Joins adjacent segments of the same version."""
+    merged: list[Segment] = []
+    for segment in segments:
+        if merged and merged[-1].version == segment.version:
+            last = merged.pop()
+            ids, logprobs = last.ids + segment.ids, last.logprobs + segment.logprobs
+            segment = Segment(last.version, ids, logprobs)
+        merged.append(segment)
+    return merged
