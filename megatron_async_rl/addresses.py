@@ -1,4 +1,4 @@
-"""This host's own address and network interface, as seen on the way to another host."""
+"""This host's address and network interface on the route to another host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAME_BYTES = 256  # room for struct ifreq
 
 
 def own_address(controller: str) -> str:
-    """This host's address on the way to the controller (`tcp://HOST:PORT`): loopback where that is on this host."""
+    """Returns this host's address on the route to the controller (`tcp://HOST:PORT`)."""
     host, port = controller.removeprefix("tcp://").rsplit(":", 1)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, int(port)))  # routes, sends nothing
@@ -22,26 +22,24 @@ def own_address(controller: str) -> str:
 
 
 def interface_of(address: str) -> str:
-    """The interface that has this IPv4 address; empty where none has it as its first."""
+    """Returns the interface whose first IPv4 address is `address`, or ""."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an address
-                answer = fcntl.ioctl(
-                    probe, _SIOCGIFADDR, struct.pack(f"{_NAME_BYTES}s", name.encode()[:15])
-                )
-                if (
-                    socket.inet_ntoa(answer[20:24]) == address
-                ):  # struct ifreq: a name of 16 bytes, a sockaddr_in
+                request = struct.pack(f"{_NAME_BYTES}s", name.encode()[:15])
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, request)
+                # struct ifreq: 16 bytes of name, a sockaddr_in
+                if socket.inet_ntoa(answer[20:24]) == address:
                     return name
     return ""
 
 
 def collective_environment(host: str) -> dict[str, str]:
-    """Variables that keep gloo and NCCL on the network that leads to the controller at `host`.
+    """Returns variables that keep gloo and NCCL on the network of the controller at `host`.
 
-    Without them gloo listens where the host's name resolves to, and NCCL on the first interface that is up. With a
-    controller on a loopback address the whole run is on this host, and nothing needs to listen elsewhere. A variable
-    that is set already stays.
+    Without them gloo listens on the address of the host's name and NCCL on the first interface that
+    is up. With a controller on loopback the whole run is on this host and nothing listens
+    elsewhere. Variables that are set already are left out.
     """
     variables = {}
     if host not in _WILDCARDS and (interface := interface_of(own_address(f"tcp://{host}:1"))):
@@ -54,10 +52,10 @@ def collective_environment(host: str) -> dict[str, str]:
 def reserve_port(address: str) -> socket.socket:
     """Returns a socket bound to a free port of `address`, not listening.
 
-    The port is given to no other process while the socket is open, and a server that sets SO_REUSEADDR, as torch's store
-    does, can still listen there.
+    While it is open no other process gets the port, except a server that asks for this port and
+    sets SO_REUSEADDR, as torch's store does.
     """
-    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind((address, 0))
-    return held
+    reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind((address, 0))
+    return reserved

@@ -1,4 +1,4 @@
-"""Finds the Python environment that has SGLang."""
+"""Finds the Python environment of the engine (SGLang)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,13 @@ ENGINE_VARIABLE = "MEGATRON_ASYNC_RL_ENGINE_PYTHON"
 
 
 def engine_python() -> Path | None:
-    """The Python that has SGLang: what the environment variable names, else the newest complete environment."""
-    named = os.environ.get(ENGINE_VARIABLE)
-    if named:
-        return Path(named).expanduser()
+    """Returns the Python of the environment variable, else of the newest complete environment."""
+    if chosen := os.environ.get(ENGINE_VARIABLE):
+        return Path(chosen).expanduser()
     cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    cache = Path(
-        os.environ.get("MEGATRON_ASYNC_RL_CACHE") or f"{cache_home}/megatron_async_rl"
-    ).expanduser()
-    complete = [
-        mark
-        for mark in cache.glob("engine-*/.complete")
-        if (mark.parent / "bin" / "python").exists()
-    ]
-    return (
-        max(complete, key=lambda mark: mark.stat().st_mtime).parent / "bin" / "python"
-        if complete
-        else None
+    cache = os.environ.get("MEGATRON_ASYNC_RL_CACHE") or f"{cache_home}/megatron_async_rl"
+    marks = sorted(
+        Path(cache).expanduser().glob("engine-*/.complete"), key=lambda mark: mark.stat().st_mtime
     )
+    pythons = [mark.parent / "bin" / "python" for mark in marks]
+    return next((python for python in reversed(pythons) if python.exists()), None)

@@ -1,12 +1,13 @@
-"""How a process of ours starts its children and how it ends: in order, with one error line, leaving nobody behind.
+"""How our processes start children and how they end, with one error line and no orphan process.
 
-A child dies with its parent (the kernel's parent-death signal, SIGKILL: it works on a process that is stuck in a
-collective), so even a killed launcher leaves no orphan. The signal is asked for by the child itself, which may be too
-late: it then looks whether its line of parents still leads to the launcher, and ends otherwise. A child has a process
-group of its own: stopping it stops what it started, and a terminal's Ctrl-C reaches the launcher alone.
+A child dies with its parent: it asks the kernel for SIGKILL as parent-death signal, which also ends
+a process stuck in a collective. A parent that died before the child could ask is noticed by walking
+up the parents to the launcher. Each child has a process group of its own: stopping it stops all it
+started, and Ctrl-C on a terminal reaches only the launcher.
 
-Slurm signals every process of a job at once. So SIGTERM is blocked, from birth, in what must not end before its work is
-saved and could not tell who sent it: torchrun, SGLang, and all below them. Only SIGKILL stops these (`deaf`).
+Slurm sends SIGTERM to every process of a job at once. So SIGTERM is blocked from the start in
+processes that must not end before their work is saved and cannot tell who sent it: torchrun,
+SGLang, and all their children (`sigterm_blocked`). Only SIGKILL stops those.
 """
 
 from __future__ import annotations
@@ -29,20 +30,18 @@ from typing import NoReturn
 from megatron_async_rl import patches
 from megatron_async_rl.errors import Error, Preempted
 
-EXIT_REQUEUE = 75  # told to end, saved: run it again (Slurm: --requeue, or requeue on this code)
-EXIT_ERROR = 2  # an error with a message for people; anything else non-zero is a crash
-LAUNCHER_VARIABLE = (
-    "MEGATRON_ASYNC_RL_LAUNCHER"  # pid of the first of our processes on this host: all inherit it
-)
+EXIT_REQUEUE = 75  # preempted, state saved: run it again (Slurm: requeue on this code)
+EXIT_ERROR = 2  # an Error with a message; any other non-zero code is a crash
+LAUNCHER_VARIABLE = "MEGATRON_ASYNC_RL_LAUNCHER"  # pid of our first process on this host, inherited
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main(run: Callable[[], None], unwind: bool = True) -> NoReturn:
-    """Runs the body of a process: logging to stderr, stacks on SIGUSR2, an Error as one line and exit code 2.
+    """Runs the body of a process: logs to stderr, prints stacks on SIGUSR2, ends by exit codes.
 
-    `unwind`: SIGTERM runs finally blocks, to stop children; without, it ends the process wherever it is if our parent sent
-    it, and a body that has returned has closed what it opened: the process ends at once.
+    With `unwind`, SIGTERM runs finally blocks, which stop children. Without, only a SIGTERM of the
+    parent counts and ends the process at once, and so does the return of `run`, without finalizers.
     """
     die_with_parent()
     faulthandler.enable()
@@ -50,7 +49,7 @@ def main(run: Callable[[], None], unwind: bool = True) -> NoReturn:
     if unwind:
         signal.signal(signal.SIGTERM, _exit_in_order)
     else:
-        _heed_the_parent_alone()
+        _obey_only_parent()
     logging.basicConfig(
         level=os.environ.get("MEGATRON_ASYNC_RL_LOG", "INFO"),
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
@@ -62,15 +61,12 @@ def main(run: Callable[[], None], unwind: bool = True) -> NoReturn:
         sys.exit(EXIT_REQUEUE)
     except Error as e:
         logging.getLogger(__name__).debug("", exc_info=True)
-        sys.stderr.write(
-            "error: " + str(e).replace("\n", "\n  ") + "\n"
-        )  # error_text finds it again by the indent
+        # indented, so that error_text finds all lines
+        sys.stderr.write("error: " + str(e).replace("\n", "\n  ") + "\n")
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    if (
-        not unwind
-    ):  # gloo's threads may abort an interpreter that takes itself apart, and all is done
+    if not unwind:  # gloo's threads can abort the interpreter while it finalizes
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -82,12 +78,12 @@ def _exit_in_order(signum: int, frame: object) -> None:
     sys.exit(128 + signum)  # unwinds: finally blocks stop children
 
 
-def _heed_the_parent_alone() -> None:
-    """A rank that Slurm signals with the whole job must still save; torchrun's order to it must end it, stuck or not."""
+def _obey_only_parent() -> None:
+    """Ends a trainer rank on torchrun's SIGTERM, but not on the one Slurm sends to the job."""
     patches.apply("blocked_sigterm")
     signal.pthread_sigmask(
         signal.SIG_BLOCK, {signal.SIGTERM}
-    )  # of all threads to come, and of what they start
+    )  # later threads and children inherit it
 
     def listen() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
@@ -98,36 +94,35 @@ def _heed_the_parent_alone() -> None:
 
 
 def die_with_parent(parent: int = 0) -> None:
-    """The kernel kills this process when its parent ends (the very thread that started it). `parent`: its pid, if known.
+    """Makes the kernel kill this process when its parent (the thread that started it) ends.
 
-    One whose parent has ended already ends here.
+    Ends the process here if the parent has ended already. `parent`: its pid, if known.
     """
     if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if (parent and os.getppid() != parent) or not _is_below(
-        int(os.environ.get(LAUNCHER_VARIABLE, "0"))
-    ):
+    launcher = int(os.environ.get(LAUNCHER_VARIABLE, "0"))
+    if (parent and os.getppid() != parent) or not _is_descendant_of(launcher):
         os._exit(128 + signal.SIGKILL)
 
 
-def forks_die_with_us() -> None:
-    """Also for whatever this process forks from here on, and for their forks: other people's libraries fork too."""
+def make_forks_die_with_parent() -> None:
+    """Applies die_with_parent to every later fork of this process, also those made by libraries."""
     os.register_at_fork(after_in_child=die_with_parent)
 
 
-def _is_below(launcher: int) -> bool:
-    """Whether our line of parents leads to that process; true where there is no launcher."""
+def _is_descendant_of(launcher: int) -> bool:
+    """Walks up the parents of this process; true if there is no launcher (0)."""
     pid = os.getpid()
     while pid not in (0, launcher):
         try:
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
-            return False  # ended as we looked: so did everyone below it
+            return False  # this parent has just ended
     return pid == launcher
 
 
 class _SigtermBlocked(subprocess.Popen[bytes]):
-    """SIGTERM is blocked in it and in all that it starts."""
+    """A child with SIGTERM blocked, in it and in all that it starts."""
 
 
 def start(
@@ -137,7 +132,7 @@ def start(
     cwd: Path | None = None,
     sigterm_blocked: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """Starts a child in a process group of its own, its output appended to `log`. `deaf`: to SIGTERM, see above."""
+    """Starts a child in its own process group, with its output appended to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
 
@@ -160,18 +155,26 @@ def start(
 
 
 def stop(children: Iterable[subprocess.Popen[bytes]], grace_s: float) -> None:
-    """SIGTERM to each child's process group, SIGKILL to what is left of the groups after `grace_s`, to deaf ones at once."""
+    """Sends SIGTERM to each child's process group, and SIGKILL to what is left after `grace_s`.
+
+    Groups with SIGTERM blocked get SIGKILL at once.
+    """
     children = list(children)
     for child in children:
-        _signal_group(
-            child, signal.SIGKILL if isinstance(child, _SigtermBlocked) else signal.SIGTERM
-        )
+        blocked = isinstance(child, _SigtermBlocked)
+        _signal_group(child, signal.SIGKILL if blocked else signal.SIGTERM)
     deadline = time.monotonic() + grace_s
-    while time.monotonic() < deadline and any(_group_lives(child) for child in children):
+    while time.monotonic() < deadline and any(_group_is_alive(child) for child in children):
         time.sleep(0.05)
     for child in children:
         _signal_group(child, signal.SIGKILL)
         child.wait()
+
+
+def python_path() -> str:
+    """Returns PYTHONPATH for our child processes: this checkout first."""
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(filter(None, paths))
 
 
 def _signal_group(child: subprocess.Popen[bytes], signum: int) -> None:
@@ -179,7 +182,7 @@ def _signal_group(child: subprocess.Popen[bytes], signum: int) -> None:
         os.killpg(child.pid, signum)
 
 
-def _group_lives(child: subprocess.Popen[bytes]) -> bool:
+def _group_is_alive(child: subprocess.Popen[bytes]) -> bool:
     child.poll()  # reaps it; a zombie would keep the group alive
     try:
         os.killpg(child.pid, 0)
@@ -189,7 +192,7 @@ def _group_lives(child: subprocess.Popen[bytes]) -> bool:
 
 
 def error_text(log: Path) -> str | None:
-    """The last `error: ...` that a process of ours wrote to its log, with the indented lines below it."""
+    """Returns the last `error: ...` of a log with its indented lines; None if there is none."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     if not starts:

@@ -1,4 +1,4 @@
-"""The `algorithm` section, grouped by what a setting acts on. docs/algorithms.md has the formulas and their sources."""
+"""The `algorithm` section of the configuration. Formulas and sources: docs/algorithms.md."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class AdvantageConfig(Section, kw_only=True):
     """From rewards to advantages."""
 
     estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "gae"] = "grpo"
-    """`grpo` centers rewards in the group and divides by their standard deviation; `dr_grpo` only centers; `rloo`
-    subtracts the mean of the other samples; `reinforce_pp` uses no group and normalises over the batch; `gae` estimates
-    advantages per token with a critic that is trained beside the policy."""
+    """`grpo` centers rewards in the group and divides by their standard deviation; `dr_grpo` only
+    centers; `rloo` subtracts the mean of the other samples; `reinforce_pp` uses no group and
+    normalises over the batch; `gae` estimates advantages per token with a critic that is trained
+    beside the policy."""
     group_normalize: bool = True
     """With `grpo`: if false, the shaped reward itself is the advantage."""
     batch_normalize: bool = False
@@ -38,8 +39,8 @@ class LossConfig(Section, kw_only=True):
     """The policy objective."""
 
     objective: Literal["decoupled_ppo", "ppo", "gspo", "cispo"] = "decoupled_ppo"
-    """`decoupled_ppo` corrects for staleness; `gspo` uses one ratio per sample; `cispo` uses the clipped ratio as a
-    weight only; `ppo` clips against the behavior policy, without correction."""
+    """`decoupled_ppo` corrects for staleness; `gspo` uses one ratio per sample; `cispo` uses the
+    clipped ratio as a weight only; `ppo` clips against the behavior policy, without correction."""
     clip_eps: PositiveFloat = 0.2
     """PPO clip range below 1, and above unless clip_eps_high is set."""
     clip_eps_high: PositiveFloat | None = None
@@ -47,7 +48,8 @@ class LossConfig(Section, kw_only=True):
     dual_clip: AboveOne | None = None
     """Bound c of dual-clip PPO for negative advantages. Null disables it."""
     stop_ratio: AboveOne | None = None
-    """Skip the optimizer step of a minibatch whose mean ratio of current to old policy exceeds this. Null disables it."""
+    """Skip the optimizer step of a minibatch whose mean ratio of current to old policy exceeds
+    this. Null disables it."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
 
@@ -56,9 +58,9 @@ class StalenessCorrectionConfig(Section, kw_only=True):
     """How the objective corrects for tokens that an older policy sampled."""
 
     proximal: Literal["recompute", "reuse_first_minibatch", "loglinear"] = "recompute"
-    """How logprobs under the weights at the start of the step are obtained: `recompute` makes a forward pass over the
-    batch; `reuse_first_minibatch` over all minibatches but the first; `loglinear` interpolates by staleness, without
-    a pass."""
+    """How logprobs under the weights at the start of the step are obtained: `recompute` makes a
+    forward pass over the batch; `reuse_first_minibatch` over all minibatches but the first;
+    `loglinear` interpolates by staleness, without a pass."""
     behavior_weight_cap: PositiveFloat | None = 5.0
     """Largest ratio of proximal to behavior policy that is accepted. Null disables the limit."""
     behavior_weight_floor: PositiveFloat | None = None
@@ -68,8 +70,9 @@ class StalenessCorrectionConfig(Section, kw_only=True):
     behavior_weight_level: Literal["token", "sequence"] = "token"
     """Compute the ratio per token, or as the geometric mean over the sample."""
     m2_threshold: PositiveFloat | None = None
-    """M2PO: mask the tokens with the largest log ratio of proximal to behavior policy until its mean square over the
-    batch is at most this. The paper uses 0.04 with a wide clip_eps. Null disables it."""
+    """M2PO: mask the tokens with the largest log ratio of proximal to behavior policy until its
+    mean square over the batch is at most this. The paper uses 0.04 with a wide clip_eps. Null
+    disables it."""
 
 
 class KlConfig(Section, kw_only=True):
@@ -80,11 +83,12 @@ class KlConfig(Section, kw_only=True):
     apply_to: Literal["loss", "reward"] = "loss"
     """Add the penalty to the loss, or subtract it from the rewards of the tokens that follow."""
     estimator: Literal["k2", "k3"] = "k3"
-    """Estimator in the loss, with d = reference - current logprob: k2 = d^2 / 2, k3 = exp(d) - d - 1."""
+    """Estimator in the loss, with d = reference - current logprob: k2 = d^2 / 2, k3 = exp(d) - d -
+    1."""
 
 
 class FilterConfig(Section, kw_only=True):
-    """Which groups are not trained on. The slots of dropped groups are given back to the admission."""
+    """Which groups are not trained on. Their slots are given back to the admission."""
 
     drop_equal_rewards: bool = False
     """Drop groups whose rewards are all equal."""
@@ -104,7 +108,8 @@ class RewardShapingConfig(Section, kw_only=True):
     clip: PositiveFloat | None = None
     """Clip the shaped reward to the range from -clip to clip. Null disables it."""
     overlong_buffer_tokens: NonNegativeInt = 0
-    """The penalty for long responses rises linearly over this many last tokens of rollout.max_new_tokens. 0 disables it."""
+    """The penalty for long responses rises linearly over this many last tokens of
+    rollout.max_new_tokens. 0 disables it."""
     overlong_penalty: PositiveFloat = 1.0
     """Penalty of a response of full length."""
 

@@ -18,10 +18,11 @@ from megatron_async_rl.config.sections import Section
 INTRODUCTION = """\
 # Configuration
 
-A run is described by one YAML file, such as [configs/quickstart.yaml](../configs/quickstart.yaml). Settings can be
-overridden on the command line by their dotted name: `run CONFIG staleness.max_staleness=0`. An unknown key, a wrong
-type or an impossible combination is refused before anything is started, with the setting, its value, the rule and the
-remedy. The resolved configuration is kept as `config.yaml` in `run.dir`.
+A run is described by one YAML file, such as [configs/quickstart.yaml](../configs/quickstart.yaml).
+Settings can be overridden on the command line by their dotted name: `run CONFIG
+staleness.max_staleness=0`. An unknown key, a wrong type or an impossible combination is refused
+before anything is started, with the setting, its value, the rule and the remedy. The resolved
+configuration is kept as `config.yaml` in `run.dir`.
 
 `megatron` and `sglang` pass the settings of Megatron-Core and SGLang through under their own names.
 

@@ -1,8 +1,8 @@
 """Every knob of a run: one YAML file, dotted `key=value` overrides after it, unknown keys refused.
 
-Sections are frozen structs; the text under each field is its documentation, its range is checked, and an error names
-the key, the value, the rule and what to do. Megatron's and SGLang's own knobs keep their own names under `megatron:`
-and `sglang:` and pass through.
+Sections are frozen structs; the text under each field is its documentation, its range is checked,
+and an error names the key, the value, the rule and what to do. Megatron's and SGLang's own knobs
+keep their own names under `megatron:` and `sglang:` and pass through.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def _read_yaml(text: str) -> Any:
 
 
 def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
-    """The configuration in a YAML file, with dotted overrides such as `staleness.max_staleness=0` applied.
+    """The configuration in a YAML file, with dotted overrides such as `staleness.max_staleness=0`
+    applied.
 
     Raises ConfigError: unreadable file, unknown key (names the nearest), wrong type or range.
     """

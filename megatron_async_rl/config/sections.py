@@ -1,7 +1,8 @@
 """The sections of the configuration: field, type and default, and below each field what it means.
 
-The text below a field is its documentation: error messages quote it and docs/configuration.md is generated from it
-(documentation.py). Rules between settings are in checks.py. The `algorithm` section is in algorithm.py.
+The text below a field is its documentation: error messages quote it and docs/configuration.md is
+generated from it (documentation.py). Rules between settings are in checks.py. The `algorithm`
+section is in algorithm.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 AboveOne = Annotated[float, msgspec.Meta(gt=1)]
 
+MAX_RESTART_PAUSE_S = 60.0
+
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One section of the configuration."""
@@ -27,19 +30,23 @@ class RunConfig(Section, kw_only=True):
     """Where a run is kept, how long it lasts and what it does."""
 
     dir: Text
-    """Folder of the run: journal, checkpoints, logs, TensorBoard, samples and the exported policy."""
+    """Folder of the run: journal, checkpoints, logs, TensorBoard, samples and the exported
+    policy."""
     seed: NonNegativeInt = 1
     """Seed of prompt order, sampling and initialisation."""
     steps: PositiveInt
     """Number of training steps; each step produces one weight version."""
     mode: Literal["train", "rollout_only"] = "train"
-    """`rollout_only` starts no trainer: batches sampled from model.path are written to run.dir/batches for `replay`."""
+    """`rollout_only` starts no trainer: batches sampled from model.path are written to
+    run.dir/batches for `replay`."""
     export_every: NonNegativeInt = 0
     """Also export the policy at every k-th version, as run.dir/policy-vN. 0 disables it."""
     host: Text = "127.0.0.1"
-    """Address on which the controller listens. A loopback address restricts the run to this host."""
+    """Address on which the controller listens. A loopback address restricts the run to this
+    host."""
     no_progress_timeout_s: PositiveFloat = 600.0
-    """The run ends, and names the component that waits, after this many seconds without progress."""
+    """The run ends, and names the component that waits, after this many seconds without
+    progress."""
 
 
 class ModelConfig(Section, kw_only=True):
@@ -50,7 +57,8 @@ class ModelConfig(Section, kw_only=True):
     context_tokens: Annotated[int, msgspec.Meta(ge=8)]
     """Maximum length of prompt and response together, in tokens."""
     random_init: bool = False
-    """Start from random weights, for benchmarks. model.path then needs config.json and the tokenizer only."""
+    """Start from random weights, for benchmarks. model.path then needs config.json and the
+    tokenizer only."""
 
 
 class DataConfig(Section, kw_only=True):
@@ -95,9 +103,11 @@ class StalenessConfig(Section, kw_only=True):
     """How far generation may run ahead of training."""
 
     max_staleness: NonNegativeInt = 4
-    """eta: how many weight versions a trained token may lag. 0 is synchronous RL, 1 one-step overlap."""
+    """eta: how many weight versions a trained token may lag. 0 is synchronous RL, 1 one-step
+    overlap."""
     straggler_policy: Literal["wait", "drop"] = "wait"
-    """What to do with unfinished groups that the next version would make too stale: wait for them, or drop them."""
+    """What to do with unfinished groups that the next version would make too stale: wait for them,
+    or drop them."""
     straggler_timeout_s: NonNegativeFloat = 120.0
     """Longest wait under `straggler_policy: wait`; after it the stale groups are dropped."""
 
@@ -106,7 +116,8 @@ class RewardConfig(Section, kw_only=True):
     """How responses are scored."""
 
     function: str = "math"
-    """`math`, `code` (unit tests), or package.module:function with the signature (prompt, response, row) -> float."""
+    """`math`, `code` (unit tests), or package.module:function with the signature (prompt, response,
+    row) -> float."""
     workers: PositiveInt = 1
     """Number of reward worker processes."""
     processes_per_worker: PositiveInt = 1
@@ -123,7 +134,8 @@ class SandboxConfig(Section, kw_only=True):
     python: str = "/usr/bin/python3"
     """Python interpreter that runs the programs, version 3.9 or newer."""
     isolation: Literal["namespaces", "landlock"] = "namespaces"
-    """Required isolation besides resource limits, Landlock and seccomp. `landlock` accepts a host without namespaces."""
+    """Required isolation besides resource limits, Landlock and seccomp. `landlock` accepts a host
+    without namespaces."""
     memory_mb: Annotated[int, msgspec.Meta(ge=64)] = 1024
     """Address space limit of a program, in MiB."""
     test_timeout_s: PositiveFloat = 4.0
@@ -134,7 +146,8 @@ class CriticConfig(Section, kw_only=True):
     """The value model of `algorithm.advantage.estimator: gae`."""
 
     path: str | None = None
-    """Hugging Face folder that initialises the critic's body; it must share the vocabulary. Null uses model.path."""
+    """Hugging Face folder that initialises the critic's body; it must share the vocabulary. Null
+    uses model.path."""
     lr: PositiveFloat | None = None
     """Learning rate of the critic, under Megatron's schedule. Null uses megatron.lr."""
     clip_eps: PositiveFloat | None = 0.2
@@ -147,13 +160,16 @@ class TrainerConfig(Section, kw_only=True):
     data_parallel_size: PositiveInt = 1
     """Number of data-parallel replicas."""
     hosts: PositiveInt = 1
-    """Hosts over which the ranks are spread evenly, in order. With more than 1, `run` or `join` starts trainer-0, trainer-1, ..."""
+    """Hosts over which the ranks are spread evenly, in order. With more than 1, `run` or `join`
+    starts trainer-0, trainer-1, ..."""
     max_tokens_per_microbatch: PositiveInt = 8192
     """Token budget of one packed micro-batch."""
     packing: Literal["ffd", "karmarkar_karp"] = "ffd"
-    """How samples are packed: first-fit decreasing by tokens, or Karmarkar-Karp for micro-batches of equal FLOPs."""
+    """How samples are packed: first-fit decreasing by tokens, or Karmarkar-Karp for micro-batches
+    of equal FLOPs."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Parameter type. Gradients and optimizer state are fp32. fp16 scales the loss by Megatron's *_loss_scale settings."""
+    """Parameter type. Gradients and optimizer state are fp32. fp16 scales the loss by Megatron's
+    *_loss_scale settings."""
     cpu_threads: PositiveInt = 1
     """CPU threads of each trainer rank."""
     start_timeout_s: PositiveFloat = 600.0
@@ -172,19 +188,23 @@ class WeightsConfig(Section, kw_only=True):
     update_timeout_s: PositiveFloat = 120.0
     """Deadline of one update. A server that misses it is fenced and restarted."""
     kv_cache: Literal["recompute", "keep"] = "recompute"
-    """`recompute` drops the KV cache at an update and prefills again. `keep` continues on it; tokens are labelled."""
+    """`recompute` drops the KV cache at an update and prefills again. `keep` continues on it;
+    tokens are labelled."""
     interrupt: Literal["abort", "retract"] = "abort"
-    """With `kv_cache: recompute`: `abort` returns requests to the worker; `retract` (SGLang >= 0.5.21) requeues them in
-    the engine, which is faster but loses their tokens if that server dies."""
+    """With `kv_cache: recompute`: `abort` returns requests to the worker; `retract` (SGLang >=
+    0.5.21) requeues them in the engine, which is faster but loses their tokens if that server
+    dies."""
     broadcast_unit: Literal["bucket", "tensor"] = "bucket"
     """One broadcast per bucket (slow links), or one per tensor of it (NVLink)."""
     transport: Literal["network", "disk"] = "network"
-    """`network` broadcasts over NCCL or gloo. `disk` goes through run.dir/weights, which all hosts must see."""
+    """`network` broadcasts over NCCL or gloo. `disk` goes through run.dir/weights, which all hosts
+    must see."""
     snapshot_every: NonNegativeInt = 0
-    """With `transport: network`: also write every k-th version to run.dir/weights, so that a restarted server can load
-    weights without the trainer. The last two are kept. 0 disables it."""
+    """With `transport: network`: also write every k-th version to run.dir/weights, so that a
+    restarted server can load weights without the trainer. The last two are kept. 0 disables it."""
     dtype: Literal["as_trained", "float32", "bfloat16", "float16"] = "as_trained"
-    """Element type sent to the servers, cast at the source. `as_trained` sends that of trainer.precision."""
+    """Element type sent to the servers, cast at the source. `as_trained` sends that of
+    trainer.precision."""
 
 
 class CheckpointConfig(Section, kw_only=True):
@@ -206,13 +226,19 @@ class FaultsConfig(Section, kw_only=True):
     restart_reset_s: PositiveFloat = 600.0
     """A process that has run this long gets its full number of restarts back."""
     restart_backoff_s: NonNegativeFloat = 1.0
-    """Pause before a restart. It doubles with each further restart."""
+    """Pause before a restart. It doubles with each further restart, up to 60 s."""
     min_servers: PositiveInt = 1
     """The run ends when fewer servers than this are left."""
     heartbeat_timeout_s: PositiveFloat = 60.0
     """A worker without heartbeat for this long is declared lost, killed and restarted."""
     shutdown_grace_s: PositiveFloat = 60.0
-    """Seconds between SIGTERM and the end of the run, to save state. The exit code is then 75 (requeue)."""
+    """Seconds between SIGTERM and the end of the run, to save state. The exit code is then 75
+    (requeue)."""
+
+    def restart_pause_s(self, restarts: int) -> float:
+        """Returns the pause before the given restart (1: the first); 0 before the first start."""
+        pause_s = self.restart_backoff_s * 2 ** (restarts - 1) if restarts else 0.0
+        return min(pause_s, MAX_RESTART_PAUSE_S)
 
 
 class MonitorConfig(Section, kw_only=True):
@@ -223,6 +249,8 @@ class MonitorConfig(Section, kw_only=True):
     sample_texts: NonNegativeInt = 2
     """Number of samples shown as text in TensorBoard at each step."""
     sample_tokens: NonNegativeInt = 16
-    """Number of samples of each step whose token ids and logprobs are kept in samples.jsonl. It has the text of all."""
+    """Number of samples of each step whose token ids and logprobs are kept in samples.jsonl. It has
+    the text of all."""
     logprob_mismatch_alarm: PositiveFloat | None = 0.05
-    """Warn when the mean absolute difference between engine and trainer logprobs exceeds this. Null disables it."""
+    """Warn when the mean absolute difference between engine and trainer logprobs exceeds this. Null
+    disables it."""

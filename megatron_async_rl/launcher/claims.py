@@ -1,7 +1,10 @@
-"""Which launcher starts which process. Several may serve one run, on several hosts, and each starts again what it started.
+"""Claims: which launcher owns which process name of a run; one file per name,
+run.dir/launchers/NAME.
 
-A name belongs to the launcher that started it last: run.dir/launchers/<name> says who that is. So a worker whose host is
-gone can be started elsewhere under its old name; should that host come back, its launcher finds the name taken.
+Several launchers, on several hosts, may serve one run, and each restarts only the processes it
+owns. The launcher that started a name last owns it. So a worker of a lost host can be started
+elsewhere under its old name; if the host returns, its launcher finds the name claimed by another
+and leaves it alone.
 """
 
 from __future__ import annotations
@@ -15,39 +18,38 @@ FOLDER = "launchers"
 
 
 class Claims:
-    """One launcher's view of them."""
+    """The claims on a run, as seen by one launcher."""
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / FOLDER
-        self._me = f"{socket.gethostname()}, process {os.getpid()} ({secrets.token_hex(4)})"
+        self._own_id = f"{socket.gethostname()}, process {os.getpid()} ({secrets.token_hex(4)})"
 
     def take(self, name: str) -> None:
-        """The name is ours from here on, whoever had it."""
+        """Claims the name, whether or not another launcher owns it."""
         self._folder.mkdir(exist_ok=True)
         temporary = self._folder / f".{name}.{os.getpid()}"
-        temporary.write_text(self._me + "\n")
+        temporary.write_text(self._own_id + "\n")
         temporary.replace(self._folder / name)
 
-    def other(self, name: str) -> str:
-        """The launcher that has taken the name from us; empty while it is ours, or nobody's."""
-        owner = self.owner(name)
-        return "" if owner == self._me else owner
-
     def owner(self, name: str) -> str:
-        """The launcher that started it last; empty: nobody has."""
+        """Returns the launcher that owns the name, or "" if it was never claimed."""
         try:
             return (self._folder / name).read_text().strip()
         except FileNotFoundError:
             return ""
 
-    def elsewhere(self, role: str) -> int:
-        """How many processes of that role other launchers have started."""
-        names = [path.name for path in self._folder.glob(f"{role}*")]
-        return sum(bool(self.other(name)) for name in names)
+    def other_owner(self, name: str) -> str:
+        """Returns the other launcher that owns the name, or "" if there is none."""
+        owner = self.owner(name)
+        return "" if owner == self._own_id else owner
+
+    def count_elsewhere(self, role: str) -> int:
+        """Returns how many processes of a role other launchers own."""
+        return sum(bool(self.other_owner(path.name)) for path in self._folder.glob(f"{role}*"))
 
 
-def run_key(run_dir: Path) -> bytes:
-    """The controller's public key: another in each life of the run; empty while it is made."""
+def controller_key(run_dir: Path) -> bytes:
+    """Returns the controller's public key, new at each `run`; empty while it is being made."""
     try:
         return (run_dir / "keys" / "hub.key").read_bytes()
     except FileNotFoundError:

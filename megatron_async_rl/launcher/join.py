@@ -1,12 +1,13 @@
-"""`join`: starts some processes of a run that another launcher began, from this host, and keeps them alive.
+"""`join`: starts processes of an existing run on this host and supervises them.
 
-For a run over several hosts, and for a host that is lost: its workers are started here under the same names, or further
-ones under new names. Configuration, address and keys come from the run's folder, which all hosts share.
+It adds hosts to a run, adds workers, or replaces those of a lost host. Configuration, address and
+keys come from the run's folder, which all hosts share.
 
-    a name that is in use    the new process takes it over: the controller takes the old one's samples back, answers
-                             whatever it still sends with a refusal, and its launcher does not start it again
-    a new life of the run    has new keys: our processes are started anew with them
-    the run's end            ends this launcher too; so does a controller that is not heard of for run.no_progress_timeout_s
+    a name that is in use    the new process takes it over: the controller requeues the old one's
+                             samples and rejects its messages, its launcher does not restart it
+    `run` started again      has new keys: the processes here are restarted with them
+    end of the run           ends this launcher; so does a controller whose status.json is unchanged
+                             for run.no_progress_timeout_s
 """
 
 from __future__ import annotations
@@ -18,92 +19,87 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_async_rl import processes
-from megatron_async_rl.config import load as config_module
+from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError, DataError, Error
 from megatron_async_rl.launcher import roles
-from megatron_async_rl.launcher.claims import run_key
-from megatron_async_rl.launcher.run import GRACE_S, Run, tell
+from megatron_async_rl.launcher.claims import controller_key
+from megatron_async_rl.launcher.session import STOP_GRACE_S, Session, show
 from megatron_async_rl.launcher.supervisor import Supervisor
-from megatron_async_rl.observability.run_log import FINAL_STATES, read_status
+from megatron_async_rl.observability.status import FINAL_STATES, read_status
 
 POLL_S = 0.2
 
 
-def join(run_dir: Path, names: Sequence[str], patient: bool = False) -> int:
-    """Serves the run to its end. Returns the exit code. Raises Error when our processes cannot be kept alive.
+def join(run_dir: Path, names: Sequence[str], ignore_more_sigterms: bool = False) -> int:
+    """Runs `names` to the end of the run and returns the exit code.
 
-    `patient`: see launch.Run.
+    `ignore_more_sigterms`: see Session. Raises Error if the processes cannot be kept running.
     """
     run_dir = run_dir.resolve()
-    config = _config_of(run_dir)
+    config = _load_config(run_dir)
     roles.check_joining(names, config)
-    _wait_for_the_run(run_dir, config)
+    _wait_for_run(run_dir, config)
     console = Console()
-    supervisor = Supervisor(run_dir, config.faults, lambda text: tell(console, text))
-    run = Run(run_dir, supervisor, config.faults.shutdown_grace_s, patient)
-    with run.signals():
+    supervisor = Supervisor(run_dir, config.faults, lambda text: show(console, text))
+    session = Session(run_dir, supervisor, config.faults.shutdown_grace_s, ignore_more_sigterms)
+    with session.handle_signals():
         try:
-            keys = run_key(run_dir)
-            run.start(config, names)
-            tell(console, f"{', '.join(names)} started for the run in {run_dir}")
-            while not run.over():
-                if run_key(run_dir) != keys:
-                    keys = run_key(run_dir)
-                    tell(console, "the run has begun a new life: its workers here are started anew")
-                    processes.stop(supervisor.processes, GRACE_S)
-                    run.start(
-                        config, [name for name in names if not supervisor.children[name].given_up]
-                    )
-                if supervisor.silent_s > config.run.no_progress_timeout_s:
+            key = controller_key(run_dir)
+            session.start(config, names)
+            show(console, f"started {', '.join(names)} for the run in {run_dir}")
+            while not session.poll():
+                if controller_key(run_dir) != key:
+                    key = controller_key(run_dir)
+                    show(console, "`run` was started again: restarting the processes here")
+                    processes.stop(supervisor.processes, STOP_GRACE_S)
+                    left = [name for name in names if not supervisor.children[name].given_up]
+                    session.start(config, left)
+                limit_s = config.run.no_progress_timeout_s
+                if supervisor.status_age_s > limit_s:
                     raise Error(
-                        f"the controller of {run_dir} has written no status for run.no_progress_timeout_s = {config.run.no_progress_timeout_s:.0f} s; "
-                        "see whether the host of `run` is there, and join again once it is"
+                        f"the controller of {run_dir} has written no status for "
+                        f"run.no_progress_timeout_s = {limit_s:.0f} s; check the host of `run` "
+                        "and join again when it is back"
                     )
                 time.sleep(POLL_S)
-            if not supervisor.failed and not run.interrupted and run.preempted_at is None:
-                run.wait_for_the_rest()
+            session.wait_for_workers()
         finally:
-            processes.stop(
-                supervisor.processes,
-                GRACE_S if run.preempted_at is None else config.faults.shutdown_grace_s,
-            )
-    if run.interrupted:
-        return 128 + run.interrupted
-    if run.preempted_at is not None:
+            grace_s = config.faults.shutdown_grace_s if session.preempted else STOP_GRACE_S
+            processes.stop(supervisor.processes, grace_s)
+    if session.interrupted:
+        return 128 + session.interrupted
+    if session.preempted:
         return processes.EXIT_REQUEUE
     if supervisor.failed:
-        raise Error(run.why())
-    tell(console, "nothing more to do here")
+        raise Error(session.failure_text())
+    show(console, "this host's part of the run is done")
     return 0
 
 
-def _config_of(run_dir: Path) -> Config:
+def _load_config(run_dir: Path) -> Config:
     path = run_dir / "config.yaml"
     if not path.exists():
-        raise ConfigError(
-            f"{run_dir} is not the folder of a run: it has no config.yaml; give the run.dir of a run"
-        )
-    return config_module.load(path)
+        raise ConfigError(f"{run_dir} has no config.yaml: give the run.dir of a run")
+    return configuration.load(path)
 
 
-def _wait_for_the_run(run_dir: Path, config: Config) -> None:
-    """Until its controller listens. Raises Error when there is none in time."""
+def _wait_for_run(run_dir: Path, config: Config) -> None:
+    """Waits until the controller listens. Raises Error after trainer.start_timeout_s."""
     limit_s = config.trainer.start_timeout_s
     deadline = time.monotonic() + limit_s
-    while not _is_on(run_dir):
+    while not _is_running(run_dir):
         if time.monotonic() > deadline:
             raise Error(
-                f"the run in {run_dir} is not on: no controller within trainer.start_timeout_s = {limit_s:.0f} s; begin "
-                "it with `run`"
+                f"no running controller in {run_dir} within trainer.start_timeout_s = "
+                f"{limit_s:.0f} s; start it with `run`"
             )
         time.sleep(POLL_S)
 
 
-def _is_on(run_dir: Path) -> bool:
+def _is_running(run_dir: Path) -> bool:
     try:
-        return (run_dir / "controller.address").exists() and read_status(
-            run_dir
-        ).state not in FINAL_STATES
+        has_ended = read_status(run_dir).state in FINAL_STATES
     except DataError:
-        return False  # it has written no status yet
+        return False  # no status yet
+    return not has_ended and (run_dir / "controller.address").exists()

@@ -41,7 +41,7 @@ class Check:
 
 
 def preflight(config: Config) -> None:
-    """Raises an error that lists every failed check with its remedy. Its type is the first one's."""
+    """Raises an error that lists all failed checks with remedies; its type is the first one's."""
     failed = [check for check in (check_engine(), *config_checks(config)) if not check.ok]
     if len(failed) == 1:
         raise failed[0].error(failed[0].detail, failed[0].remedy)

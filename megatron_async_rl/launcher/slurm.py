@@ -1,11 +1,14 @@
-"""`slurm`: one run over the nodes of a Slurm job, started as one task a node (launchers/slurm.sbatch).
+"""`slurm`: one run over the nodes of a Slurm job, started as one task a node
+(launchers/slurm.sbatch).
 
-The first node decides what runs where (placement.py), does what `run --elsewhere` does, and tells the others their names in
-a file beside run.dir; the others do what `join` does. The file bears the job, its step and its requeue in its name: what an
-earlier life of the job left behind tells nobody anything.
+The first node decides what runs where (placement.py), does what `run --elsewhere` does, and tells
+the others their names in a file beside run.dir; the others do what `join` does. The file bears the
+job, its step and its requeue in its name: what an earlier life of the job left behind tells nobody
+anything.
 
-SIGTERM ends all of it in order, and each task's exit code asks for the job to be requeued (75). Slurm may send it to every
-process of a node at once, and more than once: processes.py says who is deaf to it.
+SIGTERM ends all of it in order, and each task's exit code asks for the job to be requeued (75).
+Slurm may send it to every process of a node at once, and more than once: processes.py says who is
+deaf to it.
 """
 
 from __future__ import annotations

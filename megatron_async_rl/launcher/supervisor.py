@@ -1,19 +1,19 @@
-"""Keeps the processes that a launcher started alive: who dies is started again alone, within limits, others go on.
+"""Restarts the processes of one launcher: each one that dies is restarted alone, within limits.
 
-    rollout or reward worker   anew; given up after faults.max_restarts; the run ends below faults.min_servers
-    trainer                    anew, all ranks: it goes on from its checkpoint and the recorded batches
-    trainer-0, trainer-1 ...   their lives are their own affair (node/): anew when one was killed, on all hosts
-    controller                 anew when it was killed; an error that it, or trainer-N, names itself ends the run
-    silent worker              killed first: the controller tells of it in status.json
-    controller without news    the same, when status.json has not changed for faults.heartbeat_timeout_s
-    taken over                 left alone: another launcher, on another host, has started it since (claims.py)
+    rollout or reward worker   restarted; given up after faults.max_restarts failures; the run ends
+                               below faults.min_servers servers
+    trainer                    restarted with all ranks; resumes from checkpoint and stored batches
+    trainer-0, trainer-1 ...   nodes restart their ranks (node/); a node that is killed is restarted
+    controller                 restarted if it crashed; exit code 2 of it or of a node ends the run
+    worker without heartbeat   killed, then restarted; the controller lists it in status.json
+    controller that hangs      the same, if status.json is unchanged for faults.heartbeat_timeout_s
+    name claimed by another    left alone: another launcher has started it since (claims.py)
 
-Before the first training step nothing is started anew: whoever dies then, dies of its settings.
+No process is restarted before the first training step: an early exit is taken for a wrong setting.
 """
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import time
 from collections.abc import Callable
@@ -24,68 +24,67 @@ from megatron_async_rl import processes
 from megatron_async_rl.config.sections import FaultsConfig
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.launcher.claims import Claims
-from megatron_async_rl.observability.run_log import FINAL_STATES, STATUS_FILE, Status, read_status
-
-logger = logging.getLogger(__name__)
-MAX_BACKOFF_S = 60.0
+from megatron_async_rl.observability.status import (
+    FINAL_STATES,
+    STATUS_FILE,
+    RunStatus,
+    read_status,
+)
 
 
 @dataclass
 class Child:
-    """One process of the run and its lives."""
+    """One process of the run, over its restarts."""
 
     name: str
     start: Callable[[], subprocess.Popen[bytes]]
     process: subprocess.Popen[bytes]
     started: float
     restarts: int = 0  # since it last was healthy
-    start_again_at: float | None = None
-    given_up: bool = False  # died too often, or another launcher's now
+    restart_at: float | None = None
+    given_up: bool = False  # failed too often, or claimed by another launcher
     last_code: int | None = None
-    joining: bool = False  # started while the run is on, and not heard of yet: its start has a deadline of its own
+    connecting: bool = False  # started during the run: status.json may still list it as lost
 
     @property
     def role(self) -> str:
         return self.name.split("-")[0]
 
     @property
-    def names_its_errors(self) -> bool:
-        """Exit code 2 is the run's end: it has seen to it itself that nothing else helps."""
+    def error_is_final(self) -> bool:
+        """True if exit code 2 ends the run: controller and nodes use it only if it must end."""
         return self.role == "controller" or (self.role == "trainer" and self.name != "trainer")
 
     @property
-    def ended_well(self) -> bool:
+    def succeeded(self) -> bool:
         return self.process.poll() == 0
 
 
 class Supervisor:
-    """`over` is asked again and again; `failed` then names whose end ended the run, `why` the rule behind it.
+    """Call `poll` repeatedly until it is true; `failed` then names the process that ended the run.
 
-    A launcher that joined a run (`join`) has neither controller nor, perhaps, trainer: status.json tells it of the end.
+    A launcher of `join` has no controller and perhaps no trainer: it learns of the end of the run
+    from status.json.
     """
 
-    def __init__(self, run_dir: Path, rules: FaultsConfig, tell: Callable[[str], None]) -> None:
+    def __init__(self, run_dir: Path, faults: FaultsConfig, log: Callable[[str], None]) -> None:
         self.run_dir = run_dir
-        self.rules = rules
-        self.tell = tell
+        self.faults = faults
+        self.log = log
         self.claims = Claims(run_dir)
         self.children: dict[str, Child] = {}
         self.failed = ""
-        self.why = ""
+        self.reason = ""  # the limit that was exceeded, if the run failed by one
         self.num_restarts = 0
-        self._began = False  # the run has been seen training
-        self._silent: dict[str, float] = {}  # worker -> since when it is reported lost
-        self._news: tuple[int, float] = (
-            0,
-            time.monotonic(),
-        )  # status.json's time of change, and when we saw it
+        self._has_trained = False  # the run was seen in the state `training`
+        self._lost_since: dict[str, float] = {}  # by worker, as status.json lists them
+        self._status_mtime_ns = 0
+        self._status_changed = time.monotonic()
 
     def start(self, name: str, start: Callable[[], subprocess.Popen[bytes]]) -> None:
         self.claims.take(name)
-        joining = (
-            name != "controller" and "controller" not in self.children
-        )  # the run is on: the name may be reported lost
-        self.children[name] = Child(name, start, start(), time.monotonic(), joining=joining)
+        connecting = name != "controller" and "controller" not in self.children
+        self.children[name] = Child(name, start, start(), time.monotonic(), connecting=connecting)
 
     @property
     def processes(self) -> list[subprocess.Popen[bytes]]:
@@ -96,121 +95,114 @@ class Supervisor:
         return [child for child in self.children.values() if child.role == "trainer"]
 
     @property
-    def silent_s(self) -> float:
-        """Since the controller last wrote status.json."""
-        return time.monotonic() - self._news[1]
+    def status_age_s(self) -> float:
+        """Seconds since the controller last wrote status.json."""
+        return time.monotonic() - self._status_changed
 
-    def over(self) -> bool:
-        """Whether there is nothing more to wait for; starts again who died, unless that ends the run."""
-        status = self._status()
+    def poll(self) -> bool:
+        """Restarts processes that died. Returns True if the run has ended."""
+        status = self._read_status()
         ending = self._is_ending(status)
-        if ending and all(trainer.ended_well or trainer.given_up for trainer in self.trainers):
+        if ending and all(trainer.succeeded or trainer.given_up for trainer in self.trainers):
             return True
-        self._began = self._began or status.state == "training"
-        if not ending:  # once the controller has ended well, whoever ends does so in order
-            self._kill_the_silent(status)
+        self._has_trained = self._has_trained or status.state == "training"
+        if not ending:  # later, workers end by themselves and send no heartbeat
+            self._kill_lost_workers(status)
+            self._kill_hanging_controller()
         now = time.monotonic()
         for child in self.children.values():
-            if child.start_again_at is not None:
-                if now >= child.start_again_at:
-                    self._start_again(child, now)
+            if child.restart_at is not None:
+                if now >= child.restart_at:
+                    self._restart(child, now)
             elif not child.given_up and (code := child.process.poll()) is not None:
-                self._ended(child, code, now, ending)
+                self._handle_exit(child, code, now, ending)
         return bool(self.failed) or all(child.given_up for child in self.children.values())
 
-    def _is_ending(self, status: Status) -> bool:
-        """The controller has ended well; or, where another launcher has it, says that the run is over."""
+    def _is_ending(self, status: RunStatus) -> bool:
         controller = self.children.get("controller")
-        return controller.ended_well if controller else status.state in FINAL_STATES
+        return controller.succeeded if controller else status.state in FINAL_STATES
 
-    def _ended(self, child: Child, code: int, now: float, ending: bool) -> None:
+    def _handle_exit(self, child: Child, code: int, now: float, ending: bool) -> None:
         if code == 0 and (ending or child.role in ("controller", "trainer")):
             return
         child.last_code = code
-        if owner := self.claims.other(child.name):
-            child.given_up = True
-            self.tell(
-                f"{child.name} ended with exit code {code} and is not started again here: {owner} has it"
-            )
+        if self._is_claimed_by_other(child, f" after exit code {code}"):
             return
-        if not self._began or (child.names_its_errors and code == processes.EXIT_ERROR):
+        if not self._has_trained or (child.error_is_final and code == processes.EXIT_ERROR):
             self.failed = self.failed or child.name
             return
-        if now - child.started > self.rules.restart_reset_s:
+        if now - child.started > self.faults.restart_reset_s:
             child.restarts = 0
-        processes.stop([child.process], 0.0)  # whatever of its group is left
-        if child.restarts >= self.rules.max_restarts:
+        processes.stop([child.process], 0.0)  # kills the rest of its process group
+        if child.restarts >= self.faults.max_restarts:
             self._give_up(child)
             return
-        pause_s = min(self.rules.restart_backoff_s * 2**child.restarts, MAX_BACKOFF_S)
-        child.start_again_at = now + pause_s
-        self.tell(
-            f"{child.name} ended with exit code {code}; it is started again in {pause_s:.0f} s"
-        )
+        pause_s = self.faults.restart_pause_s(child.restarts + 1)
+        child.restart_at = now + pause_s
+        self.log(f"{child.name} ended with exit code {code}; restart in {pause_s:.0f} s")
 
-    def _start_again(self, child: Child, now: float) -> None:
-        child.start_again_at = None
-        if owner := self.claims.other(child.name):
-            child.given_up = True
-            self.tell(f"{child.name} is not started again here: {owner} has it")
+    def _restart(self, child: Child, now: float) -> None:
+        child.restart_at = None
+        if self._is_claimed_by_other(child):
             return
         child.restarts += 1
         self.num_restarts += 1
         child.process, child.started = child.start(), now
-        child.joining = True
-        self._silent.pop(child.name, None)
+        child.connecting = True
+        self._lost_since.pop(child.name, None)
+
+    def _is_claimed_by_other(self, child: Child, when: str = "") -> bool:
+        owner = self.claims.other_owner(child.name)
+        if owner:
+            child.given_up = True
+            self.log(f"{child.name} is not restarted here{when}: {owner} has taken it over")
+        return bool(owner)
 
     def _give_up(self, child: Child) -> None:
         child.given_up = True
-        times = f"{child.name} died {child.restarts + 1} times (faults.max_restarts = {self.rules.max_restarts})"
+        limit = f"(faults.max_restarts = {self.faults.max_restarts})"
+        times = f"{child.name} died {child.restarts + 1} times {limit}"
         left = sum(c.role == child.role and not c.given_up for c in self.children.values())
-        left += self.claims.elsewhere(child.role)
-        least = {"rollout": self.rules.min_servers}.get(child.role, 1)
-        if left >= least and child.role != "trainer":  # all its hosts are needed
-            self.tell(f"{times} and is given up; {left} {child.role} workers go on")
+        left += self.claims.count_elsewhere(child.role)
+        needed = self.faults.min_servers if child.role == "rollout" else 1
+        if left >= needed and child.role != "trainer":  # all nodes of a trainer are needed
+            self.log(f"{times} and is given up; {left} {child.role} workers remain")
             return
         self.failed = self.failed or child.name
-        self.why = times
+        self.reason = times
         if child.role == "rollout":
-            self.why += (
-                f", which leaves {left} servers (faults.min_servers = {self.rules.min_servers})"
-            )
+            limit = f"(faults.min_servers = {self.faults.min_servers})"
+            self.reason += f", which leaves {left} servers {limit}"
 
-    def _kill_the_silent(self, status: Status) -> None:
-        """A process that lives and does nothing is ended here, so that it is started again like a dead one."""
-        now = time.monotonic()
+    def _kill_lost_workers(self, status: RunStatus) -> None:
+        """Kills processes that run but send no heartbeat, so that they are restarted."""
+        now, limit_s = time.monotonic(), self.faults.heartbeat_timeout_s
         for child in self.children.values():
-            starting = (
-                now - child.started < 2 * self.rules.heartbeat_timeout_s
-            )  # an earlier life may not be reported lost yet
-            child.joining = child.joining and (starting or child.name in status.lost)
-        lost = [
-            name
-            for name in status.lost
-            if name in self.children and not self.children[name].joining
-        ]
-        self._silent = {name: self._silent.get(name, now) for name in lost}
-        for name, since in self._silent.items():
-            child = self.children[name]
-            if (
-                now - max(since, child.started) > self.rules.heartbeat_timeout_s
-                and child.process.poll() is None
-            ):
-                self.tell(f"{name} is silent; it is killed")
+            # until this time an earlier incarnation may not be listed as lost yet
+            starting = now - child.started < 2 * limit_s
+            child.connecting = child.connecting and (starting or child.name in status.lost)
+        lost = [c for name in status.lost if (c := self.children.get(name)) and not c.connecting]
+        self._lost_since = {c.name: self._lost_since.get(c.name, now) for c in lost}
+        for child in lost:
+            since = max(self._lost_since[child.name], child.started)
+            if now - since > limit_s and child.process.poll() is None:
+                self.log(f"{child.name} sends no heartbeat; it is killed")
                 processes.stop([child.process], 0.0)
+
+    def _kill_hanging_controller(self) -> None:
         controller = self.children.get("controller")
-        if controller is None or controller.process.poll() is not None or not self._began:
+        if controller is None or controller.process.poll() is not None or not self._has_trained:
             return
-        if now - max(self._news[1], controller.started) > self.rules.heartbeat_timeout_s:
-            self.tell("the controller gives no sign of life; it is killed")
+        since = max(self._status_changed, controller.started)
+        if time.monotonic() - since > self.faults.heartbeat_timeout_s:
+            self.log("the controller does not update status.json; it is killed")
             processes.stop([controller.process], 0.0)
 
-    def _status(self) -> Status:
-        path = self.run_dir / STATUS_FILE
+    def _read_status(self) -> RunStatus:
         try:
-            changed = path.stat().st_mtime_ns
-            if changed != self._news[0]:  # by this host's monotonic clock: wall clocks jump
-                self._news = (changed, time.monotonic())
+            mtime_ns = (self.run_dir / STATUS_FILE).stat().st_mtime_ns
+            if mtime_ns != self._status_mtime_ns:  # age by our monotonic clock: wall clocks jump
+                self._status_mtime_ns, self._status_changed = mtime_ns, time.monotonic()
             return read_status(self.run_dir)
         except (DataError, OSError):
-            return Status()
+            return RunStatus()

@@ -1,1 +1,1 @@
-"""One host's part of a trainer that is on several: PROCESS."""
+"""One host's part of a trainer that spans several hosts."""

@@ -1,4 +1,4 @@
-"""`python -m megatron_async_rl.node RUN_DIR NAME`: the ranks of a trainer on several hosts that are on this one."""
+"""`python -m megatron_async_rl.node RUN_DIR NAME`: runs one host's trainer ranks."""
 
 import sys
 from pathlib import Path

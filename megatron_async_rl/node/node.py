@@ -1,7 +1,8 @@
-"""One host's part of the trainer: takes part in each of its lives, with a torchrun of its own that it starts and stops.
+"""A trainer node: runs one host's ranks in each incarnation of a trainer that spans several hosts.
 
-All ranks of a life meet at the address that trainer-0's host publishes. A rank that dies on any host, a host that is
-silent, or one that comes (back) begins the next life on all of them: from the checkpoint and the recorded batches.
+The ranks of an incarnation meet at the address that trainer-0's node publishes. When a rank dies on
+any host, or a node is silent or starts again, all nodes begin the next incarnation: they kill their
+ranks and start new ones, which resume from the checkpoint and the recorded batches.
 """
 
 from __future__ import annotations
@@ -20,19 +21,18 @@ from msgspec.structs import replace
 from megatron_async_rl import addresses, processes
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import DataError, Error
-from megatron_async_rl.launcher import roles
-from megatron_async_rl.launcher.claims import Claims, run_key
-from megatron_async_rl.launcher.supervisor import MAX_BACKOFF_S
-from megatron_async_rl.node.generations import GenerationFiles, TrainerGeneration
-from megatron_async_rl.observability.run_log import Status, read_status
+from megatron_async_rl.launcher import torchrun
+from megatron_async_rl.launcher.claims import Claims, controller_key
+from megatron_async_rl.node.incarnations import IncarnationFiles, TrainerIncarnation
+from megatron_async_rl.observability.status import RunStatus, read_status
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.3
-BEATS = 8  # signs of life in faults.heartbeat_timeout_s
+HEARTBEATS_PER_TIMEOUT = 8
 
 
-class _NewLife(Exception):
-    """The trainer has begun a life after ours."""
+class _Superseded(Exception):
+    """A newer incarnation of the trainer has begun."""
 
 
 class Node:
@@ -41,104 +41,106 @@ class Node:
         self._run_dir = run_dir
         self._name = name
         self._index = config.trainer_names.index(name)
-        self._lives = GenerationFiles(run_dir, name, config.trainer_names)
+        self._files = IncarnationFiles(run_dir, name, config.trainer_names)
         self._claims = Claims(run_dir)
         self._owner = self._claims.owner(name)
+        self._log = run_dir / "logs" / f"{name}.log"
         self._torchrun: subprocess.Popen[bytes] | None = None
-        self._port: socket.socket | None = None  # trainer-0's, kept for as long as the life lasts
-        self._run_key = b""
-        self._began = False  # the run has been seen training
-        self._over_since: float | None = None
-        self._beat_at = 0.0
+        self._port: socket.socket | None = None  # trainer-0: reserved while the incarnation lasts
+        self._controller_key = b""
+        self._has_trained = False  # the run was seen in the state `training`
+        self._over_since: float | None = None  # when the run was first seen to be over
+        self._last_heartbeat = 0.0
 
     def run(self) -> None:
-        """To the end of the training. Raises Error when the run cannot go on."""
-        controller = self._wait_for_the_controller()
-        self._run_key = run_key(self._run_dir)
+        """Runs until the training has ended. Raises Error if the run cannot continue."""
+        controller = self._wait_for_controller()
+        self._controller_key = controller_key(self._run_dir)
         try:
-            self._take_part()
+            self._join_or_begin()
             while True:
                 try:
-                    address, port = self._meet(controller)
+                    address, port = self._rendezvous(controller)
                     if port:
-                        self._train(controller, address, port)
+                        self._run_ranks(controller, address, port)
                     with contextlib.suppress(OSError):
-                        self._lives.say(replace(self._lives.own, done=True))
+                        self._files.write(replace(self._files.own, done=True))
                     return
-                except _NewLife:
-                    self._stop()
-                    self._adopt(self._lives.look())
+                except _Superseded:
+                    self._stop_ranks()
+                    self._join(self._files.read())
         finally:
-            self._stop()
+            self._stop_ranks()
 
-    # ---- which life
+    # ---- which incarnation
 
-    def _take_part(self) -> None:
-        """In the trainer's life if it waits for us; else ours is the death of it, and the next one begins."""
-        newest = self._lives.look()
-        if self._lives.of(self._name).life < newest.life and not newest.failed:
-            self._adopt(newest)
+    def _join_or_begin(self) -> None:
+        """Joins the current incarnation if it waits for this node, or begins the next one."""
+        newest = self._files.read()
+        if self._files.of(self._name).number < newest.number and not newest.failed:
+            self._join(newest)
         else:
-            self._say(TrainerGeneration(newest.life + 1, why=f"{self._name} was started"))
+            reason = f"{self._name} was started"
+            self._write(TrainerIncarnation(newest.number + 1, reason=reason))
 
-    def _adopt(self, life: TrainerGeneration) -> None:
-        logger.warning("life %d of the trainer: %s", life.life, life.why)
-        self._say(TrainerGeneration(life.life, life.restarts, life.why))
+    def _join(self, newest: TrainerIncarnation) -> None:
+        logger.warning("trainer incarnation %d: %s", newest.number, newest.reason)
+        self._write(TrainerIncarnation(newest.number, newest.restarts, newest.reason))
 
-    def _say(self, life: TrainerGeneration) -> None:
-        """Again and again while it cannot be written: a full disk ends no run."""
+    def _write(self, content: TrainerIncarnation) -> None:
+        """Retries while the file cannot be written: a full disk must not end the run."""
         deadline = time.monotonic() + self._config.trainer.start_timeout_s
         while True:
             try:
-                self._lives.say(life)
+                self._files.write(content)
                 return
             except OSError as e:
                 if time.monotonic() > deadline:
                     raise Error(
-                        f"{self._name} cannot write below {self._run_dir}: {e}; make room there"
+                        f"{self._name} cannot write below {self._run_dir}: {e}; free disk space"
                     ) from None
                 time.sleep(POLL_S)
 
-    def _tick(self) -> None:
-        """Raises _NewLife when there is one, Error when the run has failed or the name is another's."""
+    def _poll(self) -> None:
+        """Reads the other nodes' files and the run's status, and sends a heartbeat.
+
+        Raises _Superseded, or Error if the run has failed or another launcher has taken the name.
+        """
         owner = self._claims.owner(self._name)
         if owner != self._owner:
-            raise Error(f"{self._name} was taken over: {owner} has it")
-        if (
-            run_key(self._run_dir) != self._run_key
-        ):  # `run` was called again: our launcher starts us anew
-            self._over_since = -math.inf
+            raise Error(f"{self._name} was taken over by {owner}")
+        if controller_key(self._run_dir) != self._controller_key:
+            self._over_since = -math.inf  # the controller restarted: our launcher restarts us
             return
-        newest = self._lives.look()
-        if newest.life >= self._lives.own.life and newest.failed:
-            raise Error(newest.why)
-        if newest.life > self._lives.own.life:
-            raise _NewLife
+        newest = self._files.read()
+        if newest.number >= self._files.own.number and newest.failed:
+            raise Error(newest.reason)
+        if newest.number > self._files.own.number:
+            raise _Superseded
         now = time.monotonic()
-        if (
-            self._lives.of(self._name) != self._lives.own
-        ):  # by an earlier process that was stopped in the midst of it
-            self._say(self._lives.own)
-        elif now - self._beat_at > self._config.faults.heartbeat_timeout_s / BEATS:
-            self._lives.beat()
-            self._beat_at = now
+        heartbeat_s = self._config.faults.heartbeat_timeout_s / HEARTBEATS_PER_TIMEOUT
+        if self._files.of(self._name) != self._files.own:
+            self._write(self._files.own)  # an earlier process of this name wrote it as it ended
+        elif now - self._last_heartbeat > heartbeat_s:
+            self._files.heartbeat()
+            self._last_heartbeat = now
         status = self._status()
-        self._began = self._began or status.state == "training"
+        self._has_trained = self._has_trained or status.state == "training"
         if status.state not in ("failed", "stopped"):
             self._over_since = None
         elif self._over_since is None:
             self._over_since = now
 
-    def _status(self) -> Status:
+    def _status(self) -> RunStatus:
         try:
             return read_status(self._run_dir)
         except DataError:
-            return Status()
+            return RunStatus()
 
-    # ---- the way into a life
+    # ---- start of an incarnation
 
-    def _wait_for_the_controller(self) -> str:
-        """Its address. A status.json of an earlier start is gone when there is one."""
+    def _wait_for_controller(self) -> str:
+        """Returns the controller's address; by then an earlier start's status.json is gone."""
         limit_s = self._config.trainer.start_timeout_s
         deadline = time.monotonic() + limit_s
         while True:
@@ -147,118 +149,106 @@ class Node:
                     return text
             if time.monotonic() > deadline:
                 raise Error(
-                    f"{self._name} has waited for the controller for trainer.start_timeout_s = {limit_s:g} s"
+                    f"{self._name} waited trainer.start_timeout_s = {limit_s:g} s for a controller"
                 )
             time.sleep(POLL_S)
 
-    def _meet(self, controller: str) -> tuple[str, int]:
-        """Where the ranks of this life meet, once all nodes take part in it; port 0: the run is over."""
-        life, limit_s = self._lives.own, self._config.trainer.start_timeout_s
-        faults, began = self._config.faults, time.monotonic()
-        pause_s = (
-            min(faults.restart_backoff_s * 2 ** (life.restarts - 1), MAX_BACKOFF_S)
-            if life.restarts
-            else 0.0
-        )
-        first, said = self._config.trainer_names[0], ""
+    def _rendezvous(self, controller: str) -> tuple[str, int]:
+        """Waits for all nodes. Returns where the ranks meet; port 0 if the run is over."""
+        own, limit_s = self._files.own, self._config.trainer.start_timeout_s
+        pause_s = self._config.faults.restart_pause_s(own.restarts)
+        first, started, logged = self._config.trainer_names[0], time.monotonic(), ""
         while True:
-            self._tick()
+            self._poll()
             if self._over_since is not None:
                 return "", 0
-            waited_s = time.monotonic() - began
-            meeting = self._lives.of(first)
-            absent = ", ".join(self._lives.absent())
-            if not absent and meeting.port:
-                return meeting.address, meeting.port
-            if not absent and self._index == 0 and waited_s >= pause_s:
-                self._publish(controller)
+            waited_s = time.monotonic() - started
+            published = self._files.of(first)
+            missing = ", ".join(self._files.missing())
+            if not missing and published.port:
+                return published.address, published.port
+            if not missing and self._index == 0 and waited_s >= pause_s:
+                self._publish_address(controller)
                 continue
-            awaited = f"{absent} to take part" if absent else f"{first} to say where the ranks meet"
-            if awaited != said:
+            awaited = f"{missing} to join" if missing else f"the address that {first} publishes"
+            if awaited != logged:
                 logger.info(
-                    "life %d of the trainer: %s waits for %s", life.life, self._name, awaited
+                    "trainer incarnation %d: %s waits for %s", own.number, self._name, awaited
                 )
-                said = awaited
+                logged = awaited
             if waited_s > limit_s:
-                remedy = f"start it with `join {self._run_dir} {absent or first}`, on its host or another"
                 self._fail(
-                    f"{self._name} has waited for {awaited} in life {life.life} of the trainer for "
-                    f"trainer.start_timeout_s = {limit_s:g} s; {remedy}"
+                    f"{self._name} waited trainer.start_timeout_s = {limit_s:g} s for {awaited} "
+                    f"(trainer incarnation {own.number}); start it with `join {self._run_dir} "
+                    f"{missing or first}`, on its host or another"
                 )
             time.sleep(POLL_S)
 
-    def _publish(self, controller: str) -> None:
+    def _publish_address(self, controller: str) -> None:
         address = addresses.own_address(controller)
         self._port = addresses.reserve_port(address)
-        self._say(replace(self._lives.own, address=address, port=self._port.getsockname()[1]))
+        self._write(replace(self._files.own, address=address, port=self._port.getsockname()[1]))
 
-    # ---- the life
+    # ---- the ranks
 
-    def _train(self, controller: str, address: str, port: int) -> None:
-        """Until our ranks have ended well, or the run is over. Raises _NewLife."""
-        life, faults = self._lives.own, self._config.faults
-        logger.info(
-            "life %d of the trainer: the ranks meet at %s, port %d", life.life, address, port
-        )
+    def _run_ranks(self, controller: str, address: str, port: int) -> None:
+        """Returns when this node's ranks have ended successfully, or the run is over."""
+        number, faults = self._files.own.number, self._config.faults
+        logger.info("trainer incarnation %d: ranks meet at %s, port %d", number, address, port)
         timeout_s = max(1, round(self._config.trainer.start_timeout_s))
-        command = roles.torchrun(
-            self._config,
-            str(self._run_dir),
-            *(
-                f"--nnodes={len(self._config.trainer_names)}",
-                "--rdzv-backend=bound",
-                f"--rdzv-endpoint={address}:{port}",
-            ),
-            *(f"--rdzv-id=life-{life.life}", f"--rdzv-conf=rank={self._index},timeout={timeout_s}"),
+        rendezvous = [
+            f"--nnodes={len(self._config.trainer_names)}",
+            "--rdzv-backend=bound",
+            f"--rdzv-endpoint={address}:{port}",
+            f"--rdzv-id=incarnation-{number}",
+            f"--rdzv-conf=rank={self._index},timeout={timeout_s}",
+        ]
+        command = torchrun.command(
+            self._config.ranks_per_host, rendezvous, "megatron_async_rl.trainer", str(self._run_dir)
         )
-        log = self._run_dir / "logs" / f"{self._name}.log"
-        network = addresses.collective_environment(
-            controller.removeprefix("tcp://").rsplit(":", 1)[0]
-        )
-        self._torchrun = processes.start(command, log, network, sigterm_blocked=True)
+        host = controller.removeprefix("tcp://").rsplit(":", 1)[0]
+        network = addresses.collective_environment(host)
+        self._torchrun = processes.start(command, self._log, network, sigterm_blocked=True)
         started = time.monotonic()
         while (code := self._torchrun.poll()) is None:
-            self._tick()
-            if (
-                self._over_since is not None
-                and time.monotonic() - self._over_since > faults.shutdown_grace_s
-            ):
+            self._poll()
+            over_since = self._over_since
+            if over_since is not None and time.monotonic() - over_since > faults.shutdown_grace_s:
                 return
-            if silent := self._lives.silent(faults.heartbeat_timeout_s):
-                self._died(
-                    f"nothing heard of {silent[0]} for faults.heartbeat_timeout_s = {faults.heartbeat_timeout_s:g} s",
+            if silent := self._files.silent(faults.heartbeat_timeout_s):
+                self._begin_next(
+                    f"no heartbeat of {silent[0]} for faults.heartbeat_timeout_s = "
+                    f"{faults.heartbeat_timeout_s:g} s",
                     started,
                 )
             time.sleep(POLL_S)
-        self._tick()
+        self._poll()
         if code and self._over_since is None:
-            self._died(f"{self._name} ended with exit code {code}", started)
+            self._begin_next(f"{self._name} ended with exit code {code}", started)
 
-    def _died(self, why: str, started: float) -> NoReturn:
-        """Begins the next life, or ends the run where there may be none."""
-        rules, life = self._config.faults, self._lives.own
-        restarts = 0 if time.monotonic() - started > rules.restart_reset_s else life.restarts
-        if not self._began:
-            log = self._run_dir / "logs" / f"{self._name}.log"
+    def _begin_next(self, reason: str, started: float) -> NoReturn:
+        """Begins the next incarnation after a failure, or ends the run if no restart is allowed."""
+        faults, own = self._config.faults, self._files.own
+        restarts = 0 if time.monotonic() - started > faults.restart_reset_s else own.restarts
+        if not self._has_trained:
+            cause = processes.error_text(self._log) or f"its log is {self._log}"
+            self._fail(f"{reason} before the first training step: {cause}")
+        if restarts >= faults.max_restarts:
             self._fail(
-                f"{why} before the first training step: {processes.error_text(log) or f'its log is {log}'}"
+                f"the trainer died {restarts + 1} times (faults.max_restarts = "
+                f"{faults.max_restarts}); {reason}"
             )
-        if restarts >= rules.max_restarts:
-            self._fail(
-                f"the trainer died {restarts + 1} times (faults.max_restarts = {rules.max_restarts}); {why}"
-            )
-        self._say(TrainerGeneration(life.life + 1, restarts + 1, why))
-        raise _NewLife
+        self._write(TrainerIncarnation(own.number + 1, restarts + 1, reason))
+        raise _Superseded
 
-    def _fail(self, why: str) -> NoReturn:
+    def _fail(self, reason: str) -> NoReturn:
         """Ends the run on all hosts."""
+        own = self._files.own
         with contextlib.suppress(OSError):
-            self._lives.say(
-                TrainerGeneration(self._lives.own.life, self._lives.own.restarts, why, failed=True)
-            )
-        raise Error(why)
+            self._files.write(TrainerIncarnation(own.number, own.restarts, reason, failed=True))
+        raise Error(reason)
 
-    def _stop(self) -> None:
+    def _stop_ranks(self) -> None:
         if self._torchrun:
             processes.stop([self._torchrun], 0.0)
             self._torchrun = None

@@ -1,5 +1,5 @@
 """A run whose two pipeline stages are on two hosts, each a network namespace with an address of its own, and what becomes of
-it when a rank, a host or the whole job is lost. Runs inside namespaces (world.py); asserts as it goes.
+it when a rank, a host or the whole job is lost. Runs inside namespaces (namespaces.py); asserts as it goes.
 
     python tests/trainer_hosts_main.py MODEL DATASET FOLDER
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 import psutil
-from chaos_parts import world
+from chaos_parts import namespaces
 from hosts import Host, wait_until
 from megatron_async_rl.node.incarnations import FOLDER, TrainerIncarnation
 from whole_runs import RunInputs
@@ -31,7 +31,7 @@ class Job:
         self.run_dir = folder / "run"
         self.path = RunInputs(model, dataset, dataset).config(
             self.run_dir,
-            run={"dir": str(self.run_dir), "steps": 5000, "export_every": 0, "host": world.HOST_A},
+            run={"dir": str(self.run_dir), "steps": 5000, "export_every": 0, "host": namespaces.HOST_A},
             data={"eval": None},
             rollout={"max_new_tokens": 12, "max_concurrent_samples": 16},
             faults={"heartbeat_timeout_s": 15, "restart_backoff_s": 0.1, "max_restarts": 3},
@@ -99,7 +99,7 @@ def rank_of(host: Host) -> psutil.Process:
 
 
 def main(model: Path, dataset: Path, folder: Path) -> None:
-    world.World(folder / "chaos").make_hosts()
+    namespaces.Namespaces(folder / "chaos").make_hosts()
     job = Job(model, dataset, folder)
     began = time.monotonic()
 
@@ -114,7 +114,7 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         say("trains")
         first, second = job.incarnations()
         assert (first.number, first.restarts, second.number, second.restarts) == (1, 0, 1, 0)
-        assert first.address == world.HOST_A and first.port > 0
+        assert first.address == namespaces.HOST_A and first.port > 0
         old = [rank_of(a), rank_of(b)]
         old[1].kill()
         wait_until(
@@ -173,5 +173,5 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    world.enter()
+    namespaces.enter()
     main(*(Path(argument) for argument in sys.argv[1:]))

@@ -1,0 +1,129 @@
+"""The processes of one launcher, its signals, and how they end; used by `run` and `join`."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_async_rl import processes
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.launcher import roles
+from megatron_async_rl.launcher.supervisor import Supervisor
+
+STOP_GRACE_S = 15.0  # from SIGTERM to SIGKILL
+WORKER_EXIT_S = 20.0  # for workers to end by themselves once controller and trainer have
+LOG_TAIL_LINES = 15
+
+
+@dataclass
+class Session:
+    """The processes of one launcher, and whether a signal asked it to stop.
+
+    The first SIGTERM preempts the run: it saves its state within `grace_s`. A second one, or
+    SIGINT, stops it at once, unless `ignore_more_sigterms`.
+    """
+
+    run_dir: Path
+    supervisor: Supervisor
+    grace_s: float
+    ignore_more_sigterms: bool = False
+    interrupted: int = 0  # the signal that stops the run at once
+    preempted_at: float | None = None
+
+    @property
+    def preempted(self) -> bool:
+        return self.preempted_at is not None
+
+    def start(self, config: Config, names: Collection[str]) -> None:
+        for name, command in roles.commands(config, self.run_dir, names).items():
+            start = partial(
+                processes.start,
+                command.arguments,
+                self.log_path(name),
+                command.env,
+                sigterm_blocked=command.sigterm_blocked,
+            )
+            self.supervisor.start(name, start)
+
+    def log_path(self, name: str) -> Path:
+        return self.run_dir / "logs" / f"{name}.log"
+
+    @contextlib.contextmanager
+    def handle_signals(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, self.handle_signal) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def handle_signal(self, number: int, _: object) -> None:
+        if number == signal.SIGTERM and not self.preempted:
+            self.preempted_at = time.monotonic()
+            self._forward_sigterm()
+        elif number != signal.SIGTERM or not self.ignore_more_sigterms:
+            self.interrupted = number
+
+    def _forward_sigterm(self) -> None:
+        """To the controller, which tells the others; without it to the workers beside a trainer.
+
+        A trainer here saves when its controller, on another host, is preempted too. Workers without
+        one need no signal: `poll` ends and they are stopped.
+        """
+        children = self.supervisor.children
+        if "controller" in children:
+            receivers = [children["controller"]]
+        elif self.supervisor.trainers:
+            receivers = [child for child in children.values() if child.role != "trainer"]
+        else:
+            receivers = []
+        for child in receivers:
+            with contextlib.suppress(ProcessLookupError):
+                child.process.send_signal(signal.SIGTERM)
+
+    def poll(self) -> bool:
+        """Supervises the processes. Returns True if the session is over."""
+        if self.interrupted:
+            return True
+        if self.preempted_at is None:
+            return self.supervisor.poll()
+        awaited = self.supervisor.processes
+        if "controller" not in self.supervisor.children:
+            awaited = [trainer.process for trainer in self.supervisor.trainers]
+        ended = all(process.poll() is not None for process in awaited)
+        return ended or time.monotonic() - self.preempted_at > self.grace_s
+
+    def wait_for_workers(self) -> None:
+        """After a regular end: lets the workers, told by the controller, end by themselves."""
+        if self.supervisor.failed or self.interrupted or self.preempted:
+            return
+        deadline = time.monotonic() + WORKER_EXIT_S
+        while time.monotonic() < deadline:
+            if all(process.poll() is not None for process in self.supervisor.processes):
+                return
+            time.sleep(0.1)
+
+    def failure_text(self) -> str:
+        """Returns the error line of the process that failed first, or else the end of its log."""
+        failed, log = self.supervisor.failed, self.log_path(self.supervisor.failed)
+        lead = f"{self.supervisor.reason}; last error: " if self.supervisor.reason else ""
+        if text := processes.error_text(log):
+            return f"{lead}{text}\n({failed} ended the run; its log: {log})"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        code = self.supervisor.children[failed].last_code
+        tail = "\n".join(lines[-LOG_TAIL_LINES:])
+        return f"{lead}{failed} ended with exit code {code}; its log: {log}\n{tail}"
+
+
+def show(console: Console, text: str) -> None:
+    """Prints a line; a full disk below our output does not end the run."""
+    with contextlib.suppress(OSError):
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
