@@ -1,4 +1,4 @@
-"""Short names for the settings of `algorithm:`, which tests change often."""
+"""Configurations for tests: a minimal one with changes, and short names for `algorithm:`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GROUPS = ("advantage", "loss", "staleness_correction", "kl", "filters", "reward
 
 
 def algorithm_tree(**settings: Any) -> dict[str, Any]:
-    """Returns the `algorithm:` section as YAML has it: `clip_eps=0.1` becomes {"loss": {"clip_eps": 0.1}}.
+    """Returns the `algorithm:` section: `clip_eps=0.1` gives {"loss": {"clip_eps": 0.1}}.
 
     `advantage` and `loss` stand for the estimator and the objective.
     """

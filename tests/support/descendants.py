@@ -1,4 +1,4 @@
-"""Who a process has started, directly or not, and who of them is still there after it has gone."""
+"""Finds the processes that a process started, directly or not, and which of them are left."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from megatron_async_rl.processes import LAUNCHER_VARIABLE
 
 
 class Descendants:
-    """Watches the tree below `pid` while it lives; a process that lost its parents meanwhile is found by the variable
-    that all of a run inherit."""
+    """Records the process tree below `pid` while that runs.
+
+    A process whose parents have ended is found by a variable that a run's processes inherit.
+    """
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
@@ -41,7 +43,7 @@ class Descendants:
         return len(self._seen)
 
     def left(self, within_s: float = 10.0) -> list[str]:
-        """The command lines of those that are still there after so long; empty as soon as none is."""
+        """Waits until no descendant is left; returns the command lines of those left at the end."""
         self._over.set()
         self._thread.join()
         deadline = time.monotonic() + within_s

@@ -1,6 +1,6 @@
-"""Bugs put in on purpose, each of which must show in the simulation: mistakes that systems like this one have made.
+"""Bugs that systems like this one have had; the simulation must find each of them.
 
-A bug takes a MonkeyPatch and spoils one decision of the core.
+A bug takes a MonkeyPatch and breaks one decision of the core.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from megatron_async_rl.controller.core.events import (
     SampleReturned,
     SampleScored,
 )
-from megatron_async_rl.controller.core.groups import Group, GroupState
+from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState
+from megatron_async_rl.controller.core.inputs import BatchRequested
 from megatron_async_rl.controller.core.leases import Leases
-from megatron_async_rl.controller.core.ledger import DropReason
+from megatron_async_rl.controller.core.scoring import ScoringQueue
 from megatron_async_rl.controller.core.state import ControllerState
-from megatron_async_rl.controller.core.verdicts import Verdicts
-from megatron_async_rl.protocol.messages import Generated
+from megatron_async_rl.protocol.messages import Generated, StepDone
 from megatron_async_rl.protocol.types import Prompt, Sample
 
 Bug = Callable[[pytest.MonkeyPatch], None]
 BUGS: list[Bug] = []
 
 
-def bug(spoil: Bug) -> Bug:
-    BUGS.append(spoil)
-    return spoil
+def bug(break_core: Bug) -> Bug:
+    BUGS.append(break_core)
+    return break_core
 
 
 @bug
 def no_fencing(patch: pytest.MonkeyPatch) -> None:
-    """Takes whatever comes for a group that exists."""
+    """Accepts every reply for a group that exists."""
 
     def group_of(self: Leases, worker: str, reply: Any) -> Group | None:
         group = self._state.groups.get(reply.key.group_id)
@@ -53,20 +53,20 @@ def no_fencing(patch: pytest.MonkeyPatch) -> None:
 
 @bug
 def no_sweep(patch: pytest.MonkeyPatch) -> None:
-    """Trains what is too old at the cut."""
-    patch.setattr(BatchSelector, "stale", lambda self: [])
+    """Trains samples that are too old when the batch is selected."""
+    patch.setattr(BatchSelector, "stale_groups", lambda self: [])
 
 
 @bug
 def newest_version_counts(patch: pytest.MonkeyPatch) -> None:
-    """Judges a group at the cut by its freshest token."""
+    """Selects groups by their newest token instead of their oldest."""
     newest = property(
         lambda self: max(
             (s.newest_version for s in self.samples if s is not None), default=self.floor_version
         )
     )
-    for method in ("stale", "batch"):
-        spoil_while(
+    for method in ("stale_groups", "select"):
+        patch_while(
             patch,
             BatchSelector,
             method,
@@ -76,22 +76,22 @@ def newest_version_counts(patch: pytest.MonkeyPatch) -> None:
 
 @bug
 def loses_in_flight(patch: pytest.MonkeyPatch) -> None:
-    """After a crash, what was out with workers is gone."""
+    """Loses the samples that were at workers during a crash."""
 
-    def owe_unjudged(self: Verdicts, group: Group) -> None:
+    def enqueue_unscored(self: ScoringQueue, group: Group) -> None:
         if group.missing:
             self._state.forget(group)
 
-    patch.setattr(Verdicts, "owe_unjudged", owe_unjudged)
+    patch.setattr(ScoringQueue, "enqueue_unscored", enqueue_unscored)
 
 
 @bug
 def counter_not_restored(patch: pytest.MonkeyPatch) -> None:
-    """Resumes with an empty count of trained groups, so admission starts over (AReaL #1388)."""
-    right = Core.restore
+    """Resumes with a count of trained groups of 0, so admission starts over (AReaL #1388)."""
+    original = Core.restore
 
-    def restore(self: Core, facts: list[AnyEvent]) -> None:
-        right(self, facts)
+    def restore(self: Core, events: list[AnyEvent]) -> None:
+        original(self, events)
         self.ledger.admitted -= self.ledger.trained
         self.ledger.trained = 0
 
@@ -100,56 +100,56 @@ def counter_not_restored(patch: pytest.MonkeyPatch) -> None:
 
 @bug
 def drops_oldest_when_full(patch: pytest.MonkeyPatch) -> None:
-    """A bounded buffer that lets the oldest ready group fall out, unrecorded."""
-    right = Core._complete
+    """Bounds the buffer by removing the oldest ready group without a record."""
+    original = Core._complete
 
     def complete(self: Core, group: Group) -> list[Action]:
         ready = self.state.in_state(GroupState.READY)
-        if len(ready) > self.rules.prompts_per_step:
+        if len(ready) > self.settings.prompts_per_step:
             self.state.forget(ready[0])
-        return right(self, group)
+        return original(self, group)
 
     patch.setattr(Core, "_complete", complete)
 
 
 @bug
 def commits_after_training(patch: pytest.MonkeyPatch) -> None:
-    """The batch is recorded when its step is done, not before it is sent."""
-    right = ControllerState.record
+    """Records the batch when its step is done instead of before it is sent."""
+    original = ControllerState.record
 
-    def record(self: ControllerState, fact: JournalEvent) -> None:
-        if isinstance(fact, BatchSelected):
-            self.late = fact
-            self._apply(fact)
+    def record(self: ControllerState, event: JournalEvent) -> None:
+        if isinstance(event, BatchSelected):
+            self.late = event
+            self._apply(event)
             return
-        if isinstance(fact, BatchTrained):
-            self.facts.append(self.late)
-        right(self, fact)
+        if isinstance(event, BatchTrained):
+            self.recorded.append(self.late)
+        original(self, event)
 
     patch.setattr(ControllerState, "record", record)
 
 
 @bug
 def forgets_training(patch: pytest.MonkeyPatch) -> None:
-    """StepDone is not recorded."""
-    right = ControllerState.record
+    """Does not record StepDone."""
+    original = ControllerState.record
     patch.setattr(
         ControllerState,
         "record",
-        lambda self, fact: (
-            self._apply(fact) if isinstance(fact, BatchTrained) else right(self, fact)
+        lambda self, event: (
+            self._apply(event) if isinstance(event, BatchTrained) else original(self, event)
         ),
     )
 
 
 @bug
-def cuts_incomplete(patch: pytest.MonkeyPatch) -> None:
-    """A group is ready with its first verdict."""
-    right = ControllerState._apply_to_group
+def selects_incomplete_groups(patch: pytest.MonkeyPatch) -> None:
+    """Makes a group ready with its first score."""
+    original = ControllerState._apply_to_group
 
-    def apply_to_group(self: ControllerState, group: Group, fact: Any) -> None:
-        right(self, group, fact)
-        if isinstance(fact, SampleScored):
+    def apply_to_group(self: ControllerState, group: Group, event: Any) -> None:
+        original(self, group, event)
+        if isinstance(event, SampleScored):
             self.move(group, GroupState.READY)
 
     patch.setattr(ControllerState, "_apply_to_group", apply_to_group)
@@ -157,25 +157,25 @@ def cuts_incomplete(patch: pytest.MonkeyPatch) -> None:
 
 @bug
 def no_admission_limit(patch: pytest.MonkeyPatch) -> None:
-    """eta does not throttle."""
+    """Admits without regard to max_staleness."""
     patch.setattr(Leases, "next_step", 0)
 
 
 @bug
 def own_version_admits(patch: pytest.MonkeyPatch) -> None:
-    """Admission goes by the trainer's version, where only the server's counts: one more batch in flight."""
+    """Admits by the trainer's version instead of the server's: one more batch in flight."""
     for method in ("lease_queued", "admit"):
-        right = getattr(Leases, method)
+        original = getattr(Leases, method)
 
         def lease(
-            self: Leases, *values: Any, right: Callable = right, **named: Any
+            self: Leases, *values: Any, original: Callable = original, **named: Any
         ) -> list[Action]:
             workers = list(self._fleet.rollout.values())
             true = [worker.version for worker in workers]
             for worker in workers:
                 worker.version = max(worker.version, self._state.version + 1)
             try:
-                return right(self, *values, **named)
+                return original(self, *values, **named)
             finally:
                 for worker, version in zip(workers, true, strict=True):
                     worker.version = version
@@ -184,59 +184,59 @@ def own_version_admits(patch: pytest.MonkeyPatch) -> None:
 
 
 @bug
-def ignores_lost_judge(patch: pytest.MonkeyPatch) -> None:
-    """A verdict that a dead judge owed is never asked of another, and has no deadline."""
-    ask = Verdicts.ask
-    patch.setattr(Verdicts, "take_back", lambda self, judge: None)
-    patch.setattr(Verdicts, "ask", lambda self, now: ask(self, 1e12))
+def ignores_lost_reward_worker(patch: pytest.MonkeyPatch) -> None:
+    """Neither requeues the requests of a lost reward worker nor gives them a deadline."""
+    assign = ScoringQueue.assign
+    patch.setattr(ScoringQueue, "requeue_from", lambda self, worker: None)
+    patch.setattr(ScoringQueue, "assign", lambda self, now: assign(self, 1e12))
 
 
 @bug
 def no_lease_deadline(patch: pytest.MonkeyPatch) -> None:
-    """A lost message is waited for for ever."""
-    patch.setattr(Leases, "overdue", lambda self, now: [])
+    """Waits forever for a lost message."""
+    patch.setattr(Leases, "expired", lambda self, now: [])
 
 
 @bug
 def new_batch_on_replay(patch: pytest.MonkeyPatch) -> None:
-    """A trainer that comes back gets whatever is fresh instead of the recorded batch."""
-    right = Core.batch_wanted
+    """Sends a restarted trainer a new batch instead of the recorded one."""
+    original = Core._batch_requested
 
-    def batch_wanted(self: Core, leader: int, version: int, now: float) -> list[Action]:
-        if version <= self.version and self.state.in_batch:
+    def batch_requested(self: Core, event: BatchRequested, now: float) -> list[Action]:
+        if event.version <= self.version and self.state.in_batch:
             for group in self.state.in_batch:
                 self.state.move(group, GroupState.READY)
             self.state.in_batch = []
-        return right(self, leader, version, now)
+        return original(self, event, now)
 
-    patch.setattr(Core, "batch_wanted", batch_wanted)
+    patch.setattr(Core, "_batch_requested", batch_requested)
 
 
 @bug
 def counts_replayed_steps(patch: pytest.MonkeyPatch) -> None:
-    """StepDone of a version that was trained before counts again."""
-    right = Core.step_done
+    """Counts StepDone again for a version that was trained before."""
+    original = Core._step_done
 
-    def step_done(self: Core, version: int, now: float) -> list[Action]:
-        if version <= self.version:
-            self.ledger.trained += self.rules.prompts_per_step
+    def step_done(self: Core, worker: str, step: StepDone, now: float) -> list[Action]:
+        if step.version <= self.version:
+            self.ledger.trained += self.settings.prompts_per_step
             return []
-        return right(self, version, now)
+        return original(self, worker, step, now)
 
-    patch.setattr(Core, "step_done", step_done)
+    patch.setattr(Core, "_step_done", step_done)
 
 
 @bug
 def prompts_start_over(patch: pytest.MonkeyPatch) -> None:
-    """Resumes the prompt stream at its beginning."""
-    right = ControllerState._apply_admitted
+    """Resumes the prompt stream at its start."""
+    original = ControllerState._apply_admitted
 
-    def apply_admitted(self: ControllerState, fact: Any) -> None:
+    def apply_admitted(self: ControllerState, event: Any) -> None:
         source, self._next_prompt = (
             self._next_prompt,
-            lambda: Prompt(fact.prompt_id, np.arange(2, dtype=np.int32), {}),
+            lambda: Prompt(event.prompt_id, np.arange(2, dtype=np.int32), {}),
         )
-        right(self, fact)
+        original(self, event)
         self._next_prompt = source
 
     patch.setattr(ControllerState, "_apply_admitted", apply_admitted)
@@ -244,8 +244,8 @@ def prompts_start_over(patch: pytest.MonkeyPatch) -> None:
 
 @bug
 def sample_taken_twice(patch: pytest.MonkeyPatch) -> None:
-    """A duplicate of a sample is recorded again."""
-    right = Core.generated
+    """Records a duplicate of a sample again."""
+    original = Core._generated
 
     def generated(self: Core, worker: str, reply: Generated, now: float) -> list[Action]:
         group = self.groups.get(reply.key.group_id)
@@ -256,22 +256,22 @@ def sample_taken_twice(patch: pytest.MonkeyPatch) -> None:
         ):
             self.state.record(SampleReturned(group.group_id, reply.key.index, reply.sample))
             return []
-        return right(self, worker, reply, now)
+        return original(self, worker, reply, now)
 
-    patch.setattr(Core, "generated", generated)
+    patch.setattr(Core, "_generated", generated)
 
 
 @bug
 def trusts_any_version(patch: pytest.MonkeyPatch) -> None:
-    """Takes tokens of a version that no weights have, without a look; partials count as fresh."""
-    right = ControllerState._apply_to_group
+    """Accepts tokens of a version that does not exist yet; partial samples count as fresh."""
+    original = ControllerState._apply_to_group
 
-    def apply_to_group(self: ControllerState, group: Group, fact: Any) -> None:
-        right(self, group, fact)
-        if isinstance(fact, LeaseGranted):
+    def apply_to_group(self: ControllerState, group: Group, event: Any) -> None:
+        original(self, group, event)
+        if isinstance(event, LeaseGranted):
             group.floor_version = self.version
-        if isinstance(fact, SampleReturned):
-            group.samples[fact.index] = relabelled(fact.sample, self.version + 1)
+        if isinstance(event, SampleReturned):
+            group.samples[event.index] = relabelled(event.sample, self.version + 1)
 
     patch.setattr(Leases, "fault", lambda self, group, sample: "")
     patch.setattr(ControllerState, "_apply_to_group", apply_to_group)
@@ -279,7 +279,7 @@ def trusts_any_version(patch: pytest.MonkeyPatch) -> None:
 
 @bug
 def drop_unrecorded(patch: pytest.MonkeyPatch) -> None:
-    """A dropped group is forgotten without a reason."""
+    """Drops a group without recording the reason."""
 
     def drop(self: Core, group: Group, reason: DropReason) -> list[Action]:
         self.state.forget(group)
@@ -288,16 +288,16 @@ def drop_unrecorded(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Core, "_drop", drop)
 
 
-def spoil_while(patch: pytest.MonkeyPatch, owner: type, method: str, spoil: Bug) -> None:
-    """The bug is there only while this method runs."""
-    right = getattr(owner, method)
+def patch_while(patch: pytest.MonkeyPatch, owner: type, method: str, break_core: Bug) -> None:
+    """Breaks the core only while this method runs."""
+    original = getattr(owner, method)
 
-    def spoiled(self: object, *values: Any) -> Any:
+    def patched(self: object, *values: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
-            spoil(inner)
-            return right(self, *values)
+            break_core(inner)
+            return original(self, *values)
 
-    patch.setattr(owner, method, spoiled)
+    patch.setattr(owner, method, patched)
 
 
 def relabelled(sample: Sample, version: int) -> Sample:

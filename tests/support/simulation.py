@@ -1,10 +1,11 @@
-"""The whole system on a virtual clock: the real core and its facts, in a world of servers, judges, trainer and journal.
+"""A simulated run on a virtual clock: the real core, with simulated servers, scoring and trainer.
 
-Everything that can go wrong on a wire or with a process does, at random instants drawn from one seed; the same seed plays
-the same run again. What is true of tokens and weights is kept here, by the world, and never asked of the core:
+Messages are delayed, lost and duplicated, and processes crash, at random instants drawn from one
+seed; the same seed repeats the same run. The simulation keeps its own record of tokens and weights
+and never asks the core for it:
 
-    a server knows which version it has sampled each token with;
-    the weights know the batches that they were made of, and a checkpoint keeps that with them.
+    a server records the version that sampled each token;
+    the trainer's weights record their batches, and a checkpoint keeps that record.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, ResendBatch, Send, SendBatch
 from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.core.events import (
@@ -37,6 +39,7 @@ from megatron_async_rl.protocol.messages import (
     PartialSample,
     ScoreRequest,
     ScoreResult,
+    StepDone,
 )
 from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Prompt, Sample
 
@@ -45,13 +48,13 @@ LEASE_S = 15.0
 MAX_EVENTS = 20_000
 
 
-class Breach(AssertionError):
-    """A promise was broken; the text says which."""
+class GuaranteeViolation(AssertionError):
+    """A guarantee of the core does not hold; the message says which."""
 
 
-def expect(holds: bool, promise: str) -> None:
+def expect(holds: bool, violation: str) -> None:
     if not holds:
-        raise Breach(promise)
+        raise GuaranteeViolation(violation)
 
 
 def arrays(versions: list[int], num_prompt: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -68,11 +71,10 @@ class Server:
     name: str
     speed: float
     version: int
-    life: int
+    incarnation: int
     alive: bool = True
-    tasks: dict[tuple[int, int], list[int]] = field(
-        default_factory=dict
-    )  # (group, index) -> versions of its tokens
+    # (group, index) -> versions of its tokens
+    tasks: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     leases: dict[tuple[int, int], Generate] = field(default_factory=dict)
 
 
@@ -87,29 +89,31 @@ class Result:
     max_staleness: int
 
 
-class World:
+class SimulatedRun:
     def __init__(self, seed: int, restore: Callable | None = None) -> None:
         r = self.random = random.Random(seed)
-        self.rules = CoreSettings(
-            prompts_per_step=r.choice([1, 2, 3]), samples_per_prompt=r.choice([1, 2]), max_staleness=r.choice([0, 1, 2, 4]),
-            wait_for_stragglers=r.random() < 0.5, straggler_timeout_s=20.0, max_new_tokens=8, temperature=1.0,
-            eval_temperature=0.0, lease_timeout_s=LEASE_S, max_attempts=r.choice([3, 6]), max_verdict_attempts=3,
+        self.settings = CoreSettings(
+            prompts_per_step=r.choice([1, 2, 3]), samples_per_prompt=r.choice([1, 2]),
+            max_staleness=r.choice([0, 1, 2, 4]), wait_for_stragglers=r.random() < 0.5,
+            straggler_timeout_s=20.0, max_new_tokens=8, temperature=1.0,
+            eval_temperature=0.0, lease_timeout_s=LEASE_S, max_attempts=r.choice([3, 6]),
+            max_scoring_attempts=3,
             drop_equal_rewards=False, heartbeat_timeout_s=15.0, steps=r.choice([4, 6, 9, 20]),
             data_parallel_size=r.choice([1, 2]),
         )  # fmt: skip
-        if self.rules.samples_per_prompt > 1 and r.random() < 0.5:
-            self.rules = replace(self.rules, drop_equal_rewards=True)
-        self.restore_facts = restore or (lambda facts: facts)
+        if self.settings.samples_per_prompt > 1 and r.random() < 0.5:
+            self.settings = replace(self.settings, drop_equal_rewards=True)
+        self.restore_events = restore or (lambda events: events)
         self.fault_rate = r.choice([0.0, 0.02, 0.05, 0.1])
         self.now, self.num_events, self.num_faults, self.num_crashes = 0.0, 0, 0, 0
         self.queue: list[tuple[float, int, Callable[[], None]]] = []
         self.order = itertools.count()
         self.journal: list[JournalEvent] = []  # on disk
-        self.buffer: list[JournalEvent] = []  # on the way there
-        self.batches: dict[int, list[int]] = {}  # version -> groups, as first sent to a trainer
-        self.weights: list[list[int]] = []  # the batches that the trainer's weights are made of
-        self.saved: list[list[int]] = []  # those of the last checkpoint
-        self.trainer_life, self.step_of, self.told_done = 0, -1, 0
+        self.buffer: list[JournalEvent] = []  # not yet written
+        self.batches: dict[int, list[int]] = {}  # version -> groups first sent to a trainer
+        self.weights: list[list[int]] = []  # batches that the trainer's weights contain
+        self.saved: list[list[int]] = []  # batches that the last checkpoint contains
+        self.trainer_incarnation, self.step_of, self.told_done = 0, -1, 0
         self.max_staleness = 0
         self.since: dict[tuple[int, int, int], float] = {}  # lease -> when it was first seen
         self.core = self.new_core()
@@ -120,36 +124,36 @@ class World:
             for i in range(r.choice([1, 2, 3]))
         }
         for server in self.servers.values():
-            self.act(self.core.rollout_joined(server.name, 6, self.now))
-            self.act(self.core.serving(server.name, 0, self.now))
-        self.act(self.core.reward_joined("reward-0", 8, self.now))
+            self.act(self.core.handle(inputs.RolloutJoined(server.name, 6), self.now))
+            self.act(self.core.handle(inputs.ServerUpdated(server.name, version=0), self.now))
+        self.act(self.core.handle(inputs.RewardJoined("reward-0", 8), self.now))
         self.at(0.1, self.want_batch)
         self.at(1.0, self.tick)
 
     def new_core(self) -> Core:
         numbers = itertools.count()
         return Core(
-            self.rules,
+            self.settings,
             lambda: Prompt(str(next(numbers)), np.arange(2, dtype=np.int32), {}),
             epoch=0,
         )
 
-    # ---- the clock and the wire
+    # ---- the clock and the network
 
     def at(self, delay: float, event: Callable[[], None]) -> None:
         heapq.heappush(self.queue, (self.now + delay, next(self.order), event))
 
-    def unlucky(self, weight: float = 1.0) -> bool:
+    def has_fault(self, weight: float = 1.0) -> bool:
         if self.random.random() < self.fault_rate * weight:
             self.num_faults += 1
             return True
         return False
 
-    def wire(self, deliver: Callable[[], None]) -> None:
-        """Delays, and so reorders; may lose or double a message."""
-        if self.unlucky(0.5):
+    def transmit(self, deliver: Callable[[], None]) -> None:
+        """Delivers a message late, and so possibly reordered; may lose or duplicate it."""
+        if self.has_fault(0.5):
             return
-        for _ in range(1 + self.unlucky(0.5)):
+        for _ in range(1 + self.has_fault(0.5)):
             self.at(self.random.expovariate(5.0), deliver)
 
     def run(self) -> Result:
@@ -162,25 +166,29 @@ class World:
                 f"no progress: version {self.core.version} after {self.now:.0f} s",
             )
             self.core.check()
-            limit = (self.core.version + self.rules.max_staleness + 1) * self.rules.prompts_per_step
-            expect(self.core.ledger.trained + self.core.pending <= limit, "admitted past eta")
-        self.act(self.core.end())
+            limit = (
+                self.core.version + self.settings.max_staleness + 1
+            ) * self.settings.prompts_per_step
+            expect(
+                self.core.ledger.trained + self.core.pending <= limit, "admitted past max_staleness"
+            )
+        self.act(self.core.handle(inputs.RunEnded(), 0))
         return self.check_end()
 
     @property
     def finished(self) -> bool:
-        return self.core.version == self.rules.steps and len(self.weights) == self.rules.steps
+        return self.core.version == self.settings.steps and len(self.weights) == self.settings.steps
 
     def check_end(self) -> Result:
         self.journal += self.buffer
-        facts = self.journal
-        admitted = [f.group_id for f in facts if isinstance(f, GroupAdmitted)]
+        events = self.journal
+        admitted = [f.group_id for f in events if isinstance(f, GroupAdmitted)]
         trained = [group for batch in self.weights for group in batch]
-        dropped = [f.group_id for f in facts if isinstance(f, GroupDropped)]
+        dropped = [f.group_id for f in events if isinstance(f, GroupDropped)]
         expect(len(set(admitted)) == len(admitted), "a group was admitted twice")
         expect(len(set(trained)) == len(trained), "a group is in the weights twice")
         expect(
-            len(trained) == self.rules.steps * self.rules.prompts_per_step,
+            len(trained) == self.settings.steps * self.settings.prompts_per_step,
             "a batch is missing from the weights",
         )
         expect(
@@ -191,13 +199,13 @@ class World:
             self.core.ledger.trained == len(trained),
             "the ledger's count of trained groups is wrong",
         )
-        prompts = [f.prompt_id for f in facts if isinstance(f, GroupAdmitted)]
+        prompts = [f.prompt_id for f in events if isinstance(f, GroupAdmitted)]
         expect(prompts == [str(n) for n in range(len(prompts))], "prompts were skipped or repeated")
-        versions = [f.version for f in facts if isinstance(f, BatchTrained)]
+        versions = [f.version for f in events if isinstance(f, BatchTrained)]
         expect(
-            versions == list(range(1, self.rules.steps + 1)), "versions were skipped or repeated"
+            versions == list(range(1, self.settings.steps + 1)), "versions were skipped or repeated"
         )
-        returned = [(f.group_id, f.index) for f in facts if isinstance(f, SampleReturned)]
+        returned = [(f.group_id, f.index) for f in events if isinstance(f, SampleReturned)]
         expect(len(set(returned)) == len(returned), "a sample was taken twice")
         return Result(
             self.num_events,
@@ -232,9 +240,9 @@ class World:
                 )
                 self.send_batch(action.version, None, batch.group_ids)
             elif isinstance(action, Send) and isinstance(action.message, Generate):
-                self.wire(lambda a=action: self.lease(a.worker, a.message))
+                self.transmit(lambda a=action: self.lease(a.worker, a.message))
             elif isinstance(action, Send) and isinstance(action.message, ScoreRequest):
-                self.wire(lambda a=action: self.judge(a.worker, a.message))
+                self.transmit(lambda a=action: self.score(a.worker, a.message))
 
     def flush(self) -> None:
         self.journal += self.buffer
@@ -258,16 +266,16 @@ class World:
             for sample in group.samples:
                 lag = version - int(sample.versions[sample.generated].min())
                 expect(
-                    0 <= lag <= self.rules.max_staleness,
-                    f"a token {lag} versions late is trained, eta = {self.rules.max_staleness}",
+                    0 <= lag <= self.settings.max_staleness,
+                    f"a token {lag} versions late is trained, max_staleness = {self.settings.max_staleness}",
                 )
                 expect(
                     int(sample.versions.max()) <= version,
                     "a token of weights that did not exist yet",
                 )
                 self.max_staleness = max(self.max_staleness, lag)
-        life = self.trainer_life
-        self.at(0.05, lambda: self.train(version, ids, life))
+        incarnation = self.trainer_incarnation
+        self.at(0.05, lambda: self.train(version, ids, incarnation))
 
     def tick(self) -> None:
         self.at(1.0, self.tick)
@@ -276,28 +284,26 @@ class World:
         for server in self.servers.values():
             if server.alive:
                 self.core.fleet.heard(server.name, self.now)
-        self.act(self.core.tick(self.now))
+        self.act(self.core.handle(inputs.Tick(), self.now))
         self.check_deadlines()
         if self.random.random() < 0.3:
             self.flush()
         stale = [
             w
             for w in self.core.fleet.rollout.values()
-            if w.state is ServerState.STALE and not w.reason
+            if w.state is ServerState.STALE and not w.is_fenced
         ]
-        if (
-            stale and self.step_of == -1
-        ):  # the trainer waits for a batch: it can give them its weights
+        if stale and self.step_of == -1:  # the trainer waits for a batch and can send its weights
             self.publish([w.name for w in stale])
-        if self.unlucky(0.3):
+        if self.has_fault(0.3):
             self.crash_controller()
-        if self.unlucky(0.3):
+        if self.has_fault(0.3):
             self.crash_trainer()
-        if self.unlucky(0.6):
+        if self.has_fault(0.6):
             self.crash_server(self.random.choice(list(self.servers.values())))
 
     def check_deadlines(self) -> None:
-        """Every lease, and every verdict, ends in bounded time."""
+        """Every lease and every scoring request ends in bounded time."""
         running = {
             (id(self.core), g.group_id, g.attempt): g
             for g in self.core.groups.values()
@@ -305,27 +311,35 @@ class World:
         }
         self.since = {key: self.since.get(key, self.now) for key in running}
         for key, group in running.items():
-            limit_s = LEASE_S * (1 if group.missing else 2 + self.rules.max_verdict_attempts) + 5
+            limit_s = LEASE_S * (1 if group.missing else 2 + self.settings.max_scoring_attempts) + 5
             expect(self.now - self.since[key] <= limit_s, f"group {group.group_id} has no deadline")
 
     def crash_controller(self) -> None:
-        """Dies at any instant: of what was on its way to the disk, a part arrived. Its workers live on."""
+        """Ends at any instant, with part of the unwritten events on disk; its workers continue."""
         self.num_crashes += 1
         self.journal += self.buffer[: self.random.randint(0, len(self.buffer))]
         self.buffer = []
         self.core = self.new_core()
-        self.core.restore(self.restore_facts(self.journal))
+        self.core.restore(self.restore_events(self.journal))
         self.core.admitting = True
         self.act([])
-        self.act(self.core.reward_joined("reward-0", 8, self.now))
+        self.act(self.core.handle(inputs.RewardJoined("reward-0", 8), self.now))
         for server in self.servers.values():
             if server.alive:
-                self.act(self.core.rollout_joined(server.name, 6, self.now))
+                self.act(self.core.handle(inputs.RolloutJoined(server.name, 6), self.now))
                 if 0 <= server.version <= self.core.version:
-                    self.act(self.core.serving(server.name, server.version, self.now))
-        # the trainer says again what it waits for an answer to
+                    self.act(
+                        self.core.handle(
+                            inputs.ServerUpdated(server.name, version=server.version), self.now
+                        )
+                    )
+        # the trainer repeats the messages that it has no answer to
         if len(self.weights) > self.core.version:
-            self.act(self.core.step_done(len(self.weights), self.now))
+            self.act(
+                self.core.handle(
+                    inputs.Received("trainer-0", StepDone(len(self.weights), {})), self.now
+                )
+            )
         expect(self.core.version >= len(self.weights), "the journal lost a batch that was trained")
         if self.step_of == -1:
             self.at(0.1, self.want_batch)
@@ -335,35 +349,45 @@ class World:
     def want_batch(self) -> None:
         if self.finished or self.step_of != -1:
             return
-        for leader in range(self.rules.data_parallel_size):
-            for _ in range(1 + self.unlucky(0.2)):
-                self.act(self.core.batch_wanted(leader, len(self.weights), self.now))
+        for leader in range(self.settings.data_parallel_size):
+            for _ in range(1 + self.has_fault(0.2)):
+                self.act(
+                    self.core.handle(inputs.BatchRequested(leader, len(self.weights)), self.now)
+                )
 
-    def train(self, version: int, ids: list[int], life: int) -> None:
-        if life != self.trainer_life or version != len(self.weights) or self.step_of == version:
-            return  # of an earlier life, or sent twice
+    def train(self, version: int, ids: list[int], incarnation: int) -> None:
+        if (
+            incarnation != self.trainer_incarnation
+            or version != len(self.weights)
+            or self.step_of == version
+        ):
+            return  # to an earlier incarnation, or a duplicate
         self.step_of = version
-        self.at(self.random.choice([1.0, 3.0]), lambda: self.end_step(version, ids, life))
+        self.at(self.random.choice([1.0, 3.0]), lambda: self.end_step(version, ids, incarnation))
 
-    def end_step(self, version: int, ids: list[int], life: int) -> None:
-        if life != self.trainer_life:
+    def end_step(self, version: int, ids: list[int], incarnation: int) -> None:
+        if incarnation != self.trainer_incarnation:
             return
         self.weights = [*self.weights, ids]
         self.step_of = -1
-        self.act(self.core.step_done(len(self.weights), self.now))
-        self.flush()  # durable before anyone holds the new weights
+        self.act(
+            self.core.handle(
+                inputs.Received("trainer-0", StepDone(len(self.weights), {})), self.now
+            )
+        )
+        self.flush()  # durable before any server gets the new weights
         if len(self.weights) == self.core.version:
-            self.publish([w.name for w in self.core.fleet.rollout.values() if not w.reason])
+            self.publish([w.name for w in self.core.fleet.rollout.values() if not w.is_fenced])
         if self.random.random() < 0.5:
             self.saved = self.weights
         self.want_batch()
 
     def crash_trainer(self) -> None:
         self.num_crashes += 1
-        self.trainer_life += 1
+        self.trainer_incarnation += 1
         self.weights, self.step_of = self.saved, -1
-        for leader in range(self.rules.data_parallel_size):
-            self.core.trainer_joined(leader)
+        for leader in range(self.settings.data_parallel_size):
+            self.core.handle(inputs.TrainerJoined(leader), 0)
         self.at(5.0, self.want_batch)
 
     def publish(self, names: list[str]) -> None:
@@ -372,23 +396,26 @@ class World:
             server = self.servers[name]
             if not server.alive:
                 continue
-            self.core.updating(name)
-            for (
-                key,
-                tokens,
-            ) in server.tasks.items():  # interrupted: what there is goes to the controller
+            self.core.handle(inputs.UpdateStarted(name), 0)
+            for key, tokens in server.tasks.items():  # interrupted: the tokens go to the controller
                 lease = server.leases[key]
                 if tokens:
                     partial = PartialSample(lease.key(key[1]), Partial(*arrays(tokens)))
-                    self.wire(lambda n=name, p=partial: self.act(self.core.interrupted(n, p)))
-            if self.unlucky(0.5):
-                self.act(self.core.fenced(name, "digests differ", self.now))
+                    self.transmit(
+                        lambda n=name, p=partial: self.act(
+                            self.core.handle(inputs.Received(n, p), 0)
+                        )
+                    )
+            if self.has_fault(0.5):
+                self.act(
+                    self.core.handle(inputs.ServerFenced(name, reason="digests differ"), self.now)
+                )
                 self.crash_server(server)
                 continue
             server.version = version
-            self.act(self.core.serving(name, version, self.now))
+            self.act(self.core.handle(inputs.ServerUpdated(name, version=version), self.now))
 
-    # ---- servers and judges
+    # ---- servers and scoring
 
     def lease(self, name: str, lease: Generate) -> None:
         server = self.servers[name]
@@ -399,16 +426,18 @@ class World:
             key = (lease.group_id, index)
             before = [] if partial is None else partial.versions[partial.num_input :].tolist()
             server.tasks[key], server.leases[key] = before, lease
-            life = server.life
+            incarnation = server.incarnation
             self.at(
                 self.random.expovariate(server.speed),
-                lambda k=key, e=lease, n=life: self.generate(server, k, e, n),
+                lambda k=key, e=lease, n=incarnation: self.generate(server, k, e, n),
             )
 
-    def generate(self, server: Server, key: tuple[int, int], lease: Generate, life: int) -> None:
-        """A few more tokens under the weights that the server has now; at the end the sample goes out."""
+    def generate(
+        self, server: Server, key: tuple[int, int], lease: Generate, incarnation: int
+    ) -> None:
+        """Generates one token under the server's current weights; sends the sample at its end."""
         if (
-            server.life != life
+            server.incarnation != incarnation
             or not server.alive
             or server.leases.get(key) is not lease
             or key not in server.tasks
@@ -418,24 +447,26 @@ class World:
         if len(server.tasks[key]) < 8 and self.random.random() < 0.6:
             self.at(
                 self.random.expovariate(server.speed),
-                lambda: self.generate(server, key, lease, life),
+                lambda: self.generate(server, key, lease, incarnation),
             )
             return
         sample_key = lease.key(key[1])
         ids, logprobs, versions = arrays(server.tasks.pop(key))
         sample = Sample(ids=ids, logprobs=logprobs, versions=versions, stop="stop", text="")
-        if self.unlucky(0.3):
-            self.wire(
+        if self.has_fault(0.3):
+            self.transmit(
                 lambda: self.act(
-                    self.core.generate_failed(
-                        server.name, GenerateFailed(sample_key, "x"), self.now
+                    self.core.handle(
+                        inputs.Received(server.name, GenerateFailed(sample_key, "x")), self.now
                     )
                 )
             )
         else:
-            self.wire(
+            self.transmit(
                 lambda: self.act(
-                    self.core.generated(server.name, Generated(sample_key, sample), self.now)
+                    self.core.handle(
+                        inputs.Received(server.name, Generated(sample_key, sample)), self.now
+                    )
                 )
             )
 
@@ -444,29 +475,29 @@ class World:
             return
         self.num_crashes += 1
         server.alive, server.version = False, -1
-        server.life += 1
+        server.incarnation += 1
         server.tasks, server.leases = {}, {}
-        if self.random.random() < 0.5:  # noticed at once; otherwise by its silence
-            self.act(self.core.worker_lost(server.name, self.now))
+        if self.random.random() < 0.5:  # noticed at once; otherwise by missing heartbeats
+            self.act(self.core.handle(inputs.WorkerLost(server.name), self.now))
         self.at(self.random.choice([3.0, 25.0]), lambda: self.restart_server(server))
 
     def restart_server(self, server: Server) -> None:
         server.alive = True
-        self.act(self.core.rollout_joined(server.name, 6, self.now))
+        self.act(self.core.handle(inputs.RolloutJoined(server.name, 6), self.now))
 
-    def judge(self, name: str, score: ScoreRequest) -> None:
-        reward = None if self.unlucky(0.5) else float(self.random.random() < 0.5)
-        scored = ScoreResult(score.key, reward)
-        if self.unlucky(0.1):
-            self.at(
-                2.0, lambda: self.act(self.core.reward_joined(name, 8, self.now))
-            )  # it died and came back
+    def score(self, name: str, request: ScoreRequest) -> None:
+        reward = None if self.has_fault(0.5) else float(self.random.random() < 0.5)
+        result = ScoreResult(request.key, reward)
+        if self.has_fault(0.1):
+            # the reward worker crashed and restarts
+            self.at(2.0, lambda: self.act(self.core.handle(inputs.RewardJoined(name, 8), self.now)))
             return
         self.at(
-            self.random.expovariate(3.0), lambda: self.act(self.core.scored(name, scored, self.now))
+            self.random.expovariate(3.0),
+            lambda: self.act(self.core.handle(inputs.Received(name, result), self.now)),
         )
 
 
 def simulate(seed: int, restore: Callable | None = None) -> Result:
-    """One whole run. Raises Breach or LedgerError when a promise is broken."""
-    return World(seed, restore).run()
+    """Runs to the end. Raises GuaranteeViolation or LedgerError when a guarantee does not hold."""
+    return SimulatedRun(seed, restore).run()

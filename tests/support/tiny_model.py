@@ -1,11 +1,12 @@
-"""A random tiny Qwen3 folder with a tokenizer, and a dataset: what the tests of whole processes run on."""
+"""A tiny random Qwen3 with a tokenizer, and a dataset, for tests that start real processes."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-ALPHABET = "0123456789+-*/=()<>,;:abcdefghijkl"  # one token each; with three special tokens the vocabulary is odd
+# One token each; with the three special tokens the size of the vocabulary is odd.
+ALPHABET = "0123456789+-*/=()<>,;:abcdefghijkl"
 CPU_ENGINE = {
     "device": "cpu",
     "dtype": "float32",
@@ -20,7 +21,7 @@ CPU_ENGINE = {
 def make_model(
     folder: Path, seed: int = 0, scale: float = 0.25, intermediate_size: int = 96, layers: int = 2
 ) -> Path:
-    """Random weights, so that every token is likely at times; two key-value heads."""
+    """Writes a model with two key-value heads, whose random weights sample every token at times."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM

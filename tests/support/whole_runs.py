@@ -1,4 +1,4 @@
-"""TODO."""
+"""Whole runs of a tiny model: their inputs and configuration, the launcher, and what they leave."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import yaml
-from paths import ROOT, SUPPORT
+from paths import python_environment
 from tiny_model import CPU_ENGINE, make_dataset, make_model
 
 from megatron_async_rl import processes
@@ -33,12 +33,13 @@ class RunInputs:
     eval: Path
 
     def config(self, run_dir: Path, **sections: dict[str, Any]) -> Path:
-        """A YAML for a run into `run_dir`; `sections` change its standard settings."""
+        """Writes the YAML of a run into `run_dir`; `sections` change the standard settings."""
         standard: dict[str, dict[str, Any]] = {
             "run": {"dir": str(run_dir), "steps": RUN_STEPS, "seed": 3, "export_every": 1},
             "model": {"path": str(self.model), "context_tokens": 128},
             "data": {"train": str(self.train), "eval": str(self.eval)},
-            # one group at a time: generation is what takes long, so that updates meet it in flight on any machine
+            # One group at a time makes generation the slowest part, so that weight updates
+            # interrupt requests on any machine.
             "rollout": {"max_new_tokens": 96, "max_concurrent_samples": 4},
             "staleness": {"max_staleness": RUN_MAX_STALENESS},
             "reward": {"function": "loop_reward:even_digits"},
@@ -65,28 +66,24 @@ def make_run_inputs(folder: Path) -> RunInputs:
 
 
 def start_run(path: Path) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)]),
-    }
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_async_rl", "run", str(path)],
-        env=environment,
+        env=python_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=processes.die_with_parent,  # with pytest, also when that is killed
+        preexec_fn=processes.die_with_parent,  # ends with pytest, even if that is killed
     )
 
 
 def processes_of_run(run_dir: Path) -> list[psutil.Process]:
-    """Whoever has the run's folder on its command line, and their descendants."""
-    mine = [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if any(str(run_dir) in a for a in p.info["cmdline"] or [])
+    """Returns the processes with the run's folder on their command line, but for this one."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.pid != os.getpid()
+        and any(str(run_dir) in word for word in process.info["cmdline"] or [])
     ]
-    return [p for p in mine if p.pid != os.getpid()]
 
 
 def assert_no_process_left(run_dir: Path) -> None:
@@ -115,6 +112,7 @@ class FinishedRun:
 
 @lru_cache
 def load_policy(run_dir: Path, version: int) -> Any:
+    """Returns the transformers model of a version: the run exports every one."""
     from transformers import AutoModelForCausalLM
 
     settings = load.load(run_dir / "config.yaml")
@@ -123,7 +121,10 @@ def load_policy(run_dir: Path, version: int) -> Any:
 
 
 def fresh_logprobs(run_dir: Path, version: int, line: SampleLine) -> np.ndarray:
-    """[num_generated]: logprob of each generated token of all turns, by one prefill under the weights of `version`."""
+    """Returns [num_generated]: logprobs by one prefill of transformers under these weights.
+
+    They are of the generated tokens of all turns.
+    """
     import torch
 
     ids = torch.tensor(line.ids, dtype=torch.long)
@@ -139,6 +140,7 @@ START_TIMEOUT_S = 240
 def wait_for_version(
     run_dir: Path, version: int, states: tuple[str, ...] = ("training", "finished")
 ) -> None:
+    """Waits until the status shows the version and one of the states."""
     deadline = time.monotonic() + START_TIMEOUT_S
     path = run_dir / "status.json"
     while True:

@@ -1,8 +1,9 @@
-"""Every state that the real core can reach in a small setting, breadth first over all interleavings and faults.
+"""Visits every state that the core can reach in a small setting, over all interleavings and faults.
 
-One group a step, one sample a group, one server, one judge, a trainer; a budget of faults among: a message lost, a message
-doubled, the server, the controller (with or without its last, unflushed facts) or the trainer killed, a judge without
-verdict, a lease that runs out. Two states are one when core, wire, trainer and unwritten facts are equal.
+The search is breadth first. The setting: one group a step, one sample a group, one server, one
+reward worker, a trainer, and a budget of faults: a message lost or duplicated, the server, the
+trainer or the controller (with or without its last unwritten events) killed, a failed scoring
+attempt, an expired lease. Two states are equal if core, network, trainer and unwritten events are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from core_builders import core_settings, make_sample
 
+from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, ResendBatch, Send, SendBatch
 from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.core.events import (
@@ -24,11 +26,16 @@ from megatron_async_rl.controller.core.events import (
     JournalEvent,
     SampleReturned,
 )
-from megatron_async_rl.controller.core.groups import Group, GroupState
-from megatron_async_rl.controller.core.ledger import DropReason
+from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState
 from megatron_async_rl.controller.core.state import ControllerState
 from megatron_async_rl.errors import LedgerError
-from megatron_async_rl.protocol.messages import Generate, Generated, ScoreRequest, ScoreResult
+from megatron_async_rl.protocol.messages import (
+    Generate,
+    Generated,
+    ScoreRequest,
+    ScoreResult,
+    StepDone,
+)
 from megatron_async_rl.protocol.types import Prompt, SampleKey
 
 RULES = core_settings(
@@ -37,16 +44,16 @@ RULES = core_settings(
     max_staleness=1,
     wait_for_stragglers=False,
     max_attempts=3,
-    max_verdict_attempts=2,
+    max_scoring_attempts=2,
     steps=2,
 )
 FAULTS = 2
-SERVER, JUDGE = "rollout-0", "reward-0"
+SERVER, REWARD_WORKER = "rollout-0", "reward-0"
 PROMPT = np.arange(3, dtype=np.int32)
 
 
 class Prompts:
-    """A stream that can be copied with the core that reads it."""
+    """A prompt stream whose position can be copied with its core."""
 
     def __init__(self, position: int = 0) -> None:
         self.position = position
@@ -57,10 +64,10 @@ class Prompts:
 
 
 def cloned(core: Core) -> Core:
-    """A copy that shares nothing that changes."""
+    """Returns a copy that shares no mutable state."""
     was = core.state
     new = Core(RULES, Prompts(was._next_prompt.position), core.epoch)
-    new.admitting, new.hold_batches = core.admitting, core.hold_batches
+    new.admitting, new.batches_held = core.admitting, core.batches_held
     new.num_fenced_messages, new.num_replayed_steps = (
         core.num_fenced_messages,
         core.num_replayed_steps,
@@ -70,10 +77,10 @@ def cloned(core: Core) -> Core:
     )
     new.fleet.reward.update((name, copy.copy(worker)) for name, worker in core.fleet.reward.items())
     state, ledger = new.state, new.ledger
-    state.version, state._next_group_id, state.facts = (
+    state.version, state._next_group_id, state.recorded = (
         was.version,
         was._next_group_id,
-        list(was.facts),
+        list(was.recorded),
     )
     ledger.admitted, ledger.trained = was.ledger.admitted, was.ledger.trained
     ledger.dropped = Counter(was.ledger.dropped)
@@ -84,26 +91,26 @@ def cloned(core: Core) -> Core:
             list(group.rewards),
             list(group.failed_on),
         )
-        twin.partials, twin.verdict_attempts = dict(group.partials), dict(group.verdict_attempts)
+        twin.partials = dict(group.partials)
     state.in_batch = [state.groups[group.group_id] for group in was.in_batch]
-    new.verdicts.owed, new.verdicts.under_way = (
-        deque(core.verdicts.owed),
-        dict(core.verdicts.under_way),
-    )
-    new.cut.leaders_want, new.cut.wanted_since = dict(core.cut.leaders_want), core.cut.wanted_since
+    new.scoring.waiting = deque(copy.copy(task) for task in core.scoring.waiting)
+    new.scoring.assigned = {key: copy.copy(task) for key, task in core.scoring.assigned.items()}
+    selector = core.batch_selector
+    new.batch_selector.requests = dict(selector.requests)
+    new.batch_selector.requested_since = selector.requested_since
     return new
 
 
 @dataclass
 class State:
     core: Core
-    wire: tuple = ()  # ("lease" | "sample" | "score", message fields), any of which may come next
+    wire: tuple = ()  # ("lease" | "sample" | "score", message fields); any may arrive next
     steps_done: int = 0  # of the trainer's weights
-    batch: tuple[int, ...] = ()  # the groups that the trainer is at
-    weights: tuple[int, ...] = ()  # the groups that its weights are made of
+    batch: tuple[int, ...] = ()  # the groups that the trainer trains now
+    weights: tuple[int, ...] = ()  # the groups that its weights contain
     faults: int = FAULTS
     disk: tuple[JournalEvent, ...] = ()
-    on_the_way: tuple[JournalEvent, ...] = ()
+    unwritten: tuple[JournalEvent, ...] = ()
     trace: tuple[str, ...] = field(default=(), compare=False)
 
     def key(self) -> tuple:
@@ -111,28 +118,32 @@ class State:
         groups = tuple(
             (
                 g.group_id, g.state, g.attempt, g.worker, g.floor_version, tuple(g.rewards), len(g.failed_on),
-                tuple(s is not None and s.oldest_version for s in g.samples), tuple(g.verdict_attempts.items()),
+                tuple(s is not None and s.oldest_version for s in g.samples),
             )
             for g in core.groups.values()
         )  # fmt: skip
         fleet = tuple((w.state, w.version, w.load) for w in core.fleet.rollout.values())
+        scoring = tuple(
+            (t.request.key, t.worker, t.num_failed, t.deadline)
+            for t in [*core.scoring.assigned.values(), *core.scoring.waiting]
+        )
         dropped = tuple(core.ledger.dropped[reason] for reason in DropReason)
-        way = tuple((type(f).__name__, getattr(f, "group_id", -1)) for f in self.on_the_way)
+        way = tuple((type(f).__name__, getattr(f, "group_id", -1)) for f in self.unwritten)
         return (
             core.version, core.ledger.admitted, core.ledger.trained, dropped, groups, fleet, core.epoch,
-            tuple(core.verdicts.under_way.items()), tuple(core.verdicts.owed), core.cut.wanted_since, tuple(sorted(self.wire)),
+            scoring, core.batch_selector.requested_since, tuple(sorted(self.wire)),
             self.steps_done, self.batch, self.weights, self.faults, way,
         )  # fmt: skip
 
 
 def after(state: State, event: str, **changes: object) -> State:
-    """A copy to which an event can be done."""
+    """Returns a copy of the state that the next event may change."""
     return replace(state, core=cloned(state.core), trace=(*state.trace, event), **changes)
 
 
 def take(state: State, actions: list[Action]) -> State:
-    """The shell: facts to the journal, messages to the wire, a batch to the trainer."""
-    state.on_the_way += tuple(state.core.take_events())
+    """Does the actions: events to the journal, messages to the network, a batch to the trainer."""
+    state.unwritten += tuple(state.core.take_events())
     for action in actions:
         if isinstance(action, SendBatch):
             flush(state)
@@ -150,18 +161,18 @@ def take(state: State, actions: list[Action]) -> State:
 
 
 def flush(state: State) -> None:
-    state.disk += state.on_the_way
-    state.on_the_way = ()
+    state.disk += state.unwritten
+    state.unwritten = ()
 
 
-def check_batch(state: State, cut: SendBatch) -> None:
-    known = [f for f in state.disk if isinstance(f, BatchSelected) and f.version == cut.version]
-    assert len(known) == 1 and known[0].group_ids == [group.group_id for group in cut.groups], (
+def check_batch(state: State, batch: SendBatch) -> None:
+    known = [f for f in state.disk if isinstance(f, BatchSelected) and f.version == batch.version]
+    assert len(known) == 1 and known[0].group_ids == [group.group_id for group in batch.groups], (
         state.trace
     )
-    for group in cut.groups:
+    for group in batch.groups:
         assert group.group_id not in state.weights, ("trained twice", state.trace)
-        assert cut.version - group.samples[0].oldest_version <= RULES.max_staleness, (
+        assert batch.version - group.samples[0].oldest_version <= RULES.max_staleness, (
             "stale",
             state.trace,
         )
@@ -173,20 +184,20 @@ def successors(state: State) -> Iterator[State]:
         yield deliver(after(state, f"{message}", wire=rest), message)
         if state.faults:
             yield after(state, f"lost {message}", wire=rest, faults=state.faults - 1)
-            yield deliver(after(state, f"doubled {message}", faults=state.faults - 1), message)
+            yield deliver(after(state, f"duplicated {message}", faults=state.faults - 1), message)
             if message[0] == "score":
                 yield deliver(
-                    after(state, "no verdict", wire=rest, faults=state.faults - 1),
+                    after(state, "scoring failed", wire=rest, faults=state.faults - 1),
                     message,
                     reward=None,
                 )
     if not state.batch and state.steps_done < RULES.steps and not state.core.batch_awaited:
         new = after(state, "batch wanted")
-        yield take(new, new.core.batch_wanted(0, new.steps_done, 0.0))
+        yield take(new, new.core.handle(inputs.BatchRequested(0, new.steps_done), 0.0))
     if state.batch:
         yield end_step(after(state, "step done"))
     for group in state.core.groups.values():
-        # with its message lost a lease is bound to run out; with the message merely slow, that is a fault
+        # A lease whose message is lost must expire; expiry while the message is slow is a fault.
         lost = not any(m[2:4] == (group.group_id, group.attempt) for m in state.wire)
         if group.state is GroupState.RUNNING and (lost or state.faults):
             yield expire(
@@ -195,10 +206,10 @@ def successors(state: State) -> Iterator[State]:
     if state.faults:
         yield crash_server(after(state, "server killed", faults=state.faults - 1))
         yield crash_trainer(after(state, "trainer killed", faults=state.faults - 1))
-        for arrived in {0, len(state.on_the_way)}:
+        for arrived in {0, len(state.unwritten)}:
             yield crash_controller(
                 after(
-                    state, f"controller killed, {arrived} facts arrived", faults=state.faults - 1
+                    state, f"controller killed, {arrived} events written", faults=state.faults - 1
                 ),
                 arrived,
             )
@@ -213,39 +224,43 @@ def deliver(state: State, message: tuple, reward: float | None = 1.0) -> State:
     if kind == "sample":
         return take(
             state,
-            core.generated(SERVER, Generated(key, make_sample(version)), 0.0),
+            core.handle(inputs.Received(SERVER, Generated(key, make_sample(version))), 0.0),
         )
-    return take(state, core.scored(JUDGE, ScoreResult(key, reward), 0.0))
+    return take(state, core.handle(inputs.Received(REWARD_WORKER, ScoreResult(key, reward)), 0.0))
 
 
 def expire(state: State, group: Group) -> State:
     state.core.groups[group.group_id].deadline = -1.0
-    verdicts = state.core.verdicts
-    verdicts.under_way = {
-        key: replace(verdict, deadline=-1.0) for key, verdict in verdicts.under_way.items()
-    }
-    return take(state, state.core.tick(0.0))
+    for task in state.core.scoring.assigned.values():
+        task.deadline = -1.0
+    return take(state, state.core.handle(inputs.Tick(), 0.0))
 
 
 def end_step(state: State) -> State:
     state.weights, state.batch = state.weights + state.batch, ()
     state.steps_done += 1
-    take(state, state.core.step_done(state.steps_done, 0.0))
+    take(
+        state, state.core.handle(inputs.Received("trainer-0", StepDone(state.steps_done, {})), 0.0)
+    )
     flush(state)
     assert state.core.version == state.steps_done, state.trace
-    state.core.updating(SERVER)
-    return take(state, state.core.serving(SERVER, state.core.version, 0.0))
+    state.core.handle(inputs.UpdateStarted(SERVER), 0)
+    return take(
+        state, state.core.handle(inputs.ServerUpdated(SERVER, version=state.core.version), 0.0)
+    )
 
 
 def crash_server(state: State) -> State:
     state.wire = tuple(message for message in state.wire if message[0] != "lease")
-    take(state, state.core.rollout_joined(SERVER, 4, 0.0))
-    return take(state, state.core.serving(SERVER, state.core.version, 0.0))
+    take(state, state.core.handle(inputs.RolloutJoined(SERVER, 4), 0.0))
+    return take(
+        state, state.core.handle(inputs.ServerUpdated(SERVER, version=state.core.version), 0.0)
+    )
 
 
 def crash_trainer(state: State) -> State:
-    """Back to nothing: every batch must be there again, and end in the same weights."""
-    state.core.trainer_joined(0)
+    """Restarts from nothing: every batch must be resent and end in the same weights."""
+    state.core.handle(inputs.TrainerJoined(0), 0)
     recorded = [
         g
         for f in state.disk
@@ -253,22 +268,24 @@ def crash_trainer(state: State) -> State:
         for g in f.group_ids
     ]
     for version in range(state.core.version):
-        assert state.core.batch_wanted(0, version, 0.0) == [ResendBatch(version)], state.trace
+        assert state.core.handle(inputs.BatchRequested(0, version), 0.0) == [
+            ResendBatch(version)
+        ], state.trace
     state.weights, state.batch, state.steps_done = tuple(recorded), (), state.core.version
     return state
 
 
 def crash_controller(state: State, arrived: int) -> State:
-    state.disk, state.on_the_way = state.disk + state.on_the_way[:arrived], ()
+    state.disk, state.unwritten = state.disk + state.unwritten[:arrived], ()
     core = state.core = Core(RULES, Prompts(), epoch=0)
     core.restore(state.disk)
     core.admitting = True
-    take(state, core.reward_joined(JUDGE, 4, 0.0))
-    take(state, core.rollout_joined(SERVER, 4, 0.0))
-    take(state, core.serving(SERVER, core.version, 0.0))
+    take(state, core.handle(inputs.RewardJoined(REWARD_WORKER, 4), 0.0))
+    take(state, core.handle(inputs.RolloutJoined(SERVER, 4), 0.0))
+    take(state, core.handle(inputs.ServerUpdated(SERVER, version=core.version), 0.0))
     assert core.version == state.steps_done, state.trace
     if state.batch:
-        again = core.batch_wanted(0, state.steps_done, 0.0)
+        again = core.handle(inputs.BatchRequested(0, state.steps_done), 0.0)
         assert [tuple(g.group_id for g in a.groups) for a in again if isinstance(a, SendBatch)] == [
             state.batch
         ], state.trace
@@ -276,16 +293,20 @@ def crash_controller(state: State, arrived: int) -> State:
 
 
 def search(limit: int = 3_000_000) -> tuple[int, int]:
-    """(states, transitions) of the whole space. Raises AssertionError with the shortest trace to a breach."""
+    """Visits the whole space; returns the numbers of states and transitions.
+
+    Raises AssertionError with the shortest trace to a violation.
+    """
     core = Core(RULES, Prompts(), epoch=0)
     core.restore([])
     core.admitting = True
-    first = take(State(core), core.reward_joined(JUDGE, 4, 0.0))
-    take(first, core.rollout_joined(SERVER, 4, 0.0))
-    take(first, core.serving(SERVER, 0, 0.0))
+    first = take(State(core), core.handle(inputs.RewardJoined(REWARD_WORKER, 4), 0.0))
+    take(first, core.handle(inputs.RolloutJoined(SERVER, 4), 0.0))
+    take(first, core.handle(inputs.ServerUpdated(SERVER, version=0), 0.0))
     seen, waiting, transitions, ended = {hash(first.key())}, deque([first]), 0, 0
     while waiting:
         state = waiting.popleft()
+        own_key = hash(state.key())
         ended += len(state.weights) == RULES.steps
         moved = False
         for new in successors(state):
@@ -293,7 +314,7 @@ def search(limit: int = 3_000_000) -> tuple[int, int]:
             new.core.check()
             assert len(set(new.weights)) == len(new.weights), new.trace
             key = hash(new.key())
-            moved = moved or key != hash(state.key())
+            moved = moved or key != own_key
             if key not in seen:
                 seen.add(key)
                 waiting.append(new)
@@ -313,10 +334,10 @@ def test_every_reachable_state_keeps_the_guarantees() -> None:
 def test_search_finds_a_seeded_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     apply = ControllerState._apply
 
-    def forgetful(self: ControllerState, fact: AnyEvent) -> None:
-        apply(self, fact)
-        if isinstance(fact, SampleReturned):
-            self.forget(self.groups[fact.group_id])
+    def forgetful(self: ControllerState, event: AnyEvent) -> None:
+        apply(self, event)
+        if isinstance(event, SampleReturned):
+            self.forget(self.groups[event.group_id])
 
     monkeypatch.setattr(ControllerState, "_apply", forgetful)
     with pytest.raises(LedgerError, match="a group was lost"):
