@@ -1,14 +1,13 @@
-"""`slurm`: one run over the nodes of a Slurm job, started as one task a node
+"""`slurm`: one run over the nodes of a Slurm job, started as one task per node
 (launchers/slurm.sbatch).
 
-The first node decides what runs where (placement.py), does what `run --elsewhere` does, and tells
-the others their names in a file beside run.dir; the others do what `join` does. The file bears the
-job, its step and its requeue in its name: what an earlier life of the job left behind tells nobody
-anything.
+The first node decides which process runs where (placement.py), does the work of `run --elsewhere`,
+and writes the other nodes' process names to a file beside run.dir; each of them does the work of
+`join`. The name of the file has job, step and requeue count, so a file of an earlier attempt is
+never read.
 
-SIGTERM ends all of it in order, and each task's exit code asks for the job to be requeued (75).
-Slurm may send it to every process of a node at once, and more than once: processes.py says who is
-deaf to it.
+SIGTERM preempts all nodes; each task's exit code then asks to requeue the job (75). Slurm may send
+it to every process of a node, repeatedly: processes.py says which of them block it.
 """
 
 from __future__ import annotations
@@ -33,143 +32,150 @@ from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError, Error, Preempted
 from megatron_async_rl.launcher import gpus, placement
-from megatron_async_rl.launcher import join as joining
-from megatron_async_rl.launcher import run as launch
+from megatron_async_rl.launcher import join as join_command
+from megatron_async_rl.launcher import run as run_command
 from megatron_async_rl.launcher.placement import Placement
+from megatron_async_rl.launcher.session import show as show_line
 from megatron_async_rl.storage import files
 
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.5
-SCONTROL_S = 30.0
-_ASK = "see the placement with --plan --nodes N --gpus-per-node G, and submit with sbatch launchers/slurm.sbatch CONFIG"
+SCONTROL_TIMEOUT_S = 30.0
+_USAGE = (
+    "submit with sbatch launchers/slurm.sbatch CONFIG, or show the placement with --plan --nodes N "
+    "--gpus-per-node G"
+)
 
 
-class Word(msgspec.Struct, frozen=True):
-    """What the first node tells the others."""
+class NodeAssignments(msgspec.Struct, frozen=True):
+    """The file that the first node writes for the others."""
 
-    names: list[list[str]] = []  # by node
-    over: bool = False  # the run has ended, or could not begin
+    names: list[list[str]] = []  # process names, by node
+    over: bool = False  # the run has ended, or could not start
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """This task's place in its job."""
+    """The nodes of this job, and which of them this task runs on."""
 
-    life: str  # of the job, its step, and how often it was requeued: never the same twice
+    attempt: str  # job, step and requeue count: unique
     nodes: list[str]
     index: int
     gpus_per_node: int
 
     @classmethod
-    def here(cls) -> Allocation:
-        """Raises ConfigError outside a step of a Slurm job with one task a node."""
+    def from_environment(cls) -> Allocation:
+        """Raises ConfigError outside a step of a Slurm job with one task per node."""
         env = os.environ
         if "SLURM_JOB_ID" not in env:
-            raise ConfigError(f"SLURM_JOB_ID is not set: this is no Slurm job; {_ASK}")
+            raise ConfigError(f"SLURM_JOB_ID is not set: this is not a Slurm job; {_USAGE}")
         if "SLURM_STEP_ID" not in env:
-            raise ConfigError("SLURM_STEP_ID is not set: start `slurm` with srun, one task a node")
+            raise ConfigError(
+                "SLURM_STEP_ID is not set: start `slurm` with srun, one task per node"
+            )
         tasks, num_nodes = env["SLURM_STEP_NUM_TASKS"], env["SLURM_STEP_NUM_NODES"]
         if tasks != num_nodes:
             raise ConfigError(
-                f"{tasks} tasks on {num_nodes} nodes: expected one a node; srun --ntasks-per-node=1"
+                f"{tasks} tasks on {num_nodes} nodes: expected one per node; use srun "
+                "--ntasks-per-node=1"
             )
-        life = f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}.{env.get('SLURM_RESTART_COUNT', '0')}"
-        num_gpus = (
-            int(env["SLURM_GPUS_ON_NODE"])
-            if "SLURM_GPUS_ON_NODE" in env
-            else len(gpus.visible_gpus())
+        restarts = env.get("SLURM_RESTART_COUNT", "0")
+        num_gpus = env.get("SLURM_GPUS_ON_NODE")
+        return cls(
+            attempt=f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}.{restarts}",
+            nodes=_scontrol("show", "hostnames", env["SLURM_STEP_NODELIST"]).split(),
+            index=int(env["SLURM_NODEID"]),
+            gpus_per_node=len(gpus.visible_gpus()) if num_gpus is None else int(num_gpus),
         )
-        nodes = _scontrol("show", "hostnames", env["SLURM_STEP_NODELIST"]).split()
-        return cls(life, nodes, int(env["SLURM_NODEID"]), num_gpus)
 
 
 def run(path: str, overrides: Sequence[str]) -> int:
-    """This node's part of the run. Returns the exit code. Raises Error when it cannot go on."""
-    before = signal.signal(
-        signal.SIGTERM, _preempted
-    )  # until the launcher has its own handler, and after
+    """Runs this node's part and returns the exit code. Raises Error if it cannot continue."""
+    # outside of the launcher's own handler, before and after it
+    previous = signal.signal(signal.SIGTERM, _preempted)
     try:
-        here = Allocation.here()
+        allocation = Allocation.from_environment()
         config = configuration.load(path, list(overrides))
-        word = config.run_dir.resolve().with_name(
-            f".{config.run_dir.resolve().name}.job-{here.life}"
-        )
-        if here.index == 0:
-            return _first(here, word, path, list(overrides), config)
-        return _other(here, word, config)
+        run_dir = config.run_dir.resolve()
+        assignments = run_dir.with_name(f".{run_dir.name}.job-{allocation.attempt}")
+        if allocation.index == 0:
+            return _first_node(allocation, assignments, path, list(overrides), config)
+        return _other_node(allocation, assignments, config)
     except Preempted as e:
         sys.stderr.write(f"{e}\n")
         return processes.EXIT_REQUEUE
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def show(
     path: str, overrides: Sequence[str], num_nodes: int | None, gpus_per_node: int | None
 ) -> int:
-    """Prints what would run where."""
+    """Prints the placement, warnings and the sbatch command."""
     if num_nodes is None or gpus_per_node is None:
         raise ConfigError("--plan needs the size of the job, such as --nodes 4 --gpus-per-node 8")
-    plan = placement.place(configuration.load(path, list(overrides)), num_nodes, gpus_per_node)
+    config = configuration.load(path, list(overrides))
     console = Console()
-    console.print(plan.table())
-    _tell(console, plan)
-    settings = " ".join(overrides)
-    command = f"sbatch --nodes={num_nodes} --gpus-per-node={gpus_per_node} launchers/slurm.sbatch {path} {settings}"
-    console.print(f"\n{command.strip()}", soft_wrap=True, markup=False, highlight=False)
+    _print_placement(console, placement.assign_nodes(config, num_nodes, gpus_per_node))
+    command = f"sbatch --nodes={num_nodes} --gpus-per-node={gpus_per_node} launchers/slurm.sbatch"
+    show_line(console, "\n" + " ".join([command, path, *overrides]))
     return 0
 
 
-def _first(here: Allocation, word: Path, path: str, overrides: list[str], config: Config) -> int:
+def _first_node(
+    allocation: Allocation, assignments: Path, path: str, overrides: list[str], config: Config
+) -> int:
+    def publish() -> None:
+        for old in assignments.parent.glob(f".{config.run_dir.resolve().name}.job-*"):
+            if old != assignments:
+                old.unlink(missing_ok=True)  # of an earlier job: run.dir is locked by this one
+        files.write(assignments, msgspec.json.encode(NodeAssignments(placed.names)))
+
     try:
-        plan = placement.place(config, len(here.nodes), here.gpus_per_node)
-        if config.run.host == LOOPBACK and len(here.nodes) > 1:
-            overrides = [*overrides, f"run.host={first_address(here.nodes)}"]
-        config = configuration.load(path, [*overrides, f"trainer.hosts={plan.trainer_hosts}"])
-        console = Console()
-        console.print(plan.table())
-        _tell(console, plan)
-
-        def begun() -> None:
-            for old in set(word.parent.glob(f".{config.run_dir.resolve().name}.job-*")) - {word}:
-                old.unlink(missing_ok=True)  # of earlier jobs: run.dir is ours now
-            files.write(word, msgspec.json.encode(Word(plan.names)))
-
-        return launch.run(config, elsewhere=plan.elsewhere, begun=begun, patient=True)
+        placed = placement.assign_nodes(config, len(allocation.nodes), allocation.gpus_per_node)
+        if config.run.host == LOOPBACK and len(allocation.nodes) > 1:
+            overrides = [*overrides, f"run.host={first_address(allocation.nodes)}"]
+        config = configuration.load(path, [*overrides, f"trainer.hosts={placed.trainer_hosts}"])
+        _print_placement(Console(), placed)
+        return run_command.run(
+            config, elsewhere=placed.elsewhere, on_owned=publish, ignore_more_sigterms=True
+        )
     finally:
-        with contextlib.suppress(OSError):  # what went wrong before is the error to see
-            files.write(word, msgspec.json.encode(Word(over=True)))
+        with contextlib.suppress(OSError):  # an earlier error is the one to report
+            files.write(assignments, msgspec.json.encode(NodeAssignments(over=True)))
 
 
-def _other(here: Allocation, word: Path, config: Config) -> int:
-    """Raises Error when the run of this very job does not begin in time."""
+def _other_node(allocation: Allocation, assignments: Path, config: Config) -> int:
+    """Raises Error if the first node does not start this attempt in time."""
     limit_s = config.trainer.start_timeout_s
     deadline = time.monotonic() + limit_s
-    while not (said := _read(word)).names:
-        if said.over:
-            sys.stderr.write(f"{here.nodes[0]} has nothing for this node to do: see what it says\n")
+    first = allocation.nodes[0]
+    while not (read := _read(assignments)).names:
+        if read.over:
+            sys.stderr.write(f"{first} did not start the run: see its output\n")
             return 0
         if time.monotonic() > deadline:
             raise Error(
-                f"no word of the run from the first node, {here.nodes[0]}, within trainer.start_timeout_s = {limit_s:.0f} s "
-                f"({word} is not there); see what it says, and whether {word.parent} is a folder that all nodes share"
+                f"no assignment from the first node, {first}, within trainer.start_timeout_s = "
+                f"{limit_s:.0f} s ({assignments} does not exist); see its output, and check that "
+                f"all nodes share {assignments.parent}"
             )
         time.sleep(POLL_S)
-    names = said.names[here.index]
-    return joining.join(config.run_dir, names, patient=True) if names else 0
+    names = read.names[allocation.index]
+    return join_command.join(config.run_dir, names, ignore_more_sigterms=True) if names else 0
 
 
-def _read(word: Path) -> Word:
+def _read(assignments: Path) -> NodeAssignments:
     try:
-        return msgspec.json.decode(word.read_bytes(), type=Word)
+        return msgspec.json.decode(assignments.read_bytes(), type=NodeAssignments)
     except FileNotFoundError:
-        return Word()
+        return NodeAssignments()
 
 
 def first_address(nodes: Sequence[str]) -> str:
-    """The first node's address as the second reaches it; asked on the first.
+    """Returns the first node's address on the route to the second; called on the first.
 
-    Not the address of its own name, which many a /etc/hosts gives as a loopback one.
+    Not the address of its own name, which /etc/hosts often maps to loopback.
     """
     return addresses.own_address(f"tcp://{_address_of(nodes[1])}:1")
 
@@ -177,40 +183,36 @@ def first_address(nodes: Sequence[str]) -> str:
 def _address_of(node: str) -> str:
     try:
         return socket.gethostbyname(node)
-    except OSError:  # a name that Slurm alone knows
-        words = dict(
-            word.split("=", 1) for word in _scontrol("show", "node", node).split() if "=" in word
-        )
+    except OSError:  # a name that only Slurm knows
+        fields = _scontrol("show", "node", node).split()
+        values = dict(field.split("=", 1) for field in fields if "=" in field)
     try:
-        return socket.gethostbyname(words["NodeAddr"])
+        return socket.gethostbyname(values["NodeAddr"])
     except (OSError, KeyError) as e:
         raise ConfigError(
-            f"the address of node {node} is not to be found ({e}); set run.host to the first node's address"
+            f"the address of node {node} was not found ({e}); set run.host to the first node's "
+            "address"
         ) from None
 
 
 def _scontrol(*arguments: str) -> str:
+    command = ["scontrol", *arguments]
     try:
         done = subprocess.run(
-            ["scontrol", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=SCONTROL_S,
-            check=False,
+            command, capture_output=True, text=True, timeout=SCONTROL_TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as e:
-        raise Error(
-            f"scontrol {' '.join(arguments)}: {e}; it must be on the PATH of every node"
-        ) from None
+        raise Error(f"{' '.join(command)}: {e}; scontrol must be on every node's PATH") from None
     if done.returncode:
-        raise Error(f"scontrol {' '.join(arguments)}: {done.stderr.strip()}")
+        raise Error(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout
 
 
-def _tell(console: Console, plan: Placement) -> None:
-    for warning in plan.warnings():
-        console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)
+def _print_placement(console: Console, placed: Placement) -> None:
+    console.print(placed.table())
+    for warning in placed.warnings():
+        show_line(console, f"warning: {warning}")
 
 
 def _preempted(number: int, _: object) -> NoReturn:
-    raise Preempted("told to end before the run was on; it goes on when run again")
+    raise Preempted("preempted before the run had started; run it again")

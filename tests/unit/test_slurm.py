@@ -1,6 +1,6 @@
-"""A run over the nodes of a Slurm job: what goes where, who is told, and whom Slurm's SIGTERM reaches.
+"""A run over the nodes of a Slurm job: placement, the assignment of nodes, SIGTERM.
 
-Whole jobs through launchers/slurm.sbatch, on a real Slurm of two nodes on this machine, are in test_slurm_jobs.py.
+Whole jobs with launchers/slurm.sbatch, on a real Slurm of two nodes, are in test_slurm_jobs.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError, Error
 from megatron_async_rl.launcher import placement, roles, slurm
 from megatron_async_rl.launcher.gpus import assign_gpus
-from megatron_async_rl.launcher.run import Run
+from megatron_async_rl.launcher.session import Session
 from megatron_async_rl.launcher.supervisor import Supervisor
 from megatron_async_rl.model import weight_plan
 
@@ -46,7 +46,7 @@ def some(
     )
 
 
-# ---- what goes where
+# ---- placement
 
 
 @pytest.mark.parametrize(
@@ -56,18 +56,18 @@ def some(
         (some(tp=2, dp=2), 2, 4, [["controller", "trainer", "reward-0"], ["rollout-0"]], [4, 1]),
         (some(tp=8, pp=2, servers=2, engine_tp=8), 4, 8, [
             ["controller", "trainer-0", "reward-0"], ["trainer-1"], ["rollout-0"], ["rollout-1"]], [8] * 4),
-        # what the trainer leaves of its nodes is used first, and a server is never split
+        # what the trainer leaves of its nodes is used first, and a server is must not span nodes
         (some(tp=2, dp=2, servers=3, engine_tp=2), 2, 6, [
             ["controller", "trainer", "rollout-0", "reward-0"], ["rollout-1", "rollout-2"]], [6, 4]),
         (some(tp=3, servers=2, engine_tp=2), 2, 4, [["controller", "trainer", "reward-0"], ["rollout-0", "rollout-1"]], [3, 4]),
-        # twelve ranks: six a node would cut through a tensor-parallel group of four
+        # twelve ranks: six a node would split a tensor-parallel group of four
         (some(tp=4, pp=3, servers=1, engine_tp=4), 3, 8, [
             ["controller", "trainer-0", "rollout-0", "reward-0"], ["trainer-1"], ["trainer-2"]], [8, 4, 4]),
         (some(dp=4, servers=1, trainer={"hosts": 4}), 4, 8, [
             ["controller", "trainer-0", "rollout-0", "reward-0"], ["trainer-1"], ["trainer-2"], ["trainer-3"]], [2, 1, 1, 1]),
         (some(servers=2, run={"dir": "runs/a", "steps": 1, "mode": "rollout_only"}), 2, 1, [
             ["controller", "trainer", "rollout-0", "reward-0"], ["rollout-1"]], [1, 1]),
-        # on a CPU the servers go to the nodes in turn, those without trainer ranks first
+        # on a CPU servers are placed round robin, first on nodes without trainer ranks
         (some(servers=3, sglang={"device": "cpu"}), 2, 0, [
             ["controller", "trainer", "rollout-1", "reward-0"], ["rollout-0", "rollout-2"]], [0, 0]),
         (some(dp=2, sglang={"device": "cpu"}, trainer={"hosts": 2}), 2, 0, [
@@ -77,7 +77,7 @@ def some(
 def test_each_node_gets_its_processes(
     settings: Config, nodes: int, gpus: int, expected: list[list[str]], used: list[int]
 ) -> None:
-    placed = placement.place(settings, nodes, gpus)
+    placed = placement.assign_nodes(settings, nodes, gpus)
     assert (placed.names, placed.gpus) == (expected, used)
     assert placed.elsewhere == [name for names in expected[1:] for name in names]
 
@@ -87,26 +87,26 @@ def test_each_node_gets_its_processes(
     [
         (some(tp=8, pp=4, servers=8, engine_tp=4), 6, 8, (
             "4 nodes with 8 trainer ranks each and rollout.servers = 8 of sglang.tp_size = 4 do not fit on 6 nodes of 8 GPUs",
-            "ask for 8 nodes (--nodes=8), or set rollout.servers to at most 4")),
-        (some(tp=8, pp=4, servers=1, engine_tp=4), 4, 8, ("ask for 5 nodes (--nodes=5)",)),
+            "request 8 nodes (--nodes=8), or set rollout.servers to at most 4")),
+        (some(tp=8, pp=4, servers=1, engine_tp=4), 4, 8, ("request 5 nodes (--nodes=5)",)),
         (some(tp=16), 4, 8, (
             "megatron.tensor_model_parallel_size = 16 is more than the 8 GPUs of a node", "set it to at most 8")),
-        (some(engine_tp=16), 4, 8, ("sglang.tp_size = 16 is more than the 8 GPUs of a node", "never split")),
+        (some(engine_tp=16), 4, 8, ("sglang.tp_size = 16 is more than the 8 GPUs of a node", "must not span nodes")),
         (some(tp=4, pp=4, trainer={"hosts": 8}), 8, 8, (
-            "trainer.hosts = 8 puts 16 / 8 = 2 ranks a node, which cuts through a group of "
-            "megatron.tensor_model_parallel_size = 4", "set it to one of 2, 4, or leave it out for 2")),
-        (some(dp=32, trainer={"hosts": 2}), 8, 8, ("32 / 2 = 16 ranks a node, and a node has 8 GPUs", "4, 8, 16, 32")),
+            "trainer.hosts = 8 puts 16 / 8 = 2 ranks on a node, which splits a group of "
+            "megatron.tensor_model_parallel_size = 4", "set it to one of 2, 4, or leave it out to use 2")),
+        (some(dp=32, trainer={"hosts": 2}), 8, 8, ("32 / 2 = 16 ranks on a node, but a node has 8 GPUs", "4, 8, 16, 32")),
         (some(dp=4, sglang={"device": "cpu"}, trainer={"hosts": 4}), 2, 0, (
-            "trainer.hosts = 4 is more than the 2 nodes; ask for 4 nodes",)),
+            "trainer.hosts = 4 is more than the 2 nodes; request 4 nodes",)),
         (some(), 0, 8, ("at least 1 node, not 0",)),
-        (some(), 1, 1, ("ask for 2 nodes",)),
+        (some(), 1, 1, ("request 2 nodes",)),
     ],
 )  # fmt: skip
 def test_placement_that_does_not_fit_error_gives_the_remedy(
     settings: Config, nodes: int, gpus: int, words: tuple[str, ...]
 ) -> None:
     with pytest.raises(ConfigError) as refused:
-        placement.place(settings, nodes, gpus)
+        placement.assign_nodes(settings, nodes, gpus)
     for word in words:
         assert word in str(refused.value)
 
@@ -131,15 +131,15 @@ def test_each_process_is_placed_once_and_gpus_are_not_shared(
     assume(tp <= gpus and engine_tp <= gpus)
     run = {"dir": "runs/a", "steps": 1, "mode": "rollout_only" if rollout_only else "train"}
     settings = some(tp, pp, dp, servers, engine_tp, run=run)
-    many = placement.place(settings, 400, gpus)
+    many = placement.assign_nodes(settings, 400, gpus)
     enough = (
         max(number for number, names in enumerate(many.names) if names) + 1
-    )  # nodes fill up in order
+    )  # nodes are filled in order
     if spare < 0 and enough + spare > 0:
-        with pytest.raises(ConfigError, match=rf"ask for {enough} nodes"):
-            placement.place(settings, enough + spare, gpus)
+        with pytest.raises(ConfigError, match=rf"request {enough} nodes"):
+            placement.assign_nodes(settings, enough + spare, gpus)
         return
-    placed = placement.place(settings, enough + max(0, spare), gpus)
+    placed = placement.assign_nodes(settings, enough + max(0, spare), gpus)
 
     hosts = msgspec.structs.replace(settings.trainer, hosts=placed.trainer_hosts)
     resolved = msgspec.structs.replace(settings, trainer=hosts)
@@ -148,7 +148,7 @@ def test_each_process_is_placed_once_and_gpus_are_not_shared(
     for names, used in zip(placed.names, placed.gpus, strict=True):
         shares = assign_gpus(
             resolved, [str(gpu) for gpu in range(gpus)], names
-        )  # raises where a node has too few
+        )  # raises if a node has too few
         given_out = [gpu for share in shares.values() for gpu in share.split(",")]
         assert len(given_out) == len(set(given_out)) == used <= gpus
         assert all(
@@ -164,13 +164,13 @@ def test_each_process_is_placed_once_and_gpus_are_not_shared(
 
 
 def test_idle_gpus_and_nodes_are_warned_about() -> None:
-    waste, idle = placement.place(some(tp=2, servers=1, engine_tp=2), 3, 4).warnings()
-    assert waste == "nothing runs on node 1, 2: ask for 1 nodes"
-    assert idle.startswith("8 of 12 GPUs stay idle: 4 of node 1, 4 of node 2")
-    assert placement.place(some(sglang={"device": "cpu"}), 2, 8).warnings() == []
+    waste, idle = placement.assign_nodes(some(tp=2, servers=1, engine_tp=2), 3, 4).warnings()
+    assert waste == "no process runs on node 1, 2: request 1 nodes"
+    assert idle.startswith("8 of 12 GPUs are idle: 4 of node 1, 4 of node 2")
+    assert placement.assign_nodes(some(sglang={"device": "cpu"}), 2, 8).warnings() == []
 
 
-# ---- the plan, on a laptop
+# ---- the plan, without Slurm
 
 
 def test_placement_is_printed_without_slurm(capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,14 +195,14 @@ def test_placement_is_printed_without_slurm(capsys: pytest.CaptureFixture[str]) 
         "0 controller, trainer-0, reward-0..1 8 of 8".split() in lines
         and "7 rollout-6 4 of 8".split() in lines
     )
-    assert "warning: 4 of 64 GPUs stay idle: 4 of node 7" in shown
+    assert "warning: 4 of 64 GPUs are idle: 4 of node 7" in shown
     assert (
         f"sbatch --nodes=8 --gpus-per-node=8 launchers/slurm.sbatch {BIG} rollout.servers=7"
         in shown
     )
     assert main(["slurm", str(BIG), "--plan", "--nodes", "5", "--gpus-per-node", "8"]) == 2
     assert (
-        "ask for 8 nodes (--nodes=8), or set rollout.servers to at most 2"
+        "request 8 nodes (--nodes=8), or set rollout.servers to at most 2"
         in capsys.readouterr().err
     )
     assert main(["slurm", str(BIG), "--plan"]) == 2
@@ -223,23 +223,23 @@ def test_eight_node_configuration_is_placed_and_mapped(
     }
     (tmp_path / "config.json").write_text(json.dumps(DENSE_32B | extra))
     settings = load.load(BIG, [f"model.path={tmp_path}"])
-    placed = placement.place(settings, 8, 8)
+    placed = placement.assign_nodes(settings, 8, 8)
     assert placed.trainer_hosts == 4 and placed.gpus == [8] * 8 and placed.warnings() == []
-    plan = weight_plan.make(settings, 50.0)  # refuses layouts that cannot be, and proves the map
+    plan = weight_plan.make(settings, 50.0)  # checks the layout and the mapping
     assert round(plan.total_bytes / 1e9) == 66 and plan.engine == {"tp": 4, "servers": 8}
     script = (ROOT / "launchers" / "slurm.sbatch").read_text()
     assert (
         "--signal=B:TERM@300" in script and settings.faults.shutdown_grace_s < 300
-    )  # saved before the time is up
+    )  # saved before the time limit
 
 
-# ---- who is told
+# ---- node assignments
 
 
 def allocation(
     folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: str | None
 ) -> slurm.Allocation:
-    """As a task of a step on two nodes sees it; `scontrol` is a script here."""
+    """Returns the allocation of a task on two nodes; `scontrol` is a script."""
     scontrol = folder / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n')
     scontrol.chmod(0o755)
@@ -252,21 +252,24 @@ def allocation(
     ).items():
         if value is not None:
             monkeypatch.setenv(f"SLURM_{name}", value)
-    return slurm.Allocation.here()
+    return slurm.Allocation.from_environment()
 
 
 def test_task_reads_its_node_and_job_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert allocation(tmp_path, monkeypatch) == slurm.Allocation("7.0.0", ["n1", "n2"], 1, 8)
-    assert allocation(tmp_path, monkeypatch, RESTART_COUNT="2").life == "7.0.2"
+    assert allocation(tmp_path, monkeypatch, RESTART_COUNT="2").attempt == "7.0.2"
     for missing, words in (
-        ("JOB_ID", "SLURM_JOB_ID is not set: this is no Slurm job; see the placement with --plan"),
-        ("STEP_ID", "start `slurm` with srun, one task a node"),
+        (
+            "JOB_ID",
+            "SLURM_JOB_ID is not set: this is not a Slurm job; submit with sbatch launchers/slurm.sbatch CONFIG",
+        ),
+        ("STEP_ID", "start `slurm` with srun, one task per node"),
     ):
         with pytest.raises(ConfigError, match=words):
             allocation(tmp_path, monkeypatch, **{missing: None})
-    with pytest.raises(ConfigError, match=r"16 tasks on 2 nodes: expected one a node"):
+    with pytest.raises(ConfigError, match=r"16 tasks on 2 nodes: expected one per node"):
         allocation(tmp_path, monkeypatch, STEP_NUM_TASKS="16")
     with pytest.raises(Error, match=r"scontrol show hostnames n\[1-3\]: "):
         allocation(tmp_path, monkeypatch, STEP_NODELIST="n[1-3]")
@@ -278,34 +281,36 @@ def test_assignment_of_an_earlier_job_attempt_is_ignored(tmp_path: Path) -> None
     )
     here = slurm.Allocation("7.0.1", ["n1", "n2"], 1, 8)
     (tmp_path / ".run.job-7.0.0").write_bytes(
-        msgspec.json.encode(slurm.Word([["controller"], ["rollout-0"]]))
+        msgspec.json.encode(slurm.NodeAssignments([["controller"], ["rollout-0"]]))
     )
-    word = tmp_path / ".run.job-7.0.1"
+    assignments = tmp_path / ".run.job-7.0.1"
     with pytest.raises(
         Error,
-        match=r"no word of the run from the first node, n1, within trainer\.start_timeout_s = 0 s",
+        match=r"no assignment from the first node, n1, within trainer\.start_timeout_s = 0 s",
     ):
-        slurm._other(here, word, settings)
-    word.write_bytes(msgspec.json.encode(slurm.Word(over=True)))
+        slurm._other_node(here, assignments, settings)
+    assignments.write_bytes(msgspec.json.encode(slurm.NodeAssignments(over=True)))
     assert (
-        slurm._other(here, word, settings) == 0
-    )  # the first node could not begin it, and has said why
-    word.write_bytes(msgspec.json.encode(slurm.Word([["controller"], []])))
-    assert slurm._other(here, word, settings) == 0  # nothing to do here
-    word.write_bytes(msgspec.json.encode(slurm.Word([["controller"], ["rollout-0"]])))
+        slurm._other_node(here, assignments, settings) == 0
+    )  # the first node could not start the run and has reported why
+    assignments.write_bytes(msgspec.json.encode(slurm.NodeAssignments([["controller"], []])))
+    assert slurm._other_node(here, assignments, settings) == 0  # nothing to do here
+    assignments.write_bytes(
+        msgspec.json.encode(slurm.NodeAssignments([["controller"], ["rollout-0"]]))
+    )
     with pytest.raises(
         ConfigError, match=r"has no config\.yaml"
-    ):  # joins: in earnest in test_slurm_jobs.py
-        slurm._other(here, word, settings)
+    ):  # test_slurm_jobs.py has real joins
+        slurm._other_node(here, assignments, settings)
 
 
 def test_patient_run_ignores_a_second_sigterm(tmp_path: Path) -> None:
     settings = some()
     for patient, interrupted in ((True, 0), (False, signal.SIGTERM)):
-        run = Run(tmp_path, Supervisor(tmp_path, settings.faults, print), 60.0, patient)
-        with run.signals():
+        session = Session(tmp_path, Supervisor(tmp_path, settings.faults, print), 60.0, patient)
+        with session.handle_signals():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
-            assert run.preempted_at is not None and run.interrupted == interrupted
+            assert session.preempted and session.interrupted == interrupted
             os.kill(os.getpid(), signal.SIGINT)
-            assert run.interrupted == signal.SIGINT
+            assert session.interrupted == signal.SIGINT
