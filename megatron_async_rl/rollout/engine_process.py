@@ -60,7 +60,7 @@ class SGLangServer:
         """
         newest = None
         if "load_format" not in self._config.sglang:
-            newest = next(iter(snapshots.whole(self._run_dir)), None)
+            newest = next(iter(snapshots.list_snapshots(self._run_dir)), None)
         # held: the controller may remove the snapshot while the server is loading it
         held = snapshots.hold(newest, self._name) if newest else None
         try:
@@ -182,7 +182,7 @@ class SGLangServer:
         return environment
 
     def _error(self, reason: str) -> EngineError:
-        """Quotes the last log line that names an error (more may follow it), else the last lines."""
+        """Quotes the last log line that names an error (more may follow) or the last lines."""
         text = self._log.read_text(errors="replace") if self._log.exists() else ""
         lines = [line[:600] for line in text.splitlines()]
         errors = [line for line in lines if _NAMES_ERROR.search(line)]

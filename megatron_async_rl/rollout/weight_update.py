@@ -247,7 +247,7 @@ def _read_verified(folder: Path) -> Snapshot:
     snapshot = snapshots.read(folder)
     if snapshot is None:
         raise EngineError(f"{folder} has no readable manifest")
-    if damage := snapshots.damage(snapshot):
+    if damage := snapshots.find_damage(snapshot):
         raise EngineError(damage)
     return snapshot
 

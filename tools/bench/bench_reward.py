@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Programs per second through the sandbox of reward.function = code, beside a plain `python3` started for each.
+"""Measures programs per second through the sandbox of reward.function = code.
 
-    python tools/bench/bench_reward.py --boxes 1 2 4 --seconds 5
+    python tools/bench/bench_reward.py --sandboxes 1 2 4 --seconds 5
 
-Every run is an honest program on one input, judged. Boxes run in threads here (a run waits for the kernel nearly all of
-its time); in the product each reward child has one.
+Each run scores a correct program on one input. For comparison, the rate of plain `python3`
+processes. Here the sandboxes run in threads, which wait for the kernel nearly all of the time; in
+the product each scoring process has one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_async_rl.data.code_tests import CodeTests
 from megatron_async_rl.reward import code_answer
-from megatron_async_rl.sandbox.box import Box, BoxSettings, Limits
+from megatron_async_rl.sandbox.sandbox import Limits, Sandbox, SandboxSettings
 
 PROGRAM = "a, b = map(int, input().split())\nprint(a + b)\n"
 ANSWER = f"```python\n{PROGRAM}```"
@@ -34,26 +35,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--boxes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--sandboxes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--python", default="/usr/bin/python3")
     arguments = parser.parse_args()
     plain = rate(1, arguments.seconds, lambda: lambda: run_plainly(arguments.python))
     row = {"cores": os.cpu_count(), "python": arguments.python, "plain_per_s": round(plain, 1)}
-    for num_boxes in arguments.boxes:
-        boxes = [Box(BoxSettings(arguments.python)) for _ in range(num_boxes)]
-        for box in boxes:
-            box.start()
-        waiting = iter(boxes)
-        per_s = rate(num_boxes, arguments.seconds, lambda waiting=waiting: judging(next(waiting)))
-        for box in boxes:
-            box.close()
+    for num_sandboxes in arguments.sandboxes:
+        sandboxes = [Sandbox(SandboxSettings(arguments.python)) for _ in range(num_sandboxes)]
+        for sandbox in sandboxes:
+            sandbox.start()
+        waiting = iter(sandboxes)
+        per_s = rate(
+            num_sandboxes, arguments.seconds, lambda waiting=waiting: scoring(next(waiting))
+        )
+        for sandbox in sandboxes:
+            sandbox.close()
         print(
             json.dumps(
                 row
                 | {
-                    "boxes": num_boxes,
-                    "judged_per_s": round(per_s, 1),
+                    "sandboxes": num_sandboxes,
+                    "scored_per_s": round(per_s, 1),
                     "ratio": round(per_s / plain, 1),
                 }
             ),
@@ -62,7 +65,7 @@ def main() -> None:
 
 
 def rate(num_threads: int, seconds: float, make: Callable[[], Callable[[], None]]) -> float:
-    """Calls per second of all threads, each with a callable of its own."""
+    """Returns the calls per second over all threads; `make` returns the callable of a thread."""
     counts = [0] * num_threads
     deadline = time.monotonic() + seconds
 
@@ -82,12 +85,12 @@ def rate(num_threads: int, seconds: float, make: Callable[[], Callable[[], None]
     return sum(counts) / (time.monotonic() - started)
 
 
-def judging(box: Box) -> Callable[[], None]:
-    def judge() -> None:
-        passes, why = code_answer.judge(box, ANSWER, TESTS, Limits(), 10.0)
+def scoring(sandbox: Sandbox) -> Callable[[], None]:
+    def score() -> None:
+        passes, why = code_answer.passes_tests(sandbox, ANSWER, TESTS, Limits(), 10.0)
         assert passes, why
 
-    return judge
+    return score
 
 
 def run_plainly(python: str) -> None:

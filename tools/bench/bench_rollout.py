@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Tokens per second of one SGLang server, left alone and paused every few seconds as weight updates pause it.
+"""Measures tokens per second of one SGLang server, undisturbed and with pauses of weight updates.
 
     python tools/bench/bench_rollout.py OUT --model 8b --sglang attention_backend=fa3
-    python tools/bench/bench_rollout.py OUT --model 8b --sglang attention_backend=fa3 disable_overlap_schedule=true \
-        --interrupts none retract keep
+    python tools/bench/bench_rollout.py OUT --model 8b --interrupts none retract keep \
+        --sglang attention_backend=fa3 disable_overlap_schedule=true
     python tools/bench/bench_rollout.py OUT --model tiny --device cpu --requests 16
 
-Random weights that stay as they are; the server is started, paused and asked by the product's own Server and
-EngineClient. For each way of interrupting: --requests new samples, --pauses times --gap-s seconds of generation and a
-pause that ends at once, then all are aborted and their tokens counted. `pause ms`: until the engine had ended the batch
-that ran, and (retract) queued its requests again: what an update waits for before its first byte. One line of JSON each.
+Random weights that do not change; the server is started, paused and queried by the product's own
+SGLangServer and EngineClient. For each interruption mode: --requests new samples, --pauses times --gap-s
+seconds of generation and a pause that ends at once; then all are aborted and their tokens counted.
+`pause_ms` is the time until the engine has ended the running batch and (retract) queued its
+requests again, which is when an update could send its first byte. Prints one line of JSON per mode.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def main() -> None:
     parser.add_argument("--pauses", type=int, default=3)
     parser.add_argument("--gap-s", type=float, default=5.0)
     parser.add_argument(
-        "--sglang", nargs="+", metavar="KEY=VALUE", default=[], help="settings of the engine"
+        "--sglang", nargs="+", metavar="KEY=VALUE", default=[], help="settings of the server"
     )
-    parser.set_defaults(trainer_tp=1, no_radix_cache=False)  # make_config's is of a whole run
+    parser.set_defaults(trainer_tp=1, no_radix_cache=False)  # read by make_config
     asyncio.run(benchmark(parser.parse_args()))
 
 
@@ -67,10 +68,10 @@ async def benchmark(arguments: argparse.Namespace) -> None:
     )
     try:
         await server.start()
-        await server.client.relabel(0)  # of its own accord it calls its weights "default"
+        await server.client.relabel(0)  # a new server calls its weights "default"
         await generate(
             server.client, arguments, "none", num_pauses=1
-        )  # kernels compiled, memory taken
+        )  # warm-up: compiles kernels, allocates memory
         for interrupt in arguments.interrupts:
             row = await generate(server.client, arguments, interrupt, arguments.pauses)
             print(json.dumps({"sglang": arguments.sglang} | row), flush=True)
@@ -105,14 +106,14 @@ async def generate(
         "interrupt": interrupt,
         "seconds": round(seconds, 2),
         "tokens_per_s": round(sum(num_tokens) / seconds),
-        "tokens_of_a_sample": statistics.median(num_tokens),
-        "ended_by_themselves": num_ended,
+        "tokens_per_sample_median": statistics.median(num_tokens),
+        "num_finished": num_ended,
         "pause_ms": [round(1000 * pause) for pause in pauses],
     }
 
 
 async def pause_once(client: EngineClient, interrupt: str) -> float:
-    """Seconds until the engine would have taken in weights."""
+    """Returns the seconds until the engine is ready to receive weights."""
     way = Pause(client, MODES[interrupt])
     started = time.monotonic()
     await way.stop()
