@@ -1,16 +1,16 @@
-r"""Three-digit additions with worked solutions: the problems the tiny model is trained and tested on.
+r"""Writes a dataset of three-digit additions, on which the tiny model is trained and evaluated.
 
     python tools/arithmetic.py train.jsonl --count 4000 --seed 0 --split train
 
-writes one problem a line, {"id": "347+285", "prompt": "347+285=", "answer": "632"}. A problem belongs to
-`train` or `eval` by a hash of its two numbers in either order, so no seed or count can mix the two.
+Each line holds one problem: {"id": "347+285", "prompt": "347+285=", "answer": "632"}. A hash of the
+two numbers, in either order, assigns a problem to `train` or `eval`; no seed or count mixes them.
 
-A solution adds column by column from the right and carries on paper. It ends in a box, for math-verify:
+A solution adds column by column from the right with written carries, and ends in a box:
 
     347+285=12;12+1=13;5+1=6;\boxed{632}
 
-`write_solution` writes as a careless crowd does, which is what pre-training data is like (see
-tools/make_tiny_model.py): some answers come without working, and carries get lost. Needs no torch.
+`write_solution` imitates careless authors, as in pre-training data (see tools/make_tiny_model.py):
+some solutions show no working, and carries are forgotten. Needs no torch.
 """
 
 import argparse
@@ -44,22 +44,22 @@ class Problem:
 
     @property
     def split(self) -> Split:
-        """By the unordered pair: a+b in one split and b+a in the other would be a leak."""
+        """By the unordered pair, because a+b in one split and b+a in the other would be a leak."""
         key = f"{min(self.a, self.b)}+{max(self.a, self.b)}".encode()
         return "eval" if hashlib.sha256(key).digest()[0] % EVAL_SHARE == 0 else "train"
 
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """How the crowd that wrote the pre-training text works; each field is a probability."""
+    """Habits of the authors of the pre-training text; each field is a probability."""
 
-    shows_working: float = 0.55  # else the box comes straight away, from adding columns in the head
-    carries: float = 0.35  # each carry that is due, when working on paper
-    slips: float = 0.7  # without working: one digit of the guess is any digit at all
+    shows_working: float = 0.55  # otherwise the solution is only a box with a guess
+    carries: float = 0.35  # of each carry, in a solution with working
+    slips: float = 0.7  # without working: one digit of the guess is random
 
 
 def draw_problems(split: Split, seed: int) -> Iterator[Problem]:
-    """An endless stream of uniform draws from one split; the same for the same seed."""
+    """Yields uniform draws from one split without end; the same ones for the same seed."""
     rng = random.Random(seed)
     while True:
         problem = Problem(rng.randint(LOW, HIGH), rng.randint(LOW, HIGH))
@@ -68,12 +68,11 @@ def draw_problems(split: Split, seed: int) -> Iterator[Problem]:
 
 
 def distinct_problems(split: Split, count: int, seed: int) -> list[Problem]:
-    most = (HIGH - LOW + 1) ** 2 // (
-        2 * EVAL_SHARE
-    )  # half of the smaller split: drawing stays quick
+    # half of the smaller split: drawing stays quick
+    most = (HIGH - LOW + 1) ** 2 // (2 * EVAL_SHARE)
     if count > most:
         raise ValueError(
-            f"--count={count}: at most {most} distinct problems are drawn; lower --count"
+            f"--count={count}: at most {most} distinct problems can be drawn; lower --count"
         )
     found: dict[Problem, None] = {}  # a dict keeps the order drawn
     for problem in draw_problems(split, seed):
@@ -84,7 +83,7 @@ def distinct_problems(split: Split, count: int, seed: int) -> list[Problem]:
 
 
 def write_solution(problem: Problem, habits: Habits, rng: random.Random) -> str:
-    """One solution by one member of the crowd: right if no carry that was due got lost."""
+    """Returns one solution; with working it is right if no carry is forgotten."""
     columns = list(
         zip(map(int, reversed(str(problem.a))), map(int, reversed(str(problem.b))), strict=True)
     )
@@ -109,7 +108,7 @@ def _guess(sums: list[int], habits: Habits, rng: random.Random) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    """The digits in the last box, or None. Enough to measure with here; training uses math-verify."""
+    """Returns the digits in the last box, or None; training uses math-verify instead."""
     boxes = re.findall(r"\\boxed\{(\d+)\}", text)
     return boxes[-1] if boxes else None
 

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""A Hugging Face folder to a Megatron checkpoint (torch_dist) and back, in any parallel layout.
+"""Converts a Hugging Face folder to a Megatron checkpoint (torch_dist) and back, in any layout.
 
-    torchrun --nproc-per-node 8 tools/convert_checkpoint.py to-megatron CONFIG OUT [key=value ...]
-    torchrun --nproc-per-node 8 tools/convert_checkpoint.py to-hf CONFIG CHECKPOINT OUT [key=value ...]
+    convert="torchrun --nproc-per-node 8 tools/convert_checkpoint.py"
+    $convert to-megatron CONFIG OUT [key=value ...]
+    $convert to-hf CONFIG CHECKPOINT OUT [key=value ...]
 
-CONFIG is a run's YAML: its model.path names the Hugging Face folder (to-hf needs config.json and the tokenizer of it
-alone), `megatron:` and trainer.data_parallel_size the layout, trainer.precision the type in memory. The layout of
-writing and of reading may differ. A rank holds its own shard, and while writing a Hugging Face file at most
-FILE_BYTES of trainer/export.py more; the whole model is never in one process of several. A checkpoint of a run works
-too: its optimizer is left unread.
+CONFIG is the YAML of a run: model.path names the Hugging Face folder (to-hf needs only its
+config.json and tokenizer), `megatron:` and trainer.data_parallel_size give the layout, and
+trainer.precision the type in memory. A checkpoint may be read in another layout than it was written
+in. No process holds the whole model: a rank holds its own shard and, while it writes a Hugging Face
+file, at most FILE_BYTES of trainer/checkpoint/export.py more. A checkpoint of a run works too; its
+optimizer state is not read.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def to_megatron(config: Config, out: Path) -> None:
     partial = out.with_name(f".{out.name}.partial")
     if dist.get_rank() == 0:
         if out.exists():
-            raise DataError(f"{out} is there already; remove it or name another folder")
+            raise DataError(f"{out} exists already; remove it or choose another folder")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
@@ -55,7 +57,8 @@ def to_megatron(config: Config, out: Path) -> None:
 def to_hf(config: Config, checkpoint: Path, out: Path) -> None:
     if not (checkpoint / "metadata.json").is_file():
         raise DataError(
-            f"{checkpoint} is no Megatron checkpoint: it has no metadata.json; give the folder that has"
+            f"{checkpoint} is no Megatron checkpoint: it has no metadata.json; "
+            "name the folder that contains that file"
         )
     parallel.init_parallel(config)
     blank = msgspec.structs.replace(

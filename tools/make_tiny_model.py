@@ -1,21 +1,23 @@
-r"""Pre-trains the tiny model that the examples and the end-to-end tests do RL on, in a minute or two of CPU.
+r"""Pre-trains the tiny model of the quickstart, in a minute or two of CPU time.
 
     python tools/make_tiny_model.py OUT_DIR [--seed 0]
 
-OUT_DIR becomes an ordinary Hugging Face folder with a Qwen3 model: grouped-query attention, QK-norm,
-RMSNorm, SwiGLU, RoPE; two KV heads, an even number of layers and an even vocabulary, so TP=2 and PP=2 fit.
+OUT_DIR becomes a Hugging Face folder with a Qwen3 model: grouped-query attention, QK-norm, RMSNorm,
+SwiGLU, RoPE; two KV heads, an even number of layers and an even vocabulary, so TP=2 and PP=2 fit.
 
-**The base model is wrong two times in three on purpose, the way real ones are.** Its text was written by
-a careless crowd (`arithmetic.Habits`): half of the authors answer without any working, and those who work on
-paper often lose the carry. Every piece of the right procedure is in the data and gets learned, but a sample
-from the model is a sample from the crowd. RL has nothing to teach it about digits; it has to find out, from
-the reward alone, that working and carrying pay.
+The base model is wrong two times in three on purpose. Its text imitates careless authors
+(`arithmetic.Habits`): half of them answer without any working, and the others often forget a carry.
+Every step of the right procedure is in the data and is learned, but a sample from the model has the
+habits of the data. RL need not teach it digits; it has to find out, from the reward alone, that
+showing the working and carrying pay off.
 
-**Training stops by measurement, not by step count,** on problems that are never trained:
-  accuracy  share of answers that are exactly right, *sampled at temperature 1*: RL optimizes that, and it
-            moves smoothly; greedy decoding makes each habit all or nothing and jumps. Must be in BAND.
-  reach     share of problems whose careful solution has no token less likely than REACH_PROBABILITY. Must be
-            MIN_REACH: below it the model has not learned to add, and RL would have to teach digits after all.
+Training stops by measurement, not by step count, on problems that are never trained:
+
+    accuracy  share of exactly right answers, sampled at temperature 1: RL optimizes it, and it
+              changes smoothly, while greedy decoding jumps with each habit. Must be within BAND.
+    reach     share of problems with no token less likely than REACH_PROBABILITY in
+              their careful solution. Must be at least MIN_REACH: below it the model has not learned to
+              add, and RL would have to teach it.
 """
 
 import argparse
@@ -41,18 +43,16 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 END, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unk|>"
-VOCAB_SIZE = 32  # 18 in use; the rest is reserved, so that the size divides by any small TP
+VOCAB_SIZE = 32  # 18 in use; the rest makes the size divisible by any small TP
 
 BAND = (0.25, 0.38)
-MIN_REACH, REACH_PROBABILITY = (
-    0.98,
-    0.15,
-)  # the rarest right habit, a carry, is 0.35 likely in the text
+MIN_REACH = 0.98
+REACH_PROBABILITY = 0.15  # the rarest correct habit, a carry, has probability 0.35 in the text
 
 MAX_STEPS, DECAY_STEPS, BATCH_SIZE, NUM_CHUNKS = 800, 400, 64, 2
 MATRIX_LR, OTHER_LR, WARMUP_STEPS = 2e-2, 3e-3, 50  # Muon | AdamW
 CHECK_STEPS, NUM_HELD_OUT, MAX_NEW_TOKENS = 10, 512, 32
-IGNORED = -100  # the label that cross_entropy skips
+IGNORED = -100  # label that cross_entropy ignores
 
 
 def held_out_problems() -> list[Problem]:
@@ -60,7 +60,7 @@ def held_out_problems() -> list[Problem]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    r"""One token per character, except `\boxed{`. No BOS: encoding a prompt never adds anything."""
+    r"""Returns a tokenizer with one token per character, except `\boxed{`, and without BOS."""
     words = [END, PAD, UNKNOWN, *"0123456789", "+", "=", ";", "\\boxed{", "}"]
     words += [f"<|reserved_{n}|>" for n in range(VOCAB_SIZE - len(words))]
     tokenizer = Tokenizer(
@@ -86,13 +86,14 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,  # what GPU attention kernels take, though hidden_size / heads is 32
+        head_dim=64,  # GPU attention kernels need it, though hidden_size / heads is 32
         max_position_embeddings=256,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.08,  # about 1 / sqrt(hidden_size): the usual 0.02 learns more slowly here
+        # about 1 / sqrt(hidden_size): the usual 0.02 learns more slowly here
+        initializer_range=0.08,
         dtype="float32",
     )
     model = Qwen3ForCausalLM(config)
@@ -110,8 +111,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 def encode(
     tokenizer: PreTrainedTokenizerFast, problems: list[Problem], habits: Habits, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
-    """Token ids [batch, length] and labels [batch, length]; the loss is on the solutions only, for the
-    problem's own digits are noise."""
+    """Returns token ids [batch, length] and labels [batch, length].
+
+    The loss is on the solutions only, because the digits of the problem are noise.
+    """
     texts = [p.prompt + write_solution(p, habits, rng) + END for p in problems]
     ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
     labels = ids.masked_fill(ids == tokenizer.pad_token_id, IGNORED)
@@ -120,9 +123,9 @@ def encode(
 
 
 def token_logprobs(model: Qwen3ForCausalLM, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of every token after the first, and which of them count: both [batch, length - 1].
+    """Returns the logprob of every token after the first, and the loss mask: [batch, length - 1].
 
-    No attention mask: padding is on the right, where causal attention never looks.
+    Needs no attention mask: padding is on the right, which causal attention does not see.
     """
     logits = model(input_ids=ids[:, :-1]).logits
     logprobs = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
@@ -171,7 +174,7 @@ def measure_reach(
 
 
 def make_optimizers(model: Qwen3ForCausalLM) -> list[tuple[Optimizer, LRScheduler]]:
-    """Muon for the layers' matrices, which here needs half the steps of AdamW alone; AdamW for the rest."""
+    """Returns Muon for the matrices (half the steps of AdamW alone) and AdamW for the rest."""
 
     def factor(step: int) -> float:
         return min((step + 1) / WARMUP_STEPS, max(0.1, 1 - step / DECAY_STEPS))
@@ -188,8 +191,11 @@ def train_step(
     optimizers: list[tuple[Optimizer, LRScheduler]],
     batch: tuple[Tensor, Tensor],
 ) -> float:
-    """One optimizer step; returns the mean loss of a token. Short rows and long ones go through apart,
-    because padding every guess to the length of a worked solution would double the time."""
+    """Makes one optimizer step; returns the mean loss per token.
+
+    Short and long rows are separate chunks: padding every guess to the length of a solution with
+    working would double the time.
+    """
     ids, labels = batch
     lengths = (labels != IGNORED).cumsum(dim=1).argmax(dim=1) + 1  # position after the last token
     num_tokens, total = (labels != IGNORED).sum(), 0.0
@@ -220,7 +226,7 @@ def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: 
             reach = measure_reach(model, tokenizer, held_out[:256])
             clock = f"step {step:4d}  {time.monotonic() - started:5.1f} s"
             print(f"{clock}  loss {loss:.3f}  held-out reach {reach:.3f}", end="", flush=True)
-            if reach >= MIN_REACH:  # sampling is slow: only when it can matter
+            if reach >= MIN_REACH:  # sampling is slow: only when it can end training
                 accuracy = measure_accuracy(model, tokenizer, held_out)
                 print(f"  accuracy {accuracy:.3f}", end="")
                 if BAND[0] <= accuracy <= BAND[1]:
@@ -228,8 +234,8 @@ def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: 
                     return accuracy
             print(flush=True)
     raise SystemExit(
-        f"No accuracy within {BAND} at a reach of {MIN_REACH} in {MAX_STEPS} steps: try another --seed, or "
-        "raise MAX_STEPS in tools/make_tiny_model.py if the figures above were still rising."
+        f"No accuracy within {BAND} at a reach of {MIN_REACH} in {MAX_STEPS} steps: try another "
+        "--seed, or raise MAX_STEPS in tools/make_tiny_model.py if the figures were still rising."
     )
 
 
@@ -244,7 +250,8 @@ def main() -> None:
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {torch.get_num_threads()} threads"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{torch.get_num_threads()} threads"
     )
     accuracy = pretrain(model, tokenizer, args.seed)
     model.save_pretrained(args.out_dir)

@@ -1,10 +1,12 @@
-"""How staleness and its correction change learning: real runs of a configuration over eta x loss x seed.
+"""Studies the effect of staleness and of its correction: runs over max_staleness x loss x seed.
 
-    python tools/study_staleness.py OUT [CONFIG] [--etas 0 1 4 8] [--losses decoupled_ppo ppo] [--seeds 1 2 3] [--set key=value ...]
+    python tools/study_staleness.py OUT [CONFIG] [--max-staleness 0 1 4 8]
+        [--losses decoupled_ppo ppo] [--seeds 1 2 3] [--set key=value ...]
 
-Each run is `python -m megatron_async_rl run CONFIG run.dir=OUT/... ` with its settings; one that has finished is not run
-again, so an interrupted study goes on. OUT/study.md holds a table, OUT/study.svg the reward over steps, mean over seeds.
-The final reward is the mean over the last fifth of the steps; accuracy is the evaluation's, after the last step.
+Each run is `python -m megatron_async_rl run CONFIG run.dir=OUT/... ` with its settings. A finished
+run is not repeated, so an interrupted study can be continued. OUT/study.md holds a table,
+OUT/study.svg the reward by step, averaged over seeds. The final reward is the mean over the last
+fifth of the steps; the accuracy is that of the evaluation after the last step.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.observability.status import RunStatus, read_status
 
-Case = tuple[int, str]  # eta, loss
+Case = tuple[int, str]  # staleness.max_staleness, loss
 REPOSITORY = Path(__file__).resolve().parent.parent
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 
@@ -34,11 +36,13 @@ def finished(run_dir: Path) -> RunStatus | None:
     return status if status.state == "finished" else None
 
 
-def run(config: str, run_dir: Path, case: Case, seed: int, overrides: list[str]) -> RunStatus | None:
-    """The finished run, or None where it failed; what it said is in OUT/NAME.log."""
+def run(
+    config: str, run_dir: Path, case: Case, seed: int, overrides: list[str]
+) -> RunStatus | None:
+    """Returns the status of the finished run, None if it failed; its output is in OUT/NAME.log."""
     if done := finished(run_dir):
         return done
-    eta, loss = case
+    max_staleness, loss = case
     command = [
         sys.executable,
         "-m",
@@ -49,7 +53,7 @@ def run(config: str, run_dir: Path, case: Case, seed: int, overrides: list[str])
         f"run.dir={run_dir}",
     ]
     command += [
-        f"staleness.max_staleness={eta}",
+        f"staleness.max_staleness={max_staleness}",
         f"algorithm.loss.objective={loss}",
         f"run.seed={seed}",
         *overrides,
@@ -73,20 +77,25 @@ def final_reward(status: RunStatus) -> float:
 
 
 def accuracy(status: RunStatus) -> float | None:
-    """After the last step; None where no server was left to evaluate it."""
+    """Returns the accuracy after the last step, None without an evaluation of it."""
     last = status.evals[-1] if status.evals else None
     return last.accuracy if last and last.version == status.version else None
 
 
 def table(results: dict[Case, list[RunStatus]]) -> str:
     lines = [
-        "| eta | loss | runs | reward at the end | of eta = 0 | accuracy | mean staleness |",
+        "| max_staleness | loss | runs | final reward | of synchronous | accuracy | staleness |",
         "|---|---|---|---|---|---|---|",
     ]
-    synchronous = [final_reward(s) for (eta, _), runs in results.items() if eta == 0 for s in runs]
-    for (eta, loss), runs in results.items():
+    synchronous = [
+        final_reward(s)
+        for (max_staleness, _), runs in results.items()
+        if max_staleness == 0
+        for s in runs
+    ]
+    for (max_staleness, loss), runs in results.items():
         if not runs:
-            lines.append(f"| {eta} | {loss} | 0 | no run finished | | | |")
+            lines.append(f"| {max_staleness} | {loss} | 0 | no run finished | | | |")
             continue
         rewards = [final_reward(s) for s in runs]
         share = (
@@ -96,7 +105,8 @@ def table(results: dict[Case, list[RunStatus]]) -> str:
         )
         accuracies = [a for a in map(accuracy, runs) if a is not None]
         lines.append(
-            f"| {eta} | {loss} | {len(runs)} | {_spread(rewards)} | {share} | {_spread(accuracies)} | "
+            f"| {max_staleness} | {loss} | {len(runs)} | {_spread(rewards)} | {share} "
+            f"| {_spread(accuracies)} | "
             f"{statistics.fmean(s.staleness_mean for s in runs):.2f} |"
         )
     return "\n".join(lines) + "\n"
@@ -110,7 +120,7 @@ def _spread(values: list[float]) -> str:
 
 
 def plot(results: dict[Case, list[RunStatus]], width: int = 720, height: int = 400) -> str:
-    """An SVG of reward over steps: a line a case, the mean over its seeds."""
+    """Returns an SVG of reward by step: one line per case, averaged over its seeds."""
     curves = {
         case: [
             statistics.fmean(step) for step in zip(*(s.reward_history for s in runs), strict=False)
@@ -128,17 +138,19 @@ def plot(results: dict[Case, list[RunStatus]], width: int = 720, height: int = 4
         return f"{x:.1f},{top + inner_h * (1 - (reward - low) / ((high - low) or 1)):.1f}"
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'font-family="sans-serif">'
     ]
     parts.append(
-        f'<rect x="{left}" y="{top}" width="{inner_w}" height="{inner_h}" fill="none" stroke="#999"/>'
+        f'<rect x="{left}" y="{top}" width="{inner_w}" height="{inner_h}" '
+        'fill="none" stroke="#999"/>'
     )
     parts.append(
         f'<text x="{left + inner_w / 2:.0f}" y="{height - 12}" font-size="13">training step</text>'
     )
     for value, y in ((high, top + 10), (low, top + inner_h)):
         parts.append(f'<text x="5" y="{y}" font-size="12">{value:.2f}</text>')
-    for n, ((eta, loss), curve) in enumerate(curves.items()):
+    for n, ((max_staleness, loss), curve) in enumerate(curves.items()):
         color, dash = COLORS[n % len(COLORS)], ' stroke-dasharray="6 3"' if loss == "ppo" else ""
         points = " ".join(at(step, reward) for step, reward in enumerate(curve))
         parts.append(
@@ -146,7 +158,8 @@ def plot(results: dict[Case, list[RunStatus]], width: int = 720, height: int = 4
         )
         y = top + 15 + 20 * n
         parts.append(
-            f'<text x="{left + inner_w + 10}" y="{y}" font-size="13" fill="{color}">eta {eta}, {loss}</text>'
+            f'<text x="{left + inner_w + 10}" y="{y}" font-size="13" fill="{color}">'
+            f"max_staleness {max_staleness}, {loss}</text>"
         )
     return "\n".join([*parts, "</svg>\n"])
 
@@ -159,21 +172,20 @@ def main() -> int:
     parser.add_argument(
         "config", nargs="?", default=str(REPOSITORY / "configs" / "quickstart.yaml")
     )
-    parser.add_argument("--etas", type=int, nargs="+", default=[0, 1, 4, 8])
+    parser.add_argument("--max-staleness", type=int, nargs="+", default=[0, 1, 4, 8])
     parser.add_argument("--losses", nargs="+", default=["decoupled_ppo", "ppo"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument(
-        "--set", metavar="key=value", action="append", default=[], help="a setting of every run"
+        "--set", metavar="key=value", action="append", default=[], help="a setting for every run"
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    cases = list(itertools.product(args.etas, args.losses))
+    cases = list(itertools.product(args.max_staleness, args.losses))
     results: dict[Case, list[RunStatus]] = {case: [] for case in cases}
-    for seed, case in itertools.product(
-        args.seeds, cases
-    ):  # whole rounds: a study cut short has all cases
+    # seed by seed, so that an interrupted study has all cases
+    for seed, case in itertools.product(args.seeds, cases):
         if status := run(
-            args.config, args.out / f"eta{case[0]}-{case[1]}-seed{seed}", case, seed, args.set
+            args.config, args.out / f"staleness{case[0]}-{case[1]}-seed{seed}", case, seed, args.set
         ):
             results[case].append(status)
         (args.out / "study.md").write_text(table(results))

@@ -1,4 +1,4 @@
-"""Layouts over NCCL compute what TP1 PP1 CP1 computes, on the GPUs of one host.
+"""Layouts over NCCL match TP1 PP1 CP1, on the GPUs of one host.
 
 In float32, and in bfloat16 within its rounding error.
 """

@@ -52,7 +52,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model, run_dir = make_model(folder / "model", layers=4), folder / "run"
     run_dir.mkdir()
     ranks(2, str(model), str(run_dir), "save", "2", "1")
-    newest = checkpoints.manifests(run_dir)[0]
+    newest = checkpoints.list_manifests(run_dir)[0]
     name = next(name for name in newest.files if name.endswith(".distcp"))
     path = run_dir / checkpoints.FOLDER / newest.folder / name
     path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -65,7 +65,7 @@ def test_last_two_checkpoints_are_complete_when_reported(saved: tuple[Path, Path
         [2, "v000002"],
         [4, "v000004"],
     ]
-    assert [manifest.version for manifest in checkpoints.manifests(run_dir)] == [4, 2]
+    assert [manifest.version for manifest in checkpoints.list_manifests(run_dir)] == [4, 2]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from controller_shell import ask, hello_of, with_controller
 from journal_builders import journal_events, write_checkpoint
 
+from megatron_async_rl.controller.core import inputs
 from megatron_async_rl import __version__
 from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal
@@ -121,7 +122,7 @@ def test_unknown_and_lost_workers_must_rejoin(
         assert controller.core.fleet.rollout[
             "rollout-0"
         ].is_serving  # it served before this controller started
-        controller.core.worker_lost("rollout-0", 0.0)
+        controller.core.handle(inputs.WorkerLost("rollout-0"), 0.0)
         assert await ask(link, Heartbeat()) == RejoinRequest()
         assert isinstance(
             await ask(link, hello_of(model_and_dataset, "rollout", "rollout-0", serving=0)), Welcome

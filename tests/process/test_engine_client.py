@@ -243,7 +243,7 @@ def test_connection_closed_by_the_server_is_not_reused(
 ) -> None:
     """SGLang closes a connection that was idle for 5 s.
 
-    A client whose event loop was blocked meanwhile has not noticed it.
+    A client with a blocked event loop has not noticed it.
     """
     monkeypatch.setattr(client_module, "KEEP_ALIVE_S", 0.2)
     fake = FakeSGLang("0.5.21", reply([5], [{"version": "3", "start": 0, "end": 1}]))

@@ -1,4 +1,4 @@
-"""A server whose port is taken between its choice and its use is started again at once."""
+"""A server is started again at once when its port is taken between its choice and its use."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Layout invariance, equality with transformers, and export.
 
-Tiny models over four CPU ranks (layouts_main.py), whose results all tests here read.
+Tiny models run once over four CPU ranks (layouts_main.py); all tests here read the results.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
     "dtype": "float32",
 }
-LAYOUTS = {  # layout -> the layout whose results it must equal
+LAYOUTS = {  # layout -> the layout with the same results
     "tp1 small microbatches": "tp1",
     "tp1 one microbatch": "tp1",
     "tp1 uneven shares": "tp1",
@@ -369,7 +369,7 @@ def test_bf16_trains(results: dict[str, Any]) -> None:
 def test_policy_and_critic_do_not_depend_on_the_layout(
     layout_folder: Path, results: dict[str, Any], layout: str
 ) -> None:
-    """After three steps whose advantages come from the critic's values."""
+    """After three steps with advantages from the critic's values."""
     last, want = results[layout][-1], results["gae"][-1]
     for name, value in want.items():
         if name.startswith(("critic/", "train/")) and "packing" not in name:

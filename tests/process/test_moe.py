@@ -1,4 +1,4 @@
-"""Qwen3-MoE in Megatron computes what Qwen3-MoE in transformers computes."""
+"""Qwen3-MoE in Megatron equals Qwen3-MoE in transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trainer whose ranks are on several hosts.
+"""A trainer with ranks on several hosts.
 
 The incarnations that its nodes agree on, over processes of one line each, and a whole run over two
 network namespaces (trainer_hosts_main.py).

@@ -216,7 +216,7 @@ def test_terminated_job_saves_is_requeued_and_continues(
     assert time.monotonic() - signalled_at < 30
     stopped = running.status()
     assert stopped.state == "stopped" and not Path(f"/proc/{started}").exists()
-    saved = checkpoints.manifests(running.run_dir)[0].version
+    saved = checkpoints.list_manifests(running.run_dir)[0].version
     assert saved == stopped.version < STEPS  # saved at SIGTERM, not at a fourth step
     assert "exit code 75: job" in running.output and "stopped by SIGTERM" not in running.output
 
@@ -234,7 +234,7 @@ def test_terminated_job_saves_is_requeued_and_continues(
 def test_job_that_loses_a_node_is_requeued_and_continues(job: Callable[..., Job]) -> None:
     running = job(STEPS).submit()
     running.wait_for_version(6)
-    running.wait(lambda: bool(checkpoints.manifests(running.run_dir)))
+    running.wait(lambda: bool(checkpoints.list_manifests(running.run_dir)))
     # the node returns as soon as its slurmd registers again
     running.slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     running.wait(lambda: running.job_field("Restarts") == "1")

@@ -1,4 +1,4 @@
-"""Whole runs whose weights go through the disk.
+"""Whole runs with weight updates through the disk.
 
 Either every update does, or only the catch-up of a server that hung, was fenced and restarted,
 while the other server continues over the network.
@@ -51,7 +51,7 @@ def test_run_with_disk_transport(run_inputs: RunInputs, tmp_path: Path) -> None:
         "check_files " in line and "digest " in line for line in served
     )
     assert any(" 0 requests interrupted" not in line for line in served)
-    whole = snapshots.whole(run_dir)
+    whole = snapshots.list_snapshots(run_dir)
     assert [snapshot.version for snapshot in whole] == [STEPS, STEPS - 1]
     assert {name[:11] for name in whole[0].manifest.files if name.startswith("model-")} == {
         "model-00001",

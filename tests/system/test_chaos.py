@@ -25,8 +25,8 @@ def run_in_namespaces(folder: Path, code: str) -> list[str]:
     program = folder / "program.py"
     program.write_text(
         "import subprocess, sys, os, time\nfrom pathlib import Path\n"
-        "from chaos_parts import world\nworld.enter()\n"
-        f"around = world.World(Path({str(folder / 'chaos')!r}))\n{code}"
+        "from chaos_parts import namespaces\nnamespaces.enter()\n"
+        f"job = namespaces.Namespaces(Path({str(folder / 'chaos')!r}))\n{code}"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS / "chaos"), str(ROOT)])}
     done = subprocess.run(
@@ -43,11 +43,11 @@ def run_in_namespaces(folder: Path, code: str) -> list[str]:
 
 PARTITION = """
 import socket
-around.make_hosts()
-server = socket.create_server((world.HOST_A, 0))
+job.make_hosts()
+server = socket.create_server((namespaces.HOST_A, 0))
 sender = f'''
 import socket, time
-link = socket.create_connection(("{world.HOST_A}", {server.getsockname()[1]}))
+link = socket.create_connection(("{namespaces.HOST_A}", {server.getsockname()[1]}))
 while True:
     link.send(b"x")
     time.sleep(0.02)
@@ -66,10 +66,10 @@ def count_received(seconds):
     return count
 
 print(count_received(0.5) > 0)
-around.cut(world.HOST_A)
+job.partition(namespaces.HOST_A)
 count_received(0.3)  # what was in flight
 print(count_received(1.0), host_b.poll())
-around.heal(world.HOST_A)
+job.heal(namespaces.HOST_A)
 print(count_received(5.0) >= 50)
 host_b.kill()
 host_b.wait()
@@ -90,7 +90,7 @@ wall, monotonic = time.time(), time.monotonic()
 input()
 print(time.time() - wall, time.monotonic() - monotonic)
 """
-environment = {**os.environ, **around.environment()}
+environment = {**os.environ, **job.environment()}
 jumping, other = (
     subprocess.Popen(
         [sys.executable, "-c", look], env=environment, stdin=-1, stdout=-1, text=True
@@ -98,7 +98,7 @@ jumping, other = (
     for _ in range(2)
 )
 time.sleep(1)
-around.move_clock(jumping.pid, -3600)
+job.move_clock(jumping.pid, -3600)
 for process in (jumping, other):
     wall, monotonic = map(float, process.communicate("\\n")[0].split())
     print(round((wall - monotonic) / 60))

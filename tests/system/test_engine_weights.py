@@ -1,4 +1,4 @@
-"""After an update, a real SGLang of one and of two ranks computes what transformers computes.
+"""After an update, a real SGLang of one and of two ranks matches transformers.
 
 Compared is the whole distribution at every position, after an update over the network and after
 one from the disk. Damaged snapshots are never served. Trainer ranks (weights_main.py, TP = 2),
@@ -166,7 +166,7 @@ def test_engine_matches_transformers_after_every_update(
             np.testing.assert_allclose(
                 await engine_logprobs(worker, 1), transformers_logprobs(third), atol=2e-4
             )
-            [snapshot] = snapshots.whole(run_dir)
+            [snapshot] = snapshots.list_snapshots(run_dir)
             np.testing.assert_array_equal(
                 transformers_logprobs(snapshot.path), transformers_logprobs(third)
             )
@@ -194,7 +194,7 @@ def test_engine_matches_transformers_after_every_update(
 
             # a new server starts from the newest snapshot, once the damaged ones are removed
             cold = SGLangServer(config, run_dir, "cold")
-            for broken in snapshots.whole(run_dir)[:-1]:
+            for broken in snapshots.list_snapshots(run_dir)[:-1]:
                 snapshots.remove(broken.path)
             assert "--weight-version" not in server._command("h", 1)
             if tp == 1:

@@ -1,4 +1,4 @@
-"""A server whose scheduler hangs while its HTTP side answers is detected, replaced, and rejoins."""
+"""A server with a hanging scheduler and an answering HTTP side is detected and replaced."""
 
 from __future__ import annotations
 

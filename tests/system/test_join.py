@@ -1,4 +1,4 @@
-"""A run whose processes are started by several launchers, as on several hosts.
+"""A run with processes of several launchers, as on several hosts.
 
 One host is lost, another takes over its names, the first returns: a name has one owner at any time.
 """

@@ -1,4 +1,4 @@
-"""A run whose processes are killed: first a trainer rank, then all at once.
+"""A run is killed twice: first one trainer rank, then all processes at once.
 
 The steps after the last checkpoint are trained again with bit-identical results.
 """
@@ -57,7 +57,7 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     )
     child = start_run(path)
     wait_for_version(run_dir, EVERY + 1)
-    while not checkpoints.manifests(run_dir):  # it is written while training continues
+    while not checkpoints.list_manifests(run_dir):  # it is written while training continues
         assert child.poll() is None
         time.sleep(0.05)
     rank = next(

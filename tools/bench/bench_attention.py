@@ -1,9 +1,10 @@
-"""The trainer's core attention against Transformer Engine's on the same packs: forward and backward on one Hopper GPU.
+"""Compares the trainer's core attention with Transformer Engine's, on one Hopper GPU.
 
     python tools/bench/bench_attention.py            # needs a GPU and Transformer Engine
 
-Qwen3-8B's heads (32 of 128, 8 of keys and values), bfloat16, packs of 32768 tokens. Ours includes the rotary embedding,
-theirs does not. FLOPs are those of causal attention, 6 * length^2 * heads * head size a sequence.
+Forward and backward over the same packs of 32768 tokens in bfloat16, with the heads of Qwen3-8B (32
+query heads and 8 key-value heads of 128). The trainer's time includes the rotary embedding, the
+other does not. FLOPs are those of causal attention: 6 * length^2 * heads * head size per sequence.
 """
 
 from __future__ import annotations
@@ -46,18 +47,17 @@ def compare(lengths: list[int]) -> str:
     )
     gradient = torch.randn(total, HEADS * SIZE, device="cuda", dtype=torch.bfloat16)
     packed = pack_sequences(lengths, torch.device("cuda", 0), thd=False, dense=False)
-    packed.rotary_cos_TF = torch.ones(
-        total, SIZE // 2, device="cuda"
-    )  # by no angle: both compute the same
+    # rotation by zero, so that both compute the same
+    packed.rotary_cos_TF = torch.ones(total, SIZE // 2, device="cuda")
     packed.rotary_sin_TF = torch.zeros(total, SIZE // 2, device="cuda")
     attention = DotProductAttention(
         HEADS, SIZE, num_gqa_groups=GROUPS, attn_mask_type="padding_causal", qkv_format="thd"
     )
 
-    def ours() -> Tensor:
+    def trainer_attention() -> Tensor:
         return _varlen(q[:, None], k[:, None], v[:, None], packed, None).reshape(total, -1)
 
-    def theirs() -> Tensor:
+    def transformer_engine_attention() -> Tensor:
         borders = packed.cu_seqlens_q
         return attention(
             q,
@@ -70,10 +70,10 @@ def compare(lengths: list[int]) -> str:
         )
 
     with torch.no_grad():
-        difference = (ours() - theirs()).abs().max().item()
+        difference = (trainer_attention() - transformer_engine_attention()).abs().max().item()
     flops = 6 * HEADS * SIZE * sum(n * n for n in lengths)
     cells = [str(len(lengths)), str(longest)]
-    for call in (ours, theirs):
+    for call in (trainer_attention, transformer_engine_attention):
         took = seconds(lambda call=call: call().backward(gradient))
         cells += [f"{1e3 * took:.2f}", f"{flops / took / 1e12:.0f}"]
     return "| " + " | ".join([*cells, f"{difference:.2g}"]) + " |"
@@ -81,7 +81,8 @@ def compare(lengths: list[int]) -> str:
 
 def main() -> None:
     print(
-        "| sequences | longest | ours ms | TFLOP/s | Transformer Engine ms | TFLOP/s | largest difference |"
+        "| sequences | longest | trainer ms | TFLOP/s "
+        "| Transformer Engine ms | TFLOP/s | largest difference |"
     )
     print("|---|---|---|---|---|---|---|")
     for lengths in PACKS:

@@ -1,12 +1,13 @@
-"""How many trajectories one controller takes from rollout to trainer per second, all of it on one core.
+"""Measures samples per second through one controller, from rollout to trainer, on one core.
 
     python tools/bench/bench_controller.py [--seconds 10] [--tokens 32768] [--clients 2] [--profile]
 
-The controller is the product's, whole: CURVE on every socket, journal, sample log, TensorBoard, weight updates with their
-handshake, checkpoints that let the journal forget. A trajectory is 32,768 tokens with logprobs and versions: 393,216
-bytes in, and 524,288 out to the trainer, with its advantages. Everyone else is a process on the other cores that speaks
-the real messages: rollout clients answer every lease at once, a judge every question, a trainer every batch. Versions
-and advantages are equal for all tokens of an answer, and travel as runs (wire.py): 262 KB each way.
+The controller is the product's, complete: CURVE on every socket, journal, sample log, TensorBoard,
+the handshake of weight updates, checkpoints that shorten the journal. A sample has 32,768 tokens
+with logprobs and versions: 393,216 bytes in and, with advantages, 524,288 bytes out to the trainer.
+Its peers are processes on the other cores that speak the real messages: rollout clients answer
+every lease at once, a scorer every request, a trainer every batch. Versions and advantages are
+equal for all tokens of a sample and are sent as runs (protocol/wire.py): 262 KB each way.
 """
 
 from __future__ import annotations
@@ -67,14 +68,14 @@ from megatron_async_rl.storage import checkpoints
 
 GROUPS_PER_STEP, SAMPLES = 16, 8
 NUM_PROMPT = 1
-CHECKPOINT_EVERY = 4  # steps; what is older than two of them leaves the journal
+CHECKPOINT_EVERY = 4  # steps; the journal forgets events older than two checkpoints
 WARM_UP_STEPS = 8
 BUCKETS = [Bucket([TensorSpec("w", "bfloat16", [1])])]
 STATS = {"train/loss": 0.0, "train/tokens": 1.0, "perf/time/train_s": 1.0}
 
 
-def settings(folder: Path, tokens: int, clients: int) -> Config:
-    """A model folder of one word, a dataset of one prompt a row, and a configuration for them."""
+def make_config(folder: Path, tokens: int, clients: int) -> Config:
+    """Writes a model folder with a tokenizer of one word and a dataset; returns their config."""
     model = folder / "model"
     model.mkdir()
     Tokenizer(models.WordLevel({"1": 0, "<|end|>": 1}, unk_token="1")).save(
@@ -97,7 +98,7 @@ def settings(folder: Path, tokens: int, clients: int) -> Config:
     )
 
 
-# ---- the others
+# ---- peers of the controller
 
 
 def rollout(run_dir: Path, number: int, tokens: int, tokenizer: str) -> None:
@@ -130,7 +131,7 @@ def rollout(run_dir: Path, number: int, tokens: int, tokenizer: str) -> None:
     asyncio.run(body())
 
 
-def judge(run_dir: Path) -> None:
+def scorer(run_dir: Path) -> None:
     async def body() -> None:
         link = Link(run_dir)
         await link.join(Hello("reward", "reward-0", os.getpid(), capacity=256))
@@ -163,15 +164,15 @@ def trainer(run_dir: Path, tokenizer: str) -> None:
                 assert len(message.samples) == GROUPS_PER_STEP * SAMPLES
                 await link.send(StepDone(version, STATS))
                 if version % CHECKPOINT_EVERY == 0:
-                    await link.send(CheckpointSaved(version, saved(run_dir, version)))
+                    await link.send(CheckpointSaved(version, save_checkpoint(run_dir, version)))
                 await link.send(PublishOffer(version, 0, 1, BUCKETS, "gloo"))
         link.close()
 
     asyncio.run(body())
 
 
-def saved(run_dir: Path, version: int) -> str:
-    """A checkpoint of one small file."""
+def save_checkpoint(run_dir: Path, version: int) -> str:
+    """Writes a checkpoint of one small file; returns its folder's name."""
     folder = run_dir / checkpoints.FOLDER / checkpoints.folder_name(version)
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(b"w")
@@ -189,7 +190,7 @@ def child(core: int, body: object, *values: object) -> None:
 
 
 def cpu_seconds() -> dict[str, float]:
-    """Of this process, by thread."""
+    """Returns the CPU seconds of this process by thread."""
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
     used: dict[str, float] = {}
     for task in Path("/proc/self/task").iterdir():
@@ -203,7 +204,7 @@ def cpu_seconds() -> dict[str, float]:
 async def measure(
     chosen: Config, seconds: float, profile: cProfile.Profile | None
 ) -> tuple[int, float, dict[str, float]]:
-    """(trajectories, seconds, CPU seconds by thread) between two steps, after some that do not count."""
+    """Returns (samples, seconds, CPU seconds by thread) between two steps after the warm-up."""
     journal, log = Journal(chosen.run_dir / JOURNAL_FILE), run_log.RunLog(chosen.run_dir, chosen)
     hub = Hub(chosen.run_dir)
     controller = Controller(chosen, hub, log, journal)
@@ -241,15 +242,19 @@ async def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument(
-        "--profile", action="store_true", help="where the event loop's thread spends its time"
+        "--profile", action="store_true", help="print a profile of the event loop's thread"
     )
     parser.add_argument(
-        "--dir", default=None, help="where the run lies meanwhile; default: a temporary folder"
+        "--dir",
+        default=None,
+        help="parent of the run folder; default: the system's temporary folder",
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -258,10 +263,10 @@ def main() -> int:
     spawn = multiprocessing.get_context("spawn")
     profile = cProfile.Profile(time.thread_time) if arguments.profile else None
     with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
-        chosen = settings(Path(name), arguments.tokens, arguments.clients)
+        chosen = make_config(Path(name), arguments.tokens, arguments.clients)
         run_dir, tokenizer = chosen.run_dir, fingerprint(chosen.model.path)
         run_dir.mkdir()
-        bodies = [(trainer, run_dir, tokenizer), (judge, run_dir)]
+        bodies = [(trainer, run_dir, tokenizer), (scorer, run_dir)]
         bodies += [
             (rollout, run_dir, n, arguments.tokens, tokenizer) for n in range(arguments.clients)
         ]
@@ -271,7 +276,9 @@ def main() -> int:
         ]
         for process in children:
             process.start()
-        os.sched_setaffinity(0, {own})  # all threads made from here on: zmq's, the journal's
+        os.sched_setaffinity(
+            0, {own}
+        )  # for all threads started from here on: of zmq and of the journal
         count, wall_s, cpu = asyncio.run(measure(chosen, arguments.seconds, profile))
         for process in children:
             process.join(10)
@@ -282,8 +289,9 @@ def main() -> int:
         f"{name} {1e3 * used / count:.2f}" for name, used in cpu.items() if used / total > 0.01
     )
     print(
-        f"{count / wall_s:.0f} trajectories/s of {size:,} bytes, {count} in {wall_s:.1f} s; "
-        f"{1e3 * total / count:.2f} ms of CPU each ({parts}): {count / total:.0f} per second of one core"
+        f"{count / wall_s:.0f} samples/s of {size:,} bytes, {count} in {wall_s:.1f} s; "
+        f"{1e3 * total / count:.2f} ms of CPU each ({parts}): "
+        f"{count / total:.0f} per second of one core"
     )
     return 0
 

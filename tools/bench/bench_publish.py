@@ -1,28 +1,39 @@
 #!/usr/bin/env python3
-"""How long a weight update takes: live Megatron shards to a live SGLang server while it generates.
+"""Measures a weight update: live Megatron shards to a live SGLang server while it generates.
 
-    python tools/bench/bench_publish.py OUT --model 8b --buckets 2147483648 1073741824      # 2 GPUs: trainer TP=1, engine tp=1
-    python tools/bench/bench_publish.py OUT --model 8b --interrupts abort retract           # SGLang >= 0.5.21
-    python tools/bench/bench_publish.py OUT --model 8b --interrupts abort retract --no-radix-cache      # any
-    python tools/bench/bench_publish.py OUT --model 8b --trainer-tp 2 --engine-tp 2         # 4 GPUs
-    python tools/bench/bench_publish.py OUT --model 8b --trainer-tp 2 --engine-gpu 1        # 2 GPUs, the engine beside rank 1
-    python tools/bench/bench_publish.py OUT --model tiny --device cpu                       # a try on a laptop, gloo
+    bench="python tools/bench/bench_publish.py OUT --model 8b"
+    $bench --buckets 2147483648 1073741824               # 2 GPUs: trainer TP=1, engine tp=1
+    $bench --interrupts abort retract                    # SGLang >= 0.5.21
+    $bench --interrupts abort retract --no-radix-cache   # any SGLang
+    $bench --trainer-tp 2 --engine-tp 2                  # 4 GPUs
+    $bench --trainer-tp 2 --engine-gpu 1                 # 2 GPUs, the engine shares one with rank 1
+    python tools/bench/bench_publish.py OUT --model tiny --device cpu       # on a laptop, with gloo
 
-What runs is the product: WeightPublisher in trainer ranks with megatron-core's model (random weights, no optimizer),
-Publisher behind a Hub here, a rollout worker process with its SGLang server, and --requests samples leased to it all
-the time. Beside it: a plain broadcast of the same bytes in buckets of the same size, from the trainer's first GPU to
-the engine's first, before the engine takes its memory. Writes OUT/updates.json and OUT/table.md.
+The parts are the product's: WeightPublisher in trainer ranks with megatron-core's model (random
+weights, no optimizer), BroadcastPublisher behind a Hub in this process, and a rollout worker with
+its SGLang server that always has --requests samples leased. For comparison, a plain broadcast of
+the same bytes in buckets of the same size, from the first GPU of the trainer to the first of the
+engine, before the engine allocates its memory. Writes OUT/updates.json and OUT/table.md.
 
-Seconds of an update (Publisher's own): interrupt: the gate for requests closed and all aborted, or the engine paused;
-drain: until the last of the aborted was answered; load: from there all buckets received and loaded, by the server;
-first_bucket: the part of it until the first was (a server that aborts waits for the drain in it, one that retracts for
-its requests to be queued again); wire: the same seen by the trainer, from the first gather to the last byte sent;
-gather, trainer_digest: on the trainer's GPU, inside wire; flush: the prefix cache dropped, where that is a call of its
-own; digest: the server's checksums and the comparison; resume: until the engine had been told to go on; pause: from
-closing the gate to opening it, in the rollout worker; total: from the controller's first message to its last. Every
-bucket size is run twice: with the server idle, which is where the rate of the wire is taken, and with its --requests
-running, for each way of interrupting them. --no-radix-cache: the engine then has no prefixes that could be stale, so
-that also one before 0.5.21 can retract (its tokens are not labelled: nothing to train on).
+Phases of an update, in seconds, as the publisher reports them:
+
+    interrupt       the gate is closed and all requests are aborted, or the engine is paused
+    drain           until the last aborted request has been answered
+    load            from then on, all buckets are received and loaded (measured by the server)
+    first_bucket    the part of load until the first bucket: a server that aborts waits for the
+                    drain in it, one that retracts for its requests to be queued again
+    wire            the same measured by the trainer, from the first gather to the last byte sent
+    gather          on the trainer's GPU, inside wire; trainer_digest too
+    flush           the prefix cache is dropped, where that is a separate call
+    digest          the server's checksums and their comparison
+    resume          until the engine has been told to continue
+    pause           from closing the gate to opening it, in the rollout worker
+    total           from the controller's first message to its last
+
+Each bucket size is measured twice: with an idle server, which gives the rate of the wire, and with
+--requests running, for each interruption mode. With --no-radix-cache the engine has no prefixes
+that could be stale, so that one before 0.5.21 can retract too (its tokens carry no versions and
+could not be trained).
 """
 
 from __future__ import annotations
@@ -56,7 +67,7 @@ PHASES = (
 
 
 def table(rows: list[dict[str, Any]], plain: dict[int, float]) -> str:
-    """One line per kind of update: medians after the first, in milliseconds."""
+    """Returns one line per kind of update: medians without the first update, in milliseconds."""
     columns = [
         "bucket GB",
         "wire",
@@ -114,7 +125,7 @@ def main() -> None:
     parser.add_argument(
         "--engine-gpu",
         type=int,
-        help="the engine's first; default: the first that no trainer rank has",
+        help="the engine's first GPU; default: the first without a trainer rank",
     )
     parser.add_argument(
         "--buckets",
@@ -129,7 +140,7 @@ def main() -> None:
         "--no-radix-cache", action="store_true", help="an engine without prefix cache"
     )
     parser.add_argument(
-        "--sglang", nargs="+", metavar="KEY=VALUE", default=[], help="settings of the engine"
+        "--sglang", nargs="+", metavar="KEY=VALUE", default=[], help="settings of the server"
     )
     parser.add_argument(
         "--updates", type=int, default=7, help="per round; every second one verifies digests"
@@ -144,12 +155,12 @@ def main() -> None:
         help="seconds of generation between updates",
     )
     parser.add_argument(
-        "--kill", action="store_true", help="at the end kill the server in the middle of an update"
+        "--kill", action="store_true", help="at the end, kill the server during an update"
     )
     parser.add_argument(
         "--role",
         choices=["trainer", "rollout", "baseline"],
-        help="for the processes that this starts",
+        help="used for the processes that this tool starts",
     )
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--port", type=int, default=0)
@@ -246,7 +257,7 @@ async def benchmark(arguments: argparse.Namespace) -> None:
 async def measure_plain(
     arguments: argparse.Namespace, command: list[str], trainer_gpus: range, engine_gpus: range
 ) -> dict[int, float]:
-    """Seconds by bucket size."""
+    """Returns the seconds of a plain broadcast by bucket size."""
     more = [
         "--role",
         "baseline",

@@ -1,4 +1,4 @@
-"""The controller's end of tools/bench/bench_publish.py."""
+"""The controller side of tools/bench/bench_publish.py."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from megatron_async_rl.protocol.types import Prompt
 
 
 class Bench:
-    """Welcomes trainer and rollout worker, keeps the worker busy, publishes when told."""
+    """Accepts trainer and rollout worker, keeps the worker busy, and runs the updates."""
 
     def __init__(self, hub: Hub, arguments: argparse.Namespace, rollout_pid: int) -> None:
         self._hub = hub
@@ -144,23 +144,21 @@ class Bench:
                 version += 1
                 await asyncio.sleep(kind.gap_s)
         if self._arguments.kill:
-            await self._kill_in_the_middle(version)
+            await self._kill_server_during_update(version)
         for name in self._peers:
             await self._send(name, Shutdown("the benchmark is over"))
         return rows
 
-    async def _kill_in_the_middle(self, version: int) -> None:
-        """The server dies while buckets are on their way: the update must fail in time, and the trainer offer the next."""
+    async def _kill_server_during_update(self, version: int) -> None:
+        """Kills the server while it receives buckets: the update must fail and be offered again."""
         self._server_to_kill = psutil.Process(self.rollout_pid)
         started = time.monotonic()
         try:
             await self.publish(version)
-            print("the server was killed, and yet the update succeeded", flush=True)
+            print("the update succeeded although the server was killed", flush=True)
         except PublishError as e:
-            print(
-                f"killed in the middle: the update failed after {time.monotonic() - started:.1f} s: {e}",
-                flush=True,
-            )
+            seconds = time.monotonic() - started
+            print(f"server killed: the update failed after {seconds:.1f} s: {e}", flush=True)
         _, offer = await asyncio.wait_for(self._offers.get(), 60)
         print(f"the trainer is alive and offers version {offer.version}", flush=True)
 

@@ -1,4 +1,4 @@
-"""The processes that tools/bench/bench_publish.py starts beside itself: trainer ranks, the rollout worker, a plain broadcast."""
+"""Processes of tools/bench/bench_publish.py: trainer ranks, rollout worker, plain broadcast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import msgspec
-from bench_publish_setup import rounds, way
+from bench_publish_setup import parse_bucket, rounds
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.protocol.messages import Hello
@@ -22,7 +22,7 @@ from megatron_async_rl.rollout.workflows.single_turn import SingleTurn
 
 
 def trainer(arguments: argparse.Namespace) -> None:
-    """One rank: publishes `--updates` versions in each round."""
+    """Runs one trainer rank, which publishes `--updates` versions in each round."""
     from megatron_async_rl import patches
 
     patches.prepare_megatron()
@@ -56,43 +56,46 @@ def trainer(arguments: argparse.Namespace) -> None:
         publisher.publish(version + 1)
 
 
-class ByRound:
-    """Interrupts as the round says. Without a prefix cache there is nothing to drop, and any SGLang can retract."""
+class InterruptionByRound:
+    """Interrupts in the mode of the current round.
 
-    def __init__(self, ways: dict[str, Interruption], plan: list[str], has_prefixes: bool) -> None:
+    Without a prefix cache there is nothing to drop, and any SGLang can retract.
+    """
+
+    def __init__(self, modes: dict[str, Interruption], plan: list[str], has_prefixes: bool) -> None:
         self._has_prefixes = has_prefixes
-        self._ways = ways
+        self._modes = modes
         self._plan = plan
-        self._way = ways[plan[0]]
+        self._mode = modes[plan[0]]
 
     @property
     def flushes_cache(self) -> bool:
-        return self._has_prefixes and self._way.flushes_cache
+        return self._has_prefixes and self._mode.flushes_cache
 
     @property
     def freezes(self) -> bool:
-        return self._way.freezes
+        return self._mode.freezes
 
     @property
     def seconds(self) -> dict[str, float]:
-        return self._way.seconds
+        return self._mode.seconds
 
     async def stop(self) -> None:
-        self._way = self._ways[self._plan.pop(0) if self._plan else "abort"]
-        await self._way.stop()
+        self._mode = self._modes[self._plan.pop(0) if self._plan else "abort"]
+        await self._mode.stop()
 
     async def wait_drained(self) -> None:
-        await self._way.wait_drained()
+        await self._mode.wait_drained()
 
     async def resume(self) -> None:
-        await self._way.resume()
+        await self._mode.resume()
 
     def cache_key(self) -> str | None:
-        return self._way.cache_key()
+        return self._mode.cache_key()
 
 
 def rollout(arguments: argparse.Namespace) -> None:
-    """The product's worker; the ways of interrupting take turns, so that one start of the engine serves them all."""
+    """Runs the product's worker; one start of the engine serves all interruption modes."""
 
     async def serve() -> None:
         settings = configuration.load(arguments.out / "config.yaml")
@@ -102,7 +105,7 @@ def rollout(arguments: argparse.Namespace) -> None:
             link = Link(arguments.out)
             worker = RolloutWorker("rollout-0", settings, link, server, SingleTurn())
             updates = worker.updates
-            ways: dict[str, Interruption] = {
+            modes: dict[str, Interruption] = {
                 "abort": Abort(server.client, worker.gate, settings.rollout.request_timeout_s),
                 "retract": Pause(server.client, "retract"),
                 "keep": Pause(server.client, "in_place"),
@@ -110,7 +113,9 @@ def rollout(arguments: argparse.Namespace) -> None:
             plan = [
                 a_round.interrupt for a_round in rounds(arguments) for _ in range(arguments.updates)
             ]
-            updates.interruption = ByRound(ways, plan, has_prefixes=not arguments.no_radix_cache)
+            updates.interruption = InterruptionByRound(
+                modes, plan, has_prefixes=not arguments.no_radix_cache
+            )
             try:
                 await worker.run()
             finally:
@@ -122,15 +127,16 @@ def rollout(arguments: argparse.Namespace) -> None:
 
 
 def baseline(rank: int, port: int, device: str, buckets: list[str], total_bytes: int) -> None:
-    """Two processes: `total_bytes` in flat buffers that are ready, one after the other. Prints the best of five."""
+    """Broadcasts `total_bytes` between two processes in flat buffers; prints the best of five."""
     import torch
     import torch.distributed as dist
 
-    backend, place = ("nccl", "cuda") if device == "cuda" else ("gloo", "cpu")
+    backend, device_name = ("nccl", "cuda") if device == "cuda" else ("gloo", "cpu")
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for size in sorted({way(text)[0] for text in buckets}):
+    for size in sorted({parse_bucket(text)[0] for text in buckets}):
         buffers = [
-            torch.ones(min(size, total_bytes), dtype=torch.uint8, device=place) for _ in range(2)
+            torch.ones(min(size, total_bytes), dtype=torch.uint8, device=device_name)
+            for _ in range(2)
         ]
         best = float("inf")
         for attempt in range(6):
@@ -152,7 +158,7 @@ def baseline(rank: int, port: int, device: str, buckets: list[str], total_bytes:
 
 
 def baseline_seconds(log: Path) -> dict[int, float]:
-    """By bucket size, from the first process's output."""
+    """Returns the seconds by bucket size, from the log of the first process."""
     lines = log.read_text().splitlines()
     found = [json.loads(line) for line in lines if line.startswith('{"bucket_bytes"')]
     return {row["bucket_bytes"]: row["seconds"] for row in found}

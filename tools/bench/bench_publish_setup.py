@@ -1,4 +1,4 @@
-"""What tools/bench/bench_publish.py runs on: a random model of known sizes, the run's configuration, the rounds of updates."""
+"""Model, configuration and rounds of updates for tools/bench/bench_publish.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {  # Qwen3-8B's sizes
+    "8b": {  # the sizes of Qwen3-8B
         "hidden_size": 4096,
         "intermediate_size": 12288,
         "num_hidden_layers": 36,
@@ -56,7 +56,7 @@ GPU_ENGINE = {
 
 @dataclass(frozen=True)
 class Round:
-    """Updates of one kind; trainer, rollout worker and controller all go through the same rounds."""
+    """Updates of one kind; trainer, rollout worker and controller run the same rounds."""
 
     busy: bool  # with requests in flight
     bucket_bytes: int
@@ -66,22 +66,25 @@ class Round:
 
 
 def rounds(arguments: argparse.Namespace) -> list[Round]:
-    """Idle first: there only the wire matters."""
+    """Returns the rounds: idle ones first, which measure the wire alone."""
     idle = [
-        Round(False, *way(text), arguments.interrupts[0], IDLE_GAP_S) for text in arguments.buckets
+        Round(False, *parse_bucket(text), arguments.interrupts[0], IDLE_GAP_S)
+        for text in arguments.buckets
     ]
     busy = itertools.product(arguments.gap_s, arguments.buckets, arguments.interrupts)
-    return idle + [Round(True, *way(text), interrupt, gap_s) for gap_s, text, interrupt in busy]
+    return idle + [
+        Round(True, *parse_bucket(text), interrupt, gap_s) for gap_s, text, interrupt in busy
+    ]
 
 
-def way(text: str) -> tuple[int, str]:
-    """weights.bucket_bytes and weights.broadcast_unit."""
+def parse_bucket(text: str) -> tuple[int, str]:
+    """Returns weights.bucket_bytes and weights.broadcast_unit of `BYTES` or `BYTES:UNIT`."""
     size, _, wire = text.partition(":")
     return int(size), wire or "bucket"
 
 
 def make_model(folder: Path, name: str) -> Path:
-    """config.json and a tokenizer that knows three tokens: all that random weights need."""
+    """Writes config.json and a tokenizer of three tokens: all that random weights need."""
     from tokenizers import Tokenizer, models
 
     folder.mkdir(parents=True)
@@ -111,7 +114,7 @@ def make_config(arguments: argparse.Namespace, model: Path, run_dir: Path) -> Co
         "disable_radix_cache": arguments.no_radix_cache
     }
     if "keep" in arguments.interrupts:
-        engine["disable_overlap_schedule"] = True  # as the product asks for
+        engine["disable_overlap_schedule"] = True  # the product requires it
     engine |= {
         key: yaml.safe_load(value)
         for key, _, value in (text.partition("=") for text in arguments.sglang)

@@ -1,28 +1,32 @@
-"""How fast the trainer trains: tokens/s, model-FLOPs utilisation and peak memory of the product's own train_step.
+"""Measures tokens/s, model-FLOPs utilization and peak memory of the product's own train_step.
 
-    torchrun --nproc-per-node 1 tools/bench/bench_trainer.py model=8b,layers=12,mix=32k model=1.7b,mix=8k,recompute=full
-    torchrun --nproc-per-node 2 tools/bench/bench_trainer.py model=8b,mix=32k            # TP=2 with sequence parallelism
+    bench=tools/bench/bench_trainer.py
+    torchrun --nproc-per-node 1 $bench model=8b,layers=12 model=1.7b,mix=8k,recompute=full
+    torchrun --nproc-per-node 2 $bench model=8b,mix=32k        # TP=2 with sequence parallelism
 
-Models are Qwen3 shapes with random weights; TP is the number of processes. Each argument is one scenario; keys:
+Models are Qwen3 shapes with random weights; TP is the number of processes. Each argument is one
+scenario. Its keys:
 
     model       0.6b, 1.7b, 8b (shapes of Qwen3), or tiny (for a try on the CPU)
-    layers      fewer than the model has
-    mix         8k: response lengths log-normal, mean 2k, at most 8k tokens; 32k: mean 8k, at most 32k; even32k: all 32k;
-                MEAN-LONGEST: another log-normal one
-    tokens      about so many tokens a step
-    budget      tokens of a micro-batch
+    layers      a smaller number of layers than the model has
+    mix         8k: log-normal lengths with mean 2k, at most 8k tokens; 32k: mean 8k, at most 32k;
+                even32k: all 32k; MEAN-LONGEST: another log-normal mix
+    tokens      tokens per step (approximately)
+    budget      tokens per micro-batch
     recompute   none, full (every layer), or the number of layers
-    cutting     dynamic: packed under the budget; fixed: in order of arrival, as many a micro-batch as always fit; a
-                number: in order of arrival, so many micro-batches of equally many samples
-    overlap     yes: tensor-parallel communication beside the matrix products (megatron.tp_comm_overlap)
-    minibatches optimizer steps a step; more than 1 adds the proximal pass, which is timed apart
-    steps       timed steps, after one that warms up
-    profile     a file name: also writes where the time of one step goes
+    cutting     dynamic: packed under the budget; fixed: in order of arrival, as many samples per
+                micro-batch as always fit; a number: in order of arrival, that many micro-batches
+                with equally many samples
+    overlap     yes: tensor-parallel communication overlaps the matrix products
+                (megatron.tp_comm_overlap)
+    minibatches optimizer steps per step; more than 1 adds the proximal pass, timed separately
+    steps       timed steps, after one warm-up step
+    profile     a file name: also writes a profile of one step
 
-Model FLOPs: 6 per token and weight of a matrix product (the embedding is none), and for causal attention
-6 * length^2 * heads * head size per sequence and layer. What is recomputed does not count. Utilisation is against the
-rate of a bf16 8192 x 8192 x 8192 product on random data, measured first. The step is everything: packing, forward,
-backward, clipping, optimizer.
+Model FLOPs: 6 per token and weight of a matrix product (not of the embedding), plus
+6 * length^2 * heads * head size per sequence and layer for causal attention. Recomputation does not
+count. Utilization is relative to the measured rate of a bf16 8192 x 8192 x 8192 product of random
+data. A step includes packing, forward, backward, clipping and the optimizer.
 """
 
 from __future__ import annotations
@@ -60,7 +64,7 @@ from trainer_scenarios import (
 
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.trainer import parallel, report, step
-from megatron_async_rl.trainer.data.microbatch import pack
+from megatron_async_rl.trainer.data.microbatch import Packing, pack
 from megatron_async_rl.trainer.model.build import TrainerModel
 from megatron_async_rl.trainer.model.build import build as trainer_model
 
@@ -68,15 +72,15 @@ from megatron_async_rl.trainer.model.build import build as trainer_model
 def fixed_step(
     model: TrainerModel, samples: list[TrainSample], longest: int, cutting: str, config: Config
 ) -> dict[str, float]:
-    """A step with micro-batches of equally many samples, however long they are."""
-    packing = step.packing(model, config)
+    """Runs a step with equally many samples per micro-batch, independent of their lengths."""
+    packing = Packing.of(model, config)
     if cutting == "fixed":
         count = max(1, config.trainer.max_tokens_per_microbatch // longest)
         cut = [pack(samples[n : n + count], 0, packing) for n in range(0, len(samples), count)]
     else:
         parts = np.array_split(np.arange(len(samples)), min(int(cutting), len(samples)))
         cut = [pack([samples[n] for n in part], 0, packing) for part in parts]
-    totals, _ = step._train_minibatch(model, cut, 0, config)
+    totals, _ = step.train_minibatch(model, cut, 0, config)
     return report.summary([totals]) | {"perf/time/proximal_s": 0.0}
 
 
@@ -86,7 +90,7 @@ def synchronize() -> None:
 
 
 def matrix_rate(size: int = 8192, count: int = 20) -> float:
-    """FLOP/s of a bf16 product of square matrices of random numbers."""
+    """Returns the FLOP/s of a bf16 product of random square matrices."""
     if not torch.cuda.is_available():
         size, count = 512, 5
     a, b = (
@@ -144,7 +148,7 @@ def run(s: dict[str, str], rate: float) -> dict[str, Any]:
         "proximal_s": stats["perf/time/proximal_s"],
         "tokens_per_s_per_gpu": sum(lengths) / median / world,
         "tflops_per_gpu": flops / median / world / 1e12,
-        "utilisation": flops / median / world / rate,
+        "utilization": flops / median / world / rate,
         "packing": stats["train/packing_efficiency"],
         "imbalance": stats["train/packing_imbalance"],
         "largest_over_mean": stats["train/packing_imbalance"],
@@ -166,8 +170,8 @@ def profile(once: Any, path: Path) -> None:
 
 
 COLUMNS = (
-    "model | layers | TP | mix | budget | recompute | cutting | tokens/step | step s | tokens/s/GPU | TFLOP/s/GPU | "
-    "of matrix rate | packed | proximal s | peak GiB"
+    "model | layers | TP | mix | budget | recompute | cutting | tokens/step | step s "
+    "| tokens/s/GPU | TFLOP/s/GPU | of matrix rate | packed | proximal s | peak GiB"
 )
 
 
@@ -188,7 +192,7 @@ def row(r: dict[str, Any]) -> str:
         f"{r['tflops_per_gpu']:.1f}",
     ]
     cells += [
-        f"{r['utilisation']:.1%}",
+        f"{r['utilization']:.1%}",
         f"{r['packing']:.1%}",
         f"{r['proximal_s']:.2f}",
         f"{r['peak_gib']:.1f}",
@@ -202,15 +206,16 @@ def main() -> None:
     )
     parser.add_argument("scenarios", nargs="+", type=scenario)
     parser.add_argument(
-        "--json", type=Path, help="also write the figures here, a JSON object a line"
+        "--json", type=Path, help="also write the figures to this file, one JSON object per line"
     )
     arguments = parser.parse_args()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     rate = matrix_rate()
     say(
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}, "
-        f"megatron-core {megatron.core.__version__}; bf16 matrix rate {rate / 1e12:.1f} TFLOP/s\n\n| {COLUMNS} |\n"
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, "
+        f"torch {torch.__version__}, megatron-core {megatron.core.__version__}; "
+        f"bf16 matrix rate {rate / 1e12:.1f} TFLOP/s\n\n| {COLUMNS} |\n"
         + "|---" * (COLUMNS.count("|") + 1)
         + "|"
     )

@@ -1,4 +1,4 @@
-"""What tools/bench/bench_trainer.py measures: model shapes, mixes of lengths, their configuration and their model FLOPs."""
+"""The scenarios of tools/bench/bench_trainer.py: model shapes, length mixes, model FLOPs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.protocol.types import NOT_GENERATED, TrainSample
 
-SHAPES: dict[
-    str, dict[str, Any]
-] = {  # config.json of Qwen3; vocabulary and embeddings as published
+# config.json of Qwen3; vocabulary and embeddings as published
+SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
         "hidden_size": 4096,
         "intermediate_size": 12288,
@@ -67,7 +66,7 @@ MIXES = {
     "even32k": (1 << 40, 32768),
     "tiny": (64, 256),
 }  # mean, longest
-SIGMA = 1.0  # of the log-normal: half of the samples are shorter than 0.6 of the mean
+SIGMA = 1.0  # of the log-normal: the median is 0.6 of the mean
 DEFAULTS = {
     "model": "8b",
     "layers": "",
@@ -96,7 +95,10 @@ def mean_and_longest(mix: str) -> tuple[int, int]:
 
 
 def samples_of(mix: str, tokens: int, vocab: int) -> list[TrainSample]:
-    """Random tokens; behavior logprobs about those of a random model, so that no importance weight is extreme."""
+    """Returns samples of random tokens.
+
+    Their behavior logprobs are close to those of a random model: no importance weight is extreme.
+    """
     rng = np.random.default_rng(0)
     mean, longest = mean_and_longest(mix)
     samples, total = [], 0

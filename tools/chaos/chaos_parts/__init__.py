@@ -1,1 +1,1 @@
-"""The parts of tools/chaos/chaos.py: the job, the world it runs in, the faults."""
+"""Parts of tools/chaos/chaos.py: the job, the namespaces it runs in, the faults."""

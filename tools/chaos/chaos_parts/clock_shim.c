@@ -1,5 +1,5 @@
-/* Wall clocks that are wrong: an offset from a shared file ($CHAOS_CLOCK: process id or 0 for all, nanoseconds) is added to
-   CLOCK_REALTIME. Monotonic clocks, which the offset of a real jump would not touch either, go through unchanged. */
+/* Shifts the wall clock: adds the offset in a shared file ($CHAOS_CLOCK: process id or 0 for all,
+   nanoseconds) to CLOCK_REALTIME. Monotonic clocks are unchanged, as at a real jump. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -30,7 +30,8 @@ static int64_t now_ns(clockid_t clock) {
 }
 
 int clock_gettime(clockid_t clock, struct timespec *out) {
-    if (clock != CLOCK_REALTIME && clock != CLOCK_REALTIME_COARSE) return syscall(SYS_clock_gettime, clock, out);
+    if (clock != CLOCK_REALTIME && clock != CLOCK_REALTIME_COARSE)
+        return syscall(SYS_clock_gettime, clock, out);
     int64_t now = now_ns(clock);
     out->tv_sec = now / 1000000000LL;
     out->tv_nsec = now % 1000000000LL;

@@ -1,6 +1,7 @@
-"""What is done to a running job. A fault returns the version from which on the job counts as recovered, or None: its own.
+"""The faults that are injected into a running job.
 
-F20 is not here: the tool looks at every sample that an update interrupted (chaos.py).
+A fault returns the version from which two more must be trained, or None for the version at its end.
+F20 is not here: chaos.py checks every sample that an update interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 import psutil
 
 from chaos_parts.job import Job
-from chaos_parts.world import HOST_A, HOST_B
+from chaos_parts.namespaces import HOST_A, HOST_B
 from megatron_async_rl import processes
 from megatron_async_rl.controller.core.events import ControllerStarted, SampleReturned, SampleScored
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
@@ -40,8 +41,8 @@ CONTROLLER, REWARD, SERVER = (
     "-m megatron_async_rl.reward",
     "--model-path",
 )
-CUT_S = 12.0  # longer than faults.heartbeat_timeout_s
-FLAG_S = 180.0  # to meet a process that takes it: a server may have to start first
+PARTITION_S = 12.0  # longer than faults.heartbeat_timeout_s
+FLAG_S = 180.0  # until a process removes the flag: a server may have to start first
 HOUR_S = 3600
 
 
@@ -58,7 +59,7 @@ def f2_worker_hangs(job: Job) -> None:
 
 
 def f2_worker_answers_late(job: Job) -> None:
-    """Silent until it has lost its leases, then it goes on as if nothing had been."""
+    """The worker is stopped until it has lost its leases, then continues."""
     process = job.one(ROLLOUT)
     process.suspend()
     time.sleep(10)
@@ -67,7 +68,7 @@ def f2_worker_answers_late(job: Job) -> None:
 
 
 def f3_server_is_slow(job: Job) -> None:
-    """A fifth of the time is its own."""
+    """The server runs a fifth of the time."""
     process = job.one(SERVER)
     for _ in range(20):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -96,25 +97,25 @@ def f7_reward_worker_dies(job: Job) -> None:
     job.one(REWARD).kill()
 
 
-def _cut(job: Job, *towards: str) -> None:
-    for host in towards:
-        job.world.cut(host)
-    time.sleep(CUT_S)
-    for host in towards:
-        job.world.heal(host)
+def _partition(job: Job, *hosts: str) -> None:
+    for host in hosts:
+        job.namespaces.partition(host)
+    time.sleep(PARTITION_S)
+    for host in hosts:
+        job.namespaces.heal(host)
 
 
 def f8_host_is_cut_off(job: Job) -> None:
-    _cut(job, HOST_A, HOST_B)
+    _partition(job, HOST_A, HOST_B)
 
 
-def f8_host_hears_nothing(job: Job) -> None:
-    """Half of it: what B sends arrives, what A sends does not."""
-    _cut(job, HOST_B)
+def f8_host_receives_nothing(job: Job) -> None:
+    """One direction: packets from B arrive, packets from A do not."""
+    _partition(job, HOST_B)
 
 
-def f8_host_is_not_heard(job: Job) -> None:
-    _cut(job, HOST_A)
+def f8_host_sends_nothing(job: Job) -> None:
+    _partition(job, HOST_A)
 
 
 def f9_server_dies_in_update(job: Job) -> None:
@@ -123,7 +124,7 @@ def f9_server_dies_in_update(job: Job) -> None:
 
 
 def f10_disk_is_full(job: Job) -> None:
-    """No room for six seconds on the file system of run.dir."""
+    """The file system of run.dir is full for six seconds."""
     filler = job.run_dir / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
@@ -133,8 +134,8 @@ def f10_disk_is_full(job: Job) -> None:
 
 
 def f11_checkpoint_is_damaged(job: Job) -> None:
-    """One byte of the newest checkpoint flips; then the trainer needs it."""
-    manifest = checkpoints.manifests(job.run_dir)[0]
+    """A bit of the newest checkpoint is flipped; then a trainer rank is killed and loads it."""
+    manifest = checkpoints.list_manifests(job.run_dir)[0]
     name = next(name for name in sorted(manifest.files) if name.endswith(".distcp"))
     with (job.run_dir / checkpoints.FOLDER / manifest.folder / name).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -145,15 +146,15 @@ def f11_checkpoint_is_damaged(job: Job) -> None:
 
 
 def f12_preempted(job: Job) -> int:
-    """SIGTERM to the whole job; nobody is left; it is begun again."""
+    """SIGTERM to the whole job, which leaves no process and is resumed."""
     before = job.version
     job.requeue()
     return before
 
 
 def _jump(job: Job, pid: int, offset_s: int) -> None:
-    """Off by so much for five seconds, and back: two jumps, one of them backwards."""
-    job.world.move_clock(pid, offset_s)
+    """Shifts the clock for five seconds and back: two jumps, one of them backwards."""
+    job.namespaces.move_clock(pid, offset_s)
     time.sleep(5)
     if pid in (0, job.one(CONTROLLER).pid):
         seen_s = read_status(job.run_dir).updated_unix - time.time()
@@ -161,7 +162,7 @@ def _jump(job: Job, pid: int, offset_s: int) -> None:
             raise RuntimeError(
                 f"the controller's clock is off by {seen_s:.0f} s instead of {offset_s}"
             )
-    job.world.move_clock(0, 0)
+    job.namespaces.move_clock(0, 0)
 
 
 def f13_all_clocks_jump(job: Job) -> None:
@@ -181,13 +182,13 @@ def f13_workers_clock_jumps(job: Job) -> None:
 
 
 def f14_poison_prompt(job: Job) -> None:
-    """From here on a prompt holds a token that the model lacks (workflow.py)."""
-    (job.world.folder / "poisoned").unlink(missing_ok=True)
-    job.world.raise_flag("poison")
-    job.world.wait_for_flag("poison", FLAG_S)
+    """From now on one prompt holds a token id beyond the vocabulary (workflow.py)."""
+    (job.namespaces.folder / "poisoned").unlink(missing_ok=True)
+    job.namespaces.raise_flag("poison")
+    job.namespaces.wait_for_flag("poison", FLAG_S)
 
 
-MALFORMED = {  # setting -> what the error must name
+MALFORMED = {  # setting -> name that the error must contain
     "staleness.etta=1": "staleness.max_staleness",
     "rollout.max_new_tokens=many": "rollout.max_new_tokens",
     "algorithm.loss.clip_eps=-1": "algorithm.loss.clip_eps",
@@ -196,43 +197,45 @@ MALFORMED = {  # setting -> what the error must name
 
 
 def f15_malformed_settings(job: Job) -> int:
-    """Ended, begun again with settings that cannot be: refused by name before anything starts, and nothing is touched."""
+    """Restarted with invalid settings: refused by name, before anything starts or is written."""
     before = job.version
-    job.end()
+    job.terminate()
     seq = job.seq
     for setting, name in MALFORMED.items():
-        code, said = job.try_start(setting)
+        code, output = job.try_start(setting)
         if (
             code != processes.EXIT_ERROR
-            or name not in said
-            or "Traceback" in said
+            or name not in output
+            or "Traceback" in output
             or job.seq != seq
         ):
-            raise RuntimeError(f"{setting}: exit code {code}, {said!r}")
+            raise RuntimeError(f"{setting}: exit code {code}, {output!r}")
     job.start()
     return before
 
 
 def f16_replayed_messages(job: Job) -> None:
-    """A peer with all keys says again, thrice and in disorder, what others have said of the newest groups, and lies."""
-    facts = list(read_events(job.run_dir / JOURNAL_FILE))
-    epoch = next(fact.epoch for fact in reversed(facts) if isinstance(fact, ControllerStarted))
+    """A peer with valid keys repeats, three times and in random order, replies and false ones."""
+    events = list(read_events(job.run_dir / JOURNAL_FILE))
+    epoch = next(event.epoch for event in reversed(events) if isinstance(event, ControllerStarted))
     messages: list[Message] = []
-    for fact in facts[-400:]:
-        if isinstance(fact, SampleReturned):
+    for event in events[-400:]:
+        if isinstance(event, SampleReturned):
             for attempt, of in ((1, epoch), (2, epoch), (1, epoch - 1)):
-                key = SampleKey(of, fact.group_id, attempt, fact.index)
-                messages += [Generated(key, fact.sample), GenerateFailed(key, "a lie")]
-        elif isinstance(fact, SampleScored):
+                key = SampleKey(of, event.group_id, attempt, event.index)
+                messages += [Generated(key, event.sample), GenerateFailed(key, "false report")]
+        elif isinstance(event, SampleScored):
             messages += [
-                ScoreResult(SampleKey(epoch, fact.group_id, attempt, fact.index), 1.0 - fact.reward)
+                ScoreResult(
+                    SampleKey(epoch, event.group_id, attempt, event.index), 1.0 - event.reward
+                )
                 for attempt in (1, 2)
             ]
     messages += [StepDone(version, {}) for version in range(max(0, job.version - 3), job.version)]
     messages *= 3
     job.random.shuffle(messages)
 
-    async def say() -> None:
+    async def send() -> None:
         link = Link(job.run_dir)
         try:
             await link.join(Hello("reward", "reward-99", os.getpid(), capacity=0), 20)
@@ -241,11 +244,11 @@ def f16_replayed_messages(job: Job) -> None:
         finally:
             link.close()
 
-    asyncio.run(say())
+    asyncio.run(send())
 
 
 def f17_peers_of_other_versions(job: Job) -> None:
-    """Workers with all keys whose package, messages or tokenizer are others: each is refused, with both sides' values."""
+    """Workers with another package, message schema or tokenizer: refused with both values."""
 
     async def join(hello: Hello) -> str:
         link = Link(job.run_dir)
@@ -257,36 +260,36 @@ def f17_peers_of_other_versions(job: Job) -> None:
             link.close()
         return "welcome"
 
-    ours = transport.__version__, transport.SCHEMA
+    own = transport.__version__, transport.SCHEMA
     for versions, tokenizer, what in (
-        (("0.0.1", ours[1]), "", f"package version 0.0.1 there, {ours[0]} here"),
-        ((ours[0], "0000"), "", f"message schema 0000 there, {ours[1]} here"),
-        (ours, "0000", "tokenizer 0000 there"),
+        (("0.0.1", own[1]), "", f"package version 0.0.1 there, {own[0]} here"),
+        ((own[0], "0000"), "", f"message schema 0000 there, {own[1]} here"),
+        (own, "0000", "tokenizer 0000 there"),
     ):
-        transport.__version__, transport.SCHEMA = versions  # what this process says of itself
-        said = asyncio.run(
+        transport.__version__, transport.SCHEMA = versions  # this process sends them in its hello
+        output = asyncio.run(
             join(Hello("rollout", "rollout-0", os.getpid(), capacity=64, tokenizer=tokenizer))
         )
-        transport.__version__, transport.SCHEMA = ours
-        if what not in said:
-            raise RuntimeError(f"a peer with {what} was told {said!r}")
+        transport.__version__, transport.SCHEMA = own
+        if what not in output:
+            raise RuntimeError(f"a peer with {what} was told {output!r}")
 
 
 def f18_loss_is_nan(job: Job) -> None:
-    """The next loss on one rank is NaN (hooks/sitecustomize.py): the step is refused, nothing of it is served."""
-    job.world.raise_flag("nan")
-    job.world.wait_for_flag("nan", FLAG_S)
+    """The next loss of one rank is NaN (hooks/sitecustomize.py): the step must be refused."""
+    job.namespaces.raise_flag("nan")
+    job.namespaces.wait_for_flag("nan", FLAG_S)
 
 
-def f19_the_run_ends(job: Job) -> int:
-    """Its last steps, groups in flight: every process ends by itself, in time. Then more steps are asked of it."""
+def f19_run_ends(job: Job) -> int:
+    """The run reaches its last step: all processes end in time. Then it is resumed with more."""
     last = job.version + 6
-    job.end()
+    job.terminate()
     job.start(f"run.steps={last}")
     code = job.launcher.wait(180)
     if code != 0:
         raise RuntimeError(f"exit code {code} of a run that was to end at version {last}")
-    job.check_nobody_left()
+    job.check_no_process_left()
     job.start()
     return last
 
@@ -299,7 +302,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "F5": (f5_server_hangs_in_update,),
     "F6": (f6_controller_dies,),
     "F7": (f7_reward_worker_dies,),
-    "F8": (f8_host_is_cut_off, f8_host_hears_nothing, f8_host_is_not_heard),
+    "F8": (f8_host_is_cut_off, f8_host_receives_nothing, f8_host_sends_nothing),
     "F9": (f9_server_dies_in_update,),
     "F10": (f10_disk_is_full,),
     "F11": (f11_checkpoint_is_damaged,),
@@ -310,5 +313,5 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "F16": (f16_replayed_messages,),
     "F17": (f17_peers_of_other_versions,),
     "F18": (f18_loss_is_nan,),
-    "F19": (f19_the_run_ends,),
+    "F19": (f19_run_ends,),
 }

@@ -1,4 +1,7 @@
-"""The job that faults are done to: a launcher on host A and, when it has two hosts, one on host B with the rollout worker."""
+"""The job under test: a launcher on host A and, with two hosts, one on host B.
+
+The launcher on host B starts the rollout worker.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,15 @@ from pathlib import Path
 
 import psutil
 
-from chaos_parts.world import HOST_A, World
+from chaos_parts.namespaces import HOST_A, Namespaces
 from megatron_async_rl import processes
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, last_seq
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.observability.status import FINAL_STATES, read_status
 
 START_S = 240.0
-STEPS = 100_000  # more than any job of this tool trains
-SETTINGS = (  # limits that one can wait for
+STEPS = 100_000  # more than a job ever reaches
+SETTINGS = (  # timeouts short enough to wait for
     f"run.steps={STEPS}",
     "faults.heartbeat_timeout_s=8",
     "faults.restart_backoff_s=0.2",
@@ -40,12 +43,12 @@ class Job:
         config: Path,
         run_dir: Path,
         overrides: Sequence[str],
-        world: World,
+        namespaces: Namespaces,
         two_hosts: bool,
         seed: int,
     ) -> None:
         self.run_dir = run_dir
-        self.world = world
+        self.namespaces = namespaces
         self.two_hosts = two_hosts
         self.random = random.Random(seed)
         self._config = config
@@ -53,22 +56,20 @@ class Job:
         self._launchers: list[subprocess.Popen[bytes]] = []
         self._out = run_dir.with_suffix(".out")
 
-    # ---- life
+    # ---- start and end
 
     def start(self, *settings: str) -> None:
-        """Begins the job, or goes on with it."""
-        environment = self.world.environment()
+        """Starts the job, or resumes it."""
+        environment = self.namespaces.environment()
         elsewhere = ("--elsewhere", "rollout-0") if self.two_hosts else ()
         hosts = (f"run.host={HOST_A}",) if self.two_hosts else ()
         common = (f"run.dir={self.run_dir}", *SETTINGS, *hosts, *self._overrides, *settings)
-        begun = (self.run_dir / JOURNAL_FILE).exists()
-        (self.run_dir / "status.json").unlink(missing_ok=True)  # of the life before
-        self._launchers = [
-            self._launch(
-                [], ["run", str(self._config), *([] if begun else ["--from-scratch"]), *elsewhere, *common],
-                environment | ({"GLOO_SOCKET_IFNAME": "a0"} if self.two_hosts else {}),
-            )
-        ]  # fmt: skip
+        resumes = (self.run_dir / JOURNAL_FILE).exists()
+        (self.run_dir / "status.json").unlink(missing_ok=True)  # of the previous start
+        fresh = () if resumes else ("--from-scratch",)
+        command = ["run", str(self._config), *fresh, *elsewhere, *common]
+        interface = {"GLOO_SOCKET_IFNAME": "a0"} if self.two_hosts else {}
+        self._launchers = [self._launch([], command, environment | interface)]
         if self.two_hosts:
             deadline = time.monotonic() + START_S
             while not (self.run_dir / "status.json").exists() and time.monotonic() < deadline:
@@ -82,13 +83,13 @@ class Job:
     def _launch(
         self, prefix: list[str], command: list[str], environment: dict[str, str]
     ) -> subprocess.Popen[bytes]:
-        """It dies with us, killed or not."""
+        """The launcher ends with this process, however that ends."""
         return processes.start(
             [*prefix, sys.executable, "-m", "megatron_async_rl", *command], self._out, environment
         )
 
     def try_start(self, setting: str) -> tuple[int, str]:
-        """Exit code and words of a start that must not come to anything."""
+        """Returns exit code and error output of a start that must fail."""
         command = [
             sys.executable,
             "-m",
@@ -99,7 +100,7 @@ class Job:
         ]
         done = subprocess.run(
             [*command, *SETTINGS, *self._overrides, setting],
-            env={**os.environ, **self.world.environment()},
+            env={**os.environ, **self.namespaces.environment()},
             capture_output=True,
             text=True,
             timeout=120,
@@ -111,8 +112,8 @@ class Job:
     def launcher(self) -> subprocess.Popen[bytes]:
         return self._launchers[0]
 
-    def end(self) -> list[int]:
-        """SIGTERM as the scheduler sends it; the exit codes."""
+    def terminate(self) -> list[int]:
+        """Sends SIGTERM as a scheduler would; returns the exit codes of the launchers."""
         self.launcher.send_signal(signal.SIGTERM)
         return [launcher.wait(120) for launcher in self._launchers]
 
@@ -122,24 +123,24 @@ class Job:
             launcher.wait()
 
     def requeue(self) -> None:
-        """Ended by SIGTERM, and begun again for its exit code."""
-        code = self.end()[0]
+        """Terminates the job, checks that its exit code asks for a requeue, and resumes it."""
+        code = self.terminate()[0]
         if code != processes.EXIT_REQUEUE:
             raise RuntimeError(f"exit code {code} instead of {processes.EXIT_REQUEUE}")
-        self.check_nobody_left()
+        self.check_no_process_left()
         self.start()
 
-    def check_nobody_left(self) -> None:
-        """On both hosts, that is: nobody but this tool."""
+    def check_no_process_left(self) -> None:
+        """Raises RuntimeError unless all processes on both hosts, except this tool, have ended."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            left = [p for p in self._everybody() if p.pid not in (os.getpid(), os.getppid())]
+            left = [p for p in self._all_processes() if p.pid not in (os.getpid(), os.getppid())]
             if not left:
                 return
             time.sleep(0.2)
         raise RuntimeError(f"left behind: {[(p.pid, p.cmdline()) for p in left]}")
 
-    def _everybody(self) -> list[psutil.Process]:
+    def _all_processes(self) -> list[psutil.Process]:
         networks = {
             path.stat().st_ino
             for path in (Path("/proc/self/ns/net"), Path("/run/netns/b"))
@@ -153,11 +154,11 @@ class Job:
                     found.append(process)
         return found
 
-    # ---- what can be seen of it
+    # ---- progress
 
     @property
     def version(self) -> int:
-        """-1 while it does not train."""
+        """The trained version, -1 while the job does not train."""
         with contextlib.suppress(DataError):
             status = read_status(self.run_dir)
             return status.version if status.state == "training" else -1
@@ -168,7 +169,7 @@ class Job:
         return last_seq(self.run_dir / JOURNAL_FILE)
 
     def wait_for_version(self, version: int, limit_s: float) -> float | None:
-        """Seconds until the job has trained so far; None when it does not come to it."""
+        """Returns the seconds until the job has trained that version, None if it does not."""
         started = time.monotonic()
         while time.monotonic() - started < limit_s:
             if self.version >= version:
@@ -179,7 +180,7 @@ class Job:
         return None
 
     def wait_for_update(self) -> None:
-        """Returns while a server is taking weights in, or after ten seconds."""
+        """Returns when a server is receiving weights, or after ten seconds."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             with contextlib.suppress(DataError):
@@ -192,10 +193,10 @@ class Job:
             return read_status(self.run_dir).state in FINAL_STATES
         return False
 
-    # ---- its processes
+    # ---- processes
 
     def find(self, *words: str) -> list[psutil.Process]:
-        """Those with all these words on their command line."""
+        """Returns the processes with all these words on their command line."""
         found = []
         for launcher in self._launchers:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,7 @@
-"""The workflow of a chaos job (rollout.workflow: chaos_parts.workflow:Poisoned): a poison prompt."""
+"""The workflow of a chaos job, with a poison prompt.
+
+Set as rollout.workflow: chaos_parts.workflow:Poisoned.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Python imports this at its start, in every process of a chaos job: where the flag `nan` stands, the trainer's next loss is
-one that no optimizer may apply. The product's code is not changed; its function is wrapped as it is imported."""
+"""Python imports this at start-up in every process of a chaos job.
+
+While the flag `nan` exists, the trainer's next loss is NaN. The product's code is not changed: its
+function is wrapped when it is imported.
+"""
 
 import importlib.abc
 import importlib.machinery

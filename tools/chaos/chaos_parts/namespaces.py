@@ -1,12 +1,16 @@
-"""The world that a chaos job lives in: a network, a disk and clocks of its own, which can be broken without harm to others.
+"""A network, a disk and clocks for one chaos job, which can fail without effect on other processes.
 
-Everything is inside namespaces that end with the tool (`unshare --net --mount`; as root, or with --map-root-user):
+All of it is inside namespaces that end with the tool (`unshare --net --mount`, as root or with
+--map-root-user):
 
-    network   this namespace is host A (10.77.0.1); host B (10.77.1.2) is another, behind a router that can drop either
-              direction without a word. Both ends see a partition as they would between machines: no error, no reset
-    disk      with DISK_MB, run.dir's folder is a file system of that size in an image file beside it, kept over restarts
-    clocks    a shim under LD_PRELOAD (clock_shim.c, built with the host's C compiler) adds an offset to CLOCK_REALTIME,
-              gettimeofday and time, for all processes of the job or for one. The machine's clock is left alone
+    network   this namespace is host A (10.77.0.1); host B (10.77.1.2) is a second one, behind a
+              router that can silently drop either direction. Both ends see a partition as between
+              machines: no error, no reset.
+    disk      with --disk-mb the parent of run.dir is a file system of that size, in an image file
+              that is kept over restarts.
+    clocks    a shim under LD_PRELOAD (clock_shim.c, built with the host's C compiler) adds an
+              offset to CLOCK_REALTIME, gettimeofday and time, for one or all processes of the job.
+              The clock of the machine is not changed.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ HOST_A, HOST_B, ROUTER_A, ROUTER_B = "10.77.0.1", "10.77.1.2", "10.77.0.254", "1
 
 
 def enter() -> None:
-    """Runs this program again inside namespaces of its own; returns there."""
+    """Runs this program again inside new namespaces; returns only there."""
     if os.environ.get(INSIDE):
         return
     as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
@@ -32,9 +36,9 @@ def enter() -> None:
     os.execvp("unshare", ["unshare", "--net", "--mount", *as_root, "--", sys.executable, *sys.argv])
 
 
-class World:
+class Namespaces:
     def __init__(self, folder: Path) -> None:
-        """`folder`: for what the faults are told by: the clock's offset, flags for hooks."""
+        """`folder` holds the clock's offset and the flags that hooks read."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._clock = folder / "clock"
@@ -51,21 +55,8 @@ class World:
         for name in ("router", "b"):
             _run("ip", "netns", "add", name)
         _run("ip", "link", "add", "a0", "type", "veth", "peer", "name", "r0", "netns", "router")
-        _run(
-            "ip",
-            "-n",
-            "router",
-            "link",
-            "add",
-            "r1",
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "b0",
-            "netns",
-            "b",
-        )
+        second_link = ("link", "add", "r1", "type", "veth", "peer", "name", "b0", "netns", "b")
+        _run("ip", "-n", "router", *second_link)
         _run("ip", "addr", "add", f"{HOST_A}/24", "dev", "a0")
         _run("ip", "-n", "router", "addr", "add", f"{ROUTER_A}/24", "dev", "r0")
         _run("ip", "-n", "router", "addr", "add", f"{ROUTER_B}/24", "dev", "r1")
@@ -77,16 +68,18 @@ class World:
         _run("ip", "-n", "b", "route", "add", "default", "via", ROUTER_B)
         _run("ip", "netns", "exec", "router", "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
 
-    def cut(self, towards: str) -> None:
-        """The router drops all that goes to that host, silently."""
-        _run("ip", "-n", "router", "route", "add", "blackhole", f"{towards}/32")
+    def partition(self, host: str) -> None:
+        """Makes the router silently drop all packets to that host."""
+        _run("ip", "-n", "router", "route", "add", "blackhole", f"{host}/32")
 
-    def heal(self, towards: str) -> None:
-        _run("ip", "-n", "router", "route", "del", "blackhole", f"{towards}/32")
+    def heal(self, host: str) -> None:
+        """Ends `partition`."""
+        _run("ip", "-n", "router", "route", "del", "blackhole", f"{host}/32")
 
     # ---- disk
 
     def mount_disk(self, folder: Path, megabytes: int) -> None:
+        """Mounts a file system of that size at `folder`."""
         image = folder.with_suffix(".image")
         folder.mkdir(parents=True, exist_ok=True)
         if not image.exists():
@@ -98,10 +91,10 @@ class World:
     # ---- clocks
 
     def move_clock(self, pid: int, offset_s: int) -> None:
-        """The wall clock of that process, 0: of all of the job, is so far off from here on; everybody else's is right."""
+        """Sets the offset of one process's wall clock (pid 0: of all); others stay right."""
         data = struct.pack("<qq", pid, offset_s * 10**9)
         if self._clock.exists():
-            with self._clock.open("r+b") as file:  # in place: the processes have it mapped
+            with self._clock.open("r+b") as file:  # in place, because the processes have it mapped
                 file.write(data)
         else:
             self._clock.write_bytes(data)
@@ -124,7 +117,7 @@ class World:
         }
 
     def raise_flag(self, name: str) -> Path:
-        """For a hook inside the job (hooks/), which takes it down when it has acted."""
+        """Creates a flag for a hook inside the job (hooks/), which removes it when it has acted."""
         flag = self.folder / name
         flag.touch()
         return flag
@@ -133,7 +126,7 @@ class World:
         deadline = time.monotonic() + limit_s
         while (self.folder / name).exists():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"nobody took the flag {name} within {limit_s:.0f} s")
+                raise TimeoutError(f"no process removed the flag {name} within {limit_s:.0f} s")
             time.sleep(0.05)
 
 
