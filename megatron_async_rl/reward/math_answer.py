@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import math as _math
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -38,13 +38,6 @@ _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)+")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}\\]*)\}")
 
 
-def math(prompt: str, response: str, row: dict[str, Any]) -> float:
-    """Returns 1.0 if the final answer equals `row["answer"]`, else 0.0. Takes unbounded time."""
-    expected, answer = read_answers(response, row)
-    is_equal = compare_plain(expected, answer)
-    return float(compare_latex(expected, answer) if is_equal is None else is_equal)
-
-
 def read_answers(response: str, row: dict[str, Any]) -> tuple[str, str]:
     """Returns the row's answer and the response's final answer ("" if it has none).
 
@@ -53,7 +46,7 @@ def read_answers(response: str, row: dict[str, Any]) -> tuple[str, str]:
     no answer.
     """
     expected = row.get("answer")
-    if isinstance(expected, float) and _math.isfinite(expected):
+    if isinstance(expected, float) and math.isfinite(expected):
         expected = format(Decimal(repr(expected)), "f")
     elif isinstance(expected, int) and not isinstance(expected, bool):
         expected = str(expected)

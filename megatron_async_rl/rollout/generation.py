@@ -22,24 +22,20 @@ from megatron_async_rl.rollout.workflow import Completion
 SaveProgress = Callable[[list[Segment], bool], Awaitable[None]]  # segments so far, interrupted
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelLimits:
-    context_tokens: int
-    vocabulary_size: int
-
-
 class Generator:
     def __init__(
         self,
         client: EngineClient,
         gate: Gate,
         cache_key: Callable[[], str | None],
-        limits: ModelLimits,
+        context_tokens: int,
+        vocabulary_size: int,
     ) -> None:
         self._client = client
         self._gate = gate
         self._cache_key = cache_key  # of the current weights (interruption.py)
-        self._limits = limits
+        self._context_tokens = context_tokens
+        self._vocabulary_size = vocabulary_size
         self.num_tokens = 0  # generated so far by all calls
         self.timed_out = asyncio.Event()  # a request was not answered in time
 
@@ -59,7 +55,7 @@ class Generator:
         self._check(ids)
         segments = list(resumed)
         tokens = [*ids, *(token for segment in segments for token in segment.ids)]
-        end = min(len(ids) + sampling.max_new_tokens, self._limits.context_tokens)
+        end = min(len(ids) + sampling.max_new_tokens, self._context_tokens)
         while True:
             if len(tokens) > len(ids) and tokens[-1] in sampling.stop_token_ids:
                 return Completion(segments, "stop")  # aborted just after its last token
@@ -87,7 +83,7 @@ class Generator:
             raise
 
     def _check(self, ids: list[int]) -> None:
-        size = self._limits.vocabulary_size
+        size = self._vocabulary_size
         if not ids or min(ids) < 0 or max(ids) >= size:
             found = f"{len(ids)} token ids" + (f" from {min(ids)} to {max(ids)}" if ids else "")
             raise DataError(

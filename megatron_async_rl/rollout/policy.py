@@ -71,10 +71,10 @@ class PolicyServices:
 
 
 class SamplePolicy:
-    """One sample under one lease; its first call resumes from the partial sample, if there is one.
+    """One sample under one lease.
 
-    A partial sample is used only by a call with the same input. Samples of an evaluation are
-    neither kept nor resumed.
+    A call with the input of the sample's partial sample resumes from it. Samples of an evaluation
+    are neither kept nor resumed.
     """
 
     def __init__(

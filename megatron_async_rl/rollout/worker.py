@@ -34,7 +34,7 @@ from megatron_async_rl.protocol.types import Partial, Sample
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.gate import Gate
-from megatron_async_rl.rollout.generation import Generator, ModelLimits
+from megatron_async_rl.rollout.generation import Generator
 from megatron_async_rl.rollout.interruption import ABORT_INTERVAL_S
 from megatron_async_rl.rollout.partials import PartialStore
 from megatron_async_rl.rollout.policy import PolicyServices, SamplePolicy, ScoreClient
@@ -59,9 +59,13 @@ class RolloutWorker:
         self._workflow = workflow
         self.gate = Gate()
         self.updates = WeightUpdates(config, link, server.client, self.gate, server.started_from)
-        vocabulary_size = HfConfig(config.model.path).vocab_size
-        limits = ModelLimits(config.model.context_tokens, vocabulary_size)
-        self.generator = Generator(server.client, self.gate, self.updates.cache_key, limits)
+        self.generator = Generator(
+            server.client,
+            self.gate,
+            self.updates.cache_key,
+            config.model.context_tokens,
+            HfConfig(config.model.path).vocab_size,
+        )
         self._policy_services = PolicyServices(
             tokenizer=Tokenizer(config.model.path),
             generator=self.generator,

@@ -19,6 +19,7 @@ import os
 import platform
 import resource
 import signal
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -213,23 +214,15 @@ def filter_program() -> list[_Step]:
     return [*program, _EPERM]
 
 
-class _Instruction(ctypes.Structure):
-    _fields_ = [
-        ("opcode", ctypes.c_uint16),
-        ("if_true", ctypes.c_uint8),
-        ("if_false", ctypes.c_uint8),
-        ("value", ctypes.c_uint32),
-    ]
-
-
 class _Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_uint16), ("first", ctypes.POINTER(_Instruction))]
+    _fields_ = [("num_instructions", ctypes.c_uint16), ("first", ctypes.c_void_p)]
 
 
 def _apply_seccomp() -> None:
     instructions = filter_program()
-    array = (_Instruction * len(instructions))(*[_Instruction(*one) for one in instructions])
-    program = _Program(len(instructions), array)
+    packed = b"".join(struct.pack("=HBBI", *step) for step in instructions)
+    buffer = ctypes.create_string_buffer(packed, len(packed))
+    program = _Program(len(instructions), ctypes.addressof(buffer))
     _check(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0), "seccomp")
 
 

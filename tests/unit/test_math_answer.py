@@ -1,4 +1,4 @@
-"""The built-in `math` reward: which answer counts, and which is right."""
+"""The built-in `math` reward: which answer of a response is compared, and which is correct."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from megatron_async_rl.reward import math_answer
 
 
 def reward(response: str, answer: Any) -> float:
-    return math_answer.math("", response, {"id": "row-1", "answer": answer})
+    answers = math_answer.read_answers(response, {"id": "row-1", "answer": answer})
+    is_equal = math_answer.compare_plain(*answers)
+    return float(math_answer.compare_latex(*answers) if is_equal is None else is_equal)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +25,7 @@ def reward(response: str, answer: Any) -> float:
         (r"First \boxed{41}, no: \boxed{42}", "42"),
         (r"\boxed{42} is what I found in 3 steps.", "42"),
         (r"\boxed{\boxed{42}}", "42"),
-        (r"\boxed{42} and \boxed{7", "42"),  # cut off within a second box
+        (r"\boxed{42} and \boxed{7", "42"),  # truncated within a second box
         (r"\boxed {42}", "42"),
         ("so 6 * 7 = 42", "42"),
         ("some work\n#### 42", "42"),
@@ -133,7 +135,7 @@ def test_several_guesses_are_wrong(response: str, answer: str) -> None:
 )
 def test_row_without_answer_error_names_the_row(row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"row 'row-1' .*`answer`"):
-        math_answer.math("", r"\boxed{42}", {"id": "row-1", **row})
+        math_answer.read_answers(r"\boxed{42}", {"id": "row-1", **row})
 
 
 @pytest.mark.parametrize(
