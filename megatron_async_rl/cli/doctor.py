@@ -1,8 +1,8 @@
-"""Is everything here that a run needs? `checks` for a person to read, `preflight` for `run` before it starts anything.
+"""`doctor`: checks that this host, and with a CONFIG a run, has all that it needs.
 
-One function per question; it answers with a Check: what was found and, where that will not do, the command or setting
-that mends it. Nothing heavy is imported: versions come from the installed metadata, the engine's from its own Python.
-What a configuration asks for is looked at in run_checks.py.
+Each function makes one check and returns a Check: what was found and, on failure, the remedy. Only
+metadata of installed packages is read, no package is imported; SGLang's version comes from the
+engine's own Python. The checks of a configuration are those of launcher/preflight.py.
 """
 
 from __future__ import annotations
@@ -41,19 +41,16 @@ VERSIONS = dict.fromkeys(
 PYTHON_VERSIONS = ">=3.11,<3.13"
 
 MIN_CORES, MIN_MEMORY_BYTES, MIN_DISK_BYTES = 2, 4 * GIB, GIB
-MIN_SHM_BYTES = {"CPU": 64 << 20, "GPU": GIB}  # gloo wants little of /dev/shm, NCCL a lot
+MIN_SHM_BYTES = {"CPU": 64 << 20, "GPU": GIB}  # gloo needs little of /dev/shm, NCCL much
 
 
 def checks(config: Config | None) -> list[Check]:
-    """Everything there is to know about this host and, with a config, about the run."""
+    """Returns the checks of this host and, with a config, those of the run."""
     gpus = _gpus()
+    versions = (GPU_VERSIONS if gpus else CPU_VERSIONS) | VERSIONS
     return [
         _python(),
-        *(
-            _distribution(name, versions)
-            for name, versions in (GPU_VERSIONS if gpus else CPU_VERSIONS).items()
-        ),
-        *(_distribution(name, versions) for name, versions in VERSIONS.items()),
+        *(_distribution(name, supported) for name, supported in versions.items()),
         _pyzmq(),
         _curve(),
         _apex(),
@@ -70,7 +67,7 @@ def checks(config: Config | None) -> list[Check]:
 
 
 def run(config_path: str | os.PathLike[str] | None, console: Console | None = None) -> int:
-    """Prints the checks; 1 when something is missing."""
+    """Prints the checks. Returns 1 if one failed."""
     console = console or Console()
     config, results = None, []
     if config_path is not None:
@@ -86,12 +83,10 @@ def run(config_path: str | os.PathLike[str] | None, console: Console | None = No
         detail = check.detail if check.ok else f"{check.detail}\n-> {check.remedy}"
         table.add_row(mark, check.name, Text(detail))
     console.print(table)
-    missing = [check.name for check in results if not check.ok]
-    console.print(
-        f"\n{len(missing)} to mend: {', '.join(missing)}" if missing else "\nall there",
-        highlight=False,
-    )
-    return 1 if missing else 0
+    failed = [check.name for check in results if not check.ok]
+    problems = f"{len(failed)} problem{'s' * (len(failed) > 1)}: {', '.join(failed)}"
+    console.print(f"\n{problems}" if failed else "\nno problems", highlight=False)
+    return int(bool(failed))
 
 
 def _python() -> Check:
@@ -113,56 +108,43 @@ def _distribution(name: str, versions: str) -> Check:
     if version is None:
         return Check(name, False, "not installed", SETUP)
     if not SpecifierSet(versions).contains(version, prereleases=True):
-        return Check(
-            name,
-            False,
-            f"{version}, supported is {versions}",
-            f"pip install '{name}{versions}', or {SETUP}",
-        )
+        remedy = f"pip install '{name}{versions}', or {SETUP}"
+        return Check(name, False, f"{version}, supported is {versions}", remedy)
     return Check(name, True, version)
 
 
 def _pyzmq() -> Check:
-    """On PyPI `zmq` is a shim; the package is `pyzmq`."""
+    """The package `zmq` on PyPI is an empty shim; ZeroMQ's is `pyzmq`."""
     version, shim = _version("pyzmq"), _version("zmq")
     if version is None:
-        found = "not installed; `zmq` is, but that is an empty shim" if shim else "not installed"
+        found = "not installed; `zmq` is, but it is an empty shim" if shim else "not installed"
         return Check("pyzmq", False, found, "pip install pyzmq")
-    return Check(
-        "pyzmq",
-        True,
-        version + (" (the empty shim `zmq` is installed too: no harm)" if shim else ""),
-    )
+    note = " (the empty shim `zmq` is installed too, which is harmless)" if shim else ""
+    return Check("pyzmq", True, version + note)
 
 
 def _curve() -> Check:
     try:
         from megatron_async_rl.protocol.transport import has_curve
     except ImportError as e:
-        return Check("CURVE", False, f"cannot tell: {e}", "pip install --force-reinstall pyzmq")
+        return Check("CURVE", False, f"not known: {e}", "pip install --force-reinstall pyzmq")
     if not has_curve():
-        return Check(
-            "CURVE",
-            False,
-            "this libzmq was built without it, and no socket of ours opens without",
-            "pip install pyzmq",
-        )
+        problem = "libzmq was built without CURVE, which every socket of a run requires"
+        return Check("CURVE", False, problem, "pip install pyzmq")
     return Check("CURVE", True, "libzmq authenticates and encrypts")
 
 
 def _apex() -> Check:
-    """On PyPI `apex` is a web toolkit of 2013; NVIDIA's has to be built from its repository."""
+    """The package `apex` on PyPI is a web toolkit of 2013; NVIDIA's is built from its
+    repository."""
     try:
         metadata = importlib.metadata.metadata("apex")
     except importlib.metadata.PackageNotFoundError:
         return Check("apex", True, "not installed; not needed")
-    if (
-        "nvidia"
-        not in f"{metadata['Summary']} {metadata['Author']} {metadata['Description']}".lower()
-    ):
-        return Check(
-            "apex", False, f"{metadata['Version']} is not NVIDIA's Apex", "pip uninstall apex"
-        )
+    texts = f"{metadata['Summary']} {metadata['Author']} {metadata['Description']}"
+    if "nvidia" not in texts.lower():
+        problem = f"{metadata['Version']} is not NVIDIA's Apex"
+        return Check("apex", False, problem, "pip uninstall apex")
     return Check("apex", True, f"{metadata['Version']} of NVIDIA")
 
 
@@ -174,19 +156,14 @@ def _patches() -> Check:
 
 
 def _gpus() -> list[str]:
-    """Like `NVIDIA H100 80GB HBM3 (81559 MiB)`; none where nvidia-smi is missing or finds no device."""
+    """Returns names such as `NVIDIA H100 80GB HBM3 (81559 MiB)`; none if nvidia-smi finds none."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    if answer.returncode:
-        return []
-    return [
-        "{} ({})".format(*line.split(", "))
-        for line in answer.stdout.splitlines()
-        if line.count(", ") == 1
-    ]
+    lines = [] if answer.returncode else answer.stdout.splitlines()
+    return ["{} ({})".format(*line.split(", ")) for line in lines if line.count(", ") == 1]
 
 
 def _cores() -> Check:
@@ -196,7 +173,7 @@ def _cores() -> Check:
 
 
 def _memory() -> Check:
-    """What the host has left, or what is left to this cgroup where that is less."""
+    """Checks the available memory of the host, or of this cgroup if that is less."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
     try:
@@ -205,7 +182,7 @@ def _memory() -> Check:
         )
         free = free if limit == "max" else min(free, int(limit) - int(used))
     except (OSError, ValueError):
-        pass  # no cgroup v2 here: the host's number stands
+        pass  # no cgroup v2: the host's value counts
     remedy = f"the smallest run needs {size_text(MIN_MEMORY_BYTES)}: give the job more memory"
     return Check("memory", free >= MIN_MEMORY_BYTES, f"{size_text(free)} available", remedy)
 
@@ -215,16 +192,12 @@ def _shm(device: str) -> Check:
     if not Path("/dev/shm").is_dir():
         return Check("/dev/shm", False, "missing", "mount it; in a container: --shm-size=8g")
     free = shutil.disk_usage("/dev/shm").free
-    return Check(
-        "/dev/shm",
-        free >= needed,
-        f"{size_text(free)} free",
-        f"needs {size_text(needed)}; in a container: --shm-size=8g",
-    )
+    remedy = f"{size_text(needed)} are needed; in a container: --shm-size=8g"
+    return Check("/dev/shm", free >= needed, f"{size_text(free)} free", remedy)
 
 
 def _disk(config: Config | None) -> Check:
-    """Room for the logs and for the model that the run writes at its end."""
+    """Checks the space for logs and for the model that the run exports at its end."""
     run_dir = Path.cwd() if config is None else config.run_dir.absolute()
     folder = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
     needed = MIN_DISK_BYTES
@@ -232,15 +205,12 @@ def _disk(config: Config | None) -> Check:
         needed += sum(path.stat().st_size for path in Path(config.model.path).glob("*.safetensors"))
     key = "run.dir" if config else "this folder"
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        return Check(
-            "disk",
-            False,
-            f"{key} = {run_dir}: {folder} cannot be written",
-            "set run.dir to a folder of yours",
-        )
+        problem = f"{key} = {run_dir}: {folder} cannot be written"
+        return Check("disk", False, problem, "set run.dir to a folder that you can write")
     free = shutil.disk_usage(folder).free
     detail = f"{key} = {run_dir}: {size_text(free)} free, {size_text(needed)} needed"
-    return Check("disk", free >= needed, detail, "make room, or set run.dir to another file system")
+    remedy = "free disk space, or set run.dir to another file system"
+    return Check("disk", free >= needed, detail, remedy)
 
 
 def _loopback() -> Check:
@@ -251,10 +221,6 @@ def _loopback() -> Check:
         ):
             pass
     except OSError as e:
-        return Check(
-            "loopback",
-            False,
-            f"no port of 127.0.0.1 can be used: {e}",
-            "bring the interface up: ip link set lo up",
-        )
+        problem = f"no port of 127.0.0.1 can be used: {e}"
+        return Check("loopback", False, problem, "enable the interface: ip link set lo up")
     return Check("loopback", True, "ports of 127.0.0.1 can be used")

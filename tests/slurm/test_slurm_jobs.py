@@ -103,12 +103,12 @@ class Job:
         assert_no_process_left(self.run_dir)
         return self.job_field("JobState"), self.job_field("ExitCode")
 
-    def check_ledger(self, lives: int) -> None:
+    def check_ledger(self, epochs: int) -> None:
         result = audit.audit(self.run_dir, 3)
         assert (
             result.breaches == []
             and result.lost == result.duplicated == 0
-            and result.lives == lives
+            and result.epochs == epochs
         ), result
 
 
@@ -179,7 +179,7 @@ def test_trainer_on_two_nodes_finishes(job: Callable[..., Job]) -> None:
     status = running.status()
     assert (status.state, status.version, status.ledger["trained"]) == ("finished", 4, 16)
     assert (running.run_dir / "policy" / "config.json").exists()
-    running.check_ledger(lives=1)
+    running.check_ledger(epochs=1)
 
     again = running.submit()  # the run is complete: neither node waits for the other
     assert again.wait_for_end() == ("COMPLETED", "0:0")
@@ -228,7 +228,7 @@ def test_terminated_job_saves_is_requeued_and_continues(
     assert [path.name for path in running.folder.glob(".run.job-*")] == [
         f".run.job-{running.number}.0.1"
     ]
-    running.check_ledger(lives=2)
+    running.check_ledger(epochs=2)
 
 
 def test_job_that_loses_a_node_is_requeued_and_continues(job: Callable[..., Job]) -> None:
@@ -240,7 +240,7 @@ def test_job_that_loses_a_node_is_requeued_and_continues(job: Callable[..., Job]
     running.wait(lambda: running.job_field("Restarts") == "1")
     assert running.wait_for_end() == ("COMPLETED", "0:0"), running.output[-3000:]
     assert running.job_field("Restarts") == "1" and running.status().version == STEPS
-    running.check_ledger(lives=2)
+    running.check_ledger(epochs=2)
 
 
 def test_cancelled_job_ends_cleanly_and_is_not_requeued(job: Callable[..., Job]) -> None:

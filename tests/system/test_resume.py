@@ -92,7 +92,7 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     assert (status.state, status.version) == ("finished", STEPS)
     result = audit.audit(run_dir, load.load(run_dir / "config.yaml").staleness.max_staleness)
     assert result.breaches == [] and result.lost == result.duplicated == 0
-    assert result.lives == 2 and result.trained == 4 * STEPS
+    assert result.epochs == 2 and result.trained == 4 * STEPS
 
     settings = load.load(run_dir / "config.yaml")
     prompts = read_prompts(

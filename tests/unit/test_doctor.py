@@ -30,7 +30,7 @@ MODEL = {
 
 
 def make_python(path: Path, version: str = "0.5.21") -> Path:
-    """Stands for the interpreter of an engine environment: answers every question with SGLang's version."""
+    """Writes a fake interpreter of an engine environment, which prints SGLang's version."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\necho {version}\n")
     path.chmod(0o755)
@@ -39,7 +39,7 @@ def make_python(path: Path, version: str = "0.5.21") -> Path:
 
 @pytest.fixture(autouse=True)
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host with an engine, a good model and good datasets in the current folder."""
+    """Sets up a host with an engine, and a valid model and datasets in the current folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MEGATRON_ASYNC_RL_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -75,7 +75,7 @@ def result(name: str, config: Config | None = None) -> doctor.Check:
 
 
 def install(folder: Path, name: str, **metadata: str) -> None:
-    """What pip leaves of a distribution."""
+    """Writes the metadata that pip leaves for a distribution."""
     info = folder / f"{name}-1.0.dist-info"
     info.mkdir(parents=True)
     fields = {"Metadata-Version": "2.1", "Name": name, "Version": "1.0"} | metadata
@@ -114,7 +114,8 @@ def test_every_failing_check_has_a_remedy() -> None:
             {"megatron": {"tensor_model_parallel_size": 3}},
             ConfigError,
             [
-                "megatron.tensor_model_parallel_size = 3 does not divide the model's num_attention_heads = 4",
+                "megatron.tensor_model_parallel_size = 3 does not divide",
+                "the model's num_attention_heads = 4",
                 "one of 1, 2",
             ],
         ),
@@ -122,7 +123,8 @@ def test_every_failing_check_has_a_remedy() -> None:
             {"megatron": {"tensor_model_parallel_size": 4}},
             ConfigError,
             [
-                "megatron.tensor_model_parallel_size = 4 does not divide the model's num_key_value_heads = 2",
+                "megatron.tensor_model_parallel_size = 4 does not divide",
+                "the model's num_key_value_heads = 2",
                 "one of 1, 2",
             ],
         ),
@@ -130,7 +132,8 @@ def test_every_failing_check_has_a_remedy() -> None:
             {"megatron": {"pipeline_model_parallel_size": 3}},
             ConfigError,
             [
-                "megatron.pipeline_model_parallel_size = 3 does not divide the model's num_hidden_layers = 4",
+                "megatron.pipeline_model_parallel_size = 3 does not divide",
+                "the model's num_hidden_layers = 4",
                 "one of 1, 2, 4",
             ],
         ),
@@ -164,7 +167,9 @@ def test_preflight_reports_all_problems_at_once() -> None:
 def test_architecture_without_weight_table_is_rejected() -> None:
     write_model(architectures=["GPT2LMHeadModel"])
     with pytest.raises(
-        DataError, match="architecture GPT2LMHeadModel is not supported; use a model of one of LlamaForCausalLM"
+        DataError,
+        match="architecture GPT2LMHeadModel is not supported; "
+        "use a model of one of LlamaForCausalLM",
     ):
         preflight(make_config())
 
@@ -271,9 +276,7 @@ def test_engine_variable_without_interpreter_is_rejected(monkeypatch: pytest.Mon
         preflight(make_config())
 
 
-def test_newest_complete_engine_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_newest_complete_engine_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENGINE_VARIABLE)
     assert engine_python() is None
     cache = tmp_path / "cache" / "megatron_async_rl"
@@ -290,9 +293,7 @@ def test_newest_complete_engine_is_used(
     assert engine_python() == elsewhere
 
 
-def test_foreign_apex_package_is_detected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_foreign_apex_package_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(
         tmp_path / "trap", "apex", Summary="Pyramid toolkit to add Velruse, Flash Messages, CSRF"
     )
@@ -361,7 +362,7 @@ def test_doctor_prints_every_check_and_fails_if_one_fails(
     monkeypatch.delenv(ENGINE_VARIABLE)
     out = io.StringIO()
     assert doctor.run("run.yaml", Console(file=out, width=200)) == 1
-    assert "to mend: " in out.getvalue() and "engine" in out.getvalue().rpartition("to mend")[2]
+    assert "problem" in out.getvalue() and "engine" in out.getvalue().rpartition("problem")[2]
 
 
 def test_doctor_reports_an_unreadable_configuration() -> None:

@@ -32,7 +32,7 @@ from megatron_async_rl.model import weight_plan
 BIG = ROOT / "configs" / "qwen3_32b_slurm.yaml"
 
 
-def some(
+def make_config(
     tp: int = 1, pp: int = 1, dp: int = 1, servers: int = 1, engine_tp: int = 1, **sections: Any
 ) -> Config:
     sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
@@ -52,25 +52,32 @@ def some(
 @pytest.mark.parametrize(
     ("settings", "nodes", "gpus", "expected", "used"),
     [
-        (some(), 1, 2, [["controller", "trainer", "rollout-0", "reward-0"]], [2]),
-        (some(tp=2, dp=2), 2, 4, [["controller", "trainer", "reward-0"], ["rollout-0"]], [4, 1]),
-        (some(tp=8, pp=2, servers=2, engine_tp=8), 4, 8, [
-            ["controller", "trainer-0", "reward-0"], ["trainer-1"], ["rollout-0"], ["rollout-1"]], [8] * 4),
-        # what the trainer leaves of its nodes is used first, and a server is must not span nodes
-        (some(tp=2, dp=2, servers=3, engine_tp=2), 2, 6, [
-            ["controller", "trainer", "rollout-0", "reward-0"], ["rollout-1", "rollout-2"]], [6, 4]),
-        (some(tp=3, servers=2, engine_tp=2), 2, 4, [["controller", "trainer", "reward-0"], ["rollout-0", "rollout-1"]], [3, 4]),
+        (make_config(), 1, 2, [["controller", "trainer", "rollout-0", "reward-0"]], [2]),
+        (make_config(tp=2, dp=2), 2, 4, [
+            ["controller", "trainer", "reward-0"], ["rollout-0"]], [4, 1]),
+        (make_config(tp=8, pp=2, servers=2, engine_tp=8), 4, 8, [
+            ["controller", "trainer-0", "reward-0"], ["trainer-1"], ["rollout-0"], ["rollout-1"]],
+            [8] * 4),
+        # GPUs left on the trainer's nodes are used first, and a server does not span nodes
+        (make_config(tp=2, dp=2, servers=3, engine_tp=2), 2, 6, [
+            ["controller", "trainer", "rollout-0", "reward-0"], ["rollout-1", "rollout-2"]],
+            [6, 4]),
+        (make_config(tp=3, servers=2, engine_tp=2), 2, 4, [
+            ["controller", "trainer", "reward-0"], ["rollout-0", "rollout-1"]], [3, 4]),
         # twelve ranks: six a node would split a tensor-parallel group of four
-        (some(tp=4, pp=3, servers=1, engine_tp=4), 3, 8, [
-            ["controller", "trainer-0", "rollout-0", "reward-0"], ["trainer-1"], ["trainer-2"]], [8, 4, 4]),
-        (some(dp=4, servers=1, trainer={"hosts": 4}), 4, 8, [
-            ["controller", "trainer-0", "rollout-0", "reward-0"], ["trainer-1"], ["trainer-2"], ["trainer-3"]], [2, 1, 1, 1]),
-        (some(servers=2, run={"dir": "runs/a", "steps": 1, "mode": "rollout_only"}), 2, 1, [
+        (make_config(tp=4, pp=3, servers=1, engine_tp=4), 3, 8, [
+            ["controller", "trainer-0", "rollout-0", "reward-0"], ["trainer-1"], ["trainer-2"]],
+            [8, 4, 4]),
+        (make_config(dp=4, servers=1, trainer={"hosts": 4}), 4, 8, [
+            ["controller", "trainer-0", "rollout-0", "reward-0"], ["trainer-1"], ["trainer-2"],
+            ["trainer-3"]], [2, 1, 1, 1]),
+        (make_config(servers=2, run={"dir": "runs/a", "steps": 1, "mode": "rollout_only"}), 2, 1, [
             ["controller", "trainer", "rollout-0", "reward-0"], ["rollout-1"]], [1, 1]),
         # on a CPU servers are placed round robin, first on nodes without trainer ranks
-        (some(servers=3, sglang={"device": "cpu"}), 2, 0, [
-            ["controller", "trainer", "rollout-1", "reward-0"], ["rollout-0", "rollout-2"]], [0, 0]),
-        (some(dp=2, sglang={"device": "cpu"}, trainer={"hosts": 2}), 2, 0, [
+        (make_config(servers=3, sglang={"device": "cpu"}), 2, 0, [
+            ["controller", "trainer", "rollout-1", "reward-0"], ["rollout-0", "rollout-2"]],
+            [0, 0]),
+        (make_config(dp=2, sglang={"device": "cpu"}, trainer={"hosts": 2}), 2, 0, [
             ["controller", "trainer-0", "rollout-0", "reward-0"], ["trainer-1"]], [0, 0]),
     ],
 )  # fmt: skip
@@ -85,21 +92,26 @@ def test_each_node_gets_its_processes(
 @pytest.mark.parametrize(
     ("settings", "nodes", "gpus", "words"),
     [
-        (some(tp=8, pp=4, servers=8, engine_tp=4), 6, 8, (
-            "4 nodes with 8 trainer ranks each and rollout.servers = 8 of sglang.tp_size = 4 do not fit on 6 nodes of 8 GPUs",
+        (make_config(tp=8, pp=4, servers=8, engine_tp=4), 6, 8, (
+            "4 nodes with 8 trainer ranks each and rollout.servers = 8 "
+            "of sglang.tp_size = 4 do not fit on 6 nodes of 8 GPUs",
             "request 8 nodes (--nodes=8), or set rollout.servers to at most 4")),
-        (some(tp=8, pp=4, servers=1, engine_tp=4), 4, 8, ("request 5 nodes (--nodes=5)",)),
-        (some(tp=16), 4, 8, (
-            "megatron.tensor_model_parallel_size = 16 is more than the 8 GPUs of a node", "set it to at most 8")),
-        (some(engine_tp=16), 4, 8, ("sglang.tp_size = 16 is more than the 8 GPUs of a node", "must not span nodes")),
-        (some(tp=4, pp=4, trainer={"hosts": 8}), 8, 8, (
+        (make_config(tp=8, pp=4, servers=1, engine_tp=4), 4, 8, ("request 5 nodes (--nodes=5)",)),
+        (make_config(tp=16), 4, 8, (
+            "megatron.tensor_model_parallel_size = 16 is more than the 8 GPUs of a node",
+            "set it to at most 8")),
+        (make_config(engine_tp=16), 4, 8, (
+            "sglang.tp_size = 16 is more than the 8 GPUs of a node", "must not span nodes")),
+        (make_config(tp=4, pp=4, trainer={"hosts": 8}), 8, 8, (
             "trainer.hosts = 8 puts 16 / 8 = 2 ranks on a node, which splits a group of "
-            "megatron.tensor_model_parallel_size = 4", "set it to one of 2, 4, or leave it out to use 2")),
-        (some(dp=32, trainer={"hosts": 2}), 8, 8, ("32 / 2 = 16 ranks on a node, but a node has 8 GPUs", "4, 8, 16, 32")),
-        (some(dp=4, sglang={"device": "cpu"}, trainer={"hosts": 4}), 2, 0, (
+            "megatron.tensor_model_parallel_size = 4",
+            "set it to one of 2, 4, or leave it out to use 2")),
+        (make_config(dp=32, trainer={"hosts": 2}), 8, 8, (
+            "32 / 2 = 16 ranks on a node, but a node has 8 GPUs", "4, 8, 16, 32")),
+        (make_config(dp=4, sglang={"device": "cpu"}, trainer={"hosts": 4}), 2, 0, (
             "trainer.hosts = 4 is more than the 2 nodes; request 4 nodes",)),
-        (some(), 0, 8, ("at least 1 node, not 0",)),
-        (some(), 1, 1, ("request 2 nodes",)),
+        (make_config(), 0, 8, ("at least 1 node, not 0",)),
+        (make_config(), 1, 1, ("request 2 nodes",)),
     ],
 )  # fmt: skip
 def test_placement_that_does_not_fit_error_gives_the_remedy(
@@ -130,7 +142,7 @@ def test_each_process_is_placed_once_and_gpus_are_not_shared(
 ) -> None:
     assume(tp <= gpus and engine_tp <= gpus)
     run = {"dir": "runs/a", "steps": 1, "mode": "rollout_only" if rollout_only else "train"}
-    settings = some(tp, pp, dp, servers, engine_tp, run=run)
+    settings = make_config(tp, pp, dp, servers, engine_tp, run=run)
     many = placement.assign_nodes(settings, 400, gpus)
     enough = (
         max(number for number, names in enumerate(many.names) if names) + 1
@@ -164,10 +176,10 @@ def test_each_process_is_placed_once_and_gpus_are_not_shared(
 
 
 def test_idle_gpus_and_nodes_are_warned_about() -> None:
-    waste, idle = placement.assign_nodes(some(tp=2, servers=1, engine_tp=2), 3, 4).warnings()
+    waste, idle = placement.assign_nodes(make_config(tp=2, servers=1, engine_tp=2), 3, 4).warnings()
     assert waste == "no process runs on node 1, 2: request 1 nodes"
     assert idle.startswith("8 of 12 GPUs are idle: 4 of node 1, 4 of node 2")
-    assert placement.assign_nodes(some(sglang={"device": "cpu"}), 2, 8).warnings() == []
+    assert placement.assign_nodes(make_config(sglang={"device": "cpu"}), 2, 8).warnings() == []
 
 
 # ---- the plan, without Slurm
@@ -263,7 +275,8 @@ def test_task_reads_its_node_and_job_attempt(
     for missing, words in (
         (
             "JOB_ID",
-            "SLURM_JOB_ID is not set: this is not a Slurm job; submit with sbatch launchers/slurm.sbatch CONFIG",
+            "SLURM_JOB_ID is not set: this is not a Slurm job; "
+            "submit with sbatch launchers/slurm.sbatch CONFIG",
         ),
         ("STEP_ID", "start `slurm` with srun, one task per node"),
     ):
@@ -276,7 +289,7 @@ def test_task_reads_its_node_and_job_attempt(
 
 
 def test_assignment_of_an_earlier_job_attempt_is_ignored(tmp_path: Path) -> None:
-    settings = some(
+    settings = make_config(
         run={"dir": str(tmp_path / "run"), "steps": 1}, trainer={"start_timeout_s": 0.3}
     )
     here = slurm.Allocation("7.0.1", ["n1", "n2"], 1, 8)
@@ -305,7 +318,7 @@ def test_assignment_of_an_earlier_job_attempt_is_ignored(tmp_path: Path) -> None
 
 
 def test_patient_run_ignores_a_second_sigterm(tmp_path: Path) -> None:
-    settings = some()
+    settings = make_config()
     for patient, interrupted in ((True, 0), (False, signal.SIGTERM)):
         session = Session(tmp_path, Supervisor(tmp_path, settings.faults, print), 60.0, patient)
         with session.handle_signals():
