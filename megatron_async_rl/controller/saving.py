@@ -1,19 +1,13 @@
-"""The controller's half of a checkpoint: the manifest that ties the trainer's files to the journal, and what may go then."""
+"""The controller's half of a checkpoint: the manifest that ties the trainer's files to the journal, and
+the pruning of samples that no kept checkpoint can request again."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 
-from megatron_async_rl.config.config import Config
-from megatron_async_rl.controller.core.core import Core
-from megatron_async_rl.controller.core.events import (
-    BatchSelected,
-    BatchTrained,
-    GroupDropped,
-    JournalEvent,
-)
-from megatron_async_rl.controller.journal.journal import Journal
+from megatron_async_rl.controller.context import Context
+from megatron_async_rl.controller.core import events
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.messages import CheckpointSaved
 from megatron_async_rl.storage import checkpoints
@@ -21,62 +15,66 @@ from megatron_async_rl.storage import checkpoints
 logger = logging.getLogger(__name__)
 
 
-class Saving:
-    def __init__(self, config: Config, core: Core, journal: Journal) -> None:
-        self._config = config
-        self._core = core
-        self._journal = journal
-        self._batches: dict[
-            int, list[int]
-        ] = {}  # version -> the groups trained on it, until pruned
-        self.newest_saved = asyncio.Event()  # the trainer has saved the newest version
-
-    def saw(self, fact: JournalEvent) -> None:
-        """The samples of a batch are kept for a trainer that comes back; those of a dropped group are of no use."""
-        if isinstance(fact, BatchSelected):
-            self._batches[fact.version] = fact.group_ids
-        elif isinstance(fact, GroupDropped):
-            self._journal.prune([fact.group_id])
-        elif isinstance(fact, BatchTrained) and not self._config.has_trainer:
-            self._forget(
-                fact.version - 1
-            )  # the newest file is asked for again at a start, none before it
-
-    async def commit(self, saved: CheckpointSaved) -> None:
-        """Ties the trainer's files to the books, and forgets what no kept checkpoint can ask for."""
-        await self._journal.durable()
-        run_dir = self._config.run_dir
-        try:
-            await asyncio.to_thread(
-                checkpoints.commit,
-                run_dir,
-                saved.version,
-                saved.folder,
-                self._journal.last_seq,
-                self._core.ledger.admitted,
-            )
-            oldest = await asyncio.to_thread(
-                checkpoints.prune, run_dir, self._config.checkpoint.keep
-            )
-        except (DataError, OSError) as e:
-            logger.error("checkpoint %s is not usable: %s; the one before stays", saved.folder, e)
-            return
-        logger.info("checkpoint of version %d is complete", saved.version)
-        self._forget(oldest)
-        if saved.version == self._core.version:
-            self.newest_saved.set()
-
-    def _forget(self, oldest: int) -> None:
-        """The samples of batches before `oldest`."""
-        for version in [version for version in self._batches if version < oldest]:
-            self._journal.prune(self._batches.pop(version))
+class CheckpointCommitter:
+    def __init__(self, context: Context) -> None:
+        self._config = context.config
+        self._core = context.core
+        self._journal = context.journal
+        self._batches: dict[int, list[int]] = {}  # version -> groups trained on it, until pruned
+        self._saved: asyncio.Queue[tuple[CheckpointSaved, int, int]] = asyncio.Queue()
+        self.newest_saved = asyncio.Event()  # the newest version has a complete checkpoint
 
     def check_journal(self) -> None:
-        """Raises DataError when a checkpoint knows of facts that the journal lacks."""
+        """Raises DataError if a checkpoint was written after more events than the journal has."""
         saved = checkpoints.manifests(self._config.run_dir)
         if saved and saved[0].journal_seq > self._journal.last_seq:
             raise DataError(
-                f"checkpoint {saved[0].folder} was written after {saved[0].journal_seq} facts, but the journal in "
-                f"{self._config.run_dir} has {self._journal.last_seq}: it is not this run's, or an old copy; put the right "
-                "one back, or begin anew with --from-scratch"
+                f"checkpoint {saved[0].folder} was written after {saved[0].journal_seq} events, "
+                f"but the journal in {self._config.run_dir} has {self._journal.last_seq}: it is an "
+                "old copy or belongs to another run; restore the right one, or start over with "
+                "--from-scratch"
             )
+
+    def saw(self, event: events.JournalEvent) -> None:
+        """Notes which samples to keep: those of a batch, for a trainer that restarts."""
+        if isinstance(event, events.BatchSelected):
+            self._batches[event.version] = event.group_ids
+        elif isinstance(event, events.GroupDropped):
+            self._journal.prune([event.group_id])
+        elif isinstance(event, events.BatchTrained) and not self._config.has_trainer:
+            self._prune_before(event.version - 1)  # a restarted recorder requests the newest again
+
+    def checkpoint_saved(self, saved: CheckpointSaved) -> None:
+        """Has `run` commit the checkpoint as of the events so far."""
+        self._saved.put_nowait((saved, self._journal.last_seq, self._core.ledger.admitted))
+
+    async def run(self) -> None:
+        while True:
+            await self._commit(*await self._saved.get())
+            self._saved.task_done()
+
+    async def finished(self) -> None:
+        """Returns when all checkpoints so far are committed."""
+        await self._saved.join()
+
+    async def _commit(self, saved: CheckpointSaved, journal_seq: int, admitted: int) -> None:
+        await self._journal.durable()
+        run_dir, folder = self._config.run_dir, saved.folder
+        try:
+            await asyncio.to_thread(
+                checkpoints.commit, run_dir, saved.version, folder, journal_seq, admitted
+            )
+            keep = self._config.checkpoint.keep
+            oldest = await asyncio.to_thread(checkpoints.prune, run_dir, keep)
+        except (DataError, OSError) as e:
+            logger.error("checkpoint %s is not usable: %s; the previous one is kept", folder, e)
+            return
+        logger.info("checkpoint of version %d is complete", saved.version)
+        self._prune_before(oldest)
+        if saved.version == self._core.version:
+            self.newest_saved.set()
+
+    def _prune_before(self, oldest: int) -> None:
+        """Prunes the samples of batches before `oldest`."""
+        for version in [version for version in self._batches if version < oldest]:
+            self._journal.prune(self._batches.pop(version))

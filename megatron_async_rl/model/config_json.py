@@ -39,7 +39,7 @@ class Architecture:
 
 
 class HfConfig:
-    """config.json of a Hugging Face folder. Raises DataError if it is missing or not a JSON object."""
+    """A folder's config.json. Raises DataError if it is missing or not a JSON object."""
 
     def __init__(self, model_path: str | Path) -> None:
         self._key = f"model.path = {model_path}"
@@ -101,7 +101,10 @@ class HfConfig:
         )
 
     def architecture(self) -> Architecture:
-        """Returns the other settings. Raises DataError for what Megatron would compute differently."""
+        """Returns the other settings of the forward pass.
+
+        Raises DataError for a setting that Megatron does not support or would compute differently.
+        """
         raw, family = self.raw, self.family
         for key, allowed in (
             ("hidden_act", ("silu", None)),

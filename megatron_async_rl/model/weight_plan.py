@@ -147,7 +147,7 @@ def parameter_routes(name: str, shape: ModelShape, sizes: Layout) -> Iterator[Ro
 
 
 def verify(routes: list[Route], shape: ModelShape, sizes: Layout) -> None:
-    """Raises ConfigError if the routes do not have the properties that this module's text states."""
+    """Raises ConfigError unless the routes write every element once (see the module's text)."""
     parts: dict[str, set[int]] = defaultdict(set)
     written: dict[tuple[str, int], int] = defaultdict(int)
     names: set[str] = set()

@@ -1,1 +1,1 @@
-"""What a run keeps on disk besides its journal, and how files become complete atomically."""
+"""Files of a run besides its journal: checkpoints, snapshots, batches."""

@@ -1,6 +1,7 @@
-"""A batch as a file: what the trainer is given for one step, to train it again with no fleet.
+"""The batch of one training step as a file, for `replay` and for run.mode = rollout_only.
 
-An .npz of plain arrays: the samples' tokens one after another, their lengths, and the version that trains on them.
+An .npz of plain arrays: the samples' tokens one after another, the samples' lengths, and the
+version that trains on them.
 """
 
 from __future__ import annotations
@@ -17,37 +18,32 @@ _FIELDS = {"ids": np.int32, "logprobs": np.float32, "versions": np.int32, "advan
 
 
 def save(path: Path, version: int, samples: list[TrainSample]) -> None:
+    """Writes a batch; `path` appears when the file is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {
         name: np.concatenate([np.empty(0, dtype), *(getattr(s, name) for s in samples)])
         for name, dtype in _FIELDS.items()
     }
+    lengths = np.array([len(s.ids) for s in samples], np.int64)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
-        np.savez(
-            file,
-            version=np.int64(version),
-            lengths=np.array([len(s.ids) for s in samples], np.int64),
-            **arrays,
-        )
+        np.savez(file, version=np.int64(version), lengths=lengths, **arrays)
     temporary.replace(path)
 
 
 def load(path: Path) -> tuple[int, list[TrainSample]]:
-    """(version, samples). Raises DataError where it is not such a file."""
+    """Returns (version, samples). Raises DataError for a file that `save` did not write."""
+    remedy = "give a file from batches/ or refused/ of a run"
     try:
         with np.load(path, allow_pickle=False) as file:
             version, lengths = int(file["version"]), file["lengths"]
             flat = {name: file[name].astype(dtype, casting="no") for name, dtype in _FIELDS.items()}
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
-        raise DataError(
-            f"{path} is not a saved batch: {e}; give a file that this program wrote"
-        ) from e
-    if lengths.ndim != 1 or any(len(a) != lengths.sum() for a in flat.values()):
-        raise DataError(f"{path} is not a saved batch: its arrays and its lengths disagree")
-    cuts = np.cumsum(lengths)[:-1]
-    parts = {name: np.split(array, cuts) if len(lengths) else [] for name, array in flat.items()}
+        raise DataError(f"{path} is not a saved batch: {e}", remedy) from e
+    if lengths.ndim != 1 or any(len(array) != lengths.sum() for array in flat.values()):
+        raise DataError(f"{path} is not a saved batch: arrays and lengths do not match", remedy)
+    ends = np.cumsum(lengths)
     return version, [
-        TrainSample(**dict(zip(parts, values, strict=True)))
-        for values in zip(*parts.values(), strict=True)
+        TrainSample(**{name: array[end - length : end] for name, array in flat.items()})
+        for length, end in zip(lengths, ends, strict=True)
     ]

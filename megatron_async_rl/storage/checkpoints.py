@@ -1,11 +1,11 @@
-"""What a checkpoint is on disk, and which one to trust: no torch, so that controller and trainer both read it.
+"""Checkpoints on disk, and which of them can be trusted. Controller and trainer both read them.
 
-    run.dir/checkpoints/v000010/        what the trainer wrote: Megatron's distributed checkpoint, in whatever layout
-                        digests.N.json  of the files that rank N wrote: name -> sha256
-    run.dir/checkpoints/v000010.json    the manifest, written last and by the controller: version, journal, prompts
+    run.dir/checkpoints/v000010/        Megatron's distributed checkpoint, written by the trainer
+                        digests.N.json  name -> sha256 of the files that rank N wrote
+    run.dir/checkpoints/v000010.json    the manifest, written last and by the controller
 
-A folder without manifest is no checkpoint. The manifest ties weights and books together: the journal held all facts
-up to `journal_seq` when it was written, so a journal that is shorter is not the one it belongs to.
+A folder without a manifest is ignored. The manifest ties weights to the controller's state: the
+journal had `journal_seq` events when it was written, so a shorter journal belongs to another run.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 import msgspec
 
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.storage.files import digest, sync, write
+from megatron_async_rl.storage.files import digest, sync, write_atomic
 
 FOLDER = "checkpoints"
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CheckpointManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int  # of the weights
     folder: str
-    journal_seq: int  # facts in the journal, all on disk, when this was written
-    prompts: int  # prompts admitted so far
+    journal_seq: int  # events in the journal, all on disk, when this was written
+    prompts: int  # prompts admitted until then
     files: dict[str, str]  # name -> sha256 of every file in the folder
 
 
@@ -37,16 +37,18 @@ def folder_name(version: int) -> str:
 
 
 def write_digests(folder: Path, rank: int, names: Iterable[str]) -> None:
-    """Digests of files that this rank has written, forced to disk with the files themselves."""
+    """Forces files that this rank wrote to the disk, and stores their digests beside them."""
     digests = {}
     for name in names:
         digests[name] = digest(folder / name)
         sync(folder / name)
-    write(folder / f"digests.{rank}.json", msgspec.json.encode(digests))
+    write_atomic(folder / f"digests.{rank}.json", msgspec.json.encode(digests))
 
 
-def commit(run_dir: Path, version: int, folder: str, journal_seq: int, prompts: int) -> Manifest:
-    """Makes a written folder a checkpoint. Raises DataError when a file has no digest."""
+def commit(
+    run_dir: Path, version: int, folder: str, journal_seq: int, prompts: int
+) -> CheckpointManifest:
+    """Makes a written folder a checkpoint. Raises DataError if a file has no digest."""
     path = run_dir / FOLDER / folder
     files: dict[str, str] = {}
     for part in sorted(path.glob("digests.*.json")):
@@ -54,28 +56,30 @@ def commit(run_dir: Path, version: int, folder: str, journal_seq: int, prompts: 
     names = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     names = {name for name in names if not re.fullmatch(r"digests\.\d+\.json", name)}
     if names != files.keys():
-        raise DataError(
-            f"checkpoint {path}: files and digests differ: {sorted(names ^ files.keys())}"
-        )
-    manifest = Manifest(version, folder, journal_seq, prompts, files)
+        different = sorted(names ^ files.keys())
+        raise DataError(f"checkpoint {path}: files and digests differ: {different}")
+    manifest = CheckpointManifest(version, folder, journal_seq, prompts, files)
     sync(path)
-    write(run_dir / FOLDER / f"{folder}.json", msgspec.json.format(msgspec.json.encode(manifest)))
+    encoded = msgspec.json.format(msgspec.json.encode(manifest))
+    write_atomic(run_dir / FOLDER / f"{folder}.json", encoded)
     return manifest
 
 
-def manifests(run_dir: Path) -> list[Manifest]:
-    """All checkpoints whose manifest can be read, newest first."""
+def list_manifests(run_dir: Path) -> list[CheckpointManifest]:
+    """Returns the checkpoints whose manifest can be read, newest first."""
     found = []
     for path in (run_dir / FOLDER).glob("v*.json"):
-        with contextlib.suppress(
-            msgspec.DecodeError, OSError
-        ):  # a torn one is no checkpoint: the one before counts
-            found.append(msgspec.json.decode(path.read_bytes(), type=Manifest))
+        # Without a readable manifest it is no checkpoint; the one before is used.
+        with contextlib.suppress(msgspec.DecodeError, OSError):
+            found.append(msgspec.json.decode(path.read_bytes(), type=CheckpointManifest))
     return sorted(found, key=lambda manifest: -manifest.version)
 
 
-def damage(run_dir: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> str:
-    """What is wrong with a checkpoint's files; empty when all digests match. `part` of `parts` looks at its share."""
+def find_damage(run_dir: Path, manifest: CheckpointManifest, part: int = 0, parts: int = 1) -> str:
+    """Returns the first problem of a checkpoint's files, or an empty text if all digests match.
+
+    With `parts` > 1 it checks only every `parts`-th file, from file number `part` on.
+    """
     folder = run_dir / FOLDER / manifest.folder
     for name, expected in sorted(manifest.files.items())[part::parts]:
         try:
@@ -87,8 +91,11 @@ def damage(run_dir: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> 
 
 
 def prune(run_dir: Path, keep: int) -> int:
-    """Removes all but the newest `keep` checkpoints. Returns the version of the oldest that is left; -1: none."""
-    kept = manifests(run_dir)[:keep]
+    """Removes all but the newest `keep` checkpoints.
+
+    Returns the version of the oldest that is kept, or -1 if there is none.
+    """
+    kept = list_manifests(run_dir)[:keep]
     names = {manifest.folder for manifest in kept}
     newest = kept[0].version if kept else -1
     for path in (run_dir / FOLDER).glob("v*"):

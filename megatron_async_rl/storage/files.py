@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, forced to disk, renamed, and the folder forced too."""
+"""Files on disk: durable atomic writes, and digests."""
 
 from __future__ import annotations
 
@@ -6,20 +6,15 @@ import hashlib
 import os
 from pathlib import Path
 
-_READ_BYTES = 1 << 22
-
 
 def digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    sha = hashlib.sha256()
+    """Returns the sha256 of a file's bytes."""
     with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            sha.update(block)
-    return sha.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Forces a file, or a folder's list of names, to the disk."""
+    """Forces a file, or the list of names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -27,8 +22,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write(path: Path, data: bytes) -> None:
-    """The whole file or the one before, whatever happens."""
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file durably. After a crash the path has the old content or all of the new."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(data)

@@ -1,1 +1,1 @@
-"""Megatron's shards to and from Hugging Face names: the layout tables, loading, gathering, sending."""
+"""Moves weights from trainer ranks to servers: gather, bucket, broadcast, digest, snapshot."""

@@ -1,8 +1,8 @@
-"""Tensors to flattened buckets: one broadcast instead of hundreds.
+"""Packs tensors into buckets: one broadcast instead of hundreds.
 
-The plan is made from names, shapes and types alone, so both ends know every bucket before a byte moves. A bucket holds
-one element type, which keeps every tensor in it aligned, and all tensors of a Megatron parameter (q, k and v; gate and
-up): what the engine fuses again lies side by side.
+Buckets are planned from names, shapes and element types alone, so both ends know every bucket
+before a byte is sent. A bucket has one element type, which keeps its tensors aligned, and never
+splits a Megatron parameter: tensors that the server fuses (q, k, v; gate, up) are adjacent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from megatron_async_rl.weights.reshard import TensorInfo
 
 
 def plan_buckets(tensors: Iterable[TensorInfo], bucket_bytes: int) -> list[Bucket]:
-    """Groups parameters in order into buckets of at most `bucket_bytes`; a larger parameter goes alone."""
+    """Groups parameters in order into buckets of at most `bucket_bytes`.
+
+    A parameter that is larger gets a bucket of its own.
+    """
     buckets: list[Bucket] = []
     bucket: list[TensorSpec] = []
     size = 0
@@ -28,39 +31,35 @@ def plan_buckets(tensors: Iterable[TensorInfo], bucket_bytes: int) -> list[Bucke
             TensorSpec(info.name, str(info.dtype).removeprefix("torch."), list(info.shape))
             for info in infos
         ]
-        more = sum(map(num_bytes, specs))
-        if bucket and (size + more > bucket_bytes or specs[0].dtype != bucket[0].dtype):
+        added = sum(map(_num_bytes, specs))
+        if bucket and (size + added > bucket_bytes or specs[0].dtype != bucket[0].dtype):
             buckets.append(Bucket(bucket))
             bucket, size = [], 0
         bucket += specs
-        size += more
+        size += added
     if bucket:
         buckets.append(Bucket(bucket))
     return buckets
 
 
-def bucket_bytes(bucket: Bucket) -> int:
-    return sum(map(num_bytes, bucket.tensors))
-
-
 def split_bucket(bucket: Bucket, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The bucket's tensors by name, as views of its bytes `flat` ([bucket bytes] uint8)."""
+    """Yields the bucket's tensors by name, as views of its bytes `flat` ([bucket bytes] uint8)."""
     offset = 0
     for spec in bucket.tensors:
-        end = offset + num_bytes(spec)
-        yield spec.name, flat[offset:end].view(getattr(torch, spec.dtype)).view(spec.shape)
+        end = offset + _num_bytes(spec)
+        yield spec.name, _view(flat[offset:end], spec)
         offset = end
 
 
 def fill_buckets(
     plan: list[Bucket], tensors: Iterable[tuple[str, Tensor]], device: torch.device
 ) -> Iterator[tuple[Bucket, Tensor]]:
-    """The plan's buckets in order, each with its bytes: [bucket bytes] uint8.
+    """Yields the planned buckets in order, each with its bytes: [bucket bytes] uint8.
 
-    Two buffers take turns: a yielded one may be in use until the one after the next is asked for. `tensors` must come
-    in the plan's order; anything else is a fault of ours and raises ValueError.
+    Two buffers alternate: a yielded one may be used until the bucket after the next is requested.
+    Raises ValueError if `tensors` do not come in the planned order, which is a bug.
     """
-    largest = max(map(bucket_bytes, plan), default=0)
+    largest = max((sum(map(_num_bytes, bucket.tensors)) for bucket in plan), default=0)
     buffers = [
         torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(2, len(plan)))
     ]
@@ -68,16 +67,20 @@ def fill_buckets(
     for number, bucket in enumerate(plan):
         buffer, offset = buffers[number % 2], 0
         for spec in bucket.tensors:
-            name, tensor = next(source, ("nothing", torch.empty(0)))
+            name, tensor = next(source, ("no tensor", torch.empty(0)))
             if (name, list(tensor.shape)) != (spec.name, spec.shape):
                 raise ValueError(
-                    f"the plan has {spec.name} {spec.shape} next, got {name} {list(tensor.shape)}"
+                    f"expected {spec.name} {spec.shape} next, got {name} {list(tensor.shape)}"
                 )
-            flat = buffer[offset : offset + num_bytes(spec)]
-            flat.view(getattr(torch, spec.dtype)).view(spec.shape).copy_(tensor)
-            offset += len(flat)
+            end = offset + _num_bytes(spec)
+            _view(buffer[offset:end], spec).copy_(tensor)
+            offset = end
         yield bucket, buffer[:offset]
 
 
-def num_bytes(spec: TensorSpec) -> int:
+def _num_bytes(spec: TensorSpec) -> int:
     return prod(spec.shape) * getattr(torch, spec.dtype).itemsize
+
+
+def _view(raw: Tensor, spec: TensorSpec) -> Tensor:
+    return raw.view(getattr(torch, spec.dtype)).view(spec.shape)

@@ -1,6 +1,7 @@
-"""A weight source's part of a snapshot (snapshots.py): its tensors as safetensors files, one bucket each.
+"""A weight source's part of a snapshot (storage/snapshots.py): one safetensors file per bucket.
 
-The same two buffers as on the wire: bucket k is written, read back and digested by a thread while bucket k+1 is gathered.
+Uses the same two buffers as a broadcast: a thread writes, reads back and digests bucket k while
+bucket k+1 is gathered.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from megatron_async_rl.weights.bucket import fill_buckets, split_bucket
 from megatron_async_rl.weights.digest import EngineDigests
 
 
-class FolderWriter:
-    """Writes one part; `write` exhausts `tensors` whatever happens, for other ranks gather with this one."""
+class SnapshotWriter:
+    """Writes part number `part` of a snapshot into `folder`, and sets `files` or `error`."""
 
     def __init__(self, folder: Path, part: int) -> None:
         self._folder = folder
@@ -39,19 +40,23 @@ class FolderWriter:
         device: torch.device,
         digests: EngineDigests | None,
     ) -> None:
-        """`plan` and `tensors` as for fill_buckets; `digests` takes in every tensor, written or not."""
+        """Writes `tensors` in buckets as planned (see fill_buckets).
+
+        Exhausts `tensors` even after an error, since other ranks gather with this one. `digests`
+        receives every tensor, written or not.
+        """
         pending: Future[None] | None = None
         with ThreadPoolExecutor(max_workers=1) as thread:
             for number, (bucket, flat) in enumerate(fill_buckets(plan, tensors, device), 1):
-                self._settle(pending)
+                self._wait(pending)
                 if device.type == "cuda":
-                    torch.cuda.synchronize(device)  # the thread's copies are on another stream
+                    torch.cuda.synchronize(device)  # the thread copies on another stream
                 pending = thread.submit(self._write_bucket, number, bucket, flat, digests)
-            self._settle(pending)
+            self._wait(pending)
         for _ in tensors:
             pass
 
-    def _settle(self, pending: Future[None] | None) -> None:
+    def _wait(self, pending: Future[None] | None) -> None:
         if pending is None:
             return
         try:
@@ -70,11 +75,8 @@ class FolderWriter:
         if self.error:
             return
         path = self._folder / f"model-{self._part + 1:05d}-{number:05d}.safetensors"
-        save_file(
-            {name: tensor.cpu() for name, tensor in tensors.items()},
-            path,
-            metadata={"format": "pt"},
-        )
+        on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+        save_file(on_cpu, path, metadata={"format": "pt"})
         sync(path)
         self.files.append(FileEntry(path.name, path.stat().st_size, digest(path), list(tensors)))
         self.seconds["write"] += time.monotonic() - started

@@ -1,14 +1,16 @@
-"""Megatron's shards to full Hugging Face tensors, one parameter at a time, per pipeline stage.
+"""Gathers Megatron's shards into full Hugging Face tensors, one parameter at a time.
 
-Stages know nothing of each other: each yields the HF tensors of its own layers, so all stages can send at once. Within
-a stage the tensor-parallel ranks walk the same parameters in the same order, and each parameter is one all-gather.
+Each pipeline stage yields the tensors of its own layers, so all stages can send at once. Within a
+stage the tensor-parallel ranks go through the same parameters in the same order, with one
+all-gather per parameter.
 
-    own_tensors   experts stay with the expert-parallel rank that holds them: every owner yields its own. The way to the
-                  servers and to the disk
-    hf_tensors    experts are gathered over expert parallelism too: for what needs them all in one place
+    own_tensors   experts stay with the expert-parallel rank that holds them; each of these ranks
+                  is a weight source. For updates, snapshots and exports
+    hf_tensors    experts are gathered over expert parallelism too, where one rank needs them all
 
-Everything but the experts comes first. While it is gathered no rank waits for anything but its tensor-parallel peers,
-so an owner of experts may help to gather what another rank sends, although a server takes that rank's buckets first.
+Everything but the experts comes first. During that part a rank waits only for its tensor-parallel
+peers, so a source of experts can help to gather what the stage's first rank sends, although
+servers take that rank's buckets before its own.
 """
 
 from __future__ import annotations
@@ -29,17 +31,20 @@ from megatron_async_rl.weights.parameters import Modules, global_parameters, is_
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
+    """A Hugging Face tensor that is about to be yielded."""
+
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     parameter: str
-    """Megatron's name of what it is part of."""
+    """Global name of the Megatron parameter that contains it."""
 
 
 def takes_part() -> bool:
-    """Whether this rank has shards to give: the first replica of its stage, and whoever holds experts beside it.
+    """Returns True if this rank's shards are gathered.
 
-    Other data-parallel replicas and context-parallel ranks have the same weights.
+    These ranks are the first replica of a stage and the first holders of experts. The other
+    data-parallel replicas and context-parallel ranks hold the same weights.
     """
     return is_first_replica() or mpu.get_expert_data_parallel_rank() == 0
 
@@ -53,65 +58,46 @@ def is_first_of_stage() -> bool:
 
 
 def is_source() -> bool:
-    """Whether own_tensors yields anything here: on the first rank of the stage, and the first of each expert-parallel
-    rank's, which differ from it only in their experts."""
+    """Returns True if this rank is a weight source, that is if own_tensors yields anything here.
+
+    Sources are the first rank of a stage and, with expert parallelism, the first rank of each
+    expert-parallel rank's holders.
+    """
     return is_first_of_stage() or (num_expert_owners() > 1 and _is_expert_owner())
 
 
 def num_expert_owners() -> int:
-    """Sources of a pipeline stage: the stage's first rank, who owns experts too, and the other expert-parallel ranks'."""
+    """Returns the number of sources in a pipeline stage: one per expert-parallel rank."""
     return mpu.get_expert_model_parallel_world_size()
 
 
 def source_number() -> int:
-    """Of a source, its place among all: stage after stage, the one with everything but experts first."""
+    """Returns this source's index among all, by stage; a stage's first rank comes first."""
     return (
         mpu.get_pipeline_model_parallel_rank() * num_expert_owners()
         + mpu.get_expert_model_parallel_rank()
     )
 
 
-def _is_expert_owner() -> bool:
-    return mpu.get_expert_data_parallel_rank() == 0 and mpu.get_expert_tensor_parallel_rank() == 0
-
-
-def _owned(modules: Modules, shape: ModelShape) -> list[tuple[str, nn.Parameter]]:
-    """The parameters this stage answers for, experts last: the last stage's copy of a tied embedding is the first's."""
-    named = [
-        p for p in global_parameters(modules) if not (shape.tied and p[0] == "output_layer.weight")
-    ]
-    return sorted(named, key=lambda pair: is_expert(pair[0]))
-
-
-def _experts(name: str, shape: ModelShape) -> list[str]:
-    """The names of the parameter on all expert-parallel ranks, in rank order."""
-    ranks = num_expert_owners()
-    if not is_expert(name) or ranks == 1:
-        return [name]
-    per_rank = shape.num_experts // ranks
-    prefix, number, suffix = re.split(r"(?<=\.local_experts\.)(\d+)", name)
-    return [f"{prefix}{int(number) % per_rank + rank * per_rank}{suffix}" for rank in range(ranks)]
-
-
-def manifest(
+def tensor_infos(
     modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None
 ) -> list[TensorInfo]:
-    """What hf_tensors will yield on this stage, in order, without moving data."""
-    return [
-        TensorInfo(hf, size, dtype or parameter.dtype, one)
-        for name, parameter in _owned(modules, shape)
-        for one in _experts(name, shape)
-        for hf, size in map_parameter(one, shape).pieces
-    ]
-
-
-def own_manifest(
-    modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None
-) -> list[TensorInfo]:
-    """What own_tensors will yield on this rank."""
+    """Returns what hf_tensors will yield on this stage, in order, without moving data."""
     return [
         TensorInfo(hf, size, dtype or parameter.dtype, name)
-        for name, parameter in _owned(modules, shape)
+        for local_name, parameter in _sent_parameters(modules, shape)
+        for name in _names_on_all_ranks(local_name, shape)
+        for hf, size in map_parameter(name, shape).pieces
+    ]
+
+
+def own_tensor_infos(
+    modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None
+) -> list[TensorInfo]:
+    """Returns what own_tensors will yield on this rank, in order, without moving data."""
+    return [
+        TensorInfo(hf, size, dtype or parameter.dtype, name)
+        for name, parameter in _sent_parameters(modules, shape)
         if (_is_expert_owner() if is_expert(name) else is_first_of_stage())
         for hf, size in map_parameter(name, shape).pieces
     ]
@@ -121,26 +107,25 @@ def own_manifest(
 def own_tensors(
     modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(HF name, full tensor) of what leaves from this rank; nothing on a rank that only helps to gather.
+    """Yields (Hugging Face name, full tensor) of all that this weight source sends.
 
-    Collective: every rank of the stage that `takes_part` must exhaust it. A yielded tensor may share memory with the
-    parameter: send or copy it before the next optimizer step.
+    Collective: every rank of the stage that `takes_part` must exhaust it; a rank that is no source
+    yields nothing. A tensor may share memory with the parameter: send or copy it before the next
+    optimizer step.
     """
-    for name, parameter in _owned(modules, shape):
-        holds, sends = (
-            (mpu.get_expert_data_parallel_rank() == 0, _is_expert_owner())
-            if is_expert(name)
-            else (is_first_replica(), is_first_of_stage())
-        )
-        if not holds:
+    for name, parameter in _sent_parameters(modules, shape):
+        if is_expert(name):
+            gathers, sends = mpu.get_expert_data_parallel_rank() == 0, _is_expert_owner()
+        else:
+            gathers, sends = is_first_replica(), is_first_of_stage()
+        if not gathers:
             continue
         local = parameter.data.to(dtype or parameter.dtype).contiguous()
         rule = map_parameter(name, shape).rule
-        shards = local[None] if rule.split is None else _gather(local, _cutting_group(name))
+        shards = local[None] if rule.split is None else _gather(local, _split_group(name))
         if rule.split == 0 and rule.join == "one":
-            shards = shards.flatten(0, 1)[
-                None
-            ]  # they are whole as they lie: no second copy of a vocabulary's matrix
+            # The shards are adjacent: to_hf needs no second copy of a large embedding.
+            shards = shards.flatten(0, 1)[None]
         if sends:
             yield from to_hf(name, list(shards), shape)
 
@@ -153,46 +138,64 @@ def hf_tensors(
     get: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data,
     only_experts: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(HF name, full tensor) of this pipeline stage, gathered over tensor and expert parallelism.
+    """Yields (Hugging Face name, full tensor) of this stage, experts of all ranks included.
 
-    Collective as own_tensors. Of use to the first replica's ranks, usually the first of them: the others yield the
-    experts alone. `get` picks what is gathered, such as a parameter's main_grad.
+    Collective as own_tensors. Use the result of the first replica; with expert parallelism other
+    ranks yield the experts alone. `get` selects what is gathered, such as a parameter's main_grad.
     """
-    for name, parameter in _owned(modules, shape):
-        if not is_expert(name) and (
-            only_experts or (num_expert_owners() > 1 and not is_first_replica())
-        ):
+    for local_name, parameter in _sent_parameters(modules, shape):
+        skips_dense = only_experts or (num_expert_owners() > 1 and not is_first_replica())
+        if skips_dense and not is_expert(local_name):
             continue
         local = get(parameter)
         local = local.to(dtype or local.dtype).contiguous()
-        names, is_cut = _experts(name, shape), map_parameter(name, shape).rule.split is not None
-        if len(names) > 1:
-            joint, over_experts = (
-                mpu.get_expert_tensor_and_model_parallel_group(),
-                mpu.get_expert_model_parallel_group(),
-            )
-            shards = _gather(local, joint if is_cut else over_experts)
+        names = _names_on_all_ranks(local_name, shape)
+        is_split = map_parameter(local_name, shape).rule.split is not None
+        if len(names) > 1 and is_split:
+            shards = _gather(local, mpu.get_expert_tensor_and_model_parallel_group())
+        elif len(names) > 1:
+            shards = _gather(local, mpu.get_expert_model_parallel_group())
         else:
-            shards = _gather(local, _cutting_group(name)) if is_cut else local[None]
-        per_expert = len(shards) // len(
-            names
-        )  # expert-parallel ranks are the outer ones of the joint group
-        for number, one in enumerate(names):
-            yield from to_hf(
-                one, list(shards[number * per_expert : (number + 1) * per_expert]), shape
-            )
+            shards = _gather(local, _split_group(local_name)) if is_split else local[None]
+        # In the joint group, the tensor-parallel ranks of one expert-parallel rank are adjacent.
+        for name, expert_shards in zip(names, shards.chunk(len(names)), strict=True):
+            yield from to_hf(name, list(expert_shards), shape)
 
 
-def _cutting_group(name: str) -> dist.ProcessGroup:
-    return (
-        mpu.get_expert_tensor_parallel_group()
-        if is_expert(name)
-        else mpu.get_tensor_model_parallel_group()
-    )
+def _is_expert_owner() -> bool:
+    return mpu.get_expert_data_parallel_rank() == 0 and mpu.get_expert_tensor_parallel_rank() == 0
+
+
+def _sent_parameters(modules: Modules, shape: ModelShape) -> list[tuple[str, nn.Parameter]]:
+    """Returns the parameters of this stage that are sent, experts last.
+
+    The last stage's copy of a tied embedding is left out: the first stage sends it.
+    """
+    named = [
+        p for p in global_parameters(modules) if not (shape.tied and p[0] == "output_layer.weight")
+    ]
+    return sorted(named, key=lambda pair: is_expert(pair[0]))
+
+
+def _names_on_all_ranks(name: str, shape: ModelShape) -> list[str]:
+    """Returns an expert parameter's names on all expert-parallel ranks; otherwise `name` alone."""
+    ranks = num_expert_owners()
+    if not is_expert(name) or ranks == 1:
+        return [name]
+    per_rank = shape.num_experts // ranks
+    prefix, number, suffix = re.split(r"(?<=\.local_experts\.)(\d+)", name)
+    return [f"{prefix}{int(number) % per_rank + rank * per_rank}{suffix}" for rank in range(ranks)]
+
+
+def _split_group(name: str) -> dist.ProcessGroup:
+    """Returns the tensor-parallel group that splits a parameter."""
+    if is_expert(name):
+        return mpu.get_expert_tensor_parallel_group()
+    return mpu.get_tensor_model_parallel_group()
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' tensors of this shape: [ranks, *shape]."""
+    """Returns all ranks' tensors of this shape: [ranks, *shape]."""
     if group.size() == 1:
         return local[None]
     shards = local.new_empty(group.size(), *local.shape)

@@ -1,4 +1,4 @@
-"""Seconds per phase of work that a GPU may still be doing when the call that started it has returned."""
+"""Measures the seconds and the GPU memory of a weight update."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 
 
 class Stopwatch:
-    """On a GPU phases are timed by events in the current stream and read at the end; elsewhere by the clock."""
+    """Seconds per phase: on a GPU by events in the current stream, elsewhere by the clock.
+
+    On a GPU, work may still run when the call that started it returns; events are read at the end.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -37,11 +40,11 @@ class Stopwatch:
         self._clock[phase] += time.monotonic() - started
 
     def elapsed(self) -> float:
-        """Since the start, by the clock."""
+        """Returns the seconds since the start, by the clock."""
         return time.monotonic() - self._started
 
     def seconds(self) -> dict[str, float]:
-        """By phase. On a GPU the timed work must be over; what is not (after an abort) is left out."""
+        """Returns seconds by phase, without GPU phases that have not ended (after an abort)."""
         gpu = {
             phase: sum(first.elapsed_time(last) for first, last in pairs) / 1000
             for phase, pairs in self._events.items()
@@ -50,9 +53,7 @@ class Stopwatch:
         return dict(self._clock) | gpu
 
     def peak_bytes(self) -> int:
-        """The most GPU memory in use at a time since the start, less what was in use then; 0 elsewhere."""
-        return (
-            torch.cuda.max_memory_allocated(self._device) - self._before_bytes
-            if self._on_gpu
-            else 0
-        )
+        """Returns the peak of GPU memory less that in use at the start; 0 without a GPU."""
+        if not self._on_gpu:
+            return 0
+        return torch.cuda.max_memory_allocated(self._device) - self._before_bytes

@@ -1,4 +1,4 @@
-"""Stores where torch.distributed ranks meet, none of which listens on every address of the host."""
+"""Rendezvous stores for torch.distributed that listen on one address only."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-STORE_VARIABLE = (
-    "MEGATRON_ASYNC_RL_RANK_STORE"  # path of the trainer ranks' FileStore, when all are on one host
-)
+# Environment variable: path of the trainer ranks' FileStore, if all of them run on one host.
+STORE_VARIABLE = "MEGATRON_ASYNC_RL_RANK_STORE"
 _BACKLOG = 1024
 
 
 def listening_store(address: str, port: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
-    """Returns a TCPStore that listens on this one address (torch's own listens on all). `port` 0: any free one.
+    """Returns a TCPStore that listens on `address`; torch's own listens on all of the host's.
 
-    Does not wait for the other ranks.
+    Port 0 selects a free one. Does not wait for the other ranks.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -5,11 +5,11 @@ The tensor's bytes are 32-bit words v_i, the last one padded with zeros. With mi
 
     a_i = mix(v_i ^ ((i * POSITION[0] + SEED[0]) ^ rotl(i, 15)))
     b_i = mix(v_i ^ ((i * POSITION[1] + SEED[1]) ^ rotl(i, 13)))
-    tile t of 8192 words:  high_t = mix(sum a_i ^ num_bytes), low_t = mix(sum b_i ^ num_bytes), mod 2^32
+    high_t = mix(sum a_i ^ num_bytes), low_t = mix(sum b_i ^ num_bytes)    over tile t, mod 2^32
     digest = splitmix64's finalizer of the sum over t of (high_t << 32 | low_t), mod 2^64
 
-Tiles are added up, so they may be hashed in any order and on any rank. Here with torch's integer
-operations, on a GPU with the kernel of tile_hash_triton.py.
+A tile has 8192 words. Tiles are added up, so they may be hashed in any order and on any rank: here
+with torch's integer operations, on a GPU with the kernel of tile_hash_triton.py.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""The process group over which weights leave: rank 0 is here, the engine's tensor-parallel ranks are the others.
+"""The process group of one weight source and the servers' tensor-parallel ranks.
 
-It is a group beside the trainer's own world: neither side knows the other's ranks. The engine's end joins by SGLang's
-/init_weights_update_group, which meets at the same store under the same prefix.
+Rank 0 is the source. The group is independent of the trainer's own world: neither side knows the
+other's ranks. Servers join through SGLang's /init_weights_update_group, which uses the same store
+and prefix.
 
-A receiver may die in the middle. gloo notices, or its deadline ends the wait. NCCL notices nothing: its kernel waits in
-the GPU, and torch's watchdog would end this process; so its own timeout is put out of reach, the deadline is kept here,
-and what is late is aborted.
+A receiver may fail during a broadcast. gloo reports it, or its timeout ends the wait. NCCL reports
+nothing: its kernel waits on the GPU, and torch's watchdog would end this process. So NCCL's own
+timeout is set out of reach, the deadline is kept here, and a late broadcast is aborted.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from torch.distributed import distributed_c10d as c10d
 
 from megatron_async_rl.weights.store import listening_store
 
-_OUT_OF_REACH = timedelta(days=7)
+_NEVER = timedelta(days=7)
 _POLL_S = 0.0005
 
 
 class UpdateGroup:
-    """Listens at once; `join` blocks until all engine ranks are in. Every call ends within `timeout_s`."""
+    """Listens on `address` when created; `join` blocks until all server ranks have joined.
+
+    Every call returns within `timeout_s`.
+    """
 
     def __init__(
         self, name: str, world_size: int, backend: str, address: str, timeout_s: float
@@ -34,56 +38,59 @@ class UpdateGroup:
         self._world_size = world_size
         self._backend = backend
         self._timeout_s = timeout_s
-        self.address = address  # of this host, as the engines' hosts reach it
+        self.address = address  # of this host, as the servers' hosts reach it
         self._store: dist.TCPStore | None = listening_store(
             address, 0, world_size, timedelta(seconds=timeout_s)
         )
         self.port: int = self._store.port
         self._group: dist.ProcessGroup | None = None
-        self._broken = False
+        self._aborted = False
         self._work: list[dist.Work] = []
 
     def join(self) -> None:
-        """Raises RuntimeError (torch's) when not all engine ranks join in time; those that wait for them then see it too."""
-        try:
-            self._join()
-        except RuntimeError:
-            self._store = None  # closes their connections
-            raise
+        """Raises RuntimeError (torch's) if not all server ranks join in time.
 
-    def _join(self) -> None:
-        self._group, _ = c10d._new_process_group_helper(
-            self._world_size,
-            0,
-            [],
-            c10d.Backend(self._backend),
-            c10d.PrefixStore(self.name, self._store),
-            group_name=self.name,
-            timeout=_OUT_OF_REACH
-            if self._backend == "nccl"
-            else timedelta(seconds=self._timeout_s),
-        )
+        Those that wait for the others then fail too: the store closes their connections.
+        """
+        timeout = _NEVER if self._backend == "nccl" else timedelta(seconds=self._timeout_s)
+        try:
+            self._group, _ = c10d._new_process_group_helper(
+                self._world_size,
+                0,
+                [],
+                c10d.Backend(self._backend),
+                c10d.PrefixStore(self.name, self._store),
+                group_name=self.name,
+                timeout=timeout,
+            )
+        except RuntimeError:
+            self._store = None
+            raise
         c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self._world_size)}
 
     def broadcast(self, flat: Tensor) -> None:
-        """Starts to send [bytes] uint8 to all engine ranks; it must stay as it is until `wait` has returned for it.
+        """Starts to send a tensor to all server ranks; do not change it before `wait` returned.
 
-        Raises RuntimeError when one is already known to be gone.
+        Raises RuntimeError if a receiver is known to be lost.
         """
         work = dist.broadcast(flat, group=self._group, group_src=0, async_op=True)
         assert work is not None
         self._work.append(work)
 
     def wait(self, keep: int = 0) -> None:
-        """All but the last `keep` broadcasts are over: with gloo when this returns, with NCCL in the current stream's order.
+        """Waits for all but the last `keep` broadcasts.
 
-        Raises RuntimeError when a receiver is gone or late (gloo).
+        gloo's have then completed, NCCL's are ordered before later work of the current stream.
+        Raises RuntimeError if a receiver is lost or late (gloo).
         """
         while len(self._work) > keep:
             self._work.pop(0).wait()
 
     def finish(self) -> None:
-        """Everything has been sent. Raises RuntimeError when a receiver is gone or late; the group is then broken."""
+        """Waits until everything is sent.
+
+        Raises RuntimeError if a receiver is lost or late; the group is then unusable.
+        """
         self.wait()
         if self._backend != "nccl":
             return
@@ -97,11 +104,11 @@ class UpdateGroup:
             time.sleep(_POLL_S)
 
     def abort(self) -> None:
-        """Ends what hangs, here and at the other ranks, who see the connection closed. The group is of no use after it."""
+        """Ends pending broadcasts on all ranks: the others see a closed connection."""
         self._work.clear()
-        if self._group is None or self._broken:
+        if self._group is None or self._aborted:
             return
-        self._broken = True
+        self._aborted = True
         if self._backend == "nccl":
             c10d._abort_process_group(self._group)
         else:
@@ -110,6 +117,6 @@ class UpdateGroup:
 
     def close(self) -> None:
         self._work.clear()
-        if self._group is not None and not self._broken:
+        if self._group is not None and not self._aborted:
             dist.destroy_process_group(self._group)
         self._group = None

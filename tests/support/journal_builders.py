@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from core_builders import finish_lease, generated, join_workers, make_core, make_partial
 
+from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import SendBatch
 from megatron_async_rl.controller.core.events import JournalEvent, SampleReturned
-from megatron_async_rl.protocol.messages import PartialSample
+from megatron_async_rl.protocol.messages import PartialSample, StepDone
 from megatron_async_rl.protocol.types import Sample
 from megatron_async_rl.storage import checkpoints
 
@@ -24,20 +25,22 @@ def journal_events(num_steps: int = 2) -> list[JournalEvent]:
         actions = []
         for lease in leases:
             actions += finish_lease(core, lease, version)
-        actions += core.batch_wanted(0, version, 0)
+        actions += core.handle(inputs.BatchRequested(0, version), 0)
         assert any(isinstance(action, SendBatch) for action in actions)
-        core.step_done(version + 1, 0)
+        core.handle(inputs.Received("trainer-0", StepDone(version + 1, {})), 0)
         leases = [
             a.message
-            for a in core.serving("rollout-0", version + 1, 0)
+            for a in core.handle(inputs.ServerUpdated("rollout-0", version=version + 1), 0)
             if hasattr(a.message, "indices")
         ]
-    core.generated("rollout-0", generated(leases[0], 0, num_steps), 0)
-    core.interrupted("rollout-0", PartialSample(leases[0].key(1), make_partial(num_steps)))
+    core.handle(inputs.Received("rollout-0", generated(leases[0], 0, num_steps)), 0)
+    core.handle(
+        inputs.Received("rollout-0", PartialSample(leases[0].key(1), make_partial(num_steps))), 0
+    )
     return core.take_events()
 
 
-def write_checkpoint(run_dir: Path, version: int, journal_seq: int = 1) -> checkpoints.Manifest:
+def write_checkpoint(run_dir: Path, version: int, journal_seq: int = 1) -> checkpoints.CheckpointManifest:
     """Writes and commits a checkpoint of two ranks with a small file each."""
     folder = run_dir / checkpoints.FOLDER / checkpoints.folder_name(version)
     folder.mkdir(parents=True)

@@ -27,14 +27,14 @@ from megatron_async_rl.config import load as configuration
 from megatron_async_rl.errors import NonFiniteStep
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.storage import checkpoints
-from megatron_async_rl.trainer import parallel, pipeline, step
+from megatron_async_rl.trainer import parallel, passes, pipeline, step
 from megatron_async_rl.trainer.algorithms import critic as critics
 from megatron_async_rl.trainer.checkpoint.checkpoint import Checkpointer
-from megatron_async_rl.trainer.checkpoint.export import save_hf
-from megatron_async_rl.trainer.data.microbatch import cut_minibatches, pack
+from megatron_async_rl.trainer.checkpoint.export import export_hf
+from megatron_async_rl.trainer.data.microbatch import Packing, make_minibatches, pack
 from megatron_async_rl.trainer.model.build import TrainerModel, build
 from megatron_async_rl.trainer.model.value_head import ValueHead
-from megatron_async_rl.weights.reshard import hf_tensors, manifest
+from megatron_async_rl.weights.reshard import hf_tensors, tensor_infos
 
 WORLD, VERSION, TEMPERATURE, VOCAB = 4, 5, 0.7, 51
 M2PO = {"m2_threshold": 0.5, "behavior_weight_cap": None}
@@ -141,7 +141,7 @@ def merged(model: TrainerModel, out: Path, get: Any = lambda p: p.data) -> None:
         name: tensor.clone() for name, tensor in hf_tensors(model.modules, model.shape, get=get)
     }
     assert [(n, tuple(t.shape), t.dtype) for n, t in mine.items()] == [
-        (i.name, i.shape, i.dtype) for i in manifest(model.modules, model.shape)
+        (i.name, i.shape, i.dtype) for i in tensor_infos(model.modules, model.shape)
     ]
     if model.shape.tied and isinstance(getattr(model.modules[-1], "output_layer", None), ValueHead):
         mine["value head"] = get(model.modules[-1].output_layer.weight).clone()
@@ -153,15 +153,13 @@ def merged(model: TrainerModel, out: Path, get: Any = lambda p: p.data) -> None:
 
 def gradient_of(model: TrainerModel, config: Any, samples: list[TrainSample]) -> dict[str, float]:
     """Of policy and critic, in their buffers."""
-    cut = cut_minibatches(
-        samples, 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1
-    )
-    cut = step.with_reference(model, cut, config)
+    cut = make_minibatches(samples, VERSION, Packing.of(model, config), config)
+    cut = passes.add_reference_logprobs(model, cut, config)
     critic_totals = {}
     if model.critic:
-        cut = critics.with_advantages(model.critic, cut, config)
+        cut = critics.add_advantages(model.critic, cut, config)
         critic_totals = critics.accumulate_gradients(model.critic, cut[0], config)
-    [minibatch] = step.with_trust(step.with_proximal(model, cut, config), config)
+    [minibatch] = passes.add_m2_mask(passes.add_proximal_logprobs(model, cut, config), config)
     return step.accumulate_gradients(model, minibatch, config) | {
         f"critic {k}": v for k, v in critic_totals.items()
     }
@@ -175,7 +173,7 @@ def with_values(model: TrainerModel) -> None:
 
 
 def logits_of(model: TrainerModel, config: Any) -> torch.Tensor | None:
-    microbatch = pack(global_batch(), VERSION, step.packing(model, config))
+    microbatch = pack(global_batch(), VERSION, Packing.of(model, config))
 
     def forward(data: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         def collect(logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
@@ -272,10 +270,8 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
     ]
     config = make_config(qwen3, 2, 2)
     model = start(config)
-    minibatches = cut_minibatches(
-        share(), 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1
-    )
-    [with_proximal] = step.with_proximal(model, minibatches, config)
+    minibatches = make_minibatches(share(), VERSION, Packing.of(model, config), config)
+    [with_proximal] = passes.add_proximal_logprobs(model, minibatches, config)
     results["explicit proximal"] = step.accumulate_gradients(model, with_proximal, config)
     results["implicit proximal"] = step.accumulate_gradients(model, minibatches[0], config)
 
@@ -290,10 +286,8 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
     results["kl"] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
     config = make_config(qwen3, 2, 2, algorithm=KL_REWARD)
     model = start(config)
-    [plain_cut] = cut_minibatches(
-        share(), 1, VERSION, step.packing(model, config), mpu.get_data_parallel_group(), 1
-    )
-    [[taken, *_]] = step.with_reference(model, [plain_cut], config)
+    [plain_cut] = make_minibatches(share(), VERSION, Packing.of(model, config), config)
+    [[taken, *_]] = passes.add_reference_logprobs(model, [plain_cut], config)
     changed = taken.reference_T is not None and not torch.equal(
         taken.advantages_T, plain_cut[0].advantages_T
     )
@@ -331,11 +325,11 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         logits = logits_of(model, config)
         if dist.get_rank() == 0:
             torch.save(logits, out / f"logits {family}.pt")
-        save_hf(model, folders / family, out / f"export {family}")
-        save_hf(model, folders / family, out / f"export {family}")  # over an older one
+        export_hf(model.modules, model.shape, folders / family, out / f"export {family}")
+        export_hf(model.modules, model.shape, folders / family, out / f"export {family}")  # over an older one
         if family == "qwen3":
             step.train_step(model, share(), VERSION, config)
-            save_hf(model, folders / family, out / "export trained")
+            export_hf(model.modules, model.shape, folders / family, out / "export trained")
             merged(model, out / "weights trained.pt")
 
     # bf16: the wrapped model, fp32 main weights.
@@ -408,7 +402,7 @@ def fp16(folder: Path, out: Path, shard: bool) -> dict[str, Any]:
     told["loaded scale"] = model.optimizer.get_loss_scale().item()
     told["step after loading"] = step.train_step(model, share(), VERSION + 1, config)
     told["published as"] = sorted(
-        {str(info.dtype) for info in manifest(model.modules, model.shape)}
+        {str(info.dtype) for info in tensor_infos(model.modules, model.shape)}
     )
 
     config = make_config(folder, 2, 2, **options, initial_loss_scale=2.0**60, hysteresis=2)

@@ -8,7 +8,7 @@ import torch
 
 from megatron_async_rl.protocol.types import FileEntry
 from megatron_async_rl.weights.bucket import plan_buckets
-from megatron_async_rl.weights.disk import FolderWriter
+from megatron_async_rl.weights.disk import SnapshotWriter
 from megatron_async_rl.weights.reshard import TensorInfo
 
 NUM_TENSORS = 12
@@ -24,7 +24,7 @@ def write_part(partial: Path, version: int, part: int) -> list[FileEntry]:
     """Writes the tensors of one part in several buckets; returns the files."""
     named = part_tensors(version, part)
     plan = plan_buckets([TensorInfo(n, tuple(t.shape), t.dtype, n) for n, t in named], 20_000)
-    writer = FolderWriter(partial, part)
+    writer = SnapshotWriter(partial, part)
     writer.write(plan, iter(named), torch.device("cpu"), None)
     assert not writer.error and len(writer.files) == len(plan) > 3
     return writer.files

@@ -150,7 +150,7 @@ def live(run_dir: Path, name: str, life: str) -> None:
                 link.send(Updated(message.version, {}, error=str(e)))
         elif isinstance(message, LoadSnapshot):
             snapshot = snapshots.read(Path(message.folder))
-            assert snapshot and not snapshots.damage(snapshot)
+            assert snapshot and not snapshots.find_damage(snapshot)
             tensors = {
                 name: tensor
                 for file in snapshot.path.glob("*.safetensors")

@@ -1,4 +1,4 @@
-"""The journal: what was appended is there again, whatever dies, and a full disk delays but loses nothing."""
+"""The journal, checkpoint folders and the audit: crashes, full disks and damaged files."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from megatron_async_rl.errors import DataError
 from megatron_async_rl.storage import checkpoints
 
 
-def state(facts: list[JournalEvent]) -> tuple:
-    core = restart_core(make_core(max_staleness=1), facts)
+def state(events: list[JournalEvent]) -> tuple:
+    core = restart_core(make_core(max_staleness=1), events)
     groups = [
         (
             g.group_id,
@@ -43,15 +43,15 @@ def state(facts: list[JournalEvent]) -> tuple:
 
 
 def test_every_event_is_read_back_with_its_arrays(tmp_path: Path) -> None:
-    facts = journal_events()
+    events = journal_events()
     journal = Journal(tmp_path / "journal.sqlite")
-    journal.append(facts)
+    journal.append(events)
     journal.flush().result(10)
     again = list(journal.facts())
     journal.close()
-    assert [type(fact) for fact in again] == [type(fact) for fact in facts]
-    assert state(again) == state(facts)
-    kinds = {type(fact).__name__ for fact in facts}
+    assert [type(fact) for fact in again] == [type(fact) for fact in events]
+    assert state(again) == state(events)
+    kinds = {type(fact).__name__ for fact in events}
     assert {
         "GroupAdmitted",
         "LeaseGranted",
@@ -64,12 +64,12 @@ def test_every_event_is_read_back_with_its_arrays(tmp_path: Path) -> None:
 
 
 def test_every_prefix_of_the_journal_restores_a_valid_state() -> None:
-    """A crash at every single write, one by one."""
-    facts = journal_events()
-    for count in range(len(facts) + 1):
-        core = restart_core(make_core(max_staleness=1), facts[:count])
+    """Simulates a crash after every single event."""
+    events = journal_events()
+    for count in range(len(events) + 1):
+        core = restart_core(make_core(max_staleness=1), events[:count])
         core.check()
-        admitted = sum(isinstance(fact, GroupAdmitted) for fact in facts[:count])
+        admitted = sum(isinstance(fact, GroupAdmitted) for fact in events[:count])
         assert core.ledger.admitted == admitted
         join_workers(core)
         core.check()
@@ -104,7 +104,7 @@ def test_process_killed_while_writing_leaves_a_prefix(tmp_path: Path) -> None:
         child.wait(10)
         numbers = [fact.group_id for fact in read_events(path)]
         assert numbers == list(range(len(numbers)))
-        assert len(numbers) > told[-1]  # all that was said to be on disk is there
+        assert len(numbers) > told[-1]  # everything flushed is on disk
         child.stdout.close()
 
 
@@ -114,11 +114,9 @@ def test_full_disk_delays_events_and_loses_none(
     monkeypatch.setattr(journal_module, "RETRY_S", 0.05)
     journal = Journal(tmp_path / "journal.sqlite")
     pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
-    journal._db.execute(
-        f"PRAGMA max_page_count = {pages}"
-    )  # SQLite refuses as it does on a full disk
-    facts = journal_events() * 60
-    journal.append(facts)
+    journal._db.execute(f"PRAGMA max_page_count = {pages}")  # SQLite fails as on a full disk
+    events = journal_events() * 60
+    journal.append(events)
     waiter = journal.flush()
     with pytest.raises(TimeoutError):
         waiter.result(1.0)
@@ -126,7 +124,7 @@ def test_full_disk_delays_events_and_loses_none(
     journal._db.execute("PRAGMA max_page_count = 1000000")
     waiter.result(60)
     assert journal.error == ""
-    assert sum(1 for _ in journal.facts()) == len(facts)
+    assert sum(1 for _ in journal.facts()) == len(events)
     journal.close()
 
 
@@ -140,7 +138,7 @@ def test_recorded_batch_can_be_read_until_it_is_pruned(tmp_path: Path) -> None:
     journal.flush().result(10)
     with pytest.raises(DataError, match="older than the two generations"):
         journal.batch(1)
-    assert state(list(journal.facts()))[0] == 2  # the ledger still knows
+    assert state(list(journal.facts()))[0] == 2  # the ledger still counts both batches
     journal.close()
 
 
@@ -171,7 +169,7 @@ def test_changed_dataset_is_rejected() -> None:
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "swap"])
 def test_any_damage_to_a_checkpoint_file_is_detected(tmp_path: Path, damage: str) -> None:
     manifest = write_checkpoint(tmp_path, 4)
-    assert checkpoints.damage(tmp_path, manifest) == ""
+    assert checkpoints.find_damage(tmp_path, manifest) == ""
     folder = tmp_path / checkpoints.FOLDER / manifest.folder
     first, second = folder / "__0_0.distcp", folder / "__1_0.distcp"
     if damage == "flip":
@@ -184,9 +182,9 @@ def test_any_damage_to_a_checkpoint_file_is_detected(tmp_path: Path, damage: str
         one, other = first.read_bytes(), second.read_bytes()
         first.write_bytes(other)
         second.write_bytes(one)
-    assert "__0_0.distcp" in checkpoints.damage(tmp_path, manifest)
-    shares = [checkpoints.damage(tmp_path, manifest, part, 2) for part in (0, 1)]
-    assert any(shares)  # whoever looks at that share
+    assert "__0_0.distcp" in checkpoints.find_damage(tmp_path, manifest)
+    shares = [checkpoints.find_damage(tmp_path, manifest, part, 2) for part in (0, 1)]
+    assert any(shares)  # found by the rank that checks this share
 
 
 def test_truncated_manifest_is_ignored(tmp_path: Path) -> None:
@@ -194,7 +192,7 @@ def test_truncated_manifest_is_ignored(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 4)
     path = tmp_path / checkpoints.FOLDER / "v000004.json"
     path.write_bytes(path.read_bytes()[:-20])
-    assert [manifest.version for manifest in checkpoints.manifests(tmp_path)] == [2]
+    assert [manifest.version for manifest in checkpoints.list_manifests(tmp_path)] == [2]
 
 
 def test_folder_with_an_unfinished_file_is_not_committed(tmp_path: Path) -> None:
@@ -215,19 +213,19 @@ def test_prune_keeps_two_checkpoints_and_unfinished_folders(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
-# ---- the offline audit
+# ---- audit
 
 
 def test_audit_recounts_the_journal_and_finds_mismatches(tmp_path: Path) -> None:
-    facts = journal_events()
+    events = journal_events()
     journal = Journal(tmp_path / "journal.sqlite")
-    journal.append(facts)
+    journal.append(events)
     journal.close()
     (tmp_path / "samples.jsonl").touch()
     result = audit.audit(tmp_path, eta=1)
     assert (result.trained, result.lost, result.duplicated, result.breaches) == (4, 0, 0, [])
     journal = Journal(tmp_path / "journal.sqlite")
-    journal.append([facts[0], facts[-2]])  # a group admitted twice, a sample returned twice
+    journal.append([events[0], events[-2]])  # a group admitted twice, a sample returned twice
     journal.close()
     result = audit.audit(tmp_path, eta=1)
     assert result.duplicated >= 1 and result.breaches

@@ -1,4 +1,4 @@
-"""A weight folder is whole or not there, whatever happens in the middle of its writing; and the last two are kept."""
+"""Weight snapshots are complete or absent whenever a writer is killed; two are kept."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tiny_model import make_model
 
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.storage import snapshots
-from megatron_async_rl.storage.snapshots import Manifest
+from megatron_async_rl.storage.snapshots import SnapshotManifest
 from megatron_async_rl.weights.bucket import plan_buckets
-from megatron_async_rl.weights.disk import FolderWriter
+from megatron_async_rl.weights.disk import SnapshotWriter
 from megatron_async_rl.weights.reshard import TensorInfo
 
 
@@ -32,19 +32,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(run_dir: Path, version: int, model: Path) -> snapshots.Snapshot:
-    """As two sources and the controller do it."""
+    """Writes and commits a snapshot like two weight sources and the controller."""
     partial = snapshots.begin(run_dir, version)
     files = [entry for part in range(2) for entry in write_part(partial, version, part)]
     return snapshots.commit(
-        partial, files, Manifest(version, {}, 1, "sha256", {"0:x": "ab"}), model
+        partial, files, SnapshotManifest(version, {}, 1, "sha256", {"0:x": "ab"}), model
     )
 
 
-def test_snapshot_is_readable_by_transformers_and_safetensors(
-    tmp_path: Path, model: Path
-) -> None:
+def test_snapshot_is_readable_by_transformers_and_safetensors(tmp_path: Path, model: Path) -> None:
     snapshot = write(tmp_path, 3, model)
-    assert snapshot.path == tmp_path / "weights" / "v000003.0" and snapshots.damage(snapshot) == ""
+    assert (
+        snapshot.path == tmp_path / "weights" / "v000003.0"
+        and snapshots.find_damage(snapshot) == ""
+    )
     assert json.loads((snapshot.path / "config.json").read_text()) == json.loads(
         (model / "config.json").read_text()
     )
@@ -53,23 +54,24 @@ def test_snapshot_is_readable_by_transformers_and_safetensors(
     assert index.keys() == want.keys() and len(set(index.values())) > 6
     for name, file in index.items():
         assert torch.equal(load_file(snapshot.path / file)[name], want[name])
-    assert snapshots.whole(tmp_path) == [snapshot]
+    assert snapshots.list_snapshots(tmp_path) == [snapshot]
 
 
-def test_third_snapshot_removes_the_first_unless_in_use(
-    tmp_path: Path, model: Path
-) -> None:
+def test_third_snapshot_removes_the_first_unless_in_use(tmp_path: Path, model: Path) -> None:
     first = write(tmp_path, 1, model)
     for version in (2, 3):
         write(tmp_path, version, model)
         snapshots.prune(tmp_path, in_use={first.path})
-    assert [found.version for found in snapshots.whole(tmp_path)] == [3, 2, 1]
+    assert [found.version for found in snapshots.list_snapshots(tmp_path)] == [3, 2, 1]
     snapshots.prune(tmp_path)
-    assert [found.version for found in snapshots.whole(tmp_path)] == [3, 2]
+    assert [found.version for found in snapshots.list_snapshots(tmp_path)] == [3, 2]
     again = write(tmp_path, 3, model)
     snapshots.prune(tmp_path)
-    assert [found.path.name for found in snapshots.whole(tmp_path)] == ["v000003.1", "v000002.0"]
-    assert snapshots.damage(again) == ""
+    assert [found.path.name for found in snapshots.list_snapshots(tmp_path)] == [
+        "v000003.1",
+        "v000002.0",
+    ]
+    assert snapshots.find_damage(again) == ""
     assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [
         "v000002.0",
         "v000003.1",
@@ -84,11 +86,11 @@ def test_held_snapshot_survives_pruning(tmp_path: Path, model: Path) -> None:
         write(tmp_path, version, model)
         snapshots.prune(tmp_path)
     assert not first.path.exists() and snapshots.hold(first, "rollout-1") is None
-    assert snapshots.damage(msgspec.structs.replace(first, path=held)) == ""
-    assert [found.version for found in snapshots.whole(tmp_path)] == [
+    assert snapshots.find_damage(msgspec.structs.replace(first, path=held)) == ""
+    assert [found.version for found in snapshots.list_snapshots(tmp_path)] == [
         3,
         2,
-    ]  # nobody takes it for a folder of its own
+    ]  # no process uses it
     snapshots.release(first, "rollout-0")
     assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [
         "v000002.0",
@@ -106,20 +108,20 @@ def test_damaged_file_is_detected_and_named(tmp_path: Path, model: Path, harm: s
         path.unlink()
     else:
         path.write_bytes(raw if harm == "flip" else raw[:-9])
-    assert path.name in snapshots.damage(snapshot)
+    assert path.name in snapshots.find_damage(snapshot)
 
 
 def test_incomplete_snapshot_is_not_committed(tmp_path: Path, model: Path) -> None:
     partial = snapshots.begin(tmp_path, 1)
     files = write_part(partial, 1, 0)
-    manifest = Manifest(1, {}, 1, "sha256", {})
-    with pytest.raises(DataError, match="bytes that its source wrote"):
+    manifest = SnapshotManifest(1, {}, 1, "sha256", {})
+    with pytest.raises(DataError, match="bytes that were sent"):
         snapshots.commit(partial, [msgspec.structs.replace(files[0], num_bytes=7)], manifest, model)
     with pytest.raises(DataError, match=r"holds 0\.0, which"):
         snapshots.commit(
             partial, [*files, msgspec.structs.replace(files[1], tensors=["0.0"])], manifest, model
         )
-    assert snapshots.whole(tmp_path) == []
+    assert snapshots.list_snapshots(tmp_path) == []
 
 
 def test_full_disk_is_reported_after_the_gather_completes(tmp_path: Path) -> None:
@@ -127,20 +129,20 @@ def test_full_disk_is_reported_after_the_gather_completes(tmp_path: Path) -> Non
     plan = plan_buckets(
         [TensorInfo(n, tuple(t.shape), t.dtype, n) for n, t in part_tensors(1, 0)], 20_000
     )
-    writer = FolderWriter(tmp_path / "gone", 0)
+    writer = SnapshotWriter(tmp_path / "gone", 0)
     writer.write(plan, named, torch.device("cpu"), None)
     assert "gone" in writer.error and next(named, None) is None
 
 
 def _write_until_killed(run_dir: Path, model: Path) -> None:
     torch.set_num_threads(1)
-    for version in range(snapshots.whole(run_dir)[0].version + 1, 10_000):
+    for version in range(snapshots.list_snapshots(run_dir)[0].version + 1, 10_000):
         write(run_dir, version, model)
         snapshots.prune(run_dir)
 
 
 def test_kill_while_writing_leaves_only_complete_folders(tmp_path: Path, model: Path) -> None:
-    """A writer is killed at ten moments of its work; a reader looks all the time and reads what it finds."""
+    """Kills a writer at ten instants while a reader lists and reads all the time."""
     write(tmp_path, 1, model)
     newest = 1
     for round_ in range(10):
@@ -155,17 +157,17 @@ def test_kill_while_writing_leaves_only_complete_folders(tmp_path: Path, model: 
             target: int = newest + 1 + round_ % 2, files: int = 1 + 2 * (round_ % 5)
         ) -> bool:
             partials = (tmp_path / "weights").glob(f".v{target:06d}.*.partial")
-            with contextlib.suppress(FileNotFoundError):  # just renamed
+            with contextlib.suppress(FileNotFoundError):  # it has just been renamed
                 return any(len(list(partial.iterdir())) >= files for partial in partials)
             return False
 
         while not under_way():
-            assert snapshots.whole(tmp_path) and time.monotonic() < deadline
+            assert snapshots.list_snapshots(tmp_path) and time.monotonic() < deadline
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
-        found = snapshots.whole(tmp_path)
-        assert 1 <= len(found) <= 3  # the third, when the kill came before the pruning
-        assert [snapshots.damage(snapshot) for snapshot in found] == [""] * len(found)
+        found = snapshots.list_snapshots(tmp_path)
+        assert 1 <= len(found) <= 3  # three if killed before pruning
+        assert [snapshots.find_damage(snapshot) for snapshot in found] == [""] * len(found)
         assert found[0].version >= newest + round_ % 2
         newest = found[0].version
 
@@ -173,7 +175,7 @@ def test_kill_while_writing_leaves_only_complete_folders(tmp_path: Path, model: 
 def test_kill_at_any_commit_step_leaves_the_old_version(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A power cut before the n-th forcing to disk or rename of the second version, for every n."""
+    """Simulates a power cut before the n-th fsync or rename of the second version, for every n."""
     write(tmp_path, 1, model)
     real = {name: getattr(os, name) for name in ("fsync",)}
     rename = Path.rename
@@ -185,7 +187,7 @@ def test_kill_at_any_commit_step_leaves_the_old_version(
             nonlocal steps
             steps += 1
             if steps > limit:
-                raise KeyboardInterrupt  # nothing of ours catches it, as nothing of ours runs after a power cut
+                raise KeyboardInterrupt  # no code of ours catches it
 
         monkeypatch.setattr(os, "fsync", lambda fd, step=step: (step(), real["fsync"](fd)))
         monkeypatch.setattr(
@@ -199,13 +201,15 @@ def test_kill_at_any_commit_step_leaves_the_old_version(
             break
         finally:
             monkeypatch.undo()
-        found = [snapshot.version for snapshot in snapshots.whole(tmp_path)]
+        found = [snapshot.version for snapshot in snapshots.list_snapshots(tmp_path)]
         outcomes.append(found)
         assert found in ([1], [2, 1])
-        assert all(not snapshots.damage(snapshot) for snapshot in snapshots.whole(tmp_path))
+        assert all(
+            not snapshots.find_damage(snapshot) for snapshot in snapshots.list_snapshots(tmp_path)
+        )
         if found == [2, 1]:
-            shutil.rmtree(snapshots.whole(tmp_path)[0].path)
+            shutil.rmtree(snapshots.list_snapshots(tmp_path)[0].path)
     assert outcomes.count([1]) > 10 and outcomes[-1] == [
         2,
         1,
-    ]  # the name came last but the folder's own forcing
+    ]  # the rename is the last step but one

@@ -36,7 +36,7 @@ from megatron_async_rl.protocol.messages import (
     WriteSnapshot,
 )
 from megatron_async_rl.storage import snapshots
-from megatron_async_rl.storage.snapshots import Manifest, Snapshot
+from megatron_async_rl.storage.snapshots import SnapshotManifest, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class SnapshotStore:
         kind = snapshots.digest_kind(config)
         self._whole = [
             found
-            for found in snapshots.whole(self._run_dir)
+            for found in snapshots.list_snapshots(self._run_dir)
             if (found.manifest.engine_tp, found.manifest.digest_kind) == (self._engine_tp, kind)
         ]
 
@@ -74,7 +74,7 @@ class SnapshotStore:
     async def commit(self, partial: Path, version: int, written: list[SnapshotWritten]) -> Snapshot:
         """Raises DataError or OSError when the folder cannot be made whole."""
         digests = {name: digest for part in written for name, digest in part.digests.items()}
-        manifest = Manifest(version, {}, self._engine_tp, written[0].digest_kind, digests)
+        manifest = SnapshotManifest(version, {}, self._engine_tp, written[0].digest_kind, digests)
         files = [entry for part in written for entry in part.files]
         snapshot = await asyncio.to_thread(
             snapshots.commit, partial, files, manifest, self._model_path
@@ -86,7 +86,7 @@ class SnapshotStore:
 
     async def discard_if_damaged(self, snapshot: Snapshot) -> str:
         """What is wrong with its files, if anything; it is then gone."""
-        damage = await asyncio.to_thread(snapshots.damage, snapshot)
+        damage = await asyncio.to_thread(snapshots.find_damage, snapshot)
         if damage:
             logger.error("%s is damaged and removed: %s", snapshot.path, damage)
             self._whole = [found for found in self._whole if found != snapshot]

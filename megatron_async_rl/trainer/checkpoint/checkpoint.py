@@ -1,4 +1,5 @@
-"""Saves and loads model, optimizer and learning rate schedule with Megatron's distributed checkpointing.
+"""Saves and loads model, optimizer and learning rate schedule with Megatron's distributed
+checkpointing.
 
 A checkpoint can be loaded under another parallel layout. With checkpoint.asynchronous a child
 process writes while the next steps train. `poll`, called after each step, notices that it is done,
@@ -65,9 +66,9 @@ class Checkpointer:
 
         Raises DataError if all checkpoints are damaged.
         """
-        found = checkpoints.manifests(self._run_dir)
+        found = checkpoints.list_manifests(self._run_dir)
         for manifest in found:
-            damage = checkpoints.damage(
+            damage = checkpoints.find_damage(
                 self._run_dir, manifest, dist.get_rank(), dist.get_world_size()
             )
             if damage:
@@ -82,8 +83,8 @@ class Checkpointer:
                 return manifest.version
         if found:
             raise DataError(
-                f"all {len(found)} checkpoints in {self._run_dir / checkpoints.FOLDER} are damaged; "
-                "restore one, or start over with --from-scratch"
+                f"all {len(found)} checkpoints in {self._run_dir / checkpoints.FOLDER} are "
+                "damaged; restore one, or start over with --from-scratch"
             )
         return 0
 
@@ -234,7 +235,8 @@ class Checkpointer:
 
 
 def _metadata() -> dict[str, Any]:
-    """Returns how optimizer state is stored: in parameter shapes, so that any layout can load it."""
+    """Returns how optimizer state is stored: in parameter shapes, so that any layout can load
+    it."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
