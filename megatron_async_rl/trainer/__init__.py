@@ -1,1 +1,1 @@
-"""The trainer process: Megatron-Core model, packed micro-batches, decoupled PPO. Call patches.prepare_megatron() first."""
+"""The trainer process. Call patches.prepare_megatron() before importing its modules."""

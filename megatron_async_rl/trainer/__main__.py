@@ -1,4 +1,9 @@
-"""`torchrun ... -m megatron_async_rl.trainer RUN_DIR`: one trainer rank. The loop to read first."""
+"""`python -m megatron_async_rl.trainer RUN_DIR` under torchrun: one trainer rank.
+
+This loop is the whole training: get a batch, train on it, send the new weights to the servers,
+save. A step that was not saved before a crash is repeated with the same batch, which the controller
+keeps.
+"""
 
 import sys
 from pathlib import Path
@@ -8,49 +13,47 @@ from megatron_async_rl.config import load
 
 
 def _train(run_dir: Path) -> None:
-    settings = load.load(run_dir / "config.yaml")
-    patches.prepare_megatron()
+    config = load.load(run_dir / "config.yaml")
+    patches.prepare_megatron()  # before the imports below, which import megatron.core
     from megatron_async_rl.trainer import parallel, step
     from megatron_async_rl.trainer.checkpoint import export
     from megatron_async_rl.trainer.checkpoint.checkpoint import Checkpointer
-    from megatron_async_rl.trainer.controller_client import ControllerLink
+    from megatron_async_rl.trainer.controller_client import ControllerClient
     from megatron_async_rl.trainer.model import build
     from megatron_async_rl.weights.publish import WeightPublisher
 
-    parallel.init_parallel(settings)
-    policy = build.build(settings)
-    controller = ControllerLink(settings, run_dir)
-    publisher = WeightPublisher(
-        policy.modules, policy.shape, settings, controller.socket if controller.is_source else None
-    )
+    parallel.init_parallel(config)
+    model = build.build(config)
+    controller = ControllerClient(config, run_dir)
+    publisher = WeightPublisher(model.modules, model.shape, config, controller.source_socket)
+    checkpointer = Checkpointer(model, config, run_dir, controller.report_checkpoint)
 
-    saver = Checkpointer(policy, settings, run_dir, controller.saved)
+    def export_to(folder: str) -> None:
+        export.export_hf(model.modules, model.shape, Path(config.model.path), run_dir / folder)
 
-    first = saver.load()  # the controller knows what was trained since, and has us do it again
-    publisher.publish(first)
-    for version in range(first, settings.run.steps):
-        samples = controller.next_batch(
-            version, publisher.publish
-        )  # waits for enough fresh ones; all ranks get theirs
-        if samples is None:
-            saver.save(version)
-            saver.close()
-            controller.close()
-            return
-        stats = step.train_step(policy, samples, version, settings)
-        controller.report(version + 1, stats)
-        if version + 1 == settings.run.steps:
-            saver.save(version + 1)  # before the controller learns that all is done
-        publisher.publish(version + 1)  # interrupt, reshard, send, verify, resume
-        saver.step(version + 1)
-        if settings.run.export_every and (version + 1) % settings.run.export_every == 0:
-            export.save_hf(policy, Path(settings.model.path), run_dir / f"policy-v{version + 1}")
-    export.save_hf(policy, Path(settings.model.path), run_dir / "policy")
-    saver.close()
+    version = checkpointer.load()
+    publisher.publish(version)  # the servers start from these weights
+    while version < config.run.steps:
+        # Waits until the batch is complete; meanwhile new servers may ask for the weights.
+        samples = controller.next_batch(version, publisher.publish)
+        if samples is None:  # the run is being stopped
+            checkpointer.save(version)
+            break
+        metrics = step.train_step(model, samples, version, config)
+        version += 1
+        controller.report_step(version, metrics)
+        if version == config.run.steps:
+            checkpointer.save(version)  # before `publish` tells the controller that all is done
+        publisher.publish(version)  # interrupt generation, reshard, send, verify, resume
+        checkpointer.step(version)
+        if config.run.export_every and version % config.run.export_every == 0:
+            export_to(f"policy-v{version}")
+    if version >= config.run.steps:
+        export_to("policy")
+    checkpointer.close()
     controller.close()
 
 
 if __name__ == "__main__":
-    processes.main(
-        lambda: _train(Path(sys.argv[1])), unwind=False
-    )  # nothing to undo; it may be stuck in a collective
+    # No unwinding at SIGTERM: a rank has nothing to undo and may be stuck in a collective.
+    processes.main(lambda: _train(Path(sys.argv[1])), unwind=False)

@@ -1,8 +1,9 @@
-"""The trainer's way to the controller: leaders hold a socket, the ranks of their replica hear from them.
+"""The trainer ranks' connection to the controller.
 
-A leader is the first rank of each data-parallel replica (all its tensor, context and pipeline ranks): it fetches the
-replica's share of a batch and passes the very bytes on. From a weight source weights leave (weights/reshard.py): the
-first rank of each pipeline stage, and the first of those that hold the same experts.
+The leader of a data-parallel replica (its first rank) fetches the replica's share of each batch and
+broadcasts the received bytes to the replica's other ranks: all its tensor, context and pipeline
+ranks train on the same samples. Weight sources (weights/reshard.py) also have a connection, over
+which they take part in weight updates.
 """
 
 from __future__ import annotations
@@ -19,120 +20,116 @@ from megatron.core import parallel_state as mpu
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import ProtocolError
-from megatron_async_rl.protocol.messages import (
-    AnyMessage,
-    CheckpointSaved,
-    GetBatch,
-    Hello,
-    Republish,
-    Shutdown,
-    StepDone,
-    TrainBatch,
-)
+from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.transport import SyncLink
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.protocol.wire import Codec
 from megatron_async_rl.weights.reshard import is_source
 
-LISTEN_S = (
-    5.0  # a leader that waits tells its replica so this often: waiting is not a stuck collective
-)
+POLL_S = 5.0  # a waiting leader broadcasts this often, so that no collective reaches its timeout
 
 
-class ControllerLink:
+class ControllerClient:
+    """Joins the controller as leader or weight source; other ranks only follow their leader."""
+
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._codec = Codec()
         self._group, self._root = _replica_group()
-        replica, stage = mpu.get_data_parallel_rank(), mpu.get_pipeline_model_parallel_rank()
-        self.is_leader = dist.get_rank() == self._root
-        self.is_source = is_source()
-        self.socket: SyncLink | None = None
-        if self.is_leader or self.is_source:
-            self.socket = SyncLink(run_dir, config.trainer.start_timeout_s)
-            self.socket.join(
-                Hello(
+        self._is_leader = dist.get_rank() == self._root
+        self._is_source = is_source()
+        self._socket: SyncLink | None = None
+        if self._is_leader or self._is_source:
+            stage = mpu.get_pipeline_model_parallel_rank()
+            self._socket = SyncLink(run_dir, config.trainer.start_timeout_s)
+            self._socket.join(
+                messages.Hello(
                     "trainer",
                     f"trainer-{dist.get_rank()}",
                     os.getpid(),
-                    leader=replica if self.is_leader else -1,
-                    stage=stage if self.is_source else -1,
+                    leader=mpu.get_data_parallel_rank() if self._is_leader else -1,
+                    stage=stage if self._is_source else -1,
                     tokenizer=fingerprint(config.model.path),
                 )
             )
 
+    @property
+    def source_socket(self) -> SyncLink | None:
+        """The connection for weight updates; None unless this rank is a weight source."""
+        return self._socket if self._is_source else None
+
     def next_batch(
         self, version: int, republish: Callable[[int], object]
     ) -> list[TrainSample] | None:
-        """This replica's share of the batch to train on `version`; None when the run is over. All ranks call.
+        """Returns this replica's share of the batch to train on `version`; None at the run's end.
 
-        `republish` is called meanwhile when a server has come that needs the weights as they are.
+        Collective over the replica. Waits; meanwhile calls `republish(version)` when a new server
+        needs the current weights. Raises ProtocolError.
         """
-        if self.is_leader and self.socket:
-            self.socket.send(GetBatch(version))
+        if self._is_leader and self._socket:
+            self._socket.send(messages.GetBatch(version))
         while True:
-            message = self._share(self._listen() if self.is_leader else None)
-            if isinstance(message, Republish):
+            message = self._broadcast_message(self._receive() if self._is_leader else None)
+            if isinstance(message, messages.Republish):
                 republish(version)
-            elif message is not None and not (
-                isinstance(message, TrainBatch) and message.version < version
-            ):
-                break  # an older batch is one asked for twice, when the controller began a new life
-        if isinstance(message, Shutdown):
+            elif isinstance(message, messages.TrainBatch) and message.version < version:
+                pass  # requested twice, because the controller restarted
+            elif message is not None:
+                break
+        if isinstance(message, messages.Shutdown):
             return None
-        if not isinstance(message, TrainBatch) or message.version != version:
+        if not isinstance(message, messages.TrainBatch) or message.version != version:
             raise ProtocolError(
-                f"expected the batch of version {version} from the controller, got {type(message).__name__}"
+                f"expected the batch of version {version} from the controller, got "
+                f"{type(message).__name__}"
             )
         return message.samples
 
-    def report(self, version: int, stats: dict[str, float]) -> None:
-        """The weights are now `version`. Rank 0 speaks for all."""
-        if dist.get_rank() == 0 and self.socket:
-            self.socket.send(StepDone(version, stats))
+    def report_step(self, version: int, metrics: dict[str, float]) -> None:
+        """Reports that the weights are now `version`; sent by rank 0 only."""
+        if dist.get_rank() == 0 and self._socket:
+            self._socket.send(messages.StepDone(version, metrics))
 
-    def saved(self, version: int, folder: str) -> None:
-        """The files of this checkpoint are whole. Rank 0 speaks for all."""
-        if self.socket:
-            self.socket.send(CheckpointSaved(version, folder))
+    def report_checkpoint(self, version: int, folder: str) -> None:
+        """Reports that all files of a checkpoint are complete; call it on rank 0 only."""
+        if self._socket:
+            self._socket.send(messages.CheckpointSaved(version, folder))
 
     def close(self) -> None:
-        if self.socket:
-            self.socket.close()
+        """Closes the connection."""
+        if self._socket:
+            self._socket.close()
 
-    def _listen(self) -> AnyMessage | None:
-        assert self.socket
-        if self.socket.ended:
-            return self.socket.ended  # heard while publishing
+    def _receive(self) -> messages.AnyMessage | None:
+        """Returns the controller's next message, None after POLL_S."""
+        assert self._socket
+        if self._socket.ended:
+            return self._socket.ended  # received during a weight update
         try:
-            return self.socket.receive(LISTEN_S)
+            return self._socket.receive(POLL_S)
         except TimeoutError:
             return None
 
-    def _share(self, message: AnyMessage | None) -> AnyMessage | None:
-        """The leader's message on every rank of its replica; None: still waiting."""
+    def _broadcast_message(self, message: messages.AnyMessage | None) -> messages.AnyMessage | None:
+        """Returns the leader's message on every rank of its replica; None: still waiting."""
         if self._group.size() == 1:
             return message
-        frames = self._codec.encode(message) if self.is_leader and message is not None else []
-        # [number of frames, bytes of each frame, ...] in a tensor of fixed size would bound the frames: two broadcasts
+        frames = self._codec.encode(message) if self._is_leader and message is not None else []
+        # The count, the sizes, then the bytes, so that neither count nor sizes are bounded.
         count = self._broadcast(np.asarray([len(frames)], np.int64))
         if not count[0]:
             return None
-        sizes = self._broadcast(
-            np.asarray([len(f) for f in frames] or np.zeros(count[0]), np.int64)
-        )
-        data = (
-            np.concatenate([np.frombuffer(f, np.uint8) for f in frames if len(f)])
-            if frames
-            else None
-        )
-        payload = self._broadcast(
-            data if data is not None else np.empty(int(sizes.sum()), np.uint8)
-        )
+        sizes = np.asarray([len(f) for f in frames] or np.zeros(count[0]), np.int64)
+        sizes = self._broadcast(sizes)
+        if frames:
+            data = np.concatenate([np.frombuffer(f, np.uint8) for f in frames if len(f)])
+        else:
+            data = np.empty(int(sizes.sum()), np.uint8)
+        data = self._broadcast(data)
         if message is not None:
             return message
         ends = np.cumsum(sizes)
         return self._codec.decode(
-            [payload[end - size : end].data for size, end in zip(sizes, ends, strict=True)]
+            [data[end - size : end].data for size, end in zip(sizes, ends, strict=True)]
         )
 
     def _broadcast(self, array: np.ndarray) -> np.ndarray:
@@ -142,17 +139,16 @@ class ControllerLink:
 
 
 def _replica_group() -> tuple[dist.ProcessGroup, int]:
-    """A gloo group over this rank's replica, whatever the trainer's own backend, and its first rank."""
+    """Returns a gloo group over this rank's replica, whatever the trainer's backend, and its
+    root."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    replicas = [
+    replica_of = [
         torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())
     ]
     own = mpu.get_data_parallel_rank()
-    dist.all_gather(replicas, torch.tensor([own], device=device))
+    dist.all_gather(replica_of, torch.tensor([own], device=device))
     groups = []
-    for replica in range(
-        mpu.get_data_parallel_world_size()
-    ):  # every rank makes every group, in one order
-        members = [rank for rank, other in enumerate(replicas) if int(other) == replica]
+    for replica in range(mpu.get_data_parallel_world_size()):  # new_group is collective over all
+        members = [rank for rank, other in enumerate(replica_of) if int(other) == replica]
         groups.append((dist.new_group(members, backend="gloo"), members[0]))
     return groups[own]

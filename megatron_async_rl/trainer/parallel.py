@@ -1,4 +1,4 @@
-"""torch.distributed and Megatron's process groups for this rank."""
+"""Sets up torch.distributed and Megatron's process groups on this rank."""
 
 from __future__ import annotations
 
@@ -20,44 +20,36 @@ from megatron_async_rl.weights.store import STORE_VARIABLE
 
 
 def device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """Returns this rank's GPU, or the CPU without CUDA."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def init_parallel(config: Config) -> None:
-    """Joins the other ranks that torchrun started, and splits them into Megatron's groups.
+    """Joins the other ranks that torchrun started, creates Megatron's groups, seeds all generators.
 
-    A second call in one process keeps the world and makes the groups anew, after mpu.destroy_model_parallel().
+    After mpu.destroy_model_parallel() a second call creates the groups again. Raises ConfigError if
+    the number of ranks is not that of the configured layout.
     """
     torch.set_num_threads(config.trainer.cpu_threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != config.trainer_ranks:
-        sizes = " * ".join(
-            ["trainer.data_parallel_size = " + str(config.trainer.data_parallel_size)]
-            + [
-                f"megatron.{n}_parallel_size = {config.parallel_size(n)}"
-                for n in ("tensor_model", "pipeline_model", "context")
-            ]
-        )
+        sizes = [f"trainer.data_parallel_size = {config.trainer.data_parallel_size}"]
+        for name in ("tensor_model", "pipeline_model", "context"):
+            sizes.append(f"megatron.{name}_parallel_size = {config.parallel_size(name)}")
         raise ConfigError(
-            f"{world} trainer ranks were started, but {sizes} makes {config.trainer_ranks}; start as many "
-            "(torchrun --nproc-per-node), or change a size"
+            f"{world} trainer ranks were started, but {' * '.join(sizes)} needs "
+            f"{config.trainer_ranks}; start as many (torchrun --nproc-per-node), or change a size"
         )
     timeout = timedelta(seconds=config.trainer.collective_timeout_s)
     if not dist.is_initialized():
-        for name, value in {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-        }.items():
+        one_rank = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+        for name, value in one_rank.items():
             os.environ.setdefault(name, value)
-        path = os.environ.get(STORE_VARIABLE)  # with all ranks on one host
+        path = os.environ.get(STORE_VARIABLE)  # set if all ranks are on one host
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
             timeout=timeout,
@@ -65,12 +57,11 @@ def init_parallel(config: Config) -> None:
             world_size=world if path else -1,
             store=dist.FileStore(path, world) if path else None,
         )
+    vpp = config.parallel_size("virtual_pipeline_model")
     mpu.initialize_model_parallel(
         config.parallel_size("tensor_model"),
         config.parallel_size("pipeline_model"),
-        virtual_pipeline_model_parallel_size=vpp
-        if (vpp := config.parallel_size("virtual_pipeline_model")) > 1
-        else None,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         expert_model_parallel_size=config.parallel_size("expert_model"),
         expert_tensor_parallel_size=config.megatron.get("expert_tensor_parallel_size"),
         context_parallel_size=config.parallel_size("context"),
@@ -84,10 +75,11 @@ def init_parallel(config: Config) -> None:
 
 
 def context_parallel_sum(x: Tensor) -> Tensor:
-    """The sum over the ranks that share this one's samples, on each of them; collective, in backward too.
+    """Returns the sum over the context-parallel ranks, on each of them; collective, also in
+    backward.
 
-    Each rank's loss is made of all the summands, and the loss is the sum of them: so a summand's gradient is the sum of
-    what comes back on all ranks.
+    Every rank's loss depends on every rank's summand, and the total loss is their sum: so a
+    summand's gradient is the sum of the gradients on all ranks.
     """
     return _ContextParallelSum.apply(x)
 

@@ -1,7 +1,8 @@
-"""Micro-batches through the pipeline: 1F1B, or interleaved where a rank holds several chunks of the model.
+"""Runs micro-batches through the pipeline: 1F1B, or interleaved if a rank holds several chunks.
 
-Interleaved, chunk c of stage s holds the layers of virtual stage c * stages + s, and every chunk walks the same
-micro-batches in the same order.
+In an interleaved pipeline chunk c of stage s holds the layers of virtual stage c * stages + s, and
+every chunk gets the same micro-batches in the same order. A `step` takes (iterator of
+micro-batches, chunk) and returns (output, function of the output), as Megatron's schedules require.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ def run(
     forward_only: bool,
     collect: bool = False,
 ) -> list:
-    """Drives micro-batches through the pipeline; returns what the last stage collected, elsewhere nothing."""
+    """Runs micro-batches forward and, unless forward_only, backward; collective.
+
+    Returns what the functions that `step` returned reported of each micro-batch: on the last stage,
+    else [].
+    """
     several = len(model.chunks) > 1
     iterators = [iter(microbatches) for _ in model.chunks]
     return get_forward_backward_func()(
@@ -32,7 +37,7 @@ def run(
         data_iterator=iterators if several else iterators[0],
         model=model.chunks if several else model.chunks[0],
         num_microbatches=len(microbatches),
-        seq_length=1,  # with variable_seq_lengths shapes travel with the tensors
+        seq_length=1,  # unused: with variable_seq_lengths shapes are sent with the tensors
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=collect,
@@ -40,7 +45,7 @@ def run(
 
 
 def evaluate(model: TrainerModel, microbatches: list[Microbatch], step: Any) -> list:
-    """`run` forward alone, without gradients; what the last stage collected, elsewhere nothing."""
+    """Runs forward passes without gradients; returns as `run` does."""
     for chunk in model.chunks:
         chunk.eval()
     with torch.no_grad():
@@ -51,9 +56,9 @@ def evaluate(model: TrainerModel, microbatches: list[Microbatch], step: Any) -> 
 
 
 def forward(model: TrainerModel, chunk: torch.nn.Module, microbatch: Microbatch) -> Tensor:
-    """Logits [1, T, V] of this rank's part of the vocabulary, in the model's precision; hidden states before the last stage.
+    """Returns logits [1, T, V] of this rank's part of the vocabulary, in the model's precision.
 
-    Of a critic: values [1, T, 1].
+    A critic returns values [1, T, 1]; stages before the last return hidden states.
     """
     options = {"fp32_output": False} if model.config.bf16 or model.config.fp16 else {}
     return chunk(

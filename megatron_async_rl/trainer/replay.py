@@ -1,4 +1,7 @@
-"""`torchrun ... -m megatron_async_rl.trainer.replay CONFIG BATCH...`: trains saved batches for one step, with no fleet."""
+"""`torchrun -m megatron_async_rl.trainer.replay CONFIG BATCH...`: trains one step on saved batches.
+
+Needs neither controller nor servers.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def _replay(config_path: Path, paths: list[Path]) -> None:
     [version, *others] = {version for version, _ in loaded}
     if others:
         raise DataError(
-            f"the files are of versions {sorted([version, *others])}; give those of one step"
+            f"the files are of versions {sorted([version, *others])}; give the files of one step"
         )
     patches.prepare_megatron()
     import torch.distributed as dist  # after the patches: they import Megatron
@@ -37,6 +40,5 @@ def _replay(config_path: Path, paths: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    processes.main(
-        lambda: _replay(Path(sys.argv[1]), [Path(p) for p in sys.argv[2:]]), unwind=False
-    )
+    config, *paths = map(Path, sys.argv[1:])
+    processes.main(lambda: _replay(config, paths), unwind=False)

@@ -1,24 +1,37 @@
-"""What a training step says of itself."""
+"""Metrics of a training step, from sums and maxima over its minibatches."""
 
 from __future__ import annotations
 
 import logging
+import math
 
 import torch.distributed as dist
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.trainer.algorithms.loss import MAXIMA, SUMS
+from megatron_async_rl.trainer.data.microbatch import Microbatch
 
 logger = logging.getLogger(__name__)
 PACKING_SUMS = ("packed", "budget", "least_budget", "cost", "microbatches")
 
 
+def packing_sums(minibatch: list[Microbatch], budget: int) -> list[float]:
+    """Returns PACKING_SUMS of this rank's micro-batches: tokens, capacity, needed capacity,
+    FLOPs."""
+    costs = [microbatch.cost for microbatch in minibatch]
+    tokens = sum(microbatch.num_tokens for microbatch in minibatch)
+    needed = max(1, math.ceil(tokens / budget))
+    return [tokens, len(costs) * budget, needed * budget, sum(costs), len(costs)]
+
+
 def warn_of_mismatch(stats: dict[str, float], version: int, config: Config) -> None:
+    """Logs a warning if engine and trainer logprobs differ more than the configured limit."""
     limit = config.monitor.logprob_mismatch_alarm
     if limit is not None and stats["train/logprob_diff_mean"] > limit and dist.get_rank() == 0:
         logger.warning(
-            "training step %d: engine and trainer differ by %.4g a token (mean abs logprob under the same version), more "
-            "than monitor.logprob_mismatch_alarm = %g; largest %.4g, beyond the cap %.2g of the tokens",
+            "training step %d: engine and trainer differ by %.4g a token (mean absolute logprob "
+            "difference under the same version), more than monitor.logprob_mismatch_alarm = %g; "
+            "largest %.4g; fraction of tokens beyond the cap %.2g",
             version,
             stats["train/logprob_diff_mean"],
             limit,
@@ -28,10 +41,11 @@ def warn_of_mismatch(stats: dict[str, float], version: int, config: Config) -> N
 
 
 def summary(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The step's metrics: sums over its minibatches divided by counts, maxima, and the mean gradient norm."""
+    """Returns the step's metrics: means over its minibatches' tokens, maxima, mean gradient
+    norm."""
     total = {name: sum(step[name] for step in steps) for name in (*SUMS, *PACKING_SUMS)}
     largest = {name: max(step[name] for step in steps) for name in (*MAXIMA, "cost_max")}
-    tokens = max(total["tokens"], 1)
+    tokens, compared_tokens = max(total["tokens"], 1), max(total["compared_tokens"], 1)
     overflowed = sum(step["overflowed"] for step in steps)
     return {
         "train/loss": total["loss"] / tokens,
@@ -47,11 +61,10 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
         "train/clip_fraction": total["clipped"] / tokens,
         "train/dual_clip_fraction": total["dual_clipped"] / tokens,
         "train/masked_by_cap_fraction": total["masked_by_cap"] / tokens,
-        "train/logprob_diff_mean": total["logprob_diff"] / max(total["compared_tokens"], 1),
+        "train/logprob_diff_mean": total["logprob_diff"] / compared_tokens,
         "train/logprob_diff_max": largest["logprob_diff_max"],
-        "train/mismatch_kl": total["mismatch_kl"] / max(total["compared_tokens"], 1),
-        "train/mismatch_beyond_cap_fraction": total["mismatch_beyond_cap"]
-        / max(total["compared_tokens"], 1),
+        "train/mismatch_kl": total["mismatch_kl"] / compared_tokens,
+        "train/mismatch_beyond_cap_fraction": total["mismatch_beyond_cap"] / compared_tokens,
         "train/reference_kl": total["reference_kl"] / tokens,
         "train/stopped_minibatches": sum(step["stopped"] for step in steps),
         "train/overflowed_minibatches": overflowed,
@@ -59,10 +72,10 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
         "train/tokens": total["tokens"],
         "train/packed_tokens": total["packed"],
         "train/packing_efficiency": total["packed"] / max(total["budget"], 1),
-        "train/packing_bound": total["packed"]
-        / max(total["least_budget"], 1),  # of whole micro-batches: none can do better
-        # FLOPs of the largest micro-batch over the mean: what ranks and pipeline stages wait for
-        "train/packing_imbalance": largest["cost_max"]
-        * total["microbatches"]
-        / max(total["cost"], 1e-9),
+        # No packing into whole micro-batches can be denser.
+        "train/packing_bound": total["packed"] / max(total["least_budget"], 1),
+        # Largest over mean FLOPs of a micro-batch: ranks and pipeline stages wait for the largest.
+        "train/packing_imbalance": (
+            largest["cost_max"] * total["microbatches"] / max(total["cost"], 1e-9)
+        ),
     }

@@ -1,7 +1,8 @@
-"""`torchrun ... -m megatron_async_rl.trainer.selftest CONFIG FOLDER`: a layout against TP1 PP1 CP1 on the same ranks.
+"""`torchrun -m megatron_async_rl.trainer.selftest CONFIG FOLDER`: checks a parallel layout.
 
-The configuration's own model, made small, starts from the same random weights in both layouts and sees the same samples.
-Loss and the gradient of every parameter must agree: in float32, so that no difference of layout hides in rounding.
+Compares it with TP1 PP1 CP1 on the same ranks. A small version of the configured model (in FOLDER)
+starts from the same random weights in both layouts and gets the same samples. Loss and all
+gradients must agree, in float32, so that rounding cannot hide a wrong layout.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _SAMPLES_PER_RANK = 6
 
 
 def samples(count: int, seed: int) -> list[TrainSample]:
+    """Returns random samples of random lengths, partly one version stale."""
     rng = np.random.default_rng(seed)
     out = []
     for _ in range(count):
@@ -40,33 +42,26 @@ def samples(count: int, seed: int) -> list[TrainSample]:
 
 
 def variants(config: Config, folder: Path) -> dict[str, Config]:
-    """The user's layout and the plain one, for the small model in `folder`."""
+    """Returns the configured layout and the plain one, for the small model in `folder`."""
     tree = msgspec.to_builtins(config)
     ranks = config.trainer_ranks
-    tree["model"] |= {"path": str(folder), "random_init": True, "context_tokens": 2 * MAX_SAMPLE_TOKENS}
+    budget = 2 * MAX_SAMPLE_TOKENS
+    tree["model"] |= {"path": str(folder), "random_init": True, "context_tokens": budget}
     tree["rollout"]["max_new_tokens"] = MAX_SAMPLE_TOKENS
-    tree["trainer"] |= {"precision": "fp32", "max_tokens_per_microbatch": 2 * MAX_SAMPLE_TOKENS}
-    tree["algorithm"] |= {
-        "prompts_per_step": ranks * _SAMPLES_PER_RANK,
-        "minibatches": 1,
-    }
+    tree["trainer"] |= {"precision": "fp32", "max_tokens_per_microbatch": budget}
+    tree["algorithm"] |= {"prompts_per_step": ranks * _SAMPLES_PER_RANK, "minibatches": 1}
     tree["algorithm"]["reward_shaping"]["overlong_buffer_tokens"] = 0
-    # Every rank keeps all of its gradient, to be looked at.
+    # Every rank keeps its whole gradient, for the comparison.
     megatron = {k: v for k, v in tree["megatron"].items() if not k.startswith("overlap_")}
     megatron["use_distributed_optimizer"] = False
-    sizes = (
-        "tensor_model",
-        "pipeline_model",
-        "virtual_pipeline_model",
-        "context",
-        "expert_model",
-        "expert_tensor",
-    )
-    layout = {f"{name}_parallel_size" for name in sizes} | {"sequence_parallel"}
-    layout |= {
-        name for name in megatron if name.startswith(("recompute_", "pipeline_", "num_layers_in_"))
+    prefixes = ("recompute_", "pipeline_", "num_layers_in_")
+    plain = {
+        key: value
+        for key, value in megatron.items()
+        if not key.endswith("_parallel_size")
+        and key != "sequence_parallel"
+        and not key.startswith(prefixes)
     }
-    plain = {k: v for k, v in megatron.items() if k not in layout}
     return {
         "yours": configuration.from_tree(tree | {"megatron": megatron}),
         "TP1 PP1 CP1": configuration.from_tree(
@@ -76,12 +71,12 @@ def variants(config: Config, folder: Path) -> dict[str, Config]:
 
 
 def gradients(config: Config) -> tuple[dict[str, float], dict[str, Any]]:
-    """(sums of the loss and its metrics, gradient of every Hugging Face tensor): on rank 0, elsewhere only its own."""
+    """Trains one minibatch without a step: (sums of the loss, gradient of every HF tensor)."""
     import torch.distributed as dist
     from megatron.core import parallel_state as mpu
 
     from megatron_async_rl.trainer import parallel, step
-    from megatron_async_rl.trainer.data.microbatch import cut_minibatches
+    from megatron_async_rl.trainer.data.microbatch import Packing, make_minibatches
     from megatron_async_rl.trainer.model import build
     from megatron_async_rl.weights.reshard import hf_tensors
 
@@ -89,31 +84,28 @@ def gradients(config: Config) -> tuple[dict[str, float], dict[str, Any]]:
         mpu.destroy_model_parallel()
     parallel.init_parallel(config)
     policy = build.build(config)
-    given = samples(config.trainer_ranks * _SAMPLES_PER_RANK, config.run.seed)
-    share = given[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
-    group = mpu.get_data_parallel_group()
-    [minibatch] = cut_minibatches(
-        share, 1, VERSION, step.packing(policy, config), group, config.run.seed
-    )
+    batch = samples(config.trainer_ranks * _SAMPLES_PER_RANK, config.run.seed)
+    share = batch[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+    [minibatch] = make_minibatches(share, VERSION, Packing.of(policy, config), config)
     totals = step.accumulate_gradients(policy, minibatch, config)
-    mine = {
+    own = {
         name: tensor.float().cpu().numpy().copy()
         for name, tensor in hf_tensors(policy.modules, policy.shape, get=lambda p: p.main_grad)
     }
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
+    dist.all_gather_object(parts, own)
     return totals, {name: array for part in parts for name, array in part.items()}
 
 
 def compare(got: dict[str, Any], want: dict[str, Any]) -> list[tuple[str, float]]:
-    """(name, largest difference over the largest entry) in the model's order."""
-    out = []
-    for name, array in want.items():
-        scale = np.abs(array).max() or 1.0
-        out.append(
-            (name, float(np.abs(got[name] - array).max() / scale) if name in got else float("inf"))
-        )
-    return out
+    """Returns (name, largest difference over the largest entry) of each tensor; inf if missing."""
+
+    def difference(name: str, array: Any) -> float:
+        if name not in got:
+            return float("inf")
+        return float(np.abs(got[name] - array).max() / (np.abs(array).max() or 1.0))
+
+    return [(name, difference(name, array)) for name, array in want.items()]
 
 
 def _selftest(config_path: Path, folder: Path) -> None:
@@ -129,18 +121,17 @@ def _selftest(config_path: Path, folder: Path) -> None:
     wrong = [(name, d) for name, d in differences if not d <= TOLERANCE]
     worst = max(differences, key=lambda pair: pair[1])
     sys.stdout.write(
-        f"{config.trainer_ranks} ranks, {yours['tokens']:.0f} loss tokens: loss {yours['loss']:.6g} in your layout, "
-        f"{plain['loss']:.6g} in TP1 PP1 CP1; {len(differences) - len(wrong)} of {len(differences)} gradients agree to "
-        f"{TOLERANCE:g}, the worst {worst[0]} to {worst[1]:.2g}\n"
+        f"{config.trainer_ranks} ranks, {yours['tokens']:.0f} loss tokens: loss "
+        f"{yours['loss']:.6g} in your layout, {plain['loss']:.6g} in TP1 PP1 CP1; "
+        f"{len(differences) - len(wrong)} of {len(differences)} gradients agree to {TOLERANCE:g}, "
+        f"the worst {worst[0]} to {worst[1]:.2g}\n"
     )
     if wrong or not loss <= TOLERANCE or yours["tokens"] != plain["tokens"]:
-        first = (
-            f"the first parameter that differs is {wrong[0][0]} by {wrong[0][1]:.2g}"
-            if wrong
-            else "the loss differs"
-        )
+        first = "the loss differs"
+        if wrong:
+            first = f"the first parameter that differs is {wrong[0][0]} by {wrong[0][1]:.2g}"
         raise SelftestFailed(
-            f"this layout does not compute what TP1 PP1 CP1 does: {first}; do not train with it"
+            f"this layout does not compute the same as TP1 PP1 CP1: {first}; do not train with it"
         )
 
 

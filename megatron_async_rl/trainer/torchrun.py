@@ -1,12 +1,15 @@
-"""Runs torchrun with rendezvous stores that are not open to every address of the host.
+"""Runs torchrun with rendezvous stores that do not listen on every address of the host.
 
-torchrun's own c10d rendezvous keeps its state as a pickle in a TCPStore that listens on all addresses without a key:
-whoever reaches the port can run code as the user of the run. The two rendezvous here replace it:
+torchrun's own c10d rendezvous keeps its state as a pickle in a TCPStore that listens on all
+addresses without a key: anyone who reaches the port can run code as this user. Two backends replace
+it:
 
-    file    one host: the stores are files in the given folder, which only this user may open; nothing listens
-    bound   several hosts: a TCPStore that listens on the given address only; torchrun stores JSON and text in it
+    file    one host: the stores are files that only this user may open; nothing listens
+    bound   several hosts: a TCPStore listens on the given address only and holds JSON and text
 
-Usage: python -m megatron_async_rl.trainer.torchrun --rdzv-backend=file|bound --rdzv-endpoint=FOLDER|ADDRESS:PORT ...
+Usage: python -m megatron_async_rl.trainer.torchrun OPTIONS, with torchrun's options; the backends
+take --rdzv-backend=file --rdzv-endpoint=FOLDER or --rdzv-backend=bound
+--rdzv-endpoint=ADDRESS:PORT.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from megatron_async_rl.weights.store import STORE_VARIABLE, listening_store
 
 
 class _Rendezvous(RendezvousHandler):
-    """All nodes are known and meet once: `store` is ready, and `master` is where ranks find it."""
+    """A rendezvous of known nodes, once: `store` is ready, and ranks find it at `master`."""
 
     def __init__(
         self, params: RendezvousParameters, store: dist.Store, master: RendezvousStoreInfo
@@ -69,7 +72,8 @@ class _Rendezvous(RendezvousHandler):
 def _file_rendezvous(params: RendezvousParameters) -> RendezvousHandler:
     folder = Path(params.endpoint)
     folder.mkdir(mode=0o700, exist_ok=True)
-    name = f"{os.getpid()}-{secrets.token_hex(4)}"  # new: a store still holds the keys of the ranks before
+    # A new name each time: an old store holds the keys of earlier ranks.
+    name = f"{os.getpid()}-{secrets.token_hex(4)}"
     own, ranks = folder / f"torchrun-{name}", folder / f"ranks-{name}"
     for path in (own, ranks):
         path.touch(mode=0o600)

@@ -16,7 +16,7 @@ from model_shapes import weights_config_tree
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.trainer import parallel, pipeline, step
-from megatron_async_rl.trainer.data.microbatch import pack
+from megatron_async_rl.trainer.data.microbatch import Packing, pack
 from megatron_async_rl.trainer.model import build
 
 if __name__ == "__main__":
@@ -30,7 +30,7 @@ if __name__ == "__main__":
     ids = np.random.default_rng(0).integers(0, 51, 24).astype(np.int32)
     versions = np.where(np.arange(24) < 4, -1, 0).astype(np.int32)
     sample = TrainSample(ids, np.full(24, -4, np.float32), versions, np.ones(24, np.float32))
-    microbatch = pack([sample], 0, step.packing(policy, settings))
+    microbatch = pack([sample], 0, Packing.of(policy, settings))
     with torch.no_grad():
         logits = pipeline.forward(policy, policy.chunks[0], microbatch)[0, :24, :51]
     stats = step.train_step(policy, [sample], 0, settings)

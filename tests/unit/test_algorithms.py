@@ -1,4 +1,4 @@
-"""Every algorithm against its formula written out sample by sample in float64: value and gradient, at the edges too."""
+"""Every algorithm against its formula, computed sample by sample in float64: value and gradient."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from megatron_async_rl.controller.advantage import (
     sample_advantages,
 )
 from megatron_async_rl.trainer.algorithms.importance import (
-    Owners,
     kl_reward_to_go,
     second_moment_cutoff,
 )
 from megatron_async_rl.trainer.algorithms.loss import LossInputs, policy_loss
+from megatron_async_rl.trainer.data.sample_index import SampleIndex
 
 CHOICES = {
     "loss": ["decoupled_ppo", "gspo", "cispo", "ppo"],
@@ -41,7 +41,7 @@ def algorithm(**chosen: object) -> AlgorithmConfig:
 # ---- advantages
 
 
-def advantages_one_by_one(
+def advantages_by_the_formula(
     rewards: list[list[float]], tokens: list[list[int]], c: AlgorithmConfig
 ) -> list[list[float]]:
     out = []
@@ -82,18 +82,20 @@ def advantages_one_by_one(
     "extra", [{}, {"reward_clip": 0.5, "reward_scale": 5.0}, {"batch_normalize": True}]
 )
 @pytest.mark.parametrize("samples", [1, 2, 16])
-def test_advantages_match_the_formula(advantage: str, extra: dict[str, object], samples: int) -> None:
+def test_advantages_match_the_formula(
+    advantage: str, extra: dict[str, object], samples: int
+) -> None:
     c, rng = algorithm(advantage=advantage, **extra), np.random.default_rng(samples)
     rewards, tokens = rng.random((5, samples)), rng.integers(1, 50, (5, samples))
     rewards[0] = 1.0  # all equal
-    want = advantages_one_by_one(rewards.tolist(), tokens.tolist(), c)
+    want = advantages_by_the_formula(rewards.tolist(), tokens.tolist(), c)
     got = sample_advantages(rewards, tokens, c)
     assert got.dtype == np.float64
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_critic_receives_the_shaped_reward() -> None:
-    """Whatever else is asked for: the trainer normalises what it makes of it."""
+    """Normalization settings do not apply: the trainer normalizes the advantages of GAE."""
     c = algorithm(
         advantage="gae", reward_scale=5.0, reward_bias=0.1, reward_clip=4.0, batch_normalize=True
     )
@@ -132,7 +134,7 @@ def test_overlong_penalty_rises_only_over_the_buffer() -> None:
 def pack_of(
     lengths: list[int], seed: int, spread: float, masked: set[int] = frozenset()
 ) -> LossInputs:
-    """Random logprobs of samples of these lengths; those in `masked` have no token to train on."""
+    """Returns random logprobs of samples of these lengths; those in `masked` are fully masked."""
     g = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     sample_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -152,24 +154,24 @@ def pack_of(
         behavior_T=behavior,
         advantages_T=torch.randn(len(lengths), generator=g, dtype=torch.float64)[sample_T],
         mask_T=mask,
-        lag_T=torch.randint(0, 4, (total,), generator=g),
-        owners=Owners(sample_T, len(lengths)),
+        staleness_T=torch.randint(0, 4, (total,), generator=g),
+        sample_index=SampleIndex(sample_T, len(lengths)),
         reference_T=proximal + normal(),
     )
 
 
-def loss_one_by_one(x: LossInputs, c: AlgorithmConfig) -> torch.Tensor:
-    """From the text of the formulas, sample by sample, differentiable in x.logprobs_T."""
+def loss_by_the_formula(x: LossInputs, c: AlgorithmConfig) -> torch.Tensor:
+    """Computes the formulas sample by sample, differentiable in x.logprobs_T."""
     total = torch.zeros((), dtype=torch.float64)
-    for sample in range(x.owners.count):
-        chosen = (x.owners.sample_T == sample) & x.mask_T
+    for sample in range(x.sample_index.num_samples):
+        chosen = (x.sample_index.sample_T == sample) & x.mask_T
         if not chosen.any():
             continue
         lp, behavior, a = x.logprobs_T[chosen], x.behavior_T[chosen], x.advantages_T[chosen]
         if x.proximal_T is not None:
             proximal = x.proximal_T[chosen]
         elif c.staleness_correction.proximal == "loglinear":
-            alpha = x.lag_T[chosen] / (x.lag_T[chosen] + 1.0)
+            alpha = x.staleness_T[chosen] / (x.staleness_T[chosen] + 1.0)
             proximal = (1 - alpha) * behavior + alpha * lp.detach()
         else:
             proximal = lp.detach()
@@ -209,10 +211,10 @@ def loss_one_by_one(x: LossInputs, c: AlgorithmConfig) -> torch.Tensor:
     return total
 
 
-def check(x: LossInputs, c: AlgorithmConfig) -> dict[str, torch.Tensor]:
+def check_policy_loss(x: LossInputs, c: AlgorithmConfig) -> dict[str, torch.Tensor]:
     loss, metrics = policy_loss(x, c)
     (gradient,) = torch.autograd.grad(loss, x.logprobs_T)
-    want = loss_one_by_one(x, c)
+    want = loss_by_the_formula(x, c)
     expected = torch.zeros_like(gradient)
     if want.requires_grad:
         (expected,) = torch.autograd.grad(want, x.logprobs_T)
@@ -235,7 +237,7 @@ def test_losses_and_corrections_match_the_formula(loss: str, action: str, level:
                 behavior_weight_floor=floor,
                 clip_eps_high=0.28,
             )
-            check(pack_of([1, 7, 30, 4, 2], seed, spread, masked={3}), c)
+            check_policy_loss(pack_of([1, 7, 30, 4, 2], seed, spread, masked={3}), c)
 
 
 @given(
@@ -245,12 +247,16 @@ def test_losses_and_corrections_match_the_formula(loss: str, action: str, level:
 )
 @settings(max_examples=50, deadline=None)
 def test_losses_match_the_formula_for_any_lengths(lengths: list[int], seed: int, loss: str) -> None:
-    check(pack_of(lengths, seed, 0.3), algorithm(loss=loss, behavior_weight_level="sequence"))
+    check_policy_loss(
+        pack_of(lengths, seed, 0.3), algorithm(loss=loss, behavior_weight_level="sequence")
+    )
 
 
 @pytest.mark.parametrize("loss", CHOICES["loss"])
 def test_losses_match_for_32k_tokens_beside_one_token(loss: str) -> None:
-    check(pack_of([32768, 1], 0, 0.2), algorithm(loss=loss, behavior_weight_level="sequence"))
+    check_policy_loss(
+        pack_of([32768, 1], 0, 0.2), algorithm(loss=loss, behavior_weight_level="sequence")
+    )
 
 
 @pytest.mark.parametrize("loss", CHOICES["loss"])
@@ -264,18 +270,18 @@ def test_fully_masked_samples_add_no_loss_and_no_nan(loss: str) -> None:
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_kl_loss_matches_the_formula(estimator: str) -> None:
     c = algorithm(kl_coef=0.3, kl_estimator=estimator)
-    metrics = check(pack_of([6, 20], 1, 0.3), c)
+    metrics = check_policy_loss(pack_of([6, 20], 1, 0.3), c)
     assert metrics["reference_kl"] > 0
 
 
 def test_kl_in_reward_adds_the_kl_of_later_tokens() -> None:
     x = pack_of([3, 10, 1, 5], 2, 0.5)
-    got = kl_reward_to_go(x.behavior_T, x.reference_T, x.mask_T, x.owners)
+    got = kl_reward_to_go(x.behavior_T, x.reference_T, x.mask_T, x.sample_index)
     for t in range(len(got)):
         later = [
             (x.behavior_T[s] - x.reference_T[s]).item()
             for s in range(t, len(got))
-            if x.owners.sample_T[s] == x.owners.sample_T[t] and x.mask_T[s]
+            if x.sample_index.sample_T[s] == x.sample_index.sample_T[t] and x.mask_T[s]
         ]
         assert got[t].item() == pytest.approx(sum(later) if x.mask_T[t] else 0.0, abs=1e-9)
 
@@ -284,18 +290,16 @@ def test_kl_in_reward_adds_the_kl_of_later_tokens() -> None:
 def test_loglinear_interpolates_by_staleness(loss: str) -> None:
     x = pack_of([6, 20, 3], 3, 0.4)
     x = LossInputs(**{f: getattr(x, f) for f in LossInputs.__slots__} | {"proximal_T": None})
-    check(x, algorithm(loss=loss, proximal="loglinear"))
+    check_policy_loss(x, algorithm(loss=loss, proximal="loglinear"))
 
 
 def test_loglinear_uses_engine_logprobs_for_fresh_tokens() -> None:
     x = pack_of([20], 4, 0.4)
-    fresh = {"proximal_T": None, "lag_T": torch.zeros_like(x.lag_T)}
+    fresh = {"proximal_T": None, "staleness_T": torch.zeros_like(x.staleness_T)}
     x = LossInputs(**{f: getattr(x, f) for f in LossInputs.__slots__} | fresh)
     _, metrics = policy_loss(x, algorithm(proximal="loglinear"))
-    assert metrics["behavior_weight"] == metrics["tokens"]  # w = 1 ...
-    assert (
-        metrics["logprob_diff"] > 0
-    )  # ... and the mismatch is still the trainer's against the engine's
+    assert metrics["behavior_weight"] == metrics["tokens"]  # w = 1
+    assert metrics["logprob_diff"] > 0  # the mismatch still compares trainer and engine
 
 
 @settings(max_examples=60, deadline=None)
@@ -310,7 +314,7 @@ def test_m2po_masks_the_largest_ratios_until_the_mean_fits(
     left = sorted(squares)
     while left and sum(left) > threshold * len(left):
         largest = left[-1]
-        left = [x for x in left if x < largest]  # those of equal size go together
+        left = [x for x in left if x < largest]  # equal ones are masked together
     assert [x for x in sorted(squares) if x <= cutoff] == left
 
 
@@ -347,25 +351,25 @@ def test_m2po_masks_infinity_and_accepts_empty_batches() -> None:
 
 def test_masked_token_has_no_gradient() -> None:
     inputs, c = pack_of([4, 1, 9], 0, 0.5), algorithm(behavior_weight_cap=None)
-    trusted_T = torch.arange(len(inputs.mask_T)) % 3 > 0
+    m2_mask_T = torch.arange(len(inputs.mask_T)) % 3 > 0
     logprobs_T = inputs.logprobs_T.detach().clone().requires_grad_()
-    loss, metrics = policy_loss(replace(inputs, logprobs_T=logprobs_T, trusted_T=trusted_T), c)
+    loss, metrics = policy_loss(replace(inputs, logprobs_T=logprobs_T, m2_mask_T=m2_mask_T), c)
     loss.backward()
-    assert logprobs_T.grad is not None and not logprobs_T.grad[~trusted_T].any()
-    assert metrics["masked_by_cap"] == (inputs.mask_T & ~trusted_T).sum()
-    assert metrics["tokens"] == inputs.mask_T.sum()  # counted before any is left out
+    assert logprobs_T.grad is not None and not logprobs_T.grad[~m2_mask_T].any()
+    assert metrics["masked_by_cap"] == (inputs.mask_T & ~m2_mask_T).sum()
+    assert metrics["tokens"] == inputs.mask_T.sum()  # counted before tokens are masked
 
 
 def test_gspo_clips_whole_samples() -> None:
     x = pack_of([8, 8], 5, 0.0)
-    moved = x.logprobs_T.detach() + torch.where(x.owners.sample_T == 0, 1.0, 0.0)
+    moved = x.logprobs_T.detach() + torch.where(x.sample_index.sample_T == 0, 1.0, 0.0)
     x = LossInputs(
         **{f: getattr(x, f) for f in LossInputs.__slots__}
         | {"logprobs_T": moved.requires_grad_(), "advantages_T": torch.ones_like(moved)}
     )
     loss, metrics = policy_loss(x, algorithm(loss="gspo"))
     loss.backward()
-    first = x.owners.sample_T == 0
+    first = x.sample_index.sample_T == 0
     assert metrics["clipped"] == (first & x.mask_T).sum()
     assert not x.logprobs_T.grad[first].any() and x.logprobs_T.grad[~first & x.mask_T].all()
 

@@ -1,4 +1,4 @@
-"""GAE and the critic's loss against the papers' formulas, sample by sample and token by token in float64."""
+"""GAE and the critic's loss against the papers' formulas, token by token in float64."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from megatron_async_rl.trainer.algorithms.gae import (
     generalized_advantages,
     value_loss,
 )
-from megatron_async_rl.trainer.algorithms.importance import Owners
+from megatron_async_rl.trainer.data.sample_index import SampleIndex
 
 EPS = 0.2
 
 
-def packed(masks: list[list[bool]]) -> tuple[Tensor, Owners]:
+def packed(masks: list[list[bool]]) -> tuple[Tensor, SampleIndex]:
     mask_T = torch.tensor([m for mask in masks for m in mask], dtype=torch.bool)
     owner_T = torch.tensor([n for n, mask in enumerate(masks) for _ in mask], dtype=torch.int64)
-    return mask_T, Owners(owner_T, len(masks))
+    return mask_T, SampleIndex(owner_T, len(masks))
 
 
 def by_the_formula(
     masks: list[list[bool]], values_T: Tensor, rewards_T: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """delta and the sum over later tokens as the paper writes them, one action after another."""
+    """Computes delta and the sum over later tokens as in the paper, one action after another."""
     advantages_T, returns_T = torch.zeros_like(values_T), torch.zeros_like(values_T)
     start = 0
     for mask in masks:
@@ -55,7 +55,7 @@ def by_the_formula(
 def test_advantages_and_returns_match_the_formula(
     masks: list[list[bool]], gamma: float, lam: float, seed: int
 ) -> None:
-    """Several turns are gaps in a mask; among the samples are fully masked ones and those of one token."""
+    """Turns are gaps in the mask; some samples are fully masked or have one token."""
     mask_T, owners = packed(masks)
     g = torch.Generator().manual_seed(seed)
     values_T, rewards_T = torch.randn(2, len(mask_T), generator=g, dtype=torch.float64)
@@ -66,7 +66,7 @@ def test_advantages_and_returns_match_the_formula(
 
 
 def test_without_critic_every_token_gets_the_reward() -> None:
-    """gamma = lambda = 1 and V = 0: what every other advantage does."""
+    """gamma = lambda = 1 and V = 0, as with the estimators without a critic."""
     mask_T, owners = packed(
         [[False, True, True, True, False], [True], [False, False], [True, False, True]]
     )

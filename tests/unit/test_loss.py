@@ -1,4 +1,4 @@
-"""The loss against the formula written as a loop over tokens in float64, and logprobs against log_softmax."""
+"""The loss against its formula as a loop over tokens in float64; logprobs against log_softmax."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def inputs(seed: int, spread: float, length: int = 40) -> LossInputs:
         behavior_T=behavior,
         advantages_T=normal(),
         mask_T=torch.rand(length, generator=g) < 0.7,
-        lag_T=torch.randint(0, 4, (length,), generator=g),
+        staleness_T=torch.randint(0, 4, (length,), generator=g),
     )
 
 
 def reference(x: LossInputs, c: AlgorithmConfig) -> tuple[float, list[float], dict[str, float]]:
-    """(loss, its gradient by each logprob, counts), token by token from the text of the formula."""
+    """Returns the loss, its gradient by each logprob and the counts, token by token."""
     loss, gradient, counts = (
         0.0,
         [],
@@ -138,7 +138,8 @@ def test_fully_masked_input_gives_zero_even_with_garbage() -> None:
     nothing = torch.zeros_like(x.mask_T)
     logprobs = torch.full_like(garbage, float("-inf")).requires_grad_()
     loss, metrics = policy_loss(
-        LossInputs(logprobs, x.entropy_T, garbage, garbage, garbage, nothing, x.lag_T), algorithm()
+        LossInputs(logprobs, x.entropy_T, garbage, garbage, garbage, nothing, x.staleness_T),
+        algorithm(),
     )
     loss.backward()
     assert loss.item() == 0 and metrics["tokens"].item() == 0
@@ -150,7 +151,9 @@ def test_extreme_ratios_are_masked_by_the_cap_without_nan() -> None:
     far = x.behavior_T + 1000.0  # exp overflows
     current = far.clone().requires_grad_()
     loss, metrics = policy_loss(
-        LossInputs(current, x.entropy_T, far, x.behavior_T, x.advantages_T, x.mask_T, x.lag_T),
+        LossInputs(
+            current, x.entropy_T, far, x.behavior_T, x.advantages_T, x.mask_T, x.staleness_T
+        ),
         algorithm(),
     )
     loss.backward()
@@ -167,7 +170,7 @@ def test_tokens_masked_by_the_cap_count_in_the_normalizer() -> None:
 def test_mismatch_is_measured_on_current_tokens_only() -> None:
     x = inputs(5, 0.5)
     _, metrics = policy_loss(x, algorithm())
-    chosen = x.mask_T & (x.lag_T == 0)
+    chosen = x.mask_T & (x.staleness_T == 0)
     diff = (x.proximal_T - x.behavior_T).abs()[chosen]
     torch.testing.assert_close(metrics["logprob_diff"], diff.sum())
     torch.testing.assert_close(metrics["logprob_diff_max"], diff.max())
@@ -179,14 +182,14 @@ def test_later_minibatches_do_not_count_as_mismatch() -> None:
     x = inputs(5, 0.5)
     fresh = {f: getattr(x, f) for f in LossInputs.__slots__} | {"proximal_T": None}
     _, first = policy_loss(LossInputs(**fresh), algorithm(loss="ppo"))
-    _, later = policy_loss(LossInputs(**fresh | {"moved": True}), algorithm(loss="ppo"))
+    _, later = policy_loss(LossInputs(**fresh | {"proximal_missing": True}), algorithm(loss="ppo"))
     assert first["logprob_diff_max"] > 0 and first["compared_tokens"] > 0
     assert later["logprob_diff_max"] == later["logprob_diff"] == later["compared_tokens"] == 0
     assert later["current_tokens"] == first["current_tokens"]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("tokens", [7, 2100])  # one chunk, several
+@pytest.mark.parametrize("tokens", [7, 2100])  # one chunk; several
 def test_logprobs_and_entropy_ignore_padded_vocabulary(tokens: int, temperature: float) -> None:
     g = torch.Generator().manual_seed(0)
     logits = (10 * torch.randn(tokens, 13, generator=g, dtype=torch.float64)).requires_grad_()

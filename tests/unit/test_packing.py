@@ -1,4 +1,4 @@
-"""Packing: the budget, the order of bins, the alignment at the predicting position, attention that stays in its sequence."""
+"""Packing: token budget, order of bins, alignment at the predicting position, attention."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.trainer.data.microbatch import Packing, pack
 from megatron_async_rl.trainer.data.packing import (
     allocate,
-    allocate_even,
+    allocate_balanced,
     cost,
     fewest_bins,
-    fill_one_by_one,
-    first_fit,
+    first_fit_decreasing,
     karmarkar_karp,
+    minimum_bin_slack,
 )
 from megatron_async_rl.trainer.model.attention import _dense, pack_sequences
 
@@ -45,26 +45,27 @@ def test_each_sample_is_in_one_bin_within_the_budget(
 
 
 def test_new_sequence_goes_to_the_emptiest_fitting_bin() -> None:
-    # 6 | 5 by the minimum of two bins; 3 fits both, equal in number: the first; 2 fits both, the second has fewer.
+    # 6 | 5 because of the minimum of two bins; 3 fits both, which hold one each: the first;
+    # 2 fits both, and the second holds fewer.
     assert allocate([6, 5, 3, 2], 10, min_bins=2) == [[0, 2], [1, 3]]
 
 
 def long_tailed(count: int, seed: int) -> list[int]:
-    """Log-normal, mean 8k, at most 32k."""
+    """Returns log-normal lengths with a mean of 8k and a maximum of 32k."""
     lengths = np.random.default_rng(seed).lognormal(np.log(8192) - 0.5, 1.0, count)
     return lengths.clip(16, 32768).astype(int).tolist()
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_packing_of_a_long_tailed_batch_is_dense(seed: int) -> None:
-    """The share of one rank of eight of 512 x 16 samples; the bar is 97 %."""
+    """For the share of one of eight ranks in 512 x 16 samples; the required fill is 97 %."""
     lengths = long_tailed(1024, seed)
     bins = allocate(lengths, 32768)
     assert sum(lengths) / (len(bins) * 32768) > 0.97
 
 
 def test_few_samples_use_the_fewest_micro_batches() -> None:
-    """With some 16 micro-batches 97 % is out of reach for most mixes: half a micro-batch at the end is 3 %."""
+    """With about 16 micro-batches most mixes cannot reach 97 %: half a micro-batch is 3 %."""
     fills, bounds = [], []
     for seed in range(20):
         lengths = long_tailed(64, seed)
@@ -78,20 +79,20 @@ def test_few_samples_use_the_fewest_micro_batches() -> None:
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 200))
 @settings(max_examples=200, deadline=None)
 def test_bin_by_bin_filling_keeps_each_sample_once(lengths: list[int], capacity: int) -> None:
-    bins = fill_one_by_one(lengths, capacity)
+    bins = minimum_bin_slack(lengths, capacity)
     assert sorted(n for b in bins for n in b) == list(range(len(lengths)))
     assert all(sum(lengths[n] for n in b) <= capacity for b in bins)
     assert (
         fewest_bins(lengths, capacity)
         <= len(allocate(lengths, capacity))
-        <= len(first_fit(lengths, capacity))
+        <= len(first_fit_decreasing(lengths, capacity))
     )
 
 
 def test_subset_that_first_fit_misses_is_found() -> None:
     lengths = [12, 10, 8, 7, 6, 6, 6, 4]  # 12 8 | 10 6 4 | 7 6 6: 59 of 60
-    assert [sum(lengths[n] for n in b) for b in fill_one_by_one(lengths, 20)] == [20, 20, 19]
-    assert len(first_fit(lengths, 20)) == 4 and len(allocate(lengths, 20)) == 3
+    assert [sum(lengths[n] for n in b) for b in minimum_bin_slack(lengths, 20)] == [20, 20, 19]
+    assert len(first_fit_decreasing(lengths, 20)) == 4 and len(allocate(lengths, 20)) == 3
 
 
 @pytest.mark.parametrize("count", [64, 256])
@@ -100,7 +101,7 @@ def test_micro_batches_of_equal_flops_stay_within_the_budget(seed: int, count: i
     lengths = long_tailed(count, seed)
     first_fit, even = (
         allocate(lengths, 65536),
-        allocate_even(lengths, 65536, attention_length=50_000.0),
+        allocate_balanced(lengths, 65536, attention_length=50_000.0),
     )
     assert sorted(n for b in even for n in b) == list(range(len(lengths)))
     assert all(sum(lengths[n] for n in b) <= 65536 for b in even)
@@ -118,7 +119,7 @@ def test_differencing_partitions_the_textbook_case() -> None:
     assert sorted(sum([8, 7, 6, 5, 4][n] for n in b) for b in bins) == [
         14,
         16,
-    ]  # 15 and 15 is not found
+    ]  # 15 and 15 would be best
 
 
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 9))
@@ -149,7 +150,7 @@ def test_pack_is_aligned_at_the_predicting_position() -> None:
     assert got.ids_T.tolist() == [500, 501, 502, 503, 600, 601, 602, 0]
     assert got.targets_T.tolist() == [501, 502, 503, 0, 601, 602, 0, 0]
     assert got.mask_T.tolist() == [False, True, True, False, True, True, False, False]
-    assert got.lag_T[got.mask_T].tolist() == [1, 1, 0, 0]
+    assert got.staleness_T[got.mask_T].tolist() == [1, 1, 0, 0]
     assert got.behavior_T[1].item() == pytest.approx(-0.02)
     assert got.advantages_T[4].item() == pytest.approx(0.1)
     assert got.sequences.positions_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
@@ -188,15 +189,16 @@ def test_attention_of_a_pack_equals_each_sequence_alone(lengths: list[int]) -> N
 @pytest.mark.parametrize(
     "rank, positions", [(0, [0, 1, 6, 7, 0, 3, 0, 3]), (1, [2, 3, 4, 5, 1, 2, 1, 2])]
 )
-def test_context_ranks_hold_first_and_last_chunks(
-    rank: int, positions: list[int]
-) -> None:
+def test_context_ranks_hold_first_and_last_chunks(rank: int, positions: list[int]) -> None:
     packing = Packing(budget=64, tp=2, device=CPU, thd=False, dense=True, cp=2, cp_rank=rank)
     got = pack(
         [sample(7, 1, 5), sample(4, 1, 6)], 6, packing
     )  # padded to 8 and 4; 4 of padding for TP
     assert got.sequences.positions_T.tolist() == positions
     assert got.sequences.cu_seqlens_q.tolist() == [0, 8, 12, 16]
-    assert got.owners.sample_T.tolist() == [0] * 4 + [1] * 2 + [2] * 2 and got.owners.count == 3
+    assert (
+        got.sample_index.sample_T.tolist() == [0] * 4 + [1] * 2 + [2] * 2
+        and got.sample_index.num_samples == 3
+    )
     at = positions.index(2) if 2 in positions else positions.index(1)
     assert got.ids_T[at] == 500 + positions[at] and got.targets_T[at] == 501 + positions[at]

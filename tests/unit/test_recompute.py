@@ -1,4 +1,4 @@
-"""What is made again for backward: same gradients, less kept."""
+"""Selective recomputation: equal gradients with fewer saved activations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_async_rl.trainer.model.recompute import SelectiveRecompute
 
 @pytest.fixture(autouse=True)
 def _no_collection() -> Iterator[None]:
-    """Memory that waits for Python's collector is memory kept."""
+    """Disables the garbage collector: memory that waits for it counts as kept."""
     gc.disable()
     yield
     gc.enable()
@@ -41,10 +41,10 @@ def test_named_activation_is_recomputed_once_per_view() -> None:
             made.append(1)
             return swiglu(x)
 
-        with SelectiveRecompute() as remake:
+        with SelectiveRecompute() as selective:
             y = mixed @ w + mixed[1:4].T.sum() * mixed[0, 0]
             if remade:
-                remake.instead(mixed, again)
+                selective.recompute(mixed, again)
         storage = weakref.ref(mixed.untyped_storage())
         del mixed
         assert (storage() is None) == remade
@@ -53,7 +53,7 @@ def test_named_activation_is_recomputed_once_per_view() -> None:
     sources = []
 
     def over_fresh_input(x: Tensor, w: Tensor) -> Tensor:
-        fresh = x * 2  # kept for the recipe, until backward
+        fresh = x * 2  # kept until backward for recomputation
         sources.append(weakref.ref(fresh.untyped_storage()))
         y = layer(fresh, w)
         del fresh
@@ -65,16 +65,19 @@ def test_named_activation_is_recomputed_once_per_view() -> None:
     made.clear()
     got, want = gradients(layer, x, w), gradients(lambda x, w: layer(x, w, False), x, w)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert len(made) == 2  # for the product's mixed, and for mixed[0, 0]
+    assert len(made) == 2  # for the product with mixed, and for mixed[0, 0]
 
 
 def test_outputs_saved_by_later_layers_are_stored_once() -> None:
-    """As in attention over several sequences: backward of each needs its output, and the next layer keeps them joined."""
+    """As in attention over several sequences: backward of each needs its own output.
+
+    The next layer saves them concatenated.
+    """
     given = [torch.randn(n, 2, 4, dtype=torch.double) for n in (5, 3)]
     storages = []
 
     def attend(*parts: Tensor) -> Tensor:
-        with SelectiveRecompute() as remake:
+        with SelectiveRecompute() as selective:
             out = [
                 F.scaled_dot_product_attention(*[x.transpose(0, 1)[None]] * 3, is_causal=True)[
                     0
@@ -84,7 +87,7 @@ def test_outputs_saved_by_later_layers_are_stored_once() -> None:
             whole = torch.cat(out)
             for part, again in zip(out, whole.detach().split([5, 3]), strict=True):
                 storages.append(weakref.ref(part.untyped_storage()))
-                remake.instead(part, again.detach)
+                selective.recompute(part, again.detach)
         del out, part
         assert all(storage() is None for storage in storages)
         return whole.flatten(1).square()
@@ -109,10 +112,10 @@ def test_outputs_saved_by_later_layers_are_stored_once() -> None:
 
 def test_recompute_with_another_layout_is_rejected() -> None:
     x = torch.randn(3, 4, requires_grad=True)
-    with SelectiveRecompute() as remake:
+    with SelectiveRecompute() as selective:
         y = x.exp()
         z = y.square()
-        remake.instead(y, lambda: x.exp().T.contiguous().T)
+        selective.recompute(y, lambda: x.exp().T.contiguous().T)
     try:
         z.sum().backward()
     except AssertionError as e:

@@ -1,13 +1,16 @@
-"""PPO's critic: a model of the policy's kind and layout that says what a sample will earn, and is never published.
+"""PPO's critic: predicts a sample's final reward; its weights are never sent to the servers.
 
-It is the body of a Hugging Face folder (critic.path, else model.path) with a value head of its own instead of the output
-layer, its own optimizer and learning rate. Each step, the values under the weights that the step begins with make the
-advantages (gae.py); then policy and critic learn from the same micro-batches.
+It has the policy's architecture and parallel layout, weights from critic.path (else model.path), a
+value head instead of the output layer, and its own optimizer and learning rate. In each training
+step its values give the advantages (gae.py); then policy and critic train on the same
+micro-batches.
+
+Suffixes: T tokens of a micro-batch that this rank holds, W tokens of the whole micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,24 +29,26 @@ from megatron_async_rl.trainer.algorithms.gae import (
     generalized_advantages,
     value_loss,
 )
-from megatron_async_rl.trainer.data.microbatch import Microbatch, whole
+from megatron_async_rl.trainer.data.microbatch import (
+    Microbatch,
+    Minibatches,
+    gather_context_parallel,
+)
 from megatron_async_rl.trainer.model.build import TrainerModel
 
-ADVANTAGE_EPS = 1e-5  # as controller/advantage.py's
+ADVANTAGE_EPS = 1e-5  # as in controller/advantage.py
 
 
-def with_advantages(
-    critic: TrainerModel, minibatches: list[list[Microbatch]], config: Config
-) -> list[list[Microbatch]]:
-    """The same, with values, returns and advantages on the last pipeline stage; what was the advantage is the reward."""
+def add_advantages(critic: TrainerModel, minibatches: Minibatches, config: Config) -> Minibatches:
+    """Returns the minibatches with values, returns and advantages (last pipeline stage only).
+
+    Until then their advantages_T holds the rewards. Collective.
+    """
     flat = [microbatch for minibatch in minibatches for microbatch in minibatch]
     values = pipeline.evaluate(critic, flat, partial(_value_step, critic))
     if not values:
         return minibatches
-    filled = [
-        _estimated(microbatch, v, config.algorithm)
-        for microbatch, v in zip(flat, values, strict=True)
-    ]
+    filled = [_estimated(m, v, config.algorithm) for m, v in zip(flat, values, strict=True)]
     if config.algorithm.advantage.batch_normalize:
         filled = _normalized(filled)
     given = iter(filled)
@@ -53,7 +58,10 @@ def with_advantages(
 def accumulate_gradients(
     critic: TrainerModel, minibatch: list[Microbatch], config: Config
 ) -> dict[str, float]:
-    """Forward and backward over a minibatch: leaves its gradient in the buffers and returns SUMS, global."""
+    """Runs forward and backward over a minibatch; returns the global SUMS.
+
+    The gradient is left in the buffers. Collective.
+    """
     for chunk in critic.chunks:
         chunk.zero_grad_buffer()
     critic.optimizer.zero_grad()
@@ -66,7 +74,7 @@ def accumulate_gradients(
 
 
 def summary(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The step's metrics of the critic."""
+    """Returns the critic's metrics of a training step, from the SUMS of its minibatches."""
     total = {name: sum(step[name] for step in steps) for name in (*SUMS, "grad_norm", "overflowed")}
     tokens = max(total["tokens"], 1)
     mean = total["return"] / tokens
@@ -84,9 +92,9 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
 
 def _estimated(microbatch: Microbatch, values_T: Tensor, algorithm: AlgorithmConfig) -> Microbatch:
     microbatch = replace(microbatch, values_T=values_T)
-    pack = whole(microbatch)
+    pack = gather_context_parallel(microbatch)
     assert pack.values_T is not None
-    rewards_W = final_rewards(pack.advantages_T, pack.mask_T, pack.owners)
+    rewards_W = final_rewards(pack.advantages_T, pack.mask_T, pack.sample_index)
     if algorithm.kl.coef and algorithm.kl.apply_to == "reward":
         assert pack.reference_T is not None
         kl_W = pack.behavior_T - pack.reference_T
@@ -95,20 +103,22 @@ def _estimated(microbatch: Microbatch, values_T: Tensor, algorithm: AlgorithmCon
         pack.values_T,
         rewards_W,
         pack.mask_T,
-        pack.owners,
+        pack.sample_index,
         algorithm.advantage.gamma,
         algorithm.advantage.gae_lambda,
     )
-    advantages_T, returns_T = (microbatch.sequences.own(x_W).float() for x_W in estimates)
+    advantages_T, returns_T = (microbatch.sequences.shard(x_W).float() for x_W in estimates)
     return replace(microbatch, advantages_T=advantages_T, returns_T=returns_T)
 
 
 def _normalized(microbatches: list[Microbatch]) -> list[Microbatch]:
-    """Advantages with zero mean and unit variance over the tokens of the global batch, but for ADVANTAGE_EPS."""
+    """Normalizes the advantages over the masked tokens of the global batch; collective."""
     group = mpu.get_data_parallel_group(with_context_parallel=True)
 
-    def total(of: Any) -> Tensor:
-        sums = torch.stack([torch.where(m.mask_T, of(m), 0.0).sum() for m in microbatches]).sum()
+    def total(values_of: Callable[[Microbatch], Tensor]) -> Tensor:
+        sums = torch.stack(
+            [torch.where(m.mask_T, values_of(m), 0.0).sum() for m in microbatches]
+        ).sum()
         dist.all_reduce(sums, group=group)
         return sums
 
@@ -126,9 +136,10 @@ def _normalized(microbatches: list[Microbatch]) -> list[Microbatch]:
 def _value_step(
     critic: TrainerModel, data: Iterator[Microbatch], chunk: nn.Module
 ) -> tuple[Tensor, Any]:
-    return pipeline.forward(critic, chunk, next(data)), lambda values, non_loss_data: values[
-        0, :, 0
-    ]
+    def collect(values: Tensor, non_loss_data: bool) -> Tensor:
+        return values[0, :, 0]
+
+    return pipeline.forward(critic, chunk, next(data)), collect
 
 
 def _loss_step(
@@ -138,8 +149,13 @@ def _loss_step(
 
     def loss_of(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert microbatch.values_T is not None and microbatch.returns_T is not None
-        given = (microbatch.values_T, microbatch.returns_T, microbatch.mask_T)
-        loss, sums = value_loss(values[0, :, 0], *given, config.critic.clip_eps)
+        loss, sums = value_loss(
+            values[0, :, 0],
+            microbatch.values_T,
+            microbatch.returns_T,
+            microbatch.mask_T,
+            config.critic.clip_eps,
+        )
         count = microbatch.mask_T.sum(dtype=torch.int32)
         return loss, count, torch.stack([sums[name].double() for name in SUMS])
 

@@ -1,6 +1,7 @@
-"""Generalized advantage estimation over the generated tokens of packed samples, and the loss of the values it needs.
+"""Generalized advantage estimation over the generated tokens of packed samples; the value loss.
 
-Suffix T: positions of the pack, each about the token after it (data.py).
+Suffixes: T positions of a micro-batch, each aligned with the token that it predicts; K generated
+tokens only.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_async_rl.trainer.algorithms.importance import Owners
+from megatron_async_rl.trainer.data.sample_index import SampleIndex
 
 SUMS = (
     "value_loss",
@@ -25,64 +26,63 @@ def generalized_advantages(
     values_T: Tensor,
     rewards_T: Tensor,
     mask_T: Tensor,
-    owners: Owners,
+    sample_index: SampleIndex,
     gamma: float,
     gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
-    """(advantages [T], returns [T]) float64, 0 where the mask is False (J. Schulman et al., arXiv 1506.02438, eq. 11-16).
+    """Returns (advantages [T], returns [T]) in float64, 0 where the mask is False.
 
-    The actions of a sample are its masked tokens, one after another whatever stands between them (the prompt, other
-    turns): with t counting them, V_t the value before token t, V = 0 after the last, and r_t what token t earned,
+    The actions of a sample are its masked tokens in order; tokens between them (other turns) do not
+    count. With t their index, V_t the value before token t, V = 0 after the last, r_t the reward:
 
         delta_t = r_t + gamma V_{t+1} - V_t
         A_t     = sum over k >= t of (gamma lambda)^(k - t) delta_k
-        R_t     = A_t + V_t                                              what the critic is taught
+        R_t     = A_t + V_t                                              target of the critic
 
-    With V = 0 and gamma = lambda = 1, A_t is the sum of the rewards from t on. A sample cut at its length ends as one
-    that stopped does: nothing is bootstrapped.
+    With V = 0 and gamma = lambda = 1, A_t is the sum of the rewards from t on. A truncated sample
+    is not bootstrapped. Source: J. Schulman et al., arXiv 1506.02438, eq. 11-16.
     """
     taken = mask_T.nonzero()[:, 0]
     advantages_T = torch.zeros_like(values_T, dtype=torch.float64)
     if not len(taken):
         return advantages_T, advantages_T.clone()
-    values_K, rewards_K, owner_K = (
-        values_T[taken].double(),
-        rewards_T[taken].double(),
-        owners.sample_T[taken],
-    )
-    after_K = torch.where(is_last(owner_K), 0.0, values_K.roll(-1))
-    delta_K = rewards_K + gamma * after_K - values_K
-    advantages_K = discounted_sums(delta_K, owner_K, gamma * gae_lambda)
+    values_K, rewards_K = values_T[taken].double(), rewards_T[taken].double()
+    sample_K = sample_index.sample_T[taken]
+    next_values_K = torch.where(is_last(sample_K), 0.0, values_K.roll(-1))
+    delta_K = rewards_K + gamma * next_values_K - values_K
+    advantages_K = discounted_sums(delta_K, sample_K, gamma * gae_lambda)
     returns_T = advantages_T.clone()
     advantages_T[taken], returns_T[taken] = advantages_K, advantages_K + values_K
     return advantages_T, returns_T
 
 
-def final_rewards(sample_rewards_T: Tensor, mask_T: Tensor, owners: Owners) -> Tensor:
-    """[T]: the sample's reward, given on all its tokens, at its last masked one, and 0 elsewhere."""
+def final_rewards(sample_rewards_T: Tensor, mask_T: Tensor, sample_index: SampleIndex) -> Tensor:
+    """Returns each sample's reward at its last masked token and 0 elsewhere [T].
+
+    `sample_rewards_T` has the sample's reward at all of its tokens.
+    """
     taken = mask_T.nonzero()[:, 0]
-    last = taken[is_last(owners.sample_T[taken])]
+    last = taken[is_last(sample_index.sample_T[taken])]
     rewards_T = torch.zeros_like(sample_rewards_T)
     rewards_T[last] = sample_rewards_T[last]
     return rewards_T
 
 
-def is_last(owner_K: Tensor) -> Tensor:
-    """[K] bool: no later entry has the same owner; owners stand together."""
-    return torch.cat(
-        [owner_K[1:] != owner_K[:-1], owner_K.new_ones(min(1, len(owner_K)), dtype=torch.bool)]
-    )
+def is_last(sample_K: Tensor) -> Tensor:
+    """Returns where an entry is the last of its sample [K] bool; samples are contiguous."""
+    end = sample_K.new_ones(min(1, len(sample_K)), dtype=torch.bool)
+    return torch.cat([sample_K[1:] != sample_K[:-1], end])
 
 
-def discounted_sums(x_K: Tensor, owner_K: Tensor, factor: float) -> Tensor:
-    """[K]: at entry t the sum of factor^(k - t) x_k over it and the later entries k of its owner.
+def discounted_sums(x_K: Tensor, sample_K: Tensor, factor: float) -> Tensor:
+    """Returns at entry t the sum of factor^(k - t) x_k over it and its sample's later entries [K].
 
-    By doubling: after pass n each entry has the sum over 2^n entries, so that 32k tokens take 15 passes, not 32k steps
-    (W. D. Hillis, G. L. Steele, "Data parallel algorithms", 1986).
+    After pass n each entry holds the sum over 2^n entries, so 32k tokens take 15 passes instead of
+    32k steps. Source: W. D. Hillis, G. L. Steele, "Data parallel algorithms", 1986.
     """
     span = 1
     while span < len(x_K):
-        reach = torch.where(owner_K[:-span] == owner_K[span:], x_K[span:], 0.0)
+        reach = torch.where(sample_K[:-span] == sample_K[span:], x_K[span:], 0.0)
         x_K = torch.cat([x_K[:-span] + factor**span * reach, x_K[-span:]])
         span *= 2
     return x_K
@@ -91,14 +91,16 @@ def discounted_sums(x_K: Tensor, owner_K: Tensor, factor: float) -> Tensor:
 def value_loss(
     values_T: Tensor, old_T: Tensor, returns_T: Tensor, mask_T: Tensor, clip_eps: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss summed over the masked tokens, SUMS over them).
+    """Returns (loss summed over the masked tokens, SUMS over them).
 
-    Of a token, with v its value now, v_old the one that the step began with, R its return (J. Schulman et al.,
-    arXiv 1707.06347, and the code that goes with it; the caller normalises as for the policy):
+    The loss of a token with value v, value v_old before this training step, and return R is
 
         1/2 max((v - R)^2, (v_old + clip(v - v_old, -eps, eps) - R)^2)
+
+    Source: J. Schulman et al., arXiv 1707.06347, and its code. The caller normalizes as for the
+    policy.
     """
-    # As in the policy's loss: what stands at masked tokens reaches neither sum nor gradient.
+    # As in the policy's loss: masked tokens reach neither the sums nor the gradient.
     values_T = torch.where(mask_T, values_T, 0.0)
     old_T, returns_T = torch.where(mask_T, old_T, 0.0), torch.where(mask_T, returns_T, 0.0)
     error_T = (values_T - returns_T).square()

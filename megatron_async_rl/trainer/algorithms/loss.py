@@ -1,22 +1,24 @@
-"""The objectives, as sums over the tokens of one packed micro-batch.
+"""The policy objectives, as sums over the tokens of one packed micro-batch.
 
-With m the loss mask, A the advantage, and logprobs of the token under three policies (behavior: that sampled it;
-proximal: the weights this training step began with; current):
+With m the loss mask, A the advantage, and the token's logprobs under three policies (behavior: the
+one that sampled it; proximal: the weights at the start of this training step; current):
 
     u = exp(current - proximal)               the ratio that is clipped
-    w = exp(proximal - behavior), detached    corrects for old samples; see importance.behavior_weights
+    w = exp(proximal - behavior), detached    corrects for staleness (importance.behavior_weights)
     L = sum m * w * objective(u, A) / N
 
-    decoupled_ppo   max(-A u, -A clip(u, 1 - eps, 1 + eps_high))        AReaL, arXiv 2505.24298, eq. 5
-    gspo            the same with u = exp(mean of current - proximal over the sample), A its mean     arXiv 2507.18071
-    cispo           -A detach(clip(u, 1 - eps, 1 + eps_high)) current   arXiv 2506.13585
-    ppo             as decoupled_ppo, naive: u against the behavior policy, w = 1
+    decoupled_ppo   max(-A u, -A clip(u, 1 - eps, 1 + eps_high))          arXiv 2505.24298, eq. 5
+    gspo            the same with u = exp(mean over the sample of current - proximal) and A the
+                    sample's mean                                         arXiv 2507.18071
+    cispo           -A detach(clip(u, 1 - eps, 1 + eps_high)) current     arXiv 2506.13585
+    ppo             decoupled_ppo with u against the behavior policy and w = 1
 
-Dual clip (arXiv 1912.09729) bounds the first two and the last by c |A|. To L come -entropy_coef * entropy and, with
-kl_in = loss, kl_coef * KL(current | reference).
+Dual clip (arXiv 1912.09729) bounds all but cispo by c |A|. L also gets -entropy_coef * entropy and,
+with kl.apply_to = loss, kl.coef * KL(current | reference).
 
-N, the global number of loss tokens of the minibatch, is counted before the cap removes any, and divided by elsewhere
-(finalize_model_grads): then neither the cut into micro-batches nor the layout changes the result.
+N is the global number of loss tokens of the minibatch, counted before the cap removes any.
+Megatron's finalize_model_grads divides by it, so the result depends neither on the split into
+micro-batches nor on the parallel layout.
 
 Suffix T: tokens of the micro-batch.
 """
@@ -29,32 +31,30 @@ import torch
 from torch import Tensor
 
 from megatron_async_rl.config.algorithm import AlgorithmConfig
-from megatron_async_rl.trainer.algorithms.importance import (
-    Owners,
-    behavior_weights,
-    loglinear_proximal,
-)
+from megatron_async_rl.trainer.algorithms.importance import behavior_weights, loglinear_proximal
+from megatron_async_rl.trainer.data.sample_index import SampleIndex
 
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """Everything aligned at the position that predicts the token; values where the mask is False do not matter."""
+    """Tensors [T] aligned with the position that predicts the token.
 
-    logprobs_T: Tensor  # current policy; gradients flow through it
+    Values where the mask is False have no effect.
+    """
+
+    logprobs_T: Tensor  # current policy; the gradient flows through it
     entropy_T: Tensor  # current policy
-    proximal_T: (
-        Tensor | None
-    )  # None: the current one (no step lies between them), or loglinear, or not needed
+    proximal_T: Tensor | None
+    """None: equal to the current policy's (no step in between), loglinear, or not needed (ppo)."""
     behavior_T: Tensor
     advantages_T: Tensor
     mask_T: Tensor  # bool
-    lag_T: Tensor  # versions between the one that sampled the token and the one now trained; 0: they should agree
-    owners: Owners | None = None  # for gspo and the sequence level
-    reference_T: Tensor | None = None  # with kl_coef
-    trusted_T: Tensor | None = (
-        None  # bool, with m2_threshold: the others are masked, as beyond the cap
-    )
-    moved: bool = False  # no logprobs of the step's first weights are known: nothing to compare the engine's with
+    staleness_T: Tensor  # versions from the one that sampled the token to the one in training
+    sample_index: SampleIndex | None = None  # for gspo and the sequence level
+    reference_T: Tensor | None = None  # with kl.coef
+    m2_mask_T: Tensor | None = None  # bool, with m2_threshold: False is masked like beyond the cap
+    proximal_missing: bool = False
+    """Logprobs of this step's first weights are unknown, so the engine's cannot be compared."""
 
 
 SUMS = (
@@ -79,12 +79,13 @@ MAXIMA = ("importance_weight_max", "behavior_weight_max", "logprob_diff_max")
 
 
 def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss summed over the masked tokens, metrics: the SUMS and MAXIMA above over the masked tokens).
+    """Returns (loss summed over the masked tokens, SUMS and MAXIMA over the masked tokens).
 
-    approx_kl and behavior_approx_kl are means of log ratios, old - new on tokens sampled by the old: they can be negative.
+    approx_kl and behavior_approx_kl sum log ratios, old - new on tokens sampled by the old policy:
+    they can be negative.
     """
-    # Masked values become 0 before any exp: whatever stands in padding, inf and nan too, then reaches neither the loss
-    # nor, through 0 * inf, the gradient.
+    # Values outside the mask become 0 before any exp: inf and nan in padding then reach neither the
+    # loss nor, through 0 * inf, the gradient.
     mask_T = inputs.mask_T
     logprobs_T = torch.where(mask_T, inputs.logprobs_T, 0.0)
     behavior_T = torch.where(mask_T, inputs.behavior_T, 0.0)
@@ -95,21 +96,21 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, di
         trainer_T = proximal_T = logprobs_T.detach()
         if config.staleness_correction.proximal == "loglinear" and config.loss.objective != "ppo":
             proximal_T = loglinear_proximal(
-                logprobs_T, behavior_T, torch.where(mask_T, inputs.lag_T, 0)
+                logprobs_T, behavior_T, torch.where(mask_T, inputs.staleness_T, 0)
             )
     if config.loss.objective == "ppo":
         old_T, w_T, keep_T = behavior_T, torch.ones_like(behavior_T), mask_T
     else:
         old_T = proximal_T
-        w_T, keep_T = behavior_weights(proximal_T, behavior_T, mask_T, inputs.owners, config)
+        w_T, keep_T = behavior_weights(proximal_T, behavior_T, mask_T, inputs.sample_index, config)
 
     log_u_T = logprobs_T - old_T
     if config.loss.objective == "gspo":
-        assert inputs.owners is not None
-        log_u_T = inputs.owners.means(log_u_T, mask_T)
-        advantages_T = inputs.owners.means(advantages_T, mask_T)
-    if inputs.trusted_T is not None:
-        keep_T = keep_T & inputs.trusted_T
+        assert inputs.sample_index is not None
+        log_u_T = inputs.sample_index.means(log_u_T, mask_T)
+        advantages_T = inputs.sample_index.means(advantages_T, mask_T)
+    if inputs.m2_mask_T is not None:
+        keep_T = keep_T & inputs.m2_mask_T
     u_T = log_u_T.exp()
     if config.loss.objective == "cispo":
         objective_T, clipped_T, dual_T = _cispo(u_T, logprobs_T, advantages_T, config)
@@ -126,14 +127,13 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, di
             loss = loss + config.kl.coef * reference_kl
 
     with torch.no_grad():
-        current_T = mask_T & (inputs.lag_T == 0)
-        compared_T = torch.zeros_like(mask_T) if inputs.moved else current_T
+        current_T = mask_T & (inputs.staleness_T == 0)
+        compared_T = torch.zeros_like(mask_T) if inputs.proximal_missing else current_T
         log_w_T = torch.where(compared_T, trainer_T - behavior_T, 0.0)
         beyond_T = torch.zeros_like(mask_T)
-        if config.staleness_correction.behavior_weight_cap is not None:
-            beyond_T = compared_T & (
-                log_w_T.exp() > config.staleness_correction.behavior_weight_cap
-            )
+        cap = config.staleness_correction.behavior_weight_cap
+        if cap is not None:
+            beyond_T = compared_T & (log_w_T.exp() > cap)
         sums = {
             "loss": loss,
             "tokens": mask_T,
@@ -149,7 +149,7 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, di
             "current_tokens": current_T,
             "compared_tokens": compared_T,
             "logprob_diff": log_w_T.abs(),
-            "mismatch_kl": log_w_T.exp() - log_w_T - 1,  # of the engine's policy from the trainer's
+            "mismatch_kl": log_w_T.exp() - log_w_T - 1,  # of the engine from the trainer
             "mismatch_beyond_cap": beyond_T,
         }
         maxima = {
@@ -166,12 +166,13 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, di
 def _clipped(
     u_T: Tensor, advantages_T: Tensor, config: AlgorithmConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PPO's pessimistic clip: (objective [T], where the clip holds, where the dual clip does)."""
+    """Returns PPO's clipped objective [T], where the clip applies, where the dual clip applies."""
     plain_T, clipped_T = -advantages_T * u_T, -advantages_T * _clip(u_T, config)
     objective_T = torch.maximum(plain_T, clipped_T)
     dual_T = torch.zeros_like(u_T, dtype=torch.bool)
     if config.loss.dual_clip is not None:
-        # Bounds the loss of a token with negative advantage whose probability grew a lot; it then has no gradient.
+        # Bounds a token of negative advantage whose probability grew a lot; it has no gradient
+        # then.
         bound_T = config.loss.dual_clip * advantages_T.abs()
         dual_T = objective_T > bound_T
         objective_T = torch.minimum(objective_T, bound_T)
@@ -181,22 +182,21 @@ def _clipped(
 def _cispo(
     u_T: Tensor, logprobs_T: Tensor, advantages_T: Tensor, config: AlgorithmConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """REINFORCE weighed by the clipped ratio: a clipped token keeps its gradient."""
+    """Returns REINFORCE weighted by the clipped ratio: a clipped token keeps its gradient."""
     clipped_T = _clip(u_T, config).detach()
-    return (
-        -advantages_T * clipped_T * logprobs_T,
-        clipped_T != u_T,
-        torch.zeros_like(u_T, dtype=torch.bool),
-    )
+    objective_T = -advantages_T * clipped_T * logprobs_T
+    return objective_T, clipped_T != u_T, torch.zeros_like(u_T, dtype=torch.bool)
 
 
 def _clip(u_T: Tensor, config: AlgorithmConfig) -> Tensor:
-    return u_T.clamp(
-        1 - config.loss.clip_eps, 1 + (config.loss.clip_eps_high or config.loss.clip_eps)
-    )
+    high = config.loss.clip_eps_high or config.loss.clip_eps
+    return u_T.clamp(1 - config.loss.clip_eps, 1 + high)
 
 
 def _reference_kl(logprobs_T: Tensor, reference_T: Tensor, config: AlgorithmConfig) -> Tensor:
-    """Estimates KL(current | reference) on sampled tokens, both >= 0 (J. Schulman, "Approximating KL divergence", 2020)."""
+    """Returns the k2 or k3 estimate of KL(current | reference) [T], >= 0.
+
+    Source: J. Schulman, "Approximating KL divergence", 2020.
+    """
     d_T = reference_T - logprobs_T
     return d_T.square() / 2 if config.kl.estimator == "k2" else d_T.exp() - d_T - 1

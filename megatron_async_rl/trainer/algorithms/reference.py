@@ -1,4 +1,5 @@
-"""The reference policy of a KL term: the starting weights, kept beside the trained ones and swapped in for a pass."""
+"""The reference policy of the KL term: a copy of the weights of model.path, swapped in for a
+pass."""
 
 from __future__ import annotations
 
@@ -14,18 +15,18 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.trainer.model.build import TrainerModel
 from megatron_async_rl.weights.load import fill_random, load_folder
 
-_kept: WeakKeyDictionary[GPTModel, list[Tensor]] = WeakKeyDictionary()  # by the first chunk
+_copies: WeakKeyDictionary[GPTModel, list[Tensor]] = WeakKeyDictionary()  # by first chunk
 
 
 @contextmanager
 def reference_weights(model: TrainerModel, config: Config) -> Iterator[None]:
-    """The model has the weights of model.path inside, and its own again after. For forward passes alone."""
+    """Gives the model the weights of model.path inside the block; for forward passes only."""
     parameters = list(model.parameters())
     first = model.modules[0]
-    if first not in _kept:
-        _kept[first] = _read(model, config)
+    if first not in _copies:
+        _copies[first] = _read(model, config)
     own = [p.data for p in parameters]
-    for p, reference in zip(parameters, _kept[first], strict=True):
+    for p, reference in zip(parameters, _copies[first], strict=True):
         p.data = reference
     try:
         yield
@@ -36,7 +37,7 @@ def reference_weights(model: TrainerModel, config: Config) -> Iterator[None]:
 
 @torch.no_grad()
 def _read(model: TrainerModel, config: Config) -> list[Tensor]:
-    """From model.path again, not from the weights at the first step: those may be a checkpoint's."""
+    """Reads model.path again: the model's weights may already be those of a checkpoint."""
     own = [p.clone() for p in model.parameters()]
     if config.model.random_init:
         fill_random(model.modules, model.shape, config.run.seed)

@@ -1,4 +1,4 @@
-"""Writes the policy as an ordinary Hugging Face folder that transformers and SGLang load."""
+"""Exports the policy as a Hugging Face folder that transformers and SGLang load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.families import ModelShape
 from megatron_async_rl.storage import snapshots
-from megatron_async_rl.trainer.model.build import TrainerModel
 from megatron_async_rl.weights.parameters import Modules
 from megatron_async_rl.weights.reshard import own_tensors, source_number, takes_part
 
@@ -25,28 +24,17 @@ logger = logging.getLogger(__name__)
 FILE_BYTES = 4 << 30
 
 
-def save_hf(
-    model: TrainerModel,
-    source_dir: str | Path,
-    out_dir: str | Path,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """The policy as it is now; see export_hf."""
-    export_hf(model.modules, model.shape, source_dir, out_dir, dtype)
-
-
 def export_hf(
     modules: Modules,
     shape: ModelShape,
     source_dir: str | Path,
     out_dir: str | Path,
-    dtype: torch.dtype | None = None,
 ) -> None:
-    """Collective over all trainer ranks, which must share the file system.
+    """Writes the modules' weights; collective over all trainer ranks, on a shared file system.
 
-    Each weight source (weights/reshard.py) writes its own files; config, generation config and tokenizer are copied from
-    source_dir. dtype None: the one config.json names. out_dir appears by a rename when it is complete, and replaces an
-    older one.
+    Each weight source (weights/reshard.py) writes its own files; configuration and tokenizer files
+    are copied from source_dir, whose config.json also names the dtype. out_dir appears complete, by
+    a rename, and replaces an older one.
     """
     source, out = Path(source_dir), Path(out_dir)
     partial = out.with_name(f".{out.name}.partial")
@@ -55,9 +43,8 @@ def export_hf(
         partial.mkdir(parents=True)
     dist.barrier()
     if takes_part():
-        _write_part(
-            own_tensors(modules, shape, dtype or _stored_dtype(source)), partial, source_number()
-        )
+        tensors = own_tensors(modules, shape, _stored_dtype(source))
+        _write_part(tensors, partial, source_number())
     dist.barrier()
     if dist.get_rank() == 0:
         _write_index(partial)
@@ -73,7 +60,7 @@ def _stored_dtype(source: Path) -> torch.dtype | None:
 
 
 def _write_part(tensors: Iterator[tuple[str, Tensor]], folder: Path, number: int) -> None:
-    """Exhausts `tensors`, which only a source has; saves them in files of about FILE_BYTES, and a list of what is where."""
+    """Saves tensors in files of about FILE_BYTES, and a list of each file's tensors."""
     held: dict[str, Tensor] = {}
     file_of: dict[str, str] = {}
     sizes: list[int] = []
@@ -86,9 +73,8 @@ def _write_part(tensors: Iterator[tuple[str, Tensor]], folder: Path, number: int
         held.clear()
 
     for name, tensor in tensors:
-        held[name] = tensor.cpu().clone(
-            memory_format=torch.contiguous_format
-        )  # it may be a view of a parameter
+        # A copy: the tensor may be a view of a parameter.
+        held[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
         if sum(t.nbytes for t in held.values()) >= FILE_BYTES:
             flush()
     if held:
@@ -112,7 +98,8 @@ def _write_index(folder: Path) -> None:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    """A folder cannot be renamed over one that is not empty: the older one steps aside first."""
+    """Renames the folder to `out`. An older one is moved away first: rename needs an empty
+    target."""
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():

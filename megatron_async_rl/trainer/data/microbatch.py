@@ -1,9 +1,9 @@
-"""This data-parallel rank's samples as packed micro-batches under a token budget.
+"""Packs this data-parallel rank's samples into micro-batches under a token budget.
 
-Every data-parallel rank ends with the same number of minibatches and, in each, of micro-batches, because every
-micro-batch has collectives in it. A rank short of samples runs micro-batches of padding.
+All data-parallel ranks get the same number of minibatches and, in each, of micro-batches, because
+every micro-batch has collectives in it. A rank with too few samples runs micro-batches of padding.
 
-Suffix T: tokens of one micro-batch, padding included.
+Suffix T: tokens of one micro-batch that this rank holds, padding included.
 """
 
 from __future__ import annotations
@@ -15,21 +15,26 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from torch import Tensor
 
+from megatron_async_rl.config.config import Config
 from megatron_async_rl.protocol.types import NOT_GENERATED, TrainSample
-from megatron_async_rl.trainer.algorithms.importance import Owners
-from megatron_async_rl.trainer.data.packing import agree_on_bins, allocate, allocate_even, cost
+from megatron_async_rl.trainer.data import packing as bins
+from megatron_async_rl.trainer.data.sample_index import SampleIndex
+from megatron_async_rl.trainer.model import layers
 from megatron_async_rl.trainer.model.attention import PackedSequences, pack_sequences
+from megatron_async_rl.trainer.model.build import TrainerModel
 from megatron_async_rl.trainer.parallel import context_parallel_sum
 
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Samples one after another, then padding as a sequence of its own; under context parallelism, this rank's chunks.
+    """Samples one after another, then padding as one more sequence.
 
-    All but ids_T is aligned at the position that *predicts* a token: entry t is about token t + 1 of the same sample.
+    With context parallelism: this rank's chunks of them. All tensors but ids_T are aligned with the
+    position that predicts a token: entry t describes token t + 1 of the same sample. What the loss
+    needs besides the samples is added before the step, on the last pipeline stage only.
     """
 
     ids_T: Tensor  # int64
@@ -37,28 +42,26 @@ class Microbatch:
     mask_T: Tensor  # bool: the next token was generated, so it is trained on
     behavior_T: Tensor  # float32
     advantages_T: Tensor  # float32
-    lag_T: Tensor  # int32: versions between the one that generated the next token and the one now trained
+    staleness_T: Tensor  # int32: versions from the one that generated the token to this step's
     sequences: PackedSequences
-    owners: Owners  # whose sums are over all ranks that hold chunks
+    sample_index: SampleIndex  # its sums include all context-parallel ranks
     num_tokens: int  # of the whole pack, without padding
-    cost: float  # FLOPs of the whole pack, in those of one token without attention
-    proximal_T: Tensor | None = (
-        None  # float32, set by the proximal pass; on the last pipeline stage only
-    )
-    moved: bool = (
-        False  # without it: earlier minibatches have moved the weights that train this one
-    )
-    trusted_T: Tensor | None = None  # bool, with m2_threshold; likewise
-    reference_T: Tensor | None = None  # float32, by the reference pass; likewise
-    values_T: Tensor | None = (
-        None  # float32, the critic's before the step: what the sample will earn from here; likewise
-    )
-    returns_T: Tensor | None = None  # float32, what it is taught
+    cost: float  # FLOPs of the whole pack, in units of one token without attention
+    proximal_T: Tensor | None = None  # float32
+    proximal_missing: bool = False
+    """No proximal_T, and earlier minibatches of this step have changed the weights."""
+    m2_mask_T: Tensor | None = None  # bool: tokens that M2PO keeps
+    reference_T: Tensor | None = None  # float32
+    values_T: Tensor | None = None  # float32: the critic's prediction before this step
+    returns_T: Tensor | None = None  # float32: the critic's target
+
+
+Minibatches = list[list[Microbatch]]
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How this rank packs; the same on every rank."""
+    """How this rank packs samples; the same on every rank."""
 
     budget: int
     """Tokens of a micro-batch: trainer.max_tokens_per_microbatch."""
@@ -66,58 +69,80 @@ class Packing:
     """The padded length of a pack is a multiple of it, for sequence parallelism."""
     device: torch.device
     thd: bool
-    """Transformer Engine's attention is used."""
+    """For Transformer Engine's attention."""
     dense: bool
     """Sequences are padded into dense batches for attention."""
     cp: int = 1
     cp_rank: int = 0
-    divisor: int = 1
+    count_multiple: int = 1
     """The number of micro-batches is a multiple of it, for interleaved pipelines."""
-    even: bool = False
-    """Bins are balanced by cost; False: first fit decreasing."""
+    balanced: bool = False
+    """Micro-batches have equal cost (Karmarkar-Karp); False: first fit decreasing."""
     attention_length: float = math.inf
-    """Of the cost: see packing.py."""
+    """Parameter of the cost: see packing.py."""
+
+    @classmethod
+    def of(cls, model: TrainerModel, config: Config) -> Packing:
+        """Returns the packing for this model and its parallel layout."""
+        te = layers.has_transformer_engine()
+        fp32 = model.config.params_dtype == torch.float32
+        multiple = model.config.microbatch_group_size_per_vp_stage if len(model.chunks) > 1 else 1
+        return cls(
+            budget=config.trainer.max_tokens_per_microbatch,
+            tp=mpu.get_tensor_model_parallel_world_size(),
+            device=model.device,
+            thd=te,
+            dense=not te and (model.device.type == "cpu" or fp32),
+            cp=mpu.get_context_parallel_world_size(),
+            cp_rank=mpu.get_context_parallel_rank(),
+            count_multiple=multiple,
+            balanced=config.trainer.packing == "karmarkar_karp",
+            attention_length=bins.attention_length_of(model.shape),
+        )
 
     @property
-    def unit(self) -> int:
+    def length_multiple(self) -> int:
         """Every sequence is padded to a multiple of it."""
         return 2 * self.cp if self.cp > 1 else 1
 
-    def padded(self, length: int) -> int:
-        return -(-length // self.unit) * self.unit
+    def padded_length(self, length: int) -> int:
+        """Returns the length rounded up to length_multiple."""
+        return -(-length // self.length_multiple) * self.length_multiple
 
 
-def cut_minibatches(
-    samples: Sequence[TrainSample],
-    count: int,
-    version: int,
-    packing: Packing,
-    group: dist.ProcessGroup,
-    seed: int,
-) -> list[list[Microbatch]]:
-    """The share's micro-batches, by minibatch: `count` parts of equal numbers of samples after a seeded shuffle."""
-    order = (
-        np.random.default_rng((seed, version)).permutation(len(samples))
-        if count > 1
-        else np.arange(len(samples))
-    )
-    method = allocate
-    if packing.even:
-        method = partial(allocate_even, attention_length=packing.attention_length)
+def make_minibatches(
+    samples: Sequence[TrainSample], version: int, packing: Packing, config: Config
+) -> Minibatches:
+    """Returns the micro-batches of this rank's samples, by minibatch; collective.
+
+    A seeded shuffle splits the samples into algorithm.minibatches parts of equally many samples.
+    """
+    count = config.algorithm.minibatches
+    order = np.arange(len(samples))
+    if count > 1:
+        order = np.random.default_rng((config.run.seed, version)).permutation(len(samples))
+    allocate = bins.allocate
+    if packing.balanced:
+        allocate = partial(bins.allocate_balanced, attention_length=packing.attention_length)
+    group = mpu.get_data_parallel_group()
     minibatches = []
     for part in np.array_split(order, count):
         chosen = [samples[n] for n in part]
-        lengths = [packing.padded(len(s.ids)) for s in chosen]
-        bins = agree_on_bins(
-            lengths, packing.budget, group, packing.device, packing.divisor, method
+        lengths = [packing.padded_length(len(s.ids)) for s in chosen]
+        microbatches = bins.agree_on_bins(
+            partial(allocate, lengths, packing.budget),
+            group,
+            packing.device,
+            packing.count_multiple,
         )
-        minibatches.append([pack([chosen[n] for n in bin_], version, packing) for bin_ in bins])
+        minibatches.append([pack([chosen[n] for n in m], version, packing) for m in microbatches])
     return minibatches
 
 
 def pack(samples: Sequence[TrainSample], version: int, packing: Packing) -> Microbatch:
-    lengths = [packing.padded(len(s.ids)) for s in samples]
-    multiple = packing.unit * packing.tp
+    """Returns the samples as one micro-batch of the training step that begins with `version`."""
+    lengths = [packing.padded_length(len(s.ids)) for s in samples]
+    multiple = packing.length_multiple * packing.tp
     padding = -sum(lengths) % multiple or (0 if samples else multiple)
     if padding:
         lengths.append(padding)
@@ -134,47 +159,44 @@ def pack(samples: Sequence[TrainSample], version: int, packing: Packing) -> Micr
         padded = [
             np.pad(a, (0, length - len(a))) for a, length in zip(arrays, lengths, strict=False)
         ]
-        flat = torch.from_numpy(np.concatenate([*padded, np.zeros(padding, bool)])).to(
-            packing.device, dtype
-        )
-        return sequences.own(flat)
+        flat = torch.from_numpy(np.concatenate([*padded, np.zeros(padding, bool)]))
+        return sequences.shard(flat.to(packing.device, dtype))
 
     def next_of(array: np.ndarray, last: float = 0) -> np.ndarray:
-        """Entry t + 1 at t."""
+        """Returns the array with entry t + 1 at t."""
         return np.append(array[1:], array.dtype.type(last))
 
-    of_token = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(packing.device)
-    owners = Owners(sequences.own(of_token), len(lengths))
+    sample_W = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(packing.device)
+    sample_index = SampleIndex(sequences.shard(sample_W), len(lengths))
     if packing.cp > 1:
-        owners = replace(owners, total=context_parallel_sum)
-    generated = [next_of(s.versions, NOT_GENERATED) for s in samples]
-    mask_T = joined([g != NOT_GENERATED for g in generated], torch.bool)
+        sample_index = replace(sample_index, reduce=context_parallel_sum)
+    generated_by = [next_of(s.versions, NOT_GENERATED) for s in samples]
     return Microbatch(
         ids_T=joined([s.ids for s in samples], torch.int64),
         targets_T=joined([next_of(s.ids) for s in samples], torch.int64),
-        mask_T=mask_T,
+        mask_T=joined([g != NOT_GENERATED for g in generated_by], torch.bool),
         behavior_T=joined([next_of(s.logprobs) for s in samples], torch.float32),
         advantages_T=joined([next_of(s.advantages) for s in samples], torch.float32),
-        lag_T=joined([version - g for g in generated], torch.int32),
+        staleness_T=joined([version - g for g in generated_by], torch.int32),
         sequences=sequences,
-        owners=owners,
+        sample_index=sample_index,
         num_tokens=sum(len(s.ids) for s in samples),
-        cost=sum(cost(len(s.ids), packing.attention_length) for s in samples),
+        cost=sum(bins.cost(len(s.ids), packing.attention_length) for s in samples),
     )
 
 
-def whole(microbatch: Microbatch) -> Microbatch:
-    """With what every context-parallel rank knows of its tokens, for all tokens of the pack, in order; collective over them.
+def gather_context_parallel(microbatch: Microbatch) -> Microbatch:
+    """Returns the micro-batch with the tensors of the whole pack; collective over CP ranks.
 
-    For what a sum over a sample does not tell. To be computed with, not run; `sequences.own` cuts the results again.
+    For calculations in which the order of a sample's tokens matters. The result cannot be run;
+    `sequences.shard` cuts tensors of it back to this rank's tokens.
     """
-    sequences, owners = microbatch.sequences, microbatch.owners
-    if sequences.kept_T is None:
+    sequences, index = microbatch.sequences, microbatch.sample_index
+    if sequences.shard_index_T is None:
         return microbatch
-    known = {
+    tensors = {
         f.name: getattr(microbatch, f.name) for f in fields(microbatch) if f.name.endswith("_T")
     }
-    gathered = {name: sequences.whole(x_T) for name, x_T in known.items() if x_T is not None}
-    return replace(
-        microbatch, owners=Owners(sequences.whole(owners.sample_T), owners.count), **gathered
-    )
+    gathered = {name: sequences.gather(x_T) for name, x_T in tensors.items() if x_T is not None}
+    whole_index = SampleIndex(sequences.gather(index.sample_T), index.num_samples)
+    return replace(microbatch, sample_index=whole_index, **gathered)

@@ -1,9 +1,12 @@
-"""Which sample goes into which micro-batch: as few as the token budget allows, as many on every data-parallel rank.
+"""Chooses which samples share a micro-batch: few micro-batches, equally many on every rank.
 
-ffd: first fit decreasing, AReaL's algorithm 1, and where that is not surely the fewest, bins filled one by one.
-karmarkar_karp: bins of equal cost: the longest micro-batch then holds up no
-other rank and no pipeline stage. Cost is the FLOPs of forward and backward, n (1 + n / attention_length)
-for a sequence of n tokens: attention_length is where attention costs as much as the matrix products.
+trainer.packing selects the method:
+
+    ffd             first fit decreasing (algorithm 1 of AReaL), improved by a bounded search
+    karmarkar_karp  micro-batches of equal cost, so that no rank and no pipeline stage waits for one
+
+The cost of a sequence of n tokens is its FLOPs, forward and backward, in units of one token without
+attention: n (1 + n / attention_length).
 """
 
 from __future__ import annotations
@@ -17,33 +20,36 @@ import torch
 import torch.distributed as dist
 
 from megatron_async_rl.errors import DataError
+from megatron_async_rl.model.families import ModelShape
 
-_SEARCHED = 512  # sequences at most: among more, the one bin that a search may save is less than half a percent
-_SEARCH_STEPS = 1 << 14  # for all bins together: some 20 ms
+_MAX_SEARCHED = 512  # sequences; with more, the one bin that a search may save is under 0.5 percent
+_SEARCH_STEPS = 1 << 14  # for all bins together: about 20 ms
 
 
 def fewest_bins(lengths: Sequence[int], capacity: int) -> int:
-    """No packing needs fewer: what the tokens fill, and the sequences of which no two share a bin."""
+    """Returns a lower bound on the number of bins."""
+    # The tokens have to fit; and two sequences of more than half a bin cannot share one.
     return max(-(-sum(lengths) // capacity), sum(2 * length > capacity for length in lengths))
 
 
 def allocate(lengths: Sequence[int], capacity: int, min_bins: int = 1) -> list[list[int]]:
-    """Indices into `lengths`, in bins whose lengths add up to at most `capacity`, few of them but at least `min_bins`.
+    """Returns bins of indices into `lengths`, each of at most `capacity` tokens in total.
 
-    Fewer than `min_bins` come back only where there are fewer sequences.
+    Few bins, but at least `min_bins`, or as many as there are sequences where those are fewer.
     """
-    bins = first_fit(lengths, capacity, min_bins)
-    if len(bins) > max(min_bins, fewest_bins(lengths, capacity)) and len(lengths) <= _SEARCHED:
-        denser = fill_one_by_one(lengths, capacity)
+    bins = first_fit_decreasing(lengths, capacity, min_bins)
+    if len(bins) > max(min_bins, fewest_bins(lengths, capacity)) and len(lengths) <= _MAX_SEARCHED:
+        denser = minimum_bin_slack(lengths, capacity)
         if min_bins <= len(denser) < len(bins):
             return denser
     return bins
 
 
-def fill_one_by_one(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Each bin: the longest that is left, and of the others a set that leaves little room, by a bounded depth-first search.
+def minimum_bin_slack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Returns bins filled one after another, each with a bounded depth-first search.
 
-    (The minimum bin slack heuristic: J. N. D. Gupta, J. C. Ho, Production Planning & Control 10 (6), 1999.)
+    A bin gets the longest remaining sequence and those others that leave the least room.
+    Source: J. N. D. Gupta, J. C. Ho, Production Planning & Control 10 (6), 1999.
     """
     left = sorted(range(len(lengths)), key=lambda n: -lengths[n])
     steps = max(16, _SEARCH_STEPS // max(1, len(left)))
@@ -53,7 +59,7 @@ def fill_one_by_one(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         chosen, room, start = [0], capacity + negative[0], 1
         best, least = [0], room
         for _ in range(steps):
-            fits = max(start, bisect.bisect_left(negative, -room))  # the longest that does
+            fits = max(start, bisect.bisect_left(negative, -room))  # the longest that fits
             if fits < len(left):
                 chosen.append(fits)
                 room += negative[fits]
@@ -73,19 +79,22 @@ def fill_one_by_one(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def first_fit(lengths: Sequence[int], capacity: int, min_bins: int = 1) -> list[list[int]]:
-    """First fit decreasing: indices into `lengths`, in bins whose lengths add up to at most `capacity`.
+def first_fit_decreasing(
+    lengths: Sequence[int], capacity: int, min_bins: int = 1
+) -> list[list[int]]:
+    """Returns bins as `allocate` does, without its search.
 
-    Longest first; a new bin while there are fewer than `min_bins` or where none fits, else the fitting bin with the
-    fewest sequences. Fewer than `min_bins` come back only where there are fewer sequences.
+    Longest sequence first. It opens a new bin if there are fewer than `min_bins` or it fits into
+    none, else it joins the bin with the fewest sequences. Raises DataError if a sequence is longer
+    than `capacity`.
     """
     bins: list[list[int]] = []
     loads: list[int] = []
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
         if lengths[n] > capacity:
             raise DataError(
-                f"a sample of {lengths[n]} tokens exceeds trainer.max_tokens_per_microbatch = {capacity}; raise it to at "
-                "least model.context_tokens"
+                f"a sample of {lengths[n]} tokens exceeds trainer.max_tokens_per_microbatch = "
+                f"{capacity}; raise it to at least model.context_tokens"
             )
         fitting = [b for b in range(len(bins)) if loads[b] + lengths[n] <= capacity]
         if len(bins) < min_bins or not fitting:
@@ -99,17 +108,28 @@ def first_fit(lengths: Sequence[int], capacity: int, min_bins: int = 1) -> list[
 
 
 def cost(length: int, attention_length: float) -> float:
-    """FLOPs of a sequence, in those of one token without attention."""
+    """Returns the FLOPs of a sequence in units of one token without attention."""
     return length * (1 + length / attention_length)
 
 
-def karmarkar_karp(costs: Sequence[float], bins: int) -> list[list[int]]:
-    """Largest differencing: indices into `costs`, in `bins` bins of sums as equal as it finds; some may be empty.
+def attention_length_of(shape: ModelShape) -> float:
+    """Returns the sequence length at which attention takes as many FLOPs as the linear layers."""
+    heads = shape.num_attention_heads
+    layer = shape.hidden_size * shape.kv_channels * 2 * (heads + shape.num_query_groups)
+    layer += 3 * shape.hidden_size * shape.ffn_hidden_size
+    weights = shape.num_layers * layer + shape.hidden_size * shape.vocab_size
+    return weights / (shape.num_layers * heads * shape.kv_channels)
 
-    (N. Karmarkar, R. M. Karp, "The differencing method of set partitioning", 1982.) Each item begins as a partition of its
-    own; the two partitions with the largest spreads are merged, the heaviest bin of one with the lightest of the other.
+
+def karmarkar_karp(costs: Sequence[float], bins: int) -> list[list[int]]:
+    """Returns `bins` bins of indices into `costs` with sums as equal as it finds; some may be
+    empty.
+
+    Largest differencing method: each item begins as a partition of its own. The two partitions with
+    the largest spreads are merged, the heaviest bin of one with the lightest of the other.
+    Source: N. Karmarkar, R. M. Karp, "The differencing method of set partitioning", 1982.
     """
-    tie = itertools.count()  # partitions of equal spread are not compared further
+    tie = itertools.count()  # orders partitions of equal spread in the heap
     heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
     for n, c in enumerate(costs):
         heap.append((-c, next(tie), [(c, [n])] + [(0.0, []) for _ in range(bins - 1)]))
@@ -119,46 +139,49 @@ def karmarkar_karp(costs: Sequence[float], bins: int) -> list[list[int]]:
         merged = [
             (a + b, items + others)
             for (a, items), (b, others) in zip(first, reversed(second), strict=True)
-        ]  # first is heaviest first, and second turned round
+        ]  # from the heaviest of the first and the lightest of the second
         merged.sort(key=lambda part: -part[0])
         heapq.heappush(heap, (merged[-1][0] - merged[0][0], next(tie), merged))
     return [items for _, items in heap[0][2]] if heap else [[] for _ in range(bins)]
 
 
-def allocate_even(
+def allocate_balanced(
     lengths: Sequence[int], capacity: int, min_bins: int = 1, *, attention_length: float
 ) -> list[list[int]]:
-    """Bins of equal cost under the budget, each longest first: the fewest, from what first fit decreasing needs upwards.
+    """Returns bins as `allocate` does, of equal cost, each longest sequence first.
 
-    Equal FLOPs means more tokens in the bins of short samples, so that it takes more bins, some 5 % on a
-    long-tailed mix; a batch that does not come out even in twice as many is packed by first fit decreasing.
+    Takes the smallest number of bins, from that of `allocate` up, in which balanced bins keep
+    within `capacity`. Equal cost puts more tokens into the bins of short samples and so takes more
+    bins, about 5 % on a long-tailed mix. Falls back to `allocate` if twice as many do not suffice.
     """
     fewest = len(allocate(lengths, capacity))
     costs = [cost(n, attention_length) for n in lengths]
     for count in range(max(fewest, min_bins, 1), max(2 * fewest, min_bins) + 1):
-        even = karmarkar_karp(costs, count)
-        if all(sum(lengths[n] for n in bin_) <= capacity for bin_ in even):
-            return [sorted(bin_, key=lambda n: -lengths[n]) for bin_ in even]
+        balanced = karmarkar_karp(costs, count)
+        if all(sum(lengths[n] for n in bin_) <= capacity for bin_ in balanced):
+            return [sorted(bin_, key=lambda n: -lengths[n]) for bin_ in balanced]
     return allocate(lengths, capacity, min_bins)
 
 
 def agree_on_bins(
-    lengths: Sequence[int],
-    capacity: int,
+    allocate_bins: Callable[[int], list[list[int]]],
     group: dist.ProcessGroup,
     device: torch.device,
-    divisor: int = 1,
-    method: Callable[[Sequence[int], int, int], list[list[int]]] = allocate,
+    multiple: int = 1,
 ) -> list[list[int]]:
-    """`method`'s, with as many bins on every rank of `group`: a multiple of `divisor`, at least one; some may be empty."""
-    bins = method(lengths, capacity, 1) or [[]]
+    """Returns bins, equally many on every rank of `group`; collective over it.
+
+    `allocate_bins(min_bins)` returns this rank's bins. Their number becomes a multiple of
+    `multiple`; some bins may be empty.
+    """
+    bins = allocate_bins(1) or [[]]
     while True:
-        # One number tells both the largest and, negated, the smallest count.
+        # One reduction finds both the largest count and, negated, the smallest.
         count = torch.tensor([len(bins), -len(bins)], device=device)
         dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
         most, least = int(count[0]), -int(count[1])
-        if most == least and most % divisor == 0:
+        if most == least and most % multiple == 0:
             return bins
-        most = -(-most // divisor) * divisor
-        bins = method(lengths, capacity, most)
+        most = -(-most // multiple) * multiple
+        bins = allocate_bins(most)
         bins += [[] for _ in range(most - len(bins))]

@@ -1,16 +1,18 @@
-"""Attention over packed sequences: every token sees the tokens before it in its own sequence, and no others.
+"""Causal attention over packed sequences: a token sees the earlier tokens of its own sequence only.
 
-No mask over the whole pack is ever made. CUDA: torch's varlen_attn on the pack as it is; on Hopper and newer the long
-sequences go one by one to cuDNN's kernel, which is faster there (32k tokens, 32 heads, forward and backward on an H200:
-485 against 282 TFLOP/s). CPU: sequences of like length are padded into dense batches for scaled_dot_product_attention;
-padding is on the right, where causal attention never looks, so it is exact. (Transformer Engine has its own core
-attention and does not come here.)
+No mask over the whole pack is built. CUDA: torch's varlen_attn on the pack; from Hopper on, long
+sequences go one by one to cuDNN's kernel, which is faster there (32k tokens, 32 heads, forward and
+backward on an H200: 485 against 282 TFLOP/s). CPU: sequences of similar length are padded into
+dense batches for scaled_dot_product_attention; padding is on the right, which causal attention
+never reads, so the result is exact. Transformer Engine has its own core attention and does not use
+this.
 
-Context parallelism cuts every sequence into 2 * ranks chunks; rank r holds chunks r and 2 * ranks - 1 - r, as Megatron and
-Transformer Engine do, so that each has as much to attend to. Here keys and values are gathered over the ranks.
+Context parallelism cuts every sequence into 2 * ranks chunks; rank r holds chunks r and
+2 * ranks - 1 - r, as in Megatron and Transformer Engine, which balances the work. Keys and values
+are gathered over the ranks.
 
-Suffixes: T tokens of the pack that this rank holds, W those of the whole pack where context parallelism cuts it, N sequences of a
-dense batch, L their length, H heads, D size of a head.
+Suffixes: T tokens of the pack that this rank holds, W tokens of the whole pack, K tokens of a dense
+batch, L length of a sequence, H heads, G heads of key and value, D size of a head, F = D / 2.
 """
 
 from __future__ import annotations
@@ -38,11 +40,11 @@ from megatron_async_rl.trainer.model.fused import rotate, rotate_one
 from megatron_async_rl.trainer.model.recompute import SelectiveRecompute
 
 MAX_PADDING = 0.15
-"""Share of a dense batch that may be padding; above it another batch is opened."""
+"""Largest share of padding in a dense batch; above it another batch is opened."""
 LONG = 4096
-"""Sequences from this length on are attended one by one on Hopper; below it varlen_attn is as fast."""
+"""Sequences of at least this length are attended one by one from Hopper on."""
 LONG_UNIT = 512
-"""They are padded to a multiple of it: cuDNN plans each length anew, about 45 ms the first time."""
+"""Long sequences are padded to a multiple of it: cuDNN plans each length once, for about 45 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,40 +53,41 @@ class DenseBatch:
 
     num_sequences: int
     length: int
-    tokens_K: Tensor  # where in the pack the K tokens are
-    slots_K: Tensor  # and where in the flattened [N * L] batch
+    tokens_K: Tensor  # position of each token in the pack
+    slots_K: Tensor  # position of each token in the flattened batch [N * L]
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a pack, with what our attention and rotary embedding need beside it.
+    """Megatron's description of a pack, extended for PackedAttention and the rotary embedding.
 
-    For our own core attention qkv_format is "packed", which Megatron does not know: it then leaves query, key and value
-    as [T, 1, H, D]. Transformer Engine's attention needs "thd".
+    PackedAttention takes qkv_format "packed": Megatron does not know it and then leaves query, key
+    and value as [T, 1, H, D]. Transformer Engine's attention needs "thd".
     """
 
-    positions_T: Tensor | None = None  # position of each of this rank's tokens in its sequence
+    positions_T: Tensor | None = None  # position of each token in its sequence
     dense: tuple[DenseBatch, ...] = ()  # for the CPU
     long: tuple[int, ...] = ()  # lengths of the leading sequences that are attended one by one
-    cu_seqlens_rest: Tensor | None = None  # of the others
+    cu_seqlens_rest: Tensor | None = None  # of the other sequences
     max_seqlen_rest: int = 0
-    kept_T: Tensor | None = None  # context parallel: which tokens of the whole pack this rank holds
-    gathered_T: Tensor | None = (
-        None  # and where each token of the whole pack is after a gather over the ranks
-    )
-    rotary_cos_TF: Tensor | None = None  # float32 angles of this rank's tokens; F is half of D
+    shard_index_T: Tensor | None = None  # context parallel: position in the whole pack
+    gather_index_W: Tensor | None = None  # context parallel: position after a gather over ranks
+    rotary_cos_TF: Tensor | None = None  # float32
     rotary_sin_TF: Tensor | None = None
 
-    def own(self, x_W: Tensor) -> Tensor:
-        """Of the whole pack's tokens those that this rank holds."""
-        return x_W if self.kept_T is None else x_W[self.kept_T]
+    def shard(self, x_W: Tensor) -> Tensor:
+        """Returns the rows of the tokens that this rank holds [T]."""
+        return x_W if self.shard_index_T is None else x_W[self.shard_index_T]
 
-    def whole(self, x_T: Tensor) -> Tensor:
-        """Of all tokens of the pack, in order, on every context-parallel rank; collective over them, differentiable."""
-        if self.gathered_T is None:
+    def gather(self, x_T: Tensor) -> Tensor:
+        """Returns the rows of all tokens of the pack in order [W].
+
+        Collective over the context-parallel ranks; differentiable.
+        """
+        if self.gather_index_W is None:
             return x_T
         gathered = gather_from_sequence_parallel_region(x_T, group=mpu.get_context_parallel_group())
-        return gathered.index_select(0, self.gathered_T)
+        return gathered.index_select(0, self.gather_index_W)
 
 
 def pack_sequences(
@@ -96,22 +99,22 @@ def pack_sequences(
     cp: int = 1,
     cp_rank: int = 0,
 ) -> PackedSequences:
-    """The description of sequences of these lengths, one after another.
+    """Returns the description of sequences of these lengths, one after another.
 
-    thd: for Transformer Engine's attention. dense: for ours on the CPU, and for float32, which varlen_attn refuses. With
-    cp > 1 ranks of context parallelism each length must be a multiple of 2 * cp.
+    thd: for Transformer Engine's attention. dense: for PackedAttention on the CPU and in float32,
+    which varlen_attn refuses. With cp > 1 each length must be a multiple of 2 * cp.
     """
     sizes = torch.tensor(lengths, dtype=torch.int32)
     ends = sizes.cumsum(0, dtype=torch.int32)
     cu_seqlens = F.pad(ends, (1, 0))
     positions_T = torch.arange(int(ends[-1])) - torch.repeat_interleave(cu_seqlens[:-1], sizes)
-    kept = gathered = None
+    shard_index = gather_index = None
     if cp > 1:
         chunk_T = positions_T // torch.repeat_interleave(sizes // (2 * cp), sizes)
         holder_T = torch.minimum(chunk_T, 2 * cp - 1 - chunk_T)
-        kept = (holder_T == cp_rank).nonzero()[:, 0]
-        gathered = torch.argsort(torch.argsort(holder_T, stable=True)).to(device)
-        positions_T, kept = positions_T[kept], kept.to(device)
+        shard_index = (holder_T == cp_rank).nonzero()[:, 0]
+        gather_index = torch.argsort(torch.argsort(holder_T, stable=True)).to(device)
+        positions_T, shard_index = positions_T[shard_index], shard_index.to(device)
     long = []
     if (
         device.type == "cuda"
@@ -130,8 +133,8 @@ def pack_sequences(
         long=tuple(long),
         cu_seqlens_rest=(cu_seqlens[len(long) :] - sum(long)).to(device),
         max_seqlen_rest=max(lengths[len(long) :], default=0),
-        kept_T=kept,
-        gathered_T=gathered,
+        shard_index_T=shard_index,
+        gather_index_W=gather_index,
     )
 
 
@@ -165,12 +168,12 @@ def _dense_batches(lengths: Sequence[int], device: torch.device) -> tuple[DenseB
 
 
 class PackedAttention(DotProductAttention):
-    """Core attention of Megatron's local layer. Inherits sharded_state_dict; has no parameters."""
+    """Core attention of Megatron's local layer. Has no parameters; inherits sharded_state_dict."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        alone = copy.copy(config)
-        alone.context_parallel_size = 1  # the parent refuses more
-        super().__init__(alone, *args, **kwargs)
+        config = copy.copy(config)
+        config.context_parallel_size = 1  # DotProductAttention refuses more
+        super().__init__(config, *args, **kwargs)
 
     def forward(
         self,
@@ -182,58 +185,50 @@ class PackedAttention(DotProductAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """query [T, 1, H, D], key and value [T, 1, groups, D] -> [T, 1, H * D]"""
+        """Returns [T, 1, H * D] from query [T, 1, H, D], key and value [T, 1, G, D]."""
         assert packed_seq_params is not None, "the trainer packs every micro-batch"
-        assert (
-            packed_seq_params.rotary_cos_TF is not None
-            and packed_seq_params.rotary_sin_TF is not None
-        )
-        rotary = (packed_seq_params.rotary_cos_TF, packed_seq_params.rotary_sin_TF)
-        if packed_seq_params.kept_T is None and not packed_seq_params.dense:
-            return _varlen(query, key, value, packed_seq_params, self.softmax_scale).reshape(
-                query.size(0), 1, -1
-            )
+        packed, tokens = packed_seq_params, query.size(0)
+        assert packed.rotary_cos_TF is not None and packed.rotary_sin_TF is not None
+        rotary = (packed.rotary_cos_TF, packed.rotary_sin_TF)
+        if packed.shard_index_T is None and not packed.dense:
+            return _varlen(query, key, value, packed, self.softmax_scale).reshape(tokens, 1, -1)
         qkv = (*rotate(query.squeeze(1), key.squeeze(1), *rotary), value.squeeze(1))
-        attend = _dense if packed_seq_params.kept_T is None else _context_parallel
-        return attend(*qkv, packed_seq_params, self.softmax_scale).reshape(query.size(0), 1, -1)
+        attend = _dense if packed.shard_index_T is None else _context_parallel
+        return attend(*qkv, packed, self.softmax_scale).reshape(tokens, 1, -1)
 
 
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None
 ) -> Tensor:
-    """query [T, 1, H, D], key and value [T, 1, groups, D], not rotated -> [T, H, D].
+    """Returns [T, H, D] from query [T, 1, H, D], key and value [T, 1, G, D], not yet rotated.
 
-    Rotated query and key are made again for backward where what they were normed from is known.
+    Backward recomputes rotated query and key from the inputs of their norms, where these are known
+    (recompute_fn of RMSNorm's output).
     """
     from torch.nn.attention import varlen  # not in every build of torch for CPU
 
     grouped = query.size(2) != key.size(2)
-    options: dict[str, Any] = {
-        "scale": scale,
-        "window_size": (-1, 0),
-    }  # all before, none after: causal
-    if "enable_gqa" in _parameters(
-        varlen.varlen_attn
-    ):  # before, the kernel just took fewer key heads
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # causal
+    if "enable_gqa" in _parameters(varlen.varlen_attn):  # older kernels accept fewer key heads
         options["enable_gqa"] = grouped
     rest = query.size(0) - sum(packed.long)
     sizes = [*packed.long, rest] if rest else list(packed.long)
-    # split and cat, because backward of a slice fills a gradient of the whole pack with zeros
+    # split and cat: backward of a slice would fill a gradient of the whole pack with zeros
     parts = zip(*(x.squeeze(1).split(sizes) for x in (query, key, value.contiguous())), strict=True)
     rotary = (packed.rotary_cos_TF, packed.rotary_sin_TF)
     out, first = [], 0
-    with SelectiveRecompute() as remake:
+    with SelectiveRecompute() as selective:
         for size, (q, k, v) in zip(sizes, parts, strict=True):
             end, finish = first + size, _padded if len(out) < len(packed.long) else _as_is
             angles = tuple(x[first:end] for x in rotary)
             qkv = [finish(x) for x in (*rotate(q, k, *angles), v)]
             for x, source in zip(qkv, (query, key), strict=False):
-                if norm := getattr(source, "made_again", None):
-                    remake.instead(
-                        x, partial(_rotated_again, partial(norm, first, end), *angles, finish)
-                    )
+                if norm := getattr(source, "recompute_fn", None):
+                    normed = partial(norm, first, end)
+                    selective.recompute(x, partial(_norm_and_rotate, normed, *angles, finish))
             if finish is _padded:
-                remake.instead(qkv[2], partial(_padded, v.detach())) if qkv[2] is not v else None
+                if qkv[2] is not v:
+                    selective.recompute(qkv[2], partial(_padded, v.detach()))
                 q, k, v = (x.transpose(0, 1)[None] for x in qkv)
                 with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                     attended = F.scaled_dot_product_attention(
@@ -248,10 +243,10 @@ def _varlen(
             first = end
         if len(out) == 1:
             return out[0]
-        whole = torch.cat(out)  # the next layer keeps it
-        for n, (part, again) in enumerate(zip(out, whole.detach().split(sizes), strict=True)):
-            remake.instead(part, partial(_padded if n < len(packed.long) else _as_is, again))
-    return whole
+        joined = torch.cat(out)  # the next layer keeps it
+        for n, (part, rows) in enumerate(zip(out, joined.detach().split(sizes), strict=True)):
+            selective.recompute(part, partial(_padded if n < len(packed.long) else _as_is, rows))
+    return joined
 
 
 @functools.cache
@@ -259,7 +254,7 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def _rotated_again(
+def _norm_and_rotate(
     norm: Callable[[], Tensor], cos: Tensor, sin: Tensor, finish: Callable[[Tensor], Tensor]
 ) -> Tensor:
     return finish(rotate_one(norm().squeeze(1), cos, sin))
@@ -270,7 +265,7 @@ def _as_is(x: Tensor) -> Tensor:
 
 
 def _padded(x_LHD: Tensor) -> Tensor:
-    """With zeros up to a multiple of LONG_UNIT."""
+    """Returns x with zeros appended up to a multiple of LONG_UNIT tokens."""
     padding = -x_LHD.size(0) % LONG_UNIT
     return F.pad(x_LHD, (0, 0, 0, 0, 0, padding)) if padding else x_LHD
 
@@ -306,24 +301,23 @@ def _context_parallel(
     packed: PackedSequences,
     scale: float | None,
 ) -> Tensor:
-    """This rank's queries against the keys and values of all ranks. Plain, a call per chunk: on GPUs TE does this."""
+    """Attends from this rank's queries to all ranks' keys and values, with one call per chunk.
+
+    Written for the CPU: on GPUs context parallelism uses Transformer Engine.
+    """
     group = mpu.get_context_parallel_group()
     ranks, rank, groups = group.size(), group.rank(), key_TGD.size(1)
-    key, value = packed.whole(torch.cat([key_TGD, value_TGD], 1)).split(groups, 1)
+    key, value = packed.gather(torch.cat([key_TGD, value_TGD], 1)).split(groups, 1)
     out, first = [], 0
     cu_seqlens = packed.cu_seqlens_q.tolist()
     for start, end in pairwise(cu_seqlens):
         length = (end - start) // (2 * ranks)
         for chunk in (rank, 2 * ranks - 1 - rank):
             seen = (chunk + 1) * length  # keys up to the chunk's own end
-            mask = torch.ones(length, seen, dtype=torch.bool, device=query_THD.device).tril(
-                seen - length
-            )
-            q, k, v = (
-                query_THD[first : first + length],
-                key[start : start + seen],
-                value[start : start + seen],
-            )
+            mask = torch.ones(length, seen, dtype=torch.bool, device=query_THD.device)
+            mask = mask.tril(seen - length)
+            q = query_THD[first : first + length]
+            k, v = key[start : start + seen], value[start : start + seen]
             attended = F.scaled_dot_product_attention(
                 *(x.transpose(0, 1)[None] for x in (q, k, v)),
                 attn_mask=mask,
@@ -336,9 +330,10 @@ def _context_parallel(
 
 
 class _Move(torch.autograd.Function):
-    """Rows `source_K` of a tensor become rows `target_K` of a zero tensor of `size` rows; both lists name a row once.
+    """Moves rows `source_K` of a tensor to rows `target_K` of a zero tensor of `size` rows.
 
-    Backward is the same move the other way; plain indexing would add up instead, many times slower.
+    Neither list repeats a row, so backward moves the gradient back. Backward of plain indexing
+    would add rows up, which is many times slower.
     """
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""The model, its optimizer and its learning rate schedule, out of megatron.core's public classes."""
+"""Builds a trainer rank's model, optimizer and learning rate schedule from megatron.core's
+classes."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model.config_json import Architecture, HfConfig
 from megatron_async_rl.model.families import ModelShape
 from megatron_async_rl.trainer import parallel
-from megatron_async_rl.trainer.model import layers, settings
+from megatron_async_rl.trainer.model import layers, megatron_config
 from megatron_async_rl.trainer.model.value_head import ValueHead
 from megatron_async_rl.weights.load import fill_random, load_folder
 
@@ -31,28 +32,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TrainerModel:
-    """What one rank holds."""
+    """One rank's part of the policy or the critic."""
 
     config: TransformerConfig
     shape: ModelShape
     modules: list[GPTModel]
-    """This pipeline stage's part, unwrapped: its parameters carry the names of weights/mapping.py. One, or the chunks
-    of an interleaved pipeline."""
+    """This pipeline stage's layers, one module or the chunks of an interleaved pipeline. Unwrapped:
+    parameters have the names of model/families.py."""
     chunks: list[DistributedDataParallel]
-    """The same, wrapped for training."""
+    """The modules, wrapped for training."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     device: torch.device
     critic: TrainerModel | None = None
-    """With algorithm.advantage.estimator = gae; of the same layout."""
+    """With algorithm.advantage.estimator = gae; has the same layout."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Of all chunks, in order."""
+        """Returns the parameters of all modules, in order."""
         return itertools.chain.from_iterable(module.parameters() for module in self.modules)
 
 
 def build(config: Config) -> TrainerModel:
-    """Builds this rank's part with the weights of model.path. `parallel.init_parallel` must have been called."""
+    """Builds this rank's part of the policy, and of the critic if there is one.
+
+    Call parallel.init_parallel first. Raises ConfigError, DataError.
+    """
     critic = _build_critic(config) if config.algorithm.advantage.estimator == "gae" else None
     return _for_training(config, *build_modules(config), critic=critic)
 
@@ -61,7 +65,7 @@ def _build_critic(config: Config) -> TrainerModel:
     transformer, shape, modules = build_modules(config, critic=True)
     if modules[-1].post_process:
         modules[-1].output_layer = ValueHead(transformer)
-    # A shape that says tied has no output layer of its own: the head is no part of what mapping.py knows.
+    # tied: the mapping of parameters to Hugging Face names must not expect an output layer.
     return _for_training(config, transformer, replace(shape, tied=True), modules, config.critic.lr)
 
 
@@ -73,16 +77,16 @@ def _for_training(
     lr: float | None = None,
     critic: TrainerModel | None = None,
 ) -> TrainerModel:
-    """Adds what training needs beside the weights."""
-    ddp = settings.ddp_config(config)
-    low = transformer.bf16 or transformer.fp16
+    """Adds gradient buffers, optimizer and schedule to the modules."""
+    ddp = megatron_config.ddp_config(config)
+    half = transformer.bf16 or transformer.fp16
     chunks = [
         DistributedDataParallel(
             transformer,
             ddp,
-            Float16Module(transformer, module) if low else module,
-            disable_bucketing=number
-            > 0,  # an interleaved pipeline overlaps its later chunks' gradients as wholes
+            Float16Module(transformer, module) if half else module,
+            # An interleaved pipeline reduces each later chunk's gradient as one bucket.
+            disable_bucketing=number > 0,
         )
         for number, module in enumerate(modules)
     ]
@@ -90,13 +94,12 @@ def _for_training(
     if ddp.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-    optimizer_config = settings.optimizer_config(config, lr)
+    optimizer_config = megatron_config.optimizer_config(config, lr)
     optimizer = get_megatron_optimizer(optimizer_config, chunks)
     if transformer.fp16:
         transformer.grad_scale_func = optimizer.scale_loss
-    scheduler = OptimizerParamScheduler(
-        optimizer, **settings.schedule_arguments(config, optimizer_config)
-    )
+    schedule = megatron_config.schedule_arguments(config, optimizer_config)
+    scheduler = OptimizerParamScheduler(optimizer, **schedule)
     return TrainerModel(
         transformer, shape, modules, chunks, optimizer, scheduler, parallel.device(), critic
     )
@@ -105,14 +108,14 @@ def _for_training(
 def build_modules(
     config: Config, critic: bool = False
 ) -> tuple[TransformerConfig, ModelShape, list[GPTModel]]:
-    """The weights alone, without what training needs beside them: one module, or the chunks of an interleaved pipeline.
+    """Builds this rank's modules with their weights, without optimizer and gradient buffers.
 
-    critic: those of critic.path, with an output layer that shares nothing and gives way to a value head.
+    critic: from critic.path, with an untied output layer, which a value head then replaces.
     """
-    settings.check_keys(config.megatron)
+    megatron_config.check_keys(config.megatron)
     path = (config.critic.path if critic else None) or config.model.path
     hf_config = HfConfig(path)
-    shape = hf_config.shape(settings.padded_vocab_multiple(config))
+    shape = hf_config.shape(megatron_config.padded_vocab_multiple(config))
     architecture = hf_config.architecture()
     if (
         config.parallel_size("context") > 1
@@ -120,17 +123,18 @@ def build_modules(
         and not layers.has_transformer_engine()
     ):
         raise ConfigError(
-            f"megatron.context_parallel_size = {config.parallel_size('context')} needs Transformer Engine on a GPU; install "
-            "transformer-engine, or set it to 1 and split the model further with tensor_model_parallel_size"
+            f"megatron.context_parallel_size = {config.parallel_size('context')} needs "
+            "Transformer Engine on a GPU; install transformer-engine, or set it to 1 and split the "
+            "model further with tensor_model_parallel_size"
         )
-    settings.check_layout(config, shape)
+    megatron_config.check_layout(config, shape)
     if config.model.context_tokens > architecture.max_positions:
         logger.warning(
             "model.context_tokens = %d is more than the model's max_position_embeddings = %d",
             config.model.context_tokens,
             architecture.max_positions,
         )
-    transformer = settings.transformer_config(config, shape, architecture)
+    transformer = megatron_config.transformer_config(config, shape, architecture)
     vpp = config.parallel_size("virtual_pipeline_model")
     stages = range(vpp) if vpp > 1 else [None]
     built = replace(shape, tied=False) if critic else shape

@@ -1,7 +1,8 @@
-"""The work between matrix products, each piece one kernel on a GPU: there memory traffic is what it costs.
+"""Element-wise work between matrix products, fused into one kernel each on a GPU.
 
-torch.compile makes the kernels, at the first call; on the CPU the same functions run as they are. Arithmetic is float32
-inside, whatever the tensors hold. Gradients are written out, so that what is kept for backward is known.
+Memory traffic is the cost of this work. torch.compile builds the kernels at the first call; the CPU
+runs the same functions without compilation. Arithmetic is at least float32, whatever the tensors
+hold. Gradients are written by hand, which fixes the tensors kept for backward.
 
 Suffixes: T rows (tokens), H heads, D size of a row (of a head), F = D / 2.
 """
@@ -18,38 +19,39 @@ from torch import Tensor
 
 
 def gpu_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose first argument is a tensor of rows: compiled where that is on a GPU.
+    """Compiles `function`, whose first argument is a tensor of rows, for tensors on a GPU.
 
-    For any number of rows, and anew for other sizes: kernels for all sizes at once were 2 to 4 times slower on Hopper.
+    One kernel serves any number of rows; other sizes are compiled separately, because kernels with
+    all sizes dynamic were 2 to 4 times slower on Hopper.
     """
     compiled = torch.compile(function, dynamic=False, fullgraph=True)
-    torch._dynamo.config.recompile_limit = max(
-        torch._dynamo.config.recompile_limit, 64
-    )  # beyond it fullgraph raises
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 64)  # beyond it fullgraph raises
 
     @functools.wraps(function)
     def call(first: Tensor, *rest: Any) -> Any:
         if not first.is_cuda:
             return function(first, *rest)
-        # Detached: a parameter, or a tensor that wants a gradient, would be compiled for once more, and a mark stays.
-        given = [x.detach() if isinstance(x, Tensor) else x for x in (first, *rest)]
-        for x in given:
+        # Detached: parameters and tensors that require a gradient would be compiled separately, and
+        # the mark would stay on them.
+        args = [x.detach() if isinstance(x, Tensor) else x for x in (first, *rest)]
+        for x in args:
             if isinstance(x, Tensor) and x.size(0) == first.size(0):
                 torch._dynamo.maybe_mark_dynamic(x, 0)
-        return compiled(*given)
+        return compiled(*args)
 
     return call
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    """Returns x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
     if x.is_cuda:
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """torch's kernels take a block per row: slow for the short rows of query and key normalisation."""
+    """torch's kernels use a block per row: slow for the short rows of query and key norms."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -61,9 +63,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale_T = ctx.saved_tensors
         size = x.size(-1)
-        dx_TD, dweight_D = _norm_backward(
-            dy.reshape(-1, size), x.reshape(-1, size), weight, scale_T
-        )
+        rows = (dy.reshape(-1, size), x.reshape(-1, size))
+        dx_TD, dweight_D = _norm_backward(*rows, weight, scale_T)
         return dx_TD.view(x.shape), dweight_D, None
 
 
@@ -78,7 +79,10 @@ def _norm_forward(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, T
 def _norm_backward(
     dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """With n = x * scale and g = dy * weight: dx = scale * (g - n * mean(g * n)), dweight = sum over T of dy * n."""
+    """Returns dx and dweight: with n = x * scale and g = dy * weight,
+
+    dx = scale * (g - n * mean(g * n)),  dweight = sum over T of dy * n
+    """
     n = x_TD.float() * scale_T[:, None]
     g = dy_TD.float() * weight_D.float()
     dx = scale_T[:, None] * (g - n * (g * n).mean(1, keepdim=True))
@@ -86,7 +90,7 @@ def _norm_backward(
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up, the two halves of the last dimension."""
+    """Returns silu(gate) * up of the two halves (gate, up) of the last dimension."""
     return _SwiGLU.apply(x)
 
 
@@ -99,9 +103,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         [x] = ctx.saved_tensors
-        return _swiglu_backward(dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))).view(
-            x.shape
-        )
+        dx_TD = _swiglu_backward(dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1)))
+        return dx_TD.view(x.shape)
 
 
 @gpu_compiled
@@ -112,7 +115,10 @@ def _swiglu_forward(x_TD: Tensor) -> Tensor:
 
 @gpu_compiled
 def _swiglu_backward(dy_TF: Tensor, x_TD: Tensor) -> Tensor:
-    """d gate = dy * up * s * (1 + gate * (1 - s)) with s = sigmoid(gate), d up = dy * gate * s."""
+    """Returns (dgate, dup): with s = sigmoid(gate),
+
+    dgate = dy * up * s * (1 + gate * (1 - s)),  dup = dy * gate * s
+    """
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     (gate, up), dy = x_TD.to(wide).chunk(2, 1), dy_TF.to(wide)
     s = gate.sigmoid()
@@ -120,16 +126,17 @@ def _swiglu_backward(dy_TF: Tensor, x_TD: Tensor) -> Tensor:
 
 
 def rotate(query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding of query [T, H, D] and key [T, groups, D]: halves (a, b) -> (a cos - b sin, b cos + a sin).
+    """Applies the rotary position embedding to query [T, H, D] and key [T, G, D].
 
-    The angles of all T tokens come ready; only they are kept for backward, which rotates the other way.
+    The halves (a, b) of D become (a cos - b sin, b cos + a sin). Only the angles are kept for
+    backward, which rotates the other way.
     """
     return _Rotate.apply(query, key, cos_TF, sin_TF)
 
 
 def rotate_one(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """`rotate` of one tensor, without gradient."""
-    return _turn_one(x, cos_TF, sin_TF)
+    """Applies the rotary embedding to one tensor, without gradient."""
+    return _rotate_one(x, cos_TF, sin_TF)
 
 
 class _Rotate(torch.autograd.Function):
@@ -138,25 +145,27 @@ class _Rotate(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos_TF, sin_TF)
-        return _turn(query, key, cos_TF, sin_TF)
+        return _rotate_two(query, key, cos_TF, sin_TF)
 
     @staticmethod
     def backward(ctx: Any, dquery: Tensor, dkey: Tensor) -> tuple[Tensor | None, ...]:
         cos_TF, sin_TF = ctx.saved_tensors
-        return *_turn(dquery, dkey, cos_TF, -sin_TF), None, None
+        return *_rotate_two(dquery, dkey, cos_TF, -sin_TF), None, None
 
 
 @gpu_compiled
-def _turn(query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:
-    return _turned(query, cos_TF, sin_TF), _turned(key, cos_TF, sin_TF)
+def _rotate_two(
+    query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _rotated(query, cos_TF, sin_TF), _rotated(key, cos_TF, sin_TF)
 
 
 @gpu_compiled
-def _turn_one(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    return _turned(x, cos_TF, sin_TF)
+def _rotate_one(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    return _rotated(x, cos_TF, sin_TF)
 
 
-def _turned(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     cos, sin = cos_TF[:, None], sin_TF[:, None]
     a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

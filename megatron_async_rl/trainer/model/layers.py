@@ -1,7 +1,8 @@
-"""The transformer layer: Transformer Engine's where it can be imported on a GPU, else megatron.core's local one.
+"""The transformer layer: Transformer Engine's if installed on a GPU host, else megatron.core's
+local.
 
-The local one carries Transformer Engine's parameter names (linear_qkv.layer_norm_weight), so a checkpoint and the
-tables of weights/mapping.py are the same with either.
+The local layer has Transformer Engine's parameter names (linear_qkv.layer_norm_weight), so
+checkpoints and the tables of model/families.py are the same with either.
 """
 
 from __future__ import annotations
@@ -41,18 +42,20 @@ from megatron_async_rl.trainer.model.recompute import SelectiveRecompute
 
 
 def has_transformer_engine() -> bool:
+    """Returns whether Transformer Engine's layers are used."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def block_spec(
     config: TransformerConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules | Any:
+    """Returns Megatron's specification of the decoder layers; raises ConfigError."""
     experts = config.num_moe_experts
     if has_transformer_engine():
         if config.tp_comm_overlap:
             raise ConfigError(
-                "megatron.tp_comm_overlap = True: Transformer Engine's layers need buffers for it that are not set up here; "
-                "remove the key, or train without Transformer Engine"
+                "megatron.tp_comm_overlap = True needs buffers that are not set up for "
+                "Transformer Engine's layers; remove the key, or uninstall transformer-engine"
             )
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, qk_layernorm=config.qk_layernorm
@@ -62,9 +65,8 @@ def block_spec(
     )
     parts = layer.submodules
     parts.input_layernorm = IdentityOp
-    parts.pre_mlp_layernorm = (
-        RMSNorm if experts else IdentityOp
-    )  # the router needs the normed tokens too
+    # Experts: the router needs the normed tokens too.
+    parts.pre_mlp_layernorm = RMSNorm if experts else IdentityOp
     attention = parts.self_attention.submodules
     attention.linear_qkv, attention.core_attention = NormedColumnParallelLinear, PackedAttention
     attention.linear_proj = OverlappedRowParallelLinear
@@ -78,14 +80,15 @@ def block_spec(
         else:
             dense = mlp.submodules
             parts.mlp = ModuleSpec(SwiGLUMLP, submodules=dense)
-            logging.getLogger(transformer_layer.__name__).addFilter(_not_about_mlp)
+            logging.getLogger(transformer_layer.__name__).addFilter(_is_no_mlp_warning)
         dense.linear_fc1, dense.linear_fc2 = NormedColumnParallelLinear, OverlappedRowParallelLinear
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def _not_about_mlp(record: logging.LogRecord) -> bool:
-    """megatron-core 0.16 warns in every layer that it builds an MLP class other than its own with default arguments."""
+def _is_no_mlp_warning(record: logging.LogRecord) -> bool:
+    """Drops a warning of megatron-core 0.16 in every layer about an MLP class that is not its
+    own."""
     return "Unknown MLP type" not in record.getMessage()
 
 
@@ -93,13 +96,15 @@ def _norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
     weight = nn.Parameter(
         torch.ones(size, dtype=config.params_dtype, device=torch.cuda.current_device())
     )
-    # Under sequence parallelism a rank normalises its part of the tokens only: finalize_model_grads then sums the
-    # weight's gradients over TP, for parameters marked so. Megatron's own local norm does not mark its weight.
+    # With sequence parallelism a rank normalizes only its part of the tokens. finalize_model_grads
+    # sums the gradients of marked parameters over TP; Megatron's local norm does not mark its own.
     weight.sequence_parallel = config.sequence_parallel
     return weight
 
 
 class RMSNorm(nn.Module):
+    """RMSNorm of query, key, and the tokens before a router."""
+
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any
     ) -> None:
@@ -108,10 +113,11 @@ class RMSNorm(nn.Module):
         self.weight = _norm_weight(config, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Of its own: as a view, key and what comes with it would keep the whole product that they are cut from.
+        # A copy: as a view it would keep the whole QKV product that it is a part of.
         x = x.contiguous()
         y = rms_norm(x, self.weight, self.eps)
-        y.made_again = partial(_norm_rows, x.detach(), self.weight, self.eps)  # for PackedAttention
+        # PackedAttention recomputes y from x in backward.
+        y.recompute_fn = partial(_norm_rows, x.detach(), self.weight, self.eps)
         return y
 
 
@@ -120,7 +126,7 @@ def _norm_rows(x: Tensor, weight: Tensor, eps: float, first: int, end: int) -> T
 
 
 class NormedColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
-    """RMSNorm and the linear layer after it as one module, for Transformer Engine's parameter names."""
+    """RMSNorm and the linear layer after it, with Transformer Engine's parameter names."""
 
     def __init__(
         self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
@@ -131,8 +137,8 @@ class NormedColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         normed = rms_norm(x, self.layer_norm_weight, self.eps)
-        with SelectiveRecompute() as remake:  # x is kept anyway, for the norm
-            remake.instead(normed, lambda: rms_norm(x, self.layer_norm_weight, self.eps))
+        with SelectiveRecompute() as selective:  # x is kept anyway, for the norm
+            selective.recompute(normed, lambda: rms_norm(x, self.layer_norm_weight, self.eps))
             return super().forward(normed, *args, **kwargs)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -143,24 +149,25 @@ class NormedColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
 
 class SwiGLUMLP(MLP):
-    """Megatron's dense MLP for a gated SiLU without biases."""
+    """Megatron's dense MLP with gated SiLU and no biases."""
 
     def forward(
         self, hidden_states: Tensor, *unused: Any, **also_unused: Any
     ) -> tuple[Tensor, Tensor | None]:
         gate_up, _ = self.linear_fc1(hidden_states)
         activated = swiglu(gate_up)
-        with SelectiveRecompute() as remake:  # gate_up is kept anyway, for the activation
-            remake.instead(activated, lambda: swiglu(gate_up))
+        with SelectiveRecompute() as selective:  # gate_up is kept anyway, for the activation
+            selective.recompute(activated, lambda: swiglu(gate_up))
             return self.linear_fc2(activated)
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):
-    """Rotary angles gathered once per micro-batch by each token's position in its own sequence.
+    """Computes the rotary angles of each token once per micro-batch.
 
-    Megatron's way with packed sequences cuts and concatenates them per sequence, twice per layer, and waits for the GPU
-    to learn their lengths. GPTModel passes what get_rotary_seq_len returns on to forward: we pass the sequences. The
-    angles travel with them, and PackedAttention rotates query and key; Megatron, told of none, does not.
+    Megatron slices and concatenates the angles per sequence, twice per layer, and waits for the GPU
+    to learn the lengths. GPTModel passes the result of get_rotary_seq_len to forward: here that is
+    the description of the pack, which then carries the angles to PackedAttention. forward returns
+    None, so Megatron does not rotate.
     """
 
     def get_rotary_seq_len(

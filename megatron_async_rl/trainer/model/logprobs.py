@@ -1,14 +1,16 @@
-"""Logprobs of given tokens, and entropy, from logits whose vocabulary is cut over tensor-parallel ranks.
+"""Logprobs of given tokens and entropy, from logits split over tensor-parallel ranks by vocabulary.
 
-Megatron's vocab_parallel_cross_entropy makes a float32 copy of all logits, overwrites them in place, and knows neither
-temperature nor entropy nor padded vocabulary rows. Here the work goes in chunks of at most CHUNK_ELEMENTS logits, and
-backward recomputes the softmax from the logits. Each rank reduces its part of the vocabulary to four numbers a token,
-and one collective brings them together.
+Megatron's vocab_parallel_cross_entropy makes a float32 copy of all logits, overwrites them in
+place, and has no temperature, no entropy and no padded vocabulary rows. Here the work goes in
+chunks of at most CHUNK_ELEMENTS logits, and backward recomputes the softmax. Each rank reduces its
+part of the vocabulary to four numbers per token, which one collective gathers.
 
-Memory beyond the logits: [R, 4, T] in float32, and temporaries of a chunk, CHUNK_ELEMENTS * 4 bytes (512 MiB) each on the
-CPU; on a GPU the chunk's work is a few fused kernels that have none. A float32 copy of 32768 x 151936 logits is 19.9 GB.
+Memory besides the logits: [R, 4, T] in float32, and temporaries of a chunk, each CHUNK_ELEMENTS * 4
+bytes (512 MiB) on the CPU; the fused kernels on a GPU have none. A float32 copy of 32768 x 151936
+logits would take 19.9 GB.
 
-Suffixes: T tokens, C tokens of a chunk, V this rank's part of the vocabulary, R ranks.
+Suffixes: T tokens, C tokens of a chunk, V this rank's part of the vocabulary, R ranks, 4 the
+numbers of `_reduce`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 from megatron_async_rl.trainer.model.fused import gpu_compiled
 
 CHUNK_ELEMENTS = 1 << 27
-_EMPTY = -1e30  # the maximum of no logits; finite, so that 0 * it is 0
+_EMPTY = -1e30  # maximum over no logits; finite, so that 0 * _EMPTY is 0
 
 
 def token_logprobs(
@@ -36,11 +38,14 @@ def token_logprobs(
     entropy: bool = True,
     overwrite_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(logprob of each target [T], entropy [T]) of softmax(logits / temperature), in float32 and differentiable.
+    """Returns (logprob of each target [T], entropy [T]) of softmax(logits / temperature).
 
-    vocab_size: the true one; rows beyond it are padding and have no probability. group: the tensor-parallel group;
-    rank r has columns r*V to (r+1)*V. entropy=False: the second is zeros, and costs nothing. overwrite_logits: backward
-    writes the gradient over the logits, saving their size in memory; they must not be used again.
+    In float32, differentiable; collective over `group`, the tensor-parallel group, in which rank r
+    has columns r * V to (r + 1) * V.
+
+    vocab_size: without padding; columns beyond it have no probability. entropy=False: returns zeros
+    for it at no cost. overwrite_logits: backward writes the gradient over the logits, which saves
+    their size in memory; they must not be used again.
     """
     return _TokenLogprobs.apply(
         logits_TV, targets_T, vocab_size, temperature, group, entropy, overwrite_logits
@@ -48,28 +53,30 @@ def token_logprobs(
 
 
 def _chunks(total: int, columns: int) -> Iterator[slice]:
-    """Rows in chunks of at most CHUNK_ELEMENTS, at least one row each."""
+    """Returns slices of rows, of at most CHUNK_ELEMENTS elements but at least one row each."""
     rows = max(1, CHUNK_ELEMENTS // max(1, columns))
     return (slice(start, start + rows) for start in range(0, total, rows))
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """In float32 (float64 where they are), divided by the temperature."""
+    """Returns logits / temperature in float32 (float64 stays)."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide if temperature == 1.0 else wide / temperature
 
 
 @gpu_compiled
 def _reduce(logits_CV: Tensor, target_C: Tensor, temperature: float, entropy: bool) -> Tensor:
-    """[4, C]: max x | sum e | sum e * (x - max), or 0 | target's x, over the columns x, with e = exp(x - max)."""
+    """Returns [4, C]: max x | sum e | sum e * (x - max), or 0 | x of the target.
+
+    Over the columns x of this rank, with e = exp(x - max x).
+    """
     x = _scaled(logits_CV, temperature)
     top = x.amax(1)
     shifted = x - top[:, None]
     e = shifted.exp()
     weighted = (e * shifted).sum(1) if entropy else torch.zeros_like(top)
-    target = _scaled(
-        logits_CV.gather(1, target_C.clamp(0, logits_CV.size(1) - 1)[:, None])[:, 0], temperature
-    )
+    columns_C = target_C.clamp(0, logits_CV.size(1) - 1)
+    target = _scaled(logits_CV.gather(1, columns_C[:, None])[:, 0], temperature)
     return torch.stack([top, e.sum(1), weighted, target])
 
 
@@ -83,7 +90,10 @@ def _write_gradient(
     d_entropy_C: Tensor | None,
     temperature: float,
 ) -> None:
-    """The gradient over the logits. p is the softmax: d logprob / dx = [target] - p, d entropy / dx = -p (log p + entropy)."""
+    """Writes the gradient over the logits. With p the softmax,
+
+    d logprob / dx = [x is the target] - p,  d entropy / dx = -p (log p + entropy)
+    """
     log_p = _scaled(logits_CV, temperature) - log_sum_C[:, None]
     p = log_p.exp()
     grad = torch.zeros_like(p)
@@ -110,7 +120,7 @@ class _TokenLogprobs(torch.autograd.Function):
         rank, ranks = (group.rank(), group.size()) if group is not None else (0, 1)
         first = rank * logits_TV.size(1)
         valid = max(0, min(logits_TV.size(1), vocab_size - first))  # columns that are not padding
-        local_T = targets_T - first  # the target's column here
+        local_T = targets_T - first  # column of the target on this rank
         here_T = (local_T >= 0) & (local_T < valid)
 
         total = logits_TV.size(0)
@@ -118,9 +128,8 @@ class _TokenLogprobs(torch.autograd.Function):
         stats_4T = logits_TV.new_zeros(4, total, dtype=wide)
         stats_4T[0] = _EMPTY
         for rows in _chunks(total, valid) if valid else ():
-            stats_4T[:, rows] = _reduce(
-                logits_TV[rows, :valid], local_T[rows], temperature, entropy
-            )
+            chunk = logits_TV[rows, :valid]
+            stats_4T[:, rows] = _reduce(chunk, local_T[rows], temperature, entropy)
         stats_4T[3] = torch.where(here_T, stats_4T[3], 0.0)
 
         stats_R4T = stats_4T[None]
@@ -151,16 +160,14 @@ class _TokenLogprobs(torch.autograd.Function):
         logits_TV, local_T, log_sum_T, entropy_T = ctx.saved_tensors
         grad_TV = logits_TV.detach() if ctx.overwrite else logits_TV.clone()
         for rows in _chunks(len(local_T), ctx.valid) if ctx.valid else ():
-            d_logprobs = None if d_logprobs_T is None else d_logprobs_T[rows]
-            d_entropy = None if d_entropy_T is None else d_entropy_T[rows]
-            given = (
+            _write_gradient(
+                grad_TV[rows, : ctx.valid],
                 local_T[rows],
                 log_sum_T[rows],
                 entropy_T[rows],
-                d_logprobs,
-                d_entropy,
+                None if d_logprobs_T is None else d_logprobs_T[rows],
+                None if d_entropy_T is None else d_entropy_T[rows],
                 ctx.temperature,
             )
-            _write_gradient(grad_TV[rows, : ctx.valid], *given)
         grad_TV[:, ctx.valid :] = 0
         return grad_TV, None, None, None, None, None, None

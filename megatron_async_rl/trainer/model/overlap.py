@@ -1,11 +1,12 @@
-"""Linear layers whose tensor-parallel communication runs while their matrix product does: megatron.tp_comm_overlap.
+"""Linear layers that overlap tensor-parallel communication and matrix products (tp_comm_overlap).
 
-Under sequence parallelism a layer's input is gathered over the ranks, or its output summed and scattered. Megatron's local
-layers hide that in backward only where two products follow each other; elsewhere they wait. Here torch's symmetric-memory
-operators cut the product by ranks and let a copy engine move one part over NVLink while another is computed. (Transformer
-Engine has its own way, with buffers that its user sets up; it is not used.)
+With sequence parallelism a layer's input is gathered over the ranks, or its output is reduced and
+scattered. Megatron's local layers hide this only in backward, where two products follow each other.
+Here torch's symmetric-memory operators split the product by ranks, and a copy engine moves one part
+over NVLink while another is computed. Transformer Engine's own overlap is not supported.
 
-Suffixes: T tokens, S tokens of one rank (T / ranks), I inputs and O outputs of this rank's part of the layer.
+Suffixes: T tokens, S tokens of one rank (T / ranks), I inputs and O outputs of this rank's part of
+the layer.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from torch import Tensor
 
 
 def gather_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The input of all ranks times this rank's weight: [S, 1, I] -> [T, 1, O]."""
+    """Returns the input of all ranks [S, 1, I each] times this rank's weight: [T, 1, O]."""
     return _GatherLinear.apply(x.flatten(0, 1), weight, group)[:, None]
 
 
 class OverlappedRowParallelLinear(RowParallelLinear):
-    """Megatron's, with its product and reduce-scatter as one where tp_comm_overlap is set."""
+    """Megatron's layer; with tp_comm_overlap its product and reduce-scatter overlap."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         if not overlaps(self.config) or self.bias is not None or self.explicit_expert_comm:
@@ -34,6 +35,7 @@ class OverlappedRowParallelLinear(RowParallelLinear):
 
 
 def overlaps(config: Any) -> bool:
+    """Returns whether communication overlaps with this transformer config."""
     return config.tp_comm_overlap and config.sequence_parallel and torch.cuda.is_available()
 
 
@@ -49,7 +51,7 @@ class _GatherLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
-        # Both transfers run beside a product already: the gather beside that of dx, the reduce-scatter that of dweight.
+        # The gather overlaps the product of dx, and the reduce-scatter that of dweight.
         x_SI, weight_OI = ctx.saved_tensors
         x_TI = x_SI.new_empty(dy_TO.size(0), x_SI.size(1))
         gathering = dist.all_gather_into_tensor(x_TI, x_SI, group=ctx.group, async_op=True)

@@ -1,6 +1,7 @@
-"""Activations that backward makes again instead of keeping: those that a pass over memory makes from others kept anyway.
+"""Selective activation recomputation: backward rebuilds cheap tensors instead of keeping them.
 
-A tenth of a layer's time at most, for two thirds of its activations; recomputing whole layers costs a third of the time.
+For tensors that one pass over memory makes from others that are kept anyway: they are two thirds of
+a layer's activations and take at most a tenth of its time. Recomputing whole layers costs a third.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ from torch import Tensor
 
 
 class SelectiveRecompute:
-    """In the block, what is saved for backward is kept but for tensors named in `instead`, whichever views of them.
+    """Saves tensors for backward within the block, but recomputes those named in `recompute`.
 
-    with Remake() as remake:
-        y = linear(normed)
-        remake.instead(normed, lambda: norm(x))
+        with SelectiveRecompute() as selective:
+            y = linear(normed)
+            selective.recompute(normed, lambda: norm(x))
 
-    The recipe is called without gradient, once for each saved view, and returns a tensor of the same shape and strides.
+    All views of a named tensor's storage are recomputed. `recompute_fn` is called without gradient,
+    once for each saved view, and returns a tensor of the same shape and strides.
     """
 
     def __init__(self) -> None:
         self._saved: list[_Saved] = []
-        self._recipes: dict[int, _Recipe] = {}  # by the address of the storage
+        self._sources: dict[int, _Source] = {}  # by the address of the storage
 
-    def instead(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
-        self._recipes[tensor.untyped_storage().data_ptr()] = _Recipe(tensor.detach(), make)
+    def recompute(self, tensor: Tensor, recompute_fn: Callable[[], Tensor]) -> None:
+        """Marks a tensor to be recomputed by `recompute_fn` instead of saved."""
+        source = _Source(tensor.detach(), recompute_fn)
+        self._sources[tensor.untyped_storage().data_ptr()] = source
 
     def __enter__(self) -> SelectiveRecompute:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _Saved.restore)
@@ -37,11 +41,12 @@ class SelectiveRecompute:
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
         for saved in self._saved:
-            saved.settle(self._recipes)
-        for recipe in self._recipes.values():
-            recipe.tensor = None
-        # The hooks know this object: without a cut the circle, and what the recipes hold, would stay until a collection.
-        del self._hooks, self._saved, self._recipes
+            saved.release(self._sources)
+        for source in self._sources.values():
+            source.tensor = None
+        # The hooks refer to this object: without this, the reference cycle would keep all that the
+        # functions hold until a garbage collection.
+        del self._hooks, self._saved, self._sources
 
     def _pack(self, tensor: Tensor) -> _Saved:
         # Detached: a node that saves its own output would otherwise hold itself.
@@ -50,37 +55,42 @@ class SelectiveRecompute:
         return saved
 
 
-class _Recipe:
-    def __init__(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
-        self.tensor: Tensor | None = (
-            tensor  # until the end of the block, so that no other gets its memory
-        )
-        self.make, self.stride, self.offset = make, tensor.stride(), tensor.storage_offset()
+class _Source:
+    """A tensor to recompute; kept to the end of the block, so that its address is not reused."""
+
+    def __init__(self, tensor: Tensor, recompute_fn: Callable[[], Tensor]) -> None:
+        self.tensor: Tensor | None = tensor
+        self.recompute_fn = recompute_fn
+        self.stride, self.offset = tensor.stride(), tensor.storage_offset()
 
 
 class _Saved:
-    """One saved tensor: itself, or which view of what is made again."""
+    """A tensor saved for backward: itself, or its view of a recomputed one."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
-        self.recipe: _Recipe | None = None
+        self.source: _Source | None = None
         self.view: tuple[torch.Size, tuple[int, ...], int] | None = None
 
-    def settle(self, recipes: dict[int, _Recipe]) -> None:
+    def release(self, sources: dict[int, _Source]) -> None:
+        """Drops the tensor if one of the sources recomputes it."""
         assert self.tensor is not None
-        self.recipe = recipes.get(self.tensor.untyped_storage().data_ptr())
-        if self.recipe is not None:
-            offset = self.tensor.storage_offset() - self.recipe.offset
+        self.source = sources.get(self.tensor.untyped_storage().data_ptr())
+        if self.source is not None:
+            offset = self.tensor.storage_offset() - self.source.offset
             self.view = (self.tensor.size(), self.tensor.stride(), offset)
             self.tensor = None
 
     def restore(self) -> Tensor:
+        """Returns the tensor, recomputed if it was dropped."""
         if self.tensor is not None:
             return self.tensor
-        assert self.recipe is not None and self.view is not None
+        assert self.source is not None and self.view is not None
         with torch.no_grad():
-            made = self.recipe.make().detach()
-        if made.stride() != self.recipe.stride:
-            raise AssertionError(f"made with strides {made.stride()} what had {self.recipe.stride}")
+            made = self.source.recompute_fn().detach()
+        if made.stride() != self.source.stride:
+            raise AssertionError(
+                f"recomputed with strides {made.stride()} instead of {self.source.stride}"
+            )
         size, stride, offset = self.view
         return made.as_strided(size, stride, made.storage_offset() + offset)

@@ -1,7 +1,7 @@
-"""Our configuration and a model folder, in the words of megatron.core's config classes.
+"""Translates the configuration and config.json into megatron.core's config classes.
 
-Keys under `megatron:` keep Megatron's names and go to every config class that has a field of that name. Refused are
-names that no class has, what config.json decides, and what a setting of ours decides already.
+Keys under `megatron:` keep Megatron's names and go to every config class with a field of that name.
+Refused are names that no class has, and what config.json or another setting decides.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from megatron_async_rl.model.families import ModelShape
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """OptimizerParamScheduler's knobs, by the names Megatron's command line gives them. One iteration: a training step."""
+    """Arguments of OptimizerParamScheduler, named as on Megatron's command line; in training
+    steps."""
 
     lr_warmup_iters: int = 0
     lr_warmup_init: float = 0.0
@@ -41,24 +42,20 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OwnConfig:
-    """Names of Megatron's command line that are arguments, not fields, in megatron.core."""
+    """Names of Megatron's command line that are no fields of megatron.core's config classes."""
 
     make_vocab_size_divisible_by: int = 1
 
 
-_CLASSES = (
-    TransformerConfig,
-    OptimizerConfig,
-    DistributedDataParallelConfig,
-    ScheduleConfig,
-    OwnConfig,
-)
+_CORE_CLASSES = (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
+_CLASSES = (*_CORE_CLASSES, ScheduleConfig, OwnConfig)
 
+# Fields that cannot be set: the reason and the remedy.
 _DECIDED = dict.fromkeys(
     (
-        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels num_moe_experts "
-        "moe_ffn_hidden_size moe_router_topk normalization layernorm_epsilon qk_layernorm gated_linear_unit "
-        "activation_func add_bias_linear add_qkv_bias"
+        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+        "num_moe_experts moe_ffn_hidden_size moe_router_topk normalization layernorm_epsilon "
+        "qk_layernorm gated_linear_unit activation_func add_bias_linear add_qkv_bias"
     ).split(),
     "config.json in model.path decides it; remove the key",
 ) | {
@@ -71,17 +68,17 @@ _DECIDED = dict.fromkeys(
     "pipeline_dtype": "set trainer.precision instead",
     "hidden_dropout": "a policy is trained without dropout; remove the key",
     "attention_dropout": "a policy is trained without dropout; remove the key",
-    "calculate_per_token_loss": "the loss is always normalised by the global token count; remove the key",
+    "calculate_per_token_loss": "the loss is always divided by the token count; remove the key",
     "variable_seq_lengths": "packed micro-batches always vary in length; remove the key",
-    "moe_grouped_gemm": "each expert's weights are parameters of their own here; remove the key",
-    "overlap_param_gather": "parameters are read between steps, which it does not wait for; remove the key",
+    "moe_grouped_gemm": "each expert has its own parameters; remove the key",
+    "overlap_param_gather": "it does not wait for reads between steps; remove the key",
     "use_megatron_fsdp": "FSDP is not supported; use tensor, pipeline and data parallelism",
     "optimizer": "adam is the only optimizer supported; remove the key",
 }
 
 
 def check_keys(megatron: dict[str, Any]) -> None:
-    """Refuses keys under `megatron:` that nothing reads."""
+    """Raises ConfigError for keys under `megatron:` that are unknown or cannot be set."""
     known = {f.name for cls in _CLASSES for f in dataclasses.fields(cls)} - _DECIDED.keys()
     for key, value in megatron.items():
         if key in _DECIDED:
@@ -91,13 +88,14 @@ def check_keys(megatron: dict[str, Any]) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise ConfigError(
-                f"megatron.{key} is not a setting of megatron.core; did you mean megatron.{near[0]}? Known are the fields "
-                f"of {', '.join(cls.__name__ for cls in _CLASSES[:3])} and lr_*"
+                f"megatron.{key} is not a setting of megatron.core; did you mean megatron."
+                f"{near[0]}? Known are the fields of "
+                f"{', '.join(cls.__name__ for cls in _CORE_CLASSES)} and lr_*"
             )
 
 
 def _chosen(cls: type, config: Config) -> dict[str, Any]:
-    """The keys under `megatron:` that are fields of `cls`, converted to the fields' types."""
+    """Returns the keys under `megatron:` that are fields of `cls`, converted to their types."""
     hints = get_type_hints(cls)
     out = {}
     for key, value in config.megatron.items():
@@ -110,10 +108,8 @@ def _chosen(cls: type, config: Config) -> dict[str, Any]:
             raise ConfigError(
                 f"megatron.{key} = {value!r}: {str(e)[0].lower()}{str(e)[1:]}"
             ) from None
-        except (
-            TypeError
-        ):  # a field whose type is a callable or a list of enums: megatron.core checks it itself
-            out[key] = value
+        except TypeError:  # the field's type is a callable or a list of enums
+            out[key] = value  # megatron.core checks it
     return out
 
 
@@ -139,25 +135,25 @@ def check_layout(config: Config, shape: ModelShape) -> None:
 
 
 def padded_vocab_multiple(config: Config) -> int:
-    """What the rows of the embedding are a multiple of."""
+    """Returns the number of which the embedding's rows are a multiple."""
     own = OwnConfig(**_chosen(OwnConfig, config))
     return own.make_vocab_size_divisible_by * config.parallel_size("tensor_model")
 
 
-def param_dtype(config: Config) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        config.trainer.precision
-    ]
+def _param_dtype(config: Config) -> torch.dtype:
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes[config.trainer.precision]
 
 
-def _leave_as_is(parameter: torch.Tensor) -> torch.Tensor:
+def _keep(parameter: torch.Tensor) -> torch.Tensor:
     return parameter
 
 
 def transformer_config(
     config: Config, shape: ModelShape, architecture: Architecture
 ) -> TransformerConfig:
-    dtype = param_dtype(config)
+    """Returns Megatron's config of the model; raises ConfigError for settings that it refuses."""
+    dtype = _param_dtype(config)
     on_cpu = not torch.cuda.is_available()
     fields: dict[str, Any] = {
         "num_layers": shape.num_layers,
@@ -175,10 +171,10 @@ def transformer_config(
         "add_qkv_bias": architecture.family.qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        # The weights come from model.path. Not perform_initialization=False: it also leaves the shards unmarked as
-        # such, and the gradient's norm then misses those of all tensor-parallel ranks but the first.
-        "init_method": _leave_as_is,
-        "output_layer_init_method": _leave_as_is,
+        # The weights come from model.path. perform_initialization=False would also leave shards
+        # without their mark, and the gradient norm would count tensor-parallel rank 0 only.
+        "init_method": _keep,
+        "output_layer_init_method": _keep,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -190,17 +186,19 @@ def transformer_config(
         "tensor_model_parallel_size": 1,
         "calculate_per_token_loss": True,
         "variable_seq_lengths": config.parallel_size("pipeline_model") > 1,
-        # Interleaved, two stages are each other's both neighbours: sends and receives of one batch would meet wrongly.
+        # Interleaved with two stages, each is both neighbors of the other: batched sends and
+        # receives would be paired wrongly.
         "overlap_p2p_comm": config.parallel_size("virtual_pipeline_model") > 1,
         "batch_p2p_comm": config.parallel_size("virtual_pipeline_model") == 1,
-        "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths refuses the default, MoE or not
+        # variable_seq_lengths refuses the default, also without experts.
+        "moe_token_dispatcher_type": "alltoall",
     }
     if shape.num_experts:
         fields |= {
             "num_moe_experts": shape.num_experts,
             "moe_ffn_hidden_size": shape.expert_ffn_hidden_size,
             "moe_router_topk": architecture.router_top_k,
-            # softmax over all experts first, or over the chosen ones, which is the same as normalising what was chosen
+            # Softmax over all experts, or over the chosen ones, which equals normalizing those.
             "moe_router_pre_softmax": not architecture.router_normalizes,
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
@@ -208,19 +206,16 @@ def transformer_config(
         }
     chosen = _chosen(TransformerConfig, config)
     if config.parallel_size("tensor_model") == 1:
-        chosen["sequence_parallel"] = (
-            False  # Megatron refuses it; here a layout can be changed by one key
-        )
+        chosen["sequence_parallel"] = False  # Megatron refuses True at size 1
     if config.parallel_size("virtual_pipeline_model") == 1:
-        chosen.pop(
-            "virtual_pipeline_model_parallel_size", None
-        )  # to Megatron 1 is an interleaved pipeline
+        # Megatron takes 1 for an interleaved pipeline.
+        chosen.pop("virtual_pipeline_model_parallel_size", None)
     return _make(TransformerConfig, **(fields | chosen))
 
 
 def optimizer_config(config: Config, lr: float | None = None) -> OptimizerConfig:
-    """lr: instead of megatron.lr."""
-    dtype = param_dtype(config)
+    """Returns Megatron's optimizer config; `lr` overrides megatron.lr. Raises ConfigError."""
+    dtype = _param_dtype(config)
     fields = {
         "optimizer": "adam",
         "lr": 1e-6,
@@ -229,8 +224,8 @@ def optimizer_config(config: Config, lr: float | None = None) -> OptimizerConfig
         "clip_grad": 1.0,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
-        # Megatron's 2^32 needs some 17 steps without an update to come down to where fp16 holds: those of a long
-        # pretraining, but not of reinforcement learning, are cheap.
+        # Megatron's 2^32 needs about 17 skipped steps to come down to the range of fp16: cheap in a
+        # long pretraining, expensive in reinforcement learning.
         "initial_loss_scale": 2.0**16,
         "params_dtype": dtype,
         "use_distributed_optimizer": True,
@@ -240,19 +235,20 @@ def optimizer_config(config: Config, lr: float | None = None) -> OptimizerConfig
 
 
 def ddp_config(config: Config) -> DistributedDataParallelConfig:
+    """Returns Megatron's config of gradient buffers; raises ConfigError."""
+    cls = DistributedDataParallelConfig
     fields = {"grad_reduce_in_fp32": True, "use_distributed_optimizer": True}
-    return _make(
-        DistributedDataParallelConfig, **(fields | _chosen(DistributedDataParallelConfig, config))
-    )
+    return _make(cls, **(fields | _chosen(cls, config)))
 
 
 def schedule_arguments(config: Config, optimizer: OptimizerConfig) -> dict[str, Any]:
-    """Arguments of OptimizerParamScheduler, in training steps."""
+    """Returns the arguments of OptimizerParamScheduler, in training steps; raises ConfigError."""
     s = ScheduleConfig(**_chosen(ScheduleConfig, config))
     decay = s.lr_decay_iters or max(config.run.steps, s.lr_warmup_iters + 1)
     if s.lr_warmup_iters >= decay:
         raise ConfigError(
-            f"megatron.lr_warmup_iters = {s.lr_warmup_iters} must be less than lr_decay_iters = {decay}; lower the first"
+            f"megatron.lr_warmup_iters = {s.lr_warmup_iters} must be less than lr_decay_iters = "
+            f"{decay}; lower the first"
         )
 
     def or_weight_decay(value: float | None) -> float:
