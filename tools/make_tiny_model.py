@@ -15,9 +15,9 @@ Training stops by measurement, not by step count, on problems that are never tra
 
     accuracy  share of exactly right answers, sampled at temperature 1: RL optimizes it, and it
               changes smoothly, while greedy decoding jumps with each habit. Must be within BAND.
-    reach     share of problems with no token less likely than REACH_PROBABILITY in
-              their careful solution. Must be at least MIN_REACH: below it the model has not learned to
-              add, and RL would have to teach it.
+    reach     share of problems with no token less likely than REACH_PROBABILITY in their careful
+              solution. Must be at least MIN_REACH: below it the model has not learned to add, and
+              RL would have to teach it.
 """
 
 import argparse

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Build the two Python environments, each once per version of its list, side by side: the trainer's (with controller and tests) and the
-# engine's (SGLang on a CPU). They can't be one: SGLang and Megatron-Core pin different packages.
+# Builds the two Python environments, in parallel and once per version of their lists in tools/env/:
+# the trainer's (with controller and tests) and the engine's (SGLang on a CPU). They are separate
+# because SGLang and Megatron-Core pin different packages.
 #
-#   eval "$(bash tools/setup_env.sh)"; export MEGATRON_ASYNC_RL_PYTHON MEGATRON_ASYNC_RL_ENGINE_PYTHON
+#   eval "$(bash tools/setup_env.sh)"
+#   export MEGATRON_ASYNC_RL_PYTHON MEGATRON_ASYNC_RL_ENGINE_PYTHON
 #
-# stdout is those two assignments and nothing else; progress goes to stderr. A finished environment is used at once. Two runs at a time are
-# safe: the second waits for the first. A torch without CUDA is enough and much smaller: point pip at such a build if you have one.
+# Prints these two assignments to stdout and progress to stderr. A finished environment is used at
+# once; of two runs at a time the second waits for the first. A torch without CUDA is enough and much
+# smaller: point pip at such a build where there is one.
 set -euo pipefail
 
 lists=$(cd "$(dirname "$0")/env" && pwd)
@@ -14,7 +17,7 @@ cache=${MEGATRON_ASYNC_RL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/megatron_async_
 say() { echo "setup_env: $*" >&2; }
 fail() { say "$*"; exit 1; }
 
-find_python() {  # the first Python 3.11 on PATH that can make a virtual environment
+find_python() {  # prints the first Python 3.11 on PATH that can make a virtual environment
   local candidate
   for candidate in python3.11 python3; do
     if "$candidate" -c 'import sys, ensurepip, venv; assert sys.version_info[:2] == (3, 11)' 2> /dev/null; then
@@ -25,28 +28,28 @@ find_python() {  # the first Python 3.11 on PATH that can make a virtual environ
   return 1
 }
 
-step() {  # step LOG WHAT COMMAND...: run it, say how long it took, and every 5 s that it still runs
-  local log=$1 what=$2 start=$SECONDS next=$((SECONDS + 5)) pid
+step() {  # step LOG NAME COMMAND...: runs it and reports its time, every 5 s and at the end
+  local log=$1 name=$2 start=$SECONDS next=$((SECONDS + 5)) pid
   shift 2
   "$@" >> "$log" 2>&1 &
   pid=$!
   while kill -0 "$pid" 2> /dev/null; do
     sleep 0.2
     if ((SECONDS >= next)); then
-      say "$what: $((SECONDS - start)) s so far"
+      say "$name: $((SECONDS - start)) s so far"
       next=$((SECONDS + 5))
     fi
   done
   if ! wait "$pid"; then
     tail -n 15 "$log" >&2
-    fail "$what failed; the lines above are the end of $log. Mend that (network? disk space?) and run again."
+    fail "$name failed; above is the end of $log. Fix the cause (network, disk space) and run again."
   fi
-  say "$what: $((SECONDS - start)) s"
+  say "$name: $((SECONDS - start)) s"
 }
 
-build() {  # build NAME DIR: called with the lock held
+build() {  # build NAME DIR: needs the lock
   local name=$1 dir=$2 log=$2.log
-  rm -rf "$dir"  # what an interrupted build left
+  rm -rf "$dir"  # an interrupted build
   : > "$log"
   step "$log" "$name: virtual environment" "$python" -m venv "$dir"
   step "$log" "$name: torch" "$dir/bin/python" -m pip install "$(grep '^torch==' "$lists/$name.txt")"
@@ -54,10 +57,10 @@ build() {  # build NAME DIR: called with the lock held
   touch "$dir/.complete"
 }
 
-ensure() {  # ensure NAME DIR: build it unless it is there
+ensure() {  # ensure NAME DIR: builds it unless it exists
   [[ -e $2/.complete ]] && return
   (
-    flock -n 9 || { say "$1: another run is building it, waiting"; flock 9; }
+    flock -n 9 || { say "$1: waiting for another run that builds it"; flock 9; }
     [[ -e $2/.complete ]] || build "$1" "$2"
   ) 9> "$2.lock"
 }
@@ -65,9 +68,11 @@ ensure() {  # ensure NAME DIR: build it unless it is there
 python=$(find_python) || fail "needs Python 3.11 with venv. On Debian 12: apt-get install python3.11 python3.11-venv"
 mkdir -p "$cache"
 version=$("$python" -c 'import platform; print(platform.python_version())')
-place() { echo "$cache/$1-$({ cat "$lists/$1.txt"; echo "$version"; } | sha256sum | cut -c1-12)"; }
-trainer=$(place trainer)
-engine=$(place engine)
+environment_dir() {  # environment_dir NAME
+  echo "$cache/$1-$({ cat "$lists/$1.txt"; echo "$version"; } | sha256sum | cut -c1-12)"
+}
+trainer=$(environment_dir trainer)
+engine=$(environment_dir engine)
 
 ensure trainer "$trainer" &
 building=$!

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# A real Slurm on this machine alone: one controller, N nodes (n1, n2, ...) that are slurmd processes on loopback, each with G
-# GPUs that are /dev/null by another name. To try launchers/slurm.sbatch without a cluster, and for tests/test_slurm.py.
+# Runs a real Slurm on this machine: one controller and N nodes (n1, n2, ...), which are slurmd
+# processes on loopback. Each node has G GPUs, which are device files like /dev/null. For trying
+# launchers/slurm.sbatch without a cluster, and for tests/slurm.
 #
 #   apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge     # Debian 12
-#   tools/slurm_local.sh up DIR [N=2] [G=0]     # as root; all of it lives in DIR
-#   export SLURM_CONF=DIR/slurm.conf            # sbatch, squeue, scontrol then speak to it
-#   sbatch --partition=urgent ...               # preempts what runs elsewhere: SIGTERM, a minute, and it is requeued
-#   tools/slurm_local.sh down DIR               # cancels what runs, and ends the processes that `up` started, no others
+#   tools/slurm_local.sh up DIR [N=2] [G=0]     # as root; all files are in DIR
+#   export SLURM_CONF=DIR/slurm.conf            # selects this cluster for sbatch, squeue, scontrol
+#   sbatch --partition=urgent ...               # preempts other jobs: SIGTERM, 60 s, then a requeue
+#   tools/slurm_local.sh down DIR               # cancels all jobs, ends the processes of `up`
 set -euo pipefail
 
 fail() { echo "slurm_local: $*" >&2; exit 1; }
-usage() { sed -n '2,9s/^# \?//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,10s/^# \?//p' "$0" >&2; exit 2; }
 [[ $# -ge 2 ]] || usage
 action=$1
 mkdir -p "$2"
@@ -19,7 +20,7 @@ nodes=${3:-2}
 gpus=${4:-0}
 export SLURM_CONF=$dir/slurm.conf PATH=$PATH:/usr/sbin:/sbin
 
-free_ports() {  # the first of nodes + 1 ports in a row that nobody listens on
+free_ports() {  # prints the first of nodes + 1 consecutive free ports
   local base=$((20000 + RANDOM % 10000)) port
   for ((port = base; port <= base + nodes; port++)); do
     if (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then
@@ -30,7 +31,7 @@ free_ports() {  # the first of nodes + 1 ports in a row that nobody listens on
   echo "$base"
 }
 
-start() {  # start NAME COMMAND...: in the background, in a session of its own, its pid recorded
+start() {  # start NAME COMMAND...: runs it in a new session in the background, records its pid
   local name=$1
   shift
   setsid "$@" < /dev/null >> "$dir/log/$name" 2>&1 &
@@ -45,13 +46,13 @@ configure() {
   [[ -s $dir/munge.key ]] || (umask 077; head -c 1024 /dev/urandom > "$dir/munge.key")
   : > "$dir/gres.conf"
   echo 'CgroupAutomount=no' > "$dir/cgroup.conf"
-  if ((gpus > 0)); then  # Slurm counts devices by their files, and sets CUDA_VISIBLE_DEVICES by them
+  if ((gpus > 0)); then  # Slurm counts devices by their files and sets CUDA_VISIBLE_DEVICES accordingly
     for ((gpu = 0; gpu < gpus; gpu++)); do [[ -e $dir/gpu$gpu ]] || mknod "$dir/gpu$gpu" c 1 3; done
     echo "NodeName=n[1-$nodes] Name=gpu File=$dir/gpu[0-$((gpus - 1))]" > "$dir/gres.conf"
     gres="Gres=gpu:$gpus"
   fi
-  # no cgroups, no accounting, no MPI. cred_expire: a requeued job starts that much later (120 s in a real cluster).
-  # config_overrides: CPUs as it says here, whatever the machine has
+  # No cgroups, accounting or MPI. cred_expire: delay of a requeued job (120 s in a real cluster).
+  # config_overrides: uses the CPUs given here instead of those of the machine.
   cat > "$SLURM_CONF" << CONF
 ClusterName=local
 SlurmctldHost=$(hostname -s)(127.0.0.1)
@@ -89,15 +90,19 @@ CONF
 up() {
   local program node
   for program in munged slurmctld slurmd sbatch; do
-    command -v "$program" > /dev/null || fail "$program is missing: apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
+    command -v "$program" > /dev/null || fail "$program is missing: apt-get install -y \
+      --no-install-recommends slurmctld slurmd slurm-client munge"
   done
-  [[ $(id -u) == 0 ]] || fail "slurmd runs as root alone"
-  [[ ! -s $dir/pids ]] || fail "$dir has a cluster, or what is left of one: $0 down $dir"
+  [[ $(id -u) == 0 ]] || fail "slurmd needs root"
+  [[ ! -s $dir/pids ]] || fail "$dir has a cluster, or remains of one: $0 down $dir"
   configure
-  start munged munged --foreground --force --key-file="$dir/munge.key" --socket="$dir/run/munge.socket" \
-    --pid-file="$dir/run/munged.pid" --log-file="$dir/log/munged.log" --seed-file="$dir/run/munge.seed"
+  start munged munged --foreground --force --key-file="$dir/munge.key" \
+    --socket="$dir/run/munge.socket" --pid-file="$dir/run/munged.pid" \
+    --log-file="$dir/log/munged.log" --seed-file="$dir/run/munge.seed"
   start slurmctld slurmctld -D -c -f "$SLURM_CONF"
-  for ((node = 1; node <= nodes; node++)); do start "slurmd.n$node" slurmd -D -N "n$node" -f "$SLURM_CONF"; done
+  for ((node = 1; node <= nodes; node++)); do
+    start "slurmd.n$node" slurmd -D -N "n$node" -f "$SLURM_CONF"
+  done
   for ((tenth = 0; tenth < 300; tenth++)); do
     [[ $(sinfo -h -N -p local -o %T 2> /dev/null | grep -c idle) != "$nodes" ]] || { sinfo; return; }
     sleep 0.1
@@ -109,12 +114,18 @@ up() {
 down() {
   [[ -s $dir/pids ]] || return 0
   timeout 10 squeue -h -o %A 2> /dev/null | sort -u | xargs -r timeout 10 scancel || true
-  for ((tenth = 0; tenth < 150; tenth++)); do [[ -n $(timeout 10 squeue -h 2> /dev/null) ]] || break; sleep 0.1; done
+  for ((tenth = 0; tenth < 150; tenth++)); do
+    [[ -n $(timeout 10 squeue -h 2> /dev/null) ]] || break
+    sleep 0.1
+  done
   local pid name
-  while read -r pid name; do  # the number may be another's by now
+  while read -r pid name; do  # the pid may have been reused
     if tr '\0' ' ' 2> /dev/null < "/proc/$pid/cmdline" | grep -q -- "$dir/"; then
       kill "$pid" 2> /dev/null || true
-      for ((tenth = 0; tenth < 100; tenth++)); do kill -0 "$pid" 2> /dev/null || break; sleep 0.1; done
+      for ((tenth = 0; tenth < 100; tenth++)); do
+        kill -0 "$pid" 2> /dev/null || break
+        sleep 0.1
+      done
     fi
   done < <(tac "$dir/pids")
   rm -f "$dir/pids"

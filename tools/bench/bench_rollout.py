@@ -7,8 +7,9 @@
     python tools/bench/bench_rollout.py OUT --model tiny --device cpu --requests 16
 
 Random weights that do not change; the server is started, paused and queried by the product's own
-SGLangServer and EngineClient. For each interruption mode: --requests new samples, --pauses times --gap-s
-seconds of generation and a pause that ends at once; then all are aborted and their tokens counted.
+SGLangServer and EngineClient. For each interruption mode: --requests new samples, --pauses times
+--gap-s seconds of generation and a pause that ends at once; then all are aborted and their tokens
+counted.
 `pause_ms` is the time until the engine has ended the running batch and (retract) queued its
 requests again, which is when an update could send its first byte. Prints one line of JSON per mode.
 """
