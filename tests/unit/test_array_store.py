@@ -1,4 +1,4 @@
-"""The journal's arrays on disk: there when their row is, gone when the last of their neighbours is, and never believed when damaged."""
+"""The journal's arrays on disk: written before their row, removed with their last group."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_arrays_are_read_back_now_and_after_restarts(tmp_path: Path) -> None:
     sizes = [file.stat().st_size for file in sorted(path.with_name(ARRAYS_FOLDER).iterdir())]
     assert (
         sizes[0] < 2.1 * 8 * NUM_TOKENS and sizes[1] < 1.1 * 8 * NUM_TOKENS
-    )  # what was allocated is given back
+    )  # unused space is released
 
 
 def test_file_is_removed_with_its_last_group(
@@ -59,7 +59,7 @@ def test_file_is_removed_with_its_last_group(
 ) -> None:
     monkeypatch.setattr(
         array_store, "SEGMENT_BYTES", 2 * 8 * NUM_TOKENS + 1000
-    )  # two groups a file
+    )  # each file holds two groups
     path = tmp_path / "journal.sqlite"
     journal = Journal(path)
     journal.append(sample_returned(group_id) for group_id in range(5))
@@ -73,9 +73,9 @@ def test_file_is_removed_with_its_last_group(
     journal.prune([1, 3])
     journal.flush().result(10)
     assert files(path) == ["000003.bin"]
-    check(list(reading), [3, 4])  # who had begun to read reads to the end
+    check(list(reading), [3, 4])  # a reader that has started reads to the end
     journal.close()
-    journal = Journal(path)  # knows from its rows which files are needed
+    journal = Journal(path)  # learns from its rows which files are needed
     journal.append([sample_returned(9)])
     journal.prune([4])
     journal.close()

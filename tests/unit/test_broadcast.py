@@ -1,4 +1,4 @@
-"""A weight update with hand-written sources and servers that speak the real messages."""
+"""Weight updates over the network, with fake sources and servers that speak the real messages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Answer = Callable[[str, Message], Message | None]
 
 @dataclass
 class Cluster:
-    """Answers every message as healthy parties do; `faults` answer instead by (name, kind of message)."""
+    """Answers every message like a healthy peer; `faults` by (name, message class) replace that."""
 
     faults: dict[tuple[str, type], Answer] = field(default_factory=dict)
     log: list[tuple[str, Message]] = field(default_factory=list)
@@ -129,7 +129,7 @@ def test_digests_are_compared_every_kth_update_and_in_new_groups() -> None:
     assert verified(4, "rollout-0", "rollout-1")  # one more server
     assert not verified(5, "rollout-0", "rollout-1")
     assert verified(6, "rollout-0", "rollout-1")  # the third after the fourth
-    cluster.publisher.forget_groups()  # the trainer was started anew
+    cluster.publisher.forget_groups()  # the trainer was restarted
     assert verified(7, "rollout-0", "rollout-1")
 
 
@@ -167,8 +167,8 @@ def test_lost_server_is_not_awaited_and_rejoins_the_next_update(
     kind: type,
 ) -> None:
     cluster = Cluster(timeout_s=30.0)
-    at_source = kind in (OpenGroup, SendBuckets)  # it is lost while the source is waited for
-    lost: list[int] = []  # how many messages had been sent by then
+    at_source = kind in (OpenGroup, SendBuckets)  # it is lost while the source is awaited
+    lost: list[int] = []  # numbers of messages sent until then
 
     def lose() -> None:
         lost.append(len(cluster.log))
@@ -187,9 +187,9 @@ def test_lost_server_is_not_awaited_and_rejoins_the_next_update(
         return BucketsSent(0, 0, {}, {}, error)
 
     cluster.faults[("trainer-0" if at_source else "rollout-1", kind)] = loses
-    if kind is AbandonUpdate:  # it hangs in a broken broadcast
+    if kind is AbandonUpdate:  # it is stuck in a broken broadcast
         cluster.faults[("trainer-0", SendBuckets)] = breaks
-    elif kind is JoinGroup:  # who waits for it in the group gives up when the others do
+    elif kind is JoinGroup:  # a peer that waits for it in the group fails when the others do
 
         def gives_up(name: str, message: Message) -> Message | None:
             error = "" if len(cluster.sent(OpenGroup)) > 1 else "the group is not full"
@@ -212,7 +212,7 @@ def test_lost_server_is_not_awaited_and_rejoins_the_next_update(
     [at] = lost
     assert "rollout-1" not in [
         name for name, _ in cluster.log[at:]
-    ]  # it may be its next life's name
+    ]  # its next incarnation may have the name
     assert kind is not OpenGroup or [join.world_size for join in cluster.sent(JoinGroup)] == [2]
     cluster.faults.clear()
     cluster.publisher.forget("rollout-1")

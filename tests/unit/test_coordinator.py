@@ -1,4 +1,4 @@
-"""The ways of stopping requests for a weight update, and what an update asks of an engine, without one."""
+"""Interrupt modes of a weight update and the calls that they make, with a fake engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_async_rl.rollout.weight_update import WeightUpdates
 
 
 class Engine:
-    """A client's end without a server: answers every call, and writes down what an update asks for, in order."""
+    """Replaces the engine client: answers every call and records an update's calls in order."""
 
     def __init__(self, *version: int) -> None:
         self.version = version
@@ -54,8 +54,8 @@ class Engine:
         return "3"
 
 
-def asked_by_an_update(num_buckets: int, **weights: str) -> list[str]:
-    """Of an engine, by one update that is not compared."""
+def calls_of_an_update(num_buckets: int, **weights: str) -> list[str]:
+    """Returns the engine calls of one update without comparison of digests."""
 
     async def update() -> list[str]:
         engine, gate = Engine(0, 5, 21), Gate()
@@ -71,19 +71,20 @@ def asked_by_an_update(num_buckets: int, **weights: str) -> list[str]:
     return asyncio.run(update())
 
 
-def test_prefix_cache_is_flushed_with_the_last_bucket_if_idle() -> (
-    None
-):
-    """It dies of a flush while anything runs; one that aborts has surely ended all when it has taken a few buckets."""
-    assert asked_by_an_update(1) == ["bucket", "flush"]
-    assert asked_by_an_update(2) == ["bucket", "bucket", "flush"]
-    assert asked_by_an_update(3) == ["bucket", "bucket", "bucket and flush"]
-    assert asked_by_an_update(1, interrupt="retract") == [
+def test_prefix_cache_is_flushed_with_the_last_bucket_if_idle() -> None:
+    """A flush while a request runs kills the engine.
+
+    In abort mode all requests have ended after a few engine calls.
+    """
+    assert calls_of_an_update(1) == ["bucket", "flush"]
+    assert calls_of_an_update(2) == ["bucket", "bucket", "flush"]
+    assert calls_of_an_update(3) == ["bucket", "bucket", "bucket and flush"]
+    assert calls_of_an_update(1, interrupt="retract") == [
         "pause retract",
         "bucket and flush",
         "resume",
     ]
-    assert asked_by_an_update(3, kv_cache="keep") == [
+    assert calls_of_an_update(3, kv_cache="keep") == [
         "pause in_place",
         "bucket",
         "bucket",
@@ -116,7 +117,7 @@ def test_abort_works_with_any_engine_and_newer_ones_pause() -> None:
 
 
 def test_kept_cache_gets_a_new_key_with_every_update() -> None:
-    """By the update, not the version: a run that goes back to a checkpoint makes other weights of the same version."""
+    """The key is per update: a run resumed from a checkpoint has other weights of equal version."""
 
     async def keys(mode: Any) -> list[str | None]:
         pause, seen = Pause(Engine(0, 5, 21), mode), []  # type: ignore[arg-type]

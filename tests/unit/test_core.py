@@ -20,17 +20,26 @@ from core_builders import (
 from core_machine import CoreMachine
 from hypothesis import settings
 
+from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import (
     Action,
-    Dropped,
-    EvalFinished,
+    FinishEvaluation,
+    ReportDrop,
+    ReportError,
+    Send,
     SendBatch,
     ServerLost,
 )
-from megatron_async_rl.controller.core.groups import GroupState
-from megatron_async_rl.controller.core.ledger import DropReason
+from megatron_async_rl.controller.core.groups import DropReason, GroupState
 from megatron_async_rl.errors import LedgerError
-from megatron_async_rl.protocol.messages import Generate, Generated, GenerateFailed, ScoreRequest
+from megatron_async_rl.protocol.messages import (
+    Generate,
+    Generated,
+    GenerateFailed,
+    ScoreRequest,
+    Shutdown,
+    StepDone,
+)
 from megatron_async_rl.protocol.types import NOT_GENERATED, Prompt, SampleKey
 
 
@@ -46,20 +55,25 @@ def test_zero_staleness_admits_one_batch_per_version() -> None:
     assert len(leases) == 2
     for lease in leases:
         finish_lease(core, lease, 0)
-    [batch] = core.batch_wanted(0, 0, 0)
+    [batch] = core.handle(inputs.BatchRequested(0, 0), 0)
     assert isinstance(batch, SendBatch)
-    assert not messages_of(core.tick(1), Generate)  # nothing is generated while version 0 trains
+    assert not messages_of(
+        core.handle(inputs.Tick(), 1), Generate
+    )  # nothing is generated while version 0 trains
     # nor under the server's old weights once it is trained
-    assert not messages_of(core.step_done(1, 2), Generate)
-    core.updating("rollout-0")
-    assert len(messages_of(core.serving("rollout-0", 1, 3), Generate)) == 2
+    assert not messages_of(core.handle(inputs.Received("trainer-0", StepDone(1, {})), 2), Generate)
+    core.handle(inputs.UpdateStarted("rollout-0"), 0)
+    assert (
+        len(messages_of(core.handle(inputs.ServerUpdated("rollout-0", version=1), 3), Generate))
+        == 2
+    )
 
 
 def test_straggler_is_awaited_and_trained_first() -> None:
     core = make_core(max_staleness=0, prompts_per_step=2)
     first, second = join_workers(core)
     finish_lease(core, second, 0)
-    assert core.batch_wanted(0, 0, 0) == []
+    assert core.handle(inputs.BatchRequested(0, 0), 0) == []
     [batch] = finish_lease(core, first, 0)
     assert isinstance(batch, SendBatch)
     assert [group.group_id for group in batch.groups] == [first.group_id, second.group_id]
@@ -71,18 +85,22 @@ def test_missing_straggler_is_dropped_as_stale_and_replaced() -> None:
     for lease in others[:2]:
         finish_lease(core, lease, 0)
     for version in (0, 1):
-        batch = next(a for a in core.batch_wanted(0, version, 0) if isinstance(a, SendBatch))
+        batch = next(
+            a for a in core.handle(inputs.BatchRequested(0, version), 0) if isinstance(a, SendBatch)
+        )
         assert straggler.group_id not in [group.group_id for group in batch.groups]
-        core.step_done(version + 1, 0)
+        core.handle(inputs.Received("trainer-0", StepDone(version + 1, {})), 0)
         for lease in [
             *others[2:],
-            *messages_of(core.serving("rollout-0", version + 1, 0), Generate),
+            *messages_of(
+                core.handle(inputs.ServerUpdated("rollout-0", version=version + 1), 0), Generate
+            ),
         ]:
             finish_lease(core, lease, version + 1)
         others = []
     finish_lease(core, straggler, 0)
-    actions = core.batch_wanted(0, 2, 0)
-    assert [a.reason for a in actions if isinstance(a, Dropped)] == [DropReason.STALE]
+    actions = core.handle(inputs.BatchRequested(0, 2), 0)
+    assert [a.reason for a in actions if isinstance(a, ReportDrop)] == [DropReason.STALE]
     core.check()
 
 
@@ -91,23 +109,23 @@ def test_straggler_wait_ends_at_its_deadline() -> None:
     straggler, second, third, fourth = join_workers(core)
     for lease in (second, third):
         finish_lease(core, lease, 0)
-    core.batch_wanted(0, 0, 0)
-    core.step_done(1, 0)
-    new = messages_of(core.serving("rollout-0", 1, 0), Generate)
+    core.handle(inputs.BatchRequested(0, 0), 0)
+    core.handle(inputs.Received("trainer-0", StepDone(1, {})), 0)
+    new = messages_of(core.handle(inputs.ServerUpdated("rollout-0", version=1), 0), Generate)
     finish_lease(core, fourth, 1)
     for lease in new:
         finish_lease(core, lease, 1)
     # the straggler's tokens of version 0 can still be trained in this batch, but not later
-    assert not [a for a in core.batch_wanted(0, 1, 0) if isinstance(a, SendBatch)]
-    assert not [a for a in core.tick(STRAGGLER_S) if isinstance(a, SendBatch)]
-    assert [a for a in core.tick(STRAGGLER_S + 1) if isinstance(a, SendBatch)]
+    assert not [a for a in core.handle(inputs.BatchRequested(0, 1), 0) if isinstance(a, SendBatch)]
+    assert not [a for a in core.handle(inputs.Tick(), STRAGGLER_S) if isinstance(a, SendBatch)]
+    assert [a for a in core.handle(inputs.Tick(), STRAGGLER_S + 1) if isinstance(a, SendBatch)]
     assert core.groups[straggler.group_id].state is GroupState.RUNNING
 
 
 def test_late_duplicate_and_foreign_replies_are_only_counted() -> None:
     core = make_core()
     lease, *_ = join_workers(core)
-    core.generated("rollout-0", generated(lease, 0, 0), 0)
+    core.handle(inputs.Received("rollout-0", generated(lease, 0, 0)), 0)
     before = core.groups[lease.group_id].samples[0]
     for late in (
         ("rollout-0", generated(lease, 0, 5)),  # duplicate
@@ -123,7 +141,7 @@ def test_late_duplicate_and_foreign_replies_are_only_counted() -> None:
         ("rollout-0", Generated(SampleKey(core.epoch, 999, 1, 1), make_sample(0))),
         ("rollout-0", Generated(lease.key(77), make_sample(0))),
     ):
-        assert core.generated(*late, 0) == []
+        assert core.handle(inputs.Received(*late), 0) == []
     assert core.num_fenced_messages == 6
     assert core.groups[lease.group_id].samples[0] is before
     assert core.groups[lease.group_id].samples[1] is None
@@ -132,40 +150,54 @@ def test_late_duplicate_and_foreign_replies_are_only_counted() -> None:
 def test_samples_of_lost_server_are_requeued_and_returned_kept() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
-    core.generated("rollout-0", generated(lease, 0, 0), 0)
-    core.rollout_joined("rollout-1", 100, 0)
-    core.serving("rollout-1", 0, 0)
-    [again] = messages_of(core.worker_lost("rollout-0", 1), Generate)
+    core.handle(inputs.Received("rollout-0", generated(lease, 0, 0)), 0)
+    core.handle(inputs.RolloutJoined("rollout-1", 100), 0)
+    core.handle(inputs.ServerUpdated("rollout-1", version=0), 0)
+    [again] = messages_of(core.handle(inputs.WorkerLost("rollout-0"), 1), Generate)
     assert (again.group_id, again.attempt, again.indices) == (lease.group_id, 2, [1])
     late = generated(lease, 1, 0)
-    assert core.generated("rollout-0", late, 1) == []
+    assert core.handle(inputs.Received("rollout-0", late), 1) == []
 
 
 def test_lost_server_is_reported_once_and_only_if_known() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
 
     def lost(actions: list[Action]) -> list[str]:
-        return [action.name for action in actions if isinstance(action, ServerLost)]
+        return [action.worker for action in actions if isinstance(action, ServerLost)]
 
-    assert lost(core.rollout_joined("rollout-0", 4, 0)) == []
-    assert lost(core.rollout_joined("rollout-0", 4, 0)) == ["rollout-0"]  # the incarnation before
-    assert lost(core.worker_lost("rollout-0", 0)) == ["rollout-0"]
+    assert lost(core.handle(inputs.RolloutJoined("rollout-0", 4), 0)) == []
+    assert lost(core.handle(inputs.RolloutJoined("rollout-0", 4), 0)) == [
+        "rollout-0"
+    ]  # the incarnation before
+    assert lost(core.handle(inputs.WorkerLost("rollout-0"), 0)) == ["rollout-0"]
     assert (
-        lost(core.worker_lost("rollout-0", 0)) == lost(core.rollout_joined("rollout-0", 4, 0)) == []
+        lost(core.handle(inputs.WorkerLost("rollout-0"), 0))
+        == lost(core.handle(inputs.RolloutJoined("rollout-0", 4), 0))
+        == []
     )
-    assert lost(core.reward_joined("reward-0", 4, 0)) == lost(core.worker_lost("reward-0", 0)) == []
-    assert lost(core.fenced("rollout-0", "bad digest", 0)) == lost(core.tick(SILENCE_S)) == []
-    assert lost(core.tick(SILENCE_S + 1)) == ["rollout-0"]
-    assert lost(core.tick(SILENCE_S + 2)) == []
+    assert (
+        lost(core.handle(inputs.RewardJoined("reward-0", 4), 0))
+        == lost(core.handle(inputs.WorkerLost("reward-0"), 0))
+        == []
+    )
+    assert (
+        lost(core.handle(inputs.ServerFenced("rollout-0", reason="bad digest"), 0))
+        == lost(core.handle(inputs.Tick(), SILENCE_S))
+        == []
+    )
+    assert lost(core.handle(inputs.Tick(), SILENCE_S + 1)) == ["rollout-0"]
+    assert lost(core.handle(inputs.Tick(), SILENCE_S + 2)) == []
 
 
 def test_group_is_dropped_with_reason_after_last_attempt() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0, max_attempts=2)
     [lease] = join_workers(core)
     failed = GenerateFailed(lease.key(0), "broken")
-    [again] = messages_of(core.generate_failed("rollout-0", failed, 0), Generate)
-    actions = core.generate_failed("rollout-0", GenerateFailed(again.key(0), "broken"), 0)
-    assert [a.reason for a in actions if isinstance(a, Dropped)] == [DropReason.GENERATION_FAILED]
+    [again] = messages_of(core.handle(inputs.Received("rollout-0", failed), 0), Generate)
+    actions = core.handle(inputs.Received("rollout-0", GenerateFailed(again.key(0), "broken")), 0)
+    assert [a.reason for a in actions if isinstance(a, ReportDrop)] == [
+        DropReason.GENERATION_FAILED
+    ]
     assert messages_of(actions, Generate)[0].group_id != lease.group_id  # another is admitted
     assert core.fleet.rollout["rollout-0"].load == 2
 
@@ -175,34 +207,49 @@ def test_expired_lease_starts_a_new_attempt() -> None:
     [lease] = join_workers(core)
     core.fleet.heard("rollout-0", LEASE_S)
     core.fleet.heard("reward-0", LEASE_S)
-    assert messages_of(core.tick(LEASE_S), Generate) == []
-    assert messages_of(core.tick(LEASE_S + 1), Generate)[0].attempt == lease.attempt + 1
+    assert messages_of(core.handle(inputs.Tick(), LEASE_S), Generate) == []
+    assert (
+        messages_of(core.handle(inputs.Tick(), LEASE_S + 1), Generate)[0].attempt
+        == lease.attempt + 1
+    )
 
 
 def test_failed_scoring_is_retried_then_dropped_never_zero() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
-    [score] = messages_of(core.generated("rollout-0", generated(lease, 0, 0), 0), ScoreRequest)
-    [retry] = messages_of(core.scored("reward-0", scored(score, None), 0), ScoreRequest)
-    actions = core.scored("reward-0", scored(retry, None), 0)
-    assert [a.reason for a in actions if isinstance(a, Dropped)] == [DropReason.REWARD_UNAVAILABLE]
+    [score] = messages_of(
+        core.handle(inputs.Received("rollout-0", generated(lease, 0, 0)), 0), ScoreRequest
+    )
+    [retry] = messages_of(
+        core.handle(inputs.Received("reward-0", scored(score, None)), 0), ScoreRequest
+    )
+    actions = core.handle(inputs.Received("reward-0", scored(retry, None)), 0)
+    assert [a.reason for a in actions if isinstance(a, ReportDrop)] == [
+        DropReason.REWARD_UNAVAILABLE
+    ]
     assert core.fleet.reward["reward-0"].load == 0
 
 
 def test_scores_of_lost_reward_worker_are_requested_elsewhere() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
-    [score] = messages_of(core.generated("rollout-0", generated(lease, 0, 0), 0), ScoreRequest)
-    assert messages_of(core.worker_lost("reward-0", 0), ScoreRequest) == []
-    assert messages_of(core.reward_joined("reward-1", 4, 0), ScoreRequest) == [score]
+    [score] = messages_of(
+        core.handle(inputs.Received("rollout-0", generated(lease, 0, 0)), 0), ScoreRequest
+    )
+    assert messages_of(core.handle(inputs.WorkerLost("reward-0"), 0), ScoreRequest) == []
+    assert messages_of(core.handle(inputs.RewardJoined("reward-1", 4), 0), ScoreRequest) == [score]
 
 
 @pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_reward_is_an_infrastructure_error(reward: float) -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
-    [score] = messages_of(core.generated("rollout-0", generated(lease, 0, 0), 0), ScoreRequest)
-    [retry] = messages_of(core.scored("reward-0", scored(score, reward), 0), ScoreRequest)
+    [score] = messages_of(
+        core.handle(inputs.Received("rollout-0", generated(lease, 0, 0)), 0), ScoreRequest
+    )
+    [retry] = messages_of(
+        core.handle(inputs.Received("reward-0", scored(score, reward)), 0), ScoreRequest
+    )
     assert retry.key == score.key
     assert core.groups[lease.group_id].rewards == [None, None]
 
@@ -226,8 +273,10 @@ def test_impossible_sample_is_never_trained(damage: dict[str, np.ndarray], fault
     [lease] = join_workers(core)
     bad = msgspec.structs.replace(make_sample(0), **damage)
     reply = Generated(lease.key(0), bad)
-    [again] = messages_of(core.generated("rollout-0", reply, 0), Generate)
-    assert core.last_fault == f"rollout-0: sample {lease.group_id}.0 is refused: {fault}"
+    actions = core.handle(inputs.Received("rollout-0", reply), 0)
+    [again] = messages_of(actions, Generate)
+    error = ReportError(f"rollout-0: sample {lease.group_id}.0 is refused: {fault}")
+    assert error in actions
     assert (again.attempt, again.indices) == (lease.attempt + 1, [0, 1])
     assert core.groups[lease.group_id].samples == [None, None]
 
@@ -236,7 +285,7 @@ def test_equal_reward_groups_are_dropped_only_if_configured() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0, drop_equal_rewards=True)
     [lease] = join_workers(core)
     actions = finish_lease(core, lease, 0)
-    assert [a.reason for a in actions if isinstance(a, Dropped)] == [DropReason.EQUAL_REWARDS]
+    assert [a.reason for a in actions if isinstance(a, ReportDrop)] == [DropReason.EQUAL_REWARDS]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +297,7 @@ def test_groups_outside_success_rate_band_are_dropped(
     core = make_core(prompts_per_step=1, max_staleness=0, success_rates=band)
     [lease] = join_workers(core)
     actions = finish_lease(core, lease, 0)  # every reward is 1
-    assert [a.reason for a in actions if isinstance(a, Dropped)] == [
+    assert [a.reason for a in actions if isinstance(a, ReportDrop)] == [
         DropReason.SUCCESS_RATE
     ] * dropped
 
@@ -256,7 +305,8 @@ def test_groups_outside_success_rate_band_are_dropped(
 def test_fenced_server_loses_its_work_and_gets_none() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
-    assert core.fenced("rollout-0", "digest", 0) == []
+    [shutdown] = core.handle(inputs.ServerFenced("rollout-0", reason="digest"), 0)
+    assert shutdown == Send("rollout-0", Shutdown("fenced: digest"))
     assert core.groups[lease.group_id].state is GroupState.QUEUED
     assert core.fleet.free_server(1, 0) is None
 
@@ -267,11 +317,11 @@ def test_evaluation_delays_training_and_returns_every_group() -> None:
     join_workers(core)
     core.admitting = True
     prompts = [Prompt(str(i), np.arange(3, dtype=np.int32), {"answer": "1"}) for i in range(3)]
-    leases = messages_of(core.start_eval(prompts, 0), Generate)
+    leases = messages_of(core.handle(inputs.EvaluationRequested(prompts), 0), Generate)
     assert [lease.purpose for lease in leases] == ["eval"] * 3
     assert {lease.temperature for lease in leases} == {0.0}
     actions = [action for lease in leases for action in finish_lease(core, lease, 0)]
-    [result] = [action for action in actions if isinstance(action, EvalFinished)]
+    [result] = [action for action in actions if isinstance(action, FinishEvaluation)]
     assert len(result.groups) == 3
     assert messages_of(actions, Generate)  # admission continues
     assert core.ledger.admitted == core.pending
@@ -280,7 +330,7 @@ def test_evaluation_delays_training_and_returns_every_group() -> None:
 def test_ledger_balances_at_the_end_of_the_run() -> None:
     core = make_core()
     join_workers(core)
-    core.end()
+    core.handle(inputs.RunEnded(), 0)
     assert core.pending == 0
     assert core.ledger.dropped[DropReason.RUN_ENDED] == core.ledger.admitted == 4
 

@@ -1,4 +1,4 @@
-"""The dataset is checked whole before anything starts, and its order can be taken up again anywhere."""
+"""Reading and checking a dataset, and resuming its order at any position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused pieces against the formulas in float64, value and gradient; on a GPU, where they are compiled, too."""
+"""Fused operations against their formulas in float64: values and gradients, also on a GPU."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def compare(
     inputs: list[Tensor],
     tolerance: float,
 ) -> None:
-    """Outputs, and the gradients of a random functional of them, both relative to the largest."""
+    """Compares outputs, and gradients of a random functional of them, relative to the largest."""
     g = torch.Generator().manual_seed(1)
     exact_inputs = [x.detach().double().cpu().requires_grad_() for x in inputs]
     exact = formula(*exact_inputs)
@@ -88,7 +88,7 @@ def test_rms_norm_matches_the_formula(device: str, shape: tuple[int, ...]) -> No
         lambda *a: (rms_norm_formula(*a, 1e-6),),
         given,
         1e-5,
-    )  # the GPU's way, here
+    )  # the path of a GPU, on the CPU
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -143,7 +143,7 @@ def test_logprobs_match_the_formula(
 
     def ours(x: Tensor) -> tuple[Tensor, Tensor]:
         return logprobs.token_logprobs(
-            x * 1.0,  # not a leaf: it may be overwritten
+            x * 1.0,  # not a leaf, so it may be overwritten
             targets.to(device),
             vocab_size=vocab,
             temperature=temperature,
@@ -156,7 +156,7 @@ def test_logprobs_match_the_formula(
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any float32 result had."""
+    """Records the largest number of elements of a float32 result."""
 
     elements = 0
 
@@ -169,7 +169,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_float32_temporaries_are_no_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory bound of logprobs.py, forward and backward: bfloat16 logits stay bfloat16."""
+    """Holds for forward and backward of logprobs.py: bfloat16 logits stay bfloat16."""
     tokens, vocab = 700, 500
     logits = torch.randn(tokens, vocab).bfloat16().requires_grad_()
     given = {"vocab_size": vocab, "temperature": 0.7, "overwrite_logits": True}
@@ -191,7 +191,7 @@ def test_float32_temporaries_are_no_larger_than_a_chunk(monkeypatch: pytest.Monk
 def test_grouped_varlen_attention_equals_each_sequence_alone(
     device: str, lengths: list[int]
 ) -> None:
-    """Normed and rotated, as in the model: both are made again for backward."""
+    """Queries and keys are normalized and rotated as in the model, and recomputed for backward."""
     g = torch.Generator().manual_seed(0)
     total = sum(lengths)
     given = [torch.randn(total, h, 128, generator=g).bfloat16().to(device) for h in (8, 2, 2)]
@@ -226,10 +226,8 @@ def test_grouped_varlen_attention_equals_each_sequence_alone(
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("lengths", [[8192], [5000, 4096, 3000, 96]])
-def test_attention_saves_only_its_output_for_backward(
-    device: str, lengths: list[int]
-) -> None:
-    """Memory between forward and backward: the inputs, the output, and 1 % for the softmax's sums."""
+def test_attention_saves_only_its_output_for_backward(device: str, lengths: list[int]) -> None:
+    """Between forward and backward: the inputs, the output, and 1 % for the sums of the softmax."""
     total = sum(lengths)
     q, k, v = (
         torch.randn(total, 1, h, 128, device=device).bfloat16().requires_grad_() for h in (8, 2, 2)
@@ -247,5 +245,5 @@ def test_attention_saves_only_its_output_for_backward(
         out.sum().backward()
         return kept
 
-    run()  # the first call may leave work space
+    run()  # the first call may allocate work space
     assert run() <= 1.06 * q.numel() * 2 + 4 * 2 * 10 * total

@@ -1,4 +1,4 @@
-"""The length-bias meter: it warns when long answers are not trained, whatever takes them away, and is silent otherwise."""
+"""The length monitor warns when long answers are not trained, for any reason, and only then."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def dropped(group_id: int, reason: str, *lengths: int) -> list[JournalEvent]:
     return [*returned(group_id, *lengths), GroupDropped(group_id, reason)]
 
 
-def played(facts: list[JournalEvent], ask_every: int = 1) -> tuple[list[str], LengthMeter]:
-    """What is said when the meter is asked after every fact, or every so many."""
+def played(events: list[JournalEvent], ask_every: int = 1) -> tuple[list[str], LengthMeter]:
+    """Returns the warnings when the monitor is asked after every `ask_every` events."""
     meter, said = LengthMeter(), []
-    for number, fact in enumerate(facts):
+    for number, fact in enumerate(events):
         meter.saw(fact)
         if number % ask_every == 0:
             meter.check(said.append)
@@ -72,7 +72,7 @@ def test_starved_long_answers_are_warned_about_once() -> None:
 
 
 def test_rare_starved_long_answers_are_detected() -> None:
-    """8 % of the samples, half as long again as the others: the mean falls by 4 % only."""
+    """8 % of the samples are half as long again as the others; the mean falls by only 4 %."""
     lengths = np.random.default_rng(0).integers(90, 110, 100)
     groups = [
         dropped(n, "stale", 150) if n % 12 == 10 else trained(n, int(lengths[n]))
@@ -129,19 +129,19 @@ def test_warning_repeats_while_it_lasts_but_not_every_step() -> None:
     assert len(played([fact for group in starved for fact in group])[0]) == 4
     assert (
         len(played([fact for group in starved + fair for fact in group])[0]) <= 5
-    )  # the window has to empty
+    )  # the window has to be refilled
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
 def test_random_drops_give_no_warning(share: float) -> None:
-    rings = 0
+    warnings = 0
     for seed in range(20):
         draw = np.random.default_rng(seed)
-        facts: list[JournalEvent] = []
+        events: list[JournalEvent] = []
         for n in range(300):
             lengths = [int(length) for length in draw.lognormal(5, 0.8, 2)]
-            facts += (
+            events += (
                 trained(n, *lengths) if draw.random() < share else dropped(n, "stale", *lengths)
             )
-        rings += bool(played(facts, ask_every=24)[0])  # a step of eight groups
-    assert rings <= 1
+        warnings += bool(played(events, ask_every=24)[0])  # a step of eight groups
+    assert warnings <= 1

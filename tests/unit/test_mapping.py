@@ -1,4 +1,4 @@
-"""The layout tables: names are complete, shards and full tensors are the same numbers in any order."""
+"""The parameter tables: complete names, and shards that rebuild the full tensors in any layout."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def parameters(shape: ModelShape) -> list[str]:
 
 
 def shard(name: str, full: torch.Tensor, shape: ModelShape, rank: int, tp: int) -> torch.Tensor:
-    """Rank `rank`'s shard of a full Megatron parameter."""
+    """Returns the shard of a full Megatron parameter that rank `rank` holds."""
     hf = dict(to_hf(name, [full], shape))
     return from_hf(name, lambda piece, index: hf[piece][index], shape, rank, tp)
 
 
 def unshard(name: str, shards: list[torch.Tensor], shape: ModelShape) -> torch.Tensor:
-    """The full Megatron parameter out of all ranks' shards."""
+    """Returns the full Megatron parameter from the shards of all ranks."""
     hf = dict(to_hf(name, shards, shape))
     return from_hf(name, lambda piece, index: hf[piece][index], shape)
 

@@ -1,4 +1,4 @@
-"""The CPU patches of megatron-core: found, applied once, and refusing what they were not written for."""
+"""CPU patches of megatron-core: found, applied once, rejected for code that they do not match."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_missing_patch_target_error_names_it() -> None:
 
 
 def test_function_without_the_constant_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Already swapped in this process, these functions are what a megatron-core that changed looks like."""
+    """Functions patched before in this process lack the constant, like a newer megatron-core."""
     monkeypatch.setattr(megatron_cpu, "_RETARGETED", {"utils": ["local_multi_tensor_l2_norm"]})
     with pytest.raises(patch_checks.DriftError, match="holds no 'cuda' constant any more"):
         megatron_cpu._retarget()

@@ -1,4 +1,4 @@
-"""Every message survives the wire; nothing else gets in."""
+"""Every message survives encoding and decoding; malformed data is rejected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_async_rl.protocol.types import SampleKey, TrainSample
 from megatron_async_rl.protocol.wire import SCHEMA, Codec, Frame, read_unknown_hello, schema_of
 
 MESSAGES = get_args(AnyMessage)
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)  # lone surrogates are no text
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)  # no lone surrogates
 INTS = st.integers(-(2**63), 2**63 - 1)
 FLOATS = st.floats(allow_nan=False)
 JSON = st.recursive(
@@ -40,7 +40,7 @@ ARRAYS = st.one_of(
 
 
 def values_of(kind: Any) -> st.SearchStrategy[Any]:
-    """Anything that a field of this type may hold."""
+    """Returns a strategy for the values of a field of this type."""
     simple = {
         int: INTS,
         float: FLOATS,
@@ -74,7 +74,7 @@ def structs_of(kind: type) -> st.SearchStrategy[Any]:
 
 
 def plain(value: Any) -> Any:
-    """Comparable: an array becomes its type and bytes, so that NaN equals itself."""
+    """Makes values comparable: an array becomes its type and bytes, so that NaN equals itself."""
     if isinstance(value, np.ndarray):
         return (value.dtype.str, value.shape, value.tobytes())
     if isinstance(value, msgspec.Struct):
@@ -237,9 +237,7 @@ MALFORMED = {
     "pickle": [b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94."],
     "text": [b"hello"],
     "unknown field": [packed({**header(a_score()), "extra": 1})],
-    "missing field": [
-        packed({name: v for name, v in header(a_score()).items() if name != "key"})
-    ],
+    "missing field": [packed({name: v for name, v in header(a_score()).items() if name != "key"})],
     "unknown message": [packed({**header(a_score()), "type": "Execute"})],
     "no type": [packed({"response": "42"})],
     "wrong type": [packed({**header(a_score()), "call": "1"})],
@@ -273,7 +271,7 @@ def test_malformed_message_is_rejected(frames: list[bytes]) -> None:
     codec = Codec()
     with pytest.raises(ProtocolError):
         codec.decode(frames)
-    assert plain(codec.decode(BATCH)) == plain(a_batch())  # and leaves nothing behind
+    assert plain(codec.decode(BATCH)) == plain(a_batch())  # no state is left behind
 
 
 def test_unreferenced_frames_are_rejected() -> None:
@@ -320,7 +318,7 @@ class Told(messages.Message, frozen=True, tag="Told"):
 @pytest.mark.parametrize(
     "fields",
     [
-        [("version", int), ("sample", TrainSample), ("error", str)],  # must be there
+        [("version", int), ("sample", TrainSample), ("error", str)],  # required fields
         [("version", int), ("sample", TrainSample), ("error", str, ""), ("more", int, 0)],
         [("version", int), ("sample", TrainSample)],
         [("version", float), ("sample", TrainSample), ("error", str, "")],
@@ -347,7 +345,7 @@ def test_change_in_a_nested_struct_changes_the_schema() -> None:
 
 def test_schema_is_equal_in_every_process() -> None:
     program = "from megatron_async_rl.protocol.wire import SCHEMA; print(SCHEMA)"
-    seeds = ("0", "1")  # of str hashes, which order sets
+    seeds = ("0", "1")  # of string hashes, which order sets
     answers = [
         subprocess.run(
             [sys.executable, "-c", program],

@@ -1,4 +1,4 @@
-"""The recipe of docs/weights.md for a new model family, followed: one entry in the table, and all the rest holds."""
+"""Adds a model family as docs/weights.md describes: one table entry is enough."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEW = Family("mistral", "MistralForCausalLM", ATTENTION + MLP)
 
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As transformers writes it."""
+    """Writes a tiny Mistral with transformers."""
     from transformers import MistralConfig, MistralForCausalLM
 
     path = tmp_path_factory.mktemp("mistral")
@@ -69,7 +69,7 @@ def test_one_entry_maps_every_tensor_that_transformers_wrote(
             digests.add(hf, tensor)
     assert len(digests.result()) == 2 * (
         3 + 2 * 6
-    )  # per engine rank: what stands alone, and what is left of a layer
+    )  # per engine rank: tensors outside layers, and fused tensors of a layer
 
 
 def test_entry_with_a_wrong_rule_is_rejected_by_the_plan(

@@ -1,4 +1,4 @@
-"""The plan's ranges, applied to real tensors, are what Megatron's shards and the engine's digests are made of."""
+"""The ranges of a weight plan, applied to real tensors, against Megatron's shards and digests."""
 
 from __future__ import annotations
 
@@ -27,18 +27,24 @@ from megatron_async_rl.weights.mapping import from_hf
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[ModelShape, Layout]:
     family = draw(st.sampled_from(FAMILIES))
-    tp, pp, vpp = (
-        draw(st.sampled_from([1, 2, 4])),
-        draw(st.sampled_from([1, 2])),
-        draw(st.sampled_from([1, 2])),
-    )
+    tp = draw(st.sampled_from([1, 2, 4]))
+    pp, vpp = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
     engine, groups = draw(st.sampled_from([1, 2, 4, 8])), tp * draw(st.sampled_from([1, 2]))
     vocab = draw(st.integers(33, 200))
     shape = ModelShape(
-        family=family, num_layers=4, hidden_size=16, ffn_hidden_size=48, num_attention_heads=16, num_query_groups=groups,
-        kv_channels=2, vocab_size=vocab, padded_vocab_size=-(-vocab // tp) * tp, tied=draw(st.booleans()),
-        num_experts=4 if family.experts else 0, expert_ffn_hidden_size=16,
-    )  # fmt: skip
+        family=family,
+        num_layers=4,
+        hidden_size=16,
+        ffn_hidden_size=48,
+        num_attention_heads=16,
+        num_query_groups=groups,
+        kv_channels=2,
+        vocab_size=vocab,
+        padded_vocab_size=-(-vocab // tp) * tp,
+        tied=draw(st.booleans()),
+        num_experts=4 if family.experts else 0,
+        expert_ffn_hidden_size=16,
+    )
     ep, etp = (
         (draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])))
         if family.experts
@@ -51,7 +57,7 @@ def cases(draw: st.DrawFn) -> tuple[ModelShape, Layout]:
 def reference_slice(
     leaf: str, tensor: torch.Tensor, shape: ModelShape, rank: int, tp: int
 ) -> torch.Tensor:
-    """A rank's slice written down a second time, with `chunk` instead of ranges."""
+    """Computes a rank's slice in a second way, with `chunk` instead of ranges."""
     if leaf in ("embed_tokens", "lm_head"):
         padding = -len(tensor) % 64
         tensor = torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])])
@@ -161,7 +167,7 @@ def test_total_sizes_match_the_32b_and_235b_models(tmp_path: Path) -> None:
         and len(dense.sources) == 4
     )
     gathered = sum(source.gather_bytes for source in dense.sources)
-    assert 0.87 < gathered / dense.total_bytes < 7 / 8  # all but the norms is cut in eight
+    assert 0.87 < gathered / dense.total_bytes < 7 / 8  # all but the norms is split in eight
     sizes = {"tensor_model": 4, "pipeline_model": 2, "expert_model": 8, "expert_tensor": 1}
     moe = weight_plan.make(
         plan_config(tmp_path, MOE_235B, data_parallel=8, engine=8, **sizes), 50.0
@@ -175,7 +181,7 @@ def test_total_sizes_match_the_32b_and_235b_models(tmp_path: Path) -> None:
     assert {source.num_bytes for source in moe.sources if source.expert_rank} == {experts}
     assert {source.gather_bytes for source in moe.sources if source.expert_rank} == {
         0
-    }  # nobody cuts them
+    }  # no rank splits them
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The run in numbers: names that TensorBoard sorts by area, and the worst staleness kept beside the last."""
+"""Figures of a run: tags that TensorBoard sorts by area, and the worst staleness so far."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TAG = re.compile(r"(reward|rollout|staleness|train|perf|sync|eval|ledger)(/[a-z0
 STATS = {"train/loss": 0.1, "train/tokens": 100.0, "perf/time/train_s": 0.5}
 
 
-def cut(progress: Progress, version: int, *runs: tuple[int, int]) -> None:
+def select_batch(progress: Progress, version: int, *runs: tuple[int, int]) -> None:
     group = Group(
         version,
         Prompt("p", np.arange(3, dtype=np.int32), {}),
@@ -39,16 +39,16 @@ def test_worst_staleness_of_the_run_is_kept(tmp_path: Path) -> None:
     progress.begin_training()
     shown = []
     for version, runs in ((4, [(1, 5), (4, 15)]), (5, [(5, 8)]), (6, [(4, 1), (6, 1)])):
-        cut(progress, version, *runs)
+        select_batch(progress, version, *runs)
         progress.write(Fleet())
         status = read_status(tmp_path)
         shown.append((status.staleness_mean, status.staleness_max, status.staleness_worst))
     log.close()
     assert shown == [(0.75, 3, 3), (0.0, 0, 3), (1.0, 2, 3)]
-    log = RunLog(tmp_path, config)  # the next life of the controller
+    log = RunLog(tmp_path, config)  # the controller restarts
     progress = Progress(log, config)
     progress.begin_training()
-    cut(progress, 7, (6, 1))
+    select_batch(progress, 7, (6, 1))
     progress.write(Fleet())
     log.close()
     assert (read_status(tmp_path).staleness_max, read_status(tmp_path).staleness_worst) == (1, 3)
@@ -61,7 +61,7 @@ def test_every_scalar_tag_is_area_and_name(tmp_path: Path) -> None:
     progress.begin_training()
     progress.ledger = {"admitted": 3, "trained": 1, "dropped.stale": 1, "pending": 1}
     progress.published(Outcome(1, ["rollout-0"], seconds={"wire": 0.1, "total": 0.2}))
-    cut(progress, 1, (0, 5))
+    select_batch(progress, 1, (0, 5))
     progress.evaluated(1, 0.5, 10)
     log.close()
     tags = read_tensorboard(tmp_path).Tags()

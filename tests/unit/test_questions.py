@@ -1,4 +1,4 @@
-"""What a workflow asks the judges before its sample is whole: the core's part of it."""
+"""Scoring requests of workflows: the core's part."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 from core_builders import LEASE_S, join_workers, make_core, messages_of
 
+from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.protocol.messages import Generate, GenerateFailed, ScoreRequest, ScoreResult
 
 
@@ -13,26 +14,24 @@ def ask(lease: Generate, index: int = 0, number: int = 1) -> ScoreRequest:
     return ScoreRequest(lease.key(index), "is it 2?", call=number)
 
 
-def test_workflow_score_request_is_answered_and_changes_nothing() -> (
-    None
-):
+def test_workflow_score_request_is_answered_and_changes_nothing() -> None:
     core = make_core()
     [lease, *_] = join_workers(core)
-    core.reward_joined("reward-0", 1, 0)
-    [question] = messages_of(core.asked("rollout-0", ask(lease), 1), ScoreRequest)
+    core.handle(inputs.RewardJoined("reward-0", 1), 0)
+    [question] = messages_of(core.handle(inputs.Received("rollout-0", ask(lease)), 1), ScoreRequest)
     assert (question.response, question.row, question.call) == ("is it 2?", lease.prompt.row, 1)
     assert (
-        messages_of(core.asked("rollout-0", ask(lease, 1), 1), ScoreRequest) == []
-    )  # the one judge is busy
+        messages_of(core.handle(inputs.Received("rollout-0", ask(lease, 1)), 1), ScoreRequest) == []
+    )  # the only reward worker is busy
     reply = ScoreResult(lease.key(0), 0.5, call=1)
-    actions = core.scored("reward-0", reply, 2)
+    actions = core.handle(inputs.Received("reward-0", reply), 2)
     assert messages_of(actions, ScoreResult) == [reply]
     assert [score.key.index for score in messages_of(actions, ScoreRequest)] == [
         1
-    ]  # free for the next
+    ]  # free for the next request
     assert core.groups[lease.group_id].rewards == [None] * len(lease.indices)
     assert (
-        messages_of(core.scored("reward-0", reply, 3), ScoreResult) == []
+        messages_of(core.handle(inputs.Received("reward-0", reply), 3), ScoreResult) == []
         and core.num_fenced_messages == 1
     )
 
@@ -40,11 +39,14 @@ def test_workflow_score_request_is_answered_and_changes_nothing() -> (
 def test_unanswered_score_request_returns_the_reason() -> None:
     core = make_core()  # two attempts
     [lease, *_] = join_workers(core)
-    core.reward_joined("reward-1", 1, 0)
-    core.asked("rollout-0", ask(lease), 1)
-    [again] = messages_of(core.worker_lost("reward-0", 2), ScoreRequest)  # another judge is asked
+    core.handle(inputs.RewardJoined("reward-1", 1), 0)
+    core.handle(inputs.Received("rollout-0", ask(lease)), 1)
+    [again] = messages_of(
+        core.handle(inputs.WorkerLost("reward-0"), 2), ScoreRequest
+    )  # by another reward worker; this is no failed attempt
     broken = ScoreResult(lease.key(0), None, "it broke", call=again.call)
-    [answer] = messages_of(core.scored("reward-1", broken, 3), ScoreResult)
+    assert messages_of(core.handle(inputs.Received("reward-1", broken), 2), ScoreRequest) == [again]
+    [answer] = messages_of(core.handle(inputs.Received("reward-1", broken), 3), ScoreResult)
     assert answer.reward is None and answer.error == "it broke"
     assert core.fleet.reward["reward-1"].load == 0
 
@@ -52,18 +54,20 @@ def test_unanswered_score_request_returns_the_reason() -> None:
 def test_non_finite_score_is_an_error() -> None:
     core = make_core()
     [lease, *_] = join_workers(core)
-    core.asked("rollout-0", ask(lease), 1)
+    core.handle(inputs.Received("rollout-0", ask(lease)), 1)
     nothing = ScoreResult(lease.key(0), math.nan, call=1)
-    assert messages_of(core.scored("reward-0", nothing, 2), ScoreResult) == []  # asked once more
-    [answer] = messages_of(core.scored("reward-0", nothing, 3), ScoreResult)
+    assert (
+        messages_of(core.handle(inputs.Received("reward-0", nothing), 2), ScoreResult) == []
+    )  # one more attempt
+    [answer] = messages_of(core.handle(inputs.Received("reward-0", nothing), 3), ScoreResult)
     assert answer.reward is None and "nan" in answer.error
 
 
 def test_score_request_ends_with_its_lease() -> None:
     core = make_core(heartbeat_timeout_s=1e9)
     [lease, *_] = join_workers(core)
-    core.asked("rollout-0", ask(lease), 1)
-    [answer] = messages_of(core.tick(1 + LEASE_S + 1), ScoreResult)
+    core.handle(inputs.Received("rollout-0", ask(lease)), 1)
+    [answer] = messages_of(core.handle(inputs.Tick(), 1 + LEASE_S + 1), ScoreResult)
     assert "has ended" in answer.error
     assert core.fleet.reward["reward-0"].load == 0
 
@@ -71,10 +75,14 @@ def test_score_request_ends_with_its_lease() -> None:
 def test_score_request_of_an_ended_lease_is_rejected() -> None:
     core = make_core()
     [lease, *_] = join_workers(core)
-    core.worker_lost("reward-0", 0)
-    assert core.asked("rollout-0", ask(lease), 1) == []  # it waits for a judge
-    core.generate_failed("rollout-0", GenerateFailed(lease.key(0), "no"), 2)
-    [answer] = messages_of(core.reward_joined("reward-0", 1, 3), ScoreResult)
+    core.handle(inputs.WorkerLost("reward-0"), 0)
+    assert (
+        core.handle(inputs.Received("rollout-0", ask(lease)), 1) == []
+    )  # it waits for a reward worker
+    core.handle(inputs.Received("rollout-0", GenerateFailed(lease.key(0), "no")), 2)
+    [answer] = messages_of(core.handle(inputs.RewardJoined("reward-0", 1), 3), ScoreResult)
     assert "has ended" in answer.error
-    [answer] = messages_of(core.asked("rollout-0", ask(lease, number=2), 4), ScoreResult)
+    [answer] = messages_of(
+        core.handle(inputs.Received("rollout-0", ask(lease, number=2)), 4), ScoreResult
+    )
     assert answer.call == 2 and "has ended" in answer.error and core.num_fenced_messages == 1

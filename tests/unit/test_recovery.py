@@ -19,7 +19,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from megatron_async_rl.controller.core.actions import Action, ResendBatch, SendBatch
+from megatron_async_rl.controller.core import inputs
+from megatron_async_rl.controller.core.actions import Action, ReportStep, ResendBatch, SendBatch
 from megatron_async_rl.controller.core.events import (
     BatchSelected,
     BatchTrained,
@@ -28,7 +29,7 @@ from megatron_async_rl.controller.core.events import (
     JournalEvent,
 )
 from megatron_async_rl.controller.core.groups import GroupState
-from megatron_async_rl.protocol.messages import Generate, GenerateFailed, PartialSample
+from megatron_async_rl.protocol.messages import Generate, GenerateFailed, PartialSample, StepDone
 from megatron_async_rl.protocol.types import NOT_GENERATED
 
 
@@ -36,7 +37,7 @@ def test_finished_and_partial_groups_survive_a_crash() -> None:
     core = make_core(max_staleness=1)
     first, second, *_ = join_workers(core)
     finish_lease(core, first, 0)
-    core.generated("rollout-0", generated(second, 0, 0), 0)
+    core.handle(inputs.Received("rollout-0", generated(second, 0, 0)), 0)
     again = restart_core(core, core.take_events())
     assert again.epoch == core.epoch + 1
     assert again.groups[first.group_id].state is GroupState.READY
@@ -56,7 +57,7 @@ def test_replies_to_leases_of_an_older_epoch_are_fenced() -> None:
     lease, *_ = join_workers(core)
     again = restart_core(core, core.take_events())
     join_workers(again)
-    assert again.generated("rollout-0", generated(lease, 0, 0), 0) == []
+    assert again.handle(inputs.Received("rollout-0", generated(lease, 0, 0)), 0) == []
     assert again.num_fenced_messages == 1
 
 
@@ -64,23 +65,25 @@ def test_restarted_controller_resends_the_same_batch() -> None:
     core = make_core(max_staleness=0)
     for lease in join_workers(core):
         finish_lease(core, lease, 0)
-    [batch] = core.batch_wanted(0, 0, 0)
+    [batch] = core.handle(inputs.BatchRequested(0, 0), 0)
     again = restart_core(core, core.take_events())
-    [same] = again.batch_wanted(0, 0, 0)
+    [same] = again.handle(inputs.BatchRequested(0, 0), 0)
     assert isinstance(batch, SendBatch) and isinstance(same, SendBatch)
     assert [g.group_id for g in same.groups] == [g.group_id for g in batch.groups]
-    assert again.step_done(1, 0) == [] and again.ledger.trained == 2
+    again.handle(inputs.Received("trainer-0", StepDone(1, {})), 0)
+    assert again.ledger.trained == 2
 
 
 def test_trainer_from_a_checkpoint_gets_recorded_batches() -> None:
     core = make_core(max_staleness=0)
     for lease in join_workers(core):
         finish_lease(core, lease, 0)
-    core.batch_wanted(0, 0, 0)
-    core.step_done(1, 0)
-    core.trainer_joined(0)
-    assert core.batch_wanted(0, 0, 0) == [ResendBatch(0)]
-    assert core.step_done(1, 0) == []
+    core.handle(inputs.BatchRequested(0, 0), 0)
+    core.handle(inputs.Received("trainer-0", StepDone(1, {})), 0)
+    core.handle(inputs.TrainerJoined(0), 0)
+    assert core.handle(inputs.BatchRequested(0, 0), 0) == [ResendBatch(0)]
+    replayed = core.handle(inputs.Received("trainer-0", StepDone(1, {})), 0)
+    assert replayed == [ReportStep(1, None)]
     assert (core.version, core.ledger.trained, core.num_replayed_steps) == (1, 2, 1)
 
 
@@ -88,9 +91,8 @@ def test_next_lease_carries_partial_tokens_unless_too_stale() -> None:
     core = make_core(prompts_per_step=1, max_staleness=1)
     lease, other = join_workers(core)
     for index in (0, 1):
-        core.interrupted(
-            "rollout-0",
-            PartialSample(lease.key(index), make_partial(0, 0)),
+        core.handle(
+            inputs.Received("rollout-0", PartialSample(lease.key(index), make_partial(0, 0))), 0
         )
     again = restart_core(core, core.take_events())
     renewed, _ = join_workers(again)
@@ -102,17 +104,19 @@ def test_next_lease_carries_partial_tokens_unless_too_stale() -> None:
 def test_sample_with_impossible_versions_is_refused() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
-    [again] = messages_of(core.generated("rollout-0", generated(lease, 0, 7), 0), Generate)
+    [again] = messages_of(
+        core.handle(inputs.Received("rollout-0", generated(lease, 0, 7)), 0), Generate
+    )
     assert again.attempt == lease.attempt + 1 and core.num_fenced_messages == 1
 
 
 def test_prompt_that_fails_on_several_servers_is_dropped_as_poison() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0, max_attempts=2)
     [_] = join_workers(core)
-    core.rollout_joined("rollout-1", 100, 0)
-    core.serving("rollout-1", 0, 0)
-    [again] = messages_of(core.worker_lost("rollout-0", 0), Generate)
-    core.generate_failed("rollout-1", GenerateFailed(again.key(0), "x"), 0)
+    core.handle(inputs.RolloutJoined("rollout-1", 100), 0)
+    core.handle(inputs.ServerUpdated("rollout-1", version=0), 0)
+    [again] = messages_of(core.handle(inputs.WorkerLost("rollout-0"), 0), Generate)
+    core.handle(inputs.Received("rollout-1", GenerateFailed(again.key(0), "x")), 0)
     assert core.ledger.table(0)["dropped.poison"] == 1
 
 
@@ -163,24 +167,31 @@ class RecoveringMachine(CoreMachine):
         self.disk += self.unwritten[: round(written_share * len(self.unwritten))]
         self.unwritten = []
         self.core = restart_core(before, self.disk)
-        self.take(self.core.reward_joined("reward-0", 8, self.now))
+        self.take(self.core.handle(inputs.RewardJoined("reward-0", 8), self.now))
         self.join_rollout()
         # the trainer repeats its last report
-        self.take(self.core.step_done(self.steps_done, self.now))
+        self.take(
+            self.core.handle(inputs.Received("trainer-0", StepDone(self.steps_done, {})), self.now)
+        )
         assert self.core.version == self.steps_done
         if self.batch is not None:
-            [again] = self.core.batch_wanted(0, self.steps_done, self.now)
+            [again] = self.core.handle(inputs.BatchRequested(0, self.steps_done), self.now)
             assert [g.group_id for g in again.groups] == [g.group_id for g in self.batch.groups]
 
     @precondition(lambda self: self.core.version > 0)
     @rule(share=st.floats(0, 1))
     def crash_the_trainer(self, share: float) -> None:
         state = self.core.ledger.table(self.core.pending)
-        self.core.trainer_joined(0)
+        self.core.handle(inputs.TrainerJoined(0), 0)
         for version in range(int(share * self.core.version), self.core.version):
-            assert self.core.batch_wanted(0, version, self.now) == [ResendBatch(version)]
+            assert self.core.handle(inputs.BatchRequested(0, version), self.now) == [
+                ResendBatch(version)
+            ]
             assert any(isinstance(f, BatchSelected) and f.version == version for f in self.disk)
-            assert self.core.step_done(version + 1, self.now) == []
+            assert (
+                self.core.handle(inputs.Received("trainer-0", StepDone(version + 1, {})), self.now)
+                == []
+            )
         assert self.core.ledger.table(self.core.pending) == state
 
     @precondition(lambda self: self.batch is not None)
@@ -199,7 +210,7 @@ class RecoveringMachine(CoreMachine):
             lease.key(index),
             make_partial(first, self.core.version),
         )
-        self.take(self.core.interrupted(worker, message))
+        self.take(self.core.handle(inputs.Received(worker, message), 0))
 
     @invariant()
     def every_admitted_group_is_in_one_place(self) -> None:

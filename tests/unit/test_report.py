@@ -1,4 +1,4 @@
-"""What a step says of itself: the mismatch of engine and trainer, its alarm, and means over the minibatches that counted."""
+"""Figures of a training step: engine-trainer mismatch, its warning, means over minibatches."""
 
 from __future__ import annotations
 

@@ -124,7 +124,8 @@ def test_every_trained_sample_becomes_one_json_line(tmp_path: Path) -> None:
     log.close()
     assert first == {
         "version": 4, "group_id": 5, "prompt_id": "p5", "index": 0, "reward": 1.0, "advantage": 0.5,
-        "num_prompt": 3, "num_generated": 20, "versions": [[3, 12], [4, 8]], "stop": "stop", "num_interrupts": 1,
+        "num_prompt": 3, "num_generated": 20, "versions": [[3, 12], [4, 8]],
+        "stop": "stop", "num_interrupts": 1,
         "text": "1+1=2", "ids": first["ids"], "logprobs": first["logprobs"],
         "turns": [[3, 23]],
     }  # fmt: skip
@@ -190,7 +191,8 @@ def test_status_is_read_back_unchanged(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
     assert read_status(tmp_path).state == "starting" and read_status(tmp_path).steps == 10
     status = RunStatus(
-        state="training", version=3, steps=10, ledger={"admitted": 4, "dropped.stale": 1}, reward_history=[0.5],
+        state="training", version=3, steps=10,
+        ledger={"admitted": 4, "dropped.stale": 1}, reward_history=[0.5],
         fleet=[ServerStatus("rollout-0", "serving", 3, 8)], evals=[EvaluationResult(0, 0.25, 64)],
         pid=1, elapsed_s=2.0, staleness_max=1, staleness_worst=3,
     )  # fmt: skip
@@ -203,7 +205,7 @@ def test_status_is_read_back_unchanged(tmp_path: Path) -> None:
     again = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
     assert (
         again.staleness_worst == read_status(tmp_path).staleness_worst == 3
-    )  # the run's, over its lives
+    )  # of the whole run, over restarts
     again.close()
 
 
@@ -224,7 +226,7 @@ from megatron_async_rl import __main__
 from megatron_async_rl.cli import doctor
 from megatron_async_rl.observability import terminal
 doctor.checks(None)
-assert "tensorboard" not in sys.modules, "a reader of the status does not pay for the writer"
+assert "tensorboard" not in sys.modules, "reading the status must not load the writer"
 from megatron_async_rl.observability.run_log import RunLog
 from run_log_builders import log_config, sample_of_versions, trained_group
 log = RunLog(Path({str(tmp_path)!r}), log_config(Path({str(tmp_path)!r})))
@@ -243,7 +245,8 @@ def test_full_disk_leaves_no_partial_line(tmp_path: Path) -> None:
 import resource, signal, sys
 from megatron_async_rl.observability.sample_log import append_whole
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # a write beyond is cut short, the next one fails
+# a write beyond the limit is shortened, the next one fails
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 with open(sys.argv[1], "ab", buffering=0) as file:
     append_whole(file, b"a" * 59 + b"\\n")
     try:

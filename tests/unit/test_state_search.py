@@ -117,7 +117,8 @@ class State:
         core = self.core
         groups = tuple(
             (
-                g.group_id, g.state, g.attempt, g.worker, g.floor_version, tuple(g.rewards), len(g.failed_on),
+                g.group_id, g.state, g.attempt, g.worker, g.floor_version, tuple(g.rewards),
+                len(g.failed_on),
                 tuple(s is not None and s.oldest_version for s in g.samples),
             )
             for g in core.groups.values()
@@ -130,7 +131,8 @@ class State:
         dropped = tuple(core.ledger.dropped[reason] for reason in DropReason)
         way = tuple((type(f).__name__, getattr(f, "group_id", -1)) for f in self.unwritten)
         return (
-            core.version, core.ledger.admitted, core.ledger.trained, dropped, groups, fleet, core.epoch,
+            core.version, core.ledger.admitted, core.ledger.trained, dropped, groups, fleet,
+            core.epoch,
             scoring, core.batch_selector.requested_since, tuple(sorted(self.wire)),
             self.steps_done, self.batch, self.weights, self.faults, way,
         )  # fmt: skip

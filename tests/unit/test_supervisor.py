@@ -1,4 +1,4 @@
-"""Who dies is started again alone, within limits; real child processes that end as they are told."""
+"""Restarts of dead processes and their limits, over real child processes of one line each."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_silent_worker_is_killed_after_its_start_time(make: Callable[..., Bench]
     bench.start(rollout_0=SLEEP)
     bench.status("training", ["rollout-0"])
 
-    def fresh() -> bool:  # the controller is well: its status changes
+    def fresh() -> bool:  # the controller's status changes
         bench.status("training", ["rollout-0"])
         return bench.supervisor.num_restarts >= 1
 
@@ -173,7 +173,7 @@ def test_process_claimed_by_another_launcher_is_left_alone(
     bench.supervisor.children["rollout-0"].process.kill()
     assert not bench.watch(until=lambda: bench.supervisor.children["rollout-0"].given_up)
     assert bench.supervisor.num_restarts == 0 and "is not restarted here" in bench.told[-1]
-    assert not bench.watch(0.3)  # the run goes on
+    assert not bench.watch(0.3)  # the run continues
 
 
 def test_servers_of_other_launchers_count_for_min_servers(make: Callable[..., Bench]) -> None:

@@ -41,7 +41,10 @@ def make_status(**changes: object) -> RunStatus:
             "dropped.reward_unavailable": 1,
             "pending": 33,
         },
-        fleet=[ServerStatus("rollout-0", "serving", 37, 61), ServerStatus("rollout-1", "updating", 36, 64)],
+        fleet=[
+            ServerStatus("rollout-0", "serving", 37, 61),
+            ServerStatus("rollout-1", "updating", 36, 64),
+        ],
         evals=[EvaluationResult(0, 0.312, 256), EvaluationResult(37, 0.655, 256)],
         interrupted_samples=214,
     )
@@ -61,9 +64,10 @@ def test_panel_shows_the_main_figures_and_fits(width: int) -> None:
     text = draw(make_status(), width)
     assert all(len(row) <= width for row in text.splitlines())
     for part in (
-        "training", "37/60", "4:12 elapsed, 1:12 left", "0.710", "▁", "█", "12,345 generated", "8,910 trained",
-        "mean 0.83   max 2   worst so far 3 of 4", "0.11 s", "0.6% of the time", "waits for samples 3%", "rollout-1  updating",
-        "31.2% (v0)  ->  65.5% (v37)", "1,220 admitted = 1,184 trained + 33 pending + 3 dropped",
+        "training", "37/60", "4:12 elapsed, 1:12 left", "0.710", "▁", "█", "12,345 generated",
+        "8,910 trained", "mean 0.83   max 2   worst so far 3 of 4", "0.11 s", "0.6% of the time",
+        "waits for samples 3%", "rollout-1  updating", "31.2% (v0)  ->  65.5% (v37)",
+        "1,220 admitted = 1,184 trained + 33 pending + 3 dropped",
     ):  # fmt: skip
         assert part in text
 
@@ -96,8 +100,8 @@ def test_summary_gives_evaluation_before_and_after() -> None:
     assert text.splitlines()[0] == "finished after 60 of 60 steps in 4:12"
     assert "31.2% before (v0)  ->  65.5% after (v37), on 256 problems" in text
     assert (
-        "max 2 in the last step, 3 in the whole run, limit 4; 214 samples resumed under newer weights"
-        in text
+        "max 2 in the last step, 3 in the whole run, limit 4; "
+        "214 samples resumed under newer weights" in text
     )
 
 
@@ -119,7 +123,9 @@ def test_without_terminal_each_version_and_state_is_a_line(tmp_path: Path) -> No
         log.write_status(make_status(version=version))
         while f"step {version}/60" not in out.getvalue():
             time.sleep(0.02)
-        log.write_status(make_status(version=version, reward_mean=0.5))  # nothing that is worth a line
+        log.write_status(
+            make_status(version=version, reward_mean=0.5)
+        )  # no change that deserves a line
         time.sleep(1.5 * terminal.POLL_S)
     log.write_status(make_status(state="finished", version=60))
     stop.set()
@@ -135,9 +141,7 @@ def test_without_terminal_each_version_and_state_is_a_line(tmp_path: Path) -> No
     ]
 
 
-def test_slow_start_prints_progress(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_start_prints_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "PLAIN_LINE_S", 0.2)
     monkeypatch.setattr(terminal, "POLL_S", 0.05)
     out, until = io.StringIO(), time.monotonic() + 1.0

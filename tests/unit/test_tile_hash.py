@@ -1,4 +1,4 @@
-"""The GPU engine's digest against the same arithmetic in plain Python, one word at a time."""
+"""The digest of an engine on a GPU against the same arithmetic in Python, word by word."""
 
 from __future__ import annotations
 
@@ -60,12 +60,13 @@ def test_flipped_bit_or_swapped_words_change_the_digest() -> None:
 
 def test_expert_digests_in_any_order_sum_to_the_layer_digest() -> None:
     shape = ModelShape(
-        family=FAMILIES[3], num_layers=1, hidden_size=128, ffn_hidden_size=128, num_attention_heads=2, num_query_groups=2,
-        kv_channels=16, vocab_size=8, padded_vocab_size=8, tied=True, num_experts=3, expert_ffn_hidden_size=128,
+        family=FAMILIES[3], num_layers=1, hidden_size=128, ffn_hidden_size=128,
+        num_attention_heads=2, num_query_groups=2, kv_channels=16, vocab_size=8,
+        padded_vocab_size=8, tied=True, num_experts=3, expert_ffn_hidden_size=128,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     experts = {
-        (e, leaf): torch.randn(128, 128, generator=generator)  # two whole tiles each
+        (e, leaf): torch.randn(128, 128, generator=generator)  # two full tiles each
         for e in range(3)
         for leaf in ("gate_proj", "up_proj", "down_proj")
     }

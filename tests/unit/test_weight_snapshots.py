@@ -1,5 +1,7 @@
-"""Updates by way of the disk and servers that catch up, with hand-written sources and servers that speak the real
-messages and write real folders: what happens when one of them fails."""
+"""Weight updates over the disk and catch-up of servers, and what happens when a peer fails.
+
+Sources and servers are fakes that speak the real messages and write real folders.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from snapshot_builders import write_part
 from tiny_model import make_model
 
 from megatron_async_rl.config import load as configuration
+from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import ServerLost
 from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.core.fleet import ServerState
@@ -46,7 +49,7 @@ from megatron_async_rl.storage import snapshots
 
 Answer = Callable[[Any], Message | None]
 SERVERS = ["rollout-0", "rollout-1"]
-LONG_S, SHORT_S = 20.0, 0.5  # deadlines of who answers, on any machine, and of who never does
+LONG_S, SHORT_S = 20.0, 0.5  # deadlines of peers that answer, and of those that never do
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Cluster:
-    """Two weight sources, two servers, and the controller's parts between them; `faults` answer instead of the healthy."""
+    """Two weight sources, two servers and the controller's parts; `faults` replace answers."""
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class Cluster:
         self.log: list[tuple[str, Message]] = []
         self.core: Core = make_core(max_staleness=1)
         for name in SERVERS:
-            self.core.rollout_joined(name, 4, 0.0)
+            self.core.handle(inputs.RolloutJoined(name, 4), 0.0)
         self.folders = SnapshotStore(self.config)
         self.exchange = UpdateSession(self.send, self.config.weights.update_timeout_s)
         self.publisher = TrainerPublisher(self.exchange, self.config, self.folders)
@@ -112,7 +115,10 @@ class Cluster:
             snapshot = snapshots.read(Path(message.folder))
             assert snapshot and snapshot.manifest.digests == {"0:part0": "ab", "0:part1": "ab"}
             return Updated(
-                message.version, {"load": 0.03}, num_interrupted=2, error=snapshots.damage(snapshot)
+                message.version,
+                {"load": 0.03},
+                num_interrupted=2,
+                error=snapshots.find_damage(snapshot),
             )
         return self.over_the_network(message)
 
@@ -148,9 +154,7 @@ def in_loop(body: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(body(), 60))  # type: ignore[arg-type]
 
 
-def test_trainer_is_released_before_servers_load_the_snapshot(
-    tmp_path: Path, model: Path
-) -> None:
+def test_trainer_is_released_before_servers_load_the_snapshot(tmp_path: Path, model: Path) -> None:
     cluster = Cluster(tmp_path, model)
 
     async def body() -> None:
@@ -161,7 +165,7 @@ def test_trainer_is_released_before_servers_load_the_snapshot(
     in_loop(body)
     kinds = [type(message) for _, message in cluster.log]
     assert kinds == [WriteSnapshot] * 2 + [Published] * 2 + [LoadSnapshot] * 2
-    assert UpdateWeights not in kinds  # nobody is interrupted before
+    assert UpdateWeights not in kinds  # requests are not interrupted before
 
 
 @pytest.mark.parametrize("fault", ["error", "silence", "short"])
@@ -188,21 +192,19 @@ def test_failed_source_keeps_old_snapshots_and_releases_all(
         cluster.exchange.timeout_s = SHORT_S if fault == "silence" else LONG_S
         with pytest.raises(PublishError, match="the folder of version 2 was not written"):
             await cluster.publish(2)
-        assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [1]
+        assert [snapshot.version for snapshot in snapshots.list_snapshots(tmp_path)] == [1]
         assert cluster.sent(Published) == ["trainer-0", "trainer-1"] and not cluster.sent(
             LoadSnapshot
         )
         cluster.faults = {}
         cluster.exchange.timeout_s = LONG_S
         await cluster.publish(2)
-        assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [2, 1]
+        assert [snapshot.version for snapshot in snapshots.list_snapshots(tmp_path)] == [2, 1]
 
     in_loop(body)
 
 
-def test_server_that_rejects_a_snapshot_is_fenced(
-    tmp_path: Path, model: Path
-) -> None:
+def test_server_that_rejects_a_snapshot_is_fenced(tmp_path: Path, model: Path) -> None:
     faults: dict[tuple[str, type], Answer] = {
         ("rollout-1", LoadSnapshot): lambda message: Updated(
             message.version, {}, error="tensor x digests to 1, not 2"
@@ -213,9 +215,9 @@ def test_server_that_rejects_a_snapshot_is_fenced(
     async def body() -> None:
         outcome = await cluster.publish(1)
         assert outcome.serving == ["rollout-0"] and "tensor x" in outcome.fenced["rollout-1"]
-        assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [
+        assert [snapshot.version for snapshot in snapshots.list_snapshots(tmp_path)] == [
             1
-        ]  # the folder is not to blame
+        ]  # the snapshot is intact
 
     in_loop(body)
 
@@ -225,7 +227,7 @@ def test_lost_server_is_not_awaited(tmp_path: Path, model: Path, kind: type) -> 
     cluster = Cluster(tmp_path, model)
 
     def loses(message: Message) -> Message | None:
-        cluster.take(cluster.core.worker_lost("rollout-1", 0.0))
+        cluster.take(cluster.core.handle(inputs.WorkerLost("rollout-1"), 0.0))
         return cluster.answer(message) if kind is WriteSnapshot else None
 
     async def body() -> None:
@@ -236,15 +238,13 @@ def test_lost_server_is_not_awaited(tmp_path: Path, model: Path, kind: type) -> 
         )
         assert cluster.sent(LoadSnapshot).count("rollout-1") == (kind is LoadSnapshot)
         cluster.faults.clear()
-        cluster.core.rollout_joined("rollout-1", 4, 0.0)
+        cluster.core.handle(inputs.RolloutJoined("rollout-1", 4), 0.0)
         assert (await cluster.publish(2)).serving == SERVERS
 
     in_loop(body)
 
 
-def test_stale_server_catches_up_within_max_staleness(
-    tmp_path: Path, model: Path
-) -> None:
+def test_stale_server_catches_up_within_max_staleness(tmp_path: Path, model: Path) -> None:
     cluster = Cluster(tmp_path, model)
     core, fleet = cluster.core, cluster.core.fleet.rollout
 
@@ -252,10 +252,10 @@ def test_stale_server_catches_up_within_max_staleness(
         for version in (1, 2):
             await cluster.publish(version)
         core.state.version = 2
-        core.serving("rollout-0", 2, 0.0)
-        core.rollout_joined("rollout-1", 4, 0.0)  # a new life
+        core.handle(inputs.ServerUpdated("rollout-0", version=2), 0.0)
+        core.handle(inputs.RolloutJoined("rollout-1", 4), 0.0)  # a new incarnation
         cluster.log.clear()
-        cluster.catch_up.start(others={"rollout-1"})  # an update has it
+        cluster.catch_up.start(others={"rollout-1"})  # it takes part in an update
         assert not cluster.catch_up.is_busy()
         cluster.catch_up.start(others=())
         assert fleet["rollout-1"].state is ServerState.UPDATING and not core.fleet.free_server(5, 0)
@@ -264,8 +264,8 @@ def test_stale_server_catches_up_within_max_staleness(
             ("rollout-1", LoadSnapshot(2, str(tmp_path / "weights" / "v000002.0")))
         ]
         assert fleet["rollout-1"].is_serving and fleet["rollout-1"].version == 2
-        core.state.version = 4  # two ahead, and eta is 1
-        core.rollout_joined("rollout-1", 4, 0.0)
+        core.state.version = 4  # two versions ahead, and max_staleness is 1
+        core.handle(inputs.RolloutJoined("rollout-1", 4), 0.0)
         cluster.catch_up.start(others=())
         assert not cluster.catch_up.is_busy()
 
@@ -284,9 +284,9 @@ def test_failed_catch_up_fences_the_server_unless_data_is_bad(
             await cluster.publish(version)
         core.state.version = 2
         for name in SERVERS:
-            core.serving(name, 2, 0.0)
-        core.rollout_joined("rollout-1", 4, 0.0)
-        newest = snapshots.whole(tmp_path)[0]
+            core.handle(inputs.ServerUpdated(name, version=2), 0.0)
+        core.handle(inputs.RolloutJoined("rollout-1", 4), 0.0)
+        newest = snapshots.list_snapshots(tmp_path)[0]
         if harm == "damage":
             next(newest.path.glob("*.safetensors")).write_bytes(b"not what it was")
         else:
@@ -298,9 +298,9 @@ def test_failed_catch_up_fences_the_server_unless_data_is_bad(
         cluster.catch_up._timeout_s = SHORT_S if harm == "silence" else LONG_S
         cluster.catch_up.start(others=())
         if harm == "new life":
-            cluster.take(core.rollout_joined("rollout-1", 4, 0.0))
+            cluster.take(core.handle(inputs.RolloutJoined("rollout-1", 4), 0.0))
         elif harm == "lost":
-            cluster.take(core.worker_lost("rollout-1", 0.0))
+            cluster.take(core.handle(inputs.WorkerLost("rollout-1"), 0.0))
         await asyncio.wait_for(cluster.settle(), LONG_S / 2)
         if harm == "lost":
             assert not cluster.sent(Shutdown)
@@ -310,20 +310,18 @@ def test_failed_catch_up_fences_the_server_unless_data_is_bad(
             assert server.state is ServerState.STALE and not newest.path.exists()
             cluster.catch_up.start(others=())
             await cluster.settle()
-            assert server.is_serving and server.version == 1  # of the folder before
+            assert server.is_serving and server.version == 1  # from the previous snapshot
         elif harm == "new life":
             assert server.state is ServerState.STALE and not cluster.sent(Shutdown)
         else:
             assert server.state is ServerState.FENCED and cluster.sent(Shutdown) == ["rollout-1"]
-            assert ("tensor x" if harm == "digest" else "update_timeout_s") in server.reason
+            assert ("tensor x" if harm == "digest" else "update_timeout_s") in server.fenced_because
             assert newest.path.exists()
 
     in_loop(body)
 
 
-def test_network_update_writes_its_snapshot_after_serving(
-    tmp_path: Path, model: Path
-) -> None:
+def test_network_update_writes_its_snapshot_after_serving(tmp_path: Path, model: Path) -> None:
     cluster = Cluster(tmp_path, model, transport="network", snapshot_every=2)
     publisher = cluster.publisher
 
@@ -334,12 +332,12 @@ def test_network_update_writes_its_snapshot_after_serving(
             assert bool(cluster.sent(Published)) == released_at_once
             await publisher.afterwards()
             assert cluster.sent(Published) == ["trainer-0", "trainer-1"]
-        assert [snapshot.version for snapshot in snapshots.whole(tmp_path)] == [2]
+        assert [snapshot.version for snapshot in snapshots.list_snapshots(tmp_path)] == [2]
         cluster.faults = {("trainer-0", WriteSnapshot): lambda message: None}
         await cluster.publish(4)
         cluster.exchange.timeout_s = SHORT_S
         cluster.log.clear()
-        await publisher.afterwards()  # an error in the log, and the trainer goes on
+        await publisher.afterwards()  # the error is logged and the trainer continues
         assert cluster.sent(Published) == ["trainer-0", "trainer-1"]
 
     in_loop(body)
