@@ -6,7 +6,7 @@ up the parents to the launcher. Each child has a process group of its own: stopp
 started, and Ctrl-C on a terminal reaches only the launcher.
 
 Slurm sends SIGTERM to every process of a job at once. So SIGTERM is blocked from the start in
-processes that must not end before their work is saved and cannot tell who sent it: torchrun,
+processes that must not end before their work is saved and cannot tell its sender: torchrun,
 SGLang, and all their children (`sigterm_blocked`). Only SIGKILL stops those.
 """
 

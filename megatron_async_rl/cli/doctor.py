@@ -1,6 +1,6 @@
 """`doctor`: checks that this host, and with a CONFIG a run, has all that it needs.
 
-Each function makes one check and returns a Check: what was found and, on failure, the remedy. Only
+Each function makes one check and returns a Check with the result and, on failure, the remedy. Only
 metadata of installed packages is read, no package is imported; SGLang's version comes from the
 engine's own Python. The checks of a configuration are those of launcher/preflight.py.
 """

@@ -1,1 +1,1 @@
-"""The configuration of a run: its sections, how it is loaded, and rules between settings."""
+"""The configuration of a run: its sections, how it is loaded, and the rules between settings."""

@@ -17,7 +17,7 @@ from megatron_async_rl.config.sections import (
 )
 
 
-class AdvantageConfig(Section, kw_only=True):
+class AdvantageConfig(Section, frozen=True, kw_only=True):
     """From rewards to advantages."""
 
     estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "gae"] = "grpo"
@@ -35,7 +35,7 @@ class AdvantageConfig(Section, kw_only=True):
     """With `gae`: lambda. 1 uses the observed return, 0 the critic's next value."""
 
 
-class LossConfig(Section, kw_only=True):
+class LossConfig(Section, frozen=True, kw_only=True):
     """The policy objective."""
 
     objective: Literal["decoupled_ppo", "ppo", "gspo", "cispo"] = "decoupled_ppo"
@@ -54,7 +54,7 @@ class LossConfig(Section, kw_only=True):
     """Weight of the entropy bonus."""
 
 
-class StalenessCorrectionConfig(Section, kw_only=True):
+class StalenessCorrectionConfig(Section, frozen=True, kw_only=True):
     """How the objective corrects for tokens that an older policy sampled."""
 
     proximal: Literal["recompute", "reuse_first_minibatch", "loglinear"] = "recompute"
@@ -66,7 +66,7 @@ class StalenessCorrectionConfig(Section, kw_only=True):
     behavior_weight_floor: PositiveFloat | None = None
     """Smallest ratio of proximal to behavior policy that is accepted. Null disables the limit."""
     behavior_weight_action: Literal["mask", "truncate"] = "mask"
-    """What to do beyond cap or floor: mask the tokens, or truncate the ratio."""
+    """Beyond cap or floor: mask the tokens, or truncate the ratio."""
     behavior_weight_level: Literal["token", "sequence"] = "token"
     """Compute the ratio per token, or as the geometric mean over the sample."""
     m2_threshold: PositiveFloat | None = None
@@ -75,7 +75,7 @@ class StalenessCorrectionConfig(Section, kw_only=True):
     disables it."""
 
 
-class KlConfig(Section, kw_only=True):
+class KlConfig(Section, frozen=True, kw_only=True):
     """The KL penalty against the starting policy."""
 
     coef: NonNegativeFloat = 0.0
@@ -87,7 +87,7 @@ class KlConfig(Section, kw_only=True):
     1."""
 
 
-class FilterConfig(Section, kw_only=True):
+class FilterConfig(Section, frozen=True, kw_only=True):
     """Which groups are not trained on. Their slots are given back to the admission."""
 
     drop_equal_rewards: bool = False
@@ -98,7 +98,7 @@ class FilterConfig(Section, kw_only=True):
     """Drop groups whose mean reward is higher. Null disables the limit."""
 
 
-class RewardShapingConfig(Section, kw_only=True):
+class RewardShapingConfig(Section, frozen=True, kw_only=True):
     """From the reward function's value r to the reward that is optimised."""
 
     scale: PositiveFloat = 1.0
@@ -114,7 +114,7 @@ class RewardShapingConfig(Section, kw_only=True):
     """Penalty of a response of full length."""
 
 
-class AlgorithmConfig(Section, kw_only=True):
+class AlgorithmConfig(Section, frozen=True, kw_only=True):
     """The batch of one step and the algorithm that trains on it."""
 
     prompts_per_step: PositiveInt

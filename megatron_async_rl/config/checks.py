@@ -1,4 +1,4 @@
-"""Rules between settings, each refused with the key, the value, the rule and what to do."""
+"""Rules between settings. An error names the settings, their values, the rule and the remedy."""
 
 from __future__ import annotations
 
@@ -9,118 +9,158 @@ from megatron_async_rl.errors import ConfigError
 if TYPE_CHECKING:
     from megatron_async_rl.config.config import Config
 
+PARALLEL_SIZES = (
+    "tensor_model",
+    "pipeline_model",
+    "virtual_pipeline_model",
+    "context",
+    "expert_model",
+    "expert_tensor",
+)
+
 
 def cross_check(config: Config) -> None:
-    a, r, m = config.algorithm, config.rollout, config.model
-    if r.max_new_tokens >= m.context_tokens:
+    """Raises ConfigError for the first rule that is broken."""
+    _check_lengths(config)
+    _check_batch(config)
+    _check_algorithm(config)
+    _check_weights(config)
+    _check_servers(config)
+    _check_parallel_sizes(config)
+
+
+def _check_lengths(config: Config) -> None:
+    max_new_tokens, context = config.rollout.max_new_tokens, config.model.context_tokens
+    if max_new_tokens >= context:
         raise ConfigError(
-            f"rollout.max_new_tokens = {r.max_new_tokens} leaves no room for a prompt in model.context_tokens = "
-            f"{m.context_tokens}; lower the first or raise the second"
+            f"rollout.max_new_tokens = {max_new_tokens} leaves no room for a prompt in "
+            f"model.context_tokens = {context}",
+            "lower the first or raise the second",
         )
-    if a.samples_per_prompt > r.max_concurrent_samples:
+    overlong = config.algorithm.reward_shaping.overlong_buffer_tokens
+    if overlong > max_new_tokens:
         raise ConfigError(
-            f"algorithm.samples_per_prompt = {a.samples_per_prompt} is more than a server takes at once; raise "
-            f"rollout.max_concurrent_samples = {r.max_concurrent_samples} to at least that"
+            f"algorithm.reward_shaping.overlong_buffer_tokens = {overlong} is more than "
+            f"rollout.max_new_tokens = {max_new_tokens}",
+            "lower it",
         )
-    if a.prompts_per_step * a.samples_per_prompt % config.trainer.data_parallel_size:
+
+
+def _check_batch(config: Config) -> None:
+    algorithm, replicas = config.algorithm, config.trainer.data_parallel_size
+    samples = algorithm.prompts_per_step * algorithm.samples_per_prompt
+    limit = config.rollout.max_concurrent_samples
+    if algorithm.samples_per_prompt > limit:
         raise ConfigError(
-            f"algorithm.prompts_per_step * samples_per_prompt = {a.prompts_per_step * a.samples_per_prompt} samples do not "
-            f"divide over trainer.data_parallel_size = {config.trainer.data_parallel_size}; change one of them"
+            f"algorithm.samples_per_prompt = {algorithm.samples_per_prompt} is more than a server "
+            f"runs at once, rollout.max_concurrent_samples = {limit}",
+            "lower the first or raise the second",
         )
-    if (
-        a.prompts_per_step * a.samples_per_prompt
-        < a.minibatches * config.trainer.data_parallel_size
+    if samples % replicas:
+        raise ConfigError(
+            f"algorithm.prompts_per_step * algorithm.samples_per_prompt = {samples} is not "
+            f"divisible by trainer.data_parallel_size = {replicas}",
+            "change one of them",
+        )
+    if samples < algorithm.minibatches * replicas:
+        raise ConfigError(
+            f"algorithm.minibatches = {algorithm.minibatches} is more than the "
+            f"{samples // replicas} samples of a data-parallel replica",
+            "lower it",
+        )
+
+
+def _check_algorithm(config: Config) -> None:
+    algorithm, advantage = config.algorithm, config.algorithm.advantage
+    single = algorithm.samples_per_prompt == 1
+    if single and advantage.estimator == "grpo" and advantage.group_normalize:
+        raise ConfigError(
+            "algorithm.advantage.group_normalize = true needs algorithm.samples_per_prompt >= 2: "
+            "one sample has no standard deviation",
+            "raise samples_per_prompt, or set algorithm.advantage.group_normalize=false",
+        )
+    if single and advantage.estimator in ("dr_grpo", "rloo"):
+        raise ConfigError(
+            f"algorithm.advantage.estimator = {advantage.estimator} needs "
+            "algorithm.samples_per_prompt >= 2: it compares the samples of a group",
+            "raise samples_per_prompt, or set algorithm.advantage.estimator=reinforce_pp",
+        )
+    correction, loss = algorithm.staleness_correction, algorithm.loss.objective
+    has_proximal = correction.proximal == "recompute" and loss != "ppo"
+    if correction.m2_threshold is not None and not has_proximal:
+        raise ConfigError(
+            f"algorithm.staleness_correction.m2_threshold = {correction.m2_threshold:g} needs the "
+            "proximal logprobs of all tokens before the step, which "
+            f"algorithm.staleness_correction.proximal = {correction.proximal} with "
+            f"algorithm.loss.objective = {loss} does not compute",
+            "set proximal=recompute and an objective other than ppo",
+        )
+
+
+def _check_weights(config: Config) -> None:
+    weights = config.weights
+    if weights.kv_cache == "keep" and weights.interrupt == "retract":
+        raise ConfigError(
+            "weights.interrupt = retract drops the KV cache that weights.kv_cache = keep keeps",
+            "leave weights.interrupt out, or set weights.kv_cache=recompute",
+        )
+    if weights.kv_cache == "keep" and config.sglang.get("disable_overlap_schedule") is not True:
+        raise ConfigError(
+            "weights.kv_cache = keep needs sglang.disable_overlap_schedule = true: the overlap "
+            "scheduler has a batch in flight when the engine pauses, and its tokens would be "
+            "labelled with weights that did not sample them",
+            "set it, or set weights.kv_cache=recompute",
+        )
+    if config.has_trainer:
+        return
+    for setting, is_set in (
+        ("model.random_init = true", config.model.random_init),
+        ("sglang.load_format = dummy", config.sglang.get("load_format") == "dummy"),
     ):
+        if is_set:
+            raise ConfigError(
+                f"run.mode = rollout_only generates from the weights in model.path, which "
+                f"{setting} does not load",
+                "remove that setting",
+            )
+
+
+def _check_servers(config: Config) -> None:
+    if "port" in config.sglang and config.rollout.servers > 1:
         raise ConfigError(
-            f"algorithm.minibatches = {a.minibatches} is more than each data-parallel replica has samples; lower it"
+            f"sglang.port = {config.sglang['port']} can be used by one server per host, but "
+            f"rollout.servers = {config.rollout.servers}",
+            "leave it out: each server then chooses a free port",
         )
-    if (
-        a.advantage.estimator == "grpo"
-        and a.advantage.group_normalize
-        and a.samples_per_prompt == 1
-    ):
-        raise ConfigError(
-            "algorithm.advantage.group_normalize = true needs algorithm.samples_per_prompt >= 2 (a group of one has no spread); "
-            "set samples_per_prompt, or group_normalize=false"
-        )
-    if a.advantage.estimator in ("dr_grpo", "rloo") and a.samples_per_prompt == 1:
-        raise ConfigError(
-            f"algorithm.advantage.estimator = {a.advantage.estimator} needs algorithm.samples_per_prompt >= 2 (a group of one has no "
-            "others); set samples_per_prompt, or advantage=reinforce_pp"
-        )
-    if a.reward_shaping.overlong_buffer_tokens > r.max_new_tokens:
-        raise ConfigError(
-            f"algorithm.reward_shaping.overlong_buffer_tokens = {a.reward_shaping.overlong_buffer_tokens} is more than rollout.max_new_tokens = "
-            f"{r.max_new_tokens}; lower it"
-        )
-    if a.staleness_correction.m2_threshold is not None and (
-        a.staleness_correction.proximal != "recompute" or a.loss.objective == "ppo"
-    ):
-        raise ConfigError(
-            f"algorithm.staleness_correction.m2_threshold = {a.staleness_correction.m2_threshold:g} needs every token's proximal logprob before the step, which "
-            f"algorithm.staleness_correction.proximal = {a.staleness_correction.proximal} with loss = {a.loss.objective} does not give; set proximal=recompute and a loss other "
-            "than ppo"
-        )
-    if config.weights.kv_cache == "keep" and config.weights.interrupt == "retract":
-        raise ConfigError(
-            "weights.interrupt = retract drops the KV cache that weights.kv_cache = keep keeps; leave weights.interrupt "
-            "out, or set weights.kv_cache=recompute"
-        )
-    if (
-        config.weights.kv_cache == "keep"
-        and config.sglang.get("disable_overlap_schedule") is not True
-    ):
-        raise ConfigError(
-            "weights.kv_cache = keep needs sglang.disable_overlap_schedule = true: the overlap scheduler has a batch under "
-            "way when the engine pauses, and its tokens would be labelled with weights that did not sample them; set that, "
-            "or weights.kv_cache=recompute"
-        )
-    if not config.has_trainer and (m.random_init or config.sglang.get("load_format") == "dummy"):
-        raise ConfigError(
-            "run.mode = rollout_only generates from the weights in model.path, which "
-            f"{'model.random_init' if m.random_init else 'sglang.load_format = dummy'} leaves unread; remove that"
-        )
-    if "port" in config.sglang and r.servers > 1:
-        raise ConfigError(
-            f"sglang.port = {config.sglang['port']} can serve one server of a host, not rollout.servers = {r.servers}; "
-            "leave it out: each server then takes a free port"
-        )
-    for name in (
-        "tensor_model",
-        "pipeline_model",
-        "virtual_pipeline_model",
-        "context",
-        "expert_model",
-        "expert_tensor",
-    ):
-        size = config.megatron.get(f"{name}_parallel_size", 1)
+
+
+def _check_parallel_sizes(config: Config) -> None:
+    settings = [
+        (f"megatron.{name}_parallel_size", config.megatron.get(f"{name}_parallel_size", 1))
+        for name in PARALLEL_SIZES
+    ]
+    for setting, size in (*settings, ("sglang.tp_size", config.sglang.get("tp_size", 1))):
         if type(size) is not int or size < 1:
-            raise ConfigError(f"megatron.{name}_parallel_size = {size!r}: expected an integer >= 1")
-    size = config.sglang.get("tp_size", 1)
-    if type(size) is not int or size < 1:
-        raise ConfigError(f"sglang.tp_size = {size!r}: expected an integer >= 1")
-    _check_trainer_hosts(config)
-
-
-def _check_trainer_hosts(config: Config) -> None:
+            raise ConfigError(f"{setting} = {size!r}: expected an integer >= 1")
     hosts, ranks = config.trainer.hosts, config.trainer_ranks
     if ranks % hosts:
         fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
         raise ConfigError(
-            f"trainer.hosts = {hosts} does not divide the {ranks} trainer ranks (trainer.data_parallel_size * megatron's "
-            f"tensor, pipeline and context sizes) evenly; set trainer.hosts to one of {fitting}, or change a size"
+            f"trainer.hosts = {hosts} does not divide the {ranks} trainer ranks "
+            "(trainer.data_parallel_size times megatron's tensor, pipeline and context sizes)",
+            f"set trainer.hosts to one of {fitting}, or change a size",
         )
 
 
 def cross_host_parallelism_warning(config: Config) -> str:
-    """A warning where ranks that exchange activations in every layer are on several hosts; else empty."""
+    """Returns a warning if ranks that communicate in every layer are on several hosts, or ""."""
     here = config.ranks_per_host
     for name, rest in (("tensor_model", 1), ("context", config.parallel_size("tensor_model"))):
         size = config.parallel_size(name)
         if size > 1 and here % (size * rest):
             return (
-                f"megatron.{name}_parallel_size = {size} with {here} ranks a host (trainer.hosts = {config.trainer.hosts}) "
-                "puts a group that exchanges activations in every layer on several hosts: slow, unless NVLink joins them; "
-                "lower it, or trainer.hosts"
+                f"megatron.{name}_parallel_size = {size} with {here} ranks per host (trainer.hosts "
+                f"= {config.trainer.hosts}) spreads a group that communicates in every layer over "
+                "several hosts: slow, unless NVLink connects them; lower it, or trainer.hosts"
             )
     return ""

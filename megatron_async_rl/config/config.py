@@ -1,7 +1,8 @@
-"""The whole configuration of a run, and what follows from it."""
+"""The configuration of a run, and values derived from several settings."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron_async_rl.config.sections import (
 )
 
 
-class Config(Section, kw_only=True):
+class Config(Section, frozen=True, kw_only=True):
     run: RunConfig
     model: ModelConfig
     data: DataConfig
@@ -49,7 +50,7 @@ class Config(Section, kw_only=True):
         return Path(self.run.dir)
 
     def parallel_size(self, name: str) -> int:
-        """A parallel size under `megatron:`, such as tensor_model_parallel_size; 1 where it is not set."""
+        """Returns megatron.NAME_parallel_size, 1 if it is not set."""
         return int(self.megatron.get(f"{name}_parallel_size", 1))
 
     @property
@@ -68,20 +69,17 @@ class Config(Section, kw_only=True):
 
     @property
     def num_leaders(self) -> int:
-        """Who asks for a share of each batch: data-parallel replicas, or the recorder alone."""
+        """Number of leaders: one per data-parallel replica, or the recorder."""
         return self.trainer.data_parallel_size if self.has_trainer else 1
 
     @property
     def trainer_ranks(self) -> int:
-        sizes = (self.parallel_size(n) for n in ("tensor_model", "pipeline_model", "context"))
-        ranks = self.trainer.data_parallel_size
-        for size in sizes:
-            ranks *= size
-        return ranks
+        names = ("tensor_model", "pipeline_model", "context")
+        return self.trainer.data_parallel_size * math.prod(map(self.parallel_size, names))
 
     @property
     def trainer_names(self) -> list[str]:
-        """The processes that start the trainer's ranks, in the ranks' order."""
+        """The processes that start the trainer's ranks, in the order of the ranks."""
         one = self.trainer.hosts == 1 or not self.has_trainer
         return ["trainer"] if one else [f"trainer-{i}" for i in range(self.trainer.hosts)]
 

@@ -1,4 +1,4 @@
-"""The text below each setting, as data; `python -m megatron_async_rl.config.documentation` prints docs/configuration.md."""
+"""Reads the documentation of settings; prints docs/configuration.md when run as a program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INTRODUCTION = """\
 
 A run is described by one YAML file, such as [configs/quickstart.yaml](../configs/quickstart.yaml).
 Settings can be overridden on the command line by their dotted name: `run CONFIG
-staleness.max_staleness=0`. An unknown key, a wrong type or an impossible combination is refused
+staleness.max_staleness=0`. An unknown key, a wrong type or an impossible combination is rejected
 before anything is started, with the setting, its value, the rule and the remedy. The resolved
 configuration is kept as `config.yaml` in `run.dir`.
 
@@ -77,7 +77,8 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
 
 
 def _type(kind: Any) -> str:
-    """Returns a type as a reader of YAML knows it: `integer >= 1`, `"wait" or "drop"`, `number > 0 or null`."""
+    """Returns a type as a reader of YAML knows it: `integer >= 1`, `"wait" or "drop"`, `number > 0
+    or null`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         meta = arguments[1]

@@ -1,8 +1,6 @@
-"""Every knob of a run: one YAML file, dotted `key=value` overrides after it, unknown keys refused.
+"""Loads a configuration: a YAML file, then dotted `key=value` overrides; unknown keys are rejected.
 
-Sections are frozen structs; the text under each field is its documentation, its range is checked,
-and an error names the key, the value, the rule and what to do. Megatron's and SGLang's own knobs
-keep their own names under `megatron:` and `sglang:` and pass through.
+Errors name the setting, its value, the rule and the remedy, and quote the setting's documentation.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from megatron_async_rl.errors import ConfigError
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2's floats: PyYAML reads `1e-3` as text, which no writer of a learning rate means."""
+    """Reads `1e-3` as a number, as YAML 1.2 does, and rejects duplicate keys."""
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -32,7 +30,7 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key in keys:
         if keys.count(key) > 1:
             raise yaml.YAMLError(
-                f"{key} stands twice in line {node.start_mark.line + 1} and below; keep one"
+                f"duplicate key {key} in the mapping of line {node.start_mark.line + 1}; keep one"
             )
     return loader.construct_mapping(node, deep=True)
 
@@ -50,17 +48,17 @@ def _read_yaml(text: str) -> Any:
 
 
 def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
-    """The configuration in a YAML file, with dotted overrides such as `staleness.max_staleness=0`
-    applied.
+    """Returns the configuration of a YAML file with overrides such as `staleness.max_staleness=0`.
 
-    Raises ConfigError: unreadable file, unknown key (names the nearest), wrong type or range.
+    Raises ConfigError for an unreadable file, an unknown key, or a wrong type, value or
+    combination.
     """
     path = Path(path)
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(
-            f"cannot read the configuration {path}: {e}; give the path of a YAML file"
+            f"cannot read the configuration {path}: {e}", "give the path of a YAML file"
         ) from e
     try:
         tree = _read_yaml(text) or {}
@@ -74,7 +72,7 @@ def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Co
 
 
 def from_tree(tree: dict[str, Any]) -> Config:
-    """Checks a tree of plain values and makes the configuration of it."""
+    """Returns the configuration in a tree of plain values. Raises ConfigError."""
     _check_values(tree, "")
     try:
         config = msgspec.convert(tree, Config, strict=True)
@@ -85,7 +83,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML; `load` reads it back to an equal one."""
+    """Returns the resolved configuration as YAML; `load` reads an equal one from it."""
     return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)
 
 
@@ -109,59 +107,62 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _check_values(tree: dict[Any, Any], path: str) -> None:
-    """What the sections' types do not say: keys are text, numbers are finite."""
+    """Checks rules that types cannot express: keys are text, numbers are finite."""
     for key, value in tree.items():
-        where = f"{path}.{key}".lstrip(".")
+        setting = f"{path}.{key}".lstrip(".")
         if not isinstance(key, str):
-            raise ConfigError(f"{where}: the key {key!r} is not text; write it in quotes")
+            raise ConfigError(f"{setting}: the key {key!r} is not text", "write it in quotes")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{where} = {value}: expected a finite number")
+            raise ConfigError(f"{setting} = {value}: expected a finite number")
         if isinstance(value, dict):
-            _check_values(value, where)
+            _check_values(value, setting)
 
 
 def _explain(message: str, tree: dict[str, Any]) -> str:
-    """Turns msgspec's words into: key, value, rule, remedy."""
+    """Turns an error message of msgspec into setting, value, rule, documentation and remedy."""
     match = re.fullmatch(r"(?P<rule>.*?)(?: - at `\$\.?(?P<path>.*?)`)?", message, re.S)
+    assert match
     rule, path = match["rule"], match["path"] or ""
-    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", rule)
-    if unknown:
-        names = [f.encode_name for f in msgspec.structs.fields(_section_at(path))]
-        near = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.0)
-        key = f"{path}.{unknown[1]}".lstrip(".")
-        return f"{key} is not a setting; did you mean {'.'.join(filter(None, [path, near[0]]))}? Known here: {', '.join(names)}"
-    missing = re.fullmatch(r"Object missing required field `(.*)`", rule)
-    if missing:
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", rule):
+        names = [field.encode_name for field in msgspec.structs.fields(_section_at(path))]
+        nearest = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.0)[0]
+        key, suggestion = (f"{path}.{name}".lstrip(".") for name in (unknown[1], nearest))
+        known = ", ".join(names)
+        return f"{key} is not a setting; did you mean {suggestion}? Known here: {known}"
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", rule):
         key = f"{path}.{missing[1]}".lstrip(".")
-        return f"{key} is not set, and has no default. {_description(key)} Set it in the YAML or with {key}=VALUE"
-    if "enum value" in rule:
-        rule = f"expected one of {', '.join(map(repr, get_args(_annotation(path))))}"
-    value: Any = tree
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return f"{path} = {value!r}: {rule[0].lower() + rule[1:]}. {_description(path)} Set it in the YAML or with {path}=VALUE"
+        problem = f"{key} is not set, and has no default"
+    else:
+        key = path
+        if "enum value" in rule:
+            rule = f"expected one of {', '.join(map(repr, get_args(_annotation(key))))}"
+        value: Any = tree
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        problem = f"{key} = {value!r}: {rule[0].lower() + rule[1:]}"
+    return f"{problem}. {_description(key)} Set it in the YAML or with {key}=VALUE"
 
 
 def _section_at(path: str) -> type:
     section: type = Config
     for part in filter(None, path.split(".")):
-        section = next(f.type for f in msgspec.structs.fields(section) if f.encode_name == part)
+        section = _field_type(section, part)
     return section
 
 
-def _annotation(path: str) -> Any:
-    *parents, last = path.split(".")
-    return next(
-        f.type
-        for f in msgspec.structs.fields(_section_at(".".join(parents)))
-        if f.encode_name == last
-    )
+def _annotation(key: str) -> Any:
+    path, _, name = key.rpartition(".")
+    return _field_type(_section_at(path), name)
 
 
-def _description(path: str) -> str:
+def _field_type(section: type, name: str) -> Any:
+    return next(f.type for f in msgspec.structs.fields(section) if f.encode_name == name)
+
+
+def _description(key: str) -> str:
     """Returns the documentation of a setting; empty for a section."""
-    *parents, last = path.split(".")
+    path, _, name = key.rpartition(".")
     try:
-        return documentation.field_texts(_section_at(".".join(parents))).get(last, "")
+        return documentation.field_texts(_section_at(path)).get(name, "")
     except (StopIteration, TypeError):
         return ""

@@ -1,8 +1,7 @@
-"""The sections of the configuration: field, type and default, and below each field what it means.
+"""The sections of the configuration; below each field is its documentation.
 
-The text below a field is its documentation: error messages quote it and docs/configuration.md is
-generated from it (documentation.py). Rules between settings are in checks.py. The `algorithm`
-section is in algorithm.py.
+Error messages quote that text, and docs/configuration.md is generated from it (documentation.py).
+Rules between settings are in checks.py. The `algorithm` section is in algorithm.py.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """One section of the configuration."""
 
 
-class RunConfig(Section, kw_only=True):
-    """Where a run is kept, how long it lasts and what it does."""
+class RunConfig(Section, frozen=True, kw_only=True):
+    """Location, length and mode of a run."""
 
     dir: Text
     """Folder of the run: journal, checkpoints, logs, TensorBoard, samples and the exported
@@ -49,7 +48,7 @@ class RunConfig(Section, kw_only=True):
     progress."""
 
 
-class ModelConfig(Section, kw_only=True):
+class ModelConfig(Section, frozen=True, kw_only=True):
     """The starting policy."""
 
     path: Text
@@ -61,7 +60,7 @@ class ModelConfig(Section, kw_only=True):
     tokenizer only."""
 
 
-class DataConfig(Section, kw_only=True):
+class DataConfig(Section, frozen=True, kw_only=True):
     """The datasets, and how a prompt becomes tokens."""
 
     train: Text
@@ -76,7 +75,7 @@ class DataConfig(Section, kw_only=True):
     """Put the tokenizer's BOS token before a prompt that uses no chat template."""
 
 
-class RolloutConfig(Section, kw_only=True):
+class RolloutConfig(Section, frozen=True, kw_only=True):
     """Generation: servers, sampling and leases."""
 
     servers: PositiveInt = 1
@@ -99,20 +98,19 @@ class RolloutConfig(Section, kw_only=True):
     """Deadline of one control request to a server, in seconds."""
 
 
-class StalenessConfig(Section, kw_only=True):
+class StalenessConfig(Section, frozen=True, kw_only=True):
     """How far generation may run ahead of training."""
 
     max_staleness: NonNegativeInt = 4
     """eta: how many weight versions a trained token may lag. 0 is synchronous RL, 1 one-step
     overlap."""
     straggler_policy: Literal["wait", "drop"] = "wait"
-    """What to do with unfinished groups that the next version would make too stale: wait for them,
-    or drop them."""
+    """Unfinished groups that the next version would make too stale: wait for them, or drop them."""
     straggler_timeout_s: NonNegativeFloat = 120.0
     """Longest wait under `straggler_policy: wait`; after it the stale groups are dropped."""
 
 
-class RewardConfig(Section, kw_only=True):
+class RewardConfig(Section, frozen=True, kw_only=True):
     """How responses are scored."""
 
     function: str = "math"
@@ -128,7 +126,7 @@ class RewardConfig(Section, kw_only=True):
     """Attempts to score one response before its group is dropped."""
 
 
-class SandboxConfig(Section, kw_only=True):
+class SandboxConfig(Section, frozen=True, kw_only=True):
     """How `reward.function: code` runs programs."""
 
     python: str = "/usr/bin/python3"
@@ -142,7 +140,7 @@ class SandboxConfig(Section, kw_only=True):
     """Seconds that one execution may take: one test of a program, or all calls of a function."""
 
 
-class CriticConfig(Section, kw_only=True):
+class CriticConfig(Section, frozen=True, kw_only=True):
     """The value model of `algorithm.advantage.estimator: gae`."""
 
     path: str | None = None
@@ -154,7 +152,7 @@ class CriticConfig(Section, kw_only=True):
     """Clip range of a value around its value at the start of the step. Null disables clipping."""
 
 
-class TrainerConfig(Section, kw_only=True):
+class TrainerConfig(Section, frozen=True, kw_only=True):
     """The Megatron-Core trainer; parallel sizes and optimizer settings are in `megatron`."""
 
     data_parallel_size: PositiveInt = 1
@@ -178,7 +176,7 @@ class TrainerConfig(Section, kw_only=True):
     """Deadline of every collective among trainer ranks, in seconds."""
 
 
-class WeightsConfig(Section, kw_only=True):
+class WeightsConfig(Section, frozen=True, kw_only=True):
     """Weight updates from the trainer to the servers."""
 
     bucket_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 2 << 30
@@ -207,7 +205,7 @@ class WeightsConfig(Section, kw_only=True):
     trainer.precision."""
 
 
-class CheckpointConfig(Section, kw_only=True):
+class CheckpointConfig(Section, frozen=True, kw_only=True):
     """Checkpoints of model, optimizer and position in the data."""
 
     every: NonNegativeInt = 10
@@ -218,7 +216,7 @@ class CheckpointConfig(Section, kw_only=True):
     """Write in the background while the next steps train."""
 
 
-class FaultsConfig(Section, kw_only=True):
+class FaultsConfig(Section, frozen=True, kw_only=True):
     """Failure detection, restarts and shutdown."""
 
     max_restarts: NonNegativeInt = 5
@@ -241,8 +239,8 @@ class FaultsConfig(Section, kw_only=True):
         return min(pause_s, MAX_RESTART_PAUSE_S)
 
 
-class MonitorConfig(Section, kw_only=True):
-    """What a run records for people."""
+class MonitorConfig(Section, frozen=True, kw_only=True):
+    """Records of a run for people."""
 
     tensorboard: bool = True
     """Write TensorBoard event files to run.dir/tensorboard."""

@@ -66,7 +66,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class _Demand:
-    """What must be placed, in GPUs; all zero for a run on CPUs."""
+    """GPUs needed per trainer host and per server; 0 for a run on CPUs."""
 
     trainer_hosts: int
     per_host: int  # trainer ranks

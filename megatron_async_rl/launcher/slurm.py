@@ -129,7 +129,7 @@ def _first_node(
         for old in assignments.parent.glob(f".{config.run_dir.resolve().name}.job-*"):
             if old != assignments:
                 old.unlink(missing_ok=True)  # of an earlier job: run.dir is locked by this one
-        files.write(assignments, msgspec.json.encode(NodeAssignments(placed.names)))
+        files.write_atomic(assignments, msgspec.json.encode(NodeAssignments(placed.names)))
 
     try:
         placed = placement.assign_nodes(config, len(allocation.nodes), allocation.gpus_per_node)
@@ -142,7 +142,7 @@ def _first_node(
         )
     finally:
         with contextlib.suppress(OSError):  # an earlier error is the one to report
-            files.write(assignments, msgspec.json.encode(NodeAssignments(over=True)))
+            files.write_atomic(assignments, msgspec.json.encode(NodeAssignments(over=True)))
 
 
 def _other_node(allocation: Allocation, assignments: Path, config: Config) -> int:

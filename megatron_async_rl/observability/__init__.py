@@ -1,1 +1,1 @@
-"""What a run shows: TensorBoard, samples.jsonl, status.json and the terminal."""
+"""Records of a run for people: TensorBoard, samples.jsonl, status.json, the terminal."""

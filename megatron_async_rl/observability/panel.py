@@ -101,7 +101,7 @@ def summary(status: RunStatus) -> str:
 def log_line(status: RunStatus) -> str:
     if status.state == "failed":
         return f"failed: {status.message}"
-    parts = [status.state]
+    parts: list[str] = [status.state]
     if status.message:
         parts.append(status.message)
     if status.steps:

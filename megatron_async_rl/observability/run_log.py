@@ -1,7 +1,7 @@
-"""What the controller records of a run, below `run.dir`: TensorBoard, samples.jsonl, status.json.
+"""Writes the controller's records below `run.dir`: TensorBoard, samples.jsonl, status.json.
 
-TensorBoard tags are `area/name`, with the unit at the end. RunLog.write_samples fills the first row,
-callers of RunLog.write_scalars the others:
+TensorBoard tags are `area/name`, with the unit at the end. RunLog.write_samples fills the first
+row, callers of RunLog.write_scalars the others:
 
     reward/ rollout/ staleness/   of the trained samples
     train/                        loss, clip fraction, gradient norm ...
