@@ -61,7 +61,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_last_two_checkpoints_are_complete_when_reported(saved: tuple[Path, Path]) -> None:
     _, run_dir = saved
-    assert json.loads((run_dir / "losses.json").read_text())["told"] == [
+    assert json.loads((run_dir / "losses.json").read_text())["saved"] == [
         [2, "v000002"],
         [4, "v000004"],
     ]

@@ -1,8 +1,13 @@
-"""What the ranks of test_checkpoint.py run: `torchrun ... checkpoint_main.py MODEL RUN_DIR save|load TP PP`.
+"""Trainer ranks that save and load checkpoints; run by test_checkpoint.py.
 
-`save` trains two steps, saves, trains two more while the save may still be under way, saves again, and writes their losses;
-`save-for-ever` saves one version again and again;
-`load` loads, in whatever layout, and trains the same two. The guard below is needed: saving starts processes that import this.
+`torchrun ... checkpoint_main.py MODEL RUN_DIR COMMAND TP PP [VPP [ADVANTAGE]]`, with COMMAND
+
+    save            trains two steps, saves, trains two more while the save may still be running,
+                    saves again, and writes the losses of the last two steps
+    save-for-ever   saves one version again and again
+    load            loads, in any layout, and trains the same two steps
+
+Saving starts processes that import this module, so it does nothing when it is imported.
 """
 
 from __future__ import annotations
@@ -58,13 +63,13 @@ def main() -> None:
     )
     parallel.init_parallel(settings)
     policy = build.build(settings)
-    told: list[tuple[int, str]] = []
+    saved: list[tuple[int, str]] = []
     saver = Checkpointer(
-        policy, settings, run_dir, lambda version, folder: told.append((version, folder))
+        policy, settings, run_dir, lambda version, folder: saved.append((version, folder))
     )
 
     def batch(version: int) -> list[TrainSample]:
-        """The same eight samples under any layout; this replica's share of them."""
+        """Returns this replica's share of eight samples, which are the same in every layout."""
         random = np.random.default_rng(version)
         samples = []
         for number in range(8):
@@ -100,12 +105,12 @@ def main() -> None:
     if what == "save":
         train(0)
         saver.step(2)
-        losses = train(2)  # the save of version 2 may still be under way
+        losses = train(2)  # the save of version 2 may still be running
         saver.save(4)
         if dist.get_rank() == 0:
-            for version, folder in told:
+            for version, folder in saved:
                 checkpoints.commit(run_dir, version, folder, 0, 0)
-            (run_dir / "losses.json").write_text(json.dumps({"told": told, "losses": losses}))
+            (run_dir / "losses.json").write_text(json.dumps({"saved": saved, "losses": losses}))
     else:
         version = saver.load()
         losses = train(2)

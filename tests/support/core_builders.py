@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, Send
 from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.core.events import JournalEvent
@@ -29,7 +30,7 @@ def core_settings(**changes: object) -> CoreSettings:
         "eval_temperature": 0.0,
         "lease_timeout_s": LEASE_S,
         "max_attempts": 3,
-        "max_verdict_attempts": 2,
+        "max_scoring_attempts": 2,
         "drop_equal_rewards": False,
         "heartbeat_timeout_s": SILENCE_S,
         "steps": 1000,
@@ -84,9 +85,9 @@ def join_workers(
     core: Core, capacity: int = 100, name: str = "rollout-0", version: int = 0
 ) -> list[Generate]:
     """Joins a reward worker and a server; returns the leases that the server gets."""
-    core.reward_joined("reward-0", 100, 0)
-    core.rollout_joined(name, capacity, 0)
-    return messages_of(core.serving(name, version, 0), Generate)
+    core.handle(inputs.RewardJoined("reward-0", 100), 0)
+    core.handle(inputs.RolloutJoined(name, capacity), 0)
+    return messages_of(core.handle(inputs.ServerUpdated(name, version=version), 0), Generate)
 
 
 def finish_lease(
@@ -96,15 +97,16 @@ def finish_lease(
     actions: list[Action] = []
     for index in lease.indices:
         for score in messages_of(
-            core.generated(worker, generated(lease, index, version), now), ScoreRequest
+            core.handle(inputs.Received(worker, generated(lease, index, version)), now),
+            ScoreRequest,
         ):
-            actions += core.scored("reward-0", scored(score), now)
+            actions += core.handle(inputs.Received("reward-0", scored(score)), now)
     return actions
 
 
 def restart_core(core: Core, events: list[JournalEvent]) -> Core:
     """Returns the core of the next epoch: same dataset, restored from the events on disk."""
-    restarted = Core(core.rules, prompt_stream())
+    restarted = Core(core.settings, prompt_stream())
     restarted.restore(events)
     restarted.admitting = True
     return restarted

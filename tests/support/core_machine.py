@@ -8,9 +8,10 @@ from core_builders import generated, make_core, scored
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, Send, SendBatch
 from megatron_async_rl.controller.core.groups import GroupState
-from megatron_async_rl.protocol.messages import Generate, GenerateFailed, ScoreRequest
+from megatron_async_rl.protocol.messages import Generate, GenerateFailed, ScoreRequest, StepDone
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -36,7 +37,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.trained: list[int] = []
         self.batch: SendBatch | None = None
         self.join_rollout()
-        self.take(self.core.reward_joined("reward-0", 8, 0.0))
+        self.take(self.core.handle(inputs.RewardJoined("reward-0", 8), 0.0))
 
     def take(self, actions: list[Action]) -> None:
         for action in actions:
@@ -44,18 +45,18 @@ class CoreMachine(RuleBasedStateMachine):
                 self.check_batch(action)
             elif isinstance(action, Send) and isinstance(action.message, Generate):
                 self.leases.append((action.worker, action.message))
-            elif isinstance(action, Send):
+            elif isinstance(action, Send) and isinstance(action.message, ScoreRequest):
                 self.scores.append((action.worker, action.message))
 
     def check_batch(self, batch: SendBatch) -> None:
         assert self.batch is None and batch.version == self.core.version
-        assert len(batch.groups) == self.core.rules.prompts_per_step
+        assert len(batch.groups) == self.core.settings.prompts_per_step
         for group in batch.groups:
             assert None not in group.samples and None not in group.rewards
             assert group.group_id not in self.trained, "trained twice"
             assert (
                 batch.version - min(s.oldest_version for s in group.samples)
-                <= self.core.rules.max_staleness
+                <= self.core.settings.max_staleness
             ), "stale"
             self.trained.append(group.group_id)
         self.batch = batch
@@ -64,17 +65,19 @@ class CoreMachine(RuleBasedStateMachine):
     @rule()
     def join_rollout(self) -> None:
         name = f"rollout-{self.random.randrange(100)}"
-        self.take(self.core.rollout_joined(name, self.random.choice([2, 5]), self.now))
-        self.take(self.core.serving(name, self.core.version, self.now))
+        self.take(
+            self.core.handle(inputs.RolloutJoined(name, self.random.choice([2, 5])), self.now)
+        )
+        self.take(self.core.handle(inputs.ServerUpdated(name, version=self.core.version), self.now))
 
     @precondition(lambda self: self.core.fleet.rollout)
     @rule()
     def lose_or_fence_a_server(self) -> None:
         name = self.random.choice(list(self.core.fleet.rollout))
         event = self.random.choice(
-            [self.core.worker_lost, lambda n, t: self.core.fenced(n, "bad digest", t)]
+            [inputs.WorkerLost(name), inputs.ServerFenced(name, reason="bad digest")]
         )
-        self.take(event(name, self.now))
+        self.take(self.core.handle(event, self.now))
 
     @precondition(lambda self: self.leases)
     @rule(times=st.integers(1, 2), spans_versions=st.booleans())
@@ -88,52 +91,60 @@ class CoreMachine(RuleBasedStateMachine):
         versions = sorted({first, self.core.version}) if spans_versions else [first]
         reply = generated(lease, self.random.choice(lease.indices), *versions)
         for _ in range(times):
-            self.take(self.core.generated(worker, reply, self.now))
+            self.take(self.core.handle(inputs.Received(worker, reply), self.now))
 
     @precondition(lambda self: self.leases)
     @rule()
     def fail(self) -> None:
         worker, lease = self.random.choice(self.leases)
         failed = GenerateFailed(lease.key(lease.indices[0]), "x")
-        self.take(self.core.generate_failed(worker, failed, self.now))
+        self.take(self.core.handle(inputs.Received(worker, failed), self.now))
 
     @precondition(lambda self: self.scores)
     @rule(reward=st.sampled_from([0.0, 1.0, 1.0, None]), again=st.booleans())
     def score(self, reward: float | None, again: bool) -> None:
         worker, request = self.random.choice(self.scores)
         for _ in range(1 + again):
-            self.take(self.core.scored(worker, scored(request, reward), self.now))
+            self.take(self.core.handle(inputs.Received(worker, scored(request, reward)), self.now))
 
     @precondition(lambda self: self.batch is None)
     @rule()
     def want_a_batch(self) -> None:
-        self.take(self.core.batch_wanted(0, self.core.version, self.now))
+        self.take(self.core.handle(inputs.BatchRequested(0, self.core.version), self.now))
 
     @precondition(lambda self: self.batch is not None)
     @rule()
     def finish_the_step(self) -> None:
         assert self.batch is not None
         self.batch = None
-        self.take(self.core.step_done(self.core.version + 1, self.now))
+        self.take(
+            self.core.handle(
+                inputs.Received("trainer-0", StepDone(self.core.version + 1, {})), self.now
+            )
+        )
         for name, worker in list(self.core.fleet.rollout.items()):
-            if not worker.reason:
-                self.core.updating(name)
-                self.take(self.core.serving(name, self.core.version, self.now))
+            if not worker.is_fenced:
+                self.core.handle(inputs.UpdateStarted(name), 0)
+                self.take(
+                    self.core.handle(
+                        inputs.ServerUpdated(name, version=self.core.version), self.now
+                    )
+                )
 
     @rule(seconds=st.sampled_from([0.5, 10.0, 40.0]))
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
         for name in [*self.core.fleet.rollout, *self.core.fleet.reward]:
             self.core.fleet.heard(name, self.now)
-        self.take(self.core.tick(self.now))
+        self.take(self.core.handle(inputs.Tick(), self.now))
 
     @invariant()
     def ledger_balances(self) -> None:
         if hasattr(self, "core"):
             self.core.check()
             limit = (
-                self.core.version + self.core.rules.max_staleness + 1
-            ) * self.core.rules.prompts_per_step
+                self.core.version + self.core.settings.max_staleness + 1
+            ) * self.core.settings.prompts_per_step
             assert self.core.ledger.trained + self.core.pending <= limit, (
                 "admitted past max_staleness"
             )

@@ -1,6 +1,7 @@
-"""Run by test_gpu_layouts.py under torchrun, a process a GPU: layouts that need NCCL, against TP1 PP1 CP1 on the same ranks.
+"""Layouts that need NCCL against TP1 PP1 CP1 on the same ranks; run by test_gpu_layouts.py.
 
-The comparison is the selftest command's own; the figures go to a JSON file that the tests judge.
+One process a GPU under torchrun. The comparison is that of the `selftest` command; the figures are
+written to a JSON file, which the tests check.
 """
 
 from __future__ import annotations
@@ -46,9 +47,8 @@ RECOMPUTE = {
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
-LAYOUTS: dict[
-    str, tuple[dict[str, Any], str, dict[str, Any], int]
-] = {  # model, precision, megatron, ranks it takes
+# name -> model, precision, `megatron:`, number of ranks it needs
+LAYOUTS: dict[str, tuple[dict[str, Any], str, dict[str, Any], int]] = {
     "tp2": (DENSE, "fp32", {"tensor_model_parallel_size": 2}, 2),
     "tp2 sp": (DENSE, "fp32", TP2, 2),
     "tp2 sp recompute": (DENSE, "fp32", TP2 | RECOMPUTE, 2),

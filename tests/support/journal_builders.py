@@ -40,7 +40,9 @@ def journal_events(num_steps: int = 2) -> list[JournalEvent]:
     return core.take_events()
 
 
-def write_checkpoint(run_dir: Path, version: int, journal_seq: int = 1) -> checkpoints.CheckpointManifest:
+def write_checkpoint(
+    run_dir: Path, version: int, journal_seq: int = 1
+) -> checkpoints.CheckpointManifest:
     """Writes and commits a checkpoint of two ranks with a small file each."""
     folder = run_dir / checkpoints.FOLDER / checkpoints.folder_name(version)
     folder.mkdir(parents=True)

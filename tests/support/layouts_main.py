@@ -1,7 +1,7 @@
-"""Run by test_layouts.py under torchrun with four processes: every layout in one set of processes.
+"""Every layout, one after the other, in four processes under torchrun; run by test_layouts.py.
 
-Start-up costs more than all the checks, so the layouts follow each other in here and the figures go to a JSON file that
-the tests judge. `folders` holds one tiny Hugging Face model per family.
+Start-up takes longer than all the checks, so one set of processes runs all layouts and writes the
+figures to a JSON file, which the tests check. `folders` holds a tiny Hugging Face model per family.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def make_config(
                 "tensor_model_parallel_size": tp,
                 "pipeline_model_parallel_size": pp,
                 "lr": "1e-2",
-                "adam_eps": "1e-3",  # large: Adam would make a difference of rounding in a near-zero gradient a whole step
+                # large, because Adam turns rounding differences of near-zero gradients into steps
+                "adam_eps": "1e-3",
             }
             | megatron,
         }
@@ -107,7 +108,10 @@ def make_config(
 
 
 def start(config: Any) -> TrainerModel:
-    """Builds the model, with new process groups where the sizes changed: old ones keep their threads to the end."""
+    """Builds the model, with new process groups only if the sizes changed.
+
+    Process groups keep their threads until the process ends.
+    """
     sizes = [
         config.parallel_size(name)
         for name in ("tensor_model", "pipeline_model", "context", "virtual_pipeline_model")
@@ -129,14 +133,14 @@ def share() -> list[TrainSample]:
 
 
 def uneven_share() -> list[TrainSample]:
-    """Most samples on one rank, none on two."""
-    cuts = [0, 13, 16, 16, 16]
+    """Returns 13 samples on the first rank, 3 on the second and none on the others."""
+    ends = [0, 13, 16, 16, 16]
     rank = mpu.get_data_parallel_rank()
-    return global_batch()[cuts[rank] : cuts[rank + 1]]
+    return global_batch()[ends[rank] : ends[rank + 1]]
 
 
-def merged(model: TrainerModel, out: Path, get: Any = lambda p: p.data) -> None:
-    """Saves all stages' HF tensors as one file; rank 0 of the world is on the first stage."""
+def save_merged(model: TrainerModel, out: Path, get: Any = lambda p: p.data) -> None:
+    """Saves the Hugging Face tensors of all stages as one file, on rank 0."""
     mine = {
         name: tensor.clone() for name, tensor in hf_tensors(model.modules, model.shape, get=get)
     }
@@ -152,21 +156,23 @@ def merged(model: TrainerModel, out: Path, get: Any = lambda p: p.data) -> None:
 
 
 def gradient_of(model: TrainerModel, config: Any, samples: list[TrainSample]) -> dict[str, float]:
-    """Of policy and critic, in their buffers."""
-    cut = make_minibatches(samples, VERSION, Packing.of(model, config), config)
-    cut = passes.add_reference_logprobs(model, cut, config)
+    """Accumulates the gradients of policy and critic; returns the totals of the step."""
+    minibatches = make_minibatches(samples, VERSION, Packing.of(model, config), config)
+    minibatches = passes.add_reference_logprobs(model, minibatches, config)
     critic_totals = {}
     if model.critic:
-        cut = critics.add_advantages(model.critic, cut, config)
-        critic_totals = critics.accumulate_gradients(model.critic, cut[0], config)
-    [minibatch] = passes.add_m2_mask(passes.add_proximal_logprobs(model, cut, config), config)
+        minibatches = critics.add_advantages(model.critic, minibatches, config)
+        critic_totals = critics.accumulate_gradients(model.critic, minibatches[0], config)
+    [minibatch] = passes.add_m2_mask(
+        passes.add_proximal_logprobs(model, minibatches, config), config
+    )
     return step.accumulate_gradients(model, minibatch, config) | {
         f"critic {k}": v for k, v in critic_totals.items()
     }
 
 
 def with_values(model: TrainerModel) -> None:
-    """Gives the critic a value head as from training: its zeros would hide what becomes of the values."""
+    """Gives the critic a nonzero value head: values of 0 would hide errors."""
     head = getattr(model.critic.modules[-1], "output_layer", None)
     if isinstance(head, ValueHead):
         head.weight.data.copy_(torch.linspace(-1, 1, head.weight.numel()).view_as(head.weight))
@@ -250,19 +256,19 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         ),
     }
     for name, config in layouts.items():
-        # The distributed optimizer leaves each rank a part of the gradient: without it every rank has all.
+        # With the distributed optimizer each rank holds part of the gradient; without it, all.
         plain = configuration.from_tree(to_tree(config))
         plain.megatron["use_distributed_optimizer"] = False
         model = start(plain)
         results["totals"][name] = gradient_of(
             model, plain, share() if name != "tp1 uneven shares" else uneven_share()
         )
-        merged(model, out / f"gradient {name}.pt", get=lambda p: p.main_grad)
+        save_merged(model, out / f"gradient {name}.pt", get=lambda p: p.main_grad)
         model = start(config)
         results["metrics"][name] = step.train_step(model, share(), VERSION, config)
-        merged(model, out / f"weights {name}.pt")
+        save_merged(model, out / f"weights {name}.pt")
 
-    # Two minibatches: the proximal pass, and that it changes nothing when there is one.
+    # Two minibatches need the proximal pass; with one minibatch it must change nothing.
     config = make_config(qwen3, 2, 2, minibatches=2)
     model = start(config)
     results["two minibatches"] = [
@@ -275,25 +281,25 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
     results["explicit proximal"] = step.accumulate_gradients(model, with_proximal, config)
     results["implicit proximal"] = step.accumulate_gradients(model, minibatches[0], config)
 
-    # The ways to have no pass, or a smaller one.
+    # Settings that avoid the proximal pass or shorten it.
     for proximal in ("recompute", "reuse_first_minibatch", "loglinear"):
         config = make_config(qwen3, 2, 2, minibatches=2, algorithm={"proximal": proximal})
         results[f"proximal {proximal}"] = step.train_step(start(config), share(), VERSION, config)
 
-    # KL to the starting policy: nothing at the first step, something at the second; in the reward too.
+    # KL to the starting policy is 0 at the first step and positive at the second; also in rewards.
     config = make_config(qwen3, 2, 2, algorithm={"kl_coef": 0.5})
     model = start(config)
     results["kl"] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
     config = make_config(qwen3, 2, 2, algorithm=KL_REWARD)
     model = start(config)
-    [plain_cut] = make_minibatches(share(), VERSION, Packing.of(model, config), config)
-    [[taken, *_]] = passes.add_reference_logprobs(model, [plain_cut], config)
+    [plain_minibatch] = make_minibatches(share(), VERSION, Packing.of(model, config), config)
+    [[taken, *_]] = passes.add_reference_logprobs(model, [plain_minibatch], config)
     changed = taken.reference_T is not None and not torch.equal(
-        taken.advantages_T, plain_cut[0].advantages_T
+        taken.advantages_T, plain_minibatch[0].advantages_T
     )
-    told = [None] * WORLD
-    dist.all_gather_object(told, (changed, mpu.is_pipeline_last_stage()))
-    results["kl in reward changes advantages, last stage"] = told
+    gathered = [None] * WORLD
+    dist.all_gather_object(gathered, (changed, mpu.is_pipeline_last_stage()))
+    results["kl in reward changes advantages, last stage"] = gathered
 
     # A minibatch far from the policy that sampled it makes no step.
     config = make_config(qwen3, 2, 2, algorithm={"loss": "ppo", "stop_ratio": 1.001})
@@ -303,7 +309,7 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
     same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     results["stopped, weights same"] = same
 
-    # A non-finite advantage: refused on all ranks, weights untouched.
+    # A non-finite advantage is rejected on all ranks and leaves the weights unchanged.
     config = make_config(qwen3, 2, 2)
     model = start(config)
     before = [p.clone() for p in model.parameters()]
@@ -315,9 +321,9 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         refused = str(e)
     same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     results["refused"] = refused
-    told = [None] * WORLD
-    dist.all_gather_object(told, (bool(refused), same))
-    results["refused everywhere, weights same"] = told
+    gathered = [None] * WORLD
+    dist.all_gather_object(gathered, (bool(refused), same))
+    results["refused everywhere, weights same"] = gathered
 
     for family in ("qwen3", "qwen2", "llama"):
         config = make_config(folders / family, 2, 2)
@@ -325,12 +331,12 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         logits = logits_of(model, config)
         if dist.get_rank() == 0:
             torch.save(logits, out / f"logits {family}.pt")
-        export_hf(model.modules, model.shape, folders / family, out / f"export {family}")
-        export_hf(model.modules, model.shape, folders / family, out / f"export {family}")  # over an older one
+        for _ in range(2):  # the second one replaces the first
+            export_hf(model.modules, model.shape, folders / family, out / f"export {family}")
         if family == "qwen3":
             step.train_step(model, share(), VERSION, config)
             export_hf(model.modules, model.shape, folders / family, out / "export trained")
-            merged(model, out / "weights trained.pt")
+            save_merged(model, out / "weights trained.pt")
 
     # bf16: the wrapped model, fp32 main weights.
     config = make_config(qwen3, 2, 2, precision="bf16")
@@ -339,7 +345,7 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
     results["bf16 dtypes"] = sorted({str(p.dtype) for p in model.parameters()})
     results["fp16"] = {str(shard): fp16(qwen3, out, shard) for shard in (True, False)}
 
-    # Values are 0 at first: three steps, so that they take part.
+    # Values are 0 at first, so three steps are needed for them to matter.
     cp2 = {"context_parallel_size": 2, "algorithm": GAE}
     for name, config in {
         "gae tp2 pp2 sp": make_config(
@@ -357,12 +363,12 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         model = start(plain)
         with_values(model)
         results["totals"][name] = gradient_of(model, plain, share())
-        merged(model, out / f"gradient {name}.pt", get=lambda p: p.main_grad)
-        merged(model.critic, out / f"critic gradient {name}.pt", get=lambda p: p.main_grad)
+        save_merged(model, out / f"gradient {name}.pt", get=lambda p: p.main_grad)
+        save_merged(model.critic, out / f"critic gradient {name}.pt", get=lambda p: p.main_grad)
         model = start(config)
         results[name] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
-        merged(model, out / f"weights {name}.pt")
-        merged(model.critic, out / f"critic {name}.pt")
+        save_merged(model, out / f"weights {name}.pt")
+        save_merged(model.critic, out / f"critic {name}.pt")
     config = make_config(qwen3, 2, 2, algorithm=GAE, minibatches=2)
     results["gae two minibatches"] = step.train_step(start(config), share(), VERSION, config)
     return results
@@ -379,12 +385,12 @@ GAE |= {"kl_coef": 0.05, "kl_in": "reward"}
 
 
 def fp16(folder: Path, out: Path, shard: bool) -> dict[str, Any]:
-    """A step; one whose gradient overflows; one whose loss is not finite; one that overflows at the smallest scale."""
+    """Trains normal steps and steps with overflow, a NaN loss, overflow at the lowest scale."""
     options = {"precision": "fp16", "use_distributed_optimizer": shard}
     config = make_config(folder, 2, 2, **options, initial_loss_scale=1024.0, loss_scale_window=1)
     model = start(config)
-    told: dict[str, Any] = {"dtypes": sorted({str(p.dtype) for p in model.parameters()})}
-    told["step"] = step.train_step(model, share(), VERSION, config)
+    figures: dict[str, Any] = {"dtypes": sorted({str(p.dtype) for p in model.parameters()})}
+    figures["step"] = step.train_step(model, share(), VERSION, config)
     saved: list[tuple[int, str]] = []
     run_dir = out / f"fp16 {shard}"
     saver = Checkpointer(
@@ -397,19 +403,19 @@ def fp16(folder: Path, out: Path, shard: bool) -> dict[str, Any]:
     dist.barrier()
     model = start(config)
     saver = Checkpointer(model, config, run_dir, lambda version, folder: None)
-    told["loaded"] = saver.load()
+    figures["loaded"] = saver.load()
     saver.close()
-    told["loaded scale"] = model.optimizer.get_loss_scale().item()
-    told["step after loading"] = step.train_step(model, share(), VERSION + 1, config)
-    told["published as"] = sorted(
+    figures["loaded scale"] = model.optimizer.get_loss_scale().item()
+    figures["step after loading"] = step.train_step(model, share(), VERSION + 1, config)
+    figures["published as"] = sorted(
         {str(info.dtype) for info in tensor_infos(model.modules, model.shape)}
     )
 
     config = make_config(folder, 2, 2, **options, initial_loss_scale=2.0**60, hysteresis=2)
     model = start(config)
     before = [p.clone() for p in model.parameters()]
-    told["overflows"] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
-    told["weights same"] = all(
+    figures["overflows"] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
+    figures["weights same"] = all(
         torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
     )
     for what, scale, samples in (
@@ -424,11 +430,11 @@ def fp16(folder: Path, out: Path, shard: bool) -> dict[str, Any]:
         try:
             step.train_step(model, samples, VERSION + 1, config)
         except NonFiniteStep as e:
-            told[what] = str(e)
-        told[f"{what}, weights same"] = all(
+            figures[what] = str(e)
+        figures[f"{what}, weights same"] = all(
             torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
         )
-    return told
+    return figures
 
 
 def poison(sample: TrainSample) -> TrainSample:

@@ -9,7 +9,7 @@ from megatron_async_rl.rollout.workflow import Episode, Policy
 GIVEN = "no, 1+1="
 TURN_TOKENS = 32
 NUM_TURNS = 3
-CONTEXT_TOKENS = 128  # of test_loop.py
+CONTEXT_TOKENS = 128  # model.context_tokens of whole_runs.py
 
 
 def is_bad(prompt: Prompt) -> bool:
@@ -29,9 +29,9 @@ class ThreeTurns:
                 episode.ids, Sampling(TURN_TOKENS, sampling.temperature, sampling.stop_token_ids)
             )
             episode.add_turn(turn)
-            said = policy.tokenizer.decode(turn.ids)
-            texts.append(f"{said} => {await policy.score(said)}")
-        if is_bad(prompt):  # a workflow that counts wrong: more than the trainer has room for
+            text = policy.tokenizer.decode(turn.ids)
+            texts.append(f"{text} => {await policy.score(text)}")
+        if is_bad(prompt):  # a faulty workflow: more tokens than model.context_tokens
             episode.add_context(given * CONTEXT_TOKENS)
             episode.add_turn(await policy.generate(episode.ids, sampling))
         return episode.sample(turn.stop, "\n".join(texts))

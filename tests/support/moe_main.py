@@ -1,4 +1,4 @@
-"""Run by test_moe.py: logits of Megatron's Qwen3-MoE for one sequence, from a Hugging Face folder, and one training step."""
+"""Logits of Megatron's Qwen3-MoE for one sequence, and one training step; run by test_moe.py."""
 
 from __future__ import annotations
 

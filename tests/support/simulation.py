@@ -267,7 +267,8 @@ class SimulatedRun:
                 lag = version - int(sample.versions[sample.generated].min())
                 expect(
                     0 <= lag <= self.settings.max_staleness,
-                    f"a token {lag} versions late is trained, max_staleness = {self.settings.max_staleness}",
+                    f"a token of staleness {lag} is trained, "
+                    f"max_staleness = {self.settings.max_staleness}",
                 )
                 expect(
                     int(sample.versions.max()) <= version,

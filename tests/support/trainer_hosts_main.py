@@ -1,7 +1,7 @@
-"""A run whose two pipeline stages are on two hosts, each a network namespace with an address of its own, and what becomes of
-it when a rank, a host or the whole job is lost. Runs inside namespaces (namespaces.py); asserts as it goes.
+"""A run with its two pipeline stages on two hosts; a rank, a host and the whole job are lost.
 
-    python tests/trainer_hosts_main.py MODEL DATASET FOLDER
+Each host is a network namespace with its own address (chaos_parts/namespaces.py). Run by
+test_trainer_hosts.py as `trainer_hosts_main.py MODEL DATASET FOLDER`; fails at the first assertion.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import msgspec
 import psutil
 from chaos_parts import namespaces
 from hosts import Host, wait_until
-from megatron_async_rl.node.incarnations import FOLDER, TrainerIncarnation
 from whole_runs import RunInputs
 
 from megatron_async_rl.cli import audit
+from megatron_async_rl.node.incarnations import FOLDER, TrainerIncarnation
 from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.storage.checkpoints import manifests
 
@@ -31,7 +31,8 @@ class Job:
         self.run_dir = folder / "run"
         self.path = RunInputs(model, dataset, dataset).config(
             self.run_dir,
-            run={"dir": str(self.run_dir), "steps": 5000, "export_every": 0, "host": namespaces.HOST_A},
+            run={"steps": 5000, "export_every": 0, "host": namespaces.HOST_A}
+            | {"dir": str(self.run_dir)},
             data={"eval": None},
             rollout={"max_new_tokens": 12, "max_concurrent_samples": 16},
             faults={"heartbeat_timeout_s": 15, "restart_backoff_s": 0.1, "max_restarts": 3},
@@ -43,18 +44,19 @@ class Job:
         self.hosts: list[Host] = []
 
     def run(self, *overrides: str) -> Host:
-        """On host A. gloo is told of no interface: the trainer must find the one between the hosts."""
+        """Starts `run` on host A; the trainer must find the interface between the hosts itself."""
         arguments = ("run", str(self.path), *overrides, "--elsewhere", "rollout-0,trainer-1")
         self.main = self._add(Host(self.folder / "run.out", *arguments))
         return self.main
 
     def serve(self) -> Host:
-        """On host A too, by itself: the engine's gloo does need the interface's name."""
+        """Starts the server on host A with a launcher of its own; its gloo needs the interface."""
         wait_until(lambda: (self.run_dir / "controller.address").exists())
         arguments = ("join", str(self.run_dir), "rollout-0")
         return self._add(Host(self.folder / "serve.out", *arguments, GLOO_SOCKET_IFNAME="a0"))
 
     def join(self) -> Host:
+        """Starts the second trainer node on host B."""
         wait_until(lambda: (self.run_dir / "controller.address").exists())
         return self._add(
             Host(self.folder / "join.out", "join", str(self.run_dir), "trainer-1", prefix=ON_B)
@@ -69,7 +71,7 @@ class Job:
         status = self.run_dir / "status.json"
         return status.exists() and read_status(self.run_dir).version >= version
 
-    def goes_on(self, steps: int = 2) -> None:
+    def wait_for_steps(self, steps: int = 2) -> None:
         now = read_status(self.run_dir).version
         wait_until(lambda: self.trained(now + steps), 100)
 
@@ -78,23 +80,27 @@ class Job:
         assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
         return [msgspec.json.decode(file.read_bytes(), type=TrainerIncarnation) for file in files]
 
-    def check_books(self) -> None:
+    def check_ledger(self) -> None:
         result = audit.audit(self.run_dir, 3)
         assert result.breaches == [] and result.lost == result.duplicated == 0, result
 
 
 def command_line(process: psutil.Process) -> list[str]:
-    """Empty of one that has ended meanwhile."""
+    """Returns the command line; empty if the process has just ended."""
     try:
         return process.cmdline()
     except psutil.Error:
         return []
 
 
+def is_running(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
 def rank_of(host: Host) -> psutil.Process:
-    """The one trainer rank that this launcher has."""
+    """Returns the only trainer rank of this launcher."""
     (agent,) = (p for p in host.everyone() if "torch.distributed.run" in command_line(p))
-    (rank,) = agent.children()  # it has forks of its own, which write checkpoints
+    (rank,) = agent.children()  # which has forks that write checkpoints
     return rank
 
 
@@ -111,38 +117,36 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         c = job.serve()
         b = job.join()
         wait_until(lambda: job.trained(2), 150)
-        say("trains")
+        say("training")
         first, second = job.incarnations()
         assert (first.number, first.restarts, second.number, second.restarts) == (1, 0, 1, 0)
         assert first.address == namespaces.HOST_A and first.port > 0
         old = [rank_of(a), rank_of(b)]
         old[1].kill()
-        wait_until(
-            lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in old), 20
-        )  # both, not one
-        job.goes_on()
+        # both ranks end, though one was killed
+        wait_until(lambda: not any(is_running(rank) for rank in old), 20)
+        job.wait_for_steps()
         say("a rank was killed on the second host")
-        assert [(n.number, n.restarts) for n in job.incarnations()] == [
-            (2, 1),
-            (2, 1),
-        ]  # one restart, though two lost a rank
+        # counted as one restart, though both nodes lost a rank
+        assert [(n.number, n.restarts) for n in job.incarnations()] == [(2, 1), (2, 1)]
         assert rank_of(a) != old[0] and rank_of(b) != old[1]
 
         b.kill()
         assert b.watch.left() == []
         survivor = rank_of(a)
         b = job.join()
-        job.goes_on()
-        say("the second host was lost and joined anew")
-        assert len({n.number for n in job.incarnations()}) == 1 and job.incarnations()[0].number >= 3
-        assert not survivor.is_running() or survivor.status() == psutil.STATUS_ZOMBIE
+        job.wait_for_steps()
+        say("the second host was lost and joined again")
+        assert len({n.number for n in job.incarnations()}) == 1
+        assert job.incarnations()[0].number >= 3
+        assert not is_running(survivor)
 
         a.kill()  # with the controller
         assert a.watch.left() == []
         before = job.incarnations()[0].number
         a = job.run()
-        job.goes_on()
-        say("the first host was lost and run again; the second came along by itself")
+        job.wait_for_steps()
+        say("the first host was lost and restarted; the second joined by itself")
         assert b.process.poll() is None and b.says("`run` was started again")
         assert job.incarnations()[0].number > before and job.incarnations()[0].restarts == 0
 
@@ -152,8 +156,8 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         assert a.watch.left() == b.watch.left() == c.watch.left() == []
         version = read_status(job.run_dir).version
         assert manifests(job.run_dir)[0].version == version  # saved on both hosts
-        job.check_books()
-        say("told to end")
+        job.check_ledger()
+        say("ended by SIGTERM")
 
         a = job.run(f"run.steps={version + 2}")
         c = job.serve()
@@ -165,8 +169,8 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         assert (status.state, status.version) == ("finished", version + 2)
         assert (job.run_dir / "policy" / "config.json").exists()
         assert a.watch.left() == b.watch.left() == c.watch.left() == []
-        job.check_books()
-        say("ended")
+        job.check_ledger()
+        say("finished")
     finally:
         for host in job.hosts:
             host.kill()

@@ -1,5 +1,7 @@
-"""Run by test_weights.py under torchrun with four processes: the trainer's end of many weight updates, one layout after
-the other. The work is a JSON list of {"config": tree, "versions": [first, last]} in RUN_DIR/work.json."""
+"""The trainer's end of weight updates, one layout after the other; run by weight_ranks.py.
+
+RUN_DIR/work.json is a list of {"config": tree, "versions": [first, last]}.
+"""
 
 from __future__ import annotations
 

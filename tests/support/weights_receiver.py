@@ -1,9 +1,11 @@
-"""Run by test_weights.py: receivers of weight updates that speak the real messages, meet in real update groups, and keep
-what arrives. Start: `weights_receiver.py RUN_DIR NAME LIFE...`; one life after the other, each a process of its own:
+"""A receiver of weight updates with the real messages and update groups; run by weight_ranks.py.
+
+It saves the tensors that arrive. `weights_receiver.py RUN_DIR NAME BEHAVIOR...` starts one process
+after the other, one for each behavior:
 
     ok          serves updates until Shutdown
-    die:K       dies when bucket K (counted over stages) has arrived, in the first update it takes part in
-    flip        changes one bit of what arrived before its digests are taken
+    die:K       exits when bucket K (counted over stages) of its first update has arrived
+    flip        flips one bit of the received tensors before it computes digests
     drop        loses one tensor
     absent      never joins a group
 """
@@ -44,8 +46,10 @@ TIMEOUT = timedelta(seconds=20)
 
 
 def digests(tensors: dict[str, torch.Tensor], expected: dict[str, str]) -> dict[str, str]:
-    """What an engine of one rank would say, written down without the product's own layout code: in sha256 as one on a
-    CPU, or in tiles as one on a GPU, whichever more of the expected digests are in."""
+    """Returns the digests of an engine of one rank, without the layout code of the package.
+
+    They are sha256 as on a CPU or tile hashes as on a GPU, whichever matches more of `expected`.
+    """
     held: dict[str, dict[int, torch.Tensor]] = {}
     experts: dict[str, dict[tuple[int, int], torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -89,15 +93,15 @@ def tiles(raw: torch.Tensor) -> str:
 def join(order: JoinGroup) -> dist.ProcessGroup:
     store = dist.TCPStore(order.address, order.port, order.world_size, False, TIMEOUT)
     group, _ = c10d._new_process_group_helper(
-        order.world_size, order.rank_offset, [], c10d.Backend("gloo"), c10d.PrefixStore(order.group, store),
-        group_name=order.group, timeout=TIMEOUT,
+        order.world_size, order.rank_offset, [], c10d.Backend("gloo"),
+        c10d.PrefixStore(order.group, store), group_name=order.group, timeout=TIMEOUT,
     )  # fmt: skip
     c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(order.world_size)}
     return group
 
 
 def receive(
-    update: ReceiveBuckets, groups: dict[str, dist.ProcessGroup], life: str
+    update: ReceiveBuckets, groups: dict[str, dist.ProcessGroup], behavior: str
 ) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     number = 0
@@ -114,17 +118,17 @@ def receive(
             for spec, piece in zip(bucket.tensors, pieces, strict=True):
                 assert spec.name not in tensors, f"{spec.name} came twice"
                 tensors[spec.name] = piece.clone().view(getattr(torch, spec.dtype)).view(spec.shape)
-            if life == f"die:{number}":
+            if behavior == f"die:{number}":
                 os._exit(9)
             number += 1
-    if life == "flip":
+    if behavior == "flip":
         tensors["model.norm.weight"].view(torch.uint8)[3] ^= 4
-    if life == "drop":
+    if behavior == "drop":
         del tensors["model.norm.weight"]
     return tensors
 
 
-def live(run_dir: Path, name: str, life: str) -> None:
+def serve_updates(run_dir: Path, name: str, behavior: str) -> None:
     link = SyncLink(run_dir)
     link.join(Hello("rollout", name, os.getpid(), capacity=1))
     groups: dict[str, dist.ProcessGroup] = {}
@@ -136,7 +140,7 @@ def live(run_dir: Path, name: str, life: str) -> None:
             os._exit(0)
         if isinstance(message, UpdateWeights):
             link.send(UpdateReady(message.version, {}))
-        elif isinstance(message, JoinGroup) and life != "absent":
+        elif isinstance(message, JoinGroup) and behavior != "absent":
             try:
                 groups[message.group] = join(message)
                 link.send(GroupJoined(message.group))
@@ -145,7 +149,7 @@ def live(run_dir: Path, name: str, life: str) -> None:
         elif isinstance(message, ReceiveBuckets):
             tensors, verify = {}, message.verify
             try:
-                tensors = receive(message, groups, life)
+                tensors = receive(message, groups, behavior)
             except RuntimeError as e:
                 link.send(Updated(message.version, {}, error=str(e)))
         elif isinstance(message, LoadSnapshot):
@@ -169,17 +173,17 @@ def live(run_dir: Path, name: str, life: str) -> None:
                 link.send(Updated(message.version, {}))
             except EngineError as e:
                 link.send(Updated(message.version, {}, error=str(e)))
-                if life != "ok":
-                    link.close()  # the message leaves
-                    os._exit(0)  # the next life takes over
+                if behavior != "ok":
+                    link.close()  # the message is sent
+                    os._exit(0)  # the next process starts
 
 
 if __name__ == "__main__":
-    for this_life in sys.argv[3:]:
+    for this_behavior in sys.argv[3:]:
         child = os.fork()
         if child == 0:
             try:
-                live(Path(sys.argv[1]), sys.argv[2], this_life)
+                serve_updates(Path(sys.argv[1]), sys.argv[2], this_behavior)
             finally:
                 os._exit(1)
         os.waitpid(child, 0)
