@@ -79,7 +79,7 @@ def make(config: Config, link_gb_s: float) -> Plan:
             r for name in parameter_names(shape) for r in parameter_routes(name, shape, sizes)
         ]
         verify(routes, shape, sizes)
-    dtype = config.weights.dtype
+    dtype: str = config.weights.dtype
     if dtype == "as_trained":
         dtype = _DTYPES[config.trainer.precision]
     num_bytes: Counter[tuple[int, int]] = Counter()

@@ -1,1 +1,1 @@
-"""PROCESS. Stands where the trainer stands when there is none: writes batches to disk."""
+"""PROCESS. Replaces the trainer with run.mode = rollout_only: writes batches to disk."""

@@ -1,10 +1,11 @@
-"""To the controller a trainer of one rank whose steps change nothing: run.mode = rollout_only.
+"""Replaces the trainer with run.mode = rollout_only: saves each batch and reports the step.
 
-It asks for batches, writes each as a file that `replay` trains on, reports the step, and offers the weights under the next
-version, which servers take in as a new name for what they hold (controller/relabel.py). So ledger, staleness, admission
-and recovery are those of training, by the same code: a version is a batch.
+To the controller the recorder is a trainer of one rank. It requests a batch, writes it as a file
+for `replay`, reports the step, and offers the unchanged weights as the next version, so that the
+servers relabel their weights (controller/weight_sync/). Ledger, staleness, admission and recovery
+are therefore those of training: one version per batch.
 
-The newest file is asked for again at a start: its step may not have been reported.
+After a restart the newest batch is requested again, since its step may not have been reported.
 """
 
 from __future__ import annotations
@@ -14,76 +15,71 @@ import os
 import time
 from pathlib import Path
 
-from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.load import load
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import ProtocolError
-from megatron_async_rl.protocol.messages import (
-    AnyMessage,
-    GetBatch,
-    Hello,
-    Published,
-    PublishOffer,
-    Republish,
-    Shutdown,
-    StepDone,
-    TrainBatch,
-)
+from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.transport import SyncLink
 from megatron_async_rl.protocol.types import NOT_GENERATED
 from megatron_async_rl.storage import batches
 
 logger = logging.getLogger(__name__)
 FOLDER = "batches"  # in run.dir
-LISTEN_S = 5.0  # the controller hears from us so often
+POLL_S = 5.0  # a waiting recorder sends a heartbeat this often
+
+
+def run(run_dir: Path) -> None:
+    """Writes batches until all are written or the controller ends the run."""
+    config = load(run_dir / "config.yaml")
+    link = SyncLink(run_dir, config.trainer.start_timeout_s)
+    tokenizer = fingerprint(config.model.path)
+    link.join(
+        messages.Hello("trainer", "trainer-0", os.getpid(), leader=0, stage=0, tokenizer=tokenizer)
+    )
+    recorder = Recorder(link, run_dir / FOLDER)
+    version = recorder.newest_version()
+    running = recorder.offer(version)
+    while running and version < config.run.steps:
+        batch = recorder.request_batch(version)
+        if batch is None:
+            break
+        recorder.record(batch)
+        version += 1
+        running = recorder.offer(version)
+    link.close()
 
 
 class Recorder:
-    def __init__(self, config: Config, run_dir: Path) -> None:
-        self._steps = config.run.steps
-        self._folder = run_dir / FOLDER
-        self._folder.mkdir(exist_ok=True)
-        self._link = SyncLink(run_dir, config.trainer.start_timeout_s)
-        tokenizer = fingerprint(config.model.path)
-        self._link.join(
-            Hello("trainer", "trainer-0", os.getpid(), leader=0, stage=0, tokenizer=tokenizer)
-        )
+    def __init__(self, link: SyncLink, folder: Path) -> None:
+        self._link = link
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
 
-    def run(self) -> None:
-        """Until all batches are written, or the controller ends the run."""
-        version = self._newest()
-        running = self._offer(version)
-        while running and version < self._steps:
-            batch = self._batch(version)
-            if batch is None:
-                break
-            self._write(batch)
-            version += 1
-            running = self._offer(version)
-        self._link.close()
+    def newest_version(self) -> int:
+        """Returns the version of the newest file; 0 if there is none."""
+        names = [path.stem for path in self._folder.glob("v*.npz")]
+        return max((int(name.removeprefix("v")) for name in names), default=0)
 
-    def _newest(self) -> int:
-        """The version of the newest file; 0 where there is none."""
-        return max(
-            (int(path.stem.removeprefix("v")) for path in self._folder.glob("v*.npz")), default=0
-        )
-
-    def _batch(self, version: int) -> TrainBatch | None:
-        self._link.send(GetBatch(version))
+    def request_batch(self, version: int) -> messages.TrainBatch | None:
+        """Returns the batch that `version` trains on; None if the run is over."""
+        self._link.send(messages.GetBatch(version))
         while True:
             message = self._receive()
-            if isinstance(message, Shutdown) or (
-                isinstance(message, Republish) and not self._offer(version)
-            ):
-                return None
-            if isinstance(message, TrainBatch):
-                if message.version == version:
+            match message:
+                case messages.Shutdown():
+                    return None
+                case messages.Republish():
+                    if not self.offer(version):
+                        return None
+                case messages.TrainBatch() if message.version == version:
                     return message
-                if message.version > version:
+                case messages.TrainBatch() if message.version > version:
                     raise ProtocolError(
                         f"expected the batch of version {version}, got that of {message.version}"
                     )
 
-    def _write(self, batch: TrainBatch) -> None:
+    def record(self, batch: messages.TrainBatch) -> None:
+        """Writes a batch and reports its step."""
         started = time.monotonic()
         path = self._folder / f"v{batch.version:06d}.npz"
         batches.save(path, batch.version, batch.samples)
@@ -92,24 +88,23 @@ class Recorder:
         logger.info(
             "%s: %d samples, %d tokens, %.2f s", path.name, len(batch.samples), tokens, seconds
         )
-        self._link.send(
-            StepDone(batch.version + 1, {"batch/tokens": tokens, "perf/time/write_s": seconds})
-        )
+        metrics = {"batch/tokens": tokens, "perf/time/write_s": seconds}
+        self._link.send(messages.StepDone(batch.version + 1, metrics))
 
-    def _offer(self, version: int) -> bool:
-        """The servers hold `version`; False: the run is over."""
-        self._link.send(PublishOffer(version, 0, 1, [], "gloo"))
-        while not isinstance(message := self._receive(), Published):
-            if isinstance(message, Shutdown):
+    def offer(self, version: int) -> bool:
+        """Has the servers relabel their weights as `version`; returns False if the run is over."""
+        self._link.send(messages.PublishOffer(version, 0, 1, [], "gloo"))
+        while not isinstance(message := self._receive(), messages.Published):
+            if isinstance(message, messages.Shutdown):
                 return False
         return True
 
-    def _receive(self) -> AnyMessage:
-        """Waits as long as it takes: the controller has the deadlines, and tells us when the run is over."""
+    def _receive(self) -> messages.AnyMessage:
+        """Waits without a limit: the controller keeps the deadlines and ends the run."""
         if self._link.ended:
             return self._link.ended
         while True:
             try:
-                return self._link.receive(LISTEN_S)
+                return self._link.receive(POLL_S)
             except TimeoutError:
                 continue

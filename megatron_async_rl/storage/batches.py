@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,14 +21,13 @@ _FIELDS = {"ids": np.int32, "logprobs": np.float32, "versions": np.int32, "advan
 def save(path: Path, version: int, samples: list[TrainSample]) -> None:
     """Writes a batch; `path` appears when the file is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {
-        name: np.concatenate([np.empty(0, dtype), *(getattr(s, name) for s in samples)])
-        for name, dtype in _FIELDS.items()
-    }
     lengths = np.array([len(s.ids) for s in samples], np.int64)
+    arrays: dict[str, Any] = {"version": np.int64(version), "lengths": lengths}
+    for name, dtype in _FIELDS.items():
+        arrays[name] = np.concatenate([np.empty(0, dtype), *(getattr(s, name) for s in samples)])
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
-        np.savez(file, version=np.int64(version), lengths=lengths, **arrays)
+        np.savez(file, **arrays)
     temporary.replace(path)
 
 
