@@ -1,9 +1,10 @@
 """Rewards to advantages, one of a sample: with gamma = lambda = 1 and no critic each of its tokens has the same.
 
-With a critic (gae) it is the shaped reward that travels: the trainer makes advantages of it (trainer/critic.py).
+With a critic (gae) it is the shaped reward that travels: the trainer makes advantages of it
+(trainer/critic.py).
 
-The order: the reward r is shaped, s = clip(((r - 0.5) * 2 - bias) * scale), less the overlong penalty; then, for sample i
-of a group of G samples with shaped rewards s,
+The order: the reward r is shaped, s = clip(((r - 0.5) * 2 - bias) * scale), less the overlong
+penalty; then, for sample i of a group of G samples with shaped rewards s,
 
     grpo           (s_i - mean s) / (std s + GROUP_EPS), std biased           DeepSeekMath, arXiv 2402.03300
                    s_i itself with group_normalize = false                    AReaL, arXiv 2505.24298
@@ -11,8 +12,8 @@ of a group of G samples with shaped rewards s,
     rloo           s_i - mean of the group's others = G / (G - 1) (s_i - mean s)          arXiv 2402.14740
     reinforce_pp   s_i, normalised over the batch                             REINFORCE++, arXiv 2501.03262
 
-and with batch_normalize (always for reinforce_pp) (A - mean) / (std + BATCH_EPS) over all generated tokens of the batch,
-std biased. Everything is float64.
+and with batch_normalize (always for reinforce_pp) (A - mean) / (std + BATCH_EPS) over all generated
+tokens of the batch, std biased. Everything is float64.
 """
 
 from __future__ import annotations

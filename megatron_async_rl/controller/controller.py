@@ -1,26 +1,41 @@
-"""The controller's loops, all in one process, joined by the core (core.py) that decides and this shell that acts.
+"""The controller: one queue, one loop. The core decides (core/core.py), this file carries out.
 
-    _receive    waits for: a message from any worker          does: what handlers.py says for each
-    _tick       waits for: a second                           does: lease deadlines, silent workers, status.json
-    _conduct    waits for: all workers; then for the trainer's offers of weights
-                does: publish version 0, evaluate, open the gate; publish each version; evaluate, close the books
-    _drain      waits for: SIGTERM                            does: nothing new starts, everybody saves, Preempted
+    sockets --> _receive --MessageArrived--+
+    clock   --> _tick    --Tick------------+--> queue --> _loop: event -> actions = core.handle(event)
+    SIGTERM --> _drain   --DrainStarted----+                     journal.append(core.take_events())
+    updates, catch-up, evaluation          |                     for each action: _carry_out
+                --ServerUpdated, ...-------+
 
-Every event ends in `_act`: its facts go to the journal, then its actions are done. A sample's way through the files:
-updates.py (a server has weights), leases.py (it is leased), handlers.py (it is back), verdicts.py (it is scored),
-cut.py and delivery.py (it is trained), saving.py (its tokens are forgotten).
+Only the loop changes the core and appends to the journal. It never waits for another task, a disk
+or a worker. A task that needs a decision submits an event and waits until it is applied:
 
-Any process may end and come back, this one too. What the core may not forget is in the journal before it is acted on;
-a worker that comes back says hello, and has nothing until it is given something:
+    _receive        waits for: a message, and room in the queue
+    _tick           waits for: a second, and its Tick      writes status.json, looks for stalls
+    _conduct        waits for: all workers, then the trainer's offers of weights
+                    runs: update to version 0, evaluation, training; each update; the last evaluation
+    _drain          waits for: SIGTERM, then the trainer's checkpoint; ends the run as preempted
+    delivery.run    waits for: a selected batch, then the journal on disk; sends the batch
+    saving.run      waits for: a saved checkpoint, then the journal on disk; commits the checkpoint
 
-    rollout worker  is STALE until it takes a verified update; while the trainer waits for a batch it is asked for one
-    reward worker   gets the verdicts that are owed
-    trainer         starts at its checkpoint, gets the recorded batches again, and offers weights nobody needs until it
-                    is where it was
-    controller      reads the journal; workers that held their weights through its absence go on serving
+What another process could not take back leaves only when the journal is on disk: a batch
+(delivery.py), a weight update (coordinator.py), a checkpoint (saving.py).
 
-The trainer waits in GetBatch until the core cuts a batch; rollout workers never wait for the trainer beyond the pause
-of a weight update; the core's admission (eta) is the only brake on generation.
+One sample's way: its group is admitted and leased (core/leases.py, Generate); it returns
+(handlers.py, Generated), is scored (core/scoring.py, ScoreRequest, ScoreResult), is selected
+(core/batch_selection.py) and sent to the trainer (delivery.py, TrainBatch); the step is done
+(StepDone) and servers get the new weights (weight_sync/coordinator.py); the sample is pruned from
+the journal when no kept checkpoint can request it again (saving.py).
+
+Every process may end and come back. A worker that comes back says hello and has no work at first:
+
+    rollout worker  is STALE until it takes a verified update
+    reward worker   gets the requests that are waiting
+    trainer         starts from its checkpoint, gets the recorded batches again, and offers weights that
+                    nobody needs until it is back at the newest version
+    controller      reads the journal; servers that kept their weights meanwhile go on serving
+
+The trainer waits in GetBatch until the core selects a batch. Rollout workers never wait for the
+trainer, except paused during a weight update; admission (max_staleness) is what limits generation.
 """
 
 from __future__ import annotations
@@ -33,116 +48,98 @@ import time
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller import watchdog
-from megatron_async_rl.controller.core.actions import (
-    Action,
-    Dropped,
-    EvalFinished,
-    ResendBatch,
-    Send,
-    SendBatch,
-    ServerLost,
-)
+from megatron_async_rl.controller.context import Context, EventQueue, MessageArrived
+from megatron_async_rl.controller.core import actions, events, inputs
 from megatron_async_rl.controller.core.core import Core
-from megatron_async_rl.controller.core.events import (
-    BatchSelected,
-    EvaluationFinished,
-    GroupAdmitted,
-)
-from megatron_async_rl.controller.core.ledger import DropReason
+from megatron_async_rl.controller.core.groups import DropReason
 from megatron_async_rl.controller.core.settings import core_settings
-from megatron_async_rl.controller.delivery import Delivery
+from megatron_async_rl.controller.delivery import BatchDelivery
 from megatron_async_rl.controller.evaluation import Evaluation
-from megatron_async_rl.controller.handlers import Handlers
+from megatron_async_rl.controller.handlers import MessageHandlers
 from megatron_async_rl.controller.journal.journal import Journal
-from megatron_async_rl.controller.length_monitor import LengthMeter
+from megatron_async_rl.controller.length_monitor import LengthMonitor
 from megatron_async_rl.controller.progress import Progress
-from megatron_async_rl.controller.saving import Saving
+from megatron_async_rl.controller.saving import CheckpointCommitter
 from megatron_async_rl.controller.weight_sync.catch_up import CatchUp
-from megatron_async_rl.controller.weight_sync.coordinator import Updates
-from megatron_async_rl.controller.weight_sync.relabel import Relabeler
-from megatron_async_rl.controller.weight_sync.session import UpdateSession
+from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinator
+from megatron_async_rl.controller.weight_sync.session import RelabelPublisher, UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.controller.workers import Workers
 from megatron_async_rl.data.dataset import PromptStream, read_prompts
-from megatron_async_rl.data.tokenizer import Tokenizer, fingerprint
+from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import Error, Preempted
-from megatron_async_rl.observability import run_log
-from megatron_async_rl.protocol.messages import Shutdown
+from megatron_async_rl.observability.run_log import RunLog
+from megatron_async_rl.protocol.messages import Hello, Republish, Shutdown
 from megatron_async_rl.protocol.transport import Hub
 
 logger = logging.getLogger(__name__)
 TICK_S = 1.0
-DRAIN_SHARE = 0.8  # of faults.shutdown_grace_s: the trainer's save must be done by then
+DRAIN_SHARE = 0.8  # of faults.shutdown_grace_s, within which the trainer must save
 
 
 class Controller:
-    def __init__(self, config: Config, hub: Hub, run_log: run_log.RunLog, journal: Journal) -> None:
+    def __init__(self, config: Config, hub: Hub, run_log: RunLog, journal: Journal) -> None:
         tokenizer = Tokenizer(config.model.path)
         prompts = read_prompts(config.data.train, "data.train", config, tokenizer)
-        eval_prompts = (
-            read_prompts(config.data.eval, "data.eval", config, tokenizer)
-            if config.data.eval
-            else []
-        )
-        act = self._act
+        eval_prompts = []
+        if config.data.eval:
+            eval_prompts = read_prompts(config.data.eval, "data.eval", config, tokenizer)
         self.config = config
         self.journal = journal
+        self.queue = EventQueue()
         self.workers = Workers(hub)
-        self.core = Core(
-            core_settings(config), PromptStream(prompts, config.run.seed).next, epoch=0
-        )
-        self.lengths = LengthMeter()
         self.progress = Progress(run_log, config)
-        folders = SnapshotStore(config)
-        exchange = UpdateSession(self.workers.send, config.weights.update_timeout_s)
+        stream = PromptStream(prompts, config.run.seed)
+        self.core = Core(core_settings(config), stream.next, epoch=0)
+        context = Context(config, self.core, self.queue, self.workers, self.journal, self.progress)
+        timeout_s = config.weights.update_timeout_s
+        session = UpdateSession(self.workers.send, timeout_s, self.queue.submit)
+        store = SnapshotStore(config)
         self.publisher = (
-            TrainerPublisher(exchange, config, folders)
+            TrainerPublisher(session, config, store)
             if config.has_trainer
-            else Relabeler(exchange)
+            else RelabelPublisher(session)
         )
-        catch_up = CatchUp(self.core, self.workers, folders, config.weights.update_timeout_s, act)
-        self.updates = Updates(
-            self.core, self.publisher, catch_up, self.workers, journal, self.progress, config.run.steps, act
-        )  # fmt: skip
-        self.delivery = Delivery(config, journal, self.workers, self.progress)
-        self.saving = Saving(config, self.core, journal)
-        self.evaluation = Evaluation(eval_prompts, self.core, journal, self.progress, act)
-        self.handlers = Handlers(
-            fingerprint(config.model.path),
-            self.core, self.workers, self.publisher, self.updates, self.delivery, self.saving, self.lengths,
-            self.progress, act,
-        )  # fmt: skip
+        self.updates = UpdateCoordinator(context, self.publisher, CatchUp(context, store))
+        self.delivery = BatchDelivery(context)
+        self.saving = CheckpointCommitter(context)
+        self.evaluation = Evaluation(context, eval_prompts)
+        self.lengths = LengthMonitor()
+        self.handlers = MessageHandlers(context, self.updates, self.delivery, self.saving)
         self._hub = hub
         self._restore()
 
     def _restore(self) -> None:
-        """Goes on from the journal."""
+        """Rebuilds the state from the journal."""
         self.saving.check_journal()
-        facts = list(self.journal.facts())
-        self.core.restore(facts)
+        recorded = list(self.journal.events())
+        self.core.restore(recorded)
         self.journal.append(self.core.take_events())
-        self.publisher.start_generation(self.core.epoch)
-        for fact in facts:
-            if isinstance(fact, BatchSelected):
-                self.saving.saw(fact)
-            elif isinstance(fact, EvaluationFinished):
-                self.evaluation.known(fact)
-        if any(isinstance(fact, GroupAdmitted) for fact in facts):
-            self.core.admitting = True
+        self.publisher.start_epoch(self.core.epoch)
+        for event in recorded:
+            if isinstance(event, events.BatchSelected):
+                self.saving.saw(event)
+            elif isinstance(event, events.EvaluationFinished):
+                self.evaluation.restore(event)
+        if any(isinstance(event, events.GroupAdmitted) for event in recorded):
+            self.core.handle(inputs.AdmissionOpened(), time.monotonic())
             self.progress.resumed(self.core.version, self.core.ledger.table(self.core.pending))
             self.progress.begin_training()
 
     async def run(self) -> None:
-        """The whole run. Raises Error when it cannot go on; workers are told either way."""
+        """Runs to the end and tells all workers. Raises Error if the run fails."""
         preempted = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, preempted.set)
-        loops = [asyncio.create_task(loop()) for loop in (self._conduct, self._receive, self._tick)]
-        loops.append(asyncio.create_task(self._drain(preempted)))
+        bodies = (
+            self._loop(), self._receive(), self._tick(), self._conduct(), self._drain(preempted),
+            self.delivery.run(), self.saving.run(),
+        )  # fmt: skip
+        tasks = [asyncio.create_task(body) for body in bodies]
         reason = "the run is complete"
         try:
-            done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                task.result()  # _conduct returned, or any of them failed
+                task.result()  # _conduct returned, or one of them failed
         except Preempted as e:
             reason = str(e)
             self.progress.end("stopped", reason)
@@ -152,115 +149,148 @@ class Controller:
             self.progress.end("failed", str(e))
             raise
         finally:
-            for task in loops:
+            for task in tasks:
                 task.cancel()
             for worker in self.workers:
                 await self._hub.send(worker.peer, Shutdown(reason))
 
-    # ---- the loops
+    # ---- the loop
+
+    async def _loop(self) -> None:
+        while True:
+            event, applied = await self.queue.get()
+            if isinstance(event, MessageArrived):
+                for core_event in await self.handlers.handle(event.peer, event.message):
+                    await self._apply(core_event)
+                if isinstance(event.message, Hello):
+                    self.updates.start_catch_up()
+            else:
+                await self._apply(event)
+                if isinstance(event, inputs.Tick):
+                    await self._request_weights()
+            if applied and not applied.done():
+                applied.set_result(None)
+
+    async def _apply(self, event: inputs.CoreEvent) -> None:
+        followed = self.core.handle(event, time.monotonic())
+        recorded = self.core.take_events()
+        self.journal.append(recorded)
+        for entry in recorded:
+            self.lengths.saw(entry)
+            self.saving.saw(entry)
+        # before the first await: the restarted server may be in the next update
+        for action in followed:
+            if isinstance(action, actions.ServerLost):
+                self.updates.server_lost(action.worker)
+        for action in followed:
+            await self._carry_out(action)
+
+    async def _carry_out(self, action: actions.Action) -> None:
+        match action:
+            case actions.Send():
+                await self.workers.send(action.worker, action.message)
+            case actions.SendBatch() | actions.ResendBatch():
+                self.delivery.send(action)
+            case actions.FinishEvaluation():
+                self.evaluation.finish(action)
+            case actions.ReportSample():
+                self.progress.generated(action.sample)
+            case actions.ReportStep():
+                self._report_step(action)
+            case actions.ReportDrop() if action.reason is not DropReason.RUN_ENDED:
+                logger.info("group %d dropped: %s", action.group.group_id, action.reason.value)
+            case actions.ReportError():
+                logger.error("%s", action.error)
+
+    def _report_step(self, step: actions.ReportStep) -> None:
+        self.progress.ledger = self.core.ledger.table(self.core.pending)
+        if step.stats is None:
+            self.progress.replayed(step.version, self.core.version)
+        else:
+            self.progress.step_done(step.version, step.stats | self.lengths.step())
+            self.lengths.check(self.progress.warn)
+
+    async def _request_weights(self) -> None:
+        """Gives weights to servers that joined between updates, from a snapshot or the trainer."""
+        self.updates.start_catch_up()
+        if self.updates.must_republish():
+            await self._apply(inputs.BatchesHeld(True))  # until the trainer has published
+            for leader in self.workers.leaders:  # experts may be on any replica
+                await self.workers.send(leader.name, Republish(self.core.version))
+
+    # ---- the tasks that feed the loop
+
+    async def _receive(self) -> None:
+        while True:
+            await self.queue.put(MessageArrived(*await self._hub.receive()))
+
+    async def _tick(self) -> None:
+        core, progress = self.core, self.progress
+        while True:
+            await asyncio.sleep(TICK_S)
+            await self.queue.submit(inputs.Tick())
+            self._check_stall()
+            progress.ledger = core.ledger.table(core.pending)
+            names = [worker.name for worker in self.workers]
+            progress.lost = [name for name in names if not self.handlers.is_trusted(name)]
+            if self.journal.error:
+                progress.say(f"the journal cannot be written: {self.journal.error}")
+            elif progress.training:
+                progress.say("")
+            progress.write(core.fleet)
 
     async def _conduct(self) -> None:
         if not self.core.admitting:
             await self.workers.wait_for_all(self.config, self.progress.say)
             await self.updates.next()
             await self.evaluation.run()
-            self.core.admitting = True
             self.progress.begin_training()
-            await self._act(self.core.tick(time.monotonic()))
+            await self.queue.submit(inputs.AdmissionOpened())
         while await self.updates.next() < self.config.run.steps:
             pass
-        if not self.config.has_trainer:
-            pass  # the model is the one that was evaluated at the start
-        elif any(worker.is_serving for worker in self.core.fleet.rollout.values()):
-            await self.evaluation.run()
-        else:
+        if any(worker.is_serving for worker in self.core.fleet.rollout.values()):
+            if self.config.has_trainer:  # otherwise the weights are those evaluated at the start
+                await self.evaluation.run()
+        elif self.config.has_trainer:
             logger.error(
                 "no server took the last version: it is trained and exported, but not evaluated"
             )
-        await self._act(self.core.end())
+        await self.queue.submit(inputs.RunEnded())
+        await self.saving.finished()
         await self.journal.durable()
         self.progress.ledger = self.core.ledger.table(self.core.pending)
         self.progress.end("finished", "")
 
-    async def _receive(self) -> None:
-        while True:
-            await self.handlers.received(*await self._hub.receive())
-
-    async def _tick(self) -> None:
-        core, progress = self.core, self.progress
-        while True:
-            await asyncio.sleep(TICK_S)
-            if (
-                self.journal.error
-            ):  # a batch waits for the disk, and so do we, before we listen again
-                for worker in self.workers:
-                    core.fleet.heard(worker.name, time.monotonic())
-            await self._act(core.tick(time.monotonic()))
-            await self.updates.ask_for_weights()
-            self._check_stall()
-            progress.ledger = core.ledger.table(core.pending)
-            progress.lost = [
-                worker.name for worker in self.workers if not self.handlers.is_trusted(worker.name)
-            ]
-            if progress.training or self.journal.error:
-                progress.say(
-                    self.journal.error and f"the journal cannot be written: {self.journal.error}"
-                )
-            progress.write(core.fleet)
-
     async def _drain(self, preempted: asyncio.Event) -> None:
-        """SIGTERM: nothing new starts, rollouts hand in what they have, the trainer saves. Raises Preempted."""
+        """At SIGTERM lets rollout workers return their tokens and the trainer save.
+
+        Raises Preempted.
+        """
         await preempted.wait()
-        reason = "the job was told to end (SIGTERM); it goes on from here when run again"
+        reason = "the job was told to end (SIGTERM); run it again to continue"
         logger.warning("%s", reason)
-        self.core.admitting, self.core.hold_batches = False, True
+        await self.queue.submit(inputs.DrainStarted())
         self.saving.newest_saved.clear()
         for worker in self.workers:
             await self.workers.send(worker.name, Shutdown(reason))
-        save_s = (
-            self.config.faults.shutdown_grace_s * DRAIN_SHARE if self.config.has_trainer else 0.0
-        )
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.saving.newest_saved.wait(), save_s)
-        await self._act([])
+        if self.config.has_trainer:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.config.faults.shutdown_grace_s * DRAIN_SHARE):
+                    await self.saving.newest_saved.wait()
         await self.journal.durable()
         raise Preempted(reason)
 
-    # ---- what follows an event
-
-    async def _act(self, actions: list[Action]) -> None:
-        facts = self.core.take_events()
-        self.journal.append(facts)
-        for fact in facts:
-            self.lengths.saw(fact)
-            self.saving.saw(fact)
-        for action in actions:
-            if isinstance(
-                action, ServerLost
-            ):  # before anything is awaited: its next life may be in the next update
-                self.updates.server_lost(action.name)
-        for action in actions:
-            if isinstance(action, Send):
-                await self.workers.send(action.worker, action.message)
-            elif isinstance(action, SendBatch):
-                await self.delivery.send(action)
-            elif isinstance(action, ResendBatch):
-                await self.delivery.send_again(action.version)
-            elif isinstance(action, Dropped):
-                if action.reason is not DropReason.RUN_ENDED:
-                    logger.info("group %d dropped: %s", action.group.group_id, action.reason.value)
-            elif isinstance(action, EvalFinished):
-                self.evaluation.finished(action)
-
     def _check_stall(self) -> None:
+        """Raises Error if nothing was generated or trained for run.no_progress_timeout_s."""
+        limit_s = self.config.run.no_progress_timeout_s
         silent_s = time.monotonic() - self.progress.last_progress
-        if not self.progress.training or silent_s <= self.config.run.no_progress_timeout_s:
+        if not self.progress.training or silent_s <= limit_s:
             return
         watchdog.dump_stacks(self.workers)
-        since = self.delivery.awaited_since
         waits = watchdog.who_waits(
-            self.core, self.workers, since, self.journal.error, time.monotonic()
+            self.core, self.workers, self.delivery.awaited_since, self.journal.error
         )
         raise Error(
-            f"nothing was generated or trained for {silent_s:.0f} s (run.no_progress_timeout_s = {self.config.run.no_progress_timeout_s:.0f}): {waits}"
+            f"nothing was generated or trained for {silent_s:.0f} s "
+            f"(run.no_progress_timeout_s = {limit_s:.0f}): {waits}"
         )

@@ -1,84 +1,123 @@
-"""Batches to the trainer: advantages, one share per data-parallel leader, and the recorded ones again."""
+"""Sends batches to the trainer: advantages, one share per data-parallel leader, recorded batches again.
+
+The loop hands over the batch that the trainer waits for; `run` sends it once the journal is on
+disk, so the loop never waits for the disk.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import numpy as np
 
-from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.advantage import sample_advantages
-from megatron_async_rl.controller.batching import balanced_shares, train_sample
-from megatron_async_rl.controller.core.actions import SendBatch
+from megatron_async_rl.controller.context import Context
+from megatron_async_rl.controller.core.actions import ResendBatch, SendBatch
 from megatron_async_rl.controller.core.groups import Group
-from megatron_async_rl.controller.journal.journal import Journal
-from megatron_async_rl.controller.progress import Progress
-from megatron_async_rl.controller.workers import Workers
 from megatron_async_rl.protocol.messages import TrainBatch
+from megatron_async_rl.protocol.types import Sample, TrainSample
 
 
-class Delivery:
-    def __init__(
-        self, config: Config, journal: Journal, workers: Workers, progress: Progress
-    ) -> None:
-        self._config = config
-        self._journal = journal
-        self._workers = workers
-        self._progress = progress
-        self.awaited_since: float | None = None  # a leader has asked and got nothing yet
+class BatchDelivery:
+    def __init__(self, context: Context) -> None:
+        self._config = context.config
+        self._journal = context.journal
+        self._workers = context.workers
+        self._progress = context.progress
+        self._pending: SendBatch | ResendBatch | None = None
+        self._changed = asyncio.Event()
+        self.awaited_since: float | None = None  # when a leader asked; None: nobody waits
 
-    def wanted(self, now: float) -> None:
+    def batch_requested(self, now: float) -> None:
         self.awaited_since = self.awaited_since or now
 
     def trainer_joined(self) -> None:
-        self.awaited_since = None
+        """Withdraws the pending batch: a restarted trainer requests what it needs."""
+        self._pending = self.awaited_since = None
 
-    async def send(self, cut: SendBatch) -> None:
-        await self._journal.durable()  # a batch that the trainer has seen is never forgotten
-        rewards, advantages = await self._send(cut)
-        waited_s = time.monotonic() - (self.awaited_since or time.monotonic())
-        self.awaited_since = None
-        self._progress.batch_cut(cut.version, cut.groups, rewards, advantages, waited_s)
+    def send(self, batch: SendBatch | ResendBatch) -> None:
+        """Has the batch sent by `run`, instead of one that is still pending."""
+        self._pending = batch
+        self._changed.set()
 
-    async def send_again(self, version: int) -> None:
-        """The batch that was trained on `version`, from the journal."""
-        await self._send(self._recorded(version))
-        self.awaited_since = None
+    async def run(self) -> None:
+        """Sends each pending batch once it is on disk: a batch that the trainer saw is never lost."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            batch = self._pending
+            await self._journal.durable()
+            if batch is None or batch is not self._pending:
+                continue
+            self._pending = None
+            if isinstance(batch, ResendBatch):
+                await self._send(self._recorded(batch.version))
+            else:
+                rewards, advantages = await self._send(batch)
+                waited_s = time.monotonic() - (self.awaited_since or time.monotonic())
+                self._progress.batch_selected(batch, rewards, advantages, waited_s)
+            self.awaited_since = None
 
-    async def _send(self, cut: SendBatch) -> tuple[np.ndarray, np.ndarray]:
-        rewards, advantages = self._advantages(cut.groups)
+    async def _send(self, batch: SendBatch) -> tuple[np.ndarray, np.ndarray]:
+        rewards, advantages = self._advantages(batch.groups)
         samples = [
             train_sample(sample, float(advantages[g, s]))
-            for g, group in enumerate(cut.groups)
+            for g, group in enumerate(batch.groups)
             for s, sample in enumerate(group.samples)
             if sample is not None
         ]
         shares = balanced_shares(samples, self._config.num_leaders)
         for worker in self._workers.leaders:
-            await self._workers.send(
-                worker.name, TrainBatch(cut.version, shares[worker.hello.leader])
-            )
+            share = TrainBatch(batch.version, shares[worker.hello.leader])
+            await self._workers.send(worker.name, share)
         return rewards, advantages
 
     def _recorded(self, version: int) -> SendBatch:
-        admitted, returned, judged = self._journal.batch(version)
+        """Returns the batch that was trained on `version`, from the journal."""
+        admitted, returned, scored = self._journal.batch(version)
         count = self._config.algorithm.samples_per_prompt
         groups = {
-            f.group_id: Group(f.group_id, None, "train", [None] * count, [None] * count)
-            for f in admitted
+            event.group_id: Group(event.group_id, None, "train", [None] * count, [None] * count)  # type: ignore[arg-type]
+            for event in admitted
         }
-        for sample in returned:
-            groups[sample.group_id].samples[sample.index] = sample.sample
-        for verdict in judged:
-            groups[verdict.group_id].rewards[verdict.index] = verdict.reward
+        for event in returned:
+            groups[event.group_id].samples[event.index] = event.sample
+        for score in scored:
+            groups[score.group_id].rewards[score.index] = score.reward
         return SendBatch(version, list(groups.values()))
 
     def _advantages(self, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
-        """Rewards and advantages, [groups, samples]."""
+        """Returns rewards and advantages, [groups, samples] each."""
         rewards = np.asarray([group.rewards for group in groups], np.float64)
         tokens = np.asarray(
             [[sample.num_generated for sample in group.samples if sample] for group in groups]
         )
-        return rewards, sample_advantages(
-            rewards, tokens, self._config.algorithm, self._config.rollout.max_new_tokens
-        )
+        algorithm, max_new_tokens = self._config.algorithm, self._config.rollout.max_new_tokens
+        return rewards, sample_advantages(rewards, tokens, algorithm, max_new_tokens)
+
+
+def balanced_shares(samples: list[TrainSample], num_shares: int) -> list[list[TrainSample]]:
+    """Splits samples into shares of equal count and nearly equal tokens.
+
+    Longest first, each sample goes to the share with the fewest tokens that is not full. Raises
+    ValueError unless the count divides by `num_shares`: every rank must make the same number of
+    minibatches.
+    """
+    share_size, rest = divmod(len(samples), num_shares)
+    if rest:
+        raise ValueError(f"{len(samples)} samples do not divide into {num_shares} equal shares")
+    shares: list[list[TrainSample]] = [[] for _ in range(num_shares)]
+    tokens = [0] * num_shares
+    for sample in sorted(samples, key=lambda s: len(s.ids), reverse=True):
+        not_full = (i for i in range(num_shares) if len(shares[i]) < share_size)
+        lightest = min(not_full, key=lambda i: tokens[i])
+        shares[lightest].append(sample)
+        tokens[lightest] += len(sample.ids)
+    return shares
+
+
+def train_sample(sample: Sample, advantage: float) -> TrainSample:
+    """Returns the sample as the trainer takes it, with its advantage on every token."""
+    advantages = np.full(len(sample.ids), advantage, np.float32)
+    return TrainSample(sample.ids, sample.logprobs, sample.versions, advantages)

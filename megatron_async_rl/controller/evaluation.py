@@ -1,67 +1,51 @@
-"""Evaluations: one sample of every evaluation prompt, under the weights that are served, before and after training."""
+"""Evaluations: one sample of every evaluation prompt under the served weights, before and after training."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from megatron_async_rl.controller.core.actions import Action, EvalFinished
-from megatron_async_rl.controller.core.core import Core
+from megatron_async_rl.controller.context import Context
+from megatron_async_rl.controller.core.actions import FinishEvaluation
 from megatron_async_rl.controller.core.events import EvaluationFinished
-from megatron_async_rl.controller.journal.journal import Journal
-from megatron_async_rl.controller.progress import Progress
+from megatron_async_rl.controller.core.inputs import EvaluationRequested
 from megatron_async_rl.protocol.types import Prompt
 
 logger = logging.getLogger(__name__)
-_NO_REWARD = 0.0  # a sample that could not be had counts as wrong, and the log says so
 
 
 class Evaluation:
-    def __init__(
-        self,
-        prompts: list[Prompt],
-        core: Core,
-        journal: Journal,
-        progress: Progress,
-        act: Callable[[list[Action]], Awaitable[None]],
-    ) -> None:
+    def __init__(self, context: Context, prompts: list[Prompt]) -> None:
+        self._context = context
         self._prompts = prompts
-        self._core = core
-        self._journal = journal
-        self._progress = progress
-        self._act = act
         self._done: set[int] = set()  # versions
-        self._result: asyncio.Future[EvalFinished] | None = None
+        self._finished = asyncio.Event()
 
-    def known(self, fact: EvaluationFinished) -> None:
-        """Made in an earlier life."""
-        self._done.add(fact.version)
-        self._progress.evaluated(fact.version, fact.accuracy, fact.num)
+    def restore(self, event: EvaluationFinished) -> None:
+        """Notes the result of an evaluation, also of one before a restart of the controller."""
+        self._done.add(event.version)
+        self._context.progress.evaluated(event.version, event.accuracy, event.num)
 
-    def finished(self, result: EvalFinished) -> None:
-        if self._result is not None and not self._result.done():
-            self._result.set_result(result)
-
-    async def run(self) -> None:
-        """Of the version now served, unless that was done."""
-        if not self._prompts or self._core.version in self._done:
-            return
-        self._progress.state = "evaluating"
-        self._result = asyncio.get_running_loop().create_future()
-        await self._act(self._core.start_eval(self._prompts, time.monotonic()))
-        result = await self._result
+    def finish(self, result: FinishEvaluation) -> None:
+        """Journals the result; a sample that could not be generated or scored counts as wrong."""
         rewards = [reward for group in result.groups for reward in group.rewards]
         if failed := rewards.count(None):
             logger.warning(
-                "%d of %d evaluation samples could not be had and count as wrong",
-                failed,
-                len(rewards),
+                "%d of %d evaluation samples failed and count as wrong", failed, len(rewards)
             )
-        accuracy = float(np.mean([_NO_REWARD if reward is None else reward for reward in rewards]))
-        fact = EvaluationFinished(result.version, accuracy, len(rewards))
-        self.known(fact)
-        self._journal.append([fact])
+        accuracy = float(np.mean([0.0 if reward is None else reward for reward in rewards]))
+        event = EvaluationFinished(result.version, accuracy, len(rewards))
+        self._context.journal.append([event])
+        self.restore(event)
+        self._finished.set()
+
+    async def run(self) -> None:
+        """Evaluates the served version, unless that was done before."""
+        if not self._prompts or self._context.core.version in self._done:
+            return
+        self._context.progress.state = "evaluating"
+        self._finished.clear()
+        await self._context.queue.submit(EvaluationRequested(self._prompts))
+        await self._finished.wait()

@@ -1,210 +1,171 @@
-"""What the controller does with each message: hands it to the core, or to the part that waits for it."""
+"""Turns each message from a worker into events for the core.
+
+Called by the controller's loop. Replies that need no decision (Welcome, Refused, RejoinRequest) are
+sent here; what belongs to weight updates, batches and checkpoints is handed to those parts.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from typing import Any
 
 from megatron_async_rl import __version__
-from megatron_async_rl.controller.core.actions import Action
-from megatron_async_rl.controller.core.core import Core
-from megatron_async_rl.controller.delivery import Delivery
-from megatron_async_rl.controller.length_monitor import LengthMeter
-from megatron_async_rl.controller.progress import Progress
-from megatron_async_rl.controller.saving import Saving
-from megatron_async_rl.controller.weight_sync.coordinator import Updates
-from megatron_async_rl.controller.weight_sync.relabel import Relabeler
-from megatron_async_rl.controller.weight_sync.snapshot import TrainerPublisher
-from megatron_async_rl.controller.workers import Workers
+from megatron_async_rl.controller.context import Context
+from megatron_async_rl.controller.core import inputs
+from megatron_async_rl.controller.core.inputs import CoreEvent
+from megatron_async_rl.controller.delivery import BatchDelivery
+from megatron_async_rl.controller.saving import CheckpointCommitter
+from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinator
+from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import Error, ProtocolError
-from megatron_async_rl.protocol.messages import (
-    AnyMessage,
-    BucketsSent,
-    CheckpointSaved,
-    Failed,
-    Generated,
-    GenerateFailed,
-    GetBatch,
-    GroupJoined,
-    GroupOpened,
-    Heartbeat,
-    Hello,
-    PartialSample,
-    PublishOffer,
-    Refused,
-    RejoinRequest,
-    ScoreRequest,
-    ScoreResult,
-    SnapshotWritten,
-    StepDone,
-    Updated,
-    UpdateReady,
-    Welcome,
-)
+from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol.messages import AnyMessage, Hello, Refused
 from megatron_async_rl.protocol.transport import Peer
 from megatron_async_rl.protocol.wire import SCHEMA, UnknownHello
 
 logger = logging.getLogger(__name__)
-_PUBLISH_ANSWERS = (UpdateReady, GroupOpened, GroupJoined, BucketsSent, SnapshotWritten, Updated)
 
 
-class Handlers:
+class MessageHandlers:
     def __init__(
         self,
-        tokenizer: str,
-        core: Core,
-        workers: Workers,
-        publisher: TrainerPublisher | Relabeler,
-        updates: Updates,
-        delivery: Delivery,
-        saving: Saving,
-        lengths: LengthMeter,
-        progress: Progress,
-        act: Callable[[list[Action]], Awaitable[None]],
+        context: Context,
+        updates: UpdateCoordinator,
+        delivery: BatchDelivery,
+        saving: CheckpointCommitter,
     ) -> None:
-        self._tokenizer = tokenizer  # fingerprint of ours
-        self._core = core
-        self._workers = workers
-        self._publisher = publisher
+        self._core = context.core
+        self._workers = context.workers
+        self._progress = context.progress
+        self._tokenizer = fingerprint(context.config.model.path)
         self._updates = updates
         self._delivery = delivery
         self._saving = saving
-        self._lengths = lengths
-        self._progress = progress
-        self._act = act
+        self._handlers: dict[type, Callable[[str, Any], list[CoreEvent]]] = {
+            messages.Heartbeat: self._for_core,
+            messages.Failed: self._failed,
+            messages.Generated: self._for_core,
+            messages.PartialSample: self._for_core,
+            messages.GenerateFailed: self._generate_failed,
+            messages.ScoreRequest: self._for_core,
+            messages.ScoreResult: self._score_result,
+            messages.GetBatch: self._get_batch,
+            messages.StepDone: self._for_core,
+            messages.CheckpointSaved: self._checkpoint_saved,
+            messages.PublishOffer: self._publish_offer,
+            messages.UpdateReady: self._update_reply,
+            messages.GroupOpened: self._update_reply,
+            messages.GroupJoined: self._update_reply,
+            messages.BucketsSent: self._update_reply,
+            messages.SnapshotWritten: self._update_reply,
+            messages.Updated: self._update_reply,
+        }
 
-    async def received(self, peer: Peer, message: AnyMessage | UnknownHello) -> None:
-        if isinstance(message, Hello | UnknownHello) and (difference := self._difference(message)):
-            logger.error("refused: %s", difference)
-            await self._workers.hub.send(peer, Refused(difference))
-            return
+    async def handle(self, peer: Peer, message: AnyMessage | UnknownHello) -> list[CoreEvent]:
+        """Returns the events that the message stands for; none from a worker that must rejoin.
+
+        Raises ProtocolError for a message that no worker may send.
+        """
+        hub = self._workers.hub
+        if isinstance(message, Hello | UnknownHello) and (mismatch := self._mismatch(message)):
+            logger.error("refused: %s", mismatch)
+            await hub.send(peer, Refused(mismatch))
+            return []
         if newer := self._workers.replaced_by(peer):
-            await self._workers.hub.send(peer, Refused(f"its name was taken over: {newer}"))
-            return
+            await hub.send(peer, Refused(f"its name was taken over: {newer}"))
+            return []
         if isinstance(message, Hello):
-            await self._welcome(peer, message)
-            return
+            return await self._welcome(peer, message)
         name = self._workers.name_of(peer)
         if name is None or not self.is_trusted(name):
-            await self._workers.hub.send(peer, RejoinRequest())
-            return
-        self._core.fleet.heard(name, time.monotonic())
-        await self._handle(name, message)
+            await hub.send(peer, messages.RejoinRequest())
+            return []
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise ProtocolError(f"{name} sent {type(message).__name__}, which no worker may send")
+        return handler(name, message)
 
     def is_trusted(self, name: str) -> bool:
-        """False for a worker that the core has given up as lost: it must say hello first."""
+        """Returns False for a worker that the core considers lost: it must say hello first."""
         fleet = self._core.fleet
-        return (
-            self._workers[name].hello.role == "trainer"
-            or name in fleet.rollout
-            or name in fleet.reward
-        )
+        is_trainer = self._workers[name].hello.role == "trainer"
+        return is_trainer or name in fleet.rollout or name in fleet.reward
 
     # ---- joining
 
-    def _difference(self, hello: Hello | UnknownHello) -> str:
-        """Why this worker and we would not understand each other; empty when we do."""
-        found = []
-        for what, theirs, ours in (
+    def _mismatch(self, hello: Hello | UnknownHello) -> str:
+        """Returns why this worker and the controller are incompatible; empty if they are not."""
+        versions = (
             ("package version", hello.package, __version__),
             ("message schema", hello.schema, SCHEMA),
-        ):
-            if theirs != ours:
-                found.append(f"{what} {theirs or 'unknown'} there, {ours} here")
-        if found:
-            remedy = "install the same version of megatron_async_rl on every host"
-        elif (
-            isinstance(hello, Hello)
-            and hello.role != "reward"
-            and hello.tokenizer != self._tokenizer
-        ):
+        )
+        found = [
+            f"{what} {theirs or 'unknown'} there, {ours} here"
+            for what, theirs, ours in versions
+            if theirs != ours
+        ]
+        remedy = "install the same version of megatron_async_rl on every host"
+        if not found:
+            if not isinstance(hello, Hello) or hello.role == "reward":
+                return ""
+            if hello.tokenizer == self._tokenizer:
+                return ""
             found = [f"tokenizer {hello.tokenizer or 'unknown'} there, {self._tokenizer} here"]
-            remedy = "put the same files under model.path on every host (tokenizer.json, tokenizer_config.json)"
-        else:
-            return ""
+            remedy = (
+                "put the same files under model.path on every host "
+                "(tokenizer.json, tokenizer_config.json)"
+            )
         return f"{hello.name} and the controller differ: {'; '.join(found)}; {remedy}"
 
-    async def _welcome(self, peer: Peer, hello: Hello) -> None:
-        core, now = self._core, time.monotonic()
+    async def _welcome(self, peer: Peer, hello: Hello) -> list[CoreEvent]:
         was_here = self._workers.join(peer, hello)
-        await self._workers.hub.send(peer, Welcome(core.epoch))
+        await self._workers.hub.send(peer, messages.Welcome(self._core.epoch))
         logger.info("%s joined (pid %d)", hello.name, hello.pid)
-        self._publisher.forget(hello.name)
+        self._updates.worker_joined(hello)
         if hello.role == "rollout":
-            self._updates.server_joined(hello.name)
-            await self._act(core.rollout_joined(hello.name, hello.capacity, now))
-            if (
-                not was_here and 0 <= hello.serving <= core.version
-            ):  # it took that version in, digests and all
-                await self._act(core.serving(hello.name, hello.serving, now))
-            self._updates.catch_up()
-        elif hello.role == "reward":
-            await self._act(core.reward_joined(hello.name, hello.capacity, now))
-        else:
-            core.trainer_joined(hello.leader)
-            self._delivery.trainer_joined()
-            self._updates.trainer_joined(hello)
+            # a server that was lost since this controller started must verify its weights again
+            serving = -1 if was_here else hello.serving
+            return [inputs.RolloutJoined(hello.name, hello.capacity, serving)]
+        if hello.role == "reward":
+            return [inputs.RewardJoined(hello.name, hello.capacity)]
+        self._delivery.trainer_joined()
+        return [inputs.TrainerJoined(hello.leader)]
 
-    # ---- work
+    # ---- messages of workers that have joined
 
-    async def _handle(self, name: str, message: AnyMessage) -> None:
-        core, now = self._core, time.monotonic()
-        if isinstance(message, Generated):
-            await self._generated(name, message, now)
-        elif isinstance(message, PartialSample):
-            await self._act(core.interrupted(name, message))
-        elif isinstance(message, GenerateFailed):
-            logger.warning("%s: sample %s: %s", name, message.key, message.error)
-            await self._act(core.generate_failed(name, message, now))
-        elif isinstance(message, ScoreRequest):
-            await self._act(core.asked(name, message, now))
-        elif isinstance(message, ScoreResult):
-            if message.reward is None:
-                logger.warning("%s: no verdict on %s: %s", name, message.key, message.error)
-            await self._act(core.scored(name, message, now))
-        elif isinstance(message, GetBatch):
-            self._delivery.wanted(now)
-            await self._act(
-                core.batch_wanted(self._workers[name].hello.leader, message.version, now)
-            )
-        elif isinstance(message, StepDone):
-            await self._step_done(message)
-        elif isinstance(message, CheckpointSaved):
-            await self._saving.commit(message)
-        elif isinstance(message, PublishOffer):
-            self._updates.offered(name, message)
-        elif isinstance(message, _PUBLISH_ANSWERS):
-            self._updates.answered(name, message)
-        elif isinstance(message, Failed):
-            await self._failed(name, message)
-        elif not isinstance(message, Heartbeat):
-            raise ProtocolError(
-                f"{name} sent {type(message).__name__}, which is not for the controller"
-            )
+    def _for_core(self, name: str, message: AnyMessage) -> list[CoreEvent]:
+        return [inputs.Received(name, message)]
 
-    async def _generated(self, name: str, message: Generated, now: float) -> None:
-        core = self._core
-        core.last_fault = ""
-        await self._act(core.generated(name, message, now))
-        if core.last_fault:
-            logger.error("%s", core.last_fault)
-        else:
-            self._progress.generated(message.sample)
-
-    async def _step_done(self, message: StepDone) -> None:
-        core, progress = self._core, self._progress
-        is_new = message.version == core.version + 1
-        await self._act(core.step_done(message.version, time.monotonic()))
-        progress.ledger = core.ledger.table(core.pending)
-        if is_new:
-            progress.step_done(message.version, message.stats | self._lengths.step())
-            self._lengths.check(progress.warn)
-        else:
-            progress.replayed(message.version, core.version)
-
-    async def _failed(self, name: str, message: Failed) -> None:
+    def _failed(self, name: str, message: messages.Failed) -> list[CoreEvent]:
         if not self._progress.training:
             raise Error(f"{name}: {message.error}")
         logger.error("%s: %s", name, message.error)
-        await self._act(self._core.worker_lost(name, time.monotonic()))
+        return [inputs.WorkerLost(name)]
+
+    def _generate_failed(self, name: str, message: messages.GenerateFailed) -> list[CoreEvent]:
+        logger.warning("%s: sample %s: %s", name, message.key, message.error)
+        return [inputs.Received(name, message)]
+
+    def _score_result(self, name: str, message: messages.ScoreResult) -> list[CoreEvent]:
+        if message.reward is None:
+            logger.warning("%s: no score for sample %s: %s", name, message.key, message.error)
+        return [inputs.Received(name, message)]
+
+    def _get_batch(self, name: str, message: messages.GetBatch) -> list[CoreEvent]:
+        self._delivery.batch_requested(time.monotonic())
+        leader = self._workers[name].hello.leader
+        return [inputs.BatchRequested(leader, message.version)]
+
+    def _checkpoint_saved(self, name: str, message: messages.CheckpointSaved) -> list[CoreEvent]:
+        self._saving.checkpoint_saved(message)
+        return []
+
+    def _publish_offer(self, name: str, message: messages.PublishOffer) -> list[CoreEvent]:
+        self._updates.offered(name, message)
+        return []
+
+    def _update_reply(self, name: str, message: AnyMessage) -> list[CoreEvent]:
+        self._updates.replied(name, message)
+        return [inputs.Received(name, message)]

@@ -1,13 +1,15 @@
 """Are long answers starved? The lengths of what was sampled against what was trained and what was dropped.
 
-A bound on staleness costs long answers first: they take longest, so they are the oldest at the cut, and the first to run
-out of their lease. When they are not trained the policy learns to be brief for no reason of the task. Two signs:
+A bound on staleness costs long answers first: they take longest, so they are the oldest at the cut,
+and the first to run out of their lease. When they are not trained the policy learns to be brief for
+no reason of the task. Two signs:
 
-    mean length trained / sampled < MEAN_RATIO
-    share of the longest tenth of the samples that was trained < TAIL_RATIO * the share of all samples that was,
-    and by more than chance: 3 standard deviations, with the groups in that tenth as independent draws
+    mean length trained / sampled < MEAN_RATIO share of the longest tenth of the samples that was
+    trained < TAIL_RATIO * the share of all samples that was, and by more than chance: 3 standard
+    deviations, with the groups in that tenth as independent draws
 
-What is still pending counts for neither; a sample that was cut off counts with the tokens that it had.
+What is still pending counts for neither; a sample that was cut off counts with the tokens that it
+had.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from megatron_async_rl.controller.core.events import (
     PartialSaved,
     SampleReturned,
 )
-from megatron_async_rl.controller.core.ledger import DropReason
+from megatron_async_rl.controller.core.groups import DropReason
 
 WINDOW = 128  # groups that a comparison looks back on, trained and dropped
 MIN_GROUPS = 16  # fewer trained ones say nothing
@@ -51,7 +53,7 @@ class _Ended:
     reason: str  # why it was dropped; empty: it was trained
 
 
-class LengthMeter:
+class LengthMonitor:
     """Fed with the facts of a run; lengths are in generated tokens per sample."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The run in numbers: turns what the controller sees into metrics, one log line a step, and status.json."""
+"""Turns what the controller sees into metrics, one log line per step, and status.json."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from typing import Any
 import numpy as np
 
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.controller.core.actions import SendBatch
 from megatron_async_rl.controller.core.fleet import Fleet
-from megatron_async_rl.controller.core.groups import Group
 from megatron_async_rl.controller.weight_sync.session import Outcome
 from megatron_async_rl.observability.run_log import RunLog
-from megatron_async_rl.observability.status import EvaluationResult, RunState, RunStatus, ServerStatus
 from megatron_async_rl.observability.sample_log import TrainedGroup
+from megatron_async_rl.observability.status import (
+    EvaluationResult,
+    RunState,
+    RunStatus,
+    ServerStatus,
+)
 from megatron_async_rl.protocol.types import Sample
 
 logger = logging.getLogger(__name__)
 RATE_WINDOW_S = 15.0
-ETA_STEPS = 8  # the time left is taken from so many last steps
+ETA_STEPS = 8  # the remaining time is estimated from this many steps
 
 
 class Progress:
@@ -31,9 +36,7 @@ class Progress:
         self.message = ""
         self.ledger: dict[str, int] = {}
         self.last_progress = time.monotonic()
-        self.lost: list[
-            str
-        ] = []  # workers that are silent: whoever started them should start them anew
+        self.lost: list[str] = []  # silent workers, which the supervisor should restart
         self._log = run_log
         self._write_error = ""
         self._status = RunStatus(
@@ -45,11 +48,9 @@ class Progress:
         self._last_step = 0.0
         self._step_times: deque[float] = deque(maxlen=ETA_STEPS)
         self._generated: deque[tuple[float, int]] = deque()  # (when, tokens)
-        self._waited_s = 0.0  # by the trainer, for batches
+        self._waited_s = 0.0  # total that the trainer waited for batches
         self._updating_s = 0.0
-        self._step_stats: dict[
-            str, float
-        ] = {}  # of the step under way, from the cut and the last update
+        self._step_stats: dict[str, float] = {}  # of the current step
 
     @property
     def training(self) -> bool:
@@ -67,10 +68,14 @@ class Progress:
 
     def replayed(self, version: int, newest: int) -> None:
         self.last_progress = time.monotonic()
-        logger.info("the trainer is back at version %d of %d by a recorded batch", version, newest)
+        logger.info(
+            "the trainer repeated the step to version %d of %d with a recorded batch",
+            version,
+            newest,
+        )
 
     def say(self, message: str) -> None:
-        """What the run is busy with, beside its state."""
+        """Sets the message shown beside the state."""
         self.message = message
 
     def warn(self, message: str) -> None:
@@ -82,15 +87,11 @@ class Progress:
         self._generated.append((self.last_progress, sample.num_generated))
         self._status.interrupted_samples += sample.num_interrupts > 0
 
-    def batch_cut(
-        self,
-        version: int,
-        groups: list[Group],
-        rewards: np.ndarray,
-        advantages: np.ndarray,
-        waited_s: float,
+    def batch_selected(
+        self, batch: SendBatch, rewards: np.ndarray, advantages: np.ndarray, waited_s: float
     ) -> None:
-        """`rewards`, `advantages`: [groups, samples]."""
+        """`rewards`, `advantages`: [groups, samples]. `waited_s`: how long the trainer waited."""
+        status, version = self._status, batch.version
         trained = [
             TrainedGroup(
                 group_id=group.group_id,
@@ -99,23 +100,20 @@ class Progress:
                 rewards=rewards[g].tolist(),
                 advantages=advantages[g].tolist(),
             )
-            for g, group in enumerate(groups)
+            for g, group in enumerate(batch.groups)
         ]
         self._record(self._log.write_samples, version, trained)
         runs = [
             run for group in trained for sample in group.samples for run in sample.version_runs()
         ]
         tokens = sum(count for _, count in runs)
+        late = sum((version - v) * count for v, count in runs)
+        status.staleness_mean = late / tokens if tokens else 0.0
+        status.staleness_max = max((version - v for v, _ in runs), default=0)
+        status.staleness_worst = max(status.staleness_max, status.staleness_worst or 0)
+        status.reward_mean = float(rewards.mean())
+        status.reward_history.append(status.reward_mean)
         self._waited_s += waited_s
-        self._status.staleness_mean = (
-            sum((version - v) * count for v, count in runs) / tokens if tokens else 0.0
-        )
-        self._status.staleness_max = max((version - v for v, _ in runs), default=0)
-        self._status.staleness_worst = max(
-            self._status.staleness_max, self._status.staleness_worst or 0
-        )
-        self._status.reward_mean = float(rewards.mean())
-        self._status.reward_history.append(self._status.reward_mean)
         self._step_stats["perf/time/wait_for_batch_s"] = waited_s
 
     def step_done(self, version: int, stats: dict[str, float]) -> None:
@@ -173,7 +171,7 @@ class Progress:
         logger.info("evaluation of version %d: %.1f %% of %d", version, 100 * accuracy, num)
 
     def write(self, fleet: Fleet) -> None:
-        """status.json, as things stand now."""
+        """Writes status.json."""
         status = self._status
         status.state, status.message, status.ledger = self.state, self.message, self.ledger
         status.lost = self.lost
@@ -188,12 +186,12 @@ class Progress:
         self.write(Fleet())
 
     def _record(self, write: Callable[..., None], *values: Any) -> None:
-        """A full disk costs what people would look at, never the run."""
+        """Writes a log; a full disk costs log entries and never the run."""
         try:
             write(*values)
         except OSError as e:
             if self._write_error != str(e):
-                logger.error("%s could not write: %s; the run goes on", write.__name__, e)
+                logger.error("%s could not write: %s; the run continues", write.__name__, e)
             self._write_error = str(e)
 
     def _generate_rate(self) -> float:

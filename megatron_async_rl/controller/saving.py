@@ -1,5 +1,5 @@
-"""The controller's half of a checkpoint: the manifest that ties the trainer's files to the journal, and
-the pruning of samples that no kept checkpoint can request again."""
+"""The controller's half of a checkpoint: the manifest that ties the trainer's files to the journal,
+and the pruning of samples that no kept checkpoint can request again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CheckpointCommitter:
 
     def check_journal(self) -> None:
         """Raises DataError if a checkpoint was written after more events than the journal has."""
-        saved = checkpoints.manifests(self._config.run_dir)
+        saved = checkpoints.list_manifests(self._config.run_dir)
         if saved and saved[0].journal_seq > self._journal.last_seq:
             raise DataError(
                 f"checkpoint {saved[0].folder} was written after {saved[0].journal_seq} events, "

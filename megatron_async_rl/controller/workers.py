@@ -1,4 +1,4 @@
-"""Who is connected: names to sockets. What each may do is the core's business, fleet.py."""
+"""Connected workers: names to sockets. core/fleet.py holds what each may do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_REPLACED = 1024  # sockets remembered as replaced
 
 @dataclass(frozen=True)
 class Worker:
-    """One life of a worker: its socket and what it said of itself."""
+    """One incarnation of a worker: its socket and its Hello."""
 
     name: str
     peer: Peer
@@ -28,15 +28,13 @@ class Worker:
 
 
 class Workers:
-    """All that ever said hello, each with its newest life."""
+    """The newest incarnation of every worker that ever said hello."""
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
         self._by_name: dict[str, Worker] = {}
         self._names: dict[Peer, str] = {}
-        self._replaced: dict[
-            Peer, str
-        ] = {}  # sockets whose name a newer process has taken -> who it is
+        self._replaced: dict[Peer, str] = {}  # socket whose name was taken over -> by whom
         self._joined = asyncio.Event()
 
     def __iter__(self) -> Iterator[Worker]:
@@ -49,7 +47,7 @@ class Workers:
         return self._by_name[name]
 
     def join(self, peer: Peer, hello: Hello) -> bool:
-        """True for a name that was there before: this is its next life, and the socket before is nobody's any more."""
+        """Registers a worker; returns whether it replaces an earlier incarnation."""
         before = self._by_name.get(hello.name)
         if before and before.peer != peer:
             self._names.pop(before.peer, None)
@@ -62,16 +60,19 @@ class Workers:
         return before is not None
 
     def replaced_by(self, peer: Peer) -> str:
-        """Who has taken the name of this socket: the one before must end, or they would take it from each other."""
+        """Returns which process took over the name of this socket; empty if none did.
+
+        The earlier process must end, or the two would take the name from each other.
+        """
         return self._replaced.get(peer, "")
 
     def name_of(self, peer: Peer) -> str | None:
-        """None for a socket that has not said hello in this life of the controller."""
+        """Returns None for a socket that has not said hello since this controller started."""
         return self._names.get(peer)
 
     @property
     def leaders(self) -> list[Worker]:
-        """Of the trainer's data-parallel replicas."""
+        """The leaders of the trainer's data-parallel replicas."""
         return [worker for worker in self if worker.hello.leader >= 0]
 
     async def send(self, name: str, message: Message) -> None:
@@ -80,12 +81,12 @@ class Workers:
             logger.warning("%s is not connected; %s not delivered", name, type(message).__name__)
 
     def one_more(self) -> Coroutine[Any, Any, Any]:
-        """To be awaited: until somebody joins after this call."""
+        """Returns an awaitable that ends when a worker joins after this call."""
         self._joined.clear()  # here and not in a coroutine, which would start later
         return self._joined.wait()
 
     async def wait_for_all(self, config: Config, say: Callable[[str], None]) -> None:
-        """All the workers that the configuration asks for. Raises Error naming who is missing."""
+        """Waits for all configured workers. Raises Error with the names of the missing ones."""
         limit_s = max(config.rollout.start_timeout_s, config.trainer.start_timeout_s)
         deadline = time.monotonic() + limit_s
         while missing := ", ".join(sorted(self._missing(config))):
@@ -103,7 +104,9 @@ class Workers:
             *(f"trainer stage {stage}" for stage in range(stages)),
             *(f"trainer leader {replica}" for replica in range(config.num_leaders)),
         }
-        there = {f"trainer stage {w.hello.stage}" for w in self} | {
-            f"trainer leader {w.hello.leader}" for w in self
+        connected = {
+            *self._by_name,
+            *(f"trainer stage {worker.hello.stage}" for worker in self),
+            *(f"trainer leader {worker.hello.leader}" for worker in self),
         }
-        return expected - there - self._by_name.keys()
+        return expected - connected

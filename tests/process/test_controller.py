@@ -122,7 +122,7 @@ def test_unknown_and_lost_workers_must_rejoin(
         assert controller.core.fleet.rollout[
             "rollout-0"
         ].is_serving  # it served before this controller started
-        controller.core.handle(inputs.WorkerLost("rollout-0"), 0.0)
+        await controller.queue.submit(inputs.WorkerLost("rollout-0"))
         assert await ask(link, Heartbeat()) == RejoinRequest()
         assert isinstance(
             await ask(link, hello_of(model_and_dataset, "rollout", "rollout-0", serving=0)), Welcome
@@ -159,7 +159,7 @@ def test_journal_shorter_than_the_checkpoint_is_refused(
         raise AssertionError("it must not start")
 
     with pytest.raises(
-        DataError, match=r"written after 100 facts, but the journal .* has 0.*--from-scratch"
+        DataError, match=r"written after 100 events, but the journal .* has 0.*--from-scratch"
     ):
         with_controller(model_and_dataset, tmp_path, test)
 
@@ -251,7 +251,7 @@ def test_server_lost_before_an_update_is_left_out(
         await ask(link, hello_of(model_and_dataset, "rollout", "rollout-0"))
         offer = PublishOffer(0, 0, 1, [Bucket([TensorSpec("w", "float32", [2])])], "gloo")
         chosen = ["rollout-0", "rollout-1"]  # rollout-1 is already lost
-        update = asyncio.create_task(controller.updates._publish(0, {"trainer-0": offer}, chosen))
+        update = asyncio.create_task(controller.updates._update(0, {"trainer-0": offer}, chosen))
         while not isinstance(await link._receive(), UpdateWeights):
             pass
         assert not update.done()

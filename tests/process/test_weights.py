@@ -86,10 +86,11 @@ def arrived(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
             )
             chosen = configuration.from_tree(item["config"] | disk)
             control.publisher = TrainerPublisher(
-                over_network.exchange, chosen, SnapshotStore(chosen)
+                over_network.session, chosen, SnapshotStore(chosen)
             )
             outcome, _ = await control.publish(2 * number + 1, ["rollout-0"])
             assert outcome.serving == ["rollout-0"]
+            over_network.forget_groups()  # the next layout's ranks may have joined already
             control.publisher = over_network
 
     with weight_processes(folder, work, {"rollout-0": ["ok"]}):

@@ -71,7 +71,7 @@ class WeightController:
                 message,
                 UpdateReady | GroupOpened | GroupJoined | BucketsSent | SnapshotWritten | Updated,
             ):
-                self.publisher.exchange.inbox.put_nowait((name, message))
+                self.publisher.session.inbox.put_nowait((name, message))
             async with self.changed:
                 self.changed.notify_all()
 
@@ -90,7 +90,7 @@ class WeightController:
             for offer in by_source
         ]
         started = time.monotonic()
-        outcome = await self.publisher.publish(version, offers, servers, lambda name: None)
+        outcome = await self.publisher.publish(version, offers, servers)
         return outcome, time.monotonic() - started
 
     def _all_offer(self, version: int) -> bool:

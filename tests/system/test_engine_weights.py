@@ -65,14 +65,14 @@ def config_tree(run_dir: Path, model: Path, tp: int, transport: str) -> dict[str
 
 
 def publish_by(control: WeightController, config: Config) -> None:
-    exchange = UpdateSession(control.send, config.weights.update_timeout_s)
-    control.publisher = TrainerPublisher(exchange, config, SnapshotStore(config))
+    session = UpdateSession(control.send, config.weights.update_timeout_s)
+    control.publisher = TrainerPublisher(session, config, SnapshotStore(config))
 
 
 async def load(control: WeightController, folder: Path, version: int) -> Updated:
     await control.send(NAME, LoadSnapshot(version, str(folder)))
     while True:
-        _, message = await asyncio.wait_for(control.publisher.exchange.inbox.get(), 100)
+        _, message = await asyncio.wait_for(control.publisher.session.inbox.get(), 100)
         if isinstance(message, Updated) and message.version == version:
             return message
 

@@ -68,7 +68,7 @@ def test_file_is_removed_with_its_last_group(
     journal.prune([0, 2])
     journal.flush().result(10)
     assert len(files(path)) == 3
-    reading = journal.facts()
+    reading = journal.events()
     check([next(reading)], [1])
     journal.prune([1, 3])
     journal.flush().result(10)
@@ -125,7 +125,7 @@ def test_full_disk_delays_arrays_and_loses_none(
         assert "No space left" in journal.error
     waiter.result(10)
     assert journal.error == ""
-    check(list(journal.facts()), [0, 1, 2, 3, 4])
+    check(list(journal.events()), [0, 1, 2, 3, 4])
     journal.close()
 
 

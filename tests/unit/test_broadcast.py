@@ -47,21 +47,21 @@ class Cluster:
     verify_every: int = 1
 
     def __post_init__(self) -> None:
-        self.exchange = UpdateSession(self.send, self.timeout_s)
-        self.publisher = BroadcastPublisher(self.exchange, 1, self.verify_every)
+        self.session = UpdateSession(self.send, self.timeout_s)
+        self.publisher = BroadcastPublisher(self.session, 1, self.verify_every)
 
     async def send(self, name: str, message: Message) -> None:
         self.log.append((name, message))
         fault = self.faults.get((name, type(message)))
         answer = fault(name, message) if fault else self.answer(name, message)
         if answer is not None:
-            self.exchange.inbox.put_nowait((name, answer))
+            self.session.inbox.put_nowait((name, answer))
 
     def answer(self, name: str, message: Message) -> Message | None:
         if isinstance(message, UpdateWeights):
             return UpdateReady(message.version, {"interrupt": 0.01})
         if isinstance(message, OpenGroup):
-            self.exchange.inbox.put_nowait((name, GroupOpened(message.group, 0, "127.0.0.1", 1)))
+            self.session.inbox.put_nowait((name, GroupOpened(message.group, 0, "127.0.0.1", 1)))
             return GroupJoined(message.group)
         if isinstance(message, JoinGroup):
             return GroupJoined(message.group)
@@ -79,7 +79,7 @@ class Cluster:
             for s in range(self.num_stages)
         }
         return asyncio.run(
-            self.publisher.publish(version, offers, list(servers), lambda name: None)
+            self.publisher.publish(version, offers, list(servers))
         )
 
     def sent(self, kind: type, name: str | None = None) -> list[Message]:
@@ -172,7 +172,7 @@ def test_lost_server_is_not_awaited_and_rejoins_the_next_update(
 
     def lose() -> None:
         lost.append(len(cluster.log))
-        cluster.exchange.lost("rollout-1")
+        cluster.session.lost("rollout-1")
 
     def loses(name: str, message: Message) -> Message | None:
         if at_source:
@@ -195,7 +195,7 @@ def test_lost_server_is_not_awaited_and_rejoins_the_next_update(
             error = "" if len(cluster.sent(OpenGroup)) > 1 else "the group is not full"
             asyncio.get_running_loop().call_later(
                 0.1,
-                cluster.exchange.inbox.put_nowait,
+                cluster.session.inbox.put_nowait,
                 ("rollout-0", GroupJoined(message.group, error)),
             )
             return None
@@ -207,7 +207,7 @@ def test_lost_server_is_not_awaited_and_rejoins_the_next_update(
     assert outcome.serving == ["rollout-0"]
     assert (
         list(outcome.fenced) == ["rollout-1"]
-        and "lost in the middle" in outcome.fenced["rollout-1"]
+        and "lost during" in outcome.fenced["rollout-1"]
     )
     [at] = lost
     assert "rollout-1" not in [
@@ -215,17 +215,17 @@ def test_lost_server_is_not_awaited_and_rejoins_the_next_update(
     ]  # its next incarnation may have the name
     assert kind is not OpenGroup or [join.world_size for join in cluster.sent(JoinGroup)] == [2]
     cluster.faults.clear()
-    cluster.publisher.forget("rollout-1")
+    cluster.publisher.forget_worker("rollout-1")
     assert cluster.publish(1, "rollout-0", "rollout-1").serving == ["rollout-0", "rollout-1"]
 
 
 def test_lost_server_outside_update_is_ignored() -> None:
     cluster = Cluster()
-    cluster.exchange.lost("rollout-0")
+    cluster.session.lost("rollout-0")
     cluster.publish(0, "rollout-0")
-    cluster.exchange.lost("rollout-0")
+    cluster.session.lost("rollout-0")
     cluster.faults[("trainer-0", SendBuckets)] = lambda name, message: (
-        cluster.exchange.lost("rollout-1"),
+        cluster.session.lost("rollout-1"),
         cluster.answer(name, message),
     )[1]
     outcome = cluster.publish(1, "rollout-0")
@@ -295,6 +295,6 @@ def test_update_without_servers_raises_and_releases_sources() -> None:
 
 def test_reply_of_an_earlier_update_is_ignored() -> None:
     cluster = Cluster()
-    cluster.exchange.inbox.put_nowait(("rollout-0", Updated(6, {}, error="old trouble")))
-    cluster.exchange.inbox.put_nowait(("rollout-0", UpdateReady(6, {})))
+    cluster.session.inbox.put_nowait(("rollout-0", Updated(6, {}, error="old trouble")))
+    cluster.session.inbox.put_nowait(("rollout-0", UpdateReady(6, {})))
     assert cluster.publish(7, "rollout-0").serving == ["rollout-0"]

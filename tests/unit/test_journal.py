@@ -47,7 +47,7 @@ def test_every_event_is_read_back_with_its_arrays(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.sqlite")
     journal.append(events)
     journal.flush().result(10)
-    again = list(journal.facts())
+    again = list(journal.events())
     journal.close()
     assert [type(fact) for fact in again] == [type(fact) for fact in events]
     assert state(again) == state(events)
@@ -124,7 +124,7 @@ def test_full_disk_delays_events_and_loses_none(
     journal._db.execute("PRAGMA max_page_count = 1000000")
     waiter.result(60)
     assert journal.error == ""
-    assert sum(1 for _ in journal.facts()) == len(events)
+    assert sum(1 for _ in journal.events()) == len(events)
     journal.close()
 
 
@@ -136,9 +136,9 @@ def test_recorded_batch_can_be_read_until_it_is_pruned(tmp_path: Path) -> None:
     assert len(admitted) == 2 and len(returned) == len(judged) == 4
     journal.prune([fact.group_id for fact in admitted])
     journal.flush().result(10)
-    with pytest.raises(DataError, match="older than the two generations"):
+    with pytest.raises(DataError, match="older than the two that a run keeps"):
         journal.batch(1)
-    assert state(list(journal.facts()))[0] == 2  # the ledger still counts both batches
+    assert state(list(journal.events()))[0] == 2  # the ledger still counts both batches
     journal.close()
 
 

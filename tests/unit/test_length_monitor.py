@@ -12,7 +12,7 @@ from megatron_async_rl.controller.core.events import (
     PartialSaved,
     SampleReturned,
 )
-from megatron_async_rl.controller.length_monitor import MIN_GROUPS, WINDOW, LengthMeter
+from megatron_async_rl.controller.length_monitor import MIN_GROUPS, WINDOW, LengthMonitor
 from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Sample
 
 SHORT, LONG = 100, 1600
@@ -38,9 +38,9 @@ def dropped(group_id: int, reason: str, *lengths: int) -> list[JournalEvent]:
     return [*returned(group_id, *lengths), GroupDropped(group_id, reason)]
 
 
-def played(events: list[JournalEvent], ask_every: int = 1) -> tuple[list[str], LengthMeter]:
+def played(events: list[JournalEvent], ask_every: int = 1) -> tuple[list[str], LengthMonitor]:
     """Returns the warnings when the monitor is asked after every `ask_every` events."""
-    meter, said = LengthMeter(), []
+    meter, said = LengthMonitor(), []
     for number, fact in enumerate(events):
         meter.saw(fact)
         if number % ask_every == 0:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from run_log_builders import log_config, read_tensorboard, sample_of_versions
 
+from megatron_async_rl.controller.core.actions import SendBatch
 from megatron_async_rl.controller.core.fleet import Fleet
 from megatron_async_rl.controller.core.groups import Group
 from megatron_async_rl.controller.progress import Progress
@@ -28,7 +29,7 @@ def select_batch(progress: Progress, version: int, *runs: tuple[int, int]) -> No
         [sample_of_versions(*runs)],
         [1.0],
     )
-    progress.batch_cut(version, [group], np.ones((1, 1)), np.zeros((1, 1)), waited_s=0.1)
+    progress.batch_selected(SendBatch(version, [group]), np.ones((1, 1)), np.zeros((1, 1)), waited_s=0.1)
     progress.step_done(version + 1, STATS)
 
 

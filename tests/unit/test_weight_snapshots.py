@@ -17,12 +17,13 @@ from snapshot_builders import write_part
 from tiny_model import make_model
 
 from megatron_async_rl.config import load as configuration
+from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.core import inputs
-from megatron_async_rl.controller.core.actions import ServerLost
+from megatron_async_rl.controller.core.actions import Send, ServerLost
 from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.core.fleet import ServerState
 from megatron_async_rl.controller.weight_sync.catch_up import CatchUp
-from megatron_async_rl.controller.weight_sync.coordinator import Updates
+from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinator
 from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.errors import PublishError
@@ -81,29 +82,33 @@ class Cluster:
         for name in SERVERS:
             self.core.handle(inputs.RolloutJoined(name, 4), 0.0)
         self.folders = SnapshotStore(self.config)
-        self.exchange = UpdateSession(self.send, self.config.weights.update_timeout_s)
-        self.publisher = TrainerPublisher(self.exchange, self.config, self.folders)
-        self.catch_up = CatchUp(self.core, self, self.folders, self.exchange.timeout_s, self.act)  # type: ignore[arg-type]  # as its workers
+        timeout_s = self.config.weights.update_timeout_s
+        self.session = UpdateSession(self.send, timeout_s, self.submit)
+        self.publisher = TrainerPublisher(self.session, self.config, self.folders)
+        # this class stands for the queue and the workers; journal and progress are not used
+        context = Context(self.config, self.core, self, self, None, None)  # type: ignore[arg-type]
+        self.catch_up = CatchUp(context, self.folders)
+        self.updates = UpdateCoordinator(context, self.publisher, self.catch_up)
 
-        self.updates = Updates(
-            self.core, self.publisher, self.catch_up, self, None, None, 5, self.act
-        )  # type: ignore[arg-type]  # no loop runs
+    async def submit(self, event: inputs.CoreEvent) -> None:
+        await self.apply(self.core.handle(event, 0.0))
 
-    async def act(self, actions: list[Any]) -> None:
-        self.take(actions)
-
-    def take(self, actions: list[Any]) -> None:
+    async def apply(self, actions: list[Any]) -> None:
         self.core.take_events()
         for action in actions:
             if isinstance(action, ServerLost):
-                self.updates.server_lost(action.name)
+                self.updates.server_lost(action.worker)
+            elif isinstance(action, Send) and isinstance(action.message, Shutdown):
+                await self.send(action.worker, action.message)
 
     async def send(self, name: str, message: Message) -> None:
         self.log.append((name, message))
+        if isinstance(message, LoadSnapshot | UpdateWeights):
+            assert self.core.fleet.rollout[name].state is ServerState.UPDATING
         fault = self.faults.get((name, type(message)))
         answer = fault(message) if fault else self.answer(message)
-        if answer is not None and not self.catch_up.hear(name, answer):
-            self.exchange.inbox.put_nowait((name, answer))
+        if answer is not None and not self.catch_up.replied(name, answer):
+            self.session.inbox.put_nowait((name, answer))
 
     def answer(self, message: Message) -> Message | None:
         if isinstance(message, WriteSnapshot):
@@ -127,7 +132,7 @@ class Cluster:
             return UpdateReady(message.version, {})
         if isinstance(message, OpenGroup):
             source = int(message.group[-1])
-            self.exchange.inbox.put_nowait(
+            self.session.inbox.put_nowait(
                 (f"trainer-{source}", GroupOpened(message.group, source, "127.0.0.1", 1))
             )
         if isinstance(message, OpenGroup | JoinGroup):
@@ -140,7 +145,7 @@ class Cluster:
 
     async def publish(self, version: int) -> Outcome:
         offers = {f"trainer-{n}": PublishOffer(version, n, 2, [], "gloo") for n in range(2)}
-        return await self.publisher.publish(version, offers, SERVERS, self.core.updating)
+        return await self.publisher.publish(version, offers, SERVERS)
 
     def sent(self, kind: type) -> list[str]:
         return [name for name, message in self.log if isinstance(message, kind)]
@@ -160,7 +165,7 @@ def test_trainer_is_released_before_servers_load_the_snapshot(tmp_path: Path, mo
     async def body() -> None:
         outcome = await cluster.publish(3)
         assert outcome.serving == SERVERS and outcome.num_interrupted == 4
-        assert {"write", "folder", "load", "total"} <= outcome.seconds.keys()
+        assert {"write", "snapshot", "load", "total"} <= outcome.seconds.keys()
 
     in_loop(body)
     kinds = [type(message) for _, message in cluster.log]
@@ -189,15 +194,15 @@ def test_failed_source_keeps_old_snapshots_and_releases_all(
         await cluster.publish(1)
         cluster.log.clear()
         cluster.faults = {("trainer-1", WriteSnapshot): fails}
-        cluster.exchange.timeout_s = SHORT_S if fault == "silence" else LONG_S
-        with pytest.raises(PublishError, match="the folder of version 2 was not written"):
+        cluster.session.timeout_s = SHORT_S if fault == "silence" else LONG_S
+        with pytest.raises(PublishError, match="the snapshot of version 2 was not written"):
             await cluster.publish(2)
         assert [snapshot.version for snapshot in snapshots.list_snapshots(tmp_path)] == [1]
         assert cluster.sent(Published) == ["trainer-0", "trainer-1"] and not cluster.sent(
             LoadSnapshot
         )
         cluster.faults = {}
-        cluster.exchange.timeout_s = LONG_S
+        cluster.session.timeout_s = LONG_S
         await cluster.publish(2)
         assert [snapshot.version for snapshot in snapshots.list_snapshots(tmp_path)] == [2, 1]
 
@@ -227,14 +232,15 @@ def test_lost_server_is_not_awaited(tmp_path: Path, model: Path, kind: type) -> 
     cluster = Cluster(tmp_path, model)
 
     def loses(message: Message) -> Message | None:
-        cluster.take(cluster.core.handle(inputs.WorkerLost("rollout-1"), 0.0))
+        cluster.core.handle(inputs.WorkerLost("rollout-1"), 0.0)
+        cluster.updates.server_lost("rollout-1")
         return cluster.answer(message) if kind is WriteSnapshot else None
 
     async def body() -> None:
         cluster.faults[("trainer-0" if kind is WriteSnapshot else "rollout-1", kind)] = loses
         outcome = await asyncio.wait_for(cluster.publish(1), LONG_S / 2)
         assert (
-            outcome.serving == ["rollout-0"] and "lost in the middle" in outcome.fenced["rollout-1"]
+            outcome.serving == ["rollout-0"] and "lost during" in outcome.fenced["rollout-1"]
         )
         assert cluster.sent(LoadSnapshot).count("rollout-1") == (kind is LoadSnapshot)
         cluster.faults.clear()
@@ -258,7 +264,7 @@ def test_stale_server_catches_up_within_max_staleness(tmp_path: Path, model: Pat
         cluster.catch_up.start(others={"rollout-1"})  # it takes part in an update
         assert not cluster.catch_up.is_busy()
         cluster.catch_up.start(others=())
-        assert fleet["rollout-1"].state is ServerState.UPDATING and not core.fleet.free_server(5, 0)
+        assert cluster.catch_up.is_busy("rollout-1")
         await cluster.settle()
         assert cluster.log == [
             ("rollout-1", LoadSnapshot(2, str(tmp_path / "weights" / "v000002.0")))
@@ -297,10 +303,11 @@ def test_failed_catch_up_fences_the_server_unless_data_is_bad(
         cluster.log.clear()
         cluster.catch_up._timeout_s = SHORT_S if harm == "silence" else LONG_S
         cluster.catch_up.start(others=())
+        await asyncio.sleep(0)
         if harm == "new life":
-            cluster.take(core.handle(inputs.RolloutJoined("rollout-1", 4), 0.0))
+            await cluster.submit(inputs.RolloutJoined("rollout-1", 4))
         elif harm == "lost":
-            cluster.take(core.handle(inputs.WorkerLost("rollout-1"), 0.0))
+            await cluster.submit(inputs.WorkerLost("rollout-1"))
         await asyncio.wait_for(cluster.settle(), LONG_S / 2)
         if harm == "lost":
             assert not cluster.sent(Shutdown)
@@ -330,14 +337,14 @@ def test_network_update_writes_its_snapshot_after_serving(tmp_path: Path, model:
             cluster.log.clear()
             assert (await cluster.publish(version)).serving == SERVERS
             assert bool(cluster.sent(Published)) == released_at_once
-            await publisher.afterwards()
+            await publisher.finish()
             assert cluster.sent(Published) == ["trainer-0", "trainer-1"]
         assert [snapshot.version for snapshot in snapshots.list_snapshots(tmp_path)] == [2]
         cluster.faults = {("trainer-0", WriteSnapshot): lambda message: None}
         await cluster.publish(4)
-        cluster.exchange.timeout_s = SHORT_S
+        cluster.session.timeout_s = SHORT_S
         cluster.log.clear()
-        await publisher.afterwards()  # the error is logged and the trainer continues
+        await publisher.finish()  # the error is logged and the trainer continues
         assert cluster.sent(Published) == ["trainer-0", "trainer-1"]
 
     in_loop(body)

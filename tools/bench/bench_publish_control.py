@@ -81,7 +81,7 @@ class Bench:
             elif isinstance(
                 message, UpdateReady | GroupOpened | GroupJoined | BucketsSent | Updated
             ):
-                self.publisher.exchange.inbox.put_nowait((name, message))
+                self.publisher.session.inbox.put_nowait((name, message))
             elif isinstance(message, Failed):
                 if self._server_to_kill is None:
                     raise Error(f"{name}: {message.error}")
@@ -102,7 +102,7 @@ class Bench:
     async def publish(self, version: int) -> tuple[Outcome, PublishOffer]:
         name, offer = await asyncio.wait_for(self._offers.get(), 300)
         outcome = await self.publisher.publish(
-            version, {name: offer}, ["rollout-0"], lambda name: None
+            version, {name: offer}, ["rollout-0"]
         )
         return outcome, offer
 

@@ -1,17 +1,18 @@
-"""What the core asks of its shell. An event returns these; the shell writes the event's facts first, then acts."""
+"""What the core asks of the controller. Core.handle returns these; the controller appends the
+journal events of the same input first, then carries the actions out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_async_rl.controller.core.groups import Group
-from megatron_async_rl.controller.core.ledger import DropReason
+from megatron_async_rl.controller.core.groups import DropReason, Group
 from megatron_async_rl.protocol.messages import Message
+from megatron_async_rl.protocol.types import Sample
 
 
 @dataclass(frozen=True)
 class Send:
-    """Send this message to the worker of that name."""
+    """Send the message to the worker of this name."""
 
     worker: str
     message: Message
@@ -19,7 +20,7 @@ class Send:
 
 @dataclass(frozen=True)
 class SendBatch:
-    """Train these groups on `version`: all complete, none older than eta."""
+    """Train these groups on `version`: all are complete, none exceeds max_staleness."""
 
     version: int
     groups: list[Group]
@@ -27,30 +28,60 @@ class SendBatch:
 
 @dataclass(frozen=True)
 class ResendBatch:
-    """Send the recorded batch of `version` again: the trainer has come back from a checkpoint."""
+    """Send the recorded batch of `version` again: the trainer restarted from a checkpoint."""
 
     version: int
 
 
 @dataclass(frozen=True)
-class Dropped:
-    group: Group
-    reason: DropReason
+class ServerLost:
+    """This rollout worker is gone: nothing may wait for its replies."""
+
+    worker: str
 
 
 @dataclass(frozen=True)
-class EvalFinished:
-    """All evaluation groups have ended; those dropped have no reward."""
+class FinishEvaluation:
+    """All evaluation groups have ended; a dropped one has no reward."""
 
     version: int
     groups: list[Group]
 
 
 @dataclass(frozen=True)
-class ServerLost:
-    """This rollout worker is gone: nobody is to wait for an answer of it."""
+class ReportSample:
+    """A sample was accepted."""
 
-    name: str
+    sample: Sample
 
 
-Action = Send | SendBatch | ResendBatch | Dropped | EvalFinished | ServerLost
+@dataclass(frozen=True)
+class ReportStep:
+    """The weights are now `version`. `stats`: the trainer's, None for a replayed step."""
+
+    version: int
+    stats: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class ReportDrop:
+    group: Group
+    reason: DropReason
+
+
+@dataclass(frozen=True)
+class ReportError:
+    error: str
+
+
+Action = (
+    Send
+    | SendBatch
+    | ResendBatch
+    | ServerLost
+    | FinishEvaluation
+    | ReportSample
+    | ReportStep
+    | ReportDrop
+    | ReportError
+)

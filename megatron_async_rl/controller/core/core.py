@@ -1,16 +1,18 @@
-"""What is generated, scored and trained, decided by a state machine without sockets, clock or threads.
+"""What is generated, scored and trained: a state machine without sockets, clock or threads.
 
-Every method is one event; it returns the actions that follow. Time comes in as a number, prompts from an injected
-source, so the same code runs under asyncio, under a simulation on a virtual clock, and under a search of its states.
+`handle` takes one event (inputs.py) and returns the actions that follow (actions.py). Time is an
+argument and prompts come from an injected source, so the same code runs in the controller, in a
+simulation on a virtual clock, and in a search of all its states.
 
-A training group's way, and the file that tells of each stretch of it:
+The states of a training group, and the files that implement the transitions:
 
-    QUEUED --lease--> RUNNING --all samples back and scored--> READY --cut--> IN_BATCH --step done--> trained
-       |   leases.py                    verdicts.py              |   cut.py
-       ^                 |                                       |
-       +---- worker lost, lease late (attempt + 1) --------------+------> dropped(reason)
+    QUEUED --lease--> RUNNING --all samples returned and scored--> READY --selected--> IN_BATCH --> trained
+       |  leases.py                       scoring.py                 |  batch_selection.py
+       ^                 |                                           |
+       +-- worker lost, lease expired (attempt + 1) -----------------+-----> dropped(reason)
 
-What must outlive a crash is in books.py, as facts; liveness, load and who was asked what are forgotten with a life.
+What must survive a restart is in state.py and is recorded as journal events; liveness, load and
+assignments are not.
 """
 
 from __future__ import annotations
@@ -18,66 +20,79 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from megatron_async_rl.controller.core.actions import Action, Dropped, EvalFinished, ServerLost
+from megatron_async_rl.controller.core import actions, events, inputs
+from megatron_async_rl.controller.core.actions import Action
 from megatron_async_rl.controller.core.batch_selection import BatchSelector
-from megatron_async_rl.controller.core.events import (
-    AnyEvent,
-    BatchTrained,
-    ControllerStarted,
-    GroupDropped,
-    JournalEvent,
-    PartialSaved,
-    SampleReturned,
-    SampleScored,
-)
 from megatron_async_rl.controller.core.fleet import Fleet, RolloutWorker, ServerState, Worker
-from megatron_async_rl.controller.core.groups import Group, GroupState
+from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState, Ledger
 from megatron_async_rl.controller.core.leases import Leases
-from megatron_async_rl.controller.core.ledger import DropReason, Ledger
-from megatron_async_rl.controller.core.questions import Questions, refusal
+from megatron_async_rl.controller.core.scoring import ScoringQueue, ScoringTask, refusal
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
-from megatron_async_rl.controller.core.verdicts import Verdicts
-from megatron_async_rl.protocol.messages import (
-    Generated,
-    GenerateFailed,
-    PartialSample,
-    ScoreRequest,
-    ScoreResult,
-)
+from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.types import Prompt
 
 
 class Core:
     def __init__(
-        self, rules: CoreSettings, next_prompt: Callable[[], Prompt], epoch: int = 1
+        self, settings: CoreSettings, next_prompt: Callable[[], Prompt], epoch: int = 1
     ) -> None:
-        self.rules = rules
+        self.settings = settings
         self.fleet = Fleet()
-        self.state = ControllerState(rules.samples_per_prompt, next_prompt, epoch)
-        self.leases = Leases(rules, self.state, self.fleet)
-        self.verdicts = Verdicts(rules, self.state, self.fleet)
-        self.questions = Questions(rules, self.leases, self.fleet)
-        self.cut = BatchSelector(rules, self.state)
-        self.admitting = False  # the shell opens the gate when version 0 is served and evaluated
-        self.hold_batches = False  # the trainer is busy with something else: nothing is cut
+        self.state = ControllerState(settings.samples_per_prompt, next_prompt, epoch)
+        self.leases = Leases(settings, self.state, self.fleet)
+        self.scoring = ScoringQueue(settings, self.state, self.leases, self.fleet)
+        self.batch_selector = BatchSelector(settings, self.state)
+        self.admitting = False
+        self.draining = False
+        self.batches_held = False
         self.num_fenced_messages = 0
-        self.last_fault = ""  # of the last sample that no engine can have made
         self.num_replayed_steps = 0
         self._eval_ids: set[int] = set()
         self._eval_ended: list[Group] = []
+        self._handlers: dict[type, Callable[[Any, float], list[Action]]] = {
+            inputs.RolloutJoined: self._rollout_joined,
+            inputs.RewardJoined: self._reward_joined,
+            inputs.WorkerLost: self._worker_lost,
+            inputs.Received: self._received,
+            inputs.UpdateStarted: self._update_started,
+            inputs.ServerUpdated: self._server_updated,
+            inputs.UpdateFailed: self._update_failed,
+            inputs.ServerFenced: self._server_fenced,
+            inputs.TrainerJoined: self._trainer_joined,
+            inputs.BatchRequested: self._batch_requested,
+            inputs.BatchesHeld: self._batches_held,
+            inputs.AdmissionOpened: self._admission_opened,
+            inputs.EvaluationRequested: self._evaluation_requested,
+            inputs.Tick: self._tick,
+            inputs.DrainStarted: self._drain_started,
+            inputs.RunEnded: self._run_ended,
+        }
+        self._message_handlers: dict[type, Callable[[str, Any, float], list[Action]]] = {
+            messages.Generated: self._generated,
+            messages.PartialSample: self._partial_sample,
+            messages.GenerateFailed: self._generate_failed,
+            messages.ScoreRequest: self._score_requested,
+            messages.ScoreResult: self._score_received,
+            messages.StepDone: self._step_done,
+        }
+
+    def handle(self, event: inputs.CoreEvent, now: float) -> list[Action]:
+        """Applies one event and returns the actions that follow from it."""
+        return self._handlers[type(event)](event, now)
 
     # ---- reading
 
     @property
     def epoch(self) -> int:
-        """The life of the controller: its messages carry it, and replies to another are fenced."""
+        """Number of controller starts; a reply that carries another one is fenced."""
         return self.state.epoch
 
     @property
     def version(self) -> int:
-        """Of the trainer's weights."""
+        """Version of the trainer's weights."""
         return self.state.version
 
     @property
@@ -98,19 +113,19 @@ class Core:
 
     @property
     def batch_awaited(self) -> bool:
-        """All leaders wait for a batch of the newest version that is not cut yet."""
-        return self.cut.wanted_since is not None
+        """All leaders wait for a batch of the newest version that is not selected yet."""
+        return self.batch_selector.requested_since is not None
 
     def check(self) -> None:
         """Raises LedgerError unless every admitted group is accounted for."""
         self.state.check()
 
-    # ---- lives of the controller
+    # ---- restarts
 
-    def restore(self, facts: Iterable[AnyEvent]) -> None:
-        """Rebuilds what an earlier life knew, and begins a new one: epoch + 1, no workers, every lease taken back."""
-        self.state.restore(facts)
-        self.state.record(ControllerStarted(self.epoch + 1))
+    def restore(self, recorded: Iterable[events.AnyEvent]) -> None:
+        """Rebuilds the state from the journal and begins the next epoch: no workers, no leases."""
+        self.state.restore(recorded)
+        self.state.record(events.ControllerStarted(self.epoch + 1))
         for group in list(self.groups.values()):
             if group.state is GroupState.READY:
                 self._complete(group)  # the crash may have come before its drop was recorded
@@ -118,213 +133,249 @@ class Core:
                 if group.missing:
                     self.state.move(group, GroupState.QUEUED)
                     group.worker = ""
-                self.verdicts.owe_unjudged(group)
+                self.scoring.enqueue_unscored(group)
         self.check()
 
-    def take_events(self) -> list[JournalEvent]:
-        """What was recorded since the last call: for the journal, before the actions that go with it."""
+    def take_events(self) -> list[events.JournalEvent]:
+        """Returns what was recorded since the last call, to be journaled before the actions."""
         return self.state.take_events()
 
-    # ---- events: workers
+    # ---- workers
 
-    def rollout_joined(self, name: str, capacity: int, now: float) -> list[Action]:
-        """A worker of a known name is a new life of it: what the old one had is taken back."""
-        actions = self.worker_lost(name, now)
-        self.fleet.rollout[name] = RolloutWorker(name, capacity, now)
-        return actions
+    def _rollout_joined(self, event: inputs.RolloutJoined, now: float) -> list[Action]:
+        followed = self._lose(event.worker, now)  # the leases of an earlier incarnation
+        server = self.fleet.join_rollout(event.worker, event.capacity, now)
+        if 0 <= event.serving <= self.version:
+            server.state, server.version = ServerState.SERVING, event.serving
+            followed += self._advance(now)
+        return followed
 
-    def reward_joined(self, name: str, capacity: int, now: float) -> list[Action]:
-        actions = self.worker_lost(name, now)
-        self.fleet.reward[name] = Worker(name, capacity, now)
-        return actions + self._advance(now)
+    def _reward_joined(self, event: inputs.RewardJoined, now: float) -> list[Action]:
+        followed = self._lose(event.worker, now)
+        self.fleet.reward[event.worker] = Worker(event.worker, event.capacity, now)
+        return followed + self._advance(now)
 
-    def updating(self, name: str) -> None:
-        self.fleet.rollout[name].state = ServerState.UPDATING
+    def _worker_lost(self, event: inputs.WorkerLost, now: float) -> list[Action]:
+        return self._lose(event.worker, now)
 
-    def serving(self, name: str, version: int, now: float) -> list[Action]:
-        worker = self.fleet.rollout[name]
-        worker.state, worker.version = ServerState.SERVING, version
+    def _lose(self, worker: str, now: float) -> list[Action]:
+        if self.fleet.rollout.pop(worker, None):
+            lost = actions.ServerLost(worker)
+            return [lost, *self._release_all(worker), *self._advance(now)]
+        if self.fleet.reward.pop(worker, None):
+            self.scoring.requeue_from(worker)
         return self._advance(now)
 
-    def fenced(self, name: str, reason: str, now: float) -> list[Action]:
-        """The server may not be trusted with its weights: it keeps no work and gets none."""
-        worker = self.fleet.rollout[name]
-        worker.state, worker.reason = ServerState.FENCED, reason
-        return self._take_back(name) + self._advance(now)
+    def _received(self, event: inputs.Received, now: float) -> list[Action]:
+        self.fleet.heard(event.worker, now)
+        handler = self._message_handlers.get(type(event.message))
+        return handler(event.worker, event.message, now) if handler else []
 
-    def worker_lost(self, name: str, now: float) -> list[Action]:
-        if self.fleet.rollout.pop(name, None):
-            return [ServerLost(name), *self._take_back(name), *self._advance(now)]
-        self.fleet.reward.pop(name, None)
-        self.verdicts.take_back(name)
-        self.questions.take_back(name)
-        return self._advance(now)
+    # ---- weights of the servers
 
-    # ---- events: samples
+    def _server(self, event: inputs.ServerEvent) -> RolloutWorker | None:
+        """Returns the server, or None if that incarnation of it is gone."""
+        server = self.fleet.rollout.get(event.worker)
+        return server if server and event.incarnation in (None, server.incarnation) else None
 
-    def generated(self, worker: str, reply: Generated, now: float) -> list[Action]:
-        group = self.leases.group_of(worker, reply)
-        if group is None:
-            self.num_fenced_messages += 1
-            return []
-        if fault := self.leases.fault(group, reply.sample):
-            self.num_fenced_messages += 1
-            self.last_fault = f"{worker}: sample {reply.key} is refused: {fault}"
-            return self._release(group) + self._advance(
-                now
-            )  # like a failure: another server may do better
-        self.state.record(SampleReturned(group.group_id, reply.key.index, reply.sample))
-        self.leases.unload(worker)
-        self.verdicts.owe(group, reply.key.index)
-        return self._advance(now)
-
-    def interrupted(self, worker: str, reply: PartialSample) -> list[Action]:
-        """What a running sample has so far: kept for whoever goes on with it, should its worker be lost."""
-        group = self.leases.group_of(worker, reply)
-        if group is None:
-            self.num_fenced_messages += 1
-        else:
-            self.state.record(PartialSaved(group.group_id, reply.key.index, reply.partial))
+    def _update_started(self, event: inputs.UpdateStarted, now: float) -> list[Action]:
+        if server := self._server(event):
+            server.state = ServerState.UPDATING
         return []
 
-    def generate_failed(self, worker: str, reply: GenerateFailed, now: float) -> list[Action]:
+    def _server_updated(self, event: inputs.ServerUpdated, now: float) -> list[Action]:
+        if server := self._server(event):
+            server.state, server.version = ServerState.SERVING, event.version
+        return self._advance(now)
+
+    def _update_failed(self, event: inputs.UpdateFailed, now: float) -> list[Action]:
+        if server := self._server(event):
+            server.state = ServerState.STALE
+        return []
+
+    def _server_fenced(self, event: inputs.ServerFenced, now: float) -> list[Action]:
+        server = self._server(event)
+        if server is None:
+            return []
+        server.state, server.fenced_because = ServerState.FENCED, event.reason
+        shutdown = actions.Send(server.name, messages.Shutdown(f"fenced: {event.reason}"))
+        return [*self._release_all(server.name), *self._advance(now), shutdown]
+
+    # ---- samples
+
+    def _generated(self, worker: str, reply: messages.Generated, now: float) -> list[Action]:
         group = self.leases.group_of(worker, reply)
         if group is None:
+            return self._fence()
+        if fault := self.leases.fault(group, reply.sample):
             self.num_fenced_messages += 1
-            return []
-        return self._release(group) + self._advance(now)
+            error = actions.ReportError(f"{worker}: sample {reply.key} is refused: {fault}")
+            # like a failure: another server may do better
+            return [error, *self._release(group), *self._advance(now)]
+        self.state.record(events.SampleReturned(group.group_id, reply.key.index, reply.sample))
+        self.leases.unload(worker)
+        self.scoring.enqueue_sample(group, reply.key.index)
+        return [actions.ReportSample(reply.sample), *self._advance(now)]
 
-    def asked(self, worker: str, ask: ScoreRequest, now: float) -> list[Action]:
-        """A workflow wants something judged before its sample is whole."""
-        if self.leases.group_of(worker, ask) is None:
+    def _partial_sample(
+        self, worker: str, reply: messages.PartialSample, now: float
+    ) -> list[Action]:
+        group = self.leases.group_of(worker, reply)
+        if group is None:
+            return self._fence()
+        self.state.record(events.PartialSaved(group.group_id, reply.key.index, reply.partial))
+        return []
+
+    def _generate_failed(
+        self, worker: str, reply: messages.GenerateFailed, now: float
+    ) -> list[Action]:
+        group = self.leases.group_of(worker, reply)
+        return self._release(group) + self._advance(now) if group else self._fence()
+
+    def _fence(self) -> list[Action]:
+        self.num_fenced_messages += 1
+        return []
+
+    # ---- scores
+
+    def _score_requested(
+        self, worker: str, request: messages.ScoreRequest, now: float
+    ) -> list[Action]:
+        group = self.leases.group_of(worker, request)
+        if group is None:
             self.num_fenced_messages += 1
-            return [refusal(worker, ask, "the lease has ended")]
-        self.questions.put(worker, ask)
+            return [refusal(worker, request, "the lease has ended")]
+        self.scoring.enqueue_request(worker, request, group)
         return self._advance(now)
 
-    def scored(self, worker: str, reply: ScoreResult, now: float) -> list[Action]:
-        if reply.call:
-            answer = self.questions.answered(worker, reply)
-            self.num_fenced_messages += answer is None
-            return (answer or []) + self._advance(now)
-        if not self.verdicts.is_asked_of(worker, reply):
-            self.num_fenced_messages += 1
+    def _score_received(
+        self, worker: str, result: messages.ScoreResult, now: float
+    ) -> list[Action]:
+        task = self.scoring.complete(worker, result)
+        if task is None:
+            return self._fence()
+        if result.reward is None or not math.isfinite(result.reward):
+            error = result.error or f"the reward is {result.reward}"
+            return self._scoring_failed(task, error) + self._advance(now)
+        if task.requester:
+            return [actions.Send(task.requester, result), *self._advance(now)]
+        followed: list[Action] = []
+        if group := self.groups.get(result.key.group_id):
+            reward = float(result.reward)
+            self.state.record(events.SampleScored(group.group_id, result.key.index, reward))
+            if group.is_scored:
+                followed = self._complete(group)
+        return followed + self._advance(now)
+
+    def _scoring_failed(self, task: ScoringTask, error: str) -> list[Action]:
+        if self.scoring.retry(task):
             return []
-        self.verdicts.settle((reply.key.group_id, reply.key.index))
-        group = self.groups.get(reply.key.group_id)
-        actions: list[Action] = []
-        if group is not None and reply.reward is not None and math.isfinite(reply.reward):
-            self.state.record(SampleScored(group.group_id, reply.key.index, reply.reward))
-            if group.is_judged:
-                actions += self._complete(group)
-        elif group is not None:
-            actions += self._no_verdict(group, reply.key.index)
-        return actions + self._advance(now)
+        if task.requester:
+            return [refusal(task.requester, task.request, error)]
+        group = self.groups.get(task.request.key.group_id)
+        return self._drop(group, DropReason.REWARD_UNAVAILABLE) if group else []
 
-    # ---- events: trainer
+    # ---- trainer
 
-    def trainer_joined(self, leader: int) -> None:
-        self.cut.leader_joined(leader)
-        self.hold_batches = False
+    def _trainer_joined(self, event: inputs.TrainerJoined, now: float) -> list[Action]:
+        self.batch_selector.leader_joined(event.leader)
+        self.batches_held = False
+        return []
 
-    def batch_wanted(self, leader: int, version: int, now: float) -> list[Action]:
-        """A data-parallel leader is ready to train on `version`; one below ours was trained before."""
-        if version > self.version:
-            self.num_fenced_messages += 1
-            return []
-        known = self.cut.wanted(leader, version, now)
-        return [known] if known else self._advance(now)
+    def _batch_requested(self, event: inputs.BatchRequested, now: float) -> list[Action]:
+        if event.version > self.version:
+            return self._fence()
+        batch = self.batch_selector.request(event.leader, event.version, now)
+        return [batch] if batch else self._advance(now)
 
-    def step_done(self, version: int, now: float) -> list[Action]:
+    def _batches_held(self, event: inputs.BatchesHeld, now: float) -> list[Action]:
+        self.batches_held = event.held
+        return self._advance(now)
+
+    def _step_done(self, worker: str, step: messages.StepDone, now: float) -> list[Action]:
         """The batch of version - 1 is in the weights: its groups count as trained."""
-        if version <= self.version:
-            self.num_replayed_steps += 1  # they count already
-            return []
-        if version != self.version + 1 or not self.state.in_batch:
-            self.num_fenced_messages += 1
-            return []
-        self.state.record(BatchTrained(version))
+        if step.version <= self.version:
+            self.num_replayed_steps += 1
+            return [actions.ReportStep(step.version, None)]
+        if step.version != self.version + 1 or not self.state.in_batch:
+            return self._fence()
+        self.state.record(events.BatchTrained(step.version))
         self.check()
+        return [actions.ReportStep(step.version, step.stats), *self._advance(now)]
+
+    # ---- the run
+
+    def _admission_opened(self, event: inputs.AdmissionOpened, now: float) -> list[Action]:
+        self.admitting = True
         return self._advance(now)
 
-    # ---- events: the rest
-
-    def start_eval(self, prompts: list[Prompt], now: float) -> list[Action]:
-        """Generates and scores one sample of each; training groups are not leased meanwhile."""
-        self._eval_ids |= {self.state.open_eval(prompt).group_id for prompt in prompts}
+    def _evaluation_requested(self, event: inputs.EvaluationRequested, now: float) -> list[Action]:
+        self._eval_ids |= {self.state.open_eval(prompt).group_id for prompt in event.prompts}
         return self._advance(now)
 
-    def tick(self, now: float) -> list[Action]:
-        """Time has passed: who was silent is lost, what is overdue goes to others."""
-        actions: list[Action] = []
-        for name in self.fleet.silent_since(now - self.rules.heartbeat_timeout_s):
-            actions += self.worker_lost(name, now)
-        for group in self.leases.overdue(now):
-            actions += self._release(group)
-        for key in self.verdicts.overdue(now):
-            self.verdicts.settle(key)
-            if group := self.groups.get(key[0]):
-                actions += self._no_verdict(group, key[1])
-        actions += self.questions.tick(now)
-        return actions + self._advance(now)
+    def _tick(self, event: inputs.Tick, now: float) -> list[Action]:
+        followed: list[Action] = []
+        for name in self.fleet.silent_since(now - self.settings.heartbeat_timeout_s):
+            followed += self._lose(name, now)
+        for group in self.leases.expired(now):
+            followed += self._release(group)
+        limit = f"no score within rollout.lease_timeout_s = {self.settings.lease_timeout_s:g}"
+        for task in self.scoring.take_expired(now):
+            followed += self._scoring_failed(task, limit)
+        return followed + self._advance(now)
 
-    def end(self) -> list[Action]:
-        """The last step is done: closes the books over what is still pending."""
+    def _drain_started(self, event: inputs.DrainStarted, now: float) -> list[Action]:
+        self.draining = True
+        return []
+
+    def _run_ended(self, event: inputs.RunEnded, now: float) -> list[Action]:
         self.admitting = False
-        actions: list[Action] = []
+        followed: list[Action] = []
         for group in [g for g in self.groups.values() if g.purpose == "train"]:
-            actions += self._drop(group, DropReason.RUN_ENDED)
+            followed += self._drop(group, DropReason.RUN_ENDED)
         self.check()
-        return actions
+        return followed
 
     # ---- inside
 
     def _advance(self, now: float) -> list[Action]:
-        """Everything that has become possible: scoring, the cut, leases, admissions."""
-        actions: list[Action] = [
-            *self.questions.pass_on(now),
-            *self.verdicts.ask(now),
-        ]  # a question holds up a sample
-        if self.batch_awaited and not self.hold_batches:
-            for group in self.cut.stale():
-                actions += self._drop(group, DropReason.STALE)
-            batch = self.cut.batch(now)
-            actions += [batch] if batch else []
-        actions += self.leases.lease_queued(now, only_eval=bool(self._eval_ids))
-        if self.admitting and not self._eval_ids:
-            actions += self.leases.admit(now)
-        return actions
+        """Does everything that has become possible: scoring, selection, leases, admissions."""
+        followed: list[Action] = [*self.scoring.assign(now)]
+        if self.batch_awaited and not self.batches_held and not self.draining:
+            for group in self.batch_selector.stale_groups():
+                followed += self._drop(group, DropReason.STALE)
+            batch = self.batch_selector.select(now)
+            followed += [batch] if batch else []
+        followed += self.leases.lease_queued(now, only_eval=bool(self._eval_ids))
+        if self.admitting and not self.draining and not self._eval_ids:
+            followed += self.leases.admit(now)
+        return followed
 
-    def _take_back(self, worker: str) -> list[Action]:
+    def _release_all(self, worker: str) -> list[Action]:
         return [action for group in self.leases.held_by(worker) for action in self._release(group)]
 
     def _release(self, group: Group) -> list[Action]:
         reason = self.leases.release(group)
         return self._drop(group, reason) if reason else []
 
-    def _no_verdict(self, group: Group, index: int) -> list[Action]:
-        if self.verdicts.try_again(group, index):
-            return []
-        return self._drop(group, DropReason.REWARD_UNAVAILABLE)
-
     def _complete(self, group: Group) -> list[Action]:
-        """All samples are back and judged. A group that has nothing to teach is not kept."""
+        """Ends an evaluation group, or drops a scored group that the filters exclude."""
         if group.purpose == "eval":
             return self._end_eval(group)
-        if self.rules.drop_equal_rewards and len(set(group.rewards)) == 1:
+        if self.settings.drop_equal_rewards and len(set(group.rewards)) == 1:
             return self._drop(group, DropReason.EQUAL_REWARDS)
-        low, high = self.rules.success_rates
+        low, high = self.settings.success_rates
         if not low <= statistics.fmean(r for r in group.rewards if r is not None) <= high:
             return self._drop(group, DropReason.SUCCESS_RATE)
         return []
 
     def _drop(self, group: Group, reason: DropReason) -> list[Action]:
         if group.state is GroupState.RUNNING:
-            self.leases.unload(group.worker, len(group.missing))  # what still comes of it is fenced
-        self.state.record(GroupDropped(group.group_id, reason.value))
+            self.leases.unload(group.worker, len(group.missing))  # later replies are fenced
+        self.state.record(events.GroupDropped(group.group_id, reason.value))
         if group.purpose == "eval":
             return self._end_eval(group)
-        return [Dropped(group, reason)]
+        return [actions.ReportDrop(group, reason)]
 
     def _end_eval(self, group: Group) -> list[Action]:
         if group.group_id in self.groups:
@@ -334,4 +385,4 @@ class Core:
         if self._eval_ids:
             return []
         ended, self._eval_ended = self._eval_ended, []
-        return [EvalFinished(self.version, ended)]
+        return [actions.FinishEvaluation(self.version, ended)]

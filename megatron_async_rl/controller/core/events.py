@@ -1,13 +1,11 @@
-"""What must survive a crash: the facts of a run, each written once to the journal and never changed.
+"""Journal events: every change that must survive a restart of the controller, written once.
 
-The core records a fact for every change of what it may not forget; applied in order to an empty core they rebuild
-it (Core.restore), through the very methods that first made the change. Leases, load and liveness are no facts: a new life of the
-controller starts without workers, and its epoch fences whatever the old one had given out.
+Applied in order to an empty state they rebuild it (Core.restore), with the methods that made the
+changes. Load, liveness and assignments are not recorded: a restarted controller begins without
+workers, and its epoch fences everything that was leased before.
 """
 
 from __future__ import annotations
-
-from typing import Union
 
 import msgspec
 
@@ -15,17 +13,15 @@ from megatron_async_rl.protocol.types import Partial, Sample
 
 
 class JournalEvent(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Base of all facts; the tag in the journal is the class name."""
+    """Base of all journal events; the stored tag is the class name."""
 
 
 class ControllerStarted(JournalEvent, frozen=True):
-    """A life of the controller. Its messages carry this epoch."""
-
     epoch: int
 
 
 class GroupAdmitted(JournalEvent, frozen=True):
-    """The next prompt of the stream became a group. The n-th of these facts is the n-th prompt."""
+    """The next prompt of the stream became a group: the n-th of these is the n-th prompt."""
 
     group_id: int
     prompt_id: str
@@ -39,14 +35,14 @@ class LeaseGranted(JournalEvent, frozen=True):
 
 
 class LeaseFailed(JournalEvent, frozen=True):
-    """A lease came to an end with samples missing."""
+    """A lease ended with samples missing."""
 
     group_id: int
     worker: str
 
 
 class PartialSaved(JournalEvent, frozen=True):
-    """What a sample had when an update or a shutdown interrupted it."""
+    """The tokens of a sample when an update or a shutdown interrupted it."""
 
     group_id: int
     index: int
@@ -68,7 +64,7 @@ class SampleScored(JournalEvent, frozen=True):
 
 
 class BatchSelected(JournalEvent, frozen=True):
-    """These groups are the batch that is trained on `version`, now and in every replay."""
+    """These groups are the batch trained on `version`, now and in every replay."""
 
     version: int
     group_ids: list[int]
@@ -81,10 +77,8 @@ class BatchTrained(JournalEvent, frozen=True):
 
 
 class GroupDropped(JournalEvent, frozen=True):
-    """A group is dropped, for a ledger.DropReason."""
-
     group_id: int
-    reason: str
+    reason: str  # value of a DropReason
 
 
 class EvaluationFinished(JournalEvent, frozen=True):
@@ -93,6 +87,16 @@ class EvaluationFinished(JournalEvent, frozen=True):
     num: int
 
 
-AnyEvent = Union[
-    ControllerStarted, GroupAdmitted, LeaseGranted, LeaseFailed, PartialSaved, SampleReturned, SampleScored, BatchSelected, BatchTrained, GroupDropped, EvaluationFinished
-]  # fmt: skip
+AnyEvent = (
+    ControllerStarted
+    | GroupAdmitted
+    | LeaseGranted
+    | LeaseFailed
+    | PartialSaved
+    | SampleReturned
+    | SampleScored
+    | BatchSelected
+    | BatchTrained
+    | GroupDropped
+    | EvaluationFinished
+)

@@ -1,12 +1,13 @@
-"""Which server generates which samples: admission, leases, and who may answer for them.
+"""Which server generates which samples: admission, leases, and whose replies are accepted.
 
-Admission (AReaL eq. 3). With B = prompts_per_step and N groups admitted and not dropped, a new one may start on a
-server of version v iff  N < (v + eta + 1) * B:  it will be trained at step N // B at the latest if order is kept. The
-server's version counts, not the trainer's, which is one ahead while an update is under way. That alone does not bound
-the staleness of stragglers; the cut does (cut.py).
+Admission (AReaL eq. 3). With B = prompts_per_step, eta = max_staleness and N groups admitted and
+not dropped, a new group may start on a server of version v iff N < (v + eta + 1) * B: it is trained
+at step N // B at the latest if order is kept. The server's version counts; the trainer's is one
+ahead during an update. This alone does not bound the staleness of stragglers; batch_selection.py
+does.
 
-A lease is one attempt at the missing samples of a group, by one worker, until a deadline. Whatever comes back under
-another epoch, attempt or worker changes nothing (fencing).
+A lease is one attempt at the missing samples of a group, by one worker, until a deadline. A reply
+with another epoch, attempt or worker changes nothing (fencing).
 """
 
 from __future__ import annotations
@@ -16,23 +17,20 @@ import math
 from megatron_async_rl.controller.core.actions import Send
 from megatron_async_rl.controller.core.events import LeaseFailed, LeaseGranted
 from megatron_async_rl.controller.core.fleet import Fleet, RolloutWorker
-from megatron_async_rl.controller.core.groups import Group, GroupState
-from megatron_async_rl.controller.core.ledger import DropReason
+from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
-from megatron_async_rl.protocol.messages import (
-    Generate,
-    Generated,
-    GenerateFailed,
-    PartialSample,
-    ScoreRequest,
-)
+from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.types import NOT_GENERATED, Sample
+
+LeaseReply = (
+    messages.Generated | messages.GenerateFailed | messages.PartialSample | messages.ScoreRequest
+)
 
 
 class Leases:
-    def __init__(self, rules: CoreSettings, state: ControllerState, fleet: Fleet) -> None:
-        self._settings = rules
+    def __init__(self, settings: CoreSettings, state: ControllerState, fleet: Fleet) -> None:
+        self._settings = settings
         self._state = state
         self._fleet = fleet
 
@@ -41,65 +39,53 @@ class Leases:
         """The step at which a group admitted now is trained at the latest, if order is kept."""
         return self._state.ledger.claimed // self._settings.prompts_per_step
 
-    # ---- out
-
     def lease_queued(self, now: float, only_eval: bool) -> list[Send]:
-        """Groups that wait for a server, as far as there are free ones."""
+        """Leases queued groups as far as servers are free."""
         sends = []
+        oldest_allowed = self._state.version - self._settings.max_staleness
         for group in self._state.in_state(GroupState.QUEUED, purpose="eval" if only_eval else None):
-            server = self._fleet.free_server(
-                len(group.missing), self._state.version - self._settings.max_staleness
-            )
-            if server is not None:
+            if server := self._fleet.free_server(len(group.missing), oldest_allowed):
                 sends.append(self._lease_to(server, group, now))
         return sends
 
     def admit(self, now: float) -> list[Send]:
-        """New groups, as far as eta and the servers allow."""
-        sends = []
-        while self.next_step < self._settings.steps:
-            server = self._fleet.free_server(
-                self._settings.samples_per_prompt, self.next_step - self._settings.max_staleness
-            )
+        """Admits and leases new groups as far as max_staleness and the servers allow."""
+        settings, sends = self._settings, []
+        while self.next_step < settings.steps:
+            oldest_allowed = self.next_step - settings.max_staleness
+            server = self._fleet.free_server(settings.samples_per_prompt, oldest_allowed)
             if server is None:
                 break
             sends.append(self._lease_to(server, self._state.admit(), now))
         return sends
 
     def _lease_to(self, server: RolloutWorker, group: Group, now: float) -> Send:
-        rules, missing = self._settings, group.missing
-        oldest_allowed = self._state.version - rules.max_staleness
+        settings, missing = self._settings, group.missing
+        oldest_allowed = self._state.version - settings.max_staleness
         partials = {i: p for i, p in group.partials.items() if p.oldest_version >= oldest_allowed}
         floor_version = min([server.version, *(p.oldest_version for p in partials.values())])
         self._state.record(
             LeaseGranted(group.group_id, group.attempt + 1, server.name, floor_version)
         )
-        group.deadline = now + rules.lease_timeout_s
+        group.deadline = now + settings.lease_timeout_s
         server.load += len(missing)
-        return Send(
-            server.name,
-            Generate(
-                epoch=self._state.epoch,
-                group_id=group.group_id,
-                attempt=group.attempt,
-                indices=missing,
-                purpose=group.purpose,
-                prompt=group.prompt,
-                max_new_tokens=rules.max_new_tokens,
-                temperature=rules.temperature
-                if group.purpose == "train"
-                else rules.eval_temperature,
-                partials=[partials.get(index) for index in missing] if partials else [],
-                floor_version=floor_version,
-            ),
+        is_train = group.purpose == "train"
+        lease = messages.Generate(
+            epoch=self._state.epoch,
+            group_id=group.group_id,
+            attempt=group.attempt,
+            indices=missing,
+            purpose=group.purpose,
+            prompt=group.prompt,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature if is_train else settings.eval_temperature,
+            partials=[partials.get(index) for index in missing] if partials else [],
+            floor_version=floor_version,
         )
+        return Send(server.name, lease)
 
-    # ---- back
-
-    def group_of(
-        self, worker: str, reply: Generated | GenerateFailed | PartialSample | ScoreRequest
-    ) -> Group | None:
-        """The group that this reply may change; None for a late, duplicate or foreign one."""
+    def group_of(self, worker: str, reply: LeaseReply) -> Group | None:
+        """Returns the group that this reply may change; None for a late, duplicate or foreign one."""
         key = reply.key
         group = self._state.groups.get(key.group_id)
         if group is None or group.state is not GroupState.RUNNING or group.worker != worker:
@@ -109,38 +95,44 @@ class Leases:
         return group if key.index in group.missing else None
 
     def fault(self, group: Group, sample: Sample) -> str:
-        """What shows that no engine of ours can have sampled this; empty when nothing does."""
-        if not len(sample.ids) == len(sample.logprobs) == len(sample.versions) > 0:
-            return f"{len(sample.ids)} ids, {len(sample.logprobs)} logprobs, {len(sample.versions)} versions"
+        """Returns why no server of this run can have generated the sample; empty if one can."""
+        num_ids, num_logprobs, num_versions = map(
+            len, (sample.ids, sample.logprobs, sample.versions)
+        )
+        if not num_ids == num_logprobs == num_versions > 0:
+            return f"{num_ids} ids, {num_logprobs} logprobs, {num_versions} versions"
         if sample.newest_version == NOT_GENERATED:
             return "no token was generated"
         oldest, newest = sample.oldest_version, sample.newest_version
         if oldest < group.floor_version or newest > self._state.version:
-            return f"versions {oldest} to {newest}, possible are {group.floor_version} to {self._state.version}"
-        if not math.isfinite(sample.logprobs.sum()):
-            return "logprobs that are not finite"
-        return ""
+            return (
+                f"versions {oldest} to {newest}, possible are {group.floor_version} to "
+                f"{self._state.version}"
+            )
+        return "" if math.isfinite(sample.logprobs.sum()) else "logprobs that are not finite"
 
     def unload(self, worker: str, count: int = 1) -> None:
+        """Reduces the load of a server, if it is still there."""
         if server := self._fleet.rollout.get(worker):
             server.load -= count
 
-    # ---- taken back
-
     def held_by(self, worker: str) -> list[Group]:
-        return [g for g in self._running() if g.worker == worker]
+        return [group for group in self._running() if group.worker == worker]
 
-    def overdue(self, now: float) -> list[Group]:
-        return [g for g in self._running() if now > g.deadline]
+    def expired(self, now: float) -> list[Group]:
+        return [group for group in self._running() if now > group.deadline]
 
     def release(self, group: Group) -> DropReason | None:
-        """Ends a lease. The samples that are back stay, the others go to another server: None, or why they do not."""
+        """Ends a failed lease: returned samples are kept, the others are leased again.
+
+        Returns a reason to drop the group instead after max_attempts failed leases.
+        """
         self.unload(group.worker, len(group.missing))
         self._state.record(LeaseFailed(group.group_id, group.worker))
         if len(group.failed_on) < self._settings.max_attempts:
             return None
-        several = len(set(group.failed_on)) > 1  # then it is the prompt rather than a server
+        several = len(set(group.failed_on)) > 1  # then the prompt is suspected, not a server
         return DropReason.POISON if several else DropReason.GENERATION_FAILED
 
     def _running(self) -> list[Group]:
-        return [g for g in self._state.in_state(GroupState.RUNNING) if g.missing]
+        return [group for group in self._state.in_state(GroupState.RUNNING) if group.missing]

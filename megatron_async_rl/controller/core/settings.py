@@ -1,4 +1,4 @@
-"""The settings that the core goes by (config.py says what each means)."""
+"""The settings that the core depends on (config/ documents each)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,16 @@ class CoreSettings:
     eval_temperature: float
     lease_timeout_s: float
     max_attempts: int
-    max_verdict_attempts: int
+    max_scoring_attempts: int
     drop_equal_rewards: bool
     heartbeat_timeout_s: float
     steps: int
     data_parallel_size: int
-    success_rates: tuple[float, float] = (
-        -math.inf,
-        math.inf,
-    )  # groups of a lower or higher mean reward are dropped
+    success_rates: tuple[float, float] = (-math.inf, math.inf)  # a group's mean reward, inclusive
 
 
 def core_settings(config: Config) -> CoreSettings:
-    algorithm = config.algorithm
+    algorithm, filters = config.algorithm, config.algorithm.filters
     return CoreSettings(
         prompts_per_step=algorithm.prompts_per_step,
         samples_per_prompt=algorithm.samples_per_prompt,
@@ -44,17 +41,13 @@ def core_settings(config: Config) -> CoreSettings:
         eval_temperature=config.data.eval_temperature,
         lease_timeout_s=config.rollout.lease_timeout_s,
         max_attempts=config.rollout.max_attempts,
-        max_verdict_attempts=config.reward.max_attempts,
-        drop_equal_rewards=algorithm.filters.drop_equal_rewards,
-        success_rates=(
-            -math.inf
-            if algorithm.filters.success_rate_min is None
-            else algorithm.filters.success_rate_min,
-            math.inf
-            if algorithm.filters.success_rate_max is None
-            else algorithm.filters.success_rate_max,
-        ),
+        max_scoring_attempts=config.reward.max_attempts,
+        drop_equal_rewards=filters.drop_equal_rewards,
         heartbeat_timeout_s=config.faults.heartbeat_timeout_s,
         steps=config.run.steps,
         data_parallel_size=config.num_leaders,
+        success_rates=(
+            -math.inf if filters.success_rate_min is None else filters.success_rate_min,
+            math.inf if filters.success_rate_max is None else filters.success_rate_max,
+        ),
     )

@@ -1,29 +1,15 @@
-"""What the core may not forget: the groups, the ledger over them, and the version of the weights.
+"""The persistent state of a run: its groups, the ledger over them, and the version of the weights.
 
-It is changed in one place, `_apply`, one fact at a time (facts.py). An event of the core records its facts; the shell
-writes them to the journal before it acts, and a later life applies them again: restoring runs the code that made them.
+It changes in one place, `_apply`, one journal event at a time. The core records an event for every
+change; a restarted controller applies the same events again, so restoring needs no code of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from megatron_async_rl.controller.core.events import (
-    AnyEvent,
-    BatchSelected,
-    BatchTrained,
-    ControllerStarted,
-    GroupAdmitted,
-    GroupDropped,
-    JournalEvent,
-    LeaseFailed,
-    LeaseGranted,
-    PartialSaved,
-    SampleReturned,
-    SampleScored,
-)
-from megatron_async_rl.controller.core.groups import Group, GroupState
-from megatron_async_rl.controller.core.ledger import DropReason, Ledger
+from megatron_async_rl.controller.core import events
+from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState, Ledger
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import Prompt, Purpose
 
@@ -35,12 +21,10 @@ class ControllerState:
         self.epoch = epoch
         self.version = 0  # of the trainer's weights
         self.ledger = Ledger()
-        self.groups: dict[int, Group] = {}  # pending ones; those of an evaluation too
-        self._by_state: dict[GroupState, dict[int, Group]] = {
-            state: {} for state in GroupState
-        }  # the same
-        self.in_batch: list[Group] = []  # with the trainer
-        self.facts: list[JournalEvent] = []  # recorded and not yet taken to the journal
+        self.groups: dict[int, Group] = {}  # pending ones, and those of an evaluation
+        self._by_state: dict[GroupState, dict[int, Group]] = {state: {} for state in GroupState}
+        self.in_batch: list[Group] = []  # being trained
+        self.recorded: list[events.JournalEvent] = []  # not yet taken to the journal
         self._samples_per_prompt = samples_per_prompt
         self._next_prompt = next_prompt
         self._next_group_id = 0
@@ -48,21 +32,21 @@ class ControllerState:
     # ---- writing
 
     def admit(self) -> Group:
-        """The next prompt of the stream becomes a group."""
+        """Makes a group of the next prompt."""
         group_id, prompt = self._next_group_id, self._next_prompt()
-        self.facts.append(GroupAdmitted(group_id, prompt.prompt_id))
+        self.recorded.append(events.GroupAdmitted(group_id, prompt.prompt_id))
         return self._admit(group_id, prompt)
 
     def open_eval(self, prompt: Prompt) -> Group:
-        """A group of one sample that is no part of the ledger."""
+        """Makes a group of one sample that is not part of the ledger."""
         return self._open(self._next_group_id, prompt, "eval", 1)
 
-    def record(self, fact: JournalEvent) -> None:
-        """Makes a change that must survive. Evaluations are not kept: they are made again."""
-        group = self.groups.get(getattr(fact, "group_id", -1))
+    def record(self, event: events.JournalEvent) -> None:
+        """Applies a change and records it, unless it is about an evaluation: those are repeated."""
+        group = self.groups.get(getattr(event, "group_id", -1))
         if group is None or group.purpose == "train":
-            self.facts.append(fact)
-        self._apply(fact)
+            self.recorded.append(event)
+        self._apply(event)
 
     def move(self, group: Group, state: GroupState) -> None:
         del self._by_state[group.state][group.group_id]
@@ -73,101 +57,97 @@ class ControllerState:
         del self.groups[group.group_id]
         del self._by_state[group.state][group.group_id]
 
-    def take_events(self) -> list[JournalEvent]:
-        facts, self.facts = self.facts, []
-        return facts
+    def take_events(self) -> list[events.JournalEvent]:
+        """Returns the events recorded since the last call."""
+        recorded, self.recorded = self.recorded, []
+        return recorded
 
-    def restore(self, facts: Iterable[AnyEvent]) -> None:
-        for fact in facts:
-            self._apply(fact)
+    def restore(self, recorded: Iterable[events.AnyEvent]) -> None:
+        for event in recorded:
+            self._apply(event)
 
     # ---- reading
 
     @property
     def pending(self) -> int:
+        """Number of groups that are admitted and neither trained nor dropped."""
         return sum(group.purpose == "train" for group in self.groups.values())
 
     def in_state(self, *states: GroupState, purpose: Purpose | None = None) -> list[Group]:
-        """In the order of admission. It is asked at every event, when thousands of groups may be pending."""
+        """Returns groups in admission order; indexed by state, as every input event asks for it."""
         found = [
-            g
+            group
             for state in states
-            for g in self._by_state[state].values()
-            if purpose in (None, g.purpose)
+            for group in self._by_state[state].values()
+            if purpose in (None, group.purpose)
         ]
         return sorted(found, key=lambda group: group.group_id)
 
     def check(self) -> None:
         """Raises LedgerError unless every admitted group is accounted for."""
         self.ledger.check(self.pending)
-        assert sum(map(len, self._by_state.values())) == len(self.groups), (
-            "a group is in no state, or in two"
-        )
+        num_indexed = sum(map(len, self._by_state.values()))
+        assert num_indexed == len(self.groups), "a group is in no state, or in two"
 
     # ---- inside
 
-    def _apply(self, fact: JournalEvent) -> None:
-        if isinstance(fact, ControllerStarted):
-            self.epoch = fact.epoch
-        elif isinstance(fact, GroupAdmitted):
-            self._apply_admitted(fact)
-        elif isinstance(fact, BatchSelected):
-            self.in_batch = [self.groups[group_id] for group_id in fact.group_ids]
-            for group in self.in_batch:
-                self.move(group, GroupState.IN_BATCH)
-        elif isinstance(fact, BatchTrained):
-            for group in self.in_batch:
+    def _apply(self, event: events.JournalEvent) -> None:
+        match event:
+            case events.ControllerStarted():
+                self.epoch = event.epoch
+            case events.GroupAdmitted():
+                self._apply_admitted(event)
+            case events.BatchSelected():
+                self.in_batch = [self.groups[group_id] for group_id in event.group_ids]
+                for group in self.in_batch:
+                    self.move(group, GroupState.IN_BATCH)
+            case events.BatchTrained():
+                for group in self.in_batch:
+                    self.forget(group)
+                    self.ledger.trained += 1
+                self.in_batch, self.version = [], event.version
+            case events.GroupDropped():
+                group = self.groups[event.group_id]
                 self.forget(group)
-                self.ledger.trained += 1
-            self.in_batch, self.version = [], fact.version
-        elif isinstance(fact, GroupDropped):
-            group = self.groups[fact.group_id]
-            self.forget(group)
-            if group.purpose == "train":
-                self.ledger.dropped[DropReason(fact.reason)] += 1
-        elif isinstance(
-            fact, LeaseGranted | LeaseFailed | PartialSaved | SampleReturned | SampleScored
-        ):
-            self._apply_to_group(self.groups[fact.group_id], fact)
+                if group.purpose == "train":
+                    self.ledger.dropped[DropReason(event.reason)] += 1
+            case events.EvaluationFinished():
+                pass
+            case _:
+                self._apply_to_group(self.groups[event.group_id], event)  # type: ignore[attr-defined]
 
-    def _apply_admitted(self, fact: GroupAdmitted) -> None:
+    def _apply_admitted(self, event: events.GroupAdmitted) -> None:
         prompt = self._next_prompt()
-        if prompt.prompt_id != fact.prompt_id:
+        if prompt.prompt_id != event.prompt_id:
             raise DataError(
-                f"the journal admitted prompt {fact.prompt_id!r} where data.train now gives {prompt.prompt_id!r}: the dataset "
-                "or run.seed changed since the run began; put them back, or begin anew with --from-scratch"
+                f"the journal admitted prompt {event.prompt_id!r} where data.train now gives "
+                f"{prompt.prompt_id!r}: the dataset or run.seed changed since the run began; "
+                "restore them, or start over with --from-scratch"
             )
-        self._admit(fact.group_id, prompt)
+        self._admit(event.group_id, prompt)
 
-    def _apply_to_group(
-        self,
-        group: Group,
-        fact: LeaseGranted | LeaseFailed | PartialSaved | SampleReturned | SampleScored,
-    ) -> None:
-        if isinstance(fact, LeaseGranted):
-            self.move(group, GroupState.RUNNING)
-            group.worker, group.attempt, group.floor_version = (
-                fact.worker,
-                fact.attempt,
-                fact.floor_version,
-            )
-        elif isinstance(fact, LeaseFailed):
-            group.failed_on.append(fact.worker)
-            self.move(group, GroupState.QUEUED)
-            group.worker = ""
-        elif isinstance(fact, PartialSaved):
-            group.partials[fact.index] = fact.partial
-        elif isinstance(fact, SampleReturned):
-            group.samples[fact.index] = fact.sample
-            oldest = fact.sample.oldest_version
-            group.oldest_returned = min(
-                oldest, oldest if group.oldest_returned is None else group.oldest_returned
-            )
-            group.partials.pop(fact.index, None)
-        else:
-            group.rewards[fact.index] = fact.reward
-            if group.is_judged:
-                self.move(group, GroupState.READY)
+    def _apply_to_group(self, group: Group, event: events.JournalEvent) -> None:
+        match event:
+            case events.LeaseGranted():
+                self.move(group, GroupState.RUNNING)
+                group.worker, group.attempt = event.worker, event.attempt
+                group.floor_version = event.floor_version
+            case events.LeaseFailed():
+                self.move(group, GroupState.QUEUED)
+                group.failed_on.append(event.worker)
+                group.worker = ""
+            case events.PartialSaved():
+                group.partials[event.index] = event.partial
+            case events.SampleReturned():
+                group.samples[event.index] = event.sample
+                oldest = event.sample.oldest_version
+                if group.oldest_returned is None or oldest < group.oldest_returned:
+                    group.oldest_returned = oldest
+                group.partials.pop(event.index, None)
+            case events.SampleScored():
+                group.rewards[event.index] = event.reward
+                if group.is_scored:
+                    self.move(group, GroupState.READY)
 
     def _admit(self, group_id: int, prompt: Prompt) -> Group:
         self.ledger.admitted += 1

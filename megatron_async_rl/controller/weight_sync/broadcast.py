@@ -1,10 +1,10 @@
-"""One weight update, as the controller sees it. The whole exchange, for every version including 0:
+"""One weight update over the network, as the controller sees it, for every version including 0:
 
     weight sources (weights/reshard.py)          controller                     rollout workers
     PublishOffer(version, buckets)  ------------>
                                                  UpdateWeights  ------------->  abort, pause
                                                  <-------------- UpdateReady    (late or failed: fenced)
-                       <--------- OpenGroup      only when the membership changed:
+                       <--------- OpenGroup      only if the membership changed:
     GroupOpened(address, port)  ---------------> JoinGroup  ----------------->  join
     GroupJoined  ------------------------------> <-------------- GroupJoined
                        <--------- SendBuckets    ReceiveBuckets  ------------>
@@ -12,182 +12,128 @@
     BucketsSent(digests)  ---------------------> WeightDigests  ------------->  compare, resume
                        <--------- Published      <------------------ Updated    (mismatch: fenced)
 
-Every wait has the one deadline of its try, and ends when who is waited for is lost (exchange.py). A server that fails is
-fenced, never trusted. When one breaks a collective, the others fail with it: whoever still answers is given a second try
-in new groups. Sources stay alive whatever happens to servers.
+Each attempt has one deadline for all its waits; no wait outlasts the loss of a server (session.py).
+A failed server is fenced and never trusted. When a server breaks a collective, the others fail with
+it: those that still reply get a second attempt in new groups. Sources survive every server failure.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
 from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.protocol.messages import (
-    AbandonUpdate,
-    BucketsSent,
-    GroupJoined,
-    GroupOpened,
-    JoinGroup,
-    OpenGroup,
-    PublishOffer,
-    ReceiveBuckets,
-    SendBuckets,
-    StageBuckets,
-    Updated,
-    UpdateReady,
-    UpdateWeights,
-    WeightDigests,
-)
+from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol.messages import PublishOffer
 
 logger = logging.getLogger(__name__)
 
 
 class BroadcastPublisher:
-    """Drives updates over the network, one at a time."""
+    """Runs updates over the network, one at a time."""
 
-    def __init__(self, exchange: UpdateSession, engine_tp: int, verify_every: int) -> None:
-        self.exchange = exchange
+    def __init__(self, session: UpdateSession, engine_tp: int, verify_every: int) -> None:
+        self.session = session
         self._engine_tp = engine_tp
         self._verify_every = verify_every
-        self._members: tuple[str, ...] = ()
-        self._suspects: set[str] = (
-            set()
-        )  # servers that failed in a broken collective of this update: once is forgiven
+        self._members: tuple[str, ...] = ()  # of the groups: sources, then servers
         self._groups: list[str] = []
         self._num_formations = 0
         self._num_updates = 0
-        self._trusted: set[str] = (
-            set()
-        )  # took the last update; anyone else proves what it holds, whatever verify_every
+        self._suspects: set[str] = set()  # failed in a broken collective once, which is forgiven
+        self._trusted: set[str] = set()  # took the last update; others are verified regardless
 
-    def start_generation(self, epoch: int) -> None:
-        """Names of update groups differ from those of the controller's earlier lives: engines may still hold them."""
+    def start_epoch(self, epoch: int) -> None:
+        """Makes group names differ from those before a restart, which servers may still hold."""
         self._num_formations = epoch * 1_000_000
 
-    def forget(self, name: str) -> None:
-        """A new life of this worker: groups with the old one in them are of no use."""
+    def forget_worker(self, name: str) -> None:
+        """Drops the groups that contain an earlier incarnation of this worker."""
         self._trusted.discard(name)
         if name in self._members:
-            self._members = ()
+            self.forget_groups()
 
     def forget_groups(self) -> None:
-        """A party was started anew under its old name: the next update makes new groups."""
+        """Makes the next update form new groups."""
         self._members = ()
 
     async def publish(
-        self,
-        version: int,
-        offers: dict[str, PublishOffer],
-        servers: list[str],
-        updating: Callable[[str], None],
-        hold: bool = False,
+        self, version: int, offers: dict[str, PublishOffer], servers: list[str], hold: bool = False
     ) -> Outcome:
-        """Brings `servers` to `version`. `offers` by source name. Raises PublishError when no server is left.
+        """Updates `servers` to `version` with the offers by source name.
 
-        `hold`: the sources are not released if it works, the caller needs them further.
+        Raises PublishError if no server took it. `hold`: does not release the sources on success.
         """
-        sources = sorted(offers, key=lambda name: offers[name].source)
-        with self.exchange.update(version, sources, servers) as outcome:
-            started = time.monotonic()
-            await self._bring(version, sources, servers, offers, updating, outcome)
+        started = time.monotonic()
+        with self.session.update(version, offers, servers) as outcome:
+            await self._update(version, offers, servers)
         if not (hold and outcome.serving):
-            await self.exchange.release(version, sources)
+            await self.session.release()
         if not outcome.serving:
             raise PublishError(f"no server took version {version}: {outcome.fenced}")
         outcome.seconds["total"] = time.monotonic() - started
         return outcome
 
-    async def _bring(
-        self,
-        version: int,
-        sources: list[str],
-        servers: list[str],
-        offers: dict[str, PublishOffer],
-        updating: Callable[[str], None],
-        outcome: Outcome,
+    async def _update(
+        self, version: int, offers: dict[str, PublishOffer], servers: list[str]
     ) -> None:
-        verify = self._num_updates % self._verify_every == 0 or not self._trusted.issuperset(
-            servers
-        )
+        session, outcome = self.session, self.session.outcome
+        verify = self._num_updates % self._verify_every == 0
+        verify = verify or not self._trusted.issuperset(servers)
         self._num_updates += 1
-        for server in servers:
-            if server not in outcome.fenced:  # lost while the others were told
-                updating(server)
-                await self.exchange.send(server, UpdateWeights(version))
-        ready = await self.exchange.collect(UpdateReady, servers, version=version)
-        for message in ready.values():
-            outcome.keep_slowest(message.seconds)
+        await session.begin(servers, messages.UpdateWeights(version))
+        ready = await session.collect(messages.UpdateReady, servers, version=version)
+        outcome.add(ready.values())
+        sources = sorted(offers, key=lambda name: offers[name].source)
         remaining = sorted(ready)
         self._suspects.clear()
         while remaining and not outcome.serving:
-            num_known = len(self._suspects) + len(outcome.fenced)
-            self.exchange.start_clock()
-            verify = verify or self._members != (
-                *sources,
-                *remaining,
-            )  # whatever goes through new groups is proved
-            if await self._form_groups(sources, remaining, offers, outcome):
-                outcome.serving = await self._transfer(
-                    version, sources, remaining, offers, verify, outcome
-                )
+            num_failed = len(self._suspects) + len(outcome.fenced)
+            session.start_clock()
+            # everything that passes through new groups is verified
+            verify = verify or self._members != (*sources, *remaining)
+            if await self._form_groups(sources, remaining, offers):
+                outcome.serving = await self._transfer(sources, remaining, offers, verify)
             if not outcome.serving:
-                self._members = ()  # the collective is broken: new groups, without whoever was fenced
-                if len(self._suspects) + len(outcome.fenced) == num_known:
-                    break  # the sources' own fault: another try would end the same way
+                self.forget_groups()  # the collective is broken
+                if len(self._suspects) + len(outcome.fenced) == num_failed:
+                    break  # the sources failed: another attempt would end the same way
             remaining = [name for name in remaining if name not in outcome.fenced]
         self._trusted = set(outcome.serving)
 
     async def _form_groups(
-        self,
-        sources: list[str],
-        servers: list[str],
-        offers: dict[str, PublishOffer],
-        outcome: Outcome,
+        self, sources: list[str], servers: list[str], offers: dict[str, PublishOffer]
     ) -> bool:
-        """One update group per source, of it and all engine ranks; kept while the membership is the same."""
+        """Forms one update group per source, of it and all engine ranks, unless they exist."""
         if self._members == (*sources, *servers):
             return True
-        started = time.monotonic()
+        session, outcome, started = self.session, self.session.outcome, time.monotonic()
         self._num_formations += 1
         self._groups = []
         world_size = 1 + self._engine_tp * len(servers)
         for source in sources:
             offer = offers[source]
             group = f"weights-{self._num_formations}-source{offer.source}"
-            await self.exchange.send(source, OpenGroup(group, world_size))
-            opened = (await self.exchange.collect(GroupOpened, [source], group=group)).get(source)
-            if opened is None:
+            await session.send(source, messages.OpenGroup(group, world_size))
+            opened = await session.collect(messages.GroupOpened, [source], group=group)
+            if source not in opened:
                 raise PublishError(
-                    f"{source} did not open update group {group} within {self.exchange.timeout_s:.0f} s"
+                    f"{source} did not open update group {group} within {session.timeout_s:.0f} s"
                 )
             if not outcome.fenced.keys().isdisjoint(servers):
-                return False  # one was lost: without it the group would never be full
+                return False  # one was lost: the group would never be complete
+            where = opened[source].address, opened[source].port
             for index, server in enumerate(servers):
-                await self.exchange.send(
-                    server,
-                    JoinGroup(
-                        group,
-                        opened.address,
-                        opened.port,
-                        1 + index * self._engine_tp,
-                        world_size,
-                        offer.backend,
-                    ),
+                rank = 1 + index * self._engine_tp
+                await session.send(
+                    server, messages.JoinGroup(group, *where, rank, world_size, offer.backend)
                 )
-            victims: dict[
-                str, str
-            ] = {}  # of one that never came: all wait for it in the same place
-            joined = await self.exchange.collect(
-                GroupJoined, [source, *servers], victims, group=group
-            )
-            outcome.fenced |= {
-                name: error for name, error in victims.items() if name in self._suspects
-            }
-            self._suspects |= victims.keys()
-            if len(joined) < 1 + len(servers) or joined[source].error:
+            failed: dict[str, str] = {}  # maybe because another one never joined
+            members = [source, *servers]
+            joined = await session.collect(messages.GroupJoined, members, failed, group=group)
+            self._suspect(failed)
+            if len(joined) < len(members) or joined[source].error:
                 return False
             self._groups.append(group)
         self._members = (*sources, *servers)
@@ -195,57 +141,50 @@ class BroadcastPublisher:
         return True
 
     async def _transfer(
-        self,
-        version: int,
-        sources: list[str],
-        servers: list[str],
-        offers: dict[str, PublishOffer],
-        verify: bool,
-        outcome: Outcome,
+        self, sources: list[str], servers: list[str], offers: dict[str, PublishOffer], verify: bool
     ) -> list[str]:
-        """Buckets over, digests after; the servers that serve `version` now. Empty: a source failed, start again."""
+        """Transfers the buckets, then the digests; returns the servers that serve the version.
+
+        An empty list means that a source failed and the groups are broken.
+        """
+        session, outcome = self.session, self.session.outcome
+        version = outcome.version
         stages = [
-            StageBuckets(group, offers[source].buckets)
+            messages.StageBuckets(group, offers[source].buckets)
             for group, source in zip(self._groups, sources, strict=True)
         ]
+        flattened = offers[sources[0]].flattened
         for server in servers:
-            await self.exchange.send(
-                server, ReceiveBuckets(version, stages, verify, offers[sources[0]].flattened)
-            )
+            await session.send(server, messages.ReceiveBuckets(version, stages, verify, flattened))
         for source in sources:
-            await self.exchange.send(source, SendBuckets(version, verify))
+            await session.send(source, messages.SendBuckets(version, verify))
         failed: dict[str, str] = {}
-        sent = await self.exchange.collect(BucketsSent, sources, failed, version=version)
+        sent = await session.collect(messages.BucketsSent, sources, failed, version=version)
+        outcome.add(sent.values())
         digests: dict[str, str] = {}
-        for message in sent.values():
-            digests.update(message.digests)
-            outcome.keep_slowest(message.seconds)
-            outcome.peak_bytes = max(outcome.peak_bytes, message.peak_bytes)
-        if len(sent) < len(sources):
-            raise PublishError(
-                f"weight sources {sorted(set(sources) - set(sent))} did not send version {version}"
-            )
-        if any(message.error for message in sent.values()):
-            logger.warning(
-                "sources failed: %s", {name: m.error for name, m in sent.items() if m.error}
-            )
-            await self._abandon(version, [s for s in servers if s not in failed], failed)
-            outcome.fenced |= {
-                name: error for name, error in failed.items() if name in self._suspects
-            }
-            self._suspects |= failed.keys()
+        for reply in sent.values():
+            digests |= reply.digests
+            outcome.peak_bytes = max(outcome.peak_bytes, reply.peak_bytes)
+        if missing := sorted(set(sources) - set(sent)):
+            raise PublishError(f"weight sources {missing} did not send version {version}")
+        if errors := {name: reply.error for name, reply in sent.items() if reply.error}:
+            logger.warning("weight sources failed: %s", errors)
+            # servers that received everything or report their failure stay; silent ones are fenced
+            rest = [server for server in servers if server not in failed]
+            for server in rest:
+                await session.send(server, messages.AbandonUpdate(version))
+            await session.collect(messages.UpdateReady, rest, failed, version=version)
+            self._suspect(failed)
             return []
         outcome.fenced |= failed
         for server in servers:
-            await self.exchange.send(server, WeightDigests(version, digests))
-        updated = await self.exchange.collect(Updated, servers, version=version)
-        for message in updated.values():
-            outcome.keep_slowest(message.seconds)
-            outcome.num_interrupted += message.num_interrupted
+            await session.send(server, messages.WeightDigests(version, digests))
+        updated = await session.collect(messages.Updated, servers, version=version)
+        outcome.add(updated.values())
         return sorted(updated)
 
-    async def _abandon(self, version: int, servers: list[str], failed: dict[str, str]) -> None:
-        """Ends a broken try: servers that took everything in, or report their failure, stay; those that hang are fenced."""
-        for server in servers:
-            await self.exchange.send(server, AbandonUpdate(version))
-        await self.exchange.collect(UpdateReady, servers, failed, version=version)
+    def _suspect(self, failed: dict[str, str]) -> None:
+        """Fences the servers that failed in a broken collective for the second time."""
+        fenced = {name: error for name, error in failed.items() if name in self._suspects}
+        self.session.outcome.fenced |= fenced
+        self._suspects |= failed.keys()

@@ -1,197 +1,187 @@
-"""When which servers get which weights; how an update goes is the publisher's, publisher.py.
+"""Which servers get which weights, and when; the publishers run each update.
 
-the trainer offers v+1 after its step        -> the servers that lack it are updated
-a server is there without weights, and the   -> Republish: the trainer offers what it has, once more, and goes on
-trainer waits for a batch                       waiting
-a trainer from a checkpoint offers an old v  -> Published(v, 0): nobody needs it
-a server is behind, and a folder of weights  -> it loads that by itself (catch_up.py), and is in the next update again
-that `eta` still allows is on the disk
+the trainer offers v+1 after its step          -> the servers that lack it are updated
+a server has no weights while the trainer      -> Republish: the trainer offers its weights once more and
+waits for a batch                                 continues to wait
+a trainer from a checkpoint offers an older v  -> Published(v, 0): nobody needs it
+a server is behind, and a snapshot on disk is  -> it loads the snapshot by itself (catch_up.py) and takes
+within max_staleness                              part in the next update again
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable, Callable
 
-from megatron_async_rl.controller.core.actions import Action
-from megatron_async_rl.controller.core.core import Core
+from megatron_async_rl.controller.context import Context
+from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.fleet import RolloutWorker, ServerState
-from megatron_async_rl.controller.journal.journal import Journal
-from megatron_async_rl.controller.progress import Progress
 from megatron_async_rl.controller.weight_sync.catch_up import CatchUp
-from megatron_async_rl.controller.weight_sync.relabel import Relabeler
+from megatron_async_rl.controller.weight_sync.session import RelabelPublisher
 from megatron_async_rl.controller.weight_sync.snapshot import TrainerPublisher
-from megatron_async_rl.controller.workers import Workers
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.protocol.messages import Hello, Message, Published, PublishOffer, Republish
+from megatron_async_rl.protocol.messages import Hello, Message, Published, PublishOffer
 
 logger = logging.getLogger(__name__)
 
 
-class Updates:
+class UpdateCoordinator:
+    """`next` belongs to the conductor task, all other methods to the controller's loop."""
+
     def __init__(
-        self,
-        core: Core,
-        publisher: TrainerPublisher | Relabeler,
-        catch_up: CatchUp,
-        workers: Workers,
-        journal: Journal,
-        progress: Progress,
-        last_version: int,
-        act: Callable[[list[Action]], Awaitable[None]],
+        self, context: Context, publisher: TrainerPublisher | RelabelPublisher, catch_up: CatchUp
     ) -> None:
-        self._core = core
+        self._context = context
+        self._core = context.core
+        self._workers = context.workers
         self._publisher = publisher
         self._catch_up = catch_up
-        self._workers = workers
-        self._journal = journal
-        self._progress = progress
-        self._last_version = last_version
-        self._act = act
         self._offers: dict[str, PublishOffer] = {}  # by weight source
-        self._offered = asyncio.Event()  # every source has offered
-        self._republish_asked: frozenset[str] = frozenset()
+        self._all_offered = asyncio.Event()
+        self._requested_for: frozenset[str] = frozenset()  # servers that caused a Republish
         self._being_updated: frozenset[str] = frozenset()
-        self._under_way: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[None] | None = None
 
-    # ---- messages
+    # ---- what the loop reports
 
     def offered(self, name: str, offer: PublishOffer) -> None:
         self._offers[name] = offer
         if len(self._offers) == offer.num_sources:
-            self._offered.set()
+            self._all_offered.set()
 
-    def answered(self, name: str, message: Message) -> None:
-        """What a server or a weight source says in the course of an update."""
-        if not self._catch_up.hear(name, message):
-            self._publisher.exchange.inbox.put_nowait((name, message))
+    def replied(self, name: str, message: Message) -> None:
+        """Hands over a reply of a server or a weight source during an update."""
+        if not self._catch_up.replied(name, message):
+            self._publisher.session.inbox.put_nowait((name, message))
 
     def server_lost(self, name: str) -> None:
-        """Whoever waits for it, waits no longer."""
+        """Ends every wait for this server."""
         self._catch_up.forget(name)
-        self._publisher.exchange.lost(name)
+        self._publisher.session.lost(name)
 
-    def server_joined(self, name: str) -> None:
-        self._republish_asked -= {name}
+    def worker_joined(self, hello: Hello) -> None:
+        self._publisher.forget_worker(hello.name)
+        if hello.role == "rollout":
+            self._requested_for -= {hello.name}
+        elif hello.role == "trainer":
+            self._requested_for = frozenset()
+            self._offers.pop(hello.name, None)
+            self._all_offered.clear()  # until this source has offered again
+            if self._running and hello.stage >= 0:
+                self._running.cancel()  # it waits for replies of the earlier incarnation
 
-    def trainer_joined(self, hello: Hello) -> None:
-        self._republish_asked = frozenset()
-        self._offers.pop(hello.name, None)
-        self._offered.clear()  # all are there again when this one has offered anew
-        if self._under_way and hello.stage >= 0:
-            self._under_way.cancel()  # it waits for what the old one had promised
-
-    # ---- the loop's part
-
-    async def next(self) -> int:
-        """Waits for the trainer's next offers and brings the servers that lack them to these weights.
-
-        Returns the version that the fleet is at then. A broken update is tried again by the trainer's next offer.
-        """
-        while True:
-            await self._offered.wait()
-            offers, self._offers = self._offers, {}
-            self._offered.clear()
-            version = min(offer.version for offer in offers.values())
-            while (
-                version >= self._core.version and not self._available()
-            ):  # the trainer waits with us
-                await (
-                    self._catch_up.one_done()
-                    if self._catch_up.is_busy()
-                    else self._workers.one_more()
-                )
-            fleet = self._core.fleet.rollout.values()
-            servers = [
-                w.name for w in self._available() if not (w.is_serving and w.version >= version)
-            ]
-            if version < self._core.version or (not servers and any(w.is_serving for w in fleet)):
-                for (
-                    name
-                ) in offers:  # a trainer on its way back to where it was, or nobody needs them
-                    await self._workers.send(name, Published(version, 0))
-                if version == self._core.version:
-                    break
-                continue
-            await self._journal.durable()  # StepDone before anyone holds its weights
-            self._under_way = asyncio.create_task(self._publish(version, offers, servers))
-            try:
-                await self._under_way
-                break
-            except PublishError as e:
-                logger.error("the update to version %d failed: %s", version, e)
-                self._republish_asked = frozenset()
-                if version == self._last_version:
-                    break  # the trainer has no further offer; only the last evaluation needed it
-            except asyncio.CancelledError:
-                ourselves = asyncio.current_task()
-                if (ourselves and ourselves.cancelling()) or not self._under_way.cancelled():
-                    raise  # the run ends; else it was trainer_joined, and the update alone that was cancelled
-                logger.warning(
-                    "the trainer came back during the update to version %d: waiting for its offer",
-                    version,
-                )
-            finally:
-                self._under_way = None
-                self._core.hold_batches = False
-        self._core.hold_batches = False
-        await self._act(self._core.tick(time.monotonic()))
-        return version
-
-    def _available(self) -> list[RolloutWorker]:
-        """Servers that an update can be given to."""
-        fleet = self._core.fleet.rollout.values()
-        return [
-            worker
-            for worker in fleet
-            if not worker.reason and not self._catch_up.is_busy(worker.name)
-        ]
-
-    def catch_up(self) -> None:
-        """Servers that no update is under way to take the newest folder in, where that helps."""
+    def start_catch_up(self) -> None:
+        """Starts to catch up all servers that need it and are not in the running update."""
         self._catch_up.start(self._being_updated)
 
-    async def ask_for_weights(self) -> None:
-        """A server that came (back) while the trainer waits for a batch would otherwise get no weights."""
-        core = self._core
-        self.catch_up()
-        if self._under_way or not core.batch_awaited or core.hold_batches:
-            return
-        available = self._available()
-        nobody_is_up = not any(w.is_serving and w.version == core.version for w in available)
-        without = (
-            ServerState.STALE,
-            ServerState.UPDATING,
-        )  # the latter: of an update that came to nothing
-        stale = frozenset(w.name for w in available if w.state in without or nobody_is_up)
-        leaders = self._workers.leaders
-        if stale <= self._republish_asked or not leaders:
-            return
-        self._republish_asked = stale
-        core.hold_batches = True  # until the trainer is back from publishing
-        for leader in leaders:  # experts may be with other replicas than the first
-            await self._workers.send(leader.name, Republish(core.version))
+    def must_republish(self) -> bool:
+        """Whether the trainer, which waits for a batch, must offer its weights once more.
 
-    async def _publish(
+        True once per set of servers that need them; the loop then holds the batches and asks.
+        """
+        core = self._core
+        if self._running or not core.batch_awaited or core.batches_held:
+            return False
+        available = self._available()
+        none_is_current = not any(w.is_serving and w.version == core.version for w in available)
+        no_weights = (ServerState.STALE, ServerState.UPDATING)  # UPDATING: the update failed
+        stale = frozenset(w.name for w in available if w.state in no_weights or none_is_current)
+        if stale <= self._requested_for or not self._workers.leaders:
+            return False
+        self._requested_for = stale
+        return True
+
+    # ---- updates
+
+    async def next(self) -> int:
+        """Waits for the trainer's next offers and brings the servers that lack them to that version.
+
+        Returns the version of the fleet. After a failed update it waits for the next offer.
+        """
+        done = False
+        while not done:
+            offers = await self._next_offers()
+            version = min(offer.version for offer in offers.values())
+            servers = await self._servers_without(version)
+            if self._is_needed(version, servers):
+                done = await self._run_update(version, offers, servers)
+                await self._context.queue.submit(inputs.BatchesHeld(False))
+            else:
+                for name in offers:
+                    await self._workers.send(name, Published(version, 0))
+                done = version == self._core.version
+        await self._context.queue.submit(inputs.BatchesHeld(False))
+        return version
+
+    async def _next_offers(self) -> dict[str, PublishOffer]:
+        await self._all_offered.wait()
+        self._all_offered.clear()
+        offers, self._offers = self._offers, {}
+        return offers
+
+    async def _servers_without(self, version: int) -> list[str]:
+        """Returns the available servers that lack `version`; the trainer waits until there is one."""
+        while version >= self._core.version and not self._available():
+            if self._catch_up.is_busy():
+                await self._catch_up.one_done()
+            else:
+                await self._workers.one_more()
+        return [w.name for w in self._available() if not (w.is_serving and w.version >= version)]
+
+    def _is_needed(self, version: int, servers: list[str]) -> bool:
+        """False for a trainer that repeats its steps, or if all servers have the version."""
+        is_served = any(server.is_serving for server in self._core.fleet.rollout.values())
+        return version >= self._core.version and (bool(servers) or not is_served)
+
+    async def _run_update(
+        self, version: int, offers: dict[str, PublishOffer], servers: list[str]
+    ) -> bool:
+        """Returns False if the trainer must offer its weights once more."""
+        await self._context.journal.durable()  # StepDone, before any server has these weights
+        self._running = asyncio.create_task(self._update(version, offers, servers))
+        try:
+            await self._running
+            return True
+        except PublishError as e:
+            logger.error("the update to version %d failed: %s", version, e)
+            self._requested_for = frozenset()
+            # after the last step no offer follows; only the final evaluation needed this one
+            return version == self._core.settings.steps
+        except asyncio.CancelledError:
+            conductor = asyncio.current_task()
+            if (conductor and conductor.cancelling()) or not self._running.cancelled():
+                raise  # the run ends; otherwise worker_joined cancelled this update alone
+            logger.warning(
+                "the trainer restarted during the update to version %d: waiting for its next offer",
+                version,
+            )
+            return False
+        finally:
+            self._running = None
+
+    async def _update(
         self, version: int, offers: dict[str, PublishOffer], servers: list[str]
     ) -> None:
-        core = self._core
-        lives = {
-            name: core.fleet.rollout[name] for name in servers if name in core.fleet.rollout
-        }  # not lost since
-        self._being_updated = frozenset(lives)
+        fleet, submit = self._core.fleet.rollout, self._context.queue.submit
+        incarnations = {name: fleet[name].incarnation for name in servers if name in fleet}
+        self._being_updated = frozenset(incarnations)
         try:
             try:
-                outcome = await self._publisher.publish(version, offers, list(lives), core.updating)
+                outcome = await self._publisher.publish(version, offers, list(incarnations))
             finally:
-                for name, reason in self._publisher.exchange.outcome.fenced.items():
-                    await self._catch_up.fence(lives[name], reason)
+                for name, reason in self._publisher.session.outcome.fenced.items():
+                    await submit(inputs.ServerFenced(name, incarnations[name], reason=reason))
             for name in outcome.serving:
-                if core.fleet.rollout.get(name) is lives[name]:
-                    await self._act(core.serving(name, version, time.monotonic()))
+                await submit(inputs.ServerUpdated(name, incarnations[name], version=version))
         finally:
             self._being_updated = frozenset()
-        self._progress.published(outcome)
-        await self._publisher.afterwards()
+        self._context.progress.published(outcome)
+        await self._publisher.finish()
+
+    def _available(self) -> list[RolloutWorker]:
+        """Returns the servers that an update can be given to."""
+        return [
+            server
+            for server in self._core.fleet.rollout.values()
+            if not server.is_fenced and not self._catch_up.is_busy(server.name)
+        ]

@@ -1,59 +1,77 @@
-"""The messages of one weight update between the controller, the sources and the servers, whichever way the weights go.
+"""The messages of one weight update between controller, weight sources and servers, by any transport.
 
-    with exchange.update(version, sources, servers) as outcome:    its parties; what an earlier one left does not count
-        exchange.start_clock()                                     every wait until the next start has this one deadline
-        await exchange.send(name, ...)                             what a step asks
-        answers = await exchange.collect(Kind, names, ...)         what it is answered
-    await exchange.release(version, sources)                       the trainer goes on
+    with session.update(version, sources, servers) as outcome:   earlier replies do not count from now on
+        session.start_clock()                     every wait until the next start has this one deadline
+        await session.begin(servers, Message(..)) marks servers as updating, then sends
+        await session.send(name, ...)             a request of one step
+        replies = await session.collect(Kind, names, ...)
+    await session.release()                       the trainer continues
 
-A server that answers with an error, too late, or whose process is lost meanwhile, is fenced for this update: it is not
-waited for, it gets nothing more, and what it still says is not heard. Used by publisher.py, folders.py and relabel.py.
+A server that replies with an error or too late, or that is lost meanwhile, is fenced for this
+update: nothing waits for it, it gets no more messages, and its replies are ignored. Used by
+broadcast.py, snapshot.py and, with run.mode = rollout_only, by the RelabelPublisher below.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from megatron_async_rl.controller.core.actions import ServerLost
-from megatron_async_rl.protocol.messages import GroupJoined, Message, Published
+from megatron_async_rl.controller.core.inputs import CoreEvent, UpdateStarted
+from megatron_async_rl.errors import PublishError
+from megatron_async_rl.protocol.messages import (
+    GroupJoined,
+    Message,
+    Published,
+    PublishOffer,
+    Relabel,
+    Updated,
+)
 
 M = TypeVar("M", bound=Message)
+Send = Callable[[str, Message], Awaitable[None]]
+Submit = Callable[[CoreEvent], Awaitable[None]]
 
 
 @dataclass
 class Outcome:
-    """What an update came to."""
+    """The result of an update."""
 
     version: int
     serving: list[str]
-    fenced: dict[str, str] = field(default_factory=dict)  # server -> why
+    fenced: dict[str, str] = field(default_factory=dict)  # server -> reason
     seconds: dict[str, float] = field(default_factory=dict)  # phase -> seconds of the slowest party
     num_interrupted: int = 0
-    peak_bytes: int = 0  # GPU memory of the source that took most, beside its model
+    peak_bytes: int = 0  # largest GPU memory that a source used besides its model
 
-    def keep_slowest(self, seconds: dict[str, float]) -> None:
-        for phase, value in seconds.items():
-            self.seconds[phase] = max(self.seconds.get(phase, 0.0), value)
+    def add(self, replies: Iterable[Any]) -> None:
+        """Adds the phase times of replies, and the interrupted requests of Updated ones."""
+        for reply in replies:
+            for phase, value in reply.seconds.items():
+                self.seconds[phase] = max(self.seconds.get(phase, 0.0), value)
+            self.num_interrupted += getattr(reply, "num_interrupted", 0)
 
 
 class UpdateSession:
-    """One update at a time. `deliver` is the controller's, and the controller fills `inbox`; names address workers."""
+    """One update at a time; the controller's loop fills `inbox`. Names address workers.
 
-    def __init__(
-        self, deliver: Callable[[str, Message], Awaitable[None]], timeout_s: float
-    ) -> None:
+    `submit`: to the controller's queue; None without a core (tests and benchmarks).
+    """
+
+    def __init__(self, send: Send, timeout_s: float, submit: Submit | None = None) -> None:
         self.inbox: asyncio.Queue[tuple[str, Message | ServerLost]] = asyncio.Queue()
-        self.outcome = Outcome(-1, [])  # of the last update, also of one that failed
+        self.outcome = Outcome(-1, [])  # of the last update, also of a failed one
         self.timeout_s = timeout_s
-        self._deliver = deliver
+        self._send = send
+        self._submit = submit
         self._deadline = 0.0
         self._sources: frozenset[str] = frozenset()
-        self._servers: frozenset[str] = frozenset()  # of the update under way
+        self._servers: frozenset[str] = frozenset()  # of the running update
 
     @contextmanager
     def update(
@@ -71,22 +89,30 @@ class UpdateSession:
         self._deadline = time.monotonic() + self.timeout_s
 
     def lost(self, name: str) -> None:
-        """The server's process is gone. Nothing, unless the update under way has it: its next life is another matter."""
+        """Fences a server whose process is gone, if the running update includes it."""
         if name in self._servers and name not in self.outcome.fenced:
             self.outcome.fenced[name] = (
-                "lost in the middle of the update: its process failed, was silent or was replaced"
+                "lost during the update: its process failed, was silent or was replaced"
             )
-            self.inbox.put_nowait((name, ServerLost(name)))  # wakes who waits for it
+            self.inbox.put_nowait((name, ServerLost(name)))  # wakes `collect`
+
+    async def begin(self, servers: Iterable[str], message: Message) -> None:
+        """Marks each server as updating before it gets the message that interrupts it."""
+        for server in servers:
+            if server not in self.outcome.fenced:  # lost while the others were told
+                if self._submit:
+                    await self._submit(UpdateStarted(server))
+                await self.send(server, message)
 
     async def send(self, name: str, message: Message) -> None:
-        """Nothing to a server that is fenced: the name may be that of its next life."""
+        """Sends nothing to a fenced server: a restarted process may have its name."""
         if name not in self.outcome.fenced:
-            await self._deliver(name, message)
+            await self._send(name, message)
 
-    async def release(self, version: int, sources: Collection[str]) -> None:
-        """The sources' part is done."""
-        for source in sources:
-            await self.send(source, Published(version, len(self.outcome.serving)))
+    async def release(self) -> None:
+        """Tells the sources that their part is done."""
+        for source in sorted(self._sources):
+            await self.send(source, Published(self.outcome.version, len(self.outcome.serving)))
 
     async def collect(
         self,
@@ -95,22 +121,21 @@ class UpdateSession:
         failed: dict[str, str] | None = None,
         **match: Any,
     ) -> dict[str, M]:
-        """The answers of that kind and for that version or group, by name, until the deadline.
+        """Returns the replies of a kind with the `match`ing version or group by name, until the deadline.
 
-        A server that answers not at all or is lost is fenced and left out, and one that answers with an error too, unless
-        the caller gives `failed` for its error. A source's error is for the caller.
+        A server that does not reply or is lost is fenced and left out. A server that replies with
+        an error is fenced too, or noted in `failed` if that is given. A source's error is returned.
         """
         fenced = self.outcome.fenced
         failed = fenced if failed is None else failed
-        # who cannot join a group is at fault, unless its source gave up first or another server was lost
+        # a server that cannot join a group is at fault, unless its source or another server failed
         at_fault = fenced if kind is GroupJoined else failed
-        answers: dict[str, M] = {}
+        replies: dict[str, M] = {}
         waiting = set(names)
         while waiting := waiting - fenced.keys():
             try:
-                name, message = await asyncio.wait_for(
-                    self.inbox.get(), self._deadline - time.monotonic()
-                )
+                remaining_s = self._deadline - time.monotonic()
+                name, message = await asyncio.wait_for(self.inbox.get(), remaining_s)
             except TimeoutError:
                 for server in waiting - self._sources:
                     fenced[server] = (
@@ -131,8 +156,47 @@ class UpdateSession:
                 at_fault[name] = error
                 waiting.discard(name)
             elif name in waiting and isinstance(message, kind):
-                answers[name] = message
+                replies[name] = message
                 waiting.discard(name)
-        return {
-            name: answer for name, answer in answers.items() if name not in fenced
-        }  # one may be lost after it
+        # a server may be lost after its reply
+        return {name: reply for name, reply in replies.items() if name not in fenced}
+
+
+class RelabelPublisher:
+    """Publishes without a trainer: servers keep their weights, which count as the next version.
+
+        recorder                     controller                     rollout workers
+        PublishOffer(version) ----->
+                                     Relabel(version)  ---------->  tokens get this version from now on
+                           <-------  Published      <-------------  Updated
+
+    Requests are not interrupted: tokens generated before keep their version (SGLang >= 0.5.18;
+    earlier, all tokens of a request have the version at its end).
+    """
+
+    def __init__(self, session: UpdateSession) -> None:
+        self.session = session
+
+    def start_epoch(self, epoch: int) -> None:
+        """Nothing to do: there are no update groups."""
+
+    def forget_worker(self, name: str) -> None:
+        """Nothing to do: there are no update groups."""
+
+    async def publish(
+        self, version: int, offers: dict[str, PublishOffer], servers: list[str]
+    ) -> Outcome:
+        started = time.monotonic()
+        with self.session.update(version, offers, servers) as outcome:
+            await self.session.begin(servers, Relabel(version))
+            updated = await self.session.collect(Updated, servers, version=version)
+            outcome.serving = sorted(updated)
+        outcome.add(updated.values())
+        outcome.seconds["total"] = time.monotonic() - started
+        await self.session.release()
+        if not outcome.serving:
+            raise PublishError(f"no server took version {version}: {outcome.fenced}")
+        return outcome
+
+    async def finish(self) -> None:
+        """Nothing to do once the servers serve."""

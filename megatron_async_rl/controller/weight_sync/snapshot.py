@@ -1,17 +1,18 @@
-"""Weights by way of the disk: the sources write a folder, the controller makes it whole, servers load it (snapshots.py).
+"""Weights through the file system: sources write a folder, the controller completes it, servers
+load it (storage/snapshots.py):
 
     weight sources (weights/reshard.py)          controller                     rollout workers
     PublishOffer(version) -------------------->
-                       <--------- WriteFolder    begin
+                       <--------- WriteSnapshot  begin
     files ............
-    FolderWritten(files, digests) ------------>  commit: manifest, rename
-                       <--------- Published      the trainer goes on
-                                                 LoadFolder  ---------------->  verify files; abort, load, digest,
+    SnapshotWritten(files, digests) ---------->  commit: manifest, rename
+                       <--------- Published      the trainer continues
+                                                 LoadSnapshot  -------------->  verify files; abort, load, digest,
                                                              <--------- Updated  compare, resume (mismatch: fenced)
 
-Requests are interrupted only for the loading. A server that is lost meanwhile is not waited for (exchange.py). With
-`transport: network` the folder is written after the broadcast, at every `snapshot_every`-th version, for servers that come
-later (catch_up.py).
+Requests are interrupted only while the engine loads. With weights.transport = network a snapshot is
+written after the broadcast at every weights.snapshot_every-th version, for servers that join later
+(catch_up.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,32 +37,32 @@ from megatron_async_rl.protocol.messages import (
     WriteSnapshot,
 )
 from megatron_async_rl.storage import snapshots
-from megatron_async_rl.storage.snapshots import SnapshotManifest, Snapshot
+from megatron_async_rl.storage.snapshots import Snapshot, SnapshotManifest
 
 logger = logging.getLogger(__name__)
 
 
 class SnapshotStore:
-    """The snapshots of this run that its engines can be held against, and who reads them."""
+    """The snapshots of this run whose digests fit its engines, and which of them are being read."""
 
     def __init__(self, config: Config) -> None:
         self._run_dir = config.run_dir.resolve()
         self._model_path = Path(config.model.path)
         self._engine_tp = config.engine_tp
         self._in_use: Counter[Path] = Counter()
-        kind = snapshots.digest_kind(config)
-        self._whole = [
+        digests = (self._engine_tp, snapshots.digest_kind(config))
+        self._complete = [
             found
             for found in snapshots.list_snapshots(self._run_dir)
-            if (found.manifest.engine_tp, found.manifest.digest_kind) == (self._engine_tp, kind)
+            if (found.manifest.engine_tp, found.manifest.digest_kind) == digests
         ]
 
     def newest(self, at_least: int, at_most: int) -> Snapshot | None:
-        return next((found for found in self._whole if at_least <= found.version <= at_most), None)
+        return next((s for s in self._complete if at_least <= s.version <= at_most), None)
 
     @contextmanager
     def reading(self, snapshot: Snapshot) -> Iterator[None]:
-        """It is not removed meanwhile."""
+        """Keeps the snapshot from being pruned."""
         self._in_use[snapshot.path] += 1
         try:
             yield
@@ -72,132 +73,120 @@ class SnapshotStore:
         return await asyncio.to_thread(snapshots.begin, self._run_dir, version)
 
     async def commit(self, partial: Path, version: int, written: list[SnapshotWritten]) -> Snapshot:
-        """Raises DataError or OSError when the folder cannot be made whole."""
+        """Completes the folder and prunes older ones. Raises DataError or OSError."""
         digests = {name: digest for part in written for name, digest in part.digests.items()}
-        manifest = SnapshotManifest(version, {}, self._engine_tp, written[0].digest_kind, digests)
+        kind = written[0].digest_kind
+        manifest = SnapshotManifest(version, {}, self._engine_tp, kind, digests)
         files = [entry for part in written for entry in part.files]
         snapshot = await asyncio.to_thread(
             snapshots.commit, partial, files, manifest, self._model_path
         )
         in_use = {path for path, count in self._in_use.items() if count}
         await asyncio.to_thread(snapshots.prune, self._run_dir, in_use)
-        self._whole = [snapshot, *(found for found in self._whole if found.path.exists())]
+        self._complete = [snapshot, *(s for s in self._complete if s.path.exists())]
         return snapshot
 
     async def discard_if_damaged(self, snapshot: Snapshot) -> str:
-        """What is wrong with its files, if anything; it is then gone."""
+        """Removes the snapshot if its files are damaged; returns the damage, empty if there is none."""
         damage = await asyncio.to_thread(snapshots.find_damage, snapshot)
         if damage:
             logger.error("%s is damaged and removed: %s", snapshot.path, damage)
-            self._whole = [found for found in self._whole if found != snapshot]
+            self._complete = [found for found in self._complete if found != snapshot]
             await asyncio.to_thread(snapshots.remove, snapshot.path)
         return damage
 
 
 class TrainerPublisher:
-    """What the controller publishes by where there is a trainer: over the disk, or over the network and then to the disk."""
+    """Publishes the trainer's weights through the file system, or over the network and then to disk."""
 
-    def __init__(self, exchange: UpdateSession, config: Config, folders: SnapshotStore) -> None:
-        self.exchange = exchange
-        self._network = BroadcastPublisher(
-            exchange, config.engine_tp, config.weights.verify_every
-        )
-        self._folders = folders
-        self._over_disk = config.weights.transport == "disk"
+    def __init__(self, session: UpdateSession, config: Config, store: SnapshotStore) -> None:
+        self.session = session
+        self._network = BroadcastPublisher(session, config.engine_tp, config.weights.verify_every)
+        self._store = store
+        self._by_disk = config.weights.transport == "disk"
         self._every = config.weights.snapshot_every
         self._held: list[str] = []  # sources that are not released yet
 
-    def start_generation(self, epoch: int) -> None:
-        self._network.start_generation(epoch)
+    def start_epoch(self, epoch: int) -> None:
+        self._network.start_epoch(epoch)
 
-    def forget(self, name: str) -> None:
-        """A new life of this worker."""
-        self._network.forget(name)
+    def forget_worker(self, name: str) -> None:
+        """Drops the update groups that contain an earlier incarnation of this worker."""
+        self._network.forget_worker(name)
 
     def forget_groups(self) -> None:
         self._network.forget_groups()
 
     async def publish(
-        self,
-        version: int,
-        offers: dict[str, PublishOffer],
-        servers: list[str],
-        updating: Callable[[str], None],
+        self, version: int, offers: dict[str, PublishOffer], servers: list[str]
     ) -> Outcome:
-        """Brings `servers` to `version`. `offers` by source name. Raises PublishError when no server is left."""
+        """Updates `servers` to `version` with the offers by source name.
+
+        Raises PublishError if no server took it.
+        """
         self._held = []
         sources = sorted(offers, key=lambda name: offers[name].source)
-        if self._over_disk:
-            return await self._by_the_disk(version, sources, servers, updating)
+        if self._by_disk:
+            return await self._publish_by_disk(version, sources, servers)
         hold = bool(self._every) and version % self._every == 0
-        outcome = await self._network.publish(version, offers, servers, updating, hold)
-        self._held = sources if hold else []  # until `afterwards`: the servers need not wait for it
+        outcome = await self._network.publish(version, offers, servers, hold)
+        self._held = sources if hold else []  # until `finish`: servers need not wait for it
         return outcome
 
-    async def _by_the_disk(
-        self, version: int, sources: list[str], servers: list[str], updating: Callable[[str], None]
+    async def _publish_by_disk(
+        self, version: int, sources: list[str], servers: list[str]
     ) -> Outcome:
-        exchange, started = self.exchange, time.monotonic()
-        with exchange.update(version, sources, servers) as outcome:
+        session, started = self.session, time.monotonic()
+        with session.update(version, sources, servers) as outcome:
             try:
-                snapshot = await self._write(version, sources, outcome)
+                snapshot = await self._write(sources)
             except PublishError:
-                await exchange.release(version, sources)
+                await session.release()
                 raise
-            await exchange.release(version, sources)
-            exchange.start_clock()
-            with self._folders.reading(snapshot):
-                for server in servers:
-                    if server not in outcome.fenced:  # lost while the folder was written
-                        updating(server)
-                        await exchange.send(server, LoadSnapshot(version, str(snapshot.path)))
-                updated = await exchange.collect(Updated, servers, version=version)
+            await session.release()
+            session.start_clock()
+            with self._store.reading(snapshot):
+                await session.begin(servers, LoadSnapshot(version, str(snapshot.path)))
+                updated = await session.collect(Updated, servers, version=version)
             outcome.serving = sorted(updated)
-        for message in updated.values():
-            outcome.keep_slowest(message.seconds)
-            outcome.num_interrupted += message.num_interrupted
+        outcome.add(updated.values())
         outcome.seconds["total"] = time.monotonic() - started
         if outcome.fenced:
-            await self._folders.discard_if_damaged(snapshot)
+            await self._store.discard_if_damaged(snapshot)
         if not outcome.serving:
             raise PublishError(f"no server took version {version}: {outcome.fenced}")
         return outcome
 
-    async def afterwards(self) -> None:
-        """What is left to do of an update when its servers serve. A folder that fails is an error in the log alone."""
+    async def finish(self) -> None:
+        """Writes the snapshot of an update over the network, if one is due; only logs a failure."""
         sources, self._held = self._held, []
         if not sources:
             return
-        outcome = self.exchange.outcome
         try:
-            await self._write(outcome.version, sources, outcome)
+            await self._write(sources)
         except PublishError as e:
-            logger.error("%s; the run goes on without it", e)
-        await self.exchange.release(outcome.version, sources)
+            logger.error("%s; the run continues without it", e)
+        await self.session.release()
 
-    async def _write(self, version: int, sources: list[str], outcome: Outcome) -> Snapshot:
-        """Raises PublishError when the folder did not become whole; earlier ones stay."""
-        started = time.monotonic()
-        self.exchange.start_clock()
+    async def _write(self, sources: list[str]) -> Snapshot:
+        """Raises PublishError if the snapshot cannot be completed; earlier ones stay."""
+        session, outcome, started = self.session, self.session.outcome, time.monotonic()
+        version = outcome.version
+        session.start_clock()
         try:
-            partial = await self._folders.begin(version)
+            partial = await self._store.begin(version)
             for part, source in enumerate(sources):
-                await self.exchange.send(source, WriteSnapshot(version, str(partial), part))
-            written = await self.exchange.collect(SnapshotWritten, sources, version=version)
-            late = [f"{source} did not answer" for source in sources if source not in written]
-            if errors := late + [message.error for message in written.values() if message.error]:
-                raise PublishError(
-                    f"the folder of version {version} was not written: {'; '.join(errors)}"
-                )
-            snapshot = await self._folders.commit(
-                partial, version, [written[source] for source in sources]
-            )
+                await session.send(source, WriteSnapshot(version, str(partial), part))
+            written = await session.collect(SnapshotWritten, sources, version=version)
+            errors = [f"{source} did not reply" for source in sources if source not in written]
+            errors += [reply.error for reply in written.values() if reply.error]
+            if errors:
+                raise DataError("; ".join(errors))
+            parts = [written[source] for source in sources]
+            snapshot = await self._store.commit(partial, version, parts)
         except (OSError, DataError) as e:
-            raise PublishError(f"the folder of version {version} was not written: {e}") from None
-        for message in written.values():
-            outcome.keep_slowest(message.seconds)
-        outcome.seconds["folder"] = time.monotonic() - started
-        logger.info(
-            "version %d lies in %s after %.2f s", version, snapshot.path, outcome.seconds["folder"]
-        )
+            raise PublishError(f"the snapshot of version {version} was not written: {e}") from None
+        outcome.add(written.values())
+        seconds = outcome.seconds["snapshot"] = time.monotonic() - started
+        logger.info("version %d is in %s after %.2f s", version, snapshot.path, seconds)
         return snapshot

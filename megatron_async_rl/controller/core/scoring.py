@@ -1,0 +1,131 @@
+"""Which reward worker scores what.
+
+Two kinds of requests share the queue: the reward of a finished sample, and the requests that a
+workflow makes during its sample (is the first answer right?). The latter come first, because a
+sample waits for each of them; they belong to a lease and end with it.
+
+A request is assigned to the least loaded reward worker until a deadline. An infrastructure error or
+a missed deadline is a failed attempt: the request is queued again, until it has failed
+reward.max_attempts times. The loss of a reward worker is no attempt. Nothing of this survives a
+restart of the controller, which queues every sample without a reward again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from megatron_async_rl.controller.core.actions import Send
+from megatron_async_rl.controller.core.fleet import Fleet
+from megatron_async_rl.controller.core.groups import Group
+from megatron_async_rl.controller.core.leases import Leases
+from megatron_async_rl.controller.core.settings import CoreSettings
+from megatron_async_rl.controller.core.state import ControllerState
+from megatron_async_rl.protocol.messages import ScoreRequest, ScoreResult
+from megatron_async_rl.protocol.types import SampleKey
+
+
+@dataclass
+class ScoringTask:
+    request: ScoreRequest
+    requester: str = ""  # the rollout worker of a workflow's request; empty: a finished sample
+    num_failed: int = 0
+    worker: str = ""
+    deadline: float = 0.0
+
+
+class ScoringQueue:
+    def __init__(
+        self, settings: CoreSettings, state: ControllerState, leases: Leases, fleet: Fleet
+    ) -> None:
+        self._settings = settings
+        self._state = state
+        self._leases = leases
+        self._fleet = fleet
+        self.waiting: deque[ScoringTask] = deque()
+        self.waiting_first: deque[ScoringTask] = deque()  # of workflows
+        self.assigned: dict[tuple[SampleKey, int], ScoringTask] = {}
+
+    def enqueue_sample(self, group: Group, index: int) -> None:
+        """Queues the reward of a finished sample."""
+        key = SampleKey(self._state.epoch, group.group_id, group.attempt, index)
+        sample = group.samples[index]
+        assert sample is not None
+        self._enqueue(ScoringTask(ScoreRequest(key, sample.text, group.prompt.row)))
+
+    def enqueue_unscored(self, group: Group) -> None:
+        """Queues all samples of a restored group that have returned and have no reward."""
+        for index, sample in enumerate(group.samples):
+            if sample is not None and group.rewards[index] is None:
+                self.enqueue_sample(group, index)
+
+    def enqueue_request(self, requester: str, request: ScoreRequest, group: Group) -> None:
+        """Queues a request of a workflow."""
+        request = ScoreRequest(request.key, request.response, group.prompt.row, request.call)
+        self._enqueue(ScoringTask(request, requester))
+
+    def assign(self, now: float) -> list[Send]:
+        """Assigns requests as far as reward workers are free; answers those whose lease ended."""
+        sends: list[Send] = []
+        while self._queue and (worker := self._fleet.free_reward_worker()):
+            task = self._queue.popleft()
+            if self._is_current(task):
+                worker.load += 1
+                task.worker, task.deadline = worker.name, now + self._settings.lease_timeout_s
+                self.assigned[task.request.key, task.request.call] = task
+                sends.append(Send(worker.name, task.request))
+            elif task.requester:
+                sends.append(refusal(task.requester, task.request, "the lease has ended"))
+        return sends
+
+    def complete(self, worker: str, result: ScoreResult) -> ScoringTask | None:
+        """Ends the assignment; returns None for a late, duplicate or foreign result."""
+        task = self.assigned.get((result.key, result.call))
+        if task is None or task.worker != worker:
+            return None
+        self._unassign(task)
+        return task
+
+    def take_expired(self, now: float) -> list[ScoringTask]:
+        """Ends the assignments whose deadline has passed."""
+        expired = [task for task in self.assigned.values() if now > task.deadline]
+        for task in expired:
+            self._unassign(task)
+        return expired
+
+    def retry(self, task: ScoringTask) -> bool:
+        """Queues a failed request again; returns False if it failed often enough."""
+        task.num_failed += 1
+        if task.num_failed >= self._settings.max_scoring_attempts:
+            return False
+        self._enqueue(task)
+        return True
+
+    def requeue_from(self, worker: str) -> None:
+        """Queues again what a lost reward worker had."""
+        for task in [task for task in self.assigned.values() if task.worker == worker]:
+            self._unassign(task)
+            self._enqueue(task)
+
+    @property
+    def _queue(self) -> deque[ScoringTask]:
+        return self.waiting_first or self.waiting
+
+    def _enqueue(self, task: ScoringTask) -> None:
+        (self.waiting_first if task.requester else self.waiting).append(task)
+
+    def _unassign(self, task: ScoringTask) -> None:
+        del self.assigned[task.request.key, task.request.call]
+        if worker := self._fleet.reward.get(task.worker):
+            worker.load -= 1
+
+    def _is_current(self, task: ScoringTask) -> bool:
+        """False if the group was dropped, or the lease of a workflow's request ended, meanwhile."""
+        if task.requester:
+            return self._leases.group_of(task.requester, task.request) is not None
+        return task.request.key.group_id in self._state.groups
+
+
+def refusal(requester: str, request: ScoreRequest, error: str) -> Send:
+    """Returns the answer to a workflow's request that has no score."""
+    return Send(requester, ScoreResult(request.key, None, error, call=request.call))
