@@ -26,8 +26,7 @@ def install() -> None:
 
 
 def _results_queue() -> None:
-    """The manager process behind the asynchronous writers' queue ends with the rank that started
-    it.
+    """Makes the manager process of the asynchronous writers' queue end with its rank.
 
     Megatron's own manager ignores SIGINT, asks for no parent-death signal, and outlives a killed
     rank."""
@@ -47,12 +46,12 @@ def _results_queue() -> None:
 
 
 def _torch_adam() -> None:
-    """Repairs the resume of the distributed optimizer with torch's AdamW (no Apex, no Transformer
-    Engine).
+    """Repairs the resume of the distributed optimizer with torch's AdamW.
 
-    Two defects: Megatron reads `step` per parameter although it stores it per parameter group
-    (KeyError); and after loading, all parameters share one step tensor, which then advances once
-    per parameter (silently wrong updates).
+    That is the optimizer without Apex and Transformer Engine. Two defects: Megatron reads `step`
+    per parameter although it stores it per parameter group (KeyError); and after loading, all
+    parameters share one step tensor, which then advances once per parameter (silently wrong
+    updates).
     """
     module = core_module("optimizer.distrib_optimizer")
     require(module, "HAVE_APEX_OR_TE", "DistributedOptimizer")

@@ -1,5 +1,4 @@
-"""Checks that a patch still fits the installed version: each patch calls these before it replaces a
-name."""
+"""Checks whether a patch fits the installed version; called before it replaces a name."""
 
 from __future__ import annotations
 

@@ -139,8 +139,7 @@ class ControllerClient:
 
 
 def _replica_group() -> tuple[dist.ProcessGroup, int]:
-    """Returns a gloo group over this rank's replica, whatever the trainer's backend, and its
-    root."""
+    """Returns a gloo group over this rank's replica, for any trainer backend, and its root."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     replica_of = [
         torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())

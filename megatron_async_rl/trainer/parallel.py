@@ -75,8 +75,7 @@ def init_parallel(config: Config) -> None:
 
 
 def context_parallel_sum(x: Tensor) -> Tensor:
-    """Returns the sum over the context-parallel ranks, on each of them; collective, also in
-    backward.
+    """Returns the sum over the context-parallel ranks, on each; collective, also in backward.
 
     Every rank's loss depends on every rank's summand, and the total loss is their sum: so a
     summand's gradient is the sum of the gradients on all ranks.

@@ -23,11 +23,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.trainer import pipeline
 from megatron_async_rl.trainer.algorithms.importance import kl_reward_to_go, second_moment_cutoff
 from megatron_async_rl.trainer.algorithms.reference import reference_weights
-from megatron_async_rl.trainer.data.microbatch import (
-    Microbatch,
-    Minibatches,
-    gather_context_parallel,
-)
+from megatron_async_rl.trainer.data.microbatch import Microbatch, Minibatches
 from megatron_async_rl.trainer.model.build import TrainerModel
 from megatron_async_rl.trainer.model.logprobs import token_logprobs
 
@@ -52,7 +48,7 @@ def add_reference_logprobs(
         microbatch = replace(microbatch, reference_T=logprobs.pop(0))
         if kl.apply_to == "loss" or model.critic:
             return microbatch
-        pack = gather_context_parallel(microbatch)
+        pack = microbatch.gather_context_parallel()
         assert pack.reference_T is not None
         kl_T = microbatch.sequences.shard(
             kl_reward_to_go(pack.behavior_T, pack.reference_T, pack.mask_T, pack.sample_index)

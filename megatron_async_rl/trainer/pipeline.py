@@ -1,12 +1,13 @@
 """Runs micro-batches through the pipeline: 1F1B, or interleaved if a rank holds several chunks.
 
 In an interleaved pipeline chunk c of stage s holds the layers of virtual stage c * stages + s, and
-every chunk gets the same micro-batches in the same order. A `step` takes (iterator of
-micro-batches, chunk) and returns (output, function of the output), as Megatron's schedules require.
+every chunk gets the same micro-batches in the same order. As Megatron's schedules require, a Step
+takes (iterator of micro-batches, chunk) and returns (output, function of the output).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,19 +17,20 @@ from torch import Tensor
 from megatron_async_rl.trainer.data.microbatch import Microbatch
 from megatron_async_rl.trainer.model.build import TrainerModel
 
+Step = Callable[[Iterator[Microbatch], torch.nn.Module], tuple[Tensor, Any]]
+
 
 def run(
     model: TrainerModel,
     microbatches: list[Microbatch],
-    step: Any,
+    step: Step,
     *,
     forward_only: bool,
     collect: bool = False,
 ) -> list:
     """Runs micro-batches forward and, unless forward_only, backward; collective.
 
-    Returns what the functions that `step` returned reported of each micro-batch: on the last stage,
-    else [].
+    Returns the results of `step`'s functions for each micro-batch on the last stage, else [].
     """
     several = len(model.chunks) > 1
     iterators = [iter(microbatches) for _ in model.chunks]
@@ -44,7 +46,15 @@ def run(
     )
 
 
-def evaluate(model: TrainerModel, microbatches: list[Microbatch], step: Any) -> list:
+def accumulate_gradients(model: TrainerModel, microbatches: list[Microbatch], step: Step) -> list:
+    """Runs forward and backward into zeroed gradient buffers; returns as `run` does."""
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    model.optimizer.zero_grad()
+    return run(model, microbatches, step, forward_only=False)
+
+
+def evaluate(model: TrainerModel, microbatches: list[Microbatch], step: Step) -> list:
     """Runs forward passes without gradients; returns as `run` does."""
     for chunk in model.chunks:
         chunk.eval()
@@ -60,10 +70,12 @@ def forward(model: TrainerModel, chunk: torch.nn.Module, microbatch: Microbatch)
 
     A critic returns values [1, T, 1]; stages before the last return hidden states.
     """
+    positions_T = microbatch.sequences.positions_T
+    assert positions_T is not None
     options = {"fp32_output": False} if model.config.bf16 or model.config.fp16 else {}
     return chunk(
         microbatch.ids_T[None],
-        microbatch.sequences.positions_T[None],
+        positions_T[None],
         None,
         packed_seq_params=microbatch.sequences,
         **options,

@@ -16,8 +16,8 @@ PACKING_SUMS = ("packed", "budget", "least_budget", "cost", "microbatches")
 
 
 def packing_sums(minibatch: list[Microbatch], budget: int) -> list[float]:
-    """Returns PACKING_SUMS of this rank's micro-batches: tokens, capacity, needed capacity,
-    FLOPs."""
+    """Returns PACKING_SUMS of this rank's micro-batches; cost is in FLOPs, the first three
+    tokens."""
     costs = [microbatch.cost for microbatch in minibatch]
     tokens = sum(microbatch.num_tokens for microbatch in minibatch)
     needed = max(1, math.ceil(tokens / budget))
@@ -41,8 +41,7 @@ def warn_of_mismatch(stats: dict[str, float], version: int, config: Config) -> N
 
 
 def summary(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Returns the step's metrics: means over its minibatches' tokens, maxima, mean gradient
-    norm."""
+    """Returns the step's metrics: token means over its minibatches, maxima, mean gradient norm."""
     total = {name: sum(step[name] for step in steps) for name in (*SUMS, *PACKING_SUMS)}
     largest = {name: max(step[name] for step in steps) for name in (*MAXIMA, "cost_max")}
     tokens, compared_tokens = max(total["tokens"], 1), max(total["compared_tokens"], 1)

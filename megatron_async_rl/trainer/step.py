@@ -100,10 +100,7 @@ def accumulate_gradients(
 
     The gradient is left in the buffers. Collective.
     """
-    for chunk in model.chunks:
-        chunk.zero_grad_buffer()
-    model.optimizer.zero_grad()
-    parts = pipeline.run(model, minibatch, partial(_loss_step, model, config), forward_only=False)
+    parts = pipeline.accumulate_gradients(model, minibatch, partial(_loss_step, model, config))
     sums = torch.zeros(len(SUMS) + len(report.PACKING_SUMS), dtype=torch.float64)
     maxima = torch.zeros(len(MAXIMA) + 1, dtype=torch.float64)
     if mpu.get_tensor_model_parallel_rank() == 0:  # the other ranks compute the same: count it once

@@ -1,7 +1,7 @@
 """Runs torchrun with rendezvous stores that do not listen on every address of the host.
 
 torchrun's own c10d rendezvous keeps its state as a pickle in a TCPStore that listens on all
-addresses without a key: anyone who reaches the port can run code as this user. Two backends replace
+addresses without a key: every client of that port can run code as this user. Two backends replace
 it:
 
     file    one host: the stores are files that only this user may open; nothing listens

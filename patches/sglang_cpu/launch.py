@@ -16,8 +16,8 @@ multiprocessing.set_start_method = lambda method, force=False: _set_start_method
 )
 
 gc.disable()  # collections during the imports find nothing and take a sixth of the time
-import batched_attention  # noqa: E402
-import sglang.srt.entrypoints.http_server  # noqa: E402, F401
+import batched_attention
+import sglang.srt.entrypoints.http_server  # noqa: F401
 
 gc.freeze()  # children share these pages
 gc.enable()

@@ -19,8 +19,9 @@ prepare_megatron()
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_async_rl.trainer.model import fused, logprobs
-from megatron_async_rl.trainer.model.attention import _varlen, pack_sequences
+from megatron_async_rl.trainer.model.attention import _varlen
 from megatron_async_rl.trainer.model.layers import RMSNorm
+from megatron_async_rl.trainer.model.sequences import pack_sequences
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

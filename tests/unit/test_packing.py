@@ -28,7 +28,8 @@ from megatron_async_rl.trainer.data.packing import (
     karmarkar_karp,
     minimum_bin_slack,
 )
-from megatron_async_rl.trainer.model.attention import _dense, pack_sequences
+from megatron_async_rl.trainer.model.attention import _dense
+from megatron_async_rl.trainer.model.sequences import pack_sequences
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,8 @@ prepare_megatron()
 import torch
 from torch import Tensor
 
-from megatron_async_rl.trainer.model.attention import _varlen, pack_sequences
+from megatron_async_rl.trainer.model.attention import _varlen
+from megatron_async_rl.trainer.model.sequences import pack_sequences
 
 HEADS, GROUPS, SIZE = 32, 8, 128
 PACKS = ([32768], [16384] * 2, [9300, 8100, 5200, 4400, 2600, 1700, 900, 568], [2048] * 16)

@@ -23,17 +23,8 @@ from torch import Tensor, nn
 from megatron_async_rl.config.algorithm import AlgorithmConfig
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.trainer import pipeline
-from megatron_async_rl.trainer.algorithms.gae import (
-    SUMS,
-    final_rewards,
-    generalized_advantages,
-    value_loss,
-)
-from megatron_async_rl.trainer.data.microbatch import (
-    Microbatch,
-    Minibatches,
-    gather_context_parallel,
-)
+from megatron_async_rl.trainer.algorithms import gae
+from megatron_async_rl.trainer.data.microbatch import Microbatch, Minibatches
 from megatron_async_rl.trainer.model.build import TrainerModel
 
 ADVANTAGE_EPS = 1e-5  # as in controller/advantage.py
@@ -62,20 +53,19 @@ def accumulate_gradients(
 
     The gradient is left in the buffers. Collective.
     """
-    for chunk in critic.chunks:
-        chunk.zero_grad_buffer()
-    critic.optimizer.zero_grad()
-    parts = pipeline.run(critic, minibatch, partial(_loss_step, critic, config), forward_only=False)
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=critic.device)
+    parts = pipeline.accumulate_gradients(critic, minibatch, partial(_loss_step, critic, config))
+    sums = torch.zeros(len(gae.SUMS), dtype=torch.float64, device=critic.device)
     if parts and mpu.get_tensor_model_parallel_rank() == 0:
         sums = torch.stack(parts).sum(0)
     dist.all_reduce(sums)
-    return dict(zip(SUMS, sums.tolist(), strict=True))
+    return dict(zip(gae.SUMS, sums.tolist(), strict=True))
 
 
 def summary(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Returns the critic's metrics of a training step, from the SUMS of its minibatches."""
-    total = {name: sum(step[name] for step in steps) for name in (*SUMS, "grad_norm", "overflowed")}
+    """Returns the critic's metrics of a training step, from the gae.SUMS of its minibatches."""
+    total = {
+        name: sum(step[name] for step in steps) for name in (*gae.SUMS, "grad_norm", "overflowed")
+    }
     tokens = max(total["tokens"], 1)
     mean = total["return"] / tokens
     variance = total["return_squared"] / tokens - mean**2
@@ -92,14 +82,14 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
 
 def _estimated(microbatch: Microbatch, values_T: Tensor, algorithm: AlgorithmConfig) -> Microbatch:
     microbatch = replace(microbatch, values_T=values_T)
-    pack = gather_context_parallel(microbatch)
+    pack = microbatch.gather_context_parallel()
     assert pack.values_T is not None
-    rewards_W = final_rewards(pack.advantages_T, pack.mask_T, pack.sample_index)
+    rewards_W = gae.final_rewards(pack.advantages_T, pack.mask_T, pack.sample_index)
     if algorithm.kl.coef and algorithm.kl.apply_to == "reward":
         assert pack.reference_T is not None
         kl_W = pack.behavior_T - pack.reference_T
         rewards_W = rewards_W - algorithm.kl.coef * torch.where(pack.mask_T, kl_W, 0.0)
-    estimates = generalized_advantages(
+    estimates = gae.generalized_advantages(
         pack.values_T,
         rewards_W,
         pack.mask_T,
@@ -149,7 +139,7 @@ def _loss_step(
 
     def loss_of(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert microbatch.values_T is not None and microbatch.returns_T is not None
-        loss, sums = value_loss(
+        loss, sums = gae.value_loss(
             values[0, :, 0],
             microbatch.values_T,
             microbatch.returns_T,
@@ -157,6 +147,6 @@ def _loss_step(
             config.critic.clip_eps,
         )
         count = microbatch.mask_T.sum(dtype=torch.int32)
-        return loss, count, torch.stack([sums[name].double() for name in SUMS])
+        return loss, count, torch.stack([sums[name].double() for name in gae.SUMS])
 
     return pipeline.forward(critic, chunk, microbatch), loss_of

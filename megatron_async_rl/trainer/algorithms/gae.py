@@ -11,15 +11,7 @@ from torch import Tensor
 
 from megatron_async_rl.trainer.data.sample_index import SampleIndex
 
-SUMS = (
-    "value_loss",
-    "tokens",
-    "value",
-    "return",
-    "return_squared",
-    "error_squared",
-    "value_clipped",
-)
+SUMS = tuple("value_loss tokens value return return_squared error_squared value_clipped".split())
 
 
 def generalized_advantages(

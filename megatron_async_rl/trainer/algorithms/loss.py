@@ -57,23 +57,10 @@ class LossInputs:
     """Logprobs of this step's first weights are unknown, so the engine's cannot be compared."""
 
 
-SUMS = (
-    "loss",
-    "tokens",
-    "entropy",
-    "approx_kl",
-    "behavior_approx_kl",
-    "reference_kl",
-    "importance_weight",
-    "behavior_weight",
-    "clipped",
-    "dual_clipped",
-    "masked_by_cap",
-    "current_tokens",
-    "compared_tokens",
-    "logprob_diff",
-    "mismatch_kl",
-    "mismatch_beyond_cap",
+SUMS = tuple(
+    "loss tokens entropy approx_kl behavior_approx_kl reference_kl importance_weight "
+    "behavior_weight clipped dual_clipped masked_by_cap current_tokens compared_tokens "
+    "logprob_diff mismatch_kl mismatch_beyond_cap".split()
 )
 MAXIMA = ("importance_weight_max", "behavior_weight_max", "logprob_diff_max")
 

@@ -1,5 +1,4 @@
-"""The reference policy of the KL term: a copy of the weights of model.path, swapped in for a
-pass."""
+"""The reference policy of the KL term: the weights of model.path, swapped in for a pass."""
 
 from __future__ import annotations
 

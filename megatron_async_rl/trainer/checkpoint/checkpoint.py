@@ -1,5 +1,4 @@
-"""Saves and loads model, optimizer and learning rate schedule with Megatron's distributed
-checkpointing.
+"""Saves and loads model, optimizer and schedule with Megatron's distributed checkpointing.
 
 A checkpoint can be loaded under another parallel layout. With checkpoint.asynchronous a child
 process writes while the next steps train. `poll`, called after each step, notices that it is done,
@@ -202,7 +201,8 @@ class Checkpointer:
         return {"": self._model} | ({"critic.": critic} if critic else {})
 
     def _state(self, loading: bool) -> dict[str, Any]:
-        metadata, state = _metadata(), {}
+        metadata = _metadata()
+        state: dict[str, Any] = {}
         for prefix, model in self._models().items():
             if loading:
                 _initialize_torch_adam(model.optimizer)
@@ -235,8 +235,7 @@ class Checkpointer:
 
 
 def _metadata() -> dict[str, Any]:
-    """Returns how optimizer state is stored: in parameter shapes, so that any layout can load
-    it."""
+    """Returns options that store optimizer state in parameter shapes: any layout can load it."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,

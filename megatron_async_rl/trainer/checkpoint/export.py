@@ -25,15 +25,12 @@ FILE_BYTES = 4 << 30
 
 
 def export_hf(
-    modules: Modules,
-    shape: ModelShape,
-    source_dir: str | Path,
-    out_dir: str | Path,
+    modules: Modules, shape: ModelShape, source_dir: str | Path, out_dir: str | Path
 ) -> None:
     """Writes the modules' weights; collective over all trainer ranks, on a shared file system.
 
     Each weight source (weights/reshard.py) writes its own files; configuration and tokenizer files
-    are copied from source_dir, whose config.json also names the dtype. out_dir appears complete, by
+    are copied from source_dir; the dtype is that of its config.json. out_dir appears complete, by
     a rename, and replaces an older one.
     """
     source, out = Path(source_dir), Path(out_dir)
@@ -98,7 +95,7 @@ def _write_index(folder: Path) -> None:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    """Renames the folder to `out`. An older one is moved away first: rename needs an empty
+    """Renames the folder to `out`; moves an older one away first, as rename needs an empty
     target."""
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)

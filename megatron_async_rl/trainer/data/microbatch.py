@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from megatron_async_rl.protocol.types import NOT_GENERATED, TrainSample
 from megatron_async_rl.trainer.data import packing as bins
 from megatron_async_rl.trainer.data.sample_index import SampleIndex
 from megatron_async_rl.trainer.model import layers
-from megatron_async_rl.trainer.model.attention import PackedSequences, pack_sequences
 from megatron_async_rl.trainer.model.build import TrainerModel
+from megatron_async_rl.trainer.model.sequences import PackedSequences, pack_sequences
 from megatron_async_rl.trainer.parallel import context_parallel_sum
 
 
@@ -33,8 +34,8 @@ class Microbatch:
     """Samples one after another, then padding as one more sequence.
 
     With context parallelism: this rank's chunks of them. All tensors but ids_T are aligned with the
-    position that predicts a token: entry t describes token t + 1 of the same sample. What the loss
-    needs besides the samples is added before the step, on the last pipeline stage only.
+    position that predicts a token: entry t describes token t + 1 of the same sample. The fields
+    with a default are added before the step, on the last pipeline stage only.
     """
 
     ids_T: Tensor  # int64
@@ -54,6 +55,22 @@ class Microbatch:
     reference_T: Tensor | None = None  # float32
     values_T: Tensor | None = None  # float32: the critic's prediction before this step
     returns_T: Tensor | None = None  # float32: the critic's target
+
+    def gather_context_parallel(self) -> Microbatch:
+        """Returns the micro-batch with the tensors of the whole pack; collective over CP ranks.
+
+        For calculations in which the order of a sample's tokens matters. The result cannot be run;
+        `sequences.shard` cuts tensors of it back to this rank's tokens.
+        """
+        if self.sequences.shard_index_T is None:
+            return self
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_T")}
+        gathered: dict[str, Any] = {
+            name: self.sequences.gather(x_T) for name, x_T in tensors.items() if x_T is not None
+        }
+        sample_T = self.sequences.gather(self.sample_index.sample_T)
+        index = SampleIndex(sample_T, self.sample_index.num_samples)
+        return replace(self, sample_index=index, **gathered)
 
 
 Minibatches = list[list[Microbatch]]
@@ -183,20 +200,3 @@ def pack(samples: Sequence[TrainSample], version: int, packing: Packing) -> Micr
         num_tokens=sum(len(s.ids) for s in samples),
         cost=sum(bins.cost(len(s.ids), packing.attention_length) for s in samples),
     )
-
-
-def gather_context_parallel(microbatch: Microbatch) -> Microbatch:
-    """Returns the micro-batch with the tensors of the whole pack; collective over CP ranks.
-
-    For calculations in which the order of a sample's tokens matters. The result cannot be run;
-    `sequences.shard` cuts tensors of it back to this rank's tokens.
-    """
-    sequences, index = microbatch.sequences, microbatch.sample_index
-    if sequences.shard_index_T is None:
-        return microbatch
-    tensors = {
-        f.name: getattr(microbatch, f.name) for f in fields(microbatch) if f.name.endswith("_T")
-    }
-    gathered = {name: sequences.gather(x_T) for name, x_T in tensors.items() if x_T is not None}
-    whole_index = SampleIndex(sequences.gather(index.sample_T), index.num_samples)
-    return replace(microbatch, sample_index=whole_index, **gathered)

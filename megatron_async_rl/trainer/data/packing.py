@@ -122,8 +122,7 @@ def attention_length_of(shape: ModelShape) -> float:
 
 
 def karmarkar_karp(costs: Sequence[float], bins: int) -> list[list[int]]:
-    """Returns `bins` bins of indices into `costs` with sums as equal as it finds; some may be
-    empty.
+    """Returns `bins` bins of indices into `costs` with nearly equal sums; some may be empty.
 
     Largest differencing method: each item begins as a partition of its own. The two partitions with
     the largest spreads are merged, the heaviest bin of one with the lightest of the other.

@@ -19,8 +19,8 @@ class SampleIndex:
     sample_T: Tensor  # int64, in [0, num_samples)
     num_samples: int
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums
-    """Sums over the context-parallel ranks, which hold the samples' other tokens;
-    differentiable."""
+    """Sums over the context-parallel ranks (which hold the samples' other tokens),
+    differentiably."""
 
     def sums(self, x_TC: Tensor) -> Tensor:
         """Returns the sums over each sample's tokens [N, C], over all ranks that hold them."""

@@ -7,12 +7,11 @@ dense batches for scaled_dot_product_attention; padding is on the right, which c
 never reads, so the result is exact. Transformer Engine has its own core attention and does not use
 this.
 
-Context parallelism cuts every sequence into 2 * ranks chunks; rank r holds chunks r and
-2 * ranks - 1 - r, as in Megatron and Transformer Engine, which balances the work. Keys and values
-are gathered over the ranks.
+With context parallelism, keys and values are gathered over the ranks (see sequences.py for the
+chunks that a rank holds).
 
-Suffixes: T tokens of the pack that this rank holds, W tokens of the whole pack, K tokens of a dense
-batch, L length of a sequence, H heads, G heads of key and value, D size of a head, F = D / 2.
+Suffixes: T tokens of the pack that this rank holds, K tokens of a dense batch, L length of a
+sequence, H heads, G heads of key and value, D size of a head.
 """
 
 from __future__ import annotations
@@ -20,17 +19,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -38,133 +34,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_async_rl.trainer.model.fused import rotate, rotate_one
 from megatron_async_rl.trainer.model.recompute import SelectiveRecompute
+from megatron_async_rl.trainer.model.sequences import PackedSequences
 
-MAX_PADDING = 0.15
-"""Largest share of padding in a dense batch; above it another batch is opened."""
-LONG = 4096
-"""Sequences of at least this length are attended one by one from Hopper on."""
 LONG_UNIT = 512
 """Long sequences are padded to a multiple of it: cuDNN plans each length once, for about 45 ms."""
-
-
-@dataclass(frozen=True, slots=True)
-class DenseBatch:
-    """Sequences [N, L] made of tokens of the pack."""
-
-    num_sequences: int
-    length: int
-    tokens_K: Tensor  # position of each token in the pack
-    slots_K: Tensor  # position of each token in the flattened batch [N * L]
-
-
-@dataclass
-class PackedSequences(PackedSeqParams):
-    """Megatron's description of a pack, extended for PackedAttention and the rotary embedding.
-
-    PackedAttention takes qkv_format "packed": Megatron does not know it and then leaves query, key
-    and value as [T, 1, H, D]. Transformer Engine's attention needs "thd".
-    """
-
-    positions_T: Tensor | None = None  # position of each token in its sequence
-    dense: tuple[DenseBatch, ...] = ()  # for the CPU
-    long: tuple[int, ...] = ()  # lengths of the leading sequences that are attended one by one
-    cu_seqlens_rest: Tensor | None = None  # of the other sequences
-    max_seqlen_rest: int = 0
-    shard_index_T: Tensor | None = None  # context parallel: position in the whole pack
-    gather_index_W: Tensor | None = None  # context parallel: position after a gather over ranks
-    rotary_cos_TF: Tensor | None = None  # float32
-    rotary_sin_TF: Tensor | None = None
-
-    def shard(self, x_W: Tensor) -> Tensor:
-        """Returns the rows of the tokens that this rank holds [T]."""
-        return x_W if self.shard_index_T is None else x_W[self.shard_index_T]
-
-    def gather(self, x_T: Tensor) -> Tensor:
-        """Returns the rows of all tokens of the pack in order [W].
-
-        Collective over the context-parallel ranks; differentiable.
-        """
-        if self.gather_index_W is None:
-            return x_T
-        gathered = gather_from_sequence_parallel_region(x_T, group=mpu.get_context_parallel_group())
-        return gathered.index_select(0, self.gather_index_W)
-
-
-def pack_sequences(
-    lengths: Sequence[int],
-    device: torch.device,
-    *,
-    thd: bool,
-    dense: bool,
-    cp: int = 1,
-    cp_rank: int = 0,
-) -> PackedSequences:
-    """Returns the description of sequences of these lengths, one after another.
-
-    thd: for Transformer Engine's attention. dense: for PackedAttention on the CPU and in float32,
-    which varlen_attn refuses. With cp > 1 each length must be a multiple of 2 * cp.
-    """
-    sizes = torch.tensor(lengths, dtype=torch.int32)
-    ends = sizes.cumsum(0, dtype=torch.int32)
-    cu_seqlens = F.pad(ends, (1, 0))
-    positions_T = torch.arange(int(ends[-1])) - torch.repeat_interleave(cu_seqlens[:-1], sizes)
-    shard_index = gather_index = None
-    if cp > 1:
-        chunk_T = positions_T // torch.repeat_interleave(sizes // (2 * cp), sizes)
-        holder_T = torch.minimum(chunk_T, 2 * cp - 1 - chunk_T)
-        shard_index = (holder_T == cp_rank).nonzero()[:, 0]
-        gather_index = torch.argsort(torch.argsort(holder_T, stable=True)).to(device)
-        positions_T, shard_index = positions_T[shard_index], shard_index.to(device)
-    long = []
-    if (
-        device.type == "cuda"
-        and not (thd or dense or cp > 1)
-        and torch.cuda.get_device_capability(device)[0] >= 9
-    ):
-        long = list(takewhile(lambda length: length >= LONG, lengths))
-    return PackedSequences(
-        qkv_format="thd" if thd else "packed",
-        cu_seqlens_q=cu_seqlens.to(device),
-        cu_seqlens_kv=cu_seqlens.to(device),
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-        positions_T=positions_T.to(device),
-        dense=_dense_batches(lengths, device) if dense and cp == 1 else (),
-        long=tuple(long),
-        cu_seqlens_rest=(cu_seqlens[len(long) :] - sum(long)).to(device),
-        max_seqlen_rest=max(lengths[len(long) :], default=0),
-        shard_index_T=shard_index,
-        gather_index_W=gather_index,
-    )
-
-
-def _dense_batches(lengths: Sequence[int], device: torch.device) -> tuple[DenseBatch, ...]:
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    groups: list[list[int]] = []
-    held = 0  # tokens in the last group
-    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        if not groups or held + lengths[n] < (1 - MAX_PADDING) * lengths[groups[-1][0]] * (
-            len(groups[-1]) + 1
-        ):
-            groups.append([])
-            held = 0
-        groups[-1].append(n)
-        held += lengths[n]
-    batches = []
-    for group in groups:
-        longest = lengths[group[0]]
-        tokens = [torch.arange(starts[n], starts[n] + lengths[n]) for n in group]
-        slots = [
-            torch.arange(row * longest, row * longest + lengths[n]) for row, n in enumerate(group)
-        ]
-        batches.append(
-            DenseBatch(
-                len(group), longest, torch.cat(tokens).to(device), torch.cat(slots).to(device)
-            )
-        )
-    return tuple(batches)
 
 
 class PackedAttention(DotProductAttention):
@@ -188,11 +61,9 @@ class PackedAttention(DotProductAttention):
         """Returns [T, 1, H * D] from query [T, 1, H, D], key and value [T, 1, G, D]."""
         assert packed_seq_params is not None, "the trainer packs every micro-batch"
         packed, tokens = packed_seq_params, query.size(0)
-        assert packed.rotary_cos_TF is not None and packed.rotary_sin_TF is not None
-        rotary = (packed.rotary_cos_TF, packed.rotary_sin_TF)
         if packed.shard_index_T is None and not packed.dense:
             return _varlen(query, key, value, packed, self.softmax_scale).reshape(tokens, 1, -1)
-        qkv = (*rotate(query.squeeze(1), key.squeeze(1), *rotary), value.squeeze(1))
+        qkv = (*rotate(query.squeeze(1), key.squeeze(1), *packed.rotary), value.squeeze(1))
         attend = _dense if packed.shard_index_T is None else _context_parallel
         return attend(*qkv, packed, self.softmax_scale).reshape(tokens, 1, -1)
 
@@ -215,17 +86,18 @@ def _varlen(
     sizes = [*packed.long, rest] if rest else list(packed.long)
     # split and cat: backward of a slice would fill a gradient of the whole pack with zeros
     parts = zip(*(x.squeeze(1).split(sizes) for x in (query, key, value.contiguous())), strict=True)
-    rotary = (packed.rotary_cos_TF, packed.rotary_sin_TF)
-    out, first = [], 0
+    cos_TF, sin_TF = packed.rotary
+    out: list[Tensor] = []
+    first = 0
     with SelectiveRecompute() as selective:
         for size, (q, k, v) in zip(sizes, parts, strict=True):
             end, finish = first + size, _padded if len(out) < len(packed.long) else _as_is
-            angles = tuple(x[first:end] for x in rotary)
+            angles = cos_TF[first:end], sin_TF[first:end]
             qkv = [finish(x) for x in (*rotate(q, k, *angles), v)]
             for x, source in zip(qkv, (query, key), strict=False):
                 if norm := getattr(source, "recompute_fn", None):
                     normed = partial(norm, first, end)
-                    selective.recompute(x, partial(_norm_and_rotate, normed, *angles, finish))
+                    selective.recompute(x, partial(_norm_and_rotate, normed, finish, *angles))
             if finish is _padded:
                 if qkv[2] is not v:
                     selective.recompute(qkv[2], partial(_padded, v.detach()))
@@ -255,7 +127,7 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def _norm_and_rotate(
-    norm: Callable[[], Tensor], cos: Tensor, sin: Tensor, finish: Callable[[Tensor], Tensor]
+    norm: Callable[[], Tensor], finish: Callable[[Tensor], Tensor], cos: Tensor, sin: Tensor
 ) -> Tensor:
     return finish(rotate_one(norm().squeeze(1), cos, sin))
 
@@ -316,13 +188,12 @@ def _context_parallel(
             seen = (chunk + 1) * length  # keys up to the chunk's own end
             mask = torch.ones(length, seen, dtype=torch.bool, device=query_THD.device)
             mask = mask.tril(seen - length)
-            q = query_THD[first : first + length]
-            k, v = key[start : start + seen], value[start : start + seen]
+            queries, keys = slice(first, first + length), slice(start, start + seen)
+            q, k, v = (
+                x.transpose(0, 1)[None] for x in (query_THD[queries], key[keys], value[keys])
+            )
             attended = F.scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in (q, k, v)),
-                attn_mask=mask,
-                scale=scale,
-                enable_gqa=q.size(1) != groups,
+                q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.size(1) != groups
             )
             out.append(attended[0].transpose(0, 1))
             first += length

@@ -1,5 +1,4 @@
-"""Builds a trainer rank's model, optimizer and learning rate schedule from megatron.core's
-classes."""
+"""Builds a trainer rank's model, optimizer and learning rate schedule from megatron.core."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Element-wise work between matrix products, fused into one kernel each on a GPU.
 
 Memory traffic is the cost of this work. torch.compile builds the kernels at the first call; the CPU
-runs the same functions without compilation. Arithmetic is at least float32, whatever the tensors
-hold. Gradients are written by hand, which fixes the tensors kept for backward.
+runs the same functions without compilation. Arithmetic is in float32 or wider for every dtype.
+Gradients are written by hand, which fixes the tensors kept for backward.
 
 Suffixes: T rows (tokens), H heads, D size of a row (of a head), F = D / 2.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def gpu_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles `function`, whose first argument is a tensor of rows, for tensors on a GPU.
+    """Compiles `function` for tensors on a GPU; its first argument is a tensor of rows.
 
     One kernel serves any number of rows; other sizes are compiled separately, because kernels with
     all sizes dynamic were 2 to 4 times slower on Hopper.
@@ -79,7 +79,7 @@ def _norm_forward(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, T
 def _norm_backward(
     dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns dx and dweight: with n = x * scale and g = dy * weight,
+    """Returns (dx, dweight), with n = x * scale and g = dy * weight.
 
     dx = scale * (g - n * mean(g * n)),  dweight = sum over T of dy * n
     """
@@ -115,7 +115,7 @@ def _swiglu_forward(x_TD: Tensor) -> Tensor:
 
 @gpu_compiled
 def _swiglu_backward(dy_TF: Tensor, x_TD: Tensor) -> Tensor:
-    """Returns (dgate, dup): with s = sigmoid(gate),
+    """Returns (dgate, dup) as one tensor, with s = sigmoid(gate).
 
     dgate = dy * up * s * (1 + gate * (1 - s)),  dup = dy * gate * s
     """
@@ -134,38 +134,30 @@ def rotate(query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple[
     return _Rotate.apply(query, key, cos_TF, sin_TF)
 
 
-def rotate_one(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Applies the rotary embedding to one tensor, without gradient."""
-    return _rotate_one(x, cos_TF, sin_TF)
-
-
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos_TF, sin_TF)
-        return _rotate_two(query, key, cos_TF, sin_TF)
+        return _rotate(query, key, cos_TF, sin_TF)
 
     @staticmethod
     def backward(ctx: Any, dquery: Tensor, dkey: Tensor) -> tuple[Tensor | None, ...]:
         cos_TF, sin_TF = ctx.saved_tensors
-        return *_rotate_two(dquery, dkey, cos_TF, -sin_TF), None, None
+        return *_rotate(dquery, dkey, cos_TF, -sin_TF), None, None
 
 
 @gpu_compiled
-def _rotate_two(
-    query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor
-) -> tuple[Tensor, Tensor]:
+def _rotate(query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:
     return _rotated(query, cos_TF, sin_TF), _rotated(key, cos_TF, sin_TF)
-
-
-@gpu_compiled
-def _rotate_one(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    return _rotated(x, cos_TF, sin_TF)
 
 
 def _rotated(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     cos, sin = cos_TF[:, None], sin_TF[:, None]
     a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+rotate_one = gpu_compiled(_rotated)
+"""Applies the rotary embedding to one tensor, without gradient."""

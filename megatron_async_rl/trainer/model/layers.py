@@ -1,5 +1,5 @@
-"""The transformer layer: Transformer Engine's if installed on a GPU host, else megatron.core's
-local.
+"""The transformer layer: Transformer Engine's if installed on a GPU host, else Megatron's local
+one.
 
 The local layer has Transformer Engine's parameter names (linear_qkv.layer_norm_weight), so
 checkpoints and the tables of model/families.py are the same with either.
@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_async_rl.errors import ConfigError
-from megatron_async_rl.trainer.model.attention import PackedAttention, PackedSequences
+from megatron_async_rl.trainer.model.attention import PackedAttention
 from megatron_async_rl.trainer.model.fused import rms_norm, swiglu
 from megatron_async_rl.trainer.model.overlap import (
     OverlappedRowParallelLinear,
@@ -39,6 +39,7 @@ from megatron_async_rl.trainer.model.overlap import (
     overlaps,
 )
 from megatron_async_rl.trainer.model.recompute import SelectiveRecompute
+from megatron_async_rl.trainer.model.sequences import PackedSequences
 
 
 def has_transformer_engine() -> bool:
@@ -87,8 +88,7 @@ def block_spec(
 
 
 def _is_no_mlp_warning(record: logging.LogRecord) -> bool:
-    """Drops a warning of megatron-core 0.16 in every layer about an MLP class that is not its
-    own."""
+    """Drops megatron-core 0.16's warning, in every layer, about an MLP class of another package."""
     return "Unknown MLP type" not in record.getMessage()
 
 

@@ -90,7 +90,7 @@ def _write_gradient(
     d_entropy_C: Tensor | None,
     temperature: float,
 ) -> None:
-    """Writes the gradient over the logits. With p the softmax,
+    """Writes the gradient over the logits, with p the softmax.
 
     d logprob / dx = [x is the target] - p,  d entropy / dx = -p (log p + entropy)
     """

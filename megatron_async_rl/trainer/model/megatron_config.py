@@ -1,7 +1,7 @@
 """Translates the configuration and config.json into megatron.core's config classes.
 
 Keys under `megatron:` keep Megatron's names and go to every config class with a field of that name.
-Refused are names that no class has, and what config.json or another setting decides.
+Names that no class has and keys that config.json or another setting decides are refused.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from megatron_async_rl.model.families import ModelShape
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Arguments of OptimizerParamScheduler, named as on Megatron's command line; in training
-    steps."""
+    """Arguments of OptimizerParamScheduler, named as on Megatron's command line."""
 
     lr_warmup_iters: int = 0
     lr_warmup_init: float = 0.0

@@ -70,7 +70,7 @@ class _Saved:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
         self.source: _Source | None = None
-        self.view: tuple[torch.Size, tuple[int, ...], int] | None = None
+        self.view: tuple[Any, ...] | None = None  # size, stride, offset in the source
 
     def release(self, sources: dict[int, _Source]) -> None:
         """Drops the tensor if one of the sources recomputes it."""

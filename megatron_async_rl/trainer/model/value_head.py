@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 
 class ValueHead(nn.Module):
-    """Replaces GPTModel's output layer: hidden states [T, 1, hidden] to values [T, 1, 1] in
-    float32.
+    """Replaces GPTModel's output layer: maps hidden states [T, 1, hidden] to values [T, 1, 1].
 
-    Every tensor-parallel rank holds all of it and computes the same. Initialized with zeros: all
-    values are 0 at first, and the first advantages are those without a critic.
+    The values are float32. Every tensor-parallel rank holds all of it and computes the same.
+    Initialized with zeros: all values are 0 at first, and the first advantages are those without a
+    critic.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
