@@ -26,7 +26,7 @@ class CodeTests(msgspec.Struct, frozen=True):
 
 
 def read_tests(row: dict[str, Any]) -> CodeTests:
-    """Returns a row's tests. Raises DataError that says what is wrong with the row."""
+    """Returns a row's tests. Raises DataError with the problem of the row."""
     tests, function = row.get("tests"), row.get("function", "")
     if not isinstance(tests, list) or not tests:
         raise DataError("no `tests`, which reward.function = code needs: a list of {input, output}")

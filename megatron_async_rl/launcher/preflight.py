@@ -35,8 +35,8 @@ SGLANG_VERSIONS = ">=0.5.16,<=0.5.23"
 class Check:
     name: str
     ok: bool
-    detail: str  # what was found, or the problem
-    remedy: str = ""  # if not ok: what to change or to type
+    detail: str  # the finding, or the problem
+    remedy: str = ""  # if not ok: the setting to change or the command to type
     error: type[Error] = ConfigError  # raised by `preflight`
 
 

@@ -66,7 +66,7 @@ def commit(
 
 
 def list_manifests(run_dir: Path) -> list[CheckpointManifest]:
-    """Returns the checkpoints whose manifest can be read, newest first."""
+    """Returns the checkpoints that have a readable manifest, newest first."""
     found = []
     for path in (run_dir / FOLDER).glob("v*.json"):
         # Without a readable manifest it is no checkpoint; the one before is used.

@@ -10,18 +10,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
-Modules = GPTModel | Sequence[GPTModel]
+Modules = Sequence[GPTModel]
 """A pipeline stage's part of the model: one module, or the chunks of an interleaved pipeline."""
 _LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
-def chunks(modules: Modules) -> list[GPTModel]:
-    return [modules] if isinstance(modules, nn.Module) else list(modules)
-
-
 def global_parameters(modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields this rank's parameters in a fixed order, with global layer and expert numbers."""
-    for module in chunks(modules):
+    for module in modules:
         offset = get_transformer_layer_offset(module.config, vp_stage=module.vp_stage)
         for name, parameter in module.named_parameters():
             parts = name.split(".")

@@ -31,17 +31,11 @@ from megatron_async_rl.weights import reshard
 from megatron_async_rl.weights.bucket import fill_buckets, plan_buckets, split_bucket
 from megatron_async_rl.weights.digest import EngineDigests
 from megatron_async_rl.weights.disk import SnapshotWriter
-from megatron_async_rl.weights.parameters import Modules, chunks
+from megatron_async_rl.weights.parameters import Modules
 from megatron_async_rl.weights.stopwatch import Stopwatch
 from megatron_async_rl.weights.update_group import UpdateGroup
 
 logger = logging.getLogger(__name__)
-DTYPES = {
-    "as_trained": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 # A broken broadcast must be reported before the controller's own deadline of the update expires.
 BROADCAST_SHARE = 0.5  # of weights.update_timeout_s
 POLL_S = 5.0  # a waiting source sends Command.WAIT this often, within the collective timeout
@@ -70,10 +64,11 @@ class WeightPublisher:
         is_first, is_source = reshard.is_first_of_stage(), reshard.is_source()
         self._command_group = _stage_group(self._takes_part and (is_first or not is_source), config)
         self._source_group = _stage_group(is_source, config)
-        parameter = next(chunks(modules)[0].parameters())
+        parameter = next(modules[0].parameters())
         self._device = parameter.device
         self._backend = "nccl" if parameter.is_cuda else "gloo"
-        self._dtype = DTYPES[config.weights.dtype]
+        sent_as = config.weights.dtype
+        self._dtype = None if sent_as == "as_trained" else getattr(torch, sent_as)
         self._element_bytes = (self._dtype or parameter.dtype).itemsize
         self._buckets = plan_buckets(
             reshard.own_tensor_infos(modules, shape, self._dtype), config.weights.bucket_bytes

@@ -9,7 +9,7 @@ all-gather per parameter.
     hf_tensors    experts are gathered over expert parallelism too, where one rank needs them all
 
 Everything but the experts comes first. During that part a rank waits only for its tensor-parallel
-peers, so a source of experts can help to gather what the stage's first rank sends, although
+peers, so a source of experts can help to gather the tensors of the stage's first rank, although
 servers take that rank's buckets before its own.
 """
 
@@ -79,22 +79,10 @@ def source_number() -> int:
     )
 
 
-def tensor_infos(
-    modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None
-) -> list[TensorInfo]:
-    """Returns what hf_tensors will yield on this stage, in order, without moving data."""
-    return [
-        TensorInfo(hf, size, dtype or parameter.dtype, name)
-        for local_name, parameter in _sent_parameters(modules, shape)
-        for name in _names_on_all_ranks(local_name, shape)
-        for hf, size in map_parameter(name, shape).pieces
-    ]
-
-
 def own_tensor_infos(
     modules: Modules, shape: ModelShape, dtype: torch.dtype | None = None
 ) -> list[TensorInfo]:
-    """Returns what own_tensors will yield on this rank, in order, without moving data."""
+    """Returns the tensors that own_tensors will yield on this rank, without moving data."""
     return [
         TensorInfo(hf, size, dtype or parameter.dtype, name)
         for name, parameter in _sent_parameters(modules, shape)
@@ -141,7 +129,7 @@ def hf_tensors(
     """Yields (Hugging Face name, full tensor) of this stage, experts of all ranks included.
 
     Collective as own_tensors. Use the result of the first replica; with expert parallelism other
-    ranks yield the experts alone. `get` selects what is gathered, such as a parameter's main_grad.
+    ranks yield the experts alone. `get` selects the tensor to gather, such as main_grad.
     """
     for local_name, parameter in _sent_parameters(modules, shape):
         skips_dense = only_experts or (num_expert_owners() > 1 and not is_first_replica())
