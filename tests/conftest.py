@@ -1,4 +1,4 @@
-"""Fixtures of more than one test module. What they return is shared by a whole session and is never written to."""
+"""Fixtures of more than one test module; their files are shared by a session and never changed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from whole_runs import RunInputs, make_run_inputs
 
 @pytest.fixture(scope="session")
 def model_and_dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model folder and a training set: all that a controller reads at start-up."""
+    """Returns a model folder and a training set: all files that a controller reads at start-up."""
     folder = tmp_path_factory.mktemp("controller_inputs")
     return make_model(folder / "model"), make_dataset(folder / "train.jsonl", 20)
 
 
 @pytest.fixture(scope="session")
 def run_inputs(tmp_path_factory: pytest.TempPathFactory) -> RunInputs:
-    """A model folder, a training set and an evaluation set for whole runs."""
+    """Returns a model folder, a training set and an evaluation set for whole runs."""
     return make_run_inputs(tmp_path_factory.mktemp("run_inputs"))

@@ -23,7 +23,7 @@ def main() -> None:
     from megatron_async_rl.config import load
 
     processes.die_with_parent()
-    model_dir, run_dir, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    model_dir, run_dir, command = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     tp, pp = int(sys.argv[4]), int(sys.argv[5])
     vpp = int(sys.argv[6]) if len(sys.argv) > 6 else 1
     advantage = sys.argv[7] if len(sys.argv) > 7 else "grpo"
@@ -58,7 +58,7 @@ def main() -> None:
                 "lr": 0.01,
                 "weight_decay": 0.1,
             },
-            "checkpoint": {"every": 1, "asynchronous": what != "load"},
+            "checkpoint": {"every": 1, "asynchronous": command != "load"},
         }
     )
     parallel.init_parallel(settings)
@@ -97,12 +97,12 @@ def main() -> None:
             for value in (s["train/loss"], s["train/grad_norm"], s.get("critic/loss", 0.0))
         ]
 
-    if what == "save-for-ever":
+    if command == "save-for-ever":
         train(0)
-    while what == "save-for-ever":
+    while command == "save-for-ever":
         saver.save(2)
         saver._version = -1
-    if what == "save":
+    if command == "save":
         train(0)
         saver.step(2)
         losses = train(2)  # the save of version 2 may still be running

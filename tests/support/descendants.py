@@ -1,4 +1,4 @@
-"""Finds the processes that a process started, directly or not, and which of them are left."""
+"""Finds the descendants of a process, and those that are left after its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_async_rl.processes import LAUNCHER_VARIABLE
 class Descendants:
     """Records the process tree below `pid` while that runs.
 
-    A process whose parents have ended is found by a variable that a run's processes inherit.
+    A process whose parents have ended is found by an environment variable of the run.
     """
 
     def __init__(self, pid: int) -> None:

@@ -82,7 +82,11 @@ for descriptor in range(3, 64):
         except OSError: pass
 os._exit(0)
 """,
-    "kill the parent": "import posix, signal\nposix.kill(os.getppid(), signal.SIGKILL)\nos._exit(0)",
+    "kill the parent": """
+import posix, signal
+posix.kill(os.getppid(), signal.SIGKILL)
+os._exit(0)
+""",
     "fork, and the parent ends well": "import posix\nif posix.fork(): os._exit(0)\ngot('forked')",
     "every number there is": "print(' '.join(map(str, range(1000))))",
     "atexit": "import atexit\natexit.register(lambda: os.write(1, b'True\\n'))",

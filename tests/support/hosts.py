@@ -61,8 +61,8 @@ class Host:
         return text in self.log.read_text()
 
 
-def wait_until(what: Callable[[], bool], limit_s: float = START_S) -> None:
+def wait_until(condition: Callable[[], bool], limit_s: float = START_S) -> None:
     deadline = time.monotonic() + limit_s
-    while not what():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -52,7 +52,7 @@ def imported_names(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 def loaded_modules(names: Iterable[str], modules: Iterable[str]) -> set[str]:
-    """Returns what importing these names loads: modules of the package, and foreign packages."""
+    """Returns the modules that importing these names loads; foreign ones by the name given."""
     known, loaded = set(modules), set()
     for name in names:
         parts = name.split(".")
@@ -66,7 +66,7 @@ def loaded_modules(names: Iterable[str], modules: Iterable[str]) -> set[str]:
 
 @cache
 def import_graph(type_only: bool) -> dict[str, set[str]]:
-    """Returns for each module what it loads by statements of its own.
+    """Returns for each module those that its own statements load.
 
     Modules outside the package stand by the dotted names that the statements give. With
     `type_only`, imports under TYPE_CHECKING count too.

@@ -1,4 +1,4 @@
-"""Journal events and checkpoint folders for tests of what is on disk."""
+"""Journal events and checkpoint folders for tests of the files of a run."""
 
 from __future__ import annotations
 

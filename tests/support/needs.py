@@ -1,4 +1,4 @@
-"""What a test needs from the host, as marks that skip it elsewhere."""
+"""Requirements on the host, as marks that skip a test elsewhere."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ CPU_ENGINE = {
 def make_model(
     folder: Path, seed: int = 0, scale: float = 0.25, intermediate_size: int = 96, layers: int = 2
 ) -> Path:
-    """Writes a model with two key-value heads, whose random weights sample every token at times."""
+    """Writes a model of two key-value heads; its random weights sample every token at times."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM

@@ -21,7 +21,7 @@ from whole_runs import RunInputs
 from megatron_async_rl.cli import audit
 from megatron_async_rl.node.incarnations import FOLDER, TrainerIncarnation
 from megatron_async_rl.observability.status import read_status
-from megatron_async_rl.storage.checkpoints import manifests
+from megatron_async_rl.storage.checkpoints import list_manifests
 
 ON_B = ("ip", "netns", "exec", "b")
 
@@ -155,7 +155,7 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         assert [host.process.wait(90) for host in (b, c, a)] == [75, 75, 75]
         assert a.watch.left() == b.watch.left() == c.watch.left() == []
         version = read_status(job.run_dir).version
-        assert manifests(job.run_dir)[0].version == version  # saved on both hosts
+        assert list_manifests(job.run_dir)[0].version == version  # saved on both hosts
         job.check_ledger()
         say("ended by SIGTERM")
 

@@ -75,9 +75,9 @@ class WeightController:
             async with self.changed:
                 self.changed.notify_all()
 
-    async def wait_for(self, what: Any) -> None:
+    async def wait_for(self, condition: Any) -> None:
         async with self.changed:
-            await asyncio.wait_for(self.changed.wait_for(what), 100)
+            await asyncio.wait_for(self.changed.wait_for(condition), 100)
 
     async def publish(self, version: int, servers: list[str]) -> tuple[Outcome, float]:
         """Waits for the offers of all sources, runs one update; returns its outcome and seconds."""

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: their inputs and configuration, the launcher, and what they leave."""
+"""Whole runs of a tiny model: inputs, configuration, the launcher, samples and logs."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_zero_staleness_admits_one_batch_per_version() -> None:
     assert isinstance(batch, SendBatch)
     assert not messages_of(
         core.handle(inputs.Tick(), 1), Generate
-    )  # nothing is generated while version 0 trains
+    )  # no generation while version 0 trains
     # nor under the server's old weights once it is trained
     assert not messages_of(core.handle(inputs.Received("trainer-0", StepDone(1, {})), 2), Generate)
     core.handle(inputs.UpdateStarted("rollout-0"), 0)

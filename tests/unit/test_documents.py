@@ -20,7 +20,7 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FOLDERS = ("configs", "docs", "launchers", PACKAGE, "patches", "tests", "tools")
 SOURCE_ENDINGS = (".md", ".patch", ".py", ".sbatch", ".sh")  # no file of a run ends like this
-PASSED_THROUGH = {"megatron", "sglang"}  # sections whose keys are another project's
+PASSED_THROUGH = {"megatron", "sglang"}  # their keys belong to other projects
 
 FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 CODE_SPAN = re.compile(r"(`+)(.+?)\1", re.DOTALL)

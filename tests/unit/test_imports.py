@@ -1,6 +1,6 @@
 """The structure of the repository: which module may reach which, over any chain of imports.
 
-All checks read the source (import_graph.py); nothing is imported. An error shows the chain, from
+All checks read the source (import_graph.py) and import no module. An error shows the chain, from
 the module that breaks the rule to the one that it must not reach.
 """
 
@@ -22,7 +22,7 @@ TORCH_PACKAGES = {"torch", "megatron", "transformer_engine", "apex", "triton"}
 MAX_FILES = 13  # of one folder, besides __init__.py
 MAX_COLUMNS, MAX_LONG_LINES = 100, 0.02
 
-Rule = tuple[str, Callable[[str], bool]]  # what is forbidden, and which modules that is
+Rule = tuple[str, Callable[[str], bool]]  # reason, and a test for forbidden modules
 
 
 def is_below(module: str, *folders: str) -> bool:
@@ -38,7 +38,7 @@ def is_foreign(module: str, *packages: str) -> bool:
 
 
 def rules_of(module: str) -> Iterator[Rule]:
-    """Yields what this module must not reach, over any number of imports."""
+    """Yields the rules for modules that this one must not reach, over any number of imports."""
     yield "SGLang is reached by HTTP alone", lambda name: is_foreign(name, "sglang")
     yield "the package does not use tools/", lambda name: is_foreign(name, "tools")
     place = module.removeprefix(f"{PACKAGE}.").split(".")[0]
@@ -103,7 +103,7 @@ def test_lines_fit_into_the_columns() -> None:
     assert num_long <= MAX_LONG_LINES * len(lines)
 
 
-# ---- the checks find what they are for
+# ---- tests of the checks
 
 
 @pytest.mark.parametrize(

@@ -132,8 +132,8 @@ def test_recorded_batch_can_be_read_until_it_is_pruned(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.sqlite")
     journal.append(journal_events())
     journal.flush().result(10)
-    admitted, returned, judged = journal.batch(1)
-    assert len(admitted) == 2 and len(returned) == len(judged) == 4
+    admitted, returned, scored = journal.batch(1)
+    assert len(admitted) == 2 and len(returned) == len(scored) == 4
     journal.prune([fact.group_id for fact in admitted])
     journal.flush().result(10)
     with pytest.raises(DataError, match="older than the two that a run keeps"):

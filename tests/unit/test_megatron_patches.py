@@ -15,7 +15,7 @@ import megatron_cpu
 import patch_checks
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="nothing is patched where there is CUDA"
+    torch.cuda.is_available(), reason="patches are not applied with CUDA"
 )
 
 

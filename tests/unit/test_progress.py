@@ -29,7 +29,8 @@ def select_batch(progress: Progress, version: int, *runs: tuple[int, int]) -> No
         [sample_of_versions(*runs)],
         [1.0],
     )
-    progress.batch_selected(SendBatch(version, [group]), np.ones((1, 1)), np.zeros((1, 1)), waited_s=0.1)
+    batch, rewards = SendBatch(version, [group]), np.ones((1, 1))
+    progress.batch_selected(batch, rewards, np.zeros((1, 1)), waited_s=0.1)
     progress.step_done(version + 1, STATS)
 
 

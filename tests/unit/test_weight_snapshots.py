@@ -1,4 +1,4 @@
-"""Weight updates over the disk and catch-up of servers, and what happens when a peer fails.
+"""Weight updates over the disk and catch-up of servers, and their behavior when a peer fails.
 
 Sources and servers are fakes that speak the real messages and write real folders.
 """
@@ -85,7 +85,7 @@ class Cluster:
         timeout_s = self.config.weights.update_timeout_s
         self.session = UpdateSession(self.send, timeout_s, self.submit)
         self.publisher = TrainerPublisher(self.session, self.config, self.folders)
-        # this class stands for the queue and the workers; journal and progress are not used
+        # this class replaces the queue and the workers; journal and progress are not used
         context = Context(self.config, self.core, self, self, None, None)  # type: ignore[arg-type]
         self.catch_up = CatchUp(context, self.folders)
         self.updates = UpdateCoordinator(context, self.publisher, self.catch_up)
@@ -239,9 +239,7 @@ def test_lost_server_is_not_awaited(tmp_path: Path, model: Path, kind: type) -> 
     async def body() -> None:
         cluster.faults[("trainer-0" if kind is WriteSnapshot else "rollout-1", kind)] = loses
         outcome = await asyncio.wait_for(cluster.publish(1), LONG_S / 2)
-        assert (
-            outcome.serving == ["rollout-0"] and "lost during" in outcome.fenced["rollout-1"]
-        )
+        assert outcome.serving == ["rollout-0"] and "lost during" in outcome.fenced["rollout-1"]
         assert cluster.sent(LoadSnapshot).count("rollout-1") == (kind is LoadSnapshot)
         cluster.faults.clear()
         cluster.core.handle(inputs.RolloutJoined("rollout-1", 4), 0.0)
@@ -278,9 +276,9 @@ def test_stale_server_catches_up_within_max_staleness(tmp_path: Path, model: Pat
     in_loop(body)
 
 
-@pytest.mark.parametrize("harm", ["digest", "silence", "damage", "new life", "lost"])
+@pytest.mark.parametrize("fault", ["digest", "silence", "damage", "new incarnation", "lost"])
 def test_failed_catch_up_fences_the_server_unless_data_is_bad(
-    tmp_path: Path, model: Path, harm: str
+    tmp_path: Path, model: Path, fault: str
 ) -> None:
     cluster = Cluster(tmp_path, model)
     core, fleet = cluster.core, cluster.core.fleet.rollout
@@ -293,36 +291,38 @@ def test_failed_catch_up_fences_the_server_unless_data_is_bad(
             core.handle(inputs.ServerUpdated(name, version=2), 0.0)
         core.handle(inputs.RolloutJoined("rollout-1", 4), 0.0)
         newest = snapshots.list_snapshots(tmp_path)[0]
-        if harm == "damage":
-            next(newest.path.glob("*.safetensors")).write_bytes(b"not what it was")
+        if fault == "damage":
+            next(newest.path.glob("*.safetensors")).write_bytes(b"damaged")
         else:
             error = "tensor x digests to 1, not 2"
             cluster.faults[("rollout-1", LoadSnapshot)] = lambda message: (
-                Updated(message.version, {}, error=error) if harm == "digest" else None
+                Updated(message.version, {}, error=error) if fault == "digest" else None
             )
         cluster.log.clear()
-        cluster.catch_up._timeout_s = SHORT_S if harm == "silence" else LONG_S
+        cluster.catch_up._timeout_s = SHORT_S if fault == "silence" else LONG_S
         cluster.catch_up.start(others=())
         await asyncio.sleep(0)
-        if harm == "new life":
+        if fault == "new incarnation":
             await cluster.submit(inputs.RolloutJoined("rollout-1", 4))
-        elif harm == "lost":
+        elif fault == "lost":
             await cluster.submit(inputs.WorkerLost("rollout-1"))
         await asyncio.wait_for(cluster.settle(), LONG_S / 2)
-        if harm == "lost":
+        if fault == "lost":
             assert not cluster.sent(Shutdown)
             return
         server = fleet["rollout-1"]
-        if harm == "damage":
+        if fault == "damage":
             assert server.state is ServerState.STALE and not newest.path.exists()
             cluster.catch_up.start(others=())
             await cluster.settle()
             assert server.is_serving and server.version == 1  # from the previous snapshot
-        elif harm == "new life":
+        elif fault == "new incarnation":
             assert server.state is ServerState.STALE and not cluster.sent(Shutdown)
         else:
             assert server.state is ServerState.FENCED and cluster.sent(Shutdown) == ["rollout-1"]
-            assert ("tensor x" if harm == "digest" else "update_timeout_s") in server.fenced_because
+            assert (
+                "tensor x" if fault == "digest" else "update_timeout_s"
+            ) in server.fenced_because
             assert newest.path.exists()
 
     in_loop(body)
