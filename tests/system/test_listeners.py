@@ -1,0 +1,130 @@
+"""While a run on one host is going on, its processes listen on loopback only.
+
+One tiny run of all processes, with its folder in a place that every user can reach: another user
+can read no key of the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from needs import needs_engine
+from whole_runs import RunInputs, assert_no_process_left, processes_of_run, start_run
+
+pytestmark = needs_engine
+OTHER_USER = 65534
+READ_ALL = """
+import sys
+from pathlib import Path
+
+run_dir = Path(sys.argv[1])
+(run_dir / "status.json").read_bytes()  # the run's folder itself can be reached
+for name in [".", *sys.argv[2:]]:
+    path = run_dir / "keys" / name
+    try:
+        list(path.iterdir()) if path.is_dir() or name == "." else path.read_bytes()
+    except PermissionError:
+        continue
+    print(path)
+"""
+
+
+@dataclass
+class Listeners:
+    """Collects the TCP listeners of all processes of a run until `stop`."""
+
+    run_dir: Path
+    launcher: int
+    found: dict[tuple[str, str], str] = field(default_factory=dict)  # (address, port) -> command
+
+    def __post_init__(self) -> None:
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(0.2):
+            for process in self._processes():
+                try:
+                    command = " ".join(process.cmdline())
+                    for connection in process.net_connections("tcp"):
+                        if connection.status == psutil.CONN_LISTEN:
+                            address = (connection.laddr.ip, str(connection.laddr.port))
+                            self.found.setdefault(address, command)
+                except psutil.Error:
+                    continue  # it has ended
+
+    def _processes(self) -> set[psutil.Process]:
+        """Also finds the engine's processes, which rename themselves."""
+        found = set(processes_of_run(self.run_dir))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= set(psutil.Process(self.launcher).children(recursive=True))
+        return found
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def watched_run(run_inputs: RunInputs) -> Iterator[Listeners]:
+    """A finished run of two trainer ranks, with all listeners that it had."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    run_dir = folder / "run"
+    path = run_inputs.config(run_dir, run={"steps": 2, "export_every": 0}, data={"eval": None})
+    child = start_run(path)
+    listeners = Listeners(run_dir, child.pid)
+    try:
+        output, errors = child.communicate(timeout=300)
+        listeners.stop()
+        assert child.returncode == 0, output[-3000:] + errors[-3000:]
+        assert_no_process_left(run_dir)
+        yield listeners
+    finally:
+        child.kill()
+        listeners.stop()
+        shutil.rmtree(folder)
+
+
+def test_processes_of_a_local_run_listen_on_loopback_only(watched_run: Listeners) -> None:
+    open_to_others = {
+        address: command
+        for address, command in watched_run.found.items()
+        if not ipaddress.ip_address(address[0]).is_loopback
+    }
+    assert open_to_others == {}
+
+
+@pytest.mark.parametrize("part", ["megatron_async_rl.controller", "sglang"])
+def test_the_watch_sees_the_listeners_of_a_run(watched_run: Listeners, part: str) -> None:
+    assert any(part in command for command in watched_run.found.values())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_another_user_reads_no_key_of_the_run(watched_run: Listeners) -> None:
+    run_dir = watched_run.run_dir
+    keys = [str(path.relative_to(run_dir / "keys")) for path in (run_dir / "keys").rglob("*")]
+    assert len(keys) >= 4
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ALL, str(run_dir), *keys],
+        user=OTHER_USER,
+        group=OTHER_USER,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
