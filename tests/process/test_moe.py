@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from model_shapes import make_model_folder
-from paths import ROOT, SUPPORT
+from paths import SUPPORT, python_environment
 
 
 def test_moe_logits_match_transformers_and_a_step_trains(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = make_model_folder(tmp_path / "model", "qwen3_moe", scale=0.2)
-    environment = os.environ | {
-        "TORCHDYNAMO_DISABLE": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)]),
-    }
+    environment = python_environment(TORCHDYNAMO_DISABLE="1")
     command = [sys.executable, str(SUPPORT / "moe_main.py"), str(folder), str(tmp_path / "out.pt")]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=120, check=False

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from descendants import Descendants
-from paths import ROOT, SUPPORT
+from paths import ROOT, SUPPORT, python_environment
 from tiny_model import make_model
 
 
@@ -20,11 +20,7 @@ def start_launcher(code: str, *arguments: str) -> subprocess.Popen[bytes]:
     """Starts a process that stands for the launcher and starts children like it."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)]),
-            "OMP_NUM_THREADS": "1",
-        },
+        env=python_environment(OMP_NUM_THREADS="1"),
         stdout=subprocess.PIPE,
     )
 

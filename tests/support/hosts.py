@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import psutil
 from descendants import Descendants
-from paths import ROOT, SUPPORT
+from paths import python_environment
 
 from megatron_async_rl import processes
 
@@ -26,11 +25,7 @@ class Host:
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 [*prefix, sys.executable, "-m", "megatron_async_rl", *arguments],
-                env={
-                    **os.environ,
-                    **env,
-                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)]),
-                },
+                env=python_environment(**env),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -38,16 +33,16 @@ class Host:
             )
         self.watch = Descendants(self.process.pid)
 
-    def everyone(self) -> list[psutil.Process]:
+    def process_tree(self) -> list[psutil.Process]:
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
 
     def freeze(self) -> None:
-        for process in self.everyone():
+        for process in self.process_tree():
             process.suspend()
 
     def thaw(self) -> None:
-        for process in self.everyone():
+        for process in self.process_tree():
             process.resume()
 
     def kill(self) -> None:

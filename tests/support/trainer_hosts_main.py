@@ -99,7 +99,8 @@ def is_running(process: psutil.Process) -> bool:
 
 def rank_of(host: Host) -> psutil.Process:
     """Returns the only trainer rank of this launcher."""
-    (agent,) = (p for p in host.everyone() if "torch.distributed.run" in command_line(p))
+    module = "megatron_async_rl.trainer.torchrun"
+    (agent,) = (process for process in host.process_tree() if module in command_line(process))
     (rank,) = agent.children()  # which has forks that write checkpoints
     return rank
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from journal_builders import NUM_TOKENS, sample_returned
+from paths import python_environment
 
 from megatron_async_rl.controller.core.events import AnyEvent, SampleReturned
 from megatron_async_rl.controller.journal import array_store
@@ -145,12 +146,11 @@ def test_flushed_arrays_survive_a_kill(tmp_path: Path) -> None:
         """
     )
     path = tmp_path / "journal.sqlite"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         [sys.executable, "-c", program, str(path)],
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=python_environment(),
     ) as child:
         assert child.stdout
         told = [int(child.stdout.readline()) for _ in range(5)]

@@ -101,23 +101,24 @@ def test_plan_ranges_match_shards_and_engine_tensors(
     expected = {name: sha256(*(parts[n] for n in sorted(parts))) for name, parts in engine.items()}
     assert digests.result() == expected
     for name in parameter_names(shape):
-        mine = {route.tensor: route for route in routes if route.parameter == name}
+        own = {route.tensor: route for route in routes if route.parameter == name}
         ranks = layouts.etp if "local_experts" in name else layouts.tp
         for rank in range(ranks):
             read: dict[str, list[int]] = {}
 
-            def note(
-                hf: str, index: tuple[slice, ...], read: dict[str, list[int]] = read
+            def read_slice(
+                hf: str,
+                index: tuple[slice, ...],
+                own: dict[str, weight_plan.Route] = own,
+                read: dict[str, list[int]] = read,
             ) -> torch.Tensor:
-                along = mine[hf].split or 0
-                read[hf] = [
-                    index[along].start or 0,
-                    tensors[hf].shape[along] if index[along].stop is None else index[along].stop,
-                ]
+                along = own[hf].split or 0
+                start, end, _ = index[along].indices(tensors[hf].shape[along])
+                read[hf] = [start, end]
                 return tensors[hf][index]
 
-            from_hf(name, note, shape, rank, ranks)
-            for hf, route in mine.items():
+            from_hf(name, read_slice, shape, rank, ranks)
+            for hf, route in own.items():
                 assert (
                     read[hf]
                     == (route.shards[rank] if route.split is not None else route.shards[0])[1:]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import python_environment
 from run_log_builders import log_config, read_tensorboard, sample_of_versions, trained_group
 from tensorboard.plugins.custom_scalar import layout_pb2
 
@@ -221,7 +222,6 @@ def test_log_and_commands_load_no_torch_or_tensorflow(tmp_path: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
-sys.path[:0] = {[p for p in sys.path if "tests" in p]!r}
 from megatron_async_rl import __main__
 from megatron_async_rl.cli import doctor
 from megatron_async_rl.observability import terminal
@@ -235,7 +235,11 @@ log.close()
 print(sorted({{"torch", "tensorflow", "megatron", "transformers"}} & set(sys.modules)))
 """
     answer = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        env=python_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert answer.stdout.strip() == "[]", answer.stderr
 
