@@ -42,7 +42,7 @@ def convert(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("qwen3_moe", {"expert_model": 2}, {"tensor_model": 2}),
     ],
 )
-def test_there_in_one_layout_and_back_in_another(
+def test_checkpoint_survives_conversion_between_layouts(
     tmp_path: Path, family: str, written: dict[str, int], read: dict[str, int]
 ) -> None:
     source = make_model_folder(tmp_path / "source", family)

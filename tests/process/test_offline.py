@@ -1,4 +1,4 @@
-"""The trainer without a fleet: a saved batch trained again, and a layout against none, by the commands themselves."""
+"""The commands `replay` and `selftest`: trainer ranks without a controller or servers."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_selftest_of_an_interleaved_pipeline_agrees(run_dir: Path) -> None:
     assert done.stdout.startswith("2 ranks") and "47 of 47 gradients agree" in done.stdout
 
 
-MOE = {  # of a size that selftest makes small
+MOE = {  # selftest reduces its size
     "architectures": ["Qwen3MoeForCausalLM"],
     "hidden_size": 2048,
     "intermediate_size": 6144,
@@ -120,7 +120,7 @@ MOE = {  # of a size that selftest makes small
     "layout",
     [
         {"expert_model_parallel_size": 2},
-        {  # experts cut by tensor parallelism too gather unequal shares, which gloo cannot
+        {  # experts split by tensor parallelism gather unequal shares, which gloo cannot
             "expert_model_parallel_size": 2,
             "expert_tensor_parallel_size": 1,
             "tensor_model_parallel_size": 2,
@@ -145,7 +145,7 @@ def test_selftest_of_expert_and_context_parallelism_agrees(
 
 
 def test_selftest_names_the_parameter_of_a_planted_fault(run_dir: Path, tmp_path: Path) -> None:
-    """Norms not marked for sequence parallelism: each rank has the gradient of its own tokens alone."""
+    """Norms are not marked for sequence parallelism: each rank has only its tokens' gradients."""
     for folder in ("megatron_async_rl", "patches"):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
