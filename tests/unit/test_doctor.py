@@ -203,7 +203,7 @@ def test_random_init_needs_config_json_and_the_tokenizer_alone() -> None:
     preflight(make_config(model={"random_init": True}))
 
 
-def test_a_model_that_megatron_would_compute_differently_is_refused_with_a_trainer() -> None:
+def test_model_that_megatron_computes_differently_is_rejected() -> None:
     write_model(use_sliding_window=True)
     with pytest.raises(DataError, match="use_sliding_window = True"):
         preflight(make_config())
