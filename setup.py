@@ -1,7 +1,7 @@
-"""Installs the package; the folder patches/ goes with it as megatron_async_rl/_patches.
+"""Installs the package, with the folder patches/ as megatron_async_rl/_patches.
 
-The engine (SGLang) has an environment of its own: tools/setup_env.sh. `apex` and `zmq` on PyPI are other projects:
-NVIDIA's Apex is used when it is installed, ZeroMQ's package is pyzmq.
+The engine (SGLang) has a separate environment: tools/setup_env.sh. `apex` and `zmq` on PyPI are
+other projects: NVIDIA's Apex is used when it is installed, and the package of ZeroMQ is pyzmq.
 """
 
 from pathlib import Path
@@ -22,7 +22,10 @@ patch_packages = {
 setup(
     name="megatron_async_rl",
     version="0.1.0",
-    description="Fully asynchronous reinforcement learning for language models, as an extension of Megatron-Core",
+    description=(
+        "Fully asynchronous reinforcement learning for language models, "
+        "as an extension of Megatron-Core"
+    ),
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -42,7 +45,7 @@ setup(
         "aiohttp>=3.9",
         "rich>=13",
         "tensorboard>=2.16",
-        "transformers>=5",  # for its tokenizers and safetensors, and to check what is exported
+        "transformers>=5",  # for tokenizers and safetensors, and to check exports
         "math-verify[antlr4_13_2]>=0.8",
         "pebble>=5",
     ],

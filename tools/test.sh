@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what the checks and tests need, then runs them. Any failure ends it with a non-zero status.
+# Sets up the environment of checks and tests, then runs them. Ends with non-zero status on failure.
 #
 #   bash tools/test.sh                   lint, format, types and the whole suite: what CI runs
 #   bash tools/test.sh check             lint, format and types alone

@@ -14,9 +14,9 @@ import pytest
 from controller_shell import ask, hello_of, with_controller
 from journal_builders import journal_events, write_checkpoint
 
-from megatron_async_rl.controller.core import inputs
 from megatron_async_rl import __version__
 from megatron_async_rl.controller.controller import Controller
+from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import DataError, Error

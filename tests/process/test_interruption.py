@@ -195,7 +195,9 @@ def server(
 
 
 @contextmanager
-def rollout(server: SGLangServer, models: Models, run_dir: Path, **weights: str) -> Iterator[Rollout]:
+def rollout(
+    server: SGLangServer, models: Models, run_dir: Path, **weights: str
+) -> Iterator[Rollout]:
     settings, sent, gate = make_config(models.folders[0], run_dir, **weights), Sent(), Gate()
     updates = WeightUpdates(settings, sent, server.client, gate)  # type: ignore[arg-type]
     trainer = Trainer(updates, sent)
@@ -286,7 +288,10 @@ def test_kept_kv_cache_is_labelled_and_not_shared_with_new_requests(
 
 @pytest.mark.parametrize("weights", [{"interrupt": "retract"}, {"kv_cache": "keep"}], ids=str)
 def test_requests_wait_behind_bad_weights_until_the_next_update(
-    server: tuple[asyncio.Runner, SGLangServer], models: Models, tmp_path: Path, weights: dict[str, str]
+    server: tuple[asyncio.Runner, SGLangServer],
+    models: Models,
+    tmp_path: Path,
+    weights: dict[str, str],
 ) -> None:
     asked = prompts(4)
 

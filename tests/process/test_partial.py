@@ -155,7 +155,8 @@ def test_partial_samples_resume_after_a_killed_controller_and_job(
         child.send_signal(signal.SIGTERM)
         assert child.wait(90) == 75
         result = audit.audit(run_dir, load.load(run_dir / "config.yaml").staleness.max_staleness)
-        assert result.breaches == [] and result.lost == result.duplicated == 0 and result.epochs == 3
+        assert result.breaches == [] and result.lost == result.duplicated == 0
+        assert result.epochs == 3
     finally:
         for process in (
             psutil.Process(child.pid).children(recursive=True) if child.poll() is None else []

@@ -34,7 +34,7 @@ MISSING = [
     if not shutil.which(name, path=os.defpath + ":/usr/sbin")
 ]
 TIMEOUT_S = 150.0
-STEPS = 40
+ENDLESS = 5000  # steps of a job that is stopped before its end
 
 pytestmark = [
     pytest.mark.slow,
@@ -190,11 +190,8 @@ def test_trainer_on_two_nodes_finishes(job: Callable[..., Job]) -> None:
 def test_terminated_job_saves_is_requeued_and_continues(
     job: Callable[..., Job], cause: str
 ) -> None:
-    """Every way in which Slurm terminates a job.
-
-    At the time limit only the batch script is signalled, at a preemption every process of the job.
-    """
-    running = job(STEPS).submit()
+    """At the time limit Slurm signals the batch script, at a preemption every process."""
+    running = job(ENDLESS).submit()
     running.wait_for_version(6)  # its server is on the second node
     started = running.status().pid
     if cause == "preemption":
@@ -217,11 +214,12 @@ def test_terminated_job_saves_is_requeued_and_continues(
     stopped = running.status()
     assert stopped.state == "stopped" and not Path(f"/proc/{started}").exists()
     saved = checkpoints.list_manifests(running.run_dir)[0].version
-    assert saved == stopped.version < STEPS  # saved at SIGTERM, not at a fourth step
+    assert saved == stopped.version  # saved at SIGTERM, not at a fourth step
+    job(saved + 4)  # the requeued job reads the new run.steps
     assert "exit code 75: job" in running.output and "stopped by SIGTERM" not in running.output
 
     assert running.wait_for_end() == ("COMPLETED", "0:0"), running.output[-3000:]
-    assert running.job_field("Restarts") == "1" and running.status().version == STEPS
+    assert running.job_field("Restarts") == "1" and running.status().version == saved + 4
     assert (
         f"loaded checkpoint v{saved:06d}" in (running.run_dir / "logs" / "trainer.log").read_text()
     )
@@ -232,19 +230,21 @@ def test_terminated_job_saves_is_requeued_and_continues(
 
 
 def test_job_that_loses_a_node_is_requeued_and_continues(job: Callable[..., Job]) -> None:
-    running = job(STEPS).submit()
+    running = job(ENDLESS).submit()
     running.wait_for_version(6)
     running.wait(lambda: bool(checkpoints.list_manifests(running.run_dir)))
     # the node returns as soon as its slurmd registers again
     running.slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     running.wait(lambda: running.job_field("Restarts") == "1")
+    last = running.status().version + 4
+    job(last)  # the requeued job reads the new run.steps
     assert running.wait_for_end() == ("COMPLETED", "0:0"), running.output[-3000:]
-    assert running.job_field("Restarts") == "1" and running.status().version == STEPS
+    assert running.job_field("Restarts") == "1" and running.status().version == last
     running.check_ledger(epochs=2)
 
 
 def test_cancelled_job_ends_cleanly_and_is_not_requeued(job: Callable[..., Job]) -> None:
-    running = job(5000).submit()
+    running = job(ENDLESS).submit()
     running.wait_for_version(2)
     running.slurm("scancel", running.number)
     state, _ = running.wait_for_end()

@@ -168,7 +168,8 @@ def test_lost_host_is_replaced_and_refused_when_it_returns(
         assert main.process.wait(90) == 75
         assert main.watch.left() == [] and third.watch.left() == []
         result = audit.audit(run_dir, load.load(run_dir / "config.yaml").staleness.max_staleness)
-        assert result.breaches == [] and result.lost == result.duplicated == 0 and result.epochs == 1
+        assert result.breaches == [] and result.lost == result.duplicated == 0
+        assert result.epochs == 1
     finally:
         for host in hosts:
             host.kill()

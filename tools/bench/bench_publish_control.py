@@ -101,9 +101,7 @@ class Bench:
 
     async def publish(self, version: int) -> tuple[Outcome, PublishOffer]:
         name, offer = await asyncio.wait_for(self._offers.get(), 300)
-        outcome = await self.publisher.publish(
-            version, {name: offer}, ["rollout-0"]
-        )
+        outcome = await self.publisher.publish(version, {name: offer}, ["rollout-0"])
         return outcome, offer
 
     async def run(self) -> list[dict[str, Any]]:
