@@ -7,6 +7,7 @@ from pathlib import Path
 
 # One token each; with the three special tokens the size of the vocabulary is odd.
 ALPHABET = "0123456789+-*/=()<>,;:abcdefghijkl"
+# `sglang:` of every engine that tests start
 CPU_ENGINE = {
     "device": "cpu",
     "dtype": "float32",
@@ -15,7 +16,7 @@ CPU_ENGINE = {
     "mem_fraction_static": 0.1,
     "max_total_tokens": 8192,
     "disable_overlap_schedule": True,
-}  # `sglang:` of every engine that tests start
+}
 
 
 def make_model(

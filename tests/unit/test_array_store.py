@@ -50,17 +50,15 @@ def test_arrays_are_read_back_now_and_after_restarts(tmp_path: Path) -> None:
     check(list(read_events(path)), [1, 2, 3])
     assert files(path) == ["000001.bin", "000002.bin"]
     sizes = [file.stat().st_size for file in sorted(path.with_name(ARRAYS_FOLDER).iterdir())]
-    assert (
-        sizes[0] < 2.1 * 8 * NUM_TOKENS and sizes[1] < 1.1 * 8 * NUM_TOKENS
-    )  # unused space is released
+    # unused space is released
+    assert sizes[0] < 2.1 * 8 * NUM_TOKENS and sizes[1] < 1.1 * 8 * NUM_TOKENS
 
 
 def test_file_is_removed_with_its_last_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        array_store, "SEGMENT_BYTES", 2 * 8 * NUM_TOKENS + 1000
-    )  # each file holds two groups
+    # each file holds two groups
+    monkeypatch.setattr(array_store, "SEGMENT_BYTES", 2 * 8 * NUM_TOKENS + 1000)
     path = tmp_path / "journal.sqlite"
     journal = Journal(path)
     journal.append(sample_returned(group_id) for group_id in range(5))

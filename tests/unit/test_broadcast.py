@@ -78,9 +78,7 @@ class Cluster:
             f"trainer-{s}": PublishOffer(version, s, self.num_stages, BUCKETS, "gloo")
             for s in range(self.num_stages)
         }
-        return asyncio.run(
-            self.publisher.publish(version, offers, list(servers))
-        )
+        return asyncio.run(self.publisher.publish(version, offers, list(servers)))
 
     def sent(self, kind: type, name: str | None = None) -> list[Message]:
         return [
@@ -205,14 +203,10 @@ def test_lost_server_is_not_awaited_and_rejoins_the_next_update(
     outcome = cluster.publish(0, "rollout-0", "rollout-1")
     assert time.monotonic() - started < 5.0
     assert outcome.serving == ["rollout-0"]
-    assert (
-        list(outcome.fenced) == ["rollout-1"]
-        and "lost during" in outcome.fenced["rollout-1"]
-    )
+    assert list(outcome.fenced) == ["rollout-1"] and "lost during" in outcome.fenced["rollout-1"]
     [at] = lost
-    assert "rollout-1" not in [
-        name for name, _ in cluster.log[at:]
-    ]  # its next incarnation may have the name
+    # its next incarnation may have the name
+    assert "rollout-1" not in [name for name, _ in cluster.log[at:]]
     assert kind is not OpenGroup or [join.world_size for join in cluster.sent(JoinGroup)] == [2]
     cluster.faults.clear()
     cluster.publisher.forget_worker("rollout-1")

@@ -57,9 +57,8 @@ def test_zero_staleness_admits_one_batch_per_version() -> None:
         finish_lease(core, lease, 0)
     [batch] = core.handle(inputs.BatchRequested(0, 0), 0)
     assert isinstance(batch, SendBatch)
-    assert not messages_of(
-        core.handle(inputs.Tick(), 1), Generate
-    )  # no generation while version 0 trains
+    # no generation while version 0 trains
+    assert not messages_of(core.handle(inputs.Tick(), 1), Generate)
     # nor under the server's old weights once it is trained
     assert not messages_of(core.handle(inputs.Received("trainer-0", StepDone(1, {})), 2), Generate)
     core.handle(inputs.UpdateStarted("rollout-0"), 0)
@@ -166,9 +165,8 @@ def test_lost_server_is_reported_once_and_only_if_known() -> None:
         return [action.worker for action in actions if isinstance(action, ServerLost)]
 
     assert lost(core.handle(inputs.RolloutJoined("rollout-0", 4), 0)) == []
-    assert lost(core.handle(inputs.RolloutJoined("rollout-0", 4), 0)) == [
-        "rollout-0"
-    ]  # the incarnation before
+    # the incarnation before
+    assert lost(core.handle(inputs.RolloutJoined("rollout-0", 4), 0)) == ["rollout-0"]
     assert lost(core.handle(inputs.WorkerLost("rollout-0"), 0)) == ["rollout-0"]
     assert (
         lost(core.handle(inputs.WorkerLost("rollout-0"), 0))

@@ -84,12 +84,13 @@ def test_rms_norm_matches_the_formula(device: str, shape: tuple[int, ...]) -> No
         given,
         1e-5,
     )
+    # the path of a GPU, on the CPU
     compare(
         lambda *a: (fused._RMSNorm.apply(*a, 1e-6),),
         lambda *a: (rms_norm_formula(*a, 1e-6),),
         given,
         1e-5,
-    )  # the path of a GPU, on the CPU
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -133,9 +134,8 @@ def test_logprobs_match_the_formula(
     temperature: float,
     monkeypatch: object,
 ) -> None:
-    monkeypatch.setattr(
-        logprobs, "CHUNK_ELEMENTS", 8 * columns
-    )  # several chunks, the last one smaller
+    # several chunks, the last one smaller
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 8 * columns)
     g = torch.Generator().manual_seed(0)
     logits, targets = (
         torch.randn(tokens, columns, generator=g) * 4,

@@ -127,9 +127,8 @@ def test_warning_repeats_while_it_lasts_but_not_every_step() -> None:
     starved = [trained(n, SHORT) if n % 2 else dropped(n, "stale", LONG) for n in range(4 * WINDOW)]
     fair = [trained(10_000 + n, LONG) for n in range(4 * WINDOW)]
     assert len(played([fact for group in starved for fact in group])[0]) == 4
-    assert (
-        len(played([fact for group in starved + fair for fact in group])[0]) <= 5
-    )  # the window has to be refilled
+    # the window has to be refilled
+    assert len(played([fact for group in starved + fair for fact in group])[0]) <= 5
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.95])

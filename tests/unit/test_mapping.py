@@ -94,11 +94,12 @@ def test_qkv_is_interleaved_per_group() -> None:
     got = from_hf(
         "decoder.layers.0.self_attention.linear_qkv.bias", lambda n, index: hf[n][index], shape
     )
+    # 2 query heads, key, value
     assert got[:24].tolist() == [
         *range(12),
         *range(1000, 1006),
         *range(2000, 2006),
-    ]  # 2 query heads, key, value
+    ]
 
 
 def test_fc1_shard_holds_its_gate_and_up_rows() -> None:

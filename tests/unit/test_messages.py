@@ -214,7 +214,7 @@ def test_strided_array_is_sent_by_value() -> None:
 )
 def test_array_of_unsupported_type_or_shape_is_not_sent(array: np.ndarray) -> None:
     sample = TrainSample(ids=array, logprobs=array, versions=array, advantages=array)
-    with pytest.raises(ProtocolError, match="does not travel"):
+    with pytest.raises(ProtocolError, match="cannot encode"):
         Codec().encode(TrainBatch(version=0, samples=[sample]))
 
 

@@ -67,9 +67,8 @@ def test_one_entry_maps_every_tensor_that_transformers_wrote(
         for hf, tensor in to_hf(name, shards if is_cut else shards[:1], shape):
             assert torch.equal(tensor, written[hf]), hf
             digests.add(hf, tensor)
-    assert len(digests.result()) == 2 * (
-        3 + 2 * 6
-    )  # per engine rank: tensors outside layers, and fused tensors of a layer
+    # per engine rank: tensors outside layers, and fused tensors of a layer
+    assert len(digests.result()) == 2 * (3 + 2 * 6)
 
 
 def test_entry_with_a_wrong_rule_is_rejected_by_the_plan(

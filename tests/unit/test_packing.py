@@ -117,10 +117,11 @@ def test_micro_batches_of_equal_flops_stay_within_the_budget(seed: int, count: i
 
 def test_differencing_partitions_the_textbook_case() -> None:
     bins = karmarkar_karp([8, 7, 6, 5, 4], 2)
+    # 15 and 15 would be best
     assert sorted(sum([8, 7, 6, 5, 4][n] for n in b) for b in bins) == [
         14,
         16,
-    ]  # 15 and 15 would be best
+    ]
 
 
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 9))
@@ -192,9 +193,8 @@ def test_attention_of_a_pack_equals_each_sequence_alone(lengths: list[int]) -> N
 )
 def test_context_ranks_hold_first_and_last_chunks(rank: int, positions: list[int]) -> None:
     packing = Packing(budget=64, tp=2, device=CPU, thd=False, dense=True, cp=2, cp_rank=rank)
-    got = pack(
-        [sample(7, 1, 5), sample(4, 1, 6)], 6, packing
-    )  # padded to 8 and 4; 4 of padding for TP
+    # padded to 8 and 4; 4 of padding for TP
+    got = pack([sample(7, 1, 5), sample(4, 1, 6)], 6, packing)
     assert got.sequences.positions_T.tolist() == positions
     assert got.sequences.cu_seqlens_q.tolist() == [0, 8, 12, 16]
     assert (

@@ -180,9 +180,8 @@ def test_total_sizes_match_the_32b_and_235b_models(tmp_path: Path) -> None:
     ]
     experts = 94 // 2 * 128 // 8 * 3 * 4096 * 1536 * 2  # bytes that one rank owns of one stage
     assert {source.num_bytes for source in moe.sources if source.expert_rank} == {experts}
-    assert {source.gather_bytes for source in moe.sources if source.expert_rank} == {
-        0
-    }  # no rank splits them
+    # no rank splits them
+    assert {source.gather_bytes for source in moe.sources if source.expert_rank} == {0}
 
 
 @pytest.mark.parametrize(

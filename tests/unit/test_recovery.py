@@ -43,11 +43,12 @@ def test_finished_and_partial_groups_survive_a_crash() -> None:
     assert again.groups[first.group_id].state is GroupState.READY
     assert again.groups[second.group_id].missing == [1]
     leases = join_workers(again)
+    # no prompt is repeated or skipped
     assert [lease.group_id for lease in leases] == [
         second.group_id,
         2,
         3,
-    ]  # no prompt is repeated or skipped
+    ]
     assert leases[0].indices == [1] and leases[0].attempt == second.attempt + 1
     assert again.ledger.admitted == core.ledger.admitted == 4
 

@@ -204,9 +204,8 @@ def test_status_is_read_back_unchanged(tmp_path: Path) -> None:
     assert read == status and read.updated_unix > 2.0
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
     again = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
-    assert (
-        again.staleness_worst == read_status(tmp_path).staleness_worst == 3
-    )  # of the whole run, over restarts
+    # of the whole run, over restarts
+    assert again.staleness_worst == read_status(tmp_path).staleness_worst == 3
     again.close()
 
 

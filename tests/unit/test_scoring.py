@@ -20,15 +20,15 @@ def test_workflow_score_request_is_answered_and_changes_nothing() -> None:
     core.handle(inputs.RewardJoined("reward-0", 1), 0)
     [question] = messages_of(core.handle(inputs.Received("rollout-0", ask(lease)), 1), ScoreRequest)
     assert (question.response, question.row, question.call) == ("is it 2?", lease.prompt.row, 1)
+    # the only reward worker is busy
     assert (
         messages_of(core.handle(inputs.Received("rollout-0", ask(lease, 1)), 1), ScoreRequest) == []
-    )  # the only reward worker is busy
+    )
     reply = ScoreResult(lease.key(0), 0.5, call=1)
     actions = core.handle(inputs.Received("reward-0", reply), 2)
     assert messages_of(actions, ScoreResult) == [reply]
-    assert [score.key.index for score in messages_of(actions, ScoreRequest)] == [
-        1
-    ]  # free for the next request
+    # free for the next request
+    assert [score.key.index for score in messages_of(actions, ScoreRequest)] == [1]
     assert core.groups[lease.group_id].rewards == [None] * len(lease.indices)
     assert (
         messages_of(core.handle(inputs.Received("reward-0", reply), 3), ScoreResult) == []
@@ -41,9 +41,8 @@ def test_unanswered_score_request_returns_the_reason() -> None:
     [lease, *_] = join_workers(core)
     core.handle(inputs.RewardJoined("reward-1", 1), 0)
     core.handle(inputs.Received("rollout-0", ask(lease)), 1)
-    [again] = messages_of(
-        core.handle(inputs.WorkerLost("reward-0"), 2), ScoreRequest
-    )  # by another reward worker; this is no failed attempt
+    # by another reward worker; this is no failed attempt
+    [again] = messages_of(core.handle(inputs.WorkerLost("reward-0"), 2), ScoreRequest)
     broken = ScoreResult(lease.key(0), None, "it broke", call=again.call)
     assert messages_of(core.handle(inputs.Received("reward-1", broken), 2), ScoreRequest) == [again]
     [answer] = messages_of(core.handle(inputs.Received("reward-1", broken), 3), ScoreResult)
@@ -56,9 +55,8 @@ def test_non_finite_score_is_an_error() -> None:
     [lease, *_] = join_workers(core)
     core.handle(inputs.Received("rollout-0", ask(lease)), 1)
     nothing = ScoreResult(lease.key(0), math.nan, call=1)
-    assert (
-        messages_of(core.handle(inputs.Received("reward-0", nothing), 2), ScoreResult) == []
-    )  # one more attempt
+    # one more attempt
+    assert messages_of(core.handle(inputs.Received("reward-0", nothing), 2), ScoreResult) == []
     [answer] = messages_of(core.handle(inputs.Received("reward-0", nothing), 3), ScoreResult)
     assert answer.reward is None and "nan" in answer.error
 
@@ -76,9 +74,8 @@ def test_score_request_of_an_ended_lease_is_rejected() -> None:
     core = make_core()
     [lease, *_] = join_workers(core)
     core.handle(inputs.WorkerLost("reward-0"), 0)
-    assert (
-        core.handle(inputs.Received("rollout-0", ask(lease)), 1) == []
-    )  # it waits for a reward worker
+    # it waits for a reward worker
+    assert core.handle(inputs.Received("rollout-0", ask(lease)), 1) == []
     core.handle(inputs.Received("rollout-0", GenerateFailed(lease.key(0), "no")), 2)
     [answer] = messages_of(core.handle(inputs.RewardJoined("reward-0", 1), 3), ScoreResult)
     assert "has ended" in answer.error

@@ -144,9 +144,8 @@ def test_each_process_is_placed_once_and_gpus_are_not_shared(
     run = {"dir": "runs/a", "steps": 1, "mode": "rollout_only" if rollout_only else "train"}
     settings = make_config(tp, pp, dp, servers, engine_tp, run=run)
     many = placement.assign_nodes(settings, 400, gpus)
-    enough = (
-        max(number for number, names in enumerate(many.names) if names) + 1
-    )  # nodes are filled in order
+    # nodes are filled in order
+    enough = max(number for number, names in enumerate(many.names) if names) + 1
     if spare < 0 and enough + spare > 0:
         with pytest.raises(ConfigError, match=rf"request {enough} nodes"):
             placement.assign_nodes(settings, enough + spare, gpus)
@@ -158,9 +157,8 @@ def test_each_process_is_placed_once_and_gpus_are_not_shared(
     assert sorted(name for names in placed.names for name in names) == sorted(roles.names(resolved))
     assert {"controller", "reward-0", resolved.trainer_names[0]} <= set(placed.names[0])
     for names, used in zip(placed.names, placed.gpus, strict=True):
-        shares = assign_gpus(
-            resolved, [str(gpu) for gpu in range(gpus)], names
-        )  # raises if a node has too few
+        # raises if a node has too few
+        shares = assign_gpus(resolved, [str(gpu) for gpu in range(gpus)], names)
         given_out = [gpu for share in shares.values() for gpu in share.split(",")]
         assert len(given_out) == len(set(given_out)) == used <= gpus
         assert all(
@@ -240,9 +238,8 @@ def test_eight_node_configuration_is_placed_and_mapped(
     plan = weight_plan.make(settings, 50.0)  # checks the layout and the mapping
     assert round(plan.total_bytes / 1e9) == 66 and plan.engine == {"tp": 4, "servers": 8}
     script = (ROOT / "launchers" / "slurm.sbatch").read_text()
-    assert (
-        "--signal=B:TERM@300" in script and settings.faults.shutdown_grace_s < 300
-    )  # saved before the time limit
+    # saved before the time limit
+    assert "--signal=B:TERM@300" in script and settings.faults.shutdown_grace_s < 300
 
 
 # ---- node assignments
@@ -303,17 +300,15 @@ def test_assignment_of_an_earlier_job_attempt_is_ignored(tmp_path: Path) -> None
     ):
         slurm._other_node(here, assignments, settings)
     assignments.write_bytes(msgspec.json.encode(slurm.NodeAssignments(over=True)))
-    assert (
-        slurm._other_node(here, assignments, settings) == 0
-    )  # the first node could not start the run and has reported why
+    # the first node could not start the run and has reported why
+    assert slurm._other_node(here, assignments, settings) == 0
     assignments.write_bytes(msgspec.json.encode(slurm.NodeAssignments([["controller"], []])))
     assert slurm._other_node(here, assignments, settings) == 0  # nothing to do here
     assignments.write_bytes(
         msgspec.json.encode(slurm.NodeAssignments([["controller"], ["rollout-0"]]))
     )
-    with pytest.raises(
-        ConfigError, match=r"has no config\.yaml"
-    ):  # test_slurm_jobs.py has real joins
+    # test_slurm_jobs.py has real joins
+    with pytest.raises(ConfigError, match=r"has no config\.yaml"):
         slurm._other_node(here, assignments, settings)
 
 

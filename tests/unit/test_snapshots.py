@@ -87,10 +87,11 @@ def test_held_snapshot_survives_pruning(tmp_path: Path, model: Path) -> None:
         snapshots.prune(tmp_path)
     assert not first.path.exists() and snapshots.hold(first, "rollout-1") is None
     assert snapshots.find_damage(msgspec.structs.replace(first, path=held)) == ""
+    # no process uses it
     assert [found.version for found in snapshots.list_snapshots(tmp_path)] == [
         3,
         2,
-    ]  # no process uses it
+    ]
     snapshots.release(first, "rollout-0")
     assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [
         "v000002.0",
@@ -209,7 +210,8 @@ def test_kill_at_any_commit_step_leaves_the_old_version(
         )
         if found == [2, 1]:
             shutil.rmtree(snapshots.list_snapshots(tmp_path)[0].path)
+    # the rename is the last step but one
     assert outcomes.count([1]) > 10 and outcomes[-1] == [
         2,
         1,
-    ]  # the rename is the last step but one
+    ]

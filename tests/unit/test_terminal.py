@@ -123,9 +123,8 @@ def test_without_terminal_each_version_and_state_is_a_line(tmp_path: Path) -> No
         log.write_status(make_status(version=version))
         while f"step {version}/60" not in out.getvalue():
             time.sleep(0.02)
-        log.write_status(
-            make_status(version=version, reward_mean=0.5)
-        )  # no change that deserves a line
+        # no change that deserves a line
+        log.write_status(make_status(version=version, reward_mean=0.5))
         time.sleep(1.5 * terminal.POLL_S)
     log.write_status(make_status(state="finished", version=60))
     stop.set()

@@ -52,13 +52,14 @@ def safety_violations(path: str, tree: ast.AST) -> list[str]:
         for alias in node.names
         if alias.name in UNSAFE_NAMES.get(node.module or "", ())
     ]
+    # so that `import torch as t` hides nothing
     aliases = {
         alias.asname: alias.name
         for node in nodes
         if isinstance(node, ast.Import)
         for alias in node.names
         if alias.asname
-    }  # so that `import torch as t` hides nothing
+    }
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name, line = ast.unparse(call.func), call.lineno
         owner, _, attribute = name.rpartition(".")

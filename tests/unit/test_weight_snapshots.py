@@ -220,9 +220,8 @@ def test_server_that_rejects_a_snapshot_is_fenced(tmp_path: Path, model: Path) -
     async def body() -> None:
         outcome = await cluster.publish(1)
         assert outcome.serving == ["rollout-0"] and "tensor x" in outcome.fenced["rollout-1"]
-        assert [snapshot.version for snapshot in snapshots.list_snapshots(tmp_path)] == [
-            1
-        ]  # the snapshot is intact
+        # the snapshot is intact
+        assert [snapshot.version for snapshot in snapshots.list_snapshots(tmp_path)] == [1]
 
     in_loop(body)
 
