@@ -29,11 +29,15 @@ def _results_queue() -> None:
     """Makes the manager process of the asynchronous writers' queue end with its rank.
 
     Megatron's own manager ignores SIGINT, asks for no parent-death signal, and outlives a killed
-    rank."""
+    rank.
+    """
     from megatron_async_rl import processes
 
     module = core_module("dist_checkpointing.strategies.filesystem_async")
-    require(module, "_results_queue", "_get_write_results_queue")
+    name = "get_write_results_queue"
+    if hasattr(module, f"_{name}"):  # 0.16.1
+        name = f"_{name}"
+    require(module, "_results_queue", name)
 
     def get_write_results_queue(*unused: Any, **also_unused: Any) -> Any:
         if module._results_queue is None:
@@ -42,7 +46,7 @@ def _results_queue() -> None:
             module._results_queue = manager.Queue()
         return module._results_queue
 
-    module._get_write_results_queue = get_write_results_queue
+    setattr(module, name, get_write_results_queue)
 
 
 def _torch_adam() -> None:
