@@ -1,1 +1,1 @@
-"""PROCESS. Decides what is generated and what is trained; owns no GPU."""
+"""Process: decides which samples are generated and trained; uses no GPU."""

@@ -1,4 +1,4 @@
-"""`python -m megatron_async_rl.controller RUN_DIR`: the controller of the run whose config.yaml lies there."""
+"""python -m megatron_async_rl.controller RUN_DIR: the controller of the run with that folder."""
 
 import asyncio
 import sys

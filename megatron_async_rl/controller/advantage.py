@@ -1,19 +1,20 @@
-"""Rewards to advantages, one of a sample: with gamma = lambda = 1 and no critic each of its tokens has the same.
+"""Turns rewards into advantages, one per sample.
 
-With a critic (gae) it is the shaped reward that travels: the trainer makes advantages of it
-(trainer/critic.py).
+With gamma = lambda = 1 and no critic, all tokens of a sample have the same advantage. With a critic
+(gae) the shaped reward is sent instead, and trainer/algorithms/gae.py computes the advantages.
 
-The order: the reward r is shaped, s = clip(((r - 0.5) * 2 - bias) * scale), less the overlong
-penalty; then, for sample i of a group of G samples with shaped rewards s,
+The reward r is shaped first: s = clip(((r - 0.5) * 2 - bias) * scale), less the overlong penalty.
+Then, for sample i of a group of G samples with shaped rewards s (arXiv numbers at the right):
 
-    grpo           (s_i - mean s) / (std s + GROUP_EPS), std biased           DeepSeekMath, arXiv 2402.03300
-                   s_i itself with group_normalize = false                    AReaL, arXiv 2505.24298
-    dr_grpo        s_i - mean s                                               Dr. GRPO, arXiv 2503.20783
-    rloo           s_i - mean of the group's others = G / (G - 1) (s_i - mean s)          arXiv 2402.14740
-    reinforce_pp   s_i, normalised over the batch                             REINFORCE++, arXiv 2501.03262
+    grpo           (s_i - mean s) / (std s + GROUP_EPS), std biased    DeepSeekMath, 2402.03300
+                   s_i itself with group_normalize = false             AReaL, 2505.24298
+    dr_grpo        s_i - mean s                                        Dr. GRPO, 2503.20783
+    rloo           s_i - mean of the other samples                     2402.14740
+                     = G / (G - 1) (s_i - mean s)
+    reinforce_pp   s_i, normalized over the batch                      REINFORCE++, 2501.03262
 
-and with batch_normalize (always for reinforce_pp) (A - mean) / (std + BATCH_EPS) over all generated
-tokens of the batch, std biased. Everything is float64.
+With batch_normalize (always for reinforce_pp) the result is (A - mean) / (std + BATCH_EPS) over all
+generated tokens of the batch, std biased. All computations are in float64.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ def sample_advantages(
     algorithm: AlgorithmConfig,
     max_new_tokens: int | None = None,
 ) -> np.ndarray:
-    """[groups, samples] of one batch: rewards, generated tokens -> advantages, float64.
+    """Returns the advantages of one batch, [groups, samples] like both inputs, float64.
 
-    max_new_tokens: what a sample may generate; needed for the overlong penalty alone.
+    `tokens_GS`: generated tokens per sample. `max_new_tokens`: limit per sample; only the overlong
+    penalty needs it. Raises ValueError if it is missing then.
     """
     shaped_GS = shaped_rewards(rewards_GS, algorithm)
     if algorithm.reward_shaping.overlong_buffer_tokens:
@@ -45,7 +47,7 @@ def sample_advantages(
         )
     advantages_GS = _BASELINES[algorithm.advantage.estimator](shaped_GS, algorithm)
     if algorithm.advantage.estimator == "gae":
-        return advantages_GS  # rewards yet
+        return advantages_GS  # shaped rewards
     if algorithm.advantage.batch_normalize or algorithm.advantage.estimator == "reinforce_pp":
         advantages_GS = batch_normalized(advantages_GS, tokens_GS)
     return advantages_GS
@@ -61,7 +63,10 @@ def shaped_rewards(rewards_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.nda
 
 
 def overlong_share(tokens_GS: np.ndarray, max_new_tokens: int, buffer: int) -> np.ndarray:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13): 0 before the buffer, rising to 1 at its end."""
+    """Returns DAPO's soft overlong punishment: 0 before the buffer, rising to 1 at its end.
+
+    Source: arXiv 2503.14476, eq. 13.
+    """
     return ((np.asarray(tokens_GS, np.float64) - (max_new_tokens - buffer)) / buffer).clip(0.0, 1.0)
 
 
@@ -99,7 +104,7 @@ _BASELINES = {
 
 
 def batch_normalized(advantages_GS: np.ndarray, tokens_GS: np.ndarray) -> np.ndarray:
-    """Zero mean and, but for BATCH_EPS, unit variance over the tokens; unchanged where no token was generated."""
+    """Normalizes to mean 0 and variance 1 over tokens; returns the input if there are no tokens."""
     num_tokens = tokens_GS.sum()
     if not num_tokens:
         return advantages_GS

@@ -1,4 +1,4 @@
-"""What all parts of the controller share, and the one queue that its loop reads."""
+"""The queue that the controller's loop reads, and the objects that all its parts share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MessageArrived:
 
 
 class EventQueue:
-    """First in, first out. The loop itself must neither `put` nor `submit`: both wait for the loop."""
+    """First in, first out. The loop itself must not `put` or `submit`: both wait for the loop."""
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[tuple[MessageArrived | CoreEvent, Applied | None]] = (

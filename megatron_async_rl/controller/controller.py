@@ -1,7 +1,7 @@
 """The controller: one queue, one loop. The core decides (core/core.py), this file carries out.
 
     sockets --> _receive --MessageArrived--+
-    clock   --> _tick    --Tick------------+--> queue --> _loop: event -> actions = core.handle(event)
+    clock   --> _tick    --Tick------------+--> queue --> _loop: actions = core.handle(event)
     SIGTERM --> _drain   --DrainStarted----+                     journal.append(core.take_events())
     updates, catch-up, evaluation          |                     for each action: _carry_out
                 --ServerUpdated, ...-------+
@@ -12,12 +12,12 @@ or a worker. A task that needs a decision submits an event and waits until it is
     _receive        waits for: a message, and room in the queue
     _tick           waits for: a second, and its Tick      writes status.json, looks for stalls
     _conduct        waits for: all workers, then the trainer's offers of weights
-                    runs: update to version 0, evaluation, training; each update; the last evaluation
+                    runs: first update, evaluation; each update; last update, evaluation
     _drain          waits for: SIGTERM, then the trainer's checkpoint; ends the run as preempted
     delivery.run    waits for: a selected batch, then the journal on disk; sends the batch
     saving.run      waits for: a saved checkpoint, then the journal on disk; commits the checkpoint
 
-What another process could not take back leaves only when the journal is on disk: a batch
+Messages that other processes cannot undo are sent only when the journal is on disk: a batch
 (delivery.py), a weight update (coordinator.py), a checkpoint (saving.py).
 
 One sample's way: its group is admitted and leased (core/leases.py, Generate); it returns
@@ -30,12 +30,12 @@ Every process may end and come back. A worker that comes back says hello and has
 
     rollout worker  is STALE until it takes a verified update
     reward worker   gets the requests that are waiting
-    trainer         starts from its checkpoint, gets the recorded batches again, and offers weights that
-                    nobody needs until it is back at the newest version
+    trainer         starts from its checkpoint and gets the recorded batches again; the weights that
+                    it offers are not needed until it is back at the newest version
     controller      reads the journal; servers that kept their weights meanwhile go on serving
 
 The trainer waits in GetBatch until the core selects a batch. Rollout workers never wait for the
-trainer, except paused during a weight update; admission (max_staleness) is what limits generation.
+trainer, except paused during a weight update; admission (max_staleness) limits generation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sends batches to the trainer: advantages, one share per data-parallel leader, recorded batches again.
+"""Sends batches to the trainer: computes advantages and splits by data-parallel leader.
 
 The loop hands over the batch that the trainer waits for; `run` sends it once the journal is on
 disk, so the loop never waits for the disk.
@@ -27,13 +27,13 @@ class BatchDelivery:
         self._progress = context.progress
         self._pending: SendBatch | ResendBatch | None = None
         self._changed = asyncio.Event()
-        self.awaited_since: float | None = None  # when a leader asked; None: nobody waits
+        self.awaited_since: float | None = None  # when a leader requested a batch, if one waits
 
     def batch_requested(self, now: float) -> None:
         self.awaited_since = self.awaited_since or now
 
     def trainer_joined(self) -> None:
-        """Withdraws the pending batch: a restarted trainer requests what it needs."""
+        """Withdraws the pending batch: a restarted trainer requests its own."""
         self._pending = self.awaited_since = None
 
     def send(self, batch: SendBatch | ResendBatch) -> None:
@@ -42,7 +42,7 @@ class BatchDelivery:
         self._changed.set()
 
     async def run(self) -> None:
-        """Sends each pending batch once it is on disk: a batch that the trainer saw is never lost."""
+        """Sends each pending batch once it is on disk: a batch the trainer saw is never lost."""
         while True:
             await self._changed.wait()
             self._changed.clear()

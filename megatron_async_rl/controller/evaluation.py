@@ -1,4 +1,4 @@
-"""Evaluations: one sample of every evaluation prompt under the served weights, before and after training."""
+"""Evaluations before and after training: one sample per evaluation prompt, under served weights."""
 
 from __future__ import annotations
 

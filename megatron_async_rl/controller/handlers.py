@@ -1,7 +1,7 @@
 """Turns each message from a worker into events for the core.
 
 Called by the controller's loop. Replies that need no decision (Welcome, Refused, RejoinRequest) are
-sent here; what belongs to weight updates, batches and checkpoints is handed to those parts.
+sent here; messages about updates, batches and checkpoints go to the parts for those.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class MessageHandlers:
             ("message schema", hello.schema, SCHEMA),
         )
         found = [
-            f"{what} {theirs or 'unknown'} there, {ours} here"
-            for what, theirs, ours in versions
+            f"{kind} {theirs or 'unknown'} there, {ours} here"
+            for kind, theirs, ours in versions
             if theirs != ours
         ]
         remedy = "install the same version of megatron_async_rl on every host"

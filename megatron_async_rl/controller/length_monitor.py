@@ -1,15 +1,14 @@
-"""Are long answers starved? The lengths of what was sampled against what was trained and what was dropped.
+"""Detects starved long answers by the lengths of sampled, trained and dropped answers.
 
-A bound on staleness costs long answers first: they take longest, so they are the oldest at the cut,
-and the first to run out of their lease. When they are not trained the policy learns to be brief for
-no reason of the task. Two signs:
+A staleness bound hits long answers first: they take longest, so they are the oldest when a batch is
+selected and the first to exceed their lease. If they are not trained, the policy learns to be brief
+for no reason of the task. Warns if one of these holds:
 
-    mean length trained / sampled < MEAN_RATIO share of the longest tenth of the samples that was
-    trained < TAIL_RATIO * the share of all samples that was, and by more than chance: 3 standard
-    deviations, with the groups in that tenth as independent draws
+    mean length trained / sampled < MEAN_RATIO
+    trained share of the longest tenth of samples < TAIL_RATIO * trained share of all samples, and
+    lower by more than 3 standard deviations, the groups in that tenth being independent draws
 
-What is still pending counts for neither; a sample that was cut off counts with the tokens that it
-had.
+Pending groups do not count; a sample that was cut off counts with the tokens that it had.
 """
 
 from __future__ import annotations
@@ -30,50 +29,50 @@ from megatron_async_rl.controller.core.events import (
 )
 from megatron_async_rl.controller.core.groups import DropReason
 
-WINDOW = 128  # groups that a comparison looks back on, trained and dropped
-MIN_GROUPS = 16  # fewer trained ones say nothing
+WINDOW = 128  # most recent trained and dropped groups that are compared
+MIN_GROUPS = 16  # trained groups that a comparison needs
 MEAN_RATIO = 0.75
 TAIL_RATIO = 0.5
-_IGNORED = (
-    DropReason.RUN_ENDED.value
-)  # what is pending at the end is not a choice against long answers
+_IGNORED = DropReason.RUN_ENDED.value  # being pending at the end is no choice by length
 _REMEDY = {
     DropReason.STALE: "set staleness.straggler_policy=wait, or raise staleness.max_staleness",
     DropReason.GENERATION_FAILED: "raise rollout.lease_timeout_s, or lower rollout.max_new_tokens",
     DropReason.POISON: "raise rollout.lease_timeout_s, or lower rollout.max_new_tokens",
-    DropReason.REWARD_UNAVAILABLE: "see what the reward does with long answers",
-    DropReason.EQUAL_REWARDS: "see whether long answers are all wrong (algorithm.filters.drop_equal_rewards drops such groups)",
-    DropReason.SUCCESS_RATE: "see whether long answers are all wrong (algorithm.filters.success_rate_min drops such groups)",
+    DropReason.REWARD_UNAVAILABLE: "check the reward function on long answers",
+    DropReason.EQUAL_REWARDS: "check whether long answers are all wrong "
+    "(algorithm.filters.drop_equal_rewards drops such groups)",
+    DropReason.SUCCESS_RATE: "check whether long answers are all wrong "
+    "(algorithm.filters.success_rate_min drops such groups)",
 }
 
 
 @dataclass(frozen=True)
 class _Ended:
-    lengths: list[int]  # generated tokens, of each of its samples
-    reason: str  # why it was dropped; empty: it was trained
+    lengths: list[int]  # generated tokens of each sample
+    reason: str  # why it was dropped; empty if it was trained
 
 
 class LengthMonitor:
-    """Fed with the facts of a run; lengths are in generated tokens per sample."""
+    """Takes the journal events of a run; lengths are generated tokens per sample."""
 
     def __init__(self) -> None:
         self._pending: dict[int, dict[int, int]] = {}  # group -> sample -> generated tokens so far
         self._ended: deque[_Ended] = deque(maxlen=WINDOW)
         self._num_ended = self._quiet_until = 0
 
-    def saw(self, fact: JournalEvent) -> None:
-        if isinstance(fact, SampleReturned):
-            self._saw_tokens(fact.group_id, fact.index, fact.sample.num_generated)
-        elif isinstance(fact, PartialSaved):
-            self._saw_tokens(fact.group_id, fact.index, fact.partial.num_generated)
-        elif isinstance(fact, BatchSelected):
-            for group_id in fact.group_ids:
+    def saw(self, event: JournalEvent) -> None:
+        if isinstance(event, SampleReturned):
+            self._saw_tokens(event.group_id, event.index, event.sample.num_generated)
+        elif isinstance(event, PartialSaved):
+            self._saw_tokens(event.group_id, event.index, event.partial.num_generated)
+        elif isinstance(event, BatchSelected):
+            for group_id in event.group_ids:
                 self._end(group_id, "")
-        elif isinstance(fact, GroupDropped):
-            self._end(fact.group_id, fact.reason)
+        elif isinstance(event, GroupDropped):
+            self._end(event.group_id, event.reason)
 
     def step(self) -> dict[str, float]:
-        """Means, 90th percentiles, and the shares that were trained, for TensorBoard."""
+        """Returns means, 90th percentiles and trained shares, for TensorBoard."""
         stats = {}
         lengths, trained = self._arrays()
         for kind, these in (
@@ -91,7 +90,7 @@ class LengthMonitor:
         return stats
 
     def check(self, warn: Callable[[str], None]) -> None:
-        """Warns when long answers are starved, and again after so many groups that all are others than before."""
+        """Warns if long answers are starved, at most once per WINDOW groups."""
         if self._num_ended >= self._quiet_until and (starved := self._starved()):
             warn(starved)
             self._quiet_until = self._num_ended + WINDOW
@@ -114,9 +113,10 @@ class LengthMonitor:
         reasons = Counter(group.reason for group in self._ended if group.reason)
         reason, count = max(reasons.items(), key=lambda item: self._tokens_dropped(item[0]))
         return (
-            f"long answers are starved: of the last {len(self._ended)} groups {share:.0%} of all samples were trained, but "
-            f"{tail:.0%} of the longest tenth; {trained:.0f} tokens a sample trained, {sampled:.0f} sampled; {count} groups "
-            f"were dropped as {reason}: {_REMEDY[DropReason(reason)]}"
+            f"long answers are starved: of the last {len(self._ended)} groups {share:.0%} of all "
+            f"samples were trained, but {tail:.0%} of the longest tenth; {trained:.0f} tokens per "
+            f"trained sample, {sampled:.0f} per sampled one; {count} groups dropped as {reason}: "
+            f"{_REMEDY[DropReason(reason)]}"
         )
 
     def _groups_in_tail(self) -> int:
@@ -127,7 +127,7 @@ class LengthMonitor:
         return sum(sum(group.lengths) for group in self._ended if group.reason == reason)
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """[samples] lengths, and whether each was trained."""
+        """Returns the lengths and whether each was trained, [samples] each."""
         lengths = [length for group in self._ended for length in group.lengths]
         trained = [not group.reason for group in self._ended for _ in group.lengths]
         return np.asarray(lengths, np.int64), np.asarray(trained, bool)

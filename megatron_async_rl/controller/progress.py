@@ -1,4 +1,4 @@
-"""Turns what the controller sees into metrics, one log line per step, and status.json."""
+"""Turns events of the run into metrics, one log line per step, and status.json."""
 
 from __future__ import annotations
 
@@ -129,10 +129,10 @@ class Progress:
         status.eta_s = (status.steps - version) * float(np.mean(self._step_times))
         status.train_wait_fraction = self._waited_s / wall_s
         if "train/tokens" in stats:
-            status.train_tokens_per_s = stats["train/tokens"] / stats["perf/time/train_s"]
+            tokens_per_s = stats["train/tokens"] / stats["perf/time/train_s"]
+            status.train_tokens_per_s = self._step_stats["perf/train_tokens_per_s"] = tokens_per_s
         self._step_stats |= stats
         self._step_stats["perf/time/step_s"] = step_s
-        self._step_stats["perf/train_tokens_per_s"] = status.train_tokens_per_s
         self._step_stats["perf/generate_tokens_per_s"] = self._generate_rate()
         self._step_stats |= {
             f"ledger/{name.replace('.', '_')}": count for name, count in self.ledger.items()
@@ -141,8 +141,10 @@ class Progress:
         self._step_stats = {}
         state = ", ".join(f"{name} {count}" for name, count in self.ledger.items())
         logger.info(
-            "step %d/%d: reward %.3f, staleness mean %.2f max %d (worst %d), loss %.4f, step %.1f s, waited %.1f s; ledger: %s",
-            version, status.steps, status.reward_mean, status.staleness_mean, status.staleness_max, status.staleness_worst,
+            "step %d/%d: reward %.3f, staleness mean %.2f max %d (worst %d), loss %.4f, "
+            "step %.1f s, waited %.1f s; ledger: %s",
+            version, status.steps, status.reward_mean,
+            status.staleness_mean, status.staleness_max, status.staleness_worst,
             stats.get("train/loss", math.nan), step_s, self._waited_s, state,
         )  # fmt: skip
 

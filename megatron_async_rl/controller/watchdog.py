@@ -1,4 +1,4 @@
-"""When nothing moves for run.no_progress_timeout_s: who waits for whom, and the stacks of every process."""
+"""Describes a stall (run.no_progress_timeout_s): which process waits for which, and all stacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_async_rl.controller.workers import Workers
 
 
 def dump_stacks(workers: Workers) -> None:
-    """Makes every process of this host write its stacks to its log; continues stopped ones for it."""
+    """Makes every process of this host, also a stopped one, write its stacks to its log."""
     for pid in [os.getpid(), *(worker.hello.pid for worker in workers)]:
         with contextlib.suppress(OSError):  # it has ended
             # otherwise the pid belongs to a worker on another host

@@ -1,4 +1,4 @@
-"""Connected workers: names to sockets. core/fleet.py holds what each may do."""
+"""Connected workers: names to sockets. Their state is in core/fleet.py."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Workers:
         self.hub = hub
         self._by_name: dict[str, Worker] = {}
         self._names: dict[Peer, str] = {}
-        self._replaced: dict[Peer, str] = {}  # socket whose name was taken over -> by whom
+        self._replaced: dict[Peer, str] = {}  # socket -> the process that took over its name
         self._joined = asyncio.Event()
 
     def __iter__(self) -> Iterator[Worker]:

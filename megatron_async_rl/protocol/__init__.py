@@ -1,1 +1,1 @@
-"""What crosses a process border: types, messages, their encoding, and the sockets."""
+"""Messages between processes: types, encoding and sockets."""

@@ -1,15 +1,13 @@
-"""What crosses a process border, who sends it to whom, and what answers it.
+"""Messages between processes: sender, receiver, and the message that answers each.
 
-wire.py tells how they travel. Everything goes through the controller (a star), so "worker" below means the peer at the
-other end of the controller's one socket.
-
-`epoch` is the controller's life, `attempt` counts the leases of one group. A reply that carries an old one changes a
-counter and nothing else (fencing).
+The controller is one end of each: workers do not talk to each other. wire.py encodes messages,
+transport.py sends them. Replies with an old epoch or attempt are fenced: they change only a
+counter.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import msgspec
 
@@ -24,6 +22,7 @@ from megatron_async_rl.protocol.types import (
 )
 
 Role = Literal["rollout", "reward", "trainer"]
+Backend = Literal["nccl", "gloo"]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -34,22 +33,24 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 
 
 class Hello(Message, frozen=True):
-    """Worker -> controller, first of all. Answered by Welcome or, where the two ends do not match, by Refused.
+    """Worker -> controller, before anything else. Answered by Welcome, or by Refused if the two are
+    incompatible.
 
-    Every version of this package must be able to read `name`, `package` and `schema` of any other's.
+    Every version of this package must be able to read `name`, `package` and `schema` of every
+    other version.
     """
 
     role: Role
     name: str
     pid: int
-    leader: int = -1  # trainer: data-parallel rank whose share this rank fetches; -1: none
-    capacity: int = 0  # rollout: samples in flight at most; reward: verdicts at once
-    stage: int = -1  # trainer: pipeline stage whose weights this rank sends; -1: none
-    serving: int = (
-        -1
-    )  # rollout: version that its server holds, verified, with the gate open; -1: none
-    tokenizer: str = ""  # tokenizer.fingerprint of the model folder as this worker sees it; empty: it has no use for one
-    package: str = ""  # version of this package; filled in by the transport, like the next
+    leader: int = -1  # trainer: data-parallel rank if this rank fetches its share; or -1
+    capacity: int = 0  # rollout: most samples in flight; reward: most scores at once
+    stage: int = -1  # trainer: pipeline stage if this rank sends its weights; or -1
+    serving: int = -1  # rollout: verified version that its server serves; -1: none
+    tokenizer: str = (
+        ""  # tokenizer.fingerprint of the model folder; empty: not needed by the worker
+    )
+    package: str = ""  # version of this package; the transport fills in this and the next
     schema: str = ""  # digest of all message types, wire.SCHEMA
 
 
@@ -66,19 +67,21 @@ class Refused(Message, frozen=True):
 
 
 class RejoinRequest(Message, frozen=True):
-    """Controller -> worker whose earlier Hello it does not know (a new life of either) or no longer trusts (it was
-    silent for long). Answered by a new Hello; a trainer repeats what it waits for."""
+    """Controller -> worker that it does not know (one of them restarted) or considers lost.
+
+    Answered by a new Hello; a trainer also repeats its unanswered messages.
+    """
 
 
 class Heartbeat(Message, frozen=True):
-    """Rollout and reward workers -> controller, every few seconds; a worker silent for long is lost."""
+    """Rollout and reward workers -> controller, every few seconds; a silent worker is lost."""
 
     running: int = 0
     tokens_generated: int = 0  # since the worker's start
 
 
 class Shutdown(Message, frozen=True):
-    """Controller -> everyone: the run is over; end in order."""
+    """Controller -> every worker: the run is over; end in order."""
 
     reason: str
 
@@ -93,7 +96,10 @@ class Failed(Message, frozen=True):
 
 
 class Generate(Message, frozen=True):
-    """Controller -> rollout worker: a lease of these samples of a group. One Generated or GenerateFailed per index."""
+    """Controller -> rollout worker: a lease of these samples of a group.
+
+    Answered by one Generated or GenerateFailed per index.
+    """
 
     epoch: int
     group_id: int
@@ -103,7 +109,7 @@ class Generate(Message, frozen=True):
     prompt: Prompt
     max_new_tokens: int
     temperature: float  # 0 is greedy
-    partials: list[Partial | None] = []  # one per index, of an earlier lease; empty: none
+    partials: list[Partial | None] = []  # one per index, of an earlier lease; or empty
     floor_version: int = 0  # the worker's own partial samples count unless a token is older
 
     def key(self, index: int) -> SampleKey:
@@ -160,7 +166,7 @@ class ScoreResult(Message, frozen=True):
 
 
 class GetBatch(Message, frozen=True):
-    """Trainer leader -> controller: ready to train on `version`. Answered by TrainBatch or Shutdown."""
+    """Trainer leader -> controller: ready to train on `version`. Answered by TrainBatch."""
 
     version: int
 
@@ -173,31 +179,33 @@ class TrainBatch(Message, frozen=True):
 
 
 class Republish(Message, frozen=True):
-    """Controller -> all leaders while they wait for a batch: a server has come (back) and needs the weights of
-    `version`. Those who have them offer them; then they go on waiting for the same batch."""
+    """Controller -> all leaders that wait for a batch: a server needs the weights of `version`.
+
+    The weight sources offer them, then all continue to wait for the same batch.
+    """
 
     version: int
 
 
 class CheckpointSaved(Message, frozen=True):
-    """Trainer rank 0 -> controller: the weights and optimizer of `version` lie in run.dir/checkpoints/<folder>."""
+    """Trainer rank 0 -> controller: `version` is saved in run.dir/checkpoints/<folder>."""
 
     version: int
     folder: str
 
 
 class StepDone(Message, frozen=True):
-    """Trainer rank 0 -> controller: weights are now `version`; statistics of the step that made them."""
+    """Trainer rank 0 -> controller: the weights are now `version`, with statistics of the step."""
 
     version: int
     stats: dict[str, float]
 
 
-# ---- weights (controller/publisher.py tells the whole exchange)
+# ---- weights (controller/weight_sync/broadcast.py and snapshot.py draw the order)
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One tensor in a bucket, in Hugging Face's name and shape."""
+    """One tensor in a bucket, with its Hugging Face name and shape."""
 
     name: str
     dtype: str  # torch's name without the prefix: float32, bfloat16, float16
@@ -205,25 +213,25 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Tensors that travel as one flattened broadcast, in this order."""
+    """Tensors that are sent as one flattened broadcast, in this order."""
 
     tensors: list[TensorSpec]
 
 
 class PublishOffer(Message, frozen=True):
-    """Weight source -> controller: version `version` can be sent. Ends with Published."""
+    """Weight source -> controller: `version` can be sent. The update ends with Published."""
 
     version: int
-    source: int  # servers take the buckets of one source after the other, in this order
+    source: int  # servers receive from one source after another, in this order
     num_sources: int
     buckets: list[Bucket]
-    backend: Literal["nccl", "gloo"]
+    backend: Backend
     flattened: bool = True
 
 
 class OpenGroup(Message, frozen=True):
-    """Controller -> weight source: make the update group of this membership. Answered by GroupOpened at once; the
-    source then waits inside for the engines to join."""
+    """Controller -> weight source: open an update group. Answered by GroupOpened at once; then the
+    source waits for the engines to join."""
 
     group: str
     world_size: int
@@ -239,139 +247,144 @@ class GroupOpened(Message, frozen=True):
 
 
 class JoinGroup(Message, frozen=True):
-    """Controller -> rollout worker: join the update group of one stage. Answered by GroupJoined."""
+    """Controller -> rollout worker: join the update group of a source. Answered by GroupJoined."""
 
     group: str
     address: str
     port: int
     rank_offset: int
     world_size: int
-    backend: Literal["nccl", "gloo"]
+    backend: Backend
 
 
 class GroupJoined(Message, frozen=True):
-    """Rollout worker, or the source itself -> controller: in the group, or not."""
+    """Rollout worker, or the source itself -> controller: joined, or failed with `error`."""
 
     group: str
     error: str = ""
 
 
 class StageBuckets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The buckets of one pipeline stage and the group they come through."""
+    """The buckets of one source, and the group that they are sent in."""
 
     group: str
     buckets: list[Bucket]
 
 
 class UpdateWeights(Message, frozen=True):
-    """Controller -> rollout worker: interrupt all requests, stay paused, answer UpdateReady."""
+    """Controller -> rollout worker: interrupt all requests and stay paused. Answered by
+    UpdateReady."""
 
     version: int
 
 
 class UpdateReady(Message, frozen=True):
-    """Rollout worker -> controller: nothing runs any more."""
+    """Rollout worker -> controller: no request is running."""
 
     version: int
     seconds: dict[str, float]
 
 
 class SendBuckets(Message, frozen=True):
-    """Controller -> weight sources, when every receiver is ready and the groups stand: go."""
+    """Controller -> weight sources, when all receivers are ready: broadcast. Answered by
+    BucketsSent."""
 
     version: int
-    verify: bool = True  # work out the digests too
+    verify: bool = True  # compute the digests too
 
 
 class ReceiveBuckets(Message, frozen=True):
-    """Controller -> rollout workers, with SendBuckets: take these buckets in, stage by stage."""
+    """Controller -> rollout workers, with SendBuckets: load these buckets, source by source."""
 
     version: int
     stages: list[StageBuckets]
     verify: bool
-    flattened: bool = True  # a bucket is one broadcast; else each of its tensors is one
+    flattened: bool = True  # a bucket is one broadcast; otherwise each of its tensors is one
 
 
 class BucketsSent(Message, frozen=True):
-    """Weight source -> controller: done; what each tensor must digest to, in the engine's fused names."""
+    """Weight source -> controller: done, with the expected digest of each tensor in the engine."""
 
     version: int
     stage: int
-    digests: dict[str, str]
+    digests: dict[str, str]  # by the engine's fused names
     seconds: dict[str, float]
     error: str = ""
-    peak_bytes: int = 0  # GPU memory that the update took beside the model; 0 on a CPU
+    peak_bytes: int = 0  # GPU memory that the update took besides the model; 0 on a CPU
 
 
 class WeightDigests(Message, frozen=True):
-    """Controller -> rollout worker: all stages' digests; compare, then resume."""
+    """Controller -> rollout worker: the digests of all sources; compare, then resume. Answered by
+    Updated."""
 
     version: int
     digests: dict[str, str]
 
 
 class AbandonUpdate(Message, frozen=True):
-    """Controller -> rollout workers: a source failed, so this try is void. Who still waits for digests answers
-    UpdateReady and stays paused; the others have failed themselves."""
+    """Controller -> rollout workers: a source failed, so this attempt is void. Answered by
+    UpdateReady from workers that wait for digests, which stay paused."""
 
     version: int
 
 
 class WriteSnapshot(Message, frozen=True):
-    """Controller -> weight sources: write your tensors of `version` as files into this folder. Answered by FolderWritten."""
+    """Controller -> weight sources: write the tensors of `version` as files into this folder.
+    Answered by SnapshotWritten."""
 
     version: int
     folder: str
-    part: int  # number of the source, for the files' names
+    part: int  # number of the source, for the file names
 
 
 class SnapshotWritten(Message, frozen=True):
-    """Weight source -> controller: the files are on disk, or why not; and what each tensor must digest to in the engine."""
+    """Weight source -> controller: the files are on disk, or failed with `error`."""
 
     version: int
     files: list[FileEntry]
-    digests: dict[str, str]
+    digests: dict[str, str]  # expected of each tensor in the engine
     digest_kind: str
     seconds: dict[str, float]
     error: str = ""
 
 
 class Relabel(Message, frozen=True):
-    """Controller -> rollout worker, with run.mode = rollout_only: what the engine holds counts as `version` from now on.
-    Answered by Updated."""
+    """Controller -> rollout worker, in run.mode = rollout_only: the weights that it has count as
+    `version` from now on. Answered by Updated."""
 
     version: int
 
 
 class LoadSnapshot(Message, frozen=True):
-    """Controller -> rollout worker: verify the folder (snapshots.py), interrupt all requests, have the engine load it,
-    compare digests, resume. Answered by Updated."""
+    """Controller -> rollout worker: verify the snapshot, interrupt all requests, load it, compare
+    digests, resume. Answered by Updated."""
 
     version: int
     folder: str
 
 
 class Updated(Message, frozen=True):
-    """Rollout worker -> controller: serving `version` with digests that match, or why not."""
+    """Rollout worker -> controller: serves `version` with verified digests, or failed."""
 
     version: int
     seconds: dict[str, float]
     error: str = ""
-    num_interrupted: int = 0  # requests that the update stopped; they go on under the new weights
+    num_interrupted: int = 0  # requests that the update interrupted; they resume on the new weights
 
 
 class Published(Message, frozen=True):
-    """Controller -> weight sources: the update is over, whoever took part."""
+    """Controller -> weight sources: the update is over."""
 
     version: int
     num_serving: int
 
 
-AnyMessage = Union[
-    Hello, Welcome, Refused, RejoinRequest, Heartbeat, Shutdown, Failed,
-    Generate, Generated, PartialSample, GenerateFailed, ScoreRequest, ScoreResult,
-    GetBatch, TrainBatch, Republish, CheckpointSaved, StepDone,
-    PublishOffer, OpenGroup, GroupOpened, JoinGroup, GroupJoined,
-    UpdateWeights, UpdateReady, SendBuckets, ReceiveBuckets, BucketsSent, WeightDigests, AbandonUpdate, Updated, Published,
-    WriteSnapshot, SnapshotWritten, LoadSnapshot, Relabel,
-]  # fmt: skip
+AnyMessage = (
+    Hello | Welcome | Refused | RejoinRequest | Heartbeat | Shutdown | Failed
+    | Generate | Generated | PartialSample | GenerateFailed | ScoreRequest | ScoreResult
+    | GetBatch | TrainBatch | Republish | CheckpointSaved | StepDone
+    | PublishOffer | OpenGroup | GroupOpened | JoinGroup | GroupJoined
+    | UpdateWeights | UpdateReady | SendBuckets | ReceiveBuckets | BucketsSent
+    | WeightDigests | AbandonUpdate | Updated | Published
+    | WriteSnapshot | SnapshotWritten | LoadSnapshot | Relabel
+)  # fmt: skip

@@ -1,11 +1,12 @@
-"""The only file that imports zmq: one ROUTER (the controller's Hub), everyone else a DEALER (Link).
+"""Sockets between controller and workers; no other file imports zmq.
 
-Every socket is CURVE-authenticated: the run's folder holds the hub's key pair and one for the run's workers, files of
-mode 0600, made anew for each run. The hub writes its address beside them once it listens; workers wait for that file,
-so no port is chosen before it is bound.
+The controller has one ROUTER socket (Hub), every worker a DEALER socket (Link, or SyncLink in code
+that blocks). All are CURVE-authenticated with key pairs that run.dir holds (mode 0600, new for each
+run): one of the hub, one of the workers. The hub writes its address beside them once it listens;
+workers wait for that file, so no port is chosen before it is bound.
 
-A controller that dies comes back under the same address and keys, so the workers' sockets find it by themselves. It
-knows none of them: it answers their first message by SayHello, and they say hello again.
+A restarted controller has the same address and keys, so workers reconnect by themselves. It knows
+none of them: it answers their first message with RejoinRequest, and they say hello again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -26,48 +28,37 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 
 from megatron_async_rl import __version__, addresses
 from megatron_async_rl.errors import ConfigError, ProtocolError
-from megatron_async_rl.protocol.messages import (
-    AnyMessage,
-    CheckpointSaved,
-    GetBatch,
-    Heartbeat,
-    Hello,
-    Message,
-    Published,
-    PublishOffer,
-    Refused,
-    RejoinRequest,
-    Shutdown,
-    StepDone,
-    TrainBatch,
-    Welcome,
-)
+from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol.messages import AnyMessage, Hello, Message, Refused
 from megatron_async_rl.protocol.wire import SCHEMA, Codec, UnknownHello, read_unknown_hello
 
 MAX_FRAME_BYTES = 1 << 30  # a larger frame closes the connection that sent it
-MAX_IN_A_ROW = 16  # messages taken in before other coroutines get their turn
-LINGER_MS = 2000  # what is queued at close has this long to leave
-REBIND_S = 30.0  # an earlier life's port must be free by then
+MAX_IN_A_ROW = 16  # messages received before other coroutines run
+LINGER_MS = 2000  # for messages queued at close
+REBIND_S = 30.0  # for an earlier controller's port to become free
+_REPEATED = (
+    messages.GetBatch, messages.PublishOffer, messages.StepDone, messages.CheckpointSaved
+)  # fmt: skip
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def with_versions(hello: Hello) -> Hello:
-    """Says which messages this end speaks: the controller refuses others."""
+    """Adds the package version and message schema, which the controller compares with its own."""
     return msgspec.structs.replace(hello, package=__version__, schema=SCHEMA)
 
 
 class Peer(bytes):
-    """Who sent a message: the identity of a worker's socket, new at every start of that worker."""
+    """Identity of a worker's socket, new at every start of the worker."""
 
 
 class Hub:
-    """The controller's end: receives from all workers, sends to each by its Peer."""
+    """The controller's socket: receives from all workers, sends to each by its Peer."""
 
     def __init__(self, run_dir: Path, host: str = "127.0.0.1") -> None:
         if host not in LOOPBACK and not has_curve():
             raise ConfigError(
-                f"the controller does not listen on {host} without CURVE: this build of libzmq has none; install pyzmq's "
-                "own wheel, or run on one host"
+                f"run.host = {host}: the controller listens on other hosts only with CURVE, which "
+                "this build of libzmq lacks; install pyzmq's own wheel, or run on one host"
             )
         before = run_dir / "controller.address"
         port = int(before.read_text().rsplit(":", 1)[1]) if before.exists() else 0
@@ -84,11 +75,9 @@ class Hub:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(
-            zmq.SNDHWM, 0
-        )  # what is in flight is bounded by leases and batches, not by dropping
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # leases and batches bound the queue
         _keep_alive(self._socket)
-        self._plain = zmq.Socket.shadow(self._socket)  # the same socket, to be read without waiting
+        self._plain: Any = zmq.Socket.shadow(self._socket)  # the same socket, read without waiting
         self._in_a_row = 0
         self._codec = Codec()
         self.num_malformed = 0
@@ -99,7 +88,7 @@ class Hub:
             _write_atomic(before, f"tcp://{host}:{port}\n")
 
     async def receive(self) -> tuple[Peer, AnyMessage | UnknownHello]:
-        """The next well-formed message, or a Hello of another version; malformed ones are counted and dropped."""
+        """Returns the next message or a Hello of another version; drops malformed messages."""
         while True:
             peer, *frames = await self._receive()
             buffers = [frame.buffer for frame in frames]
@@ -111,7 +100,7 @@ class Hub:
                     return Peer(peer.bytes), stranger
 
     async def _receive(self) -> list[zmq.Frame]:
-        """What has come is taken without asyncio's machinery, which costs more than the message; others get their turn."""
+        """Takes a message that is there without asyncio, which would cost more than the message."""
         self._in_a_row += 1
         if self._in_a_row > MAX_IN_A_ROW:
             self._in_a_row = 0
@@ -121,12 +110,12 @@ class Hub:
         except zmq.Again:
             self._in_a_row = 0
             return await self._socket.recv_multipart(copy=False)
-        while frames[-1].more:  # the rest of a message comes with its first frame
+        while frames[-1].more:  # the rest of a message is there with its first frame
             frames.append(self._plain.recv(copy=False))
         return frames
 
     async def send(self, peer: Peer, message: Message) -> bool:
-        """False where that worker is no longer connected: the caller learns of the loss by its missing heartbeat."""
+        """Returns False if the worker is not connected; missing heartbeats will show the loss."""
         try:
             await self._socket.send_multipart([peer, *self._codec.encode(message)], copy=False)
         except zmq.ZMQError as e:
@@ -136,7 +125,7 @@ class Hub:
         return True
 
     def _bind_again(self, address: str) -> None:
-        """The address of the life before: its workers know no other."""
+        """Binds the address of the previous controller, which its workers know."""
         deadline = time.monotonic() + REBIND_S
         while True:
             try:
@@ -145,8 +134,9 @@ class Hub:
             except zmq.ZMQError as e:
                 if time.monotonic() > deadline:
                     raise ConfigError(
-                        f"{address}, this run's address, is taken: {e.strerror}; stop whoever listens there, or remove "
-                        "controller.address from run.dir and start all workers anew"
+                        f"{address}, this run's address, is taken: {e.strerror}; stop the process "
+                        "that listens there, or remove controller.address from run.dir and restart "
+                        "all workers"
                     ) from None
                 time.sleep(0.1)
 
@@ -157,7 +147,7 @@ class Hub:
 
 
 class Link:
-    """A worker's end under asyncio."""
+    """A worker's socket under asyncio."""
 
     def __init__(self, run_dir: Path, timeout_s: float = 60.0) -> None:
         self._context = zmq.asyncio.Context()
@@ -165,9 +155,10 @@ class Link:
         self._codec = Codec()
 
     async def join(self, hello: Hello | Callable[[], Hello], timeout_s: float = 60.0) -> int:
-        """Says hello; the controller's epoch. Raises ProtocolError when refused or not answered.
+        """Says hello and returns the controller's epoch.
 
-        A callable is asked again whenever the controller wants a new hello: what was leased before it is void.
+        Raises ProtocolError if refused or not answered.
+        A callable is called for every RejoinRequest too: all earlier leases are void then.
         """
         self._hello = lambda: with_versions(hello() if callable(hello) else hello)
         await self.send(self._hello())
@@ -177,14 +168,14 @@ class Link:
             raise ProtocolError(f"the controller did not answer within {timeout_s:.0f} s") from None
 
     async def receive(self) -> AnyMessage:
-        """The next message that is not about joining again, which is done here."""
+        """Returns the next message; answers RejoinRequest by itself."""
         while True:
             message = await self._receive()
-            if isinstance(message, RejoinRequest):
+            if isinstance(message, messages.RejoinRequest):
                 await self.send(self._hello())
             elif isinstance(message, Refused):
                 raise _refused(message)
-            elif not isinstance(message, Welcome):
+            elif not isinstance(message, messages.Welcome):
                 return message
 
     async def _receive(self) -> AnyMessage:
@@ -199,13 +190,13 @@ class Link:
 
 
 class SyncLink:
-    """A worker's end for code that blocks: the trainer.
+    """A worker's socket for code that blocks: the trainer.
 
-    What it has reported or asked since the last answer is said again to a new life of the controller; both ends take
-    it twice without harm.
+    Repeats its unanswered reports and requests to a restarted controller; both ends accept
+    duplicates.
     """
 
-    ended: Shutdown | None = None  # the run is over, whoever received that
+    ended: messages.Shutdown | None = None  # set when it was received, in whatever call
 
     def __init__(self, run_dir: Path, timeout_s: float = 60.0) -> None:
         self._context = zmq.Context()
@@ -217,7 +208,7 @@ class SyncLink:
 
     @property
     def own_address(self) -> str:
-        """This host's address on the way to the controller: loopback where that is on this host."""
+        """This host's address on the route to the controller; loopback if that is on this host."""
         return addresses.own_address(self._controller)
 
     def join(self, hello: Hello, timeout_s: float = 60.0) -> int:
@@ -231,29 +222,29 @@ class SyncLink:
         return epoch
 
     def receive(self, timeout_s: float) -> AnyMessage:
-        """The next message that is not about joining again, which is done here. Raises TimeoutError."""
+        """Returns the next message; answers RejoinRequest by itself. Raises TimeoutError."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
                 message = self._receive(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                self._send(Heartbeat())  # a new life of the controller learns of us by it
+                self._send(messages.Heartbeat())  # makes a restarted controller send RejoinRequest
                 raise
-            if isinstance(message, RejoinRequest) and self._hello is not None:
+            if isinstance(message, messages.RejoinRequest) and self._hello is not None:
                 for again in (self._hello, *self._unanswered):
                     self._send(again)
             elif isinstance(message, Refused):
                 raise _refused(message)
-            elif not isinstance(message, Welcome):
+            elif not isinstance(message, messages.Welcome):
                 break
-        if isinstance(message, TrainBatch | Published | Shutdown):
+        if isinstance(message, messages.TrainBatch | messages.Published | messages.Shutdown):
             self._unanswered.clear()
-        if isinstance(message, Shutdown):
+        if isinstance(message, messages.Shutdown):
             self.ended = message
         return message
 
     def send(self, message: Message) -> None:
-        if isinstance(message, GetBatch | PublishOffer | StepDone | CheckpointSaved):
+        if isinstance(message, _REPEATED):
             self._unanswered.append(message)
         self._send(message)
 
@@ -271,7 +262,7 @@ class SyncLink:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that is free now, for servers that must be told one; their start is retried on a lost race."""
+    """Returns a port that is free now; a server that loses the race for it is started again."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
@@ -280,7 +271,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 def _epoch(answer: AnyMessage) -> int:
     if isinstance(answer, Refused):
         raise _refused(answer)
-    if not isinstance(answer, Welcome):
+    if not isinstance(answer, messages.Welcome):
         raise ProtocolError(f"expected Welcome from the controller, got {type(answer).__name__}")
     return answer.epoch
 
@@ -289,13 +280,14 @@ def _refused(answer: Refused) -> ProtocolError:
     return ProtocolError(f"the controller refused this worker: {answer.reason}")
 
 
-def _connect(context: zmq.Context, run_dir: Path, timeout_s: float) -> zmq.Socket:
+def _connect(context: Any, run_dir: Path, timeout_s: float) -> Any:
     deadline = time.monotonic() + timeout_s
     address = run_dir / "controller.address"
     while not address.exists():
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"no controller wrote {address} within {timeout_s:.0f} s; is it running, with this run.dir?"
+                f"no controller wrote {address} within {timeout_s:.0f} s; start one with this "
+                "run.dir"
             )
         time.sleep(0.05)
     keys = run_dir / "keys"
@@ -313,7 +305,7 @@ def _connect(context: zmq.Context, run_dir: Path, timeout_s: float) -> zmq.Socke
 
 
 def _keep_alive(sock: zmq.Socket) -> None:
-    """The kernel notices a host that is gone within a minute, and both ends connect anew."""
+    """Makes the kernel notice a lost host within a minute; then both ends reconnect."""
     for option, value in (
         (zmq.TCP_KEEPALIVE, 1),
         (zmq.TCP_KEEPALIVE_IDLE, 30),
@@ -324,7 +316,7 @@ def _keep_alive(sock: zmq.Socket) -> None:
 
 
 def _make_keys(run_dir: Path) -> Path:
-    """Key pairs for this run: hub and workers; only the workers' public key is on the allow-list."""
+    """Makes the key pairs of hub and workers; only the workers' public key is allowed."""
     keys = run_dir / "keys"
     (keys / "allowed").mkdir(mode=0o700, parents=True, exist_ok=True)
     keys.chmod(0o700)

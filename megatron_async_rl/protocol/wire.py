@@ -1,15 +1,17 @@
-"""Messages as frames: a msgpack header and one raw frame per array. Nothing is ever pickled.
+"""Encodes messages as a msgpack header and one raw frame per array; nothing is pickled.
 
-A long array of few runs, such as the version or the advantage of each token, travels as its runs: a trajectory of 32k
-tokens is 262 KB instead of 393, on the wire and in the journal, and less to encrypt.
+A long array of few runs, such as the versions or advantages of tokens, is run-length encoded: a
+sample of 32k tokens takes 262 KB instead of 393, on the wire and in the journal.
 
-Also what tells two versions of the messages apart (SCHEMA), and what can be read of a Hello that is not of ours.
+SCHEMA, a digest of all message types, tells incompatible package versions apart; read_unknown_hello
+reads the Hello of another version well enough to refuse it by name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -19,16 +21,16 @@ from megatron_async_rl.errors import ProtocolError
 from megatron_async_rl.protocol.messages import AnyMessage
 
 Frame = bytes | memoryview
-_DTYPES = {"<i4": np.dtype("<i4"), "<f4": np.dtype("<f4")}  # the only element types that travel
-_RUNS = " runs"  # after the element type, of an array that travels as values and lengths
-_MIN_LENGTH, _MIN_MEAN_RUN = 256, 16  # of an array that is worth it
-_MAX_LENGTH = 1 << 24  # of an array that comes as runs: a small frame must not become a huge array
-_LOOK_AT = 64  # elements that tell most arrays of many runs from those of few
-ENCODING = 2  # to be raised when frames change
+_DTYPES = {"<i4": np.dtype("<i4"), "<f4": np.dtype("<f4")}  # the only element types
+_RUNS = " runs"  # follows the element type of a run-length encoded array
+_MIN_LENGTH, _MIN_MEAN_RUN = 256, 16  # of an array worth encoding
+_MAX_LENGTH = 1 << 24  # decoded: a small frame must not become a huge array
+_LOOK_AT = 64  # first elements, which rule out most arrays of many runs
+ENCODING = 2  # increase when the frames change
 
 
 class Codec:
-    """Messages (or another tagged union of structs) to frames and back. Not for use from two threads at once."""
+    """Encodes and decodes messages, or another tagged union of structs. Not thread-safe."""
 
     def __init__(self, kind: Any = AnyMessage) -> None:
         self._frames: list[Frame] = []
@@ -37,19 +39,20 @@ class Codec:
         self._decoder = msgspec.msgpack.Decoder(kind, dec_hook=self._get_array)
 
     def encode(self, message: msgspec.Struct) -> list[Frame]:
-        """Frames: msgpack header | one raw frame per array, in the order in which the header names them."""
+        """Returns the msgpack header and one raw frame per array, in the header's order."""
         self._frames = []
         try:
             header = self._encoder.encode(message)
         except (UnicodeEncodeError, OverflowError) as e:
-            raise ProtocolError(
-                f"a {type(message).__name__} holds what cannot travel: {e}"
-            ) from None
+            raise ProtocolError(f"a {type(message).__name__} cannot be encoded: {e}") from None
         return [header, *self._frames]
 
-    def decode(self, frames: list[Frame]) -> Any:
-        """The message; its arrays are read-only views of the frames. Raises ProtocolError on anything malformed."""
-        self._frames, self._num_read = frames[1:], 0
+    def decode(self, frames: Sequence[Frame]) -> Any:
+        """Returns the message; its arrays are read-only views of the frames.
+
+        Raises ProtocolError if anything is malformed.
+        """
+        self._frames, self._num_read = list(frames[1:]), 0
         try:
             message = self._decoder.decode(frames[0])
             if self._num_read != len(frames) - 1:
@@ -63,7 +66,8 @@ class Codec:
     def _put_array(self, value: Any) -> Any:
         if not isinstance(value, np.ndarray) or value.dtype.str not in _DTYPES or value.ndim != 1:
             raise ProtocolError(
-                f"{type(value).__name__} {getattr(value, 'dtype', '')} does not travel; 1-D int32/float32 do"
+                f"cannot encode {type(value).__name__} {getattr(value, 'dtype', '')}; only 1-D "
+                "int32 and float32 arrays"
             )
         runs = _as_runs(value)
         if runs is not None:
@@ -90,7 +94,10 @@ class Codec:
 
 
 def _as_runs(array: np.ndarray) -> np.ndarray | None:
-    """[2 * num_runs] int32: the bits of each run's value, then the runs' lengths; None where that is not much shorter."""
+    """Returns [2 * num_runs] int32: the bits of each run's value, then the lengths of the runs.
+
+    None if that is not much shorter.
+    """
     if len(array) < _MIN_LENGTH:
         return None
     bits = np.ascontiguousarray(array).view("<i4")
@@ -109,14 +116,14 @@ def _as_runs(array: np.ndarray) -> np.ndarray | None:
 def _from_runs(runs: np.ndarray, dtype: np.dtype) -> np.ndarray:
     values, lengths = runs[: len(runs) // 2], runs[len(runs) // 2 :]
     if len(runs) % 2 or (lengths < 1).any() or lengths.sum(dtype=np.int64) > _MAX_LENGTH:
-        raise ValueError(f"{len(runs)} numbers are no runs of at most {_MAX_LENGTH} elements")
+        raise ValueError(f"{len(runs)} numbers do not encode at most {_MAX_LENGTH} elements")
     array = np.repeat(values.view(dtype), lengths)
-    array.flags.writeable = False  # as those are that came as they are
+    array.flags.writeable = False  # like arrays that are views of frames
     return array
 
 
 class UnknownHello(msgspec.Struct, frozen=True):
-    """What any version's Hello says: enough to refuse it by name. Whatever else it has is not looked at."""
+    """The fields that every version's Hello has; other fields are ignored."""
 
     type: typing.Literal["Hello"]
     name: str = "a worker"
@@ -125,7 +132,7 @@ class UnknownHello(msgspec.Struct, frozen=True):
 
 
 def read_unknown_hello(header: Frame) -> UnknownHello | None:
-    """A Hello of other messages than ours; None when it is no Hello at all."""
+    """Returns the Hello of another package version; None if the header is no Hello."""
     try:
         return msgspec.msgpack.decode(header, type=UnknownHello)
     except (msgspec.DecodeError, ValueError, RecursionError):
@@ -133,7 +140,7 @@ def read_unknown_hello(header: Frame) -> UnknownHello | None:
 
 
 def schema_of(kind: Any) -> str:
-    """A digest of a type as it travels: names, fields, their types and which of them may be left out."""
+    """Returns a digest of a message type: names, fields, their types, and which are required."""
     structs: dict[str, str] = {}
     text = f"encoding {ENCODING}: {_describe(kind, structs)}"
     for name in sorted(structs):
@@ -142,16 +149,17 @@ def schema_of(kind: Any) -> str:
 
 
 def _describe(kind: Any, structs: dict[str, str]) -> str:
-    """The type in words that no Python version changes; structs that it is made of are added to `structs`."""
+    """Describes a type independently of the Python version; adds its structs to `structs`."""
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {arguments}"
     if arguments:
         origin = getattr(typing.get_origin(kind), "__name__", "union")
-        return f"{'union' if 'nion' in origin else origin}[{', '.join(_describe(a, structs) for a in arguments)}]"
+        inner = ", ".join(_describe(argument, structs) for argument in arguments)
+        return f"{'union' if 'nion' in origin else origin}[{inner}]"
     name = getattr(kind, "__name__", str(kind))
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and name not in structs:
-        structs[name] = ""  # it may hold itself
+        structs[name] = ""  # it may contain itself
         hints = typing.get_type_hints(kind)
         fields = [
             (f.name, _describe(hints[f.name], structs), f.required)

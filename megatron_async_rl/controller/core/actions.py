@@ -1,5 +1,5 @@
-"""What the core asks of the controller. Core.handle returns these; the controller appends the
-journal events of the same input first, then carries the actions out."""
+"""The results of Core.handle, which the controller carries out after it has appended the journal
+events of the same input."""
 
 from __future__ import annotations
 
@@ -75,13 +75,6 @@ class ReportError:
 
 
 Action = (
-    Send
-    | SendBatch
-    | ResendBatch
-    | ServerLost
-    | FinishEvaluation
-    | ReportSample
-    | ReportStep
-    | ReportDrop
-    | ReportError
-)
+    Send | SendBatch | ResendBatch | ServerLost | FinishEvaluation
+    | ReportSample | ReportStep | ReportDrop | ReportError
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is generated, scored and trained: a state machine without sockets, clock or threads.
+"""Decides what to generate, score and train: a state machine without sockets, clock or threads.
 
 `handle` takes one event (inputs.py) and returns the actions that follow (actions.py). Time is an
 argument and prompts come from an injected source, so the same code runs in the controller, in a
@@ -6,12 +6,12 @@ simulation on a virtual clock, and in a search of all its states.
 
 The states of a training group, and the files that implement the transitions:
 
-    QUEUED --lease--> RUNNING --all samples returned and scored--> READY --selected--> IN_BATCH --> trained
-       |  leases.py                       scoring.py                 |  batch_selection.py
-       ^                 |                                           |
-       +-- worker lost, lease expired (attempt + 1) -----------------+-----> dropped(reason)
+    QUEUED --leased--> RUNNING --all returned and scored--> READY --selected--> IN_BATCH --> trained
+       |  leases.py                  scoring.py               |  batch_selection.py
+       ^                  |                                   |
+       +-- worker lost, lease expired (attempt + 1) ----------+-----> dropped(reason)
 
-What must survive a restart is in state.py and is recorded as journal events; liveness, load and
+State that must survive a restart is in state.py and recorded as journal events; liveness, load and
 assignments are not.
 """
 
@@ -137,7 +137,7 @@ class Core:
         self.check()
 
     def take_events(self) -> list[events.JournalEvent]:
-        """Returns what was recorded since the last call, to be journaled before the actions."""
+        """Returns the events since the last call, to be journaled before the actions."""
         return self.state.take_events()
 
     # ---- workers
@@ -199,7 +199,8 @@ class Core:
             return []
         server.state, server.fenced_because = ServerState.FENCED, event.reason
         shutdown = actions.Send(server.name, messages.Shutdown(f"fenced: {event.reason}"))
-        return [*self._release_all(server.name), *self._advance(now), shutdown]
+        error = actions.ReportError(f"{server.name} is fenced: {event.reason}")
+        return [error, *self._release_all(server.name), *self._advance(now), shutdown]
 
     # ---- samples
 

@@ -88,15 +88,6 @@ class EvaluationFinished(JournalEvent, frozen=True):
 
 
 AnyEvent = (
-    ControllerStarted
-    | GroupAdmitted
-    | LeaseGranted
-    | LeaseFailed
-    | PartialSaved
-    | SampleReturned
-    | SampleScored
-    | BatchSelected
-    | BatchTrained
-    | GroupDropped
-    | EvaluationFinished
-)
+    ControllerStarted | GroupAdmitted | LeaseGranted | LeaseFailed | PartialSaved | SampleReturned
+    | SampleScored | BatchSelected | BatchTrained | GroupDropped | EvaluationFinished
+)  # fmt: skip

@@ -1,6 +1,6 @@
 """Connected workers, their load, and the weight version of each rollout server.
 
-A rollout worker:  STALE -> UPDATING -> SERVING -> UPDATING -> ...   and from any state -> FENCED or gone.
+A rollout worker:  STALE -> UPDATING -> SERVING -> UPDATING -> ...    any state -> FENCED or gone.
 Only SERVING ones get work. A new worker is STALE until it takes a verified weight update.
 """
 

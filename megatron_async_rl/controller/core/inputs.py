@@ -129,20 +129,8 @@ class RunEnded:
 
 
 CoreEvent = (
-    RolloutJoined
-    | RewardJoined
-    | WorkerLost
-    | Received
-    | UpdateStarted
-    | ServerUpdated
-    | UpdateFailed
-    | ServerFenced
-    | TrainerJoined
-    | BatchRequested
-    | BatchesHeld
-    | AdmissionOpened
-    | EvaluationRequested
-    | Tick
-    | DrainStarted
-    | RunEnded
-)
+    RolloutJoined | RewardJoined | WorkerLost | Received
+    | UpdateStarted | ServerUpdated | UpdateFailed | ServerFenced
+    | TrainerJoined | BatchRequested | BatchesHeld
+    | AdmissionOpened | EvaluationRequested | Tick | DrainStarted | RunEnded
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which server generates which samples: admission, leases, and whose replies are accepted.
+"""Assigns samples to servers: admission, leases, and the check of replies.
 
 Admission (AReaL eq. 3). With B = prompts_per_step, eta = max_staleness and N groups admitted and
 not dropped, a new group may start on a server of version v iff N < (v + eta + 1) * B: it is trained
@@ -85,7 +85,7 @@ class Leases:
         return Send(server.name, lease)
 
     def group_of(self, worker: str, reply: LeaseReply) -> Group | None:
-        """Returns the group that this reply may change; None for a late, duplicate or foreign one."""
+        """Returns the group that the reply may change; None if late, duplicate or foreign."""
         key = reply.key
         group = self._state.groups.get(key.group_id)
         if group is None or group.state is not GroupState.RUNNING or group.worker != worker:

@@ -1,4 +1,4 @@
-"""Which reward worker scores what.
+"""Assigns score requests to reward workers.
 
 Two kinds of requests share the queue: the reward of a finished sample, and the requests that a
 workflow makes during its sample (is the first answer right?). The latter come first, because a
@@ -102,7 +102,7 @@ class ScoringQueue:
         return True
 
     def requeue_from(self, worker: str) -> None:
-        """Queues again what a lost reward worker had."""
+        """Queues the requests of a lost reward worker again."""
         for task in [task for task in self.assigned.values() if task.worker == worker]:
             self._unassign(task)
             self._enqueue(task)

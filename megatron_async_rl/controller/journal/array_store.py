@@ -1,6 +1,6 @@
 """The arrays of journal events: files beside the database that are appended to and deleted whole.
 
-    run.dir/journal.arrays/000001.bin, 000002.bin, ...    segments; each controller start begins a new one
+    run.dir/journal.arrays/000001.bin, 000002.bin, ...   segments, a new one per controller start
 
 SQLite copies a blob three times (page cache, WAL, database); here it is written once, into space
 that was allocated before: 0.1 ms of CPU for 393 KB against 0.9. The order makes it safe: first the
@@ -83,7 +83,7 @@ class ArrayStore:
             os.fdatasync(self._fd)
 
     def rewind(self, position: tuple[int, int]) -> None:
-        """Continues at a position: an earlier one discards what was written since."""
+        """Continues at a position; an earlier one discards everything written since."""
         if self._fd >= 0:
             os.close(self._fd)
         self._segment, self._offset = position
@@ -112,7 +112,7 @@ class ArrayStore:
 
 
 class ArrayReader:
-    """The reader; the journal may be in use. Opens all segments at once, so pruning removes none."""
+    """The reader; the journal may be in use. Opens all segments now, so pruning removes none."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

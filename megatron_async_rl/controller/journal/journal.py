@@ -1,11 +1,11 @@
-"""The journal events of a run on disk: SQLite in WAL mode, one writer thread, many events per commit.
+"""The journal events of a run on disk: SQLite in WAL mode, one writer thread, shared commits.
 
-`append` only queues; the writer commits what has gathered. What another process could not take back
-(a batch, a weight update) leaves the controller only after `durable()`: the trainer never knows
+`append` only queues; the writer commits all queued events together. Messages that other processes
+cannot undo (a batch, a weight update) are sent only after `durable()`, so the trainer never knows
 more than the journal.
 
 A row is an event; one with arrays is stored in files beside the database (array_store.py), and its
-row holds the location. If the disk is full, the writer keeps what it has, tries again every second
+row holds the location. If the disk is full, the writer keeps its events, tries again every second
 and reports it (`error`); only `durable()` waits.
 """
 
@@ -60,8 +60,8 @@ class Journal:
             self._open()
         except sqlite3.DatabaseError as e:
             raise DataError(
-                f"the journal {path} cannot be read: {e}; restore it from a copy, or start over with "
-                "--from-scratch, which keeps the old folder aside"
+                f"the journal {path} cannot be read: {e}; restore it from a copy, or start over "
+                "with --from-scratch, which keeps the old folder aside"
             ) from None
         path.chmod(0o600)
         rows_per_segment = self._db.execute(
@@ -99,7 +99,7 @@ class Journal:
             self._items.put(group_ids)
 
     def close(self) -> None:
-        """Commits what is queued, unless the disk refuses it."""
+        """Commits all queued events, unless the disk is full."""
         self._closing.set()
         self._items.put(None)
         self._writer.join()
@@ -115,7 +115,7 @@ class Journal:
     def batch(
         self, version: int
     ) -> tuple[list[GroupAdmitted], list[SampleReturned], list[SampleScored]]:
-        """Returns what rebuilds the batch trained on `version`. Raises DataError if it was pruned."""
+        """Returns the events of the batch trained on `version`. Raises DataError if pruned."""
         batches = _select(self._path, "WHERE kind = 'BatchSelected' ORDER BY seq DESC")
         wanted = next(
             (b for b in batches if isinstance(b, BatchSelected) and b.version == version), None
@@ -128,9 +128,9 @@ class Journal:
         returned = [event for event in events if isinstance(event, SampleReturned)]
         if {event.group_id for event in returned} != set(wanted.group_ids):
             raise DataError(
-                f"the journal {self._path} no longer holds the samples trained on version {version}: "
-                "the checkpoint is older than the two that a run keeps; start over with "
-                "--from-scratch"
+                f"the journal {self._path} no longer holds the samples trained on version "
+                f"{version}: the checkpoint is older than the two that a run keeps; start over "
+                "with --from-scratch"
             )
         order = {group_id: position for position, group_id in enumerate(wanted.group_ids)}
         admitted = [event for event in events if isinstance(event, GroupAdmitted)]
@@ -160,7 +160,7 @@ class Journal:
         while True:
             items = [self._items.get()]
             if isinstance(items[0], tuple):
-                time.sleep(GATHER_S)  # nobody waits yet
+                time.sleep(GATHER_S)  # no `durable` waits yet
             while len(items) < MAX_EVENTS_PER_COMMIT and not self._items.empty():
                 items.append(self._items.get())
             events = [item for item in items if isinstance(item, tuple)]

@@ -3,12 +3,12 @@
     weight sources (weights/reshard.py)          controller                     rollout workers
     PublishOffer(version, buckets)  ------------>
                                                  UpdateWeights  ------------->  abort, pause
-                                                 <-------------- UpdateReady    (late or failed: fenced)
+                                                 <-------------- UpdateReady  (late, failed: fenced)
                        <--------- OpenGroup      only if the membership changed:
     GroupOpened(address, port)  ---------------> JoinGroup  ----------------->  join
     GroupJoined  ------------------------------> <-------------- GroupJoined
                        <--------- SendBuckets    ReceiveBuckets  ------------>
-    broadcast bucket 0, 1, ...  ..............................................  load bucket 0, 1, ...
+    broadcast bucket 0, 1, ...  .............................................  load bucket 0, 1, ...
     BucketsSent(digests)  ---------------------> WeightDigests  ------------->  compare, resume
                        <--------- Published      <------------------ Updated    (mismatch: fenced)
 

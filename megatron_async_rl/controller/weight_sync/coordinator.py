@@ -1,11 +1,11 @@
 """Which servers get which weights, and when; the publishers run each update.
 
 the trainer offers v+1 after its step          -> the servers that lack it are updated
-a server has no weights while the trainer      -> Republish: the trainer offers its weights once more and
-waits for a batch                                 continues to wait
-a trainer from a checkpoint offers an older v  -> Published(v, 0): nobody needs it
-a server is behind, and a snapshot on disk is  -> it loads the snapshot by itself (catch_up.py) and takes
-within max_staleness                              part in the next update again
+a server has no weights while the trainer      -> Republish: the trainer offers its weights again
+waits for a batch                                 and continues to wait
+a trainer from a checkpoint offers an older v  -> Published(v, 0): no server needs it
+a server is behind, and a snapshot on disk is  -> it loads the snapshot by itself (catch_up.py) and
+within max_staleness                              takes part in the next update
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class UpdateCoordinator:
         self._being_updated: frozenset[str] = frozenset()
         self._running: asyncio.Task[None] | None = None
 
-    # ---- what the loop reports
+    # ---- reports of the loop
 
     def offered(self, name: str, offer: PublishOffer) -> None:
         self._offers[name] = offer
@@ -94,7 +94,7 @@ class UpdateCoordinator:
     # ---- updates
 
     async def next(self) -> int:
-        """Waits for the trainer's next offers and brings the servers that lack them to that version.
+        """Waits for the trainer's next offers and updates the servers that lack that version.
 
         Returns the version of the fleet. After a failed update it waits for the next offer.
         """
@@ -120,7 +120,7 @@ class UpdateCoordinator:
         return offers
 
     async def _servers_without(self, version: int) -> list[str]:
-        """Returns the available servers that lack `version`; the trainer waits until there is one."""
+        """Returns the available servers that lack `version`; waits until one is available."""
         while version >= self._core.version and not self._available():
             if self._catch_up.is_busy():
                 await self._catch_up.one_done()

@@ -1,11 +1,11 @@
-"""The messages of one weight update between controller, weight sources and servers, by any transport.
+"""The messages of one weight update between controller, weight sources and servers.
 
-    with session.update(version, sources, servers) as outcome:   earlier replies do not count from now on
-        session.start_clock()                     every wait until the next start has this one deadline
-        await session.begin(servers, Message(..)) marks servers as updating, then sends
-        await session.send(name, ...)             a request of one step
+    with session.update(version, sources, servers) as outcome:
+        session.start_clock()                       one deadline for all waits until the next start
+        await session.begin(servers, Message(..))   marks servers as updating, then sends
+        await session.send(name, ...)
         replies = await session.collect(Kind, names, ...)
-    await session.release()                       the trainer continues
+    await session.release()                         the trainer continues
 
 A server that replies with an error or too late, or that is lost meanwhile, is fenced for this
 update: nothing waits for it, it gets no more messages, and its replies are ignored. Used by
@@ -121,7 +121,7 @@ class UpdateSession:
         failed: dict[str, str] | None = None,
         **match: Any,
     ) -> dict[str, M]:
-        """Returns the replies of a kind with the `match`ing version or group by name, until the deadline.
+        """Returns the replies of a kind and the `match`ing version or group, by name.
 
         A server that does not reply or is lost is fenced and left out. A server that replies with
         an error is fenced too, or noted in `failed` if that is given. A source's error is returned.
@@ -167,7 +167,7 @@ class RelabelPublisher:
 
         recorder                     controller                     rollout workers
         PublishOffer(version) ----->
-                                     Relabel(version)  ---------->  tokens get this version from now on
+                                     Relabel(version)  ---------->  new tokens get this version
                            <-------  Published      <-------------  Updated
 
     Requests are not interrupted: tokens generated before keep their version (SGLang >= 0.5.18;

@@ -1,14 +1,15 @@
 """Weights through the file system: sources write a folder, the controller completes it, servers
 load it (storage/snapshots.py):
 
-    weight sources (weights/reshard.py)          controller                     rollout workers
-    PublishOffer(version) -------------------->
-                       <--------- WriteSnapshot  begin
+    weight sources                      controller                    rollout workers
+    PublishOffer(version) ----------->
+                  <----- WriteSnapshot  begin
     files ............
-    SnapshotWritten(files, digests) ---------->  commit: manifest, rename
-                       <--------- Published      the trainer continues
-                                                 LoadSnapshot  -------------->  verify files; abort, load, digest,
-                                                             <--------- Updated  compare, resume (mismatch: fenced)
+    SnapshotWritten(files, digests) ->  commit: manifest, rename
+                  <--------- Published  the trainer continues
+                                        LoadSnapshot  ------------->  verify files; abort, load,
+                                                <---------- Updated   compare digests, resume
+                                                                      (mismatch: fenced)
 
 Requests are interrupted only while the engine loads. With weights.transport = network a snapshot is
 written after the broadcast at every weights.snapshot_every-th version, for servers that join later
@@ -87,7 +88,7 @@ class SnapshotStore:
         return snapshot
 
     async def discard_if_damaged(self, snapshot: Snapshot) -> str:
-        """Removes the snapshot if its files are damaged; returns the damage, empty if there is none."""
+        """Removes the snapshot if its files are damaged; returns the damage or an empty string."""
         damage = await asyncio.to_thread(snapshots.find_damage, snapshot)
         if damage:
             logger.error("%s is damaged and removed: %s", snapshot.path, damage)
@@ -97,7 +98,7 @@ class SnapshotStore:
 
 
 class TrainerPublisher:
-    """Publishes the trainer's weights through the file system, or over the network and then to disk."""
+    """Publishes the trainer's weights by disk, or by network and then to disk for later servers."""
 
     def __init__(self, session: UpdateSession, config: Config, store: SnapshotStore) -> None:
         self.session = session
