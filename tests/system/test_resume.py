@@ -76,7 +76,7 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     assert_no_process_left(run_dir)
     between = digests(run_dir)
     log = (run_dir / "logs" / "controller.log").read_text()
-    assert "the trainer is back at version" in log  # some steps were repeated
+    assert "the trainer repeated the step to version" in log  # some steps were repeated
     assert all(
         between[version] == digest for version, digest in before.items()
     )  # with bit-identical weights

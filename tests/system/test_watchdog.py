@@ -32,9 +32,7 @@ def test_stopped_processes_are_one_error_with_all_stacks(tmp_path: Path) -> None
         wait_for_version(run_dir, 2)
         stopped_at = time.monotonic()
         for process in watch.look():
-            if process.is_running() and not {"controller", "torch.distributed.run"} & _words(
-                process
-            ):
+            if process.is_running() and not {"controller", "trainer.torchrun"} & _words(process):
                 process.suspend()
         _, errors = child.communicate(timeout=90)
         assert child.returncode == 2
@@ -50,9 +48,9 @@ def test_stopped_processes_are_one_error_with_all_stacks(tmp_path: Path) -> None
             said[2],
         )
         assert re.search(
-            r"rollout-0 \w+ at version \d+ with \d+ samples, heard of \d+ s ago", said[2]
+            r"rollout-0 \w+ at version \d+ with \d+ samples, last heard \d+ s ago", said[2]
         )
-        assert re.search(r"reward-0 with \d+ verdicts, heard of \d+ s ago", said[2])
+        assert re.search(r"reward-0 with \d+ score requests, last heard \d+ s ago", said[2])
         for name in ("controller", "rollout-0", "trainer", "reward-0"):
             assert "most recent call first" in (run_dir / "logs" / f"{name}.log").read_text(), name
         assert watch.left() == []
