@@ -29,15 +29,15 @@ def written(tmp_path: Path, *group_ids: int) -> Path:
     return tmp_path / "journal.sqlite"
 
 
-def check(facts: list[AnyEvent], group_ids: list[int]) -> None:
-    assert [fact.group_id for fact in facts] == group_ids
-    for fact in facts:
-        assert isinstance(fact, SampleReturned) and fact.sample.text == f"text {fact.group_id}"
-        expected = sample_returned(fact.group_id).sample
-        assert np.array_equal(fact.sample.ids, expected.ids) and np.array_equal(
-            fact.sample.versions, expected.versions
+def check(events: list[AnyEvent], group_ids: list[int]) -> None:
+    assert [event.group_id for event in events] == group_ids
+    for event in events:
+        assert isinstance(event, SampleReturned) and event.sample.text == f"text {event.group_id}"
+        expected = sample_returned(event.group_id).sample
+        assert np.array_equal(event.sample.ids, expected.ids) and np.array_equal(
+            event.sample.versions, expected.versions
         )
-        assert np.array_equal(fact.sample.logprobs, expected.logprobs)
+        assert np.array_equal(event.sample.logprobs, expected.logprobs)
 
 
 def files(path: Path) -> list[str]:
@@ -153,6 +153,6 @@ def test_flushed_arrays_survive_a_kill(tmp_path: Path) -> None:
         assert child.stdout
         told = [int(child.stdout.readline()) for _ in range(5)]
         os.kill(child.pid, signal.SIGKILL)
-    facts = list(read_events(path))
-    assert len(facts) > told[-1]
-    check(facts, list(range(len(facts))))
+    events = list(read_events(path))
+    assert len(events) > told[-1]
+    check(events, list(range(len(events))))

@@ -303,8 +303,10 @@ def test_groups_outside_success_rate_band_are_dropped(
 def test_fenced_server_loses_its_work_and_gets_none() -> None:
     core = make_core(prompts_per_step=1, max_staleness=0)
     [lease] = join_workers(core)
-    [shutdown] = core.handle(inputs.ServerFenced("rollout-0", reason="digest"), 0)
-    assert shutdown == Send("rollout-0", Shutdown("fenced: digest"))
+    assert core.handle(inputs.ServerFenced("rollout-0", reason="digest"), 0) == [
+        ReportError("rollout-0 is fenced: digest"),
+        Send("rollout-0", Shutdown("fenced: digest")),
+    ]
     assert core.groups[lease.group_id].state is GroupState.QUEUED
     assert core.fleet.free_server(1, 0) is None
 

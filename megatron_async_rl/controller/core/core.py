@@ -174,9 +174,11 @@ class Core:
     # ---- weights of the servers
 
     def _server(self, event: inputs.ServerEvent) -> RolloutWorker | None:
-        """Returns the server, or None if that incarnation of it is gone."""
+        """Returns the server; None if that incarnation is gone or fenced."""
         server = self.fleet.rollout.get(event.worker)
-        return server if server and event.incarnation in (None, server.incarnation) else None
+        if server is None or server.is_fenced:
+            return None
+        return server if event.incarnation in (None, server.incarnation) else None
 
     def _update_started(self, event: inputs.UpdateStarted, now: float) -> list[Action]:
         if server := self._server(event):
