@@ -183,7 +183,7 @@ def test_trainer_on_two_nodes_finishes(job: Callable[..., Job]) -> None:
 
     again = running.submit()  # the run is complete: neither node waits for the other
     assert again.wait_for_end() == ("COMPLETED", "0:0")
-    assert "raise run.steps to go on" in again.output
+    assert "raise run.steps to continue" in again.output
 
 
 @pytest.mark.parametrize("cause", ["time limit", "preemption", "every process twice"])
@@ -258,4 +258,4 @@ def test_job_that_cannot_start_fails_on_all_nodes_without_requeue(
     state, code = running.wait_for_end()
     assert (state, code) == ("FAILED", "2:0") and running.job_field("Restarts") == "0"
     assert "0: error: model.path = nowhere: no such folder" in running.output
-    assert "1: n1 has nothing for this node to do" in running.output
+    assert "1: n1 did not start the run" in running.output
