@@ -21,7 +21,7 @@ from source_files import PACKAGE, relative_path, source_files
 from megatron_async_rl.controller import controller as controller_module
 from megatron_async_rl.controller import handlers as handlers_module
 from megatron_async_rl.controller.controller import Controller
-from megatron_async_rl.controller.core.actions import Action
+from megatron_async_rl.controller.core.actions import Action, ServerLost
 from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.protocol.messages import Heartbeat
 from megatron_async_rl.protocol.transport import Link
@@ -177,13 +177,14 @@ def test_controller_on_the_wall_clock_would_lose_workers(
 
     async def test(controller: Controller, link: Link) -> None:
         await ask(link, hello_of(model_and_dataset, "rollout", "rollout-0", serving=0))
-        lose = controller.core.worker_lost
+        handle = controller.core.handle
 
-        def worker_lost(name: str, now: float) -> list[Action]:
-            losses.extend(name for _ in range(name in controller.core.fleet.rollout))
-            return lose(name, now)
+        def recording_handle(event: object, now: float) -> list[Action]:
+            actions = handle(event, now)
+            losses.extend(action.worker for action in actions if isinstance(action, ServerLost))
+            return actions
 
-        controller.core.worker_lost = worker_lost  # type: ignore[method-assign]
+        controller.core.handle = recording_handle  # type: ignore[method-assign]
         await send_heartbeats(link, 3.5)  # three ticks, each an hour after the last beat
 
     hours = itertools.count()
