@@ -56,15 +56,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path)
-    parser.add_argument("run_dir", type=Path, nargs="?")
+    parser.add_argument("config", type=Path, help="YAML of the job (RUN_DIR with --report)")
+    parser.add_argument("run_dir", type=Path, nargs="?", help="run.dir of the job")
     parser.add_argument(
         "--report", action="store_true", help="only report the results of earlier starts on RUN_DIR"
     )
-    parser.add_argument("--faults", default=",".join(f for f in FAULTS if f not in ("F8", "F10")))
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--recover-limit-s", type=float, default=150.0)
+    parser.add_argument(
+        "--faults",
+        default=",".join(f for f in FAULTS if f not in ("F8", "F10")),
+        help="default: all but F8, which needs two hosts, and F10, which needs --disk-mb",
+    )
+    parser.add_argument("--rounds", type=int, default=1, help="injections of each fault")
+    parser.add_argument("--seed", type=int, default=1, help="of the random moments")
+    parser.add_argument(
+        "--recover-limit-s",
+        type=float,
+        default=150.0,
+        help="time in which a fault must be survived",
+    )
     parser.add_argument(
         "--limit-s",
         type=float,
@@ -76,7 +85,7 @@ def main() -> int:
         type=int,
         help="put run.dir on a separate file system of this size (F10 needs it)",
     )
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the job")
     arguments = parser.parse_intermixed_args()
     run_dir = (arguments.config if arguments.report else arguments.run_dir).resolve()
     chosen = arguments.faults.split(",")
