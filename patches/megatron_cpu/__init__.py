@@ -2,7 +2,7 @@
 
 Call `install()` before the first import of megatron.core.
 
-| patch       | what it does                                                         | needed    |
+| patch       | effect                                                               | needed    |
 |-------------|----------------------------------------------------------------------|-----------|
 | triton_leaf | replaces the module that imports triton unconditionally              | no triton |
 | router_gemm | defines a name that the MoE router reads after a failed import       | no TE     |
@@ -12,7 +12,7 @@ Call `install()` before the first import of megatron.core.
 | retarget    | constants 'cuda', 'torch.cuda.FloatTensor' of listed functions       | no CUDA   |
 
 Each patch checks that the code it replaces is still there and raises DriftError otherwise, so a new
-megatron-core stops the run at its start. With CUDA, triton and TE nothing is changed.
+megatron-core stops the run at its start. With CUDA, triton and TE no patch applies.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _router_gemm() -> None:
 
 
 class _Stream:
-    """A stream or event whose work is always finished."""
+    """A stream or event that is always finished."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -199,7 +199,7 @@ _CPU_CONSTANTS = {"cuda": "cpu"} | {
     for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "DoubleTensor")
 }
 
-# Module below megatron.core -> functions whose constants are replaced. '?' marks functions that
+# Module below megatron.core -> functions with constants to replace. '?' marks functions that
 # not every supported version has; any other must exist and hold at least one such constant.
 _RETARGETED = {
     "optimizer.clip_grads": [

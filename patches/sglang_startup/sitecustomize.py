@@ -1,8 +1,8 @@
 """Runs at the start of every Python process of the SGLang server (imported for its name).
 
 Parent death: each process that SGLang spawns asks the kernel to be killed with its parent. SGLang
-asks for the same, but only after seconds of imports: a scheduler whose server is killed in that
-time would go on running and keep its GPU memory.
+asks for the same, but only after seconds of imports: if the server is killed in that time, the
+scheduler would go on running and keep its GPU memory.
 
 SIGTERM: stays blocked in all of these processes, as the rollout worker that starts the server
 requests (blocked_sigterm.py).
@@ -56,7 +56,7 @@ class _BindStores(importlib.abc.MetaPathFinder):
 
 
 def _bound(store):
-    """Returns a constructor of `store` whose server listens on its own host name only."""
+    """Returns a constructor of `store` that makes servers listen on their host name only."""
 
     def make(host_name, port, world_size=None, is_master=False, *args, **kwargs):
         if not is_master or args or not kwargs.get("use_libuv", True):
