@@ -48,7 +48,7 @@ def who_waits(core: Core, workers: Workers, awaited_since: float | None, journal
     described += [
         f"{w.name} lost"
         for w in workers
-        if w.hello.role != "trainer" and w.name not in fleet.rollout | fleet.reward
+        if w.hello.role != "trainer" and w.name not in {*fleet.rollout, *fleet.reward}
     ]
     return (
         f"{trainer}; groups: {groups or 'none'}; {'; '.join(described)}; the next group would be "
