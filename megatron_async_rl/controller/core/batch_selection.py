@@ -50,15 +50,18 @@ class BatchSelector:
     def stale_groups(self) -> list[Group]:
         """Returns the complete groups that may not be trained any more."""
         oldest_allowed = self._state.version - self._settings.max_staleness
+        if not self._state.ready.has_older_than(oldest_allowed):
+            return []
         return [group for group in self._ready() if group.oldest_version < oldest_allowed]
 
     def select(self, now: float) -> SendBatch | None:
         """Selects the oldest complete groups if there are enough. Drop the stale ones before."""
-        ready = self._ready()
-        if len(ready) < self._settings.prompts_per_step or self._waits_for_straggler(now):
+        num_groups = self._settings.prompts_per_step
+        if len(self._state.ready) < num_groups or self._waits_for_straggler(now):
             return None
+        ready = self._ready()
         ready.sort(key=lambda group: group.oldest_version)  # stable: admission order in a version
-        chosen = [group.group_id for group in ready[: self._settings.prompts_per_step]]
+        chosen = [group.group_id for group in ready[:num_groups]]
         self._state.record(BatchSelected(self._state.version, chosen))
         self.requested_since = None
         self.requests.clear()
@@ -73,5 +76,5 @@ class BatchSelector:
         if not self._settings.wait_for_stragglers or waited_s > self._settings.straggler_timeout_s:
             return False
         last_chance = self._state.version - self._settings.max_staleness  # stale at version + 1
-        unfinished = self._state.in_state(GroupState.QUEUED, GroupState.RUNNING, purpose="train")
-        return any(group.oldest_version <= last_chance for group in unfinished)
+        unfinished = (self._state.queued, self._state.running)
+        return any(groups.has_older_than(last_chance + 1) for groups in unfinished)

@@ -40,12 +40,16 @@ class Leases:
         return self._state.ledger.claimed // self._settings.prompts_per_step
 
     def lease_queued(self, now: float, only_eval: bool) -> list[Send]:
-        """Leases queued groups as far as servers are free."""
+        """Leases queued groups, oldest admission first, as far as servers are free.
+
+        A group that no server has room for is passed over; no later lease makes room for it.
+        """
         sends = []
         oldest_allowed = self._state.version - self._settings.max_staleness
-        for group in self._state.in_state(GroupState.QUEUED, purpose="eval" if only_eval else None):
-            if server := self._fleet.free_server(len(group.missing), oldest_allowed):
-                sends.append(self._lease_to(server, group, now))
+        while group := self._state.queued.next(self._fleet.max_room(oldest_allowed), only_eval):
+            server = self._fleet.free_server(len(group.missing), oldest_allowed)
+            assert server, "max_room and free_server differ"
+            sends.append(self._lease_to(server, group, now))
         return sends
 
     def admit(self, now: float) -> list[Send]:
@@ -117,10 +121,11 @@ class Leases:
             server.load -= count
 
     def held_by(self, worker: str) -> list[Group]:
-        return [group for group in self._running() if group.worker == worker]
+        return [group for group in self._state.running.of(worker) if group.missing]
 
     def expired(self, now: float) -> list[Group]:
-        return [group for group in self._running() if now > group.deadline]
+        running = self._state.in_state(GroupState.RUNNING)
+        return [group for group in running if group.missing and now > group.deadline]
 
     def release(self, group: Group) -> DropReason | None:
         """Ends a failed lease: returned samples are kept, the others are leased again.
@@ -133,6 +138,3 @@ class Leases:
             return None
         several = len(set(group.failed_on)) > 1  # then the prompt is suspected, not a server
         return DropReason.POISON if several else DropReason.GENERATION_FAILED
-
-    def _running(self) -> list[Group]:
-        return [group for group in self._state.in_state(GroupState.RUNNING) if group.missing]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 from megatron_async_rl.controller.core import events
 from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState, Ledger
+from megatron_async_rl.controller.core.index import GroupIndex, QueuedGroups, RunningGroups
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import Prompt, Purpose
 
@@ -22,7 +23,13 @@ class ControllerState:
         self.version = 0  # of the trainer's weights
         self.ledger = Ledger()
         self.groups: dict[int, Group] = {}  # pending ones, and those of an evaluation
-        self._by_state: dict[GroupState, dict[int, Group]] = {state: {} for state in GroupState}
+        self.queued, self.running, self.ready = QueuedGroups(), RunningGroups(), GroupIndex()
+        self._by_state: dict[GroupState, GroupIndex] = {
+            GroupState.QUEUED: self.queued,
+            GroupState.RUNNING: self.running,
+            GroupState.READY: self.ready,
+            GroupState.IN_BATCH: GroupIndex(),
+        }
         self.in_batch: list[Group] = []  # being trained
         self.recorded: list[events.JournalEvent] = []  # not yet taken to the journal
         self._samples_per_prompt = samples_per_prompt
@@ -50,8 +57,8 @@ class ControllerState:
 
     def move(self, group: Group, state: GroupState) -> None:
         del self._by_state[group.state][group.group_id]
-        self._by_state[state][group.group_id] = group
         group.state = state
+        self._by_state[state][group.group_id] = group
 
     def forget(self, group: Group) -> None:
         del self.groups[group.group_id]
@@ -74,7 +81,7 @@ class ControllerState:
         return sum(group.purpose == "train" for group in self.groups.values())
 
     def in_state(self, *states: GroupState, purpose: Purpose | None = None) -> list[Group]:
-        """Returns groups in admission order; indexed by state, as every input event asks for it."""
+        """Returns groups in admission order. Scans and sorts them: not for every event."""
         found = [
             group
             for state in states
@@ -129,9 +136,11 @@ class ControllerState:
     def _apply_to_group(self, group: Group, event: events.JournalEvent) -> None:
         match event:
             case events.LeaseGranted():
-                self.move(group, GroupState.RUNNING)
+                del self._by_state[group.state][group.group_id]  # its worker is part of the index
                 group.worker, group.attempt = event.worker, event.attempt
                 group.floor_version = event.floor_version
+                group.state = GroupState.RUNNING
+                self.running[group.group_id] = group
             case events.LeaseFailed():
                 self.move(group, GroupState.QUEUED)
                 group.failed_on.append(event.worker)
@@ -144,6 +153,7 @@ class ControllerState:
                 if group.oldest_returned is None or oldest < group.oldest_returned:
                     group.oldest_returned = oldest
                 group.partials.pop(event.index, None)
+                self._by_state[group.state].changed(group)
             case events.SampleScored():
                 group.rewards[event.index] = event.reward
                 if group.is_scored:

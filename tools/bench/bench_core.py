@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Measures the controller's core: microseconds per event, also while servers are lost.
+
+    python tools/bench/bench_core.py --events 2000
+
+CPU time of Core.handle only: one thread, no sockets, no journal. Each server runs 64 samples in
+groups of 8; samples return in random order (seeded) and are scored at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_async_rl.controller.core import actions, inputs
+from megatron_async_rl.controller.core.core import Core
+from megatron_async_rl.controller.core.settings import CoreSettings
+from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol.types import NOT_GENERATED, Prompt, Sample
+
+SAMPLES, CAPACITY = 8, 64
+PROMPT = np.arange(4, dtype=np.int32)
+VERSIONS = np.array([NOT_GENERATED] * 4 + [0] * 4, np.int32)
+SAMPLE = Sample(np.arange(8, dtype=np.int32), np.zeros(8, np.float32), VERSIONS, "stop", "1")
+
+
+class Run:
+    """A core with its servers; the replies that it can expect are in `running`."""
+
+    def __init__(self, num_servers: int, prompts_per_step: int, max_staleness: int) -> None:
+        numbers = itertools.count()
+        settings = CoreSettings(
+            prompts_per_step=prompts_per_step,
+            samples_per_prompt=SAMPLES,
+            max_staleness=max_staleness,
+            wait_for_stragglers=True,
+            straggler_timeout_s=1e9,
+            max_new_tokens=8,
+            temperature=1.0,
+            eval_temperature=0.0,
+            lease_timeout_s=1e9,
+            max_attempts=3,
+            max_scoring_attempts=2,
+            drop_equal_rewards=False,
+            heartbeat_timeout_s=1e9,
+            steps=10**6,
+            data_parallel_size=1,
+        )
+        self.core = Core(settings, lambda: Prompt(str(next(numbers)), PROMPT, {}))
+        self.random = random.Random(0)
+        self.running: list[tuple[str, messages.Generate, int]] = []
+        self.times: list[float] = []
+        for n in range(8):
+            self.handle(inputs.RewardJoined(f"reward-{n}", 256))
+        for n in range(num_servers):
+            self.handle(inputs.RolloutJoined(f"rollout-{n}", CAPACITY))
+            self.handle(inputs.ServerUpdated(f"rollout-{n}", version=0))
+        self.handle(inputs.AdmissionOpened())
+        self.times.clear()
+
+    def handle(self, event: inputs.CoreEvent) -> None:
+        began = time.thread_time()
+        followed = self.core.handle(event, 0.0)
+        self.times.append(time.thread_time() - began)
+        self.core.take_events()
+        for action in followed:
+            if not isinstance(action, actions.Send):
+                continue
+            if isinstance(action.message, messages.Generate):
+                lease = action.message
+                self.running += [(action.worker, lease, index) for index in lease.indices]
+            elif isinstance(action.message, messages.ScoreRequest):
+                result = messages.ScoreResult(action.message.key, 1.0)
+                self.handle(inputs.Received(action.worker, result))
+
+    def finish_samples(self, count: int) -> None:
+        for _ in range(count):
+            position = self.random.randrange(len(self.running))
+            self.running[position], self.running[-1] = self.running[-1], self.running[position]
+            worker, lease, index = self.running.pop()
+            self.handle(inputs.Received(worker, messages.Generated(lease.key(index), SAMPLE)))
+
+    def lose(self, count: int) -> None:
+        lost = {f"rollout-{n}" for n in range(count)}
+        for name in sorted(lost):
+            self.handle(inputs.WorkerLost(name))
+        self.running = [reply for reply in self.running if reply[0] not in lost]
+
+    def evaluate(self, count: int) -> None:
+        prompts = [Prompt(f"eval-{n}", PROMPT, {}) for n in range(count)]
+        self.handle(inputs.EvaluationRequested(prompts))
+
+
+def steady(num_servers: int) -> Run:
+    return Run(num_servers, prompts_per_step=num_servers * 8, max_staleness=4)
+
+
+def awaited() -> Run:
+    """4,096 pending groups, almost all of them ready, and the trainer waits for its batch."""
+    run = Run(64, prompts_per_step=4096, max_staleness=0)
+    while len(run.running) > 3000:
+        run.finish_samples(1)
+    run.handle(inputs.BatchRequested(0, 0))
+    return run
+
+
+SCENARIOS: dict[str, tuple[Callable[[], Run], Callable[[Run], None]]] = {
+    "64 servers": (lambda: steady(64), lambda run: None),
+    "512 servers": (lambda: steady(512), lambda run: None),
+    "8 of 64 servers are lost": (lambda: steady(64), lambda run: run.lose(8)),
+    "32 of 512 servers are lost": (lambda: steady(512), lambda run: run.lose(32)),
+    "evaluation of 1,000 prompts begins, 64 servers": (
+        lambda: steady(64),
+        lambda run: run.evaluate(1000),
+    ),
+    "4,096 pending groups, batch awaited, 64 servers": (awaited, lambda run: None),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--events", type=int, default=2000, help="timed after each change")
+    arguments = parser.parse_args()
+    print("| state | us per event | events/s | slowest event of the change, ms |")
+    print("|---|---:|---:|---:|")
+    for name, (begin, change) in SCENARIOS.items():
+        run = begin()
+        run.finish_samples(200)  # warm-up
+        run.times.clear()
+        change(run)
+        slowest_ms = f"{1e3 * max(run.times):.1f}" if run.times else "-"
+        run.times.clear()
+        run.finish_samples(arguments.events // 2)  # each is a reply and a score
+        mean = sum(run.times) / len(run.times)
+        print(f"| {name} | {1e6 * mean:.0f} | {1 / mean:,.0f} | {slowest_ms} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
