@@ -60,6 +60,7 @@ from megatron_async_rl.controller.journal.journal import Journal
 from megatron_async_rl.controller.length_monitor import LengthMonitor
 from megatron_async_rl.controller.progress import Progress
 from megatron_async_rl.controller.saving import CheckpointCommitter
+from megatron_async_rl.controller.score_monitor import ScoreMonitor
 from megatron_async_rl.controller.weight_sync.catch_up import CatchUp
 from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinator
 from megatron_async_rl.controller.weight_sync.session import RelabelPublisher, UpdateSession
@@ -69,7 +70,7 @@ from megatron_async_rl.data.dataset import PromptStream, read_prompts
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import Error, Preempted
 from megatron_async_rl.observability.run_log import RunLog
-from megatron_async_rl.protocol.messages import Hello, Republish, Shutdown
+from megatron_async_rl.protocol.messages import Hello, Republish, ScoreResult, Shutdown
 from megatron_async_rl.protocol.transport import Hub
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class Controller:
         self.saving = CheckpointCommitter(context)
         self.evaluation = Evaluation(context, eval_prompts)
         self.lengths = LengthMonitor()
+        self.scores = ScoreMonitor(config.algorithm.samples_per_prompt)
         self.handlers = MessageHandlers(context, self.updates, self.delivery, self.saving)
         self._hub = hub
         self._restore()
@@ -172,11 +174,14 @@ class Controller:
                 applied.set_result(None)
 
     async def _apply(self, event: inputs.CoreEvent) -> None:
+        if isinstance(event, inputs.Received) and isinstance(event.message, ScoreResult):
+            self.scores.received(event.message)
         followed = self.core.handle(event, time.monotonic())
         recorded = self.core.take_events()
         self.journal.append(recorded)
         for entry in recorded:
             self.lengths.saw(entry)
+            self.scores.saw(entry)
             self.saving.saw(entry)
         # before the first await: the restarted server may be in the next update
         for action in followed:
@@ -207,7 +212,8 @@ class Controller:
         if step.stats is None:
             self.progress.replayed(step.version, self.core.version)
         else:
-            self.progress.step_done(step.version, step.stats | self.lengths.step())
+            stats = step.stats | self.lengths.step() | self.scores.step()
+            self.progress.step_done(step.version, stats)
             self.lengths.check(self.progress.warn)
 
     async def _request_weights(self) -> None:

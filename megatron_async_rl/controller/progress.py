@@ -26,7 +26,6 @@ from megatron_async_rl.observability.status import (
 from megatron_async_rl.protocol.types import Sample
 
 logger = logging.getLogger(__name__)
-RATE_WINDOW_S = 15.0
 ETA_STEPS = 8  # the remaining time is estimated from this many steps
 
 
@@ -47,8 +46,8 @@ class Progress:
         self._training_began = 0.0
         self._last_step = 0.0
         self._step_times: deque[float] = deque(maxlen=ETA_STEPS)
-        self._generated: deque[tuple[float, int]] = deque()  # (when, tokens)
-        self._waited_s = 0.0  # total that the trainer waited for batches
+        self._generated_tokens = 0  # since the last step
+        self._waited_s = 0.0  # how long the trainer waited for the batch of this step
         self._updating_s = 0.0
         self._step_stats: dict[str, float] = {}  # of the current step
 
@@ -60,6 +59,7 @@ class Progress:
         self.state, self.message = "training", ""
         self._training_began = self._last_step = self.last_progress = time.monotonic()
         self._updating_s = 0.0
+        self._generated_tokens = 0
 
     def resumed(self, version: int, ledger: dict[str, int]) -> None:
         self._status.version, self.ledger = version, ledger
@@ -84,7 +84,7 @@ class Progress:
 
     def generated(self, sample: Sample) -> None:
         self.last_progress = time.monotonic()
-        self._generated.append((self.last_progress, sample.num_generated))
+        self._generated_tokens += sample.num_generated
         self._status.interrupted_samples += sample.num_interrupts > 0
 
     def batch_selected(
@@ -113,8 +113,7 @@ class Progress:
         status.staleness_worst = max(status.staleness_max, status.staleness_worst or 0)
         status.reward_mean = float(rewards.mean())
         status.reward_history.append(status.reward_mean)
-        self._waited_s += waited_s
-        self._step_stats["perf/time/wait_for_batch_s"] = waited_s
+        self._waited_s = self._step_stats["perf/time/wait_for_batch_s"] = waited_s
 
     def step_done(self, version: int, stats: dict[str, float]) -> None:
         now = time.monotonic()
@@ -122,30 +121,35 @@ class Progress:
         step_s = now - self._last_step
         self._last_step = now
         self._step_times.append(step_s)
-        wall_s = now - self._training_began
         status = self._status
         status.version = version
         status.step_s = step_s
         status.eta_s = (status.steps - version) * float(np.mean(self._step_times))
-        status.train_wait_fraction = self._waited_s / wall_s
-        if "train/tokens" in stats:
-            tokens_per_s = stats["train/tokens"] / stats["perf/time/train_s"]
-            status.train_tokens_per_s = self._step_stats["perf/train_tokens_per_s"] = tokens_per_s
+        status.train_wait_fraction = self._waited_s / step_s
+        status.generate_tokens_per_s = self._generated_tokens / step_s
+        status.reward_all_mean = stats.get("reward/all_mean")
         self._step_stats |= stats
         self._step_stats["perf/time/step_s"] = step_s
-        self._step_stats["perf/generate_tokens_per_s"] = self._generate_rate()
+        self._step_stats["perf/generate_tokens_per_s"] = status.generate_tokens_per_s
+        if (tokens := stats.get("train/tokens")) is not None:
+            busy_s = stats["perf/time/proximal_s"] + stats["perf/time/train_s"]
+            status.train_tokens_per_s = self._step_stats["perf/train_tokens_per_s"] = (
+                tokens / step_s
+            )
+            self._step_stats["perf/trainer_busy_tokens_per_s"] = tokens / busy_s
         self._step_stats |= {
             f"ledger/{name.replace('.', '_')}": count for name, count in self.ledger.items()
         }
         self._record(self._log.write_scalars, version, self._step_stats)
-        self._step_stats = {}
+        waited_s = self._waited_s
+        self._step_stats, self._generated_tokens, self._waited_s = {}, 0, 0.0
         state = ", ".join(f"{name} {count}" for name, count in self.ledger.items())
         logger.info(
-            "step %d/%d: reward %.3f, staleness mean %.2f max %d (worst %d), loss %.4f, "
-            "step %.1f s, waited %.1f s; ledger: %s",
-            version, status.steps, status.reward_mean,
+            "step %d/%d: reward %.3f (all scored groups %.3f), staleness mean %.2f max %d "
+            "(worst %d), loss %.4f, step %.1f s, waited %.1f s; ledger: %s",
+            version, status.steps, status.reward_mean, stats.get("reward/all_mean", math.nan),
             status.staleness_mean, status.staleness_max, status.staleness_worst,
-            stats.get("train/loss", math.nan), step_s, self._waited_s, state,
+            stats.get("train/loss", math.nan), step_s, waited_s, state,
         )  # fmt: skip
 
     def published(self, outcome: Outcome) -> None:
@@ -177,7 +181,9 @@ class Progress:
         status = self._status
         status.state, status.message, status.ledger = self.state, self.message, self.ledger
         status.lost = self.lost
-        status.generate_tokens_per_s = self._generate_rate()
+        if self.training and not self._step_times:  # until a step gives the rate
+            seconds = time.monotonic() - self._last_step
+            status.generate_tokens_per_s = self._generated_tokens / seconds
         status.fleet = [
             ServerStatus(w.name, w.state.value, w.version, w.load) for w in fleet.rollout.values()
         ]
@@ -195,9 +201,3 @@ class Progress:
             if self._write_error != str(e):
                 logger.error("%s could not write: %s; the run continues", write.__name__, e)
             self._write_error = str(e)
-
-    def _generate_rate(self) -> float:
-        now = time.monotonic()
-        while self._generated and self._generated[0][0] < now - RATE_WINDOW_S:
-            self._generated.popleft()
-        return sum(tokens for _, tokens in self._generated) / RATE_WINDOW_S

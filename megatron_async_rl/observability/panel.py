@@ -153,6 +153,8 @@ def _reward(status: RunStatus) -> Text:
     if len(history) > 1:
         text.append(f"  {_spark(history)}", "green")
         text.append(f"  from {history[0]:.3f}", "dim")
+    if status.reward_all_mean is not None:
+        text.append(f"   all scored groups {status.reward_all_mean:.3f}")
     return text
 
 
@@ -188,7 +190,7 @@ def _weights(status: RunStatus) -> Text:
 def _step_time(status: RunStatus) -> Text:
     text = Text.assemble("step ", (_seconds(status.step_s), "bold"))
     if status.train_wait_fraction is not None:
-        text.append(f"   trainer waits for samples {status.train_wait_fraction:.0%} of it")
+        text.append(f"   trainer waited for samples {status.train_wait_fraction:.0%} of it")
     return text
 
 

@@ -1,17 +1,7 @@
 """Writes the controller's records below `run.dir`: TensorBoard, samples.jsonl, status.json.
 
-TensorBoard tags are `area/name`, with the unit at the end. RunLog.write_samples fills the first
-row, callers of RunLog.write_scalars the others:
-
-    reward/ rollout/ staleness/   of the trained samples
-    train/                        loss, clip fraction, gradient norm ...
-    perf/                         tokens per second; perf/time/<phase>_s: wall time of each phase
-    sync/                         weight updates: seconds, bytes
-    eval/                         accuracy before and after training
-    ledger/                       admitted, trained, pending, dropped_<reason>: groups so far
-
-AReaL's names that differ: task_reward is reward/mean, seq_len is rollout/response_tokens,
-head_offpolicyness and tail_offpolicyness are staleness/first_token and staleness/last_token.
+TensorBoard tags are `area/name`, with the unit at the end; docs/metrics.md defines every one.
+RunLog.write_samples writes those of trained samples, callers of RunLog.write_scalars the others.
 """
 
 from __future__ import annotations

@@ -46,8 +46,10 @@ class RunStatus(msgspec.Struct):
     version: int = 0  # training steps done
     steps: int = 0  # training steps to do
     eta_s: float | None = None  # estimated time to the end
-    reward_mean: float | None = None
+    reward_mean: float | None = None  # of the trained groups
+    reward_all_mean: float | None = None  # of all groups scored since the step before
     reward_history: list[float] = []
+    # of the last step: tokens of the samples that returned, and trained, over its wall time
     generate_tokens_per_s: float | None = None
     train_tokens_per_s: float | None = None
     staleness_mean: float | None = None
@@ -57,7 +59,7 @@ class RunStatus(msgspec.Struct):
     update_s: float | None = None  # the last weight update
     update_fraction: float | None = None  # share of the wall time spent in weight updates
     step_s: float | None = None
-    train_wait_fraction: float | None = None  # share of the wall time the trainer waits for data
+    train_wait_fraction: float | None = None  # share of the step that the trainer waited for data
     ledger: dict[str, int] = {}  # admitted, trained, pending, dropped.<reason>: in groups
     fleet: list[ServerStatus] = []
     evals: list[EvaluationResult] = []

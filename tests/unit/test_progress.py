@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from run_log_builders import log_config, read_tensorboard, sample_of_versions
 
 from megatron_async_rl.controller.core.actions import SendBatch
@@ -18,10 +20,17 @@ from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.protocol.types import Prompt
 
 TAG = re.compile(r"(reward|rollout|staleness|train|perf|sync|eval|ledger)(/[a-z0-9_]+)+")
-STATS = {"train/loss": 0.1, "train/tokens": 100.0, "perf/time/train_s": 0.5}
+STATS = {
+    "train/loss": 0.1,
+    "train/tokens": 100.0,
+    "perf/time/proximal_s": 0.3,
+    "perf/time/train_s": 0.5,
+}
 
 
-def select_batch(progress: Progress, version: int, *runs: tuple[int, int]) -> None:
+def select_batch(
+    progress: Progress, version: int, *runs: tuple[int, int], waited_s: float = 0.1
+) -> None:
     group = Group(
         version,
         Prompt("p", np.arange(3, dtype=np.int32), {}),
@@ -30,8 +39,55 @@ def select_batch(progress: Progress, version: int, *runs: tuple[int, int]) -> No
         [1.0],
     )
     batch, rewards = SendBatch(version, [group]), np.ones((1, 1))
-    progress.batch_selected(batch, rewards, np.zeros((1, 1)), waited_s=0.1)
+    progress.batch_selected(batch, rewards, np.zeros((1, 1)), waited_s=waited_s)
     progress.step_done(version + 1, STATS)
+
+
+def test_throughput_is_tokens_since_the_last_step_over_its_wall_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    config = log_config(tmp_path)
+    log = RunLog(tmp_path, config)
+    progress = Progress(log, config)
+    progress.begin_training()
+    clock[0] = 1.0  # samples return early in a step of 40 s
+    for _ in range(3):
+        progress.generated(sample_of_versions((0, 40)))
+    clock[0] = 40.0
+    select_batch(progress, 0, (0, 5), waited_s=10.0)
+    clock[0] = 50.0  # a step of 10 s, in which no sample returned
+    select_batch(progress, 1, (0, 5), waited_s=1.0)
+    progress.write(Fleet())
+    log.close()
+    board = read_tensorboard(tmp_path)
+
+    def values(tag: str) -> list[float]:
+        return [event.value for event in board.Scalars(f"perf/{tag}")]
+
+    assert values("generate_tokens_per_s") == [3.0, 0.0]
+    assert values("train_tokens_per_s") == [2.5, 10.0]
+    assert values("trainer_busy_tokens_per_s") == [125.0, 125.0]
+    assert values("time/wait_for_batch_s") == [10.0, 1.0]
+    status = read_status(tmp_path)
+    assert (status.train_wait_fraction, status.train_tokens_per_s) == (0.1, 10.0)
+
+
+def test_generated_tokens_are_shown_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    config = log_config(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path, config)
+    progress = Progress(log, config)
+    progress.begin_training()
+    progress.generated(sample_of_versions((0, 40)))
+    clock[0] = 20.0
+    progress.write(Fleet())
+    log.close()
+    assert read_status(tmp_path).generate_tokens_per_s == 2.0
 
 
 def test_worst_staleness_of_the_run_is_kept(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_panel_shows_the_main_figures_and_fits(width: int) -> None:
     for part in (
         "training", "37/60", "4:12 elapsed, 1:12 left", "0.710", "▁", "█", "12,345 generated",
         "8,910 trained", "mean 0.83   max 2   worst so far 3 of 4", "0.11 s", "0.6% of the time",
-        "waits for samples 3%", "rollout-1  updating", "31.2% (v0)  ->  65.5% (v37)",
+        "waited for samples 3%", "rollout-1  updating", "31.2% (v0)  ->  65.5% (v37)",
         "1,220 admitted = 1,184 trained + 33 pending + 3 dropped",
     ):  # fmt: skip
         assert part in text
