@@ -13,7 +13,7 @@ from megatron_async_rl.controller.progress import Progress
 from megatron_async_rl.controller.workers import Workers
 from megatron_async_rl.protocol.messages import AnyMessage
 from megatron_async_rl.protocol.transport import Peer
-from megatron_async_rl.protocol.wire import UnknownHello
+from megatron_async_rl.protocol.wire import Malformed, UnknownHello
 
 MAX_QUEUED = 16  # messages; the others wait in their sockets
 Applied = asyncio.Future[None]
@@ -22,7 +22,7 @@ Applied = asyncio.Future[None]
 @dataclass(frozen=True)
 class MessageArrived:
     peer: Peer
-    message: AnyMessage | UnknownHello
+    message: AnyMessage | UnknownHello | Malformed
 
 
 class EventQueue:

@@ -7,6 +7,7 @@ disk, so the loop never waits for the disk.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 import numpy as np
@@ -15,8 +16,11 @@ from megatron_async_rl.controller.advantage import sample_advantages
 from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.core.actions import ResendBatch, SendBatch
 from megatron_async_rl.controller.core.groups import Group
-from megatron_async_rl.protocol.messages import TrainBatch
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.protocol.messages import Refused, TrainBatch
 from megatron_async_rl.protocol.types import Sample, TrainSample
+
+logger = logging.getLogger(__name__)
 
 
 class BatchDelivery:
@@ -52,7 +56,7 @@ class BatchDelivery:
                 continue
             self._pending = None
             if isinstance(batch, ResendBatch):
-                await self._send(self._recorded(batch.version))
+                await self._resend(batch.version)
             else:
                 rewards, advantages = await self._send(batch)
                 waited_s = time.monotonic() - (self.awaited_since or time.monotonic())
@@ -72,6 +76,18 @@ class BatchDelivery:
             share = TrainBatch(batch.version, shares[worker.hello.leader])
             await self._workers.send(worker.name, share)
         return rewards, advantages
+
+    async def _resend(self, version: int) -> None:
+        """Sends a recorded batch; refuses a trainer that asks for one that is not recorded."""
+        try:
+            batch = self._recorded(version)
+        except DataError as e:
+            logger.error("the trainer is refused: %s", e)
+            for leader in self._workers.leaders:
+                self._workers.refuse(leader.peer, str(e))
+                await self._workers.hub.send(leader.peer, Refused(str(e)))
+        else:
+            await self._send(batch)
 
     def _recorded(self, version: int) -> SendBatch:
         """Returns the batch that was trained on `version`, from the journal."""

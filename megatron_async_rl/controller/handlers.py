@@ -1,13 +1,15 @@
 """Turns each message from a worker into events for the core.
 
-Called by the controller's loop. Replies that need no decision (Welcome, Refused, RejoinRequest) are
-sent here; messages about updates, batches and checkpoints go to the parts for those.
+Called by the controller's loop. Every message passes protocol/rules.py first. Replies that need
+no decision (Welcome, Refused, RejoinRequest) are sent here; messages about updates, batches and
+checkpoints go to the parts for those.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +21,14 @@ from megatron_async_rl.controller.delivery import BatchDelivery
 from megatron_async_rl.controller.saving import CheckpointCommitter
 from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinator
 from megatron_async_rl.data.tokenizer import fingerprint
-from megatron_async_rl.errors import Error, ProtocolError
-from megatron_async_rl.protocol import messages
+from megatron_async_rl.errors import Error
+from megatron_async_rl.protocol import messages, rules
 from megatron_async_rl.protocol.messages import AnyMessage, Hello, Refused
 from megatron_async_rl.protocol.transport import Peer
-from megatron_async_rl.protocol.wire import SCHEMA, UnknownHello
+from megatron_async_rl.protocol.wire import SCHEMA, Malformed, UnknownHello
 
 logger = logging.getLogger(__name__)
+MAX_LOGGED = 100  # refusals of workers that have not joined
 
 
 class MessageHandlers:
@@ -39,7 +42,12 @@ class MessageHandlers:
         self._core = context.core
         self._workers = context.workers
         self._progress = context.progress
-        self._tokenizer = fingerprint(context.config.model.path)
+        config = context.config
+        self._tokenizer = fingerprint(config.model.path)
+        stages = config.parallel_size("pipeline_model") if config.has_trainer else 1
+        self._sizes = config.run.steps, config.num_leaders, stages
+        self.num_refused: Counter[str] = Counter()  # messages, by the name of the worker
+        self._num_logged = 0
         self._updates = updates
         self._delivery = delivery
         self._saving = saving
@@ -63,29 +71,45 @@ class MessageHandlers:
             messages.Updated: self._update_reply,
         }
 
-    async def handle(self, peer: Peer, message: AnyMessage | UnknownHello) -> list[CoreEvent]:
+    async def handle(
+        self, peer: Peer, message: AnyMessage | UnknownHello | Malformed
+    ) -> list[CoreEvent]:
         """Returns the events that the message stands for; none from a worker that must rejoin.
 
-        Raises ProtocolError for a message that no worker may send.
+        A worker that sends what it may not send is refused, and its work is given to others.
         """
-        hub = self._workers.hub
-        if isinstance(message, Hello | UnknownHello) and (mismatch := self._mismatch(message)):
-            logger.error("refused: %s", mismatch)
-            await hub.send(peer, Refused(mismatch))
+        if reason := self._workers.refused(peer):
+            await self._workers.hub.send(peer, Refused(reason))
             return []
-        if newer := self._workers.replaced_by(peer):
-            await hub.send(peer, Refused(f"its name was taken over: {newer}"))
-            return []
-        if isinstance(message, Hello):
-            return await self._welcome(peer, message)
         name = self._workers.name_of(peer)
+        if isinstance(message, Hello | UnknownHello):
+            return await self._hello(peer, name, message)
         if name is None or not self.is_trusted(name):
-            await hub.send(peer, messages.RejoinRequest())
+            if not isinstance(message, Malformed):
+                await self._workers.hub.send(peer, messages.RejoinRequest())
             return []
-        handler = self._handlers.get(type(message))
-        if handler is None:
-            raise ProtocolError(f"{name} sent {type(message).__name__}, which no worker may send")
-        return handler(name, message)
+        hello, limits = self._workers[name].hello, self._limits()
+        if isinstance(message, Malformed):
+            reason = rules.printable(message.reason)
+            return await self._refuse(peer, name, f"{name} sent {reason}")
+        if problem := rules.problem(message, hello, limits):
+            return await self._refuse(peer, name, f"{name} sent {problem}")
+        return self._handlers[type(message)](name, message)
+
+    async def _refuse(self, peer: Peer, name: str | None, reason: str) -> list[CoreEvent]:
+        """Refuses a socket; its work, if it has joined, is given to others. Logs once per name."""
+        if name is not None:
+            self._workers.refuse(peer, reason)
+        await self._workers.hub.send(peer, Refused(reason))
+        counted = name or "unknown workers"
+        self.num_refused[counted] += 1
+        if self.num_refused[counted] == 1 or (name is None and self._num_logged < MAX_LOGGED):
+            self._num_logged += 1
+            logger.error("refused: %s", reason)
+        return [] if name is None else [inputs.WorkerLost(name)]
+
+    def _limits(self) -> rules.Limits:
+        return rules.Limits(self._core.version, *self._sizes)
 
     def is_trusted(self, name: str) -> bool:
         """Returns False for a worker that the core considers lost: it must say hello first."""
@@ -95,29 +119,43 @@ class MessageHandlers:
 
     # ---- joining
 
+    async def _hello(
+        self, peer: Peer, name: str | None, hello: Hello | UnknownHello
+    ) -> list[CoreEvent]:
+        """`name`: of the worker that has joined over this socket before."""
+        problem = self._mismatch(hello)
+        if isinstance(hello, Hello):
+            problem = problem or rules.hello_problem(hello, self._limits())
+            if name not in (None, hello.name):
+                problem = problem or f"{name} sent a second Hello as {hello.name}"
+            problem = problem or self._workers.conflict(hello)
+            if not problem:
+                return await self._welcome(peer, hello)
+        return await self._refuse(peer, name, problem)
+
     def _mismatch(self, hello: Hello | UnknownHello) -> str:
         """Returns why this worker and the controller are incompatible; empty if they are not."""
-        versions = (
+        versions = [
             ("package version", hello.package, __version__),
             ("message schema", hello.schema, SCHEMA),
-        )
-        found = [
-            f"{kind} {theirs or 'unknown'} there, {ours} here"
-            for kind, theirs, ours in versions
-            if theirs != ours
         ]
         remedy = "install the same version of megatron_async_rl on every host"
-        if not found:
-            if not isinstance(hello, Hello) or hello.role == "reward":
-                return ""
-            if hello.tokenizer == self._tokenizer:
-                return ""
-            found = [f"tokenizer {hello.tokenizer or 'unknown'} there, {self._tokenizer} here"]
+        is_same_package = (hello.package, hello.schema) == (__version__, SCHEMA)
+        if is_same_package and isinstance(hello, Hello) and hello.role != "reward":
+            versions = [("tokenizer", hello.tokenizer, self._tokenizer)]
             remedy = (
                 "put the same files under model.path on every host "
                 "(tokenizer.json, tokenizer_config.json)"
             )
-        return f"{hello.name} and the controller differ: {'; '.join(found)}; {remedy}"
+        found = [
+            f"{kind} {rules.printable(theirs) or 'unknown'} there, {ours} here"
+            for kind, theirs, ours in versions
+            if theirs != ours
+        ]
+        if not found:
+            return ""
+        name = rules.printable(hello.name)
+        return f"{name} and the controller differ: {'; '.join(found)}; {remedy}"
 
     async def _welcome(self, peer: Peer, hello: Hello) -> list[CoreEvent]:
         was_here = self._workers.join(peer, hello)

@@ -15,7 +15,8 @@ from megatron_async_rl.protocol.messages import Hello, Message
 from megatron_async_rl.protocol.transport import Hub, Peer
 
 logger = logging.getLogger(__name__)
-MAX_REPLACED = 1024  # sockets remembered as replaced
+MAX_REFUSED = 1024  # sockets remembered as refused
+MAX_WORKERS = 4096  # names
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Workers:
         self.hub = hub
         self._by_name: dict[str, Worker] = {}
         self._names: dict[Peer, str] = {}
-        self._replaced: dict[Peer, str] = {}  # socket -> the process that took over its name
+        self._refused: dict[Peer, str] = {}  # socket -> why its process must end
         self._joined = asyncio.Event()
 
     def __iter__(self) -> Iterator[Worker]:
@@ -50,21 +51,33 @@ class Workers:
         """Registers a worker; returns whether it replaces an earlier incarnation."""
         before = self._by_name.get(hello.name)
         if before and before.peer != peer:
-            self._names.pop(before.peer, None)
-            self._replaced[before.peer] = f"{hello.name} is process {hello.pid} now"
-            for old in list(self._replaced)[:-MAX_REPLACED]:
-                del self._replaced[old]
+            # the earlier process must end, or the two would take the name from each other
+            taken_over = f"its name was taken over: {hello.name} is process {hello.pid} now"
+            self.refuse(before.peer, taken_over)
         self._by_name[hello.name] = Worker(hello.name, peer, hello)
         self._names[peer] = hello.name
         self._joined.set()
         return before is not None
 
-    def replaced_by(self, peer: Peer) -> str:
-        """Returns which process took over the name of this socket; empty if none did.
+    def conflict(self, hello: Hello) -> str:
+        """Returns why there is no place for one more worker such as this; empty if there is."""
+        if hello.name not in self._by_name and len(self._by_name) >= MAX_WORKERS:
+            return f"{hello.name}: {MAX_WORKERS} workers have joined, which is the limit"
+        for worker in self.leaders if hello.leader >= 0 else []:
+            if worker.hello.leader == hello.leader and worker.name != hello.name:
+                return f"{hello.name} joined as leader {hello.leader}, which is {worker.name}"
+        return ""
 
-        The earlier process must end, or the two would take the name from each other.
-        """
-        return self._replaced.get(peer, "")
+    def refuse(self, peer: Peer, reason: str) -> None:
+        """Ends the connection: the socket gets nothing but `reason` from now on."""
+        self._names.pop(peer, None)
+        self._refused.setdefault(peer, reason)
+        for old in list(self._refused)[:-MAX_REFUSED]:
+            del self._refused[old]
+
+    def refused(self, peer: Peer) -> str:
+        """Returns why this socket was refused; empty if it was not."""
+        return self._refused.get(peer, "")
 
     def name_of(self, peer: Peer) -> str | None:
         """Returns None for a socket that has not said hello since this controller started."""
@@ -73,11 +86,12 @@ class Workers:
     @property
     def leaders(self) -> list[Worker]:
         """The leaders of the trainer's data-parallel replicas."""
-        return [worker for worker in self if worker.hello.leader >= 0]
+        return [worker for worker in self._connected() if worker.hello.leader >= 0]
 
     async def send(self, name: str, message: Message) -> None:
         worker = self._by_name.get(name)
-        if worker is None or not await self.hub.send(worker.peer, message):
+        reachable = worker is not None and worker.peer not in self._refused
+        if worker is None or not reachable or not await self.hub.send(worker.peer, message):
             logger.warning("%s is not connected; %s not delivered", name, type(message).__name__)
 
     def one_more(self) -> Coroutine[Any, Any, Any]:
@@ -105,8 +119,11 @@ class Workers:
             *(f"trainer leader {replica}" for replica in range(config.num_leaders)),
         }
         connected = {
-            *self._by_name,
-            *(f"trainer stage {worker.hello.stage}" for worker in self),
-            *(f"trainer leader {worker.hello.leader}" for worker in self),
+            *(worker.name for worker in self._connected()),
+            *(f"trainer stage {worker.hello.stage}" for worker in self._connected()),
+            *(f"trainer leader {worker.hello.leader}" for worker in self._connected()),
         }
         return expected - connected
+
+    def _connected(self) -> list[Worker]:
+        return [worker for worker in self if worker.peer not in self._refused]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import secrets
 import socket
 import time
@@ -28,13 +29,22 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 
 from megatron_async_rl import __version__, addresses
 from megatron_async_rl.errors import ConfigError, ProtocolError
-from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol import messages, wire
 from megatron_async_rl.protocol.messages import AnyMessage, Hello, Message, Refused
-from megatron_async_rl.protocol.wire import SCHEMA, Codec, UnknownHello, read_unknown_hello
+from megatron_async_rl.protocol.wire import (
+    SCHEMA,
+    Codec,
+    Malformed,
+    UnknownHello,
+    read_unknown_hello,
+)
 
 MAX_FRAME_BYTES = 1 << 30  # a larger frame closes the connection that sent it
 MAX_IN_A_ROW = 16  # messages received before other coroutines run
 LINGER_MS = 2000  # for messages queued at close
+HANDSHAKE_MS = 4000  # a connection that has not authenticated by then is closed
+BACKLOG = 1024  # connections that the kernel holds until they are accepted
+MAX_DESCRIPTORS = 1 << 16
 REBIND_S = 30.0  # for an earlier controller's port to become free
 _REPEATED = (
     messages.GetBatch, messages.PublishOffer, messages.StepDone, messages.CheckpointSaved
@@ -52,9 +62,16 @@ class Peer(bytes):
 
 
 class Hub:
-    """The controller's socket: receives from all workers, sends to each by its Peer."""
+    """The controller's socket: receives from all workers, sends to each by its Peer.
 
-    def __init__(self, run_dir: Path, host: str = "127.0.0.1") -> None:
+    No array of a worker's message is longer than `context_tokens`. Connections that do not
+    authenticate are closed after HANDSHAKE_MS, and workers reconnect by themselves, so such
+    connections delay a worker only while there are more of them than the process may have open.
+    """
+
+    def __init__(
+        self, run_dir: Path, host: str = "127.0.0.1", context_tokens: int = wire.MAX_LENGTH
+    ) -> None:
         if host not in LOOPBACK and not has_curve():
             raise ConfigError(
                 f"run.host = {host}: the controller listens on other hosts only with CURVE, which "
@@ -63,6 +80,7 @@ class Hub:
         before = run_dir / "controller.address"
         port = int(before.read_text().rsplit(":", 1)[1]) if before.exists() else 0
         keys = run_dir / "keys" if port else _make_keys(run_dir)
+        _raise_descriptor_limit()
         self._context = zmq.asyncio.Context()
         self._authenticator = AsyncioAuthenticator(self._context)
         self._authenticator.start()
@@ -74,12 +92,15 @@ class Hub:
         self._socket.curve_server = True
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        self._socket.setsockopt(zmq.BACKLOG, BACKLOG)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # leases and batches bound the queue
         _keep_alive(self._socket)
         self._plain: Any = zmq.Socket.shadow(self._socket)  # the same socket, read without waiting
         self._in_a_row = 0
-        self._codec = Codec()
+        # a sample, the message with the most arrays, has three
+        self._codec = Codec(max_length=context_tokens, max_decoded_bytes=3 * 4 * context_tokens)
         self.num_malformed = 0
         if port:
             self._bind_again(f"tcp://{host}:{port}")
@@ -87,17 +108,16 @@ class Hub:
             port = self._socket.bind_to_random_port(f"tcp://{host}")
             _write_atomic(before, f"tcp://{host}:{port}\n")
 
-    async def receive(self) -> tuple[Peer, AnyMessage | UnknownHello]:
-        """Returns the next message or a Hello of another version; drops malformed messages."""
-        while True:
-            peer, *frames = await self._receive()
-            buffers = [frame.buffer for frame in frames]
-            try:
-                return Peer(peer.bytes), self._codec.decode(buffers)
-            except ProtocolError:
-                self.num_malformed += 1
-                if buffers and (stranger := read_unknown_hello(buffers[0])):
-                    return Peer(peer.bytes), stranger
+    async def receive(self) -> tuple[Peer, AnyMessage | UnknownHello | Malformed]:
+        """Returns the next message, or what stands for one that cannot be decoded."""
+        peer, *frames = await self._receive()
+        buffers = [frame.buffer for frame in frames]
+        try:
+            return Peer(peer.bytes), self._codec.decode(buffers)
+        except ProtocolError as e:
+            self.num_malformed += 1
+            unknown = read_unknown_hello(buffers[0]) if buffers else None
+            return Peer(peer.bytes), unknown or Malformed(str(e))
 
     async def _receive(self) -> list[zmq.Frame]:
         """Takes a message that is there without asyncio, which would cost more than the message."""
@@ -302,6 +322,14 @@ def _connect(context: Any, run_dir: Path, timeout_s: float) -> Any:
     _keep_alive(sock)
     sock.connect(address.read_text().strip())
     return sock
+
+
+def _raise_descriptor_limit() -> None:
+    """Raises the soft limit of open files: each connection takes one, and 1024 is common."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _keep_alive(sock: zmq.Socket) -> None:

@@ -24,17 +24,30 @@ Frame = bytes | memoryview
 _DTYPES = {"<i4": np.dtype("<i4"), "<f4": np.dtype("<f4")}  # the only element types
 _RUNS = " runs"  # follows the element type of a run-length encoded array
 _MIN_LENGTH, _MIN_MEAN_RUN = 256, 16  # of an array worth encoding
-_MAX_LENGTH = 1 << 24  # decoded: a small frame must not become a huge array
+MAX_LENGTH = 1 << 24  # of a run-length array, decoded: a small frame must not become a huge one
+MAX_DECODED_BYTES = 1 << 32  # of all run-length arrays of a message
 _LOOK_AT = 64  # first elements, which rule out most arrays of many runs
 ENCODING = 2  # increase when the frames change
 
 
 class Codec:
-    """Encodes and decodes messages, or another tagged union of structs. Not thread-safe."""
+    """Encodes and decodes messages, or another tagged union of structs. Not thread-safe.
 
-    def __init__(self, kind: Any = AnyMessage) -> None:
+    A message that its sender chose freely takes no more memory than it takes on the wire, besides
+    `max_decoded_bytes` for its run-length encoded arrays, none of them longer than `max_length`.
+    """
+
+    def __init__(
+        self,
+        kind: Any = AnyMessage,
+        max_length: int = MAX_LENGTH,
+        max_decoded_bytes: int = MAX_DECODED_BYTES,
+    ) -> None:
+        self._max_length = max_length
+        self._max_decoded_bytes = max_decoded_bytes
         self._frames: list[Frame] = []
         self._num_read = 0
+        self._num_decoded_bytes = 0
         self._encoder = msgspec.msgpack.Encoder(enc_hook=self._put_array)
         self._decoder = msgspec.msgpack.Decoder(kind, dec_hook=self._get_array)
 
@@ -52,13 +65,13 @@ class Codec:
 
         Raises ProtocolError if anything is malformed.
         """
-        self._frames, self._num_read = list(frames[1:]), 0
+        self._frames, self._num_read, self._num_decoded_bytes = list(frames[1:]), 0, 0
         try:
             message = self._decoder.decode(frames[0])
             if self._num_read != len(frames) - 1:
                 raise ValueError(f"the header names {self._num_read} arrays")
         except (msgspec.DecodeError, IndexError, ValueError, TypeError, RecursionError) as e:
-            raise ProtocolError(f"malformed message of {len(frames)} frames: {e}") from None
+            raise ProtocolError(f"a malformed message of {len(frames)} frames: {e}") from None
         finally:
             self._frames = []
         return message
@@ -89,8 +102,25 @@ class Codec:
         self._num_read += 1
         frame = self._frames[index]
         if as_runs:
-            return _from_runs(np.frombuffer(frame, "<i4"), _DTYPES[dtype])
+            return self._from_runs(np.frombuffer(frame, "<i4"), _DTYPES[dtype])
         return np.frombuffer(frame, _DTYPES[dtype]) if len(frame) else np.empty(0, _DTYPES[dtype])
+
+    def _from_runs(self, runs: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        values, lengths = runs[: len(runs) // 2], runs[len(runs) // 2 :]
+        if len(runs) % 2 or (lengths < 1).any():
+            raise ValueError(f"{len(runs)} numbers do not encode an array")
+        length = int(lengths.sum(dtype=np.int64))
+        if length > self._max_length:
+            raise ValueError(f"an array of {length} elements, at most {self._max_length} can be")
+        self._num_decoded_bytes += length * dtype.itemsize
+        if self._num_decoded_bytes > self._max_decoded_bytes:
+            raise ValueError(
+                f"arrays of {self._num_decoded_bytes} bytes or more, at most "
+                f"{self._max_decoded_bytes} can be"
+            )
+        array = np.repeat(values.view(dtype), lengths)
+        array.flags.writeable = False  # like arrays that are views of frames
+        return array
 
 
 def _as_runs(array: np.ndarray) -> np.ndarray | None:
@@ -113,13 +143,10 @@ def _as_runs(array: np.ndarray) -> np.ndarray | None:
     return np.concatenate([bits[starts], np.diff(starts, append=len(bits))]).astype("<i4")
 
 
-def _from_runs(runs: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    values, lengths = runs[: len(runs) // 2], runs[len(runs) // 2 :]
-    if len(runs) % 2 or (lengths < 1).any() or lengths.sum(dtype=np.int64) > _MAX_LENGTH:
-        raise ValueError(f"{len(runs)} numbers do not encode at most {_MAX_LENGTH} elements")
-    array = np.repeat(values.view(dtype), lengths)
-    array.flags.writeable = False  # like arrays that are views of frames
-    return array
+class Malformed(msgspec.Struct, frozen=True):
+    """Stands for a message that could not be decoded."""
+
+    reason: str
 
 
 class UnknownHello(msgspec.Struct, frozen=True):

@@ -29,7 +29,7 @@ from megatron_async_rl.protocol.messages import (
 )
 from megatron_async_rl.protocol.transport import Hub, Link, Peer, SyncLink, with_versions
 from megatron_async_rl.protocol.types import TrainSample
-from megatron_async_rl.protocol.wire import Codec
+from megatron_async_rl.protocol.wire import Codec, Malformed
 
 TIMEOUT_S = 10.0
 HELLO = Hello(role="reward", name="reward-0", pid=1)
@@ -206,7 +206,7 @@ def test_burst_of_messages_arrives_complete_and_blocks_no_task(tmp_path: Path) -
     run_with_hub(tmp_path, test)
 
 
-def test_malformed_message_is_counted_and_skipped(tmp_path: Path) -> None:
+def test_malformed_message_is_counted_and_reported_with_its_sender(tmp_path: Path) -> None:
     async def test(hub: Hub) -> None:
         context = zmq.asyncio.Context()
         socket = connect_with_keys(
@@ -215,8 +215,14 @@ def test_malformed_message_is_counted_and_skipped(tmp_path: Path) -> None:
         await socket.send_multipart([b"\x80\x04\x95."])
         await socket.send_multipart([b"", b"", b""])
         await socket.send_multipart(Codec().encode(Heartbeat(running=1)))
-        _, message = await hub.receive()
+        senders = set()
+        for _ in range(2):
+            sender, message = await hub.receive()
+            assert isinstance(message, Malformed) and "a malformed message" in message.reason
+            senders.add(sender)
+        sender, message = await hub.receive()
         assert (message, hub.num_malformed) == (Heartbeat(running=1), 2)
+        assert senders == {sender}
         socket.close()
         context.term()
 

@@ -54,7 +54,7 @@ def with_controller(
 
             journal = closing(Journal(run_dir / JOURNAL_FILE))
             log = closing(RunLog(run_dir, chosen))
-            hub = closing(Hub(run_dir))
+            hub = closing(Hub(run_dir, context_tokens=chosen.model.context_tokens))
             link = closing(Link(run_dir))
             controller = Controller(chosen, hub, log, journal)
             running = asyncio.create_task(controller.run())

@@ -195,6 +195,25 @@ def test_invalid_or_huge_runs_are_rejected(runs: list[int]) -> None:
         Codec().decode(frames)
 
 
+def test_small_message_does_not_become_a_large_one() -> None:
+    """169 bytes on the wire were 288 MiB in memory."""
+    length = 1 << 12
+    array = np.zeros(length, np.int32)
+    sample = TrainSample(array, array.astype(np.float32), array, array.astype(np.float32))
+    frames = received(Codec().encode(TrainBatch(1, [sample])))
+    assert sum(map(len, frames)) < 256
+    at_the_limit = Codec(max_length=length, max_decoded_bytes=4 * 4 * length)
+    assert len(at_the_limit.decode(frames).samples[0].ids) == length
+    assert len(at_the_limit.decode(frames).samples[0].ids) == length  # counted for each message
+    with pytest.raises(ProtocolError, match=f"an array of {length} elements, at most"):
+        Codec(max_length=length - 1).decode(frames)
+    with pytest.raises(ProtocolError, match=f"at most {4 * 4 * length - 1} can be"):
+        Codec(max_decoded_bytes=4 * 4 * length - 1).decode(frames)
+    many = received(Codec().encode(TrainBatch(1, [sample] * 100)))
+    with pytest.raises(ProtocolError, match="at most"):
+        at_the_limit.decode(many)
+
+
 def test_strided_array_is_sent_by_value() -> None:
     codec = Codec()
     sample = TrainSample(

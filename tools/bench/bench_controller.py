@@ -68,6 +68,7 @@ from megatron_async_rl.storage import checkpoints
 
 GROUPS_PER_STEP, SAMPLES = 16, 8
 NUM_PROMPT = 1
+VOCABULARY = 150_000
 CHECKPOINT_EVERY = 4  # steps; the journal forgets events older than two checkpoints
 WARM_UP_STEPS = 8
 BUCKETS = [Bucket([TensorSpec("w", "bfloat16", [1])])]
@@ -82,7 +83,7 @@ def make_config(folder: Path, tokens: int, clients: int) -> Config:
         str(model / "tokenizer.json")
     )
     (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
-    (model / "config.json").write_text(json.dumps({"vocab_size": tokens}))
+    (model / "config.json").write_text(json.dumps({"vocab_size": VOCABULARY}))
     rows = ({"id": str(n), "prompt": "1", "answer": "1"} for n in range(1000))
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load.from_tree(
@@ -104,7 +105,7 @@ def make_config(folder: Path, tokens: int, clients: int) -> Config:
 def rollout(run_dir: Path, number: int, tokens: int, tokenizer: str) -> None:
     versions = np.full(tokens, NOT_GENERATED, np.int32)
     draw = np.random.default_rng(number)
-    ids = draw.integers(0, 150_000, tokens, dtype=np.int32)
+    ids = draw.integers(0, VOCABULARY, tokens, dtype=np.int32)
     logprobs = -draw.exponential(size=tokens).astype(np.float32)
 
     async def body() -> None:
@@ -114,6 +115,7 @@ def rollout(run_dir: Path, number: int, tokens: int, tokenizer: str) -> None:
         )
         while not isinstance(message := await link.receive(), Shutdown):
             if isinstance(message, Generate):
+                ids[:NUM_PROMPT] = message.prompt.ids
                 versions[NUM_PROMPT:] = message.floor_version
                 for index in message.indices:
                     sample = Sample(

@@ -17,7 +17,7 @@ assignments are not.
 
 from __future__ import annotations
 
-import math
+import logging
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,8 +31,12 @@ from megatron_async_rl.controller.core.leases import Leases
 from megatron_async_rl.controller.core.scoring import ScoringQueue, ScoringTask, refusal
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
+from megatron_async_rl.controller.core.tokens import token_fault
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.types import Prompt
+
+logger = logging.getLogger(__name__)
+MAX_REWARD = 1e9  # a larger one, or NaN, is an infrastructure error
 
 
 class Core:
@@ -125,6 +129,7 @@ class Core:
     def restore(self, recorded: Iterable[events.AnyEvent]) -> None:
         """Rebuilds the state from the journal and begins the next epoch: no workers, no leases."""
         self.state.restore(recorded)
+        self._skip_faulty_partials()
         self.state.record(events.ControllerStarted(self.epoch + 1))
         for group in list(self.groups.values()):
             if group.state is GroupState.READY:
@@ -135,6 +140,18 @@ class Core:
                     group.worker = ""
                 self.scoring.enqueue_unscored(group)
         self.check()
+
+    def _skip_faulty_partials(self) -> None:
+        """Forgets partial samples that an earlier version of this program did not check."""
+        for group in self.groups.values():
+            for index, partial in list(group.partials.items()):
+                fault = token_fault(partial, group.prompt, 0, self.version, self.settings)
+                if fault:
+                    del group.partials[index]
+                    logger.error(
+                        "the journal's partial sample %d.%d is skipped: %s",
+                        group.group_id, index, fault,
+                    )  # fmt: skip
 
     def take_events(self) -> list[events.JournalEvent]:
         """Returns the events since the last call, to be journaled before the actions."""
@@ -226,6 +243,11 @@ class Core:
         group = self.leases.group_of(worker, reply)
         if group is None:
             return self._fence()
+        if fault := self.leases.fault(group, reply.partial):
+            self.num_fenced_messages += 1  # the sample itself may still be good
+            return [
+                actions.ReportError(f"{worker}: partial sample {reply.key} is refused: {fault}")
+            ]
         self.state.record(events.PartialSaved(group.group_id, reply.key.index, reply.partial))
         return []
 
@@ -257,7 +279,7 @@ class Core:
         task = self.scoring.complete(worker, result)
         if task is None:
             return self._fence()
-        if result.reward is None or not math.isfinite(result.reward):
+        if result.reward is None or not abs(result.reward) <= MAX_REWARD:
             error = result.error or f"the reward is {result.reward}"
             return self._scoring_failed(task, error) + self._advance(now)
         if task.requester:

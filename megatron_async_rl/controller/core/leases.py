@@ -12,16 +12,15 @@ with another epoch, attempt or worker changes nothing (fencing).
 
 from __future__ import annotations
 
-import math
-
 from megatron_async_rl.controller.core.actions import Send
 from megatron_async_rl.controller.core.events import LeaseFailed, LeaseGranted
 from megatron_async_rl.controller.core.fleet import Fleet, RolloutWorker
 from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
+from megatron_async_rl.controller.core.tokens import token_fault
 from megatron_async_rl.protocol import messages
-from megatron_async_rl.protocol.types import NOT_GENERATED, Sample
+from megatron_async_rl.protocol.types import Partial, Sample
 
 LeaseReply = (
     messages.Generated | messages.GenerateFailed | messages.PartialSample | messages.ScoreRequest
@@ -98,22 +97,10 @@ class Leases:
             return None
         return group if key.index in group.missing else None
 
-    def fault(self, group: Group, sample: Sample) -> str:
-        """Returns why no server of this run can have generated the sample; empty if one can."""
-        num_ids, num_logprobs, num_versions = map(
-            len, (sample.ids, sample.logprobs, sample.versions)
-        )
-        if not num_ids == num_logprobs == num_versions > 0:
-            return f"{num_ids} ids, {num_logprobs} logprobs, {num_versions} versions"
-        if sample.newest_version == NOT_GENERATED:
-            return "no token was generated"
-        oldest, newest = sample.oldest_version, sample.newest_version
-        if oldest < group.floor_version or newest > self._state.version:
-            return (
-                f"versions {oldest} to {newest}, possible are {group.floor_version} to "
-                f"{self._state.version}"
-            )
-        return "" if math.isfinite(sample.logprobs.sum()) else "logprobs that are not finite"
+    def fault(self, group: Group, tokens: Sample | Partial) -> str:
+        """Returns why no server of this run can have generated the tokens; empty if one can."""
+        newest = self._state.version
+        return token_fault(tokens, group.prompt, group.floor_version, newest, self._settings)
 
     def unload(self, worker: str, count: int = 1) -> None:
         """Reduces the load of a server, if it is still there."""

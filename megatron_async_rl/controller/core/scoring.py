@@ -69,6 +69,8 @@ class ScoringQueue:
         sends: list[Send] = []
         while self._queue and (worker := self._fleet.free_reward_worker()):
             task = self._queue.popleft()
+            if (task.request.key, task.request.call) in self.assigned:
+                continue  # a duplicate
             if self._is_current(task):
                 worker.load += 1
                 task.worker, task.deadline = worker.name, now + self._settings.lease_timeout_s

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.model.config_json import HfConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class CoreSettings:
     steps: int
     data_parallel_size: int
     success_rates: tuple[float, float] = (-math.inf, math.inf)  # a group's mean reward, inclusive
+    context_tokens: int = 1 << 24
+    vocab_size: int = 1 << 31
+    single_turn: bool = True  # a sample is the prompt and one response
 
 
 def core_settings(config: Config) -> CoreSettings:
@@ -50,4 +54,7 @@ def core_settings(config: Config) -> CoreSettings:
             -math.inf if filters.success_rate_min is None else filters.success_rate_min,
             math.inf if filters.success_rate_max is None else filters.success_rate_max,
         ),
+        context_tokens=config.model.context_tokens,
+        vocab_size=HfConfig(config.model.path).vocab_size,
+        single_turn=config.rollout.workflow == "single_turn",
     )

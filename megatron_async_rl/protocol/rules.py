@@ -1,0 +1,289 @@
+"""Which worker may send which message, with which values: the one table that each message passes.
+
+controller/handlers.py calls `hello_problem` for each Hello and `problem` for each other message,
+before any other code reads it. A message with a problem costs its sender the connection and changes
+nothing. What depends on a lease or on the state of an update is checked later, by the part that it
+belongs to: such a message may be late, which is no fault of its sender. The tokens of samples are
+checked in controller/core/tokens.py.
+
+RULES: message type -> senders that may send it, and a check of its fields together.
+FIELDS: name of a field, in any message or in what it contains -> its range.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol.messages import Hello, Message
+from megatron_async_rl.storage import checkpoints
+
+LARGEST = (1 << 53) - 1  # of an integer; every float and every file format can hold it
+MAX_CAPACITY = 1 << 20
+MAX_ENTRIES = 1 << 20  # of a list or a dictionary
+MAX_METRICS = 1024
+_NAME = re.compile(r"(rollout|reward|trainer)-[0-9]{1,9}")
+_METRIC = re.compile(r"[a-z0-9_]{1,32}(/[a-zA-Z0-9_.-]{1,64}){1,3}")
+_PHASE = re.compile(r"[a-z0-9_]{1,64}")
+_GROUP = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+_ADDRESS = re.compile(r"[a-zA-Z0-9_.:%\[\]-]{1,255}")
+_TENSOR = re.compile(r"[!-~]([ -~]{0,510}[!-~])?")
+_DIGEST = re.compile(r"[0-9a-zA-Z]{1,128}")
+_FILE = re.compile(r"[a-zA-Z0-9_-]{1,128}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the run allows at this moment."""
+
+    version: int  # of the trainer's weights
+    steps: int
+    num_leaders: int
+    num_stages: int
+
+
+Check = Callable[[Any, Hello, Limits], str]
+
+
+def _no_problem(message: Message, hello: Hello, limits: Limits) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`senders`: one of these must be among `senders_of` the worker. `check`: returns a problem."""
+
+    senders: frozenset[str]
+    check: Check = _no_problem
+
+
+def senders_of(hello: Hello) -> frozenset[str]:
+    """Returns the names that RULES has for this worker."""
+    found = {"rollout worker": hello.role == "rollout", "reward worker": hello.role == "reward"}
+    if hello.role == "trainer":
+        found |= {
+            "trainer": True,
+            "leader": hello.leader >= 0,
+            "weight source": hello.stage >= 0,
+            "first trainer rank": hello.name == "trainer-0",
+        }
+    return frozenset(name for name, applies in found.items() if applies)
+
+
+def problem(message: Message, hello: Hello, limits: Limits) -> str:
+    """Returns why this worker may not send this message; empty if it may."""
+    kind = type(message).__name__
+    rule = RULES.get(type(message))
+    if rule is None:
+        return f"{kind}, which no worker may send"
+    if rule.senders.isdisjoint(senders_of(hello)):
+        return f"{kind}, which only a {' or '.join(sorted(rule.senders))} may send"
+    found = _field_problem(message) or rule.check(message, hello, limits)
+    return f"{kind} with {found}" if found else ""
+
+
+def hello_problem(hello: Hello, limits: Limits) -> str:
+    """Returns why a worker may not join with this Hello; empty if it may."""
+    match = _NAME.fullmatch(hello.name)
+    if not match or match[1] != hello.role:
+        return f"Hello with name {shown(hello.name)}, must be {hello.role}-N"
+    highest = {
+        "pid": (1, LARGEST),
+        "capacity": (0, MAX_CAPACITY),
+        "leader": (-1, limits.num_leaders - 1),
+        "stage": (-1, limits.num_stages - 1),
+        "serving": (-1, LARGEST),
+    }
+    for name, (low, high) in highest.items():
+        if not low <= getattr(hello, name) <= high:
+            return f"Hello with {name} = {getattr(hello, name)}, must be {low} to {high}"
+    if hello.role != "trainer" and (hello.leader, hello.stage) != (-1, -1):
+        return f"Hello of a {hello.role} worker with leader or stage"
+    return ""
+
+
+# ---- the checks of RULES
+
+
+def _score_requested(request: messages.ScoreRequest, hello: Hello, limits: Limits) -> str:
+    if request.call < 1:
+        return f"call = {request.call}: that of a finished sample"
+    return "a row, which the controller adds" if request.row else ""
+
+
+def _step_done(step: messages.StepDone, hello: Hello, limits: Limits) -> str:
+    if step.version < 1:
+        return "version = 0, which no step makes"
+    trained_s = step.stats.get("perf/time/train_s", math.nan)
+    if "train/tokens" in step.stats and not trained_s > 0:
+        return f"train/tokens and perf/time/train_s = {trained_s}"
+    return ""
+
+
+def _checkpoint_saved(saved: messages.CheckpointSaved, hello: Hello, limits: Limits) -> str:
+    if saved.version > limits.version:
+        return f"version = {saved.version}, the newest is {limits.version}"
+    expected = checkpoints.folder_name(saved.version)
+    if saved.folder != expected:
+        return f"folder = {shown(saved.folder)}, must be {expected}"
+    return ""
+
+
+def _publish_offer(offer: messages.PublishOffer, hello: Hello, limits: Limits) -> str:
+    # the first rank has reported the step by then; the offer of another may overtake that report
+    newest = min(limits.version + (hello.name != "trainer-0"), limits.steps)
+    if offer.version > newest:
+        return f"version = {offer.version}, the newest is {newest}"
+    if offer.source >= offer.num_sources:
+        return f"source = {offer.source} of {offer.num_sources}"
+    return ""
+
+
+_ROLLOUT, _REWARD = frozenset({"rollout worker"}), frozenset({"reward worker"})
+_SOURCE, _FIRST = frozenset({"weight source"}), frozenset({"first trainer rank"})
+RULES: dict[type[Message], Rule] = {
+    messages.Heartbeat: Rule(_ROLLOUT | _REWARD | {"trainer"}),
+    messages.Failed: Rule(_ROLLOUT | _REWARD),
+    messages.Generated: Rule(_ROLLOUT),
+    messages.PartialSample: Rule(_ROLLOUT),
+    messages.GenerateFailed: Rule(_ROLLOUT),
+    messages.ScoreRequest: Rule(_ROLLOUT, _score_requested),
+    messages.ScoreResult: Rule(_REWARD),
+    messages.GetBatch: Rule(frozenset({"leader"})),
+    messages.StepDone: Rule(_FIRST, _step_done),
+    messages.CheckpointSaved: Rule(_FIRST, _checkpoint_saved),
+    messages.PublishOffer: Rule(_SOURCE, _publish_offer),
+    messages.GroupOpened: Rule(_SOURCE),
+    messages.GroupJoined: Rule(_SOURCE | _ROLLOUT),
+    messages.BucketsSent: Rule(_SOURCE),
+    messages.SnapshotWritten: Rule(_SOURCE),
+    messages.UpdateReady: Rule(_ROLLOUT),
+    messages.Updated: Rule(_ROLLOUT),
+}
+
+
+# ---- the ranges of FIELDS
+
+
+def _number(low: int, high: int = LARGEST) -> Callable[[Any], bool]:
+    return lambda value: low <= value <= high
+
+
+def _matches(pattern: re.Pattern[str]) -> Callable[[Any], bool]:
+    return lambda value: bool(pattern.fullmatch(value))
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+def _is_seconds(value: Any) -> bool:
+    """A duration, or durations by phase, which become names of metrics."""
+    if not isinstance(value, dict):
+        return 0 <= value < math.inf
+    return len(value) <= MAX_METRICS and all(
+        _PHASE.fullmatch(phase) and 0 <= duration < math.inf for phase, duration in value.items()
+    )
+
+
+def _is_metrics(value: dict[str, float]) -> bool:
+    return len(value) <= MAX_METRICS and all(map(_METRIC.fullmatch, value))
+
+
+def _is_digests(value: dict[str, str]) -> bool:
+    return len(value) <= MAX_ENTRIES and all(
+        _TENSOR.fullmatch(name) and _DIGEST.fullmatch(digest) for name, digest in value.items()
+    )
+
+
+def _is_structs(value: list[Any]) -> bool:
+    return len(value) <= MAX_ENTRIES and not any(map(_field_problem, value))
+
+
+def _is_shape(value: list[int]) -> bool:
+    return len(value) <= 16 and all(0 <= size <= LARGEST for size in value)
+
+
+def _is_names(value: list[str]) -> bool:
+    return len(value) <= MAX_ENTRIES and all(map(_TENSOR.fullmatch, value))
+
+
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "version": _number(0),
+    "running": _number(0),
+    "tokens_generated": _number(0),
+    "num_interrupts": _number(0),
+    "num_interrupted": _number(0),
+    "peak_bytes": _number(0),
+    "num_bytes": _number(0),
+    "epoch": _number(0),
+    "group_id": _number(0),
+    "attempt": _number(0),
+    "index": _number(0),
+    "call": _number(0),
+    "source": _number(0),
+    "num_sources": _number(1, 1 << 16),
+    "stage": _number(0, 1 << 16),
+    "port": _number(1, 65535),
+    "group": _matches(_GROUP),
+    "address": _matches(_ADDRESS),
+    "name": lambda name: bool(_TENSOR.fullmatch(name)),  # of a tensor; of a file, see `files`
+    "dtype": lambda dtype: dtype in ("float32", "bfloat16", "float16"),
+    "shape": _is_shape,
+    "tensors": lambda found: _is_names(found) if _are_texts(found) else _is_structs(found),
+    "buckets": _is_structs,
+    "files": lambda files: _is_structs(files) and all(_FILE.fullmatch(f.name) for f in files),
+    "sha256": _matches(_DIGEST),
+    "digest_kind": _matches(_DIGEST),
+    "digests": _is_digests,
+    "seconds": _is_seconds,
+    "stats": _is_metrics,
+    # checked against the others of the message or of the run
+    "folder": _anything,
+    "row": _anything,
+    "reward": _anything,
+    # of types that have no wrong values
+    "backend": _anything,
+    "flattened": _anything,
+    "stop": _anything,
+    "error": _anything,
+    "response": _anything,
+    "text": _anything,
+    # tokens, see controller/core/tokens.py
+    "ids": _anything,
+    "logprobs": _anything,
+    "versions": _anything,
+}
+
+
+def _are_texts(value: list[Any]) -> bool:
+    return all(isinstance(entry, str) for entry in value)
+
+
+def _field_problem(value: msgspec.Struct) -> str:
+    """Returns the first field out of its range, by its name; empty if there is none."""
+    for name in value.__struct_fields__:
+        field = getattr(value, name)
+        if isinstance(field, msgspec.Struct):
+            if found := _field_problem(field):
+                return found
+        elif not FIELDS[name](field):
+            return f"{name} = {shown(field)}"
+    return ""
+
+
+def shown(value: Any) -> str:
+    """Returns a short, printable text of a value that a worker sent."""
+    return printable(ascii(value))
+
+
+def printable(text: str) -> str:
+    """Returns at most 200 printable characters: a log line must not contain another."""
+    text = "".join(c if c.isprintable() else "?" for c in text[:201])
+    return text if len(text) <= 200 else f"{text[:197]}..."
