@@ -92,9 +92,9 @@ def test_process_killed_while_writing_leaves_a_prefix(tmp_path: Path) -> None:
                 print(number, flush=True)
         """
     )
-    path = tmp_path / "journal.sqlite"
     for kill_after in (1, 4):
-        path.unlink(missing_ok=True)
+        path = tmp_path / str(kill_after) / "journal.sqlite"
+        path.parent.mkdir()
         child = subprocess.Popen(
             [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
         )

@@ -5,8 +5,9 @@ cannot undo (a batch, a weight update) are sent only after `durable()`, so the t
 more than the journal.
 
 A row is an event; one with arrays is stored in files beside the database (array_store.py), and its
-row holds the location. If the disk is full, the writer keeps its events, tries again every second
-and reports it (`error`); only `durable()` waits.
+row holds the location. Rows and arrays have checksums (reader.py). If the disk is full, the writer
+keeps its events, tries again every second and reports it (`error`); only `durable()` waits. If the
+database turns out to be damaged, `append` and `durable` raise DataError, which ends the run.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -32,44 +34,67 @@ from megatron_async_rl.controller.core.events import (
     SampleReturned,
     SampleScored,
 )
-from megatron_async_rl.controller.journal.array_store import ArrayLocation, ArrayReader, ArrayStore
+from megatron_async_rl.controller.journal.array_store import ArrayStore
+from megatron_async_rl.controller.journal.mark import MARK_FILE, Mark
+from megatron_async_rl.controller.journal.reader import (
+    ARRAYS_FOLDER,
+    REMEDY,
+    SCHEMA,
+    connect_to_read,
+    find_mark_damage,
+    find_rewind,
+    find_structural_damage,
+    last_seq,
+    read_events,
+    read_totals,
+    refuse,
+    row_crc,
+    select,
+)
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.wire import Codec
 
 logger = logging.getLogger(__name__)
 JOURNAL_FILE = "journal.sqlite"
-ARRAYS_FOLDER = "journal.arrays"  # beside the file
-SCHEMA = 3
 MAX_EVENTS_PER_COMMIT = 512
 GATHER_S = 0.01  # an event waits this long for others to share its commit
 RETRY_S = 1.0  # after a failed commit
 _Event = tuple[int, JournalEvent]  # with its sequence number
 _Item = _Event | Future[None] | list[int] | None  # event, waiter, groups to prune, or the end
-_Row = tuple[int, str, int | None, bytes, int | None]
+_Row = tuple[int, str, int | None, bytes, int | None, int]  # the columns; the checksum last
+
+__all__ = ["ARRAYS_FOLDER", "JOURNAL_FILE", "Journal", "last_seq", "read_events"]
 
 
 class Journal:
-    """One per run. `append`, `durable` and `prune` belong to one thread."""
+    """One per run. `append`, `durable` and `prune` belong to one thread.
+
+    Raises DataError if the journal is damaged, or has lost events that were on disk.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.error = ""  # why the last commit failed; empty if it did not
         self.num_commits = 0
+        self._damage: DataError | None = None  # found by the writer
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._open()
+            rows_per_segment = self._db.execute(
+                "SELECT segment, COUNT(*) FROM events WHERE segment IS NOT NULL GROUP BY segment"
+            ).fetchall()
         except sqlite3.DatabaseError as e:
-            raise DataError(
-                f"the journal {path} cannot be read: {e}; restore it from a copy, or start over "
-                "with --from-scratch, which keeps the old folder aside"
-            ) from None
+            raise self._damaged(e) from None
         path.chmod(0o600)
-        rows_per_segment = self._db.execute(
-            "SELECT segment, COUNT(*) FROM events WHERE segment IS NOT NULL GROUP BY segment"
-        ).fetchall()
+        self.last_seq = self._totals.last_seq
+        if damage := find_rewind(path):
+            refuse(damage)
+        if damage := find_mark_damage(path):
+            logger.error("%s; the run continues and writes the mark again", damage)
         self._arrays = ArrayStore(path.with_name(ARRAYS_FOLDER), Counter(dict(rows_per_segment)))
         self._codec = Codec(AnyEvent)  # the writer's
-        self.last_seq = last_seq(path)
+        self._mark = Mark(path.with_name(MARK_FILE))
+        self._mark.write(self.last_seq)
         self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
@@ -78,13 +103,15 @@ class Journal:
     # ---- writing
 
     def append(self, events: Iterable[JournalEvent]) -> None:
-        """Queues events in order; returns at once."""
+        """Queues events in order; returns at once. Raises DataError if the file is damaged."""
+        if self._damage:
+            raise self._damage
         for event in events:
             self.last_seq += 1
             self._items.put((self.last_seq, event))
 
     async def durable(self) -> None:
-        """Returns when everything appended so far is on disk."""
+        """Returns when everything appended so far is on disk. Raises DataError."""
         await asyncio.wrap_future(self.flush())
 
     def flush(self) -> Future[None]:
@@ -104,19 +131,30 @@ class Journal:
         self._items.put(None)
         self._writer.join()
         self._arrays.close()
+        self._mark.sync()
+        self._mark.close()
         self._db.close()
 
     # ---- reading
 
-    def events(self, after: int = 0) -> Iterator[AnyEvent]:
-        """Yields all events in order, from sequence number `after` + 1 on."""
-        yield from _select(self._path, "WHERE seq > ? ORDER BY seq", after)
+    def events(self) -> Iterator[AnyEvent]:
+        """Yields all events in order. Raises DataError at the first that is damaged."""
+        return read_events(self._path)
 
     def batch(
         self, version: int
     ) -> tuple[list[GroupAdmitted], list[SampleReturned], list[SampleScored]]:
         """Returns the events of the batch trained on `version`. Raises DataError if pruned."""
-        batches = _select(self._path, "WHERE kind = 'BatchSelected' ORDER BY seq DESC")
+        try:
+            with closing(connect_to_read(self._path)) as db:  # not the writer's: it may be writing
+                return self._batch(db, version)
+        except sqlite3.DatabaseError as e:
+            raise self._damaged(e) from None
+
+    def _batch(
+        self, db: sqlite3.Connection, version: int
+    ) -> tuple[list[GroupAdmitted], list[SampleReturned], list[SampleScored]]:
+        batches = select(db, self._path, "WHERE kind = 'BatchSelected' ORDER BY seq DESC")
         wanted = next(
             (b for b in batches if isinstance(b, BatchSelected) and b.version == version), None
         )
@@ -124,7 +162,7 @@ class Journal:
             raise DataError(f"the journal {self._path} has no batch of version {version}")
         marks = ",".join("?" * len(wanted.group_ids))
         where = f"WHERE group_id IN ({marks}) ORDER BY seq"
-        events = list(_select(self._path, where, *wanted.group_ids))
+        events = list(select(db, self._path, where, tuple(wanted.group_ids)))
         returned = [event for event in events if isinstance(event, SampleReturned)]
         if {event.group_id for event in returned} != set(wanted.group_ids):
             raise DataError(
@@ -146,15 +184,30 @@ class Journal:
         schema = db.execute("PRAGMA user_version").fetchone()[0]
         if schema not in (0, SCHEMA):
             raise sqlite3.DatabaseError(f"it has schema {schema}, this program writes {SCHEMA}")
+        if damage := find_structural_damage(db):
+            raise sqlite3.DatabaseError(damage)
+        db.execute("BEGIN IMMEDIATE")
         db.execute(
             "CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, "
-            "group_id INTEGER, record BLOB NOT NULL, segment INTEGER)"
+            "group_id INTEGER, record BLOB NOT NULL, segment INTEGER, crc INTEGER NOT NULL)"
+        )
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS totals "
+            "(last_seq INTEGER NOT NULL, num_rows INTEGER NOT NULL, crc_sum INTEGER NOT NULL)"
         )
         db.execute("CREATE INDEX IF NOT EXISTS events_of_group ON events (group_id)")
         db.execute(
             "CREATE INDEX IF NOT EXISTS batches ON events (seq) WHERE kind = 'BatchSelected'"
         )
-        db.execute(f"PRAGMA user_version = {SCHEMA}")
+        if schema == 0:
+            db.execute("INSERT INTO totals VALUES (0, 0, 0)")
+            db.execute(f"PRAGMA user_version = {SCHEMA}")
+        db.execute("COMMIT")
+        self._totals = read_totals(db)
+
+    def _damaged(self, error: Exception) -> DataError:
+        lost = "the events in the damaged part, perhaps all"
+        return DataError(f"{self._path} is damaged: {error}; lost: {lost}", REMEDY)
 
     def _write(self) -> None:
         while True:
@@ -165,48 +218,80 @@ class Journal:
                 items.append(self._items.get())
             events = [item for item in items if isinstance(item, tuple)]
             pruned = [group for item in items if isinstance(item, list) for group in item]
+            waiters = [item for item in items if isinstance(item, Future)]
             if events or pruned:
-                while not self._commit(events, pruned) and not self._closing.wait(RETRY_S):
-                    pass
-            for item in items:
-                if isinstance(item, Future) and not self.error:
-                    item.set_result(None)
+                self._retry(self._commit, events, pruned)
+            self._retry(self._write_mark, bool(waiters))
+            for waiter in waiters:
+                if self._damage:
+                    waiter.set_exception(self._damage)
+                elif not self.error:
+                    waiter.set_result(None)
             if None in items:
                 return
 
-    def _commit(self, events: list[_Event], pruned: list[int]) -> bool:
-        position = self._arrays.position
+    def _retry(self, write: Callable[..., None], *values: object) -> None:
+        """Repeats a write until it succeeds, the journal is closed, or damage is found."""
+        while not self._damage:
+            try:
+                write(*values)
+            except (sqlite3.OperationalError, OSError) as e:
+                if self.error != str(e):
+                    logger.error(
+                        "the journal %s cannot be written: %s; trying again every %.0f s",
+                        self._path, e, RETRY_S,
+                    )  # fmt: skip
+                self.error = str(e)
+                if self._closing.wait(RETRY_S):
+                    return
+            except sqlite3.DatabaseError as e:
+                self._damage = self._damaged(e)
+                logger.error("%s", self._damage)
+            else:
+                if self.error:
+                    logger.warning("the journal can be written again")
+                self.error = ""
+                return
+
+    def _commit(self, events: list[_Event], pruned: list[int]) -> None:
+        position, totals = self._arrays.position, msgspec.structs.replace(self._totals)
+        freed: list[int] = []
         try:
             rows = [self._row(seq, event) for seq, event in events]
             self._arrays.sync()
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", rows)
-            freed: list[int] = []
+            self._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
+            totals.last_seq = rows[-1][0] if rows else totals.last_seq
+            totals.num_rows += len(rows)
+            totals.crc_sum += sum(row[-1] for row in rows)
             for group in pruned:
                 deleted = self._db.execute(
                     "DELETE FROM events WHERE group_id = ? AND segment IS NOT NULL "
-                    "RETURNING segment",
+                    "RETURNING segment, crc",
                     (group,),
                 )
-                freed += [segment for (segment,) in deleted]
+                for segment, crc in deleted:
+                    freed.append(segment)
+                    totals.num_rows -= 1
+                    totals.crc_sum -= crc
+            self._db.execute(
+                "UPDATE totals SET last_seq = ?, num_rows = ?, crc_sum = ?",
+                msgspec.structs.astuple(totals),
+            )
             self._db.execute("COMMIT")
-        except (sqlite3.OperationalError, OSError) as e:
+        except (sqlite3.DatabaseError, OSError):
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             self._arrays.rewind(position)
-            if self.error != str(e):
-                logger.error(
-                    "the journal %s cannot be written: %s; trying again every %.0f s",
-                    self._path, e, RETRY_S,
-                )  # fmt: skip
-            self.error = str(e)
-            return False
-        self._arrays.count_rows([segment for *_, segment in rows if segment is not None], freed)
-        if self.error:
-            logger.warning("the journal can be written again")
-        self.error = ""
+            raise
+        self._totals = totals
+        self._arrays.count_rows([row[4] for row in rows if row[4] is not None], freed)
         self.num_commits += 1
-        return True
+
+    def _write_mark(self, durably: bool) -> None:
+        self._mark.write(self._totals.last_seq)
+        if durably:  # a batch or an update is about to leave
+            self._mark.sync()
 
     def _row(self, seq: int, event: JournalEvent) -> _Row:
         frames = self._codec.encode(event)
@@ -214,35 +299,5 @@ class Journal:
         if len(frames) > 1:
             location = self._arrays.write(frames)
             record, segment = msgspec.msgpack.encode(location), location.segment
-        return seq, type(event).__name__, getattr(event, "group_id", None), record, segment
-
-
-def read_events(path: Path, until: int | None = None) -> Iterator[AnyEvent]:
-    """Yields all events in order, up to sequence number `until`; the journal may be in use."""
-    last = (1 << 63) - 1 if until is None else until
-    yield from _select(path, "WHERE seq <= ? ORDER BY seq", last)
-
-
-def last_seq(path: Path) -> int:
-    """Returns the number of the newest event, 0 if there is none; the journal may be in use."""
-    db = sqlite3.connect(path)
-    try:
-        return int(db.execute("SELECT COALESCE(MAX(seq), 0) FROM events").fetchone()[0])
-    finally:
-        db.close()
-
-
-def _select(path: Path, where: str, *values: int) -> Iterator[AnyEvent]:
-    codec = Codec(AnyEvent)
-    arrays = ArrayReader(path.with_name(ARRAYS_FOLDER))
-    db = sqlite3.connect(path)  # not the writer's connection, which may be in a transaction
-    try:
-        for record, segment in db.execute(f"SELECT record, segment FROM events {where}", values):
-            if segment is None:
-                yield codec.decode([record])
-            else:
-                location = msgspec.msgpack.decode(record, type=ArrayLocation)
-                yield codec.decode(arrays.read(location))
-    finally:
-        db.close()
-        arrays.close()
+        row = (seq, type(event).__name__, getattr(event, "group_id", None), record, segment)
+        return (*row, row_crc(*row))

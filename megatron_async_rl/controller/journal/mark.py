@@ -1,0 +1,52 @@
+"""The high-water mark: the number of the newest event on disk, in a file beside the database.
+
+SQLite ends a damaged WAL at its last intact commit and says nothing, so the database alone cannot
+tell that it was rewound. The mark is overwritten after each commit and forced to disk before a
+batch or an update leaves; it is never ahead of the database.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+from megatron_async_rl.errors import DataError
+
+MARK_FILE = "journal.mark"
+
+
+class Mark:
+    """The writer."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+
+    def write(self, seq: int) -> None:
+        """Overwrites the mark, in one sector; a killed process cannot tear it."""
+        text = b"%020d" % seq
+        os.pwrite(self._fd, b"%s %08x\n" % (text, zlib.crc32(text)), 0)
+
+    def sync(self) -> None:
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def read_mark(path: Path) -> int | None:
+    """Returns the number of the newest event on disk; None if no mark was written.
+
+    Raises DataError if the file is damaged.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    text = data[:20]
+    if data != b"%s %08x\n" % (text, zlib.crc32(text)) or not text.isdigit():
+        raise DataError(
+            f"{path} is damaged; lost: the proof that the journal was not rewound",
+            "delete the file to continue without it",
+        )
+    return int(text)

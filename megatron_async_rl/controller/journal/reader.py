@@ -1,0 +1,171 @@
+"""Reads the journal and verifies every row; the journal may be in use.
+
+A row has a crc32 over all its columns; the table `totals` has the number of rows and the sum of
+their checksums, which reveals rows that are gone; journal.mark reveals a rewound database.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+
+from megatron_async_rl.controller.core.events import AnyEvent
+from megatron_async_rl.controller.journal.array_store import ArrayLocation, ArrayReader
+from megatron_async_rl.controller.journal.mark import MARK_FILE, read_mark
+from megatron_async_rl.errors import DataError, ProtocolError
+from megatron_async_rl.protocol.wire import Codec
+
+ARRAYS_FOLDER = "journal.arrays"  # beside the database
+SCHEMA = 4
+REMEDY = (
+    "restore run.dir from a copy, or start over with --from-scratch, which keeps the old folder "
+    "aside"
+)
+OnDamage = Callable[[str], None]
+
+
+class Totals(msgspec.Struct):
+    """Of the rows in the table; pruned ones are subtracted."""
+
+    last_seq: int = 0
+    num_rows: int = 0
+    crc_sum: int = 0
+
+
+def row_crc(*columns: object) -> int:
+    """Returns the checksum of seq, kind, group_id, record and segment."""
+    return zlib.crc32(msgspec.msgpack.encode(columns))
+
+
+def refuse(damage: str) -> None:
+    raise DataError(damage, REMEDY)
+
+
+def read_events(
+    path: Path, until: int | None = None, on_damage: OnDamage = refuse
+) -> Iterator[AnyEvent]:
+    """Yields all events in order, up to sequence number `until`.
+
+    `on_damage` gets a text for each damage: the file, and what is lost. It raises DataError unless
+    another function is given, which has the rest read as far as possible.
+    """
+    if until is None and (damage := find_rewind(path)):
+        on_damage(damage)
+    last = (1 << 63) - 1 if until is None else until
+    found = Totals()
+    with closing(connect_to_read(path)) as db:
+        try:
+            db.execute("BEGIN")  # totals and rows of the same commit
+            expected = read_totals(db)
+            yield from select(db, path, "WHERE seq <= ? ORDER BY seq", (last,), on_damage, found)
+        except sqlite3.DatabaseError as e:
+            on_damage(f"{path} is damaged: {e}; lost: all events after number {found.last_seq}")
+            return
+    same = (found.num_rows, found.crc_sum) == (expected.num_rows, expected.crc_sum)
+    if until is None and not same:
+        on_damage(
+            f"{path} has {found.num_rows} rows where {expected.num_rows} were written, or others; "
+            "lost: events somewhere before number "
+            f"{expected.last_seq}"
+        )
+
+
+def select(
+    db: sqlite3.Connection,
+    path: Path,
+    where: str,
+    values: tuple[int, ...] = (),
+    on_damage: OnDamage = refuse,
+    found: Totals | None = None,
+) -> Iterator[AnyEvent]:
+    """Yields the events of the rows that match; adds them to `found`."""
+    found = found or Totals()
+    codec = Codec(AnyEvent)
+    with closing(ArrayReader(path.with_name(ARRAYS_FOLDER))) as arrays:
+        columns = "seq, kind, group_id, record, segment, crc"
+        for *row, crc in db.execute(f"SELECT {columns} FROM events {where}", values):
+            seq, kind, group_id, record, segment = row
+            name = f"event {seq} ({kind}{'' if group_id is None else f' of group {group_id}'})"
+            if crc != row_crc(*row):
+                on_damage(f"{path}: the row of {name} does not match its checksum; lost: the event")
+                continue
+            found.last_seq, found.num_rows = seq, found.num_rows + 1
+            found.crc_sum += crc
+            try:
+                if segment is None:
+                    event = codec.decode([record])
+                else:
+                    location = msgspec.msgpack.decode(record, type=ArrayLocation)
+                    event = codec.decode(arrays.read(location))
+            except (DataError, ProtocolError, msgspec.DecodeError) as e:
+                on_damage(f"{e}; lost: {name}")
+            else:
+                yield event
+
+
+def find_rewind(path: Path) -> str:
+    """Describes the loss if the journal lacks events that were on disk; empty if it has them."""
+    try:
+        mark = read_mark(path.with_name(MARK_FILE)) or 0
+    except DataError:
+        return ""  # see find_mark_damage
+    if mark <= (last := last_seq(path)):
+        return ""
+    return (
+        f"{path} (or its -wal) was rewound: it ends at event {last}, but event {mark} was on disk "
+        f"({MARK_FILE}); lost: events {last + 1} to {mark}, perhaps with batches that were trained"
+    )
+
+
+def find_mark_damage(path: Path) -> str:
+    """Describes a damaged or missing mark, which proves nothing about the journal."""
+    try:
+        missing = read_mark(path.with_name(MARK_FILE)) is None and last_seq(path) > 0
+    except DataError as e:
+        return str(e)
+    lost = "lost: the proof that the journal was not rewound"
+    return f"{path.with_name(MARK_FILE)} is missing; {lost}" if missing else ""
+
+
+def last_seq(path: Path) -> int:
+    """Returns the number of the newest event, 0 if there is none. Raises DataError."""
+    with closing(connect_to_read(path)) as db:
+        try:
+            return read_totals(db).last_seq
+        except sqlite3.DatabaseError as e:
+            raise DataError(f"{path} is damaged: {e}; lost: the journal", REMEDY) from None
+
+
+def read_totals(db: sqlite3.Connection) -> Totals:
+    """Returns the totals as written. Raises sqlite3.DatabaseError."""
+    schema = db.execute("PRAGMA user_version").fetchone()[0]
+    if schema not in (0, SCHEMA):
+        raise sqlite3.DatabaseError(f"it has schema {schema}, this program reads {SCHEMA}")
+    if not db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
+        return Totals()  # an empty file, which the mark tells from a new one
+    rows = db.execute("SELECT last_seq, num_rows, crc_sum FROM totals").fetchall()
+    if len(rows) != 1 or not all(type(value) is int for value in rows[0]):
+        raise sqlite3.DatabaseError("its table of totals is damaged")
+    return Totals(*rows[0])
+
+
+def find_structural_damage(db: sqlite3.Connection) -> str:
+    """Returns the first problem of pages and indexes that SQLite finds; empty if there is none."""
+    found = str(db.execute("PRAGMA integrity_check(1)").fetchone()[0])
+    return "" if found == "ok" else " ".join(found.split())
+
+
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """Opens the database without creating, checkpointing or changing it. Raises DataError."""
+    try:
+        db = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
+    except sqlite3.DatabaseError as e:
+        raise DataError(f"{path} cannot be opened: {e}; lost: the journal", REMEDY) from None
+    db.text_factory = lambda text: text.decode(errors="replace")  # damaged text has no checksum
+    return db
