@@ -25,8 +25,20 @@ class CheckpointCommitter:
         self.newest_saved = asyncio.Event()  # the newest version has a complete checkpoint
 
     def check_journal(self) -> None:
-        """Raises DataError if a checkpoint was written after more events than the journal has."""
-        saved = checkpoints.list_manifests(self._config.run_dir)
+        """Names damaged manifests; raises DataError if the journal does not match the checkpoints.
+
+        A checkpoint must not be newer than the journal, and one manifest must be intact.
+        """
+        run_dir = self._config.run_dir
+        saved, damaged = checkpoints.list_manifests(run_dir), checkpoints.damaged_manifests(run_dir)
+        for path in damaged:
+            logger.error("%s is damaged; lost: this checkpoint", path)
+        if damaged and not saved:
+            raise DataError(
+                f"all manifests in {run_dir / checkpoints.FOLDER} are damaged: "
+                f"{', '.join(path.name for path in damaged)}; restore one from a copy, or start "
+                "over with --from-scratch"
+            )
         if saved and saved[0].journal_seq > self._journal.last_seq:
             raise DataError(
                 f"checkpoint {saved[0].folder} was written after {saved[0].journal_seq} events, "

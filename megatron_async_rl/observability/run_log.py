@@ -7,6 +7,7 @@ RunLog.write_samples writes those of trained samples, callers of RunLog.write_sc
 from __future__ import annotations
 
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class RunLog:
             sample_log.sample_line(version, group, index, number < self._monitor.sample_tokens)
             for number, (group, index) in enumerate(samples)
         ]
-        data = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+        data = b"".join(map(sample_log.encode_line, lines))
         sample_log.append_whole(self._samples, data)
         if self._board and lines:
             self._write_statistics(self._board, version, lines)
@@ -75,6 +76,7 @@ class RunLog:
         status = msgspec.structs.replace(
             status,
             pid=status.pid or os.getpid(),
+            host=status.host or socket.gethostname(),
             elapsed_s=status.elapsed_s or time.monotonic() - self._started,
             updated_unix=time.time(),
         )

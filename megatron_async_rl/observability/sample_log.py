@@ -1,5 +1,7 @@
 """`samples.jsonl`: one line for each trained sample, in order; a torn last line is ignored.
 
+The last field of a line, crc32, is the checksum of the bytes before it.
+
 Text and numbers are plain JSON. Token ids and logprobs are base64 of little-endian int32 and
 float32, np.frombuffer(base64.b64decode(line["ids"]), "<i4"), which takes a tenth of the time of
 JSON numbers. A step can have gigabytes of them, so only the first `monitor.sample_tokens` samples
@@ -9,15 +11,19 @@ of it keep them.
 from __future__ import annotations
 
 import io
+import logging
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import Sample
 
+logger = logging.getLogger(__name__)
 SAMPLES_FILE = "samples.jsonl"
 
 
@@ -63,13 +69,39 @@ class SampleLine(
         return np.frombuffer(self.logprobs_bytes, "<f4")
 
 
-def read_samples(run_dir: Path) -> Iterator[SampleLine]:
-    """Yields the trained samples in order, without an incomplete last line."""
-    decoder = msgspec.json.Decoder(SampleLine)
-    with (Path(run_dir) / SAMPLES_FILE).open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield decoder.decode(line)
+def refuse(damage: str) -> None:
+    raise DataError(damage, "training does not need the file; move it away to continue without it")
+
+
+def read_samples(run_dir: Path, on_damage: Callable[[str], None] = refuse) -> Iterator[SampleLine]:
+    """Yields the trained samples in order, without an incomplete last line.
+
+    `on_damage` gets a text for each damaged line. It raises DataError unless another function is
+    given, which has the line skipped.
+    """
+    path = Path(run_dir) / SAMPLES_FILE
+    with path.open("rb") as file:
+        for number, encoded in enumerate(file, 1):
+            if not encoded.endswith(b"\n"):
+                return
+            if line := decode_line(encoded):
+                yield line
+            else:
+                on_damage(f"{path}: line {number} does not match its checksum; lost: its sample")
+
+
+def encode_line(line: SampleLine) -> bytes:
+    """Returns the line with its checksum."""
+    body = msgspec.json.encode(line)[:-1]
+    return b'%s,"crc32":"%08x"}\n' % (body, zlib.crc32(body))
+
+
+def decode_line(encoded: bytes) -> SampleLine | None:
+    """Returns None if the line is damaged."""
+    body, _, checksum = encoded.rpartition(b',"crc32":"')
+    if checksum != b'%08x"}\n' % zlib.crc32(body):
+        return None
+    return msgspec.json.decode(encoded, type=SampleLine)
 
 
 def sample_line(version: int, group: TrainedGroup, index: int, with_tokens: bool) -> SampleLine:
@@ -125,10 +157,13 @@ def cut_torn_line(path: Path) -> None:
 
 
 def last_version(path: Path) -> int:
-    """Returns the version of the last sample in a log; -1 if there is none."""
+    """Returns the version of the last intact sample in a log; -1 if there is none."""
     if not path.exists() or not path.stat().st_size:
         return -1
     with path.open("rb") as file:
-        for line in file:
-            last = line
-    return msgspec.json.decode(last, type=SampleLine).version
+        for encoded in file:
+            last = encoded
+    if line := decode_line(last):
+        return line.version
+    logger.error("%s: the last line is damaged; lost: its sample", path)
+    return max((line.version for line in read_samples(path.parent, logger.error)), default=-1)

@@ -4,16 +4,17 @@
                         digests.N.json  name -> sha256 of the files that rank N wrote
     run.dir/checkpoints/v000010.json    the manifest, written last and by the controller
 
-A folder without a manifest is ignored. The manifest ties weights to the controller's state: the
-journal had `journal_seq` events when it was written, so a shorter journal belongs to another run.
+A folder without a manifest, or with one that does not match its own digest, is ignored. The
+manifest ties weights to the controller's state: the journal had `journal_seq` events when it was
+written, so a shorter journal belongs to another run.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -30,6 +31,11 @@ class CheckpointManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     journal_seq: int  # events in the journal, all on disk, when this was written
     prompts: int  # prompts admitted until then
     files: dict[str, str]  # name -> sha256 of every file in the folder
+    sha256: str = ""  # of the other fields
+
+    def digest(self) -> str:
+        unsigned = msgspec.structs.replace(self, sha256="")
+        return hashlib.sha256(msgspec.json.encode(unsigned, order="sorted")).hexdigest()
 
 
 def folder_name(version: int) -> str:
@@ -59,6 +65,7 @@ def commit(
         different = sorted(names ^ files.keys())
         raise DataError(f"checkpoint {path}: files and digests differ: {different}")
     manifest = CheckpointManifest(version, folder, journal_seq, prompts, files)
+    manifest = msgspec.structs.replace(manifest, sha256=manifest.digest())
     sync(path)
     encoded = msgspec.json.format(msgspec.json.encode(manifest))
     write_atomic(run_dir / FOLDER / f"{folder}.json", encoded)
@@ -66,13 +73,27 @@ def commit(
 
 
 def list_manifests(run_dir: Path) -> list[CheckpointManifest]:
-    """Returns the checkpoints that have a readable manifest, newest first."""
-    found = []
-    for path in (run_dir / FOLDER).glob("v*.json"):
-        # Without a readable manifest it is no checkpoint; the one before is used.
-        with contextlib.suppress(msgspec.DecodeError, OSError):
-            found.append(msgspec.json.decode(path.read_bytes(), type=CheckpointManifest))
+    """Returns the checkpoints that have an intact manifest, newest first."""
+    found = [manifest for _, manifest in _manifests(run_dir) if manifest]
     return sorted(found, key=lambda manifest: -manifest.version)
+
+
+def damaged_manifests(run_dir: Path) -> list[Path]:
+    """Returns the manifests that are damaged; their checkpoints are not used."""
+    return sorted(path for path, manifest in _manifests(run_dir) if manifest is None)
+
+
+def _manifests(run_dir: Path) -> Iterator[tuple[Path, CheckpointManifest | None]]:
+    for path in (run_dir / FOLDER).glob("v*.json"):
+        try:
+            manifest = msgspec.json.decode(path.read_bytes(), type=CheckpointManifest)
+        except FileNotFoundError:
+            continue  # pruned just now
+        except (msgspec.DecodeError, UnicodeDecodeError, OSError):
+            yield path, None
+        else:
+            intact = manifest.sha256 == manifest.digest() and manifest.folder == path.stem
+            yield path, manifest if intact else None
 
 
 def find_damage(run_dir: Path, manifest: CheckpointManifest, part: int = 0, parts: int = 1) -> str:
@@ -80,14 +101,20 @@ def find_damage(run_dir: Path, manifest: CheckpointManifest, part: int = 0, part
 
     With `parts` > 1 it checks only every `parts`-th file, from file number `part` on.
     """
+    return next(find_all_damage(run_dir, manifest, part, parts), "")
+
+
+def find_all_damage(
+    run_dir: Path, manifest: CheckpointManifest, part: int = 0, parts: int = 1
+) -> Iterator[str]:
+    """Yields every problem of a checkpoint's files."""
     folder = run_dir / FOLDER / manifest.folder
     for name, expected in sorted(manifest.files.items())[part::parts]:
         try:
             if digest(folder / name) != expected:
-                return f"{folder / name} does not match its digest"
+                yield f"{folder / name} does not match its digest"
         except OSError as e:
-            return f"{folder / name}: {e.strerror}"
-    return ""
+            yield f"{folder / name}: {e.strerror}"
 
 
 def prune(run_dir: Path, keep: int) -> int:

@@ -128,7 +128,7 @@ def test_every_trained_sample_becomes_one_json_line(tmp_path: Path) -> None:
         "num_prompt": 3, "num_generated": 20, "versions": [[3, 12], [4, 8]],
         "stop": "stop", "num_interrupts": 1,
         "text": "1+1=2", "ids": first["ids"], "logprobs": first["logprobs"],
-        "turns": [[3, 23]],
+        "turns": [[3, 23]], "crc32": first["crc32"],
     }  # fmt: skip
     assert np.frombuffer(base64.b64decode(first["ids"]), "<i4").tolist() == [1, 2, 3] + [7] * 20
     assert np.frombuffer(base64.b64decode(first["logprobs"]), "<f4").tolist() == [-0.5] * 20
@@ -200,7 +200,7 @@ def test_status_is_read_back_unchanged(tmp_path: Path) -> None:
     log.write_status(status)
     log.close()
     read = read_status(tmp_path)
-    status.updated_unix = read.updated_unix
+    status.updated_unix, status.host = read.updated_unix, read.host
     assert read == status and read.updated_unix > 2.0
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
     again = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
