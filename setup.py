@@ -30,6 +30,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    entry_points={"console_scripts": ["megatron-async-rl = megatron_async_rl.__main__:main"]},
     packages=[
         *find_packages(include=["megatron_async_rl", "megatron_async_rl.*"]),
         *patch_packages,

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains a small model on arithmetic by asynchronous RL, on this machine's CPU. The first start
-# installs everything, later ones take seconds. Arguments are settings:
+# installs everything, later ones take seconds. A stopped run is resumed; a complete one is renamed
+# and a new one started. Arguments are settings:
 #
 #   bash launchers/quickstart.sh run.steps=10 staleness.max_staleness=0
 set -euo pipefail
@@ -8,7 +9,7 @@ cd "$(dirname "$0")/.."
 
 environments=$(bash tools/setup_env.sh)
 eval "$environments"
-export MEGATRON_ASYNC_RL_ENGINE_PYTHON
+export MEGATRON_ASYNC_RL_PYTHON MEGATRON_ASYNC_RL_ENGINE_PYTHON
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python=$MEGATRON_ASYNC_RL_PYTHON
 
@@ -20,6 +21,4 @@ data=runs/arithmetic
 [ -f runs/tiny_model/config.json ] ||
   OMP_NUM_THREADS=1 "$python" tools/make_tiny_model.py runs/tiny_model
 
-options=()  # a stopped run is resumed; a finished one is renamed and a new one started
-[ ! -d runs/quickstart/policy ] || options=(--from-scratch)
-exec "$python" -m megatron_async_rl run configs/quickstart.yaml "${options[@]}" "$@"
+exec launchers/megatron-async-rl run configs/quickstart.yaml --new-if-complete "$@"

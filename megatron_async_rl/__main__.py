@@ -1,8 +1,8 @@
-"""The command line, `python -m megatron_async_rl COMMAND`: parses it and calls the command.
+"""The command line, `megatron-async-rl COMMAND`: parses it and calls the command.
 
-run, join and slurm (launcher/) start a run's processes; doctor, status, audit, plan-weights, replay
-and selftest (cli/) check, show or debug. A command's module is imported only when the command is
-called, so that a wrong argument is reported at once.
+run, join and slurm (launcher/) start a run's processes; doctor, status, tensorboard, audit,
+plan-weights, replay and selftest (cli/) check, show or debug. A command's module is imported only
+when the command is called, so that a wrong argument is reported at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_async_rl import __version__
 from megatron_async_rl.errors import Error
+from megatron_async_rl.program import program
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_async_rl",
+        prog=program(),
         description="Asynchronous reinforcement learning for language models: Megatron-Core "
         "trains, SGLang generates.",
     )
@@ -50,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         "--from-scratch",
         action="store_true",
         help="start a new run; an existing run in run.dir is renamed, not deleted",
+    )
+    run.add_argument(
+        "--new-if-complete",
+        action="store_true",
+        help="the same, but only if the run in run.dir is complete; otherwise it is resumed",
     )
     run.add_argument(
         "--elsewhere",
@@ -87,9 +93,20 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     doctor.set_defaults(command=_doctor)
 
-    status = commands.add_parser("status", help="print the current status of a run")
+    status = commands.add_parser("status", help="show the state of a run, or how it ended")
     _add_run_dir(status)
+    status.add_argument("--watch", action="store_true", help="follow the run until it ends")
     status.set_defaults(command=_status)
+
+    tensorboard = commands.add_parser("tensorboard", help="serve the metrics of a run by HTTP")
+    _add_run_dir(tensorboard)
+    tensorboard.add_argument(
+        "options",
+        metavar="OPTION",
+        nargs=argparse.REMAINDER,
+        help="options of TensorBoard, such as --port 6006 or --bind_all",
+    )
+    tensorboard.set_defaults(command=_tensorboard)
 
     audit = commands.add_parser(
         "audit", help="recompute sample accounting and staleness of a run from its journal"
@@ -153,7 +170,12 @@ def _run(args: argparse.Namespace) -> int:
     config = load(args.config, args.overrides)
     from megatron_async_rl.launcher import run  # slower to import: errors of the YAML come first
 
-    return run.run(config, args.from_scratch, [name for name in args.elsewhere.split(",") if name])
+    existing: run.ExistingRun = "resume"
+    if args.from_scratch:
+        existing = "rename"
+    elif args.new_if_complete:
+        existing = "rename if complete"
+    return run.run(config, existing, [name for name in args.elsewhere.split(",") if name])
 
 
 def _join(args: argparse.Namespace) -> int:
@@ -179,14 +201,19 @@ def _doctor(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     from megatron_async_rl.cli import status
 
-    return status.run(args.run_dir)
+    return status.run(args.run_dir, args.watch)
+
+
+def _tensorboard(args: argparse.Namespace) -> int:
+    from megatron_async_rl.cli import tensorboard
+
+    tensorboard.run(args.run_dir, args.options)
 
 
 def _audit(args: argparse.Namespace) -> int:
     from megatron_async_rl.cli import audit
-    from megatron_async_rl.config.load import load
 
-    return audit.run(args.run_dir, load(args.run_dir / "config.yaml").staleness.max_staleness)
+    return audit.run(args.run_dir)
 
 
 def _plan_weights(args: argparse.Namespace) -> int:

@@ -1,1 +1,1 @@
-"""Commands of `python -m megatron_async_rl`, one module each."""
+"""Commands of `megatron-async-rl`, one module each."""

@@ -9,6 +9,7 @@ and leaves it alone.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import socket
@@ -46,6 +47,23 @@ class Claims:
     def count_elsewhere(self, role: str) -> int:
         """Returns how many processes of a role other launchers own."""
         return sum(bool(self.other_owner(path.name)) for path in self._folder.glob(f"{role}*"))
+
+
+def lock_path(run_dir: Path) -> Path:
+    """Returns the file that `run` locks for as long as it owns run.dir."""
+    return run_dir.with_name(f".{run_dir.name}.lock")
+
+
+def has_launcher(run_dir: Path) -> bool:
+    """Returns whether a `run` owns run.dir, on this host or on another that shares its locks."""
+    try:
+        with lock_path(run_dir).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def controller_key(run_dir: Path) -> bytes:

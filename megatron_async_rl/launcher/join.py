@@ -26,7 +26,7 @@ from megatron_async_rl.launcher import roles
 from megatron_async_rl.launcher.claims import controller_key
 from megatron_async_rl.launcher.session import STOP_GRACE_S, Session, show
 from megatron_async_rl.launcher.supervisor import Supervisor
-from megatron_async_rl.observability.status import FINAL_STATES, read_status
+from megatron_async_rl.observability.status import FINAL_STATES, STATUS_FILE, read_status
 
 POLL_S = 0.2
 
@@ -39,8 +39,8 @@ def join(run_dir: Path, names: Sequence[str], ignore_more_sigterms: bool = False
     run_dir = run_dir.resolve()
     config = _load_config(run_dir)
     roles.check_joining(names, config)
-    _wait_for_run(run_dir, config)
     console = Console()
+    _wait_for_run(run_dir, config, console)
     supervisor = Supervisor(run_dir, config.faults, lambda text: show(console, text))
     session = Session(run_dir, supervisor, config.faults.shutdown_grace_s, ignore_more_sigterms)
     with session.handle_signals():
@@ -84,11 +84,18 @@ def _load_config(run_dir: Path) -> Config:
     return configuration.load(path)
 
 
-def _wait_for_run(run_dir: Path, config: Config) -> None:
-    """Waits until the controller listens. Raises Error after trainer.start_timeout_s."""
+def _wait_for_run(run_dir: Path, config: Config, console: Console) -> None:
+    """Waits until the controller listens.
+
+    Raises Error after trainer.start_timeout_s, and at once if the run is complete.
+    """
     limit_s = config.trainer.start_timeout_s
     deadline = time.monotonic() + limit_s
+    if not _is_running(run_dir):
+        show(console, f"waiting for a running controller in {run_dir}")
     while not _is_running(run_dir):
+        if _has_finished(run_dir):
+            raise Error(f"the run in {run_dir} is complete: there is nothing to join")
         if time.monotonic() > deadline:
             raise Error(
                 f"no running controller in {run_dir} within trainer.start_timeout_s = "
@@ -103,3 +110,13 @@ def _is_running(run_dir: Path) -> bool:
     except DataError:
         return False  # no status yet
     return not has_ended and (run_dir / "controller.address").exists()
+
+
+def _has_finished(run_dir: Path) -> bool:
+    """Returns whether the newest `run` is complete; it makes new keys before a new status."""
+    try:
+        made = (run_dir / "keys").stat().st_mtime_ns
+        written = (run_dir / STATUS_FILE).stat().st_mtime_ns
+        return written > made and read_status(run_dir).state == "finished"
+    except (OSError, DataError):
+        return False

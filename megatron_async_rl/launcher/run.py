@@ -5,8 +5,8 @@
 
 The run is complete when controller and trainer have ended successfully; a process that dies before
 is restarted (supervisor.py). If run.dir has a run, it is resumed from its journal and checkpoints;
---from-scratch renames it instead. Processes named by --elsewhere are started on other hosts
-(join.py).
+--from-scratch renames it instead, --new-if-complete only a complete one. Processes named by
+--elsewhere are started on other hosts (join.py).
 
 SIGTERM: no new work is admitted, rollout workers return partial samples, the trainer saves, and
 exit code 75 asks to be requeued. Ctrl-C or a second SIGTERM stops at once; finished work is in the
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -29,34 +30,39 @@ from megatron_async_rl import processes
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.checks import cross_host_parallelism_warning
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.data.dataset import changed_data, record_data
 from megatron_async_rl.errors import ConfigError, DataError, Error
-from megatron_async_rl.launcher import preflight, roles
+from megatron_async_rl.launcher import claims, preflight, roles
 from megatron_async_rl.launcher.session import STOP_GRACE_S, Session, show
 from megatron_async_rl.launcher.supervisor import Supervisor
 from megatron_async_rl.observability import panel, terminal
+from megatron_async_rl.observability.sample_log import SAMPLES_FILE
 from megatron_async_rl.observability.status import read_status
+from megatron_async_rl.program import program
 
 # settings that a journal depends on: a resumed run must not change them
+ExistingRun = Literal["resume", "rename", "rename if complete"]
 FIXED = ("model.path", "data.train", "run.seed", "run.mode", "algorithm.samples_per_prompt")
 
 
 def run(
     config: Config,
-    from_scratch: bool = False,
+    existing: ExistingRun = "resume",
     elsewhere: Collection[str] = (),
     on_owned: Callable[[], None] | None = None,
     ignore_more_sigterms: bool = False,
 ) -> int:
     """Runs to the end and returns the exit code. Raises Error if the run failed.
 
-    `elsewhere`: processes not to start here. `on_owned` is called when run.dir belongs to this run
-    and nothing has been started yet. `ignore_more_sigterms`: see Session.
+    `existing`: what to do with a run in run.dir. `elsewhere`: processes not to start here.
+    `on_owned` is called when run.dir belongs to this run and nothing has been started yet.
+    `ignore_more_sigterms`: see Session.
     """
     roles.check_joining(elsewhere, config)
     preflight.preflight(config)
     run_dir = config.run_dir.resolve()
     console = Console()
-    with _owned(run_dir, config, from_scratch, console):
+    with _owned(run_dir, config, existing, console):
         if _is_complete(run_dir, config):
             console.print(panel.summary(read_status(run_dir)), highlight=False)
             console.print(
@@ -64,9 +70,11 @@ def run(
                 "--from-scratch"
             )
             return 0
+        _make_new_keys(run_dir)
         if warning := cross_host_parallelism_warning(config):
             console.print(f"warning: {warning}", highlight=False)
         (run_dir / "config.yaml").write_text(configuration.dump(config))
+        record_data(run_dir, config)
         if on_owned:
             on_owned()
         supervisor = Supervisor(run_dir, config.faults, lambda text: show(console, text))
@@ -92,7 +100,7 @@ def run(
         console.print(panel.summary(read_status(run_dir)), highlight=False)
         result = "policy" if config.has_trainer else "batches"
         console.print(f"{result}: {run_dir / result}")
-        console.print(f"TensorBoard: tensorboard --logdir {run_dir / 'tensorboard'}")
+        console.print(f"metrics: {program()} tensorboard {run_dir}")
         return 0
 
 
@@ -114,24 +122,65 @@ def _is_complete(run_dir: Path, config: Config) -> bool:
     return status.state == "finished" and status.version >= config.run.steps
 
 
-def _check_same_run(run_dir: Path, config: Config) -> None:
-    """Raises ConfigError if a setting changed that the run's journal depends on."""
+def _is_kept(run_dir: Path, config: Config, existing: ExistingRun) -> bool:
+    """Returns whether the run in run_dir is resumed; False if it is renamed.
+
+    Raises ConfigError if it cannot be resumed with these settings. A run that has not trained on
+    any sample claims nothing: it is renamed instead.
+    """
+    if existing == "rename":
+        return False
+    _check_nothing_is_missing(run_dir)
+    if not (run_dir / "journal.sqlite").exists():
+        return False
+    if existing == "rename if complete" and _is_complete(run_dir, config):
+        return False
+    if (changed := _changed_setting(run_dir, config)) and _has_batch(run_dir):
+        raise ConfigError(changed)
+    return not changed
+
+
+def _check_nothing_is_missing(run_dir: Path) -> None:
+    """Raises DataError if run_dir has a part of a run only, which cannot be resumed."""
+    needed = [run_dir / "journal.sqlite", run_dir / "config.yaml"]
+    traces = [needed[0], run_dir / "journal.mark", *sorted(run_dir.glob("checkpoints/v*.json"))]
+    found = [path for path in traces if path.exists()]
+    missing = [path for path in needed if not path.exists()]
+    if found and missing:
+        raise DataError(
+            f"{missing[0]} is missing, but there is {found[-1]}: the run cannot be resumed",
+            "restore the file from a copy, or start over with --from-scratch, which keeps the "
+            "folder under another name",
+        )
+
+
+def _has_batch(run_dir: Path) -> bool:
+    """Returns whether the trainer was given any samples."""
+    samples = run_dir / SAMPLES_FILE
+    return samples.exists() and samples.stat().st_size > 0
+
+
+def _changed_setting(run_dir: Path, config: Config) -> str:
+    """Returns which setting changed that the run's journal depends on; empty if none did."""
     previous = configuration.load(run_dir / "config.yaml")
     for key in FIXED:
         section, name = key.split(".")
         old, new = (getattr(getattr(c, section), name) for c in (previous, config))
         if old != new:
-            raise ConfigError(
+            return (
                 f"{key} = {new!r}, but the run in {run_dir} was started with {old!r}; restore the "
                 "value, choose another run.dir, or start anew with --from-scratch"
             )
+    return changed_data(run_dir, config)
 
 
 @contextmanager
-def _owned(run_dir: Path, config: Config, from_scratch: bool, console: Console) -> Iterator[None]:
+def _owned(
+    run_dir: Path, config: Config, existing: ExistingRun, console: Console
+) -> Iterator[None]:
     """Locks run_dir and prepares it: keeps the run in it, or renames it; overwrites nothing."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    with run_dir.with_name(f".{run_dir.name}.lock").open("w") as lock:
+    with claims.lock_path(run_dir).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -139,18 +188,19 @@ def _owned(run_dir: Path, config: Config, from_scratch: bool, console: Console) 
                 f"run.dir = {run_dir} is in use by another run; stop it, or choose another run.dir"
             ) from None
         if run_dir.exists() and any(run_dir.iterdir()):
-            has_run = (run_dir / "journal.sqlite").exists() and (run_dir / "config.yaml").exists()
-            if has_run and not from_scratch:
-                _check_same_run(run_dir, config)
+            if _is_kept(run_dir, config, existing):
                 console.print(f"resuming the run in {run_dir}")
             else:
                 _rename_old(run_dir, console)
         run_dir.mkdir(mode=0o700, exist_ok=True)
-        # new keys and address: no process of an earlier start can take part in this run
-        shutil.rmtree(run_dir / "keys", ignore_errors=True)
-        (run_dir / "controller.address").unlink(missing_ok=True)
-        (run_dir / "keys").mkdir(mode=0o700)
         yield
+
+
+def _make_new_keys(run_dir: Path) -> None:
+    """Removes keys and address: no process of an earlier start can take part in this run."""
+    shutil.rmtree(run_dir / "keys", ignore_errors=True)
+    (run_dir / "controller.address").unlink(missing_ok=True)
+    (run_dir / "keys").mkdir(mode=0o700)
 
 
 def _rename_old(run_dir: Path, console: Console) -> None:

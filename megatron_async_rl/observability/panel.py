@@ -128,7 +128,7 @@ def screenshot_svg(status: RunStatus, width: int = 88) -> str:
         record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor"
     )
     console.print(render(status, now_unix=status.updated_unix))
-    return console.export_svg(title="python -m megatron_async_rl run")
+    return console.export_svg(title="megatron-async-rl run")
 
 
 def _progress(status: RunStatus) -> Table:

@@ -41,6 +41,7 @@ class RunStatus(msgspec.Struct):
     state: RunState = "starting"
     message: str = ""  # the current activity, or the reason of the failure
     pid: int = 0  # of the controller; 0 is filled in when written
+    host: str = ""  # of the controller; filled in when written
     updated_unix: float = 0.0  # filled in when written; for display only
     elapsed_s: float = 0.0  # since the controller started; 0 is filled in when written
     version: int = 0  # training steps done

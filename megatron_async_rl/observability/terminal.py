@@ -25,9 +25,12 @@ def follow(run_dir: Path, stop: Callable[[], bool], console: Console | None = No
     console = console or Console()
     started, previous = time.monotonic(), _final_status(run_dir)
 
-    def read() -> RunStatus:
-        return _read(run_dir, previous, time.monotonic() - started)
+    show(lambda: _read(run_dir, previous, time.monotonic() - started), stop, console)
 
+
+def show(read: Callable[[], RunStatus], stop: Callable[[], bool], console: Console) -> None:
+    """Shows what `read` returns until `stop()` is true; both are called at every poll."""
+    started = time.monotonic()
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             while not stop():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import NonFiniteStep
+from megatron_async_rl.program import program
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.storage import batches
 from megatron_async_rl.trainer import optimizer_step, passes, pipeline, report
@@ -142,7 +143,7 @@ def _save_refused_batch(samples: Sequence[TrainSample], version: int, config: Co
         name = f"v{version}-replica{mpu.get_data_parallel_rank()}.npz"
         batches.save(folder / name, version, list(samples))
     files = f"{folder}/v{version}-replica*.npz"
-    return f"The batch is saved; to train it again: python -m megatron_async_rl replay {files}"
+    return f"The batch is saved; to train it again: {program()} replay {files}"
 
 
 def _loss_step(
