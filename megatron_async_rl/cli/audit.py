@@ -1,20 +1,28 @@
-"""`audit`: recomputes sample accounting and staleness of a run from its journal and sample log.
+"""`audit`: recomputes sample accounting and staleness of a run from its journal and sample log, and
+verifies the checksums of all files that a run continues from.
 
-It shares no code with the controller's core, so that an error there shows here.
+It shares no code with the controller's core, so that an error there shows here. It changes nothing
+and reads on after a damage; every damaged file is named, with what is lost.
 """
 
 from __future__ import annotations
 
+import sqlite3
 from collections import Counter, defaultdict
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from megatron_async_rl.config.load import load
 from megatron_async_rl.controller.core import events
-from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
-from megatron_async_rl.errors import DataError
+from megatron_async_rl.controller.journal import reader
+from megatron_async_rl.controller.journal.journal import JOURNAL_FILE
+from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.observability.sample_log import SAMPLES_FILE, SampleLine, read_samples
-from megatron_async_rl.storage import checkpoints
+from megatron_async_rl.storage import checkpoints, snapshots
+
+UNKNOWN = 1 << 30  # max_staleness if config.yaml cannot be read
 
 
 @dataclass
@@ -32,6 +40,8 @@ class Audit:
     lost: int = 0  # groups that are neither trained nor dropped nor pending
     max_staleness: int = 0
     breaches: list[str] = field(default_factory=list)
+    damages: list[str] = field(default_factory=list)  # each names a file and what is lost
+    notes: list[str] = field(default_factory=list)  # unusual, but possible without damage
 
     def line(self, max_staleness: int) -> str:
         dropped = ",".join(f"{reason}:{count}" for reason, count in sorted(self.dropped.items()))
@@ -42,35 +52,93 @@ class Audit:
         )
 
 
-def run(run_dir: Path, max_staleness: int) -> int:
-    """Prints the audit. Returns 1 if an invariant is violated."""
+def run(run_dir: Path, max_staleness: int | None = None) -> int:
+    """Prints the audit. Returns 1 if an invariant is violated or a file is damaged.
+
+    `max_staleness`: of the run's config.yaml by default.
+    """
     if not (run_dir / JOURNAL_FILE).exists():
-        raise DataError(f"{run_dir} has no {JOURNAL_FILE}: give the run.dir of a run")
+        raise DataError(f"{run_dir} has no {JOURNAL_FILE}", "give the run.dir of a run")
+    damages = []
+    if max_staleness is None:
+        try:
+            max_staleness = load(run_dir / "config.yaml").staleness.max_staleness
+        except (ConfigError, OSError, ValueError) as e:
+            max_staleness = UNKNOWN
+            damages.append(f"{run_dir / 'config.yaml'}: {e}; lost: the bound on staleness")
     result = audit(run_dir, max_staleness)
+    result.damages += damages
     print(result.line(max_staleness))
-    for breach in result.breaches:
-        print(f"breach: {breach}")
-    return int(bool(result.breaches))
+    texts = {"breach": result.breaches, "damage": result.damages, "note": result.notes}
+    for kind, found in texts.items():
+        for text in found:
+            print(f"{kind}: {text}")
+    return int(bool(result.breaches or result.damages))
 
 
 def audit(run_dir: Path, eta: int, until: int | None = None) -> Audit:
-    """Reads journal, sample log and checkpoints. With `until`, only that many journal events.
+    """Reads journal, sample log, checkpoints and snapshots; raises nothing if they are damaged.
 
-    eta: staleness.max_staleness.
+    eta: staleness.max_staleness. With `until`, reads only that many journal events and the sample
+    log.
     """
-    journal = _Journal(Audit())
-    for event in read_events(run_dir / JOURNAL_FILE, until):
-        journal.add(event)
-    result = journal.finish()
-    _check_samples(run_dir, eta, journal.batches, until is None, result)
+    result = Audit()
+    journal = _Journal(result)
+    path = run_dir / JOURNAL_FILE
+    try:
+        for event in reader.read_events(path, until, result.damages.append):
+            journal.add(event)
+        if until is None:
+            _check_journal_file(path, result)
+    except DataError as e:
+        result.damages.append(str(e))
+    journal.finish()
+    _check_samples(run_dir, eta, journal, until is None, result)
     if until is None:
-        for manifest in checkpoints.list_manifests(run_dir):
-            if manifest.version > journal.version:
-                result.breaches.append(
-                    f"checkpoint {manifest.folder} is newer than the journal's version "
-                    f"{journal.version}"
-                )
+        _check_checkpoints(run_dir, journal.version, result)
+        _check_snapshots(run_dir, result)
     return result
+
+
+def _check_journal_file(path: Path, result: Audit) -> None:
+    if damage := reader.find_mark_damage(path):
+        result.damages.append(damage)
+    with closing(reader.connect_to_read(path)) as db:
+        try:
+            damage = reader.find_structural_damage(db)
+        except sqlite3.DatabaseError as e:
+            damage = str(e)
+    if damage:
+        result.damages.append(f"{path}: {damage}; lost: what the damaged pages held")
+
+
+def _check_checkpoints(run_dir: Path, version: int, result: Audit) -> None:
+    """Checks every manifest and every file that one lists. `version`: of the journal."""
+    folder, names = run_dir / checkpoints.FOLDER, set()
+    for path in checkpoints.damaged_manifests(run_dir):
+        names.add(path.stem)
+        result.damages.append(f"{path} does not match its digest; lost: checkpoint {path.stem}")
+    for manifest in checkpoints.list_manifests(run_dir):
+        names.add(manifest.folder)
+        if manifest.version > version:
+            result.breaches.append(
+                f"checkpoint {manifest.folder} is newer than the journal's version {version}"
+            )
+        damages = list(checkpoints.find_all_damage(run_dir, manifest))
+        if (folder / f"{manifest.folder}.json").exists():  # not pruned meanwhile
+            lost = f"lost: checkpoint {manifest.folder}"
+            result.damages += [f"{damage}; {lost}" for damage in damages]
+    for path in sorted(folder.glob("v*")):
+        if path.is_dir() and path.name not in names:
+            result.notes.append(f"{path} has no manifest: it is unfinished, and not used")
+
+
+def _check_snapshots(run_dir: Path, result: Audit) -> None:
+    for path in sorted((run_dir / snapshots.FOLDER).glob("v*")):
+        snapshot = snapshots.read(path)
+        damage = snapshots.find_damage(snapshot) if snapshot else f"{path} has no valid manifest"
+        if damage and path.exists():  # not pruned meanwhile
+            result.damages.append(f"{damage}; lost: snapshot {path.name}, which is written again")
 
 
 class _Journal:
@@ -83,6 +151,7 @@ class _Journal:
         self._state: dict[int, str] = {}  # by group
         self._returned: Counter[tuple[int, int]] = Counter()  # by (group, index)
         self._scored: Counter[tuple[int, int]] = Counter()
+        self._indices: dict[int, set[int]] = defaultdict(set)  # of the scored samples, by group
 
     def add(self, event: events.JournalEvent) -> None:
         result = self.result
@@ -115,12 +184,18 @@ class _Journal:
                 self._returned[group_id, index] += 1
             case events.SampleScored(group_id=group_id, index=index):
                 self._scored[group_id, index] += 1
+                self._indices[group_id].add(index)
             case events.LeaseGranted():
                 result.leases += 1
             case events.PartialSaved():
                 result.saved_partials += 1
 
-    def finish(self) -> Audit:
+    def samples_of(self, version: int) -> set[tuple[int, int]]:
+        """Returns (group, index) of every sample of a batch."""
+        groups = self.batches.get(version, [])
+        return {(group_id, index) for group_id in groups for index in self._indices[group_id]}
+
+    def finish(self) -> None:
         result = self.result
         for action, counts in (("returned", self._returned), ("scored", self._scored)):
             for key in (key for key, count in counts.items() if count > 1):
@@ -130,7 +205,6 @@ class _Journal:
         result.lost = result.admitted - result.trained - result.pending - result.dropped.total()
         if result.lost:
             result.breaches.append(f"{result.lost} groups are unaccounted for")
-        return result
 
     def _move(self, group_id: int, source: str, target: str) -> None:
         state = self._state.get(group_id)
@@ -144,32 +218,43 @@ class _Journal:
         self.result.breaches.append(breach)
 
 
-def _check_samples(
-    run_dir: Path, eta: int, batches: dict[int, list[int]], whole: bool, result: Audit
-) -> None:
+def _check_samples(run_dir: Path, eta: int, journal: _Journal, whole: bool, result: Audit) -> None:
     """Checks the staleness of every token, and that the log's batches are those of the journal.
 
-    Unless `whole`, the sample log may have later batches than `batches`.
+    Unless `whole`, the sample log may have later batches than the journal was read to.
     """
-    if not (run_dir / SAMPLES_FILE).exists():
-        if batches:
+    path = run_dir / SAMPLES_FILE
+    if not path.exists():
+        if journal.batches:
             result.breaches.append(
-                f"{SAMPLES_FILE} is missing, and {len(batches)} batches were trained"
+                f"{SAMPLES_FILE} is missing, and {len(journal.batches)} batches were trained"
             )
         return
     seen: Counter[tuple[int, int]] = Counter()
-    by_version: dict[int, set[int]] = defaultdict(set)
-    for line in read_samples(run_dir):
-        if whole or line.version in batches:
+    by_version: dict[int, set[tuple[int, int]]] = defaultdict(set)
+    for line in read_samples(run_dir, result.damages.append):
+        if whole or line.version in journal.batches:
             seen[line.group_id, line.index] += 1
-            by_version[line.version].add(line.group_id)
+            by_version[line.version].add((line.group_id, line.index))
             _check_staleness(line, eta, result)
     twice = [key for key, count in seen.items() if count > 1]
     result.duplicated += len(twice)
     result.breaches += [f"sample {key} was trained twice" for key in twice]
-    for version, groups in by_version.items():
-        if groups != set(batches.get(version, [])):
+    for version, samples in by_version.items():
+        expected = journal.samples_of(version)
+        if {group_id for group_id, _ in samples} - set(journal.batches.get(version, [])):
             result.breaches.append(f"batch {version} in the sample log differs from the journal's")
+        if whole and (lost := len(expected - samples)):
+            result.damages.append(
+                f"{path}: batch {version} is not complete; lost: {lost} of {len(expected)} samples"
+            )
+    if whole and (
+        absent := [v for v in journal.batches if v < journal.version and v not in by_version]
+    ):
+        result.notes.append(
+            f"{path} lacks the batches of versions {absent}: the disk was full, the controller was "
+            "killed before it wrote them, or the file was cut; training does not need them"
+        )
 
 
 def _check_staleness(line: SampleLine, eta: int, result: Audit) -> None:

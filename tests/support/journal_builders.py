@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ from core_builders import finish_lease, generated, join_workers, make_core, make
 
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import SendBatch
-from megatron_async_rl.controller.core.events import JournalEvent, SampleReturned
+from megatron_async_rl.controller.core.events import BatchSelected, JournalEvent, SampleReturned
+from megatron_async_rl.controller.journal.journal import Journal
+from megatron_async_rl.observability import sample_log
+from megatron_async_rl.observability.sample_log import TrainedGroup
 from megatron_async_rl.protocol.messages import PartialSample, StepDone
 from megatron_async_rl.protocol.types import Sample
 from megatron_async_rl.storage import checkpoints
@@ -62,3 +66,39 @@ def sample_returned(group_id: int) -> SampleReturned:
     return SampleReturned(
         group_id, 0, Sample(ids, -ids.astype(np.float32), versions, "stop", f"text {group_id}")
     )
+
+
+def write_run_folder(run_dir: Path, keep_wal: bool) -> None:
+    """Writes journal, sample log and two checkpoints of a run that has trained three steps.
+
+    The samples of the first batch are pruned. `keep_wal`: as a killed controller leaves it, with
+    all events still in the WAL; otherwise the run has ended.
+    """
+    written = run_dir.with_name(run_dir.name + ".written")
+    written.mkdir()
+    events = journal_events(3)
+    batches = {event.version: event for event in events if isinstance(event, BatchSelected)}
+    samples = {(e.group_id, e.index): e.sample for e in events if isinstance(e, SampleReturned)}
+    lines = []
+    for version, batch in batches.items():
+        for group_id in batch.group_ids:
+            members = [sample for (g, _), sample in sorted(samples.items()) if g == group_id]
+            ones = [1.0] * len(members)
+            group = TrainedGroup(group_id, str(group_id), members, ones, ones)
+            lines += [sample_log.sample_line(version, group, i, True) for i in range(len(members))]
+    log = b"".join(map(sample_log.encode_line, lines))
+    (written / sample_log.SAMPLES_FILE).write_bytes(log)
+    for version in (2, 3):
+        write_checkpoint(written, version, journal_seq=len(events) // 2)
+    journal = Journal(written / "journal.sqlite")
+    for start in range(0, len(events), 8):  # several commits
+        journal.append(events[start : start + 8])
+        journal.flush().result(10)
+    journal.prune(batches[0].group_ids)
+    journal.flush().result(10)
+    if keep_wal:
+        shutil.copytree(written, run_dir, ignore=shutil.ignore_patterns("*-shm"))
+        journal.close()
+    else:
+        journal.close()
+        written.rename(run_dir)
