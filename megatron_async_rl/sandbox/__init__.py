@@ -1,1 +1,1 @@
-"""Runs untrusted programs. sandbox.py is the trusted side; zygote.py and jail.py run elsewhere."""
+"""Runs untrusted programs. sandbox.py is the trusted side, the rest runs elsewhere."""

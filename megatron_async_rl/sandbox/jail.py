@@ -3,9 +3,10 @@
 The program may compute, read its input and write its output. Layers, from the outside in;
 tests/process/test_sandbox.py switches each one off to show that it works on its own:
 
-    user        uid and gid 65534 when started as root, else the current user
-    namespaces  no network, no other process, no shared memory (user, net, pid, ipc, uts, mount)
-    limits      memory, CPU time, open files, file size
+    user        uid and gid 65534 when started as root, else the current user; no capabilities
+    namespaces  no network, no other process, no shared memory (user, net, pid, ipc, uts, mount);
+                an empty /proc
+    limits      memory, CPU time, threads, open files, file size
     landlock    files below `readable` can be read; nothing can be written, created or executed
     seccomp     only the system calls in ALLOWED; no new process, no socket, no signal to others
 
@@ -25,13 +26,16 @@ from pathlib import Path
 from typing import Any
 
 NOBODY = 65534
+MAX_THREADS = 128  # of one program
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
 
 # ---- Linux constants (x86-64)
 
-CLONE_THREAD = 0x00010000
+# The flags of a new thread, as glibc and musl pass them. No other flags are allowed: next to
+# CLONE_THREAD the kernel also takes those of namespaces.
+THREAD_FLAGS = (0x003D0F00, 0x007D0F00)
 NEW_NAMESPACES = (
     0x00020000  # mount
     | 0x04000000  # uts
@@ -41,6 +45,8 @@ NEW_NAMESPACES = (
     | 0x40000000  # net
 )
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 1, 4, 38, 22
+PR_CAPBSET_DROP, CAPABILITY_VERSION_3, NUM_CAPABILITIES = 24, 0x20080522, 64
+MOUNT_READ_ONLY_EMPTY = 1 | 2 | 4 | 8  # read-only, no setuid, no devices, no execution
 SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
 AUDIT_ARCH_X86_64 = 0xC000003E
 
@@ -101,25 +107,64 @@ def drop_privileges() -> None:
 def enter_namespaces() -> None:
     """Enters new namespaces of every kind; the next child is init of the pid namespace.
 
-    Raises OSError where the host does not allow it.
+    An empty file system hides /proc: its links to a process's own namespaces and descriptors are
+    open to every process, also behind Landlock. Raises OSError where the host does not allow it.
     """
     uid, gid = os.geteuid(), os.getegid()
     _check(libc.unshare(NEW_NAMESPACES), "unshare")
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
     Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+    mounted = libc.mount(b"none", b"/proc", b"tmpfs", MOUNT_READ_ONLY_EMPTY, b"size=4k")
+    _check(mounted, "a mount over /proc")
+
+
+def drop_capabilities() -> None:
+    """Drops all capabilities, also those that a new user namespace gives."""
+    for number in range(NUM_CAPABILITIES):  # fails without CAP_SETPCAP: there is nothing to bound
+        libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+    _check(libc.capset(header, (ctypes.c_uint32 * 6)()), "capset")
+
+
+def unreadable_folder(readable: Iterable[str]) -> str:
+    """Returns an error that names the first folder that this user cannot read, "" if none."""
+    for path in map(Path, readable):
+        for folder in (*reversed(path.parents), path):
+            if not os.access(folder, os.X_OK if folder != path else os.R_OK | os.X_OK):
+                return (
+                    f"programs run as user {os.geteuid()}, which cannot read {folder} (of {path}, "
+                    "where the interpreter has its libraries)"
+                )
+    return ""
+
+
+def num_threads(pid: int) -> int:
+    """Returns the number of threads of a process, 0 if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[17])
 
 
 # ---- once per program, in its own process
 
 
 def confine(
-    limits: dict[str, Any], readable: Iterable[str], disabled_layers: Iterable[str] = ()
+    limits: dict[str, Any],
+    readable: Iterable[str],
+    disabled_layers: Iterable[str] = (),
+    max_threads: int | None = None,
 ) -> None:
     """Applies limits, Landlock and seccomp to this process, irrevocably. Raises OSError.
 
     `limits`: memory_bytes, wall_s, output_bytes. `readable`: folders. `disabled_layers`: for tests.
+    `max_threads` needs a user namespace, or the user's other processes would count too.
     """
+    if max_threads is not None:
+        num_others = 2  # the zygote and its init
+        resource.setrlimit(resource.RLIMIT_NPROC, (max_threads + num_others,) * 2)
     for kind, value in (
         (resource.RLIMIT_AS, limits["memory_bytes"]),
         (resource.RLIMIT_FSIZE, limits["output_bytes"]),
@@ -172,7 +217,7 @@ class _PathBeneath(ctypes.Structure):
 # ---- seccomp: a classic BPF program over struct seccomp_data
 # (system call number, architecture, instruction pointer, six arguments)
 
-_LOAD, _EQUAL, _AT_LEAST, _BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _KILL = (_RETURN, 0, 0, 0x7FFF0000), (_RETURN, 0, 0, 0x80000000)
 _EPERM, _ENOSYS = (_RETURN, 0, 0, 0x50000 | 1), (_RETURN, 0, 0, 0x50000 | 38)
 _NUMBER, _ARCHITECTURE = 0, 4  # offsets in seccomp_data
@@ -197,8 +242,10 @@ def filter_program() -> list[_Step]:
         program += _if_number(number, [_ALLOW])
     for number in sorted(FATAL.values()):
         program += _if_number(number, [_KILL])
-    threads_only = [_load_argument(0), (_BITS, 0, 1, CLONE_THREAD), _ALLOW, _EPERM]
-    program += _if_number(CLONE, threads_only)
+    threads_only = [_load_argument(0, high=True), (_EQUAL, 1, 0, 0), _EPERM, _load_argument(0)]
+    for flags in THREAD_FLAGS:
+        threads_only += [(_EQUAL, 0, 1, flags), _ALLOW]
+    program += _if_number(CLONE, [*threads_only, _EPERM])
     # the filter cannot read clone3's flags, which are in memory; the C library falls back to clone
     program += _if_number(CLONE3, [_ENOSYS])
     for number, commands in ((IOCTL, IOCTLS), (FCNTL, FCNTLS)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -28,7 +29,7 @@ from typing import Any, Literal
 from megatron_async_rl.errors import Error
 
 ZYGOTE = Path(__file__).with_name("zygote.py")
-OUT_OF_MEMORY_CODE = 71  # zygote.py's exit code for it
+OUT_OF_MEMORY_CODE = 71  # program.py's exit code for it
 START_S = 30.0
 GRACE_S = 2.0  # the zygote enforces wall_s itself; after this much more the zygote counts as hung
 OLDEST_PYTHON = (3, 9)
@@ -79,7 +80,7 @@ class SandboxSettings:
 class Result:
     end: End
     output: bytes
-    returned: list[Any] = field(default_factory=list)  # one value per call, see zygote.to_plain
+    returned: list[Any] = field(default_factory=list)  # one value per call, see program.to_plain
 
 
 class Sandbox:
@@ -142,6 +143,18 @@ class Sandbox:
             self.close()
             raise SandboxError(error)
         self.has_namespaces = ready["namespaces"]
+        self._check_that_programs_run()
+
+    def _check_that_programs_run(self) -> None:
+        """Runs a program. Raises SandboxError if it fails."""
+        try:
+            result = self._run("import csv\nprint(6 * 7)", b"", Limits(wall_s=START_S), "")
+            failure = "" if result.output == b"42\n" else f"a first program {result.end.value}"
+        except (OSError, ValueError, KeyError) as e:
+            failure = f"{type(e).__name__}: {e}"
+        if failure:
+            self.close()
+            raise SandboxError(f"{self._settings.python} runs no program here: {failure}")
 
     def close(self) -> None:
         if self._socket is not None:
@@ -252,12 +265,19 @@ def _library_folders(python: str) -> list[str]:
     return sorted(str(folder) for folder in folders if folder.is_dir())
 
 
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+
+
 def _read_only_file(content: bytes, opened: contextlib.ExitStack) -> int:
-    """Returns a read-only descriptor of an in-memory file; `opened` closes it."""
-    writable = os.memfd_create("sandbox", os.MFD_CLOEXEC)
+    """Returns a read-only descriptor of a sealed in-memory file; `opened` closes it.
+
+    Nothing can write to it, even if it is opened again through /proc/self/fd.
+    """
+    writable = os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with os.fdopen(os.dup(writable), "wb") as file:
             file.write(content)
+        fcntl.fcntl(writable, fcntl.F_ADD_SEALS, _SEALS)
         readable = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(writable)
@@ -274,14 +294,18 @@ def _result(output: bytes, report: dict[str, Any], limits: Limits) -> Result:
     if report["too_long"]:
         return Result(End.TIME, b"")
     if os.WIFSIGNALED(status):
-        ends = {signal.SIGXCPU: End.TIME, signal.SIGXFSZ: End.OUTPUT, signal.SIGSYS: End.FORBIDDEN}
-        return Result(ends.get(signal.Signals(os.WTERMSIG(status)), End.KILLED), b"")
+        ends: dict[int, End] = {
+            signal.SIGXCPU: End.TIME,
+            signal.SIGXFSZ: End.OUTPUT,
+            signal.SIGSYS: End.FORBIDDEN,
+        }
+        return Result(ends.get(os.WTERMSIG(status), End.KILLED), b"")
     by_code = {0: End.OK, OUT_OF_MEMORY_CODE: End.MEMORY}
     return Result(by_code.get(os.WEXITSTATUS(status), End.RAISED), output)
 
 
 def _decode_frames(output: bytes) -> list[Any] | None:
-    """Returns the JSON values of length-prefixed frames (zygote.call), None if malformed."""
+    """Returns the JSON values of length-prefixed frames (program.run_calls), None if malformed."""
     values, offset = [], 0
     try:
         while offset < len(output):

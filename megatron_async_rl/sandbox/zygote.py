@@ -16,13 +16,11 @@ import array
 import contextlib
 import gc
 import importlib
-import io
 import json
 import os
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Iterable
@@ -31,11 +29,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import jail
+import program
 
 del sys.path[0]
 
-OUT_OF_MEMORY, RAISED = 71, 72  # exit codes of a program's process, next to its own
-MAX_DEPTH = 64  # nesting of a returned value
+POLL_S = 0.01  # between two counts of a program's threads, where no namespace limits them
 
 
 def main() -> None:
@@ -54,6 +52,7 @@ def main() -> None:
         except OSError as e:
             if not error and settings["isolation"] == "namespaces":
                 error = f"no new namespaces: {e}"
+    jail.drop_capabilities()
     # the child is init of the new pid namespace: when it ends, the kernel kills all in there
     if has_namespaces and (init := os.fork()):
         link.close()
@@ -62,8 +61,10 @@ def main() -> None:
     for module in settings["preload"]:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
+    settings["starter"] = program.starter_names()
     gc.collect()
     gc.freeze()
+    error = error or jail.unreadable_folder(settings["readable"])
     ready = {"error": error, "namespaces": has_namespaces, "python": sys.version_info[:2]}
     link.send(json.dumps(ready).encode())
     while not error and serve(link, settings, has_namespaces):
@@ -82,21 +83,22 @@ def serve(link: socket.socket, settings: dict[str, Any], has_namespaces: bool) -
         descriptors.frombytes(data)
     job = json.loads(message)
     confined_read, confined_write = os.pipe()
-    program = os.fork()
-    if program == 0:
-        code = RAISED
+    child = os.fork()
+    if child == 0:
+        code = program.RAISED
         try:
             link.close()
-            code = run(job, settings, descriptors, confined_write)
+            code = run(job, settings, descriptors, confined_write, has_namespaces)
         finally:
             os._exit(code & 255)
     for descriptor in (*descriptors, confined_write):
         os.close(descriptor)
-    handle = os.pidfd_open(program)
-    ended, killed = wait(handle, link, time.monotonic() + job["wall_s"])
+    handle = os.pidfd_open(child)
+    counted = None if has_namespaces else child
+    ended, killed = wait(handle, link, time.monotonic() + job["wall_s"], counted)
     if not ended:
-        os.kill(program, signal.SIGKILL)
-    _, status = os.waitpid(program, 0)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
     # written before the program ran, to a descriptor that it never had
     confined = bool(os.read(confined_read, 1))
     os.close(confined_read)
@@ -110,16 +112,24 @@ def serve(link: socket.socket, settings: dict[str, Any], has_namespaces: bool) -
     return True
 
 
-def wait(handle: int, link: socket.socket, deadline: float) -> tuple[bool, bool]:
-    """Returns whether the program ended by itself, and whether a message asks to kill it."""
-    remaining_s = max(0.0, deadline - time.monotonic())
+def wait(
+    handle: int, link: socket.socket, deadline: float, counted: int | None
+) -> tuple[bool, bool]:
+    """Returns whether the program ended by itself, and whether it is to be killed.
+
+    A message or, if its threads are `counted`, more than jail.MAX_THREADS of them ask for that.
+    """
     sources: list[int | socket.socket] = [handle, link]
-    ready = select.select(sources, [], [], remaining_s)[0]
-    if handle in ready:
-        return True, False
-    if link in ready:
-        link.recv(16)
-        return False, True
+    while (remaining_s := deadline - time.monotonic()) > 0:
+        timeout_s = remaining_s if counted is None else min(remaining_s, POLL_S)
+        ready = select.select(sources, [], [], timeout_s)[0]
+        if handle in ready:
+            return True, False
+        if link in ready:
+            link.recv(16)
+            return False, True
+        if counted is not None and jail.num_threads(counted) > jail.MAX_THREADS:
+            return False, True
     return False, False
 
 
@@ -127,78 +137,37 @@ def wait(handle: int, link: socket.socket, deadline: float) -> tuple[bool, bool]
 
 
 def run(
-    job: dict[str, Any], settings: dict[str, Any], descriptors: Iterable[int], confined_write: int
+    job: dict[str, Any],
+    settings: dict[str, Any],
+    descriptors: Iterable[int],
+    confined_write: int,
+    has_namespaces: bool,
 ) -> int:
     """Confines this process, then runs the program. Returns the exit code."""
     jail.die_with_parent()
     os.setsid()
-    program, given, output = descriptors
-    source = os.pread(program, os.fstat(program).st_size, 0).decode("utf-8", "replace")
-    null = os.open(os.devnull, os.O_WRONLY)
-    for number, descriptor in enumerate((given, output, null, confined_write)):
+    source_file, given, output = descriptors
+    source = os.pread(source_file, os.fstat(source_file).st_size, 0)
+    null = os.open(os.devnull, os.O_RDWR)
+    calls, final = None, (given, output, null, confined_write)
+    if job["function"]:
+        calls = json.loads(os.pread(given, os.fstat(given).st_size, 0))
+        final = (null, null, null, output, confined_write)  # type: ignore[assignment]
+    for number, descriptor in enumerate(final):
         os.dup2(descriptor, number)
-    os.closerange(4, 4096)
-    jail.confine(job, settings["readable"], settings["disabled_layers"])
-    os.write(3, b"1")
-    os.close(3)
+    confined = len(final) - 1
+    os.closerange(len(final), 4096)
+    max_threads = jail.MAX_THREADS if has_namespaces else None
+    jail.confine(job, settings["readable"], settings["disabled_layers"], max_threads)
+    os.write(confined, b"1")
+    os.close(confined)
     sys.setrecursionlimit(20000)
-    try:
-        if job["function"]:
-            call(source, job["function"])
-        else:
-            run_script(source)
-    except SystemExit as e:
-        return e.code if type(e.code) is int else int(e.code is not None)
-    except MemoryError:
-        return OUT_OF_MEMORY
-    except BaseException:
-        return RAISED
-    return 0
-
-
-def run_script(source: str) -> None:
-    """Runs a program that reads stdin and prints."""
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0)), encoding="utf-8")
-    output = io.BufferedWriter(io.FileIO(1, "w"))
-    sys.stdout = io.TextIOWrapper(output, encoding="utf-8", errors="replace")
-    exec(compile(source, "<program>", "exec"), {"__name__": "__main__"})
-    sys.stdout.flush()
-
-
-def call(source: str, name: str) -> None:
-    """Calls the program's function `name`, or that method of its class Solution, per argument list.
-
-    Writes each returned value as a frame: four bytes of length (little-endian), then JSON.
-    """
-    output, sys.stdout = io.BufferedWriter(io.FileIO(1, "w")), io.StringIO()
-    calls = json.loads(io.FileIO(0).readall())
-    names: dict[str, Any] = {"__name__": "program"}
-    exec(compile(source, "<program>", "exec"), names)
-    function = getattr(names["Solution"](), name) if "Solution" in names else names[name]
-    for arguments in calls:
-        frame = json.dumps(to_plain(function(*arguments))).encode()
-        output.write(struct.pack("<I", len(frame)) + frame)
-    output.flush()
-
-
-def to_plain(value: Any, depth: int = 0) -> Any:
-    """Converts a returned value to JSON data.
-
-    Accepts exact types only: no object with an `__eq__` of its own leaves this process.
-    """
-    kind = type(value)
-    if depth > MAX_DEPTH:
-        raise ValueError("nested too deep")
-    if kind in (int, float, str, bool, type(None)):
-        return value
-    if kind in (list, tuple):
-        return [to_plain(one, depth + 1) for one in value]
-    if kind is dict and all(type(key) in (str, int, float, bool) for key in value):
-        items = value.items()
-        return {"dict": [[to_plain(key), to_plain(one, depth + 1)] for key, one in items]}
-    if kind in (set, frozenset):
-        return {"set": sorted((to_plain(one, depth + 1) for one in value), key=repr)}
-    raise TypeError(f"a result of type {kind.__name__}")
+    if hasattr(sys, "set_int_max_str_digits"):
+        sys.set_int_max_str_digits(0)
+    del sys.modules["jail"], sys.modules["program"]  # programs may have modules of these names
+    if calls is None:
+        return program.run_script(source)
+    return program.run_calls(source, job["function"], calls, settings["starter"])
 
 
 if __name__ == "__main__":
