@@ -22,6 +22,7 @@ PARALLEL_SIZES = (
 def cross_check(config: Config) -> None:
     """Raises ConfigError for the first rule that is broken."""
     _check_lengths(config)
+    _check_thinking_tags(config)
     _check_batch(config)
     _check_algorithm(config)
     _check_weights(config)
@@ -43,6 +44,16 @@ def _check_lengths(config: Config) -> None:
             f"algorithm.reward_shaping.overlong_buffer_tokens = {overlong} is more than "
             f"rollout.max_new_tokens = {max_new_tokens}",
             "lower it",
+        )
+
+
+def _check_thinking_tags(config: Config) -> None:
+    tags = config.reward.thinking_tags
+    if len(tags) % 2 or len(set(tags)) < len(tags):
+        raise ConfigError(
+            f"reward.thinking_tags = {list(tags)} must be opening and closing tags in turn, all "
+            "different",
+            'set it to ["<think>", "</think>"], or to [] for a model that does not think',
         )
 
 

@@ -73,6 +73,8 @@ def _is_section(kind: Any) -> bool:
 
 
 def _default(field: msgspec.structs.FieldInfo) -> str:
+    if field.default_factory is not msgspec.NODEFAULT:
+        return f"`{json.dumps(field.default_factory())}`"
     return "required" if field.default is msgspec.NODEFAULT else f"`{json.dumps(field.default)}`"
 
 
@@ -87,6 +89,10 @@ def _type(kind: Any) -> str:
         return " ".join([_type(arguments[0]), ", ".join(rules)]).strip()
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
+    if origin is tuple:
+        return f"list of {_type(arguments[0])}"
+    if origin is dict:
+        return "mapping"
     if arguments:
         return " or ".join(_type(argument) for argument in arguments)
     return {int: "integer", float: "number", str: "text", bool: "boolean", type(None): "null"}[kind]

@@ -6,7 +6,7 @@ Rules between settings are in checks.py. The `algorithm` section is in algorithm
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -71,8 +71,13 @@ class DataConfig(Section, frozen=True, kw_only=True):
     """Sampling temperature of the evaluation. 0 is greedy decoding."""
     chat_template: bool = False
     """Render a text `prompt` as a user message with the chat template of the model."""
-    add_bos: bool = True
-    """Put the tokenizer's BOS token before a prompt that uses no chat template."""
+    chat_template_name: str | None = None
+    """Name of a template, for models with several. Null uses the one named `default`."""
+    chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Variables for the chat template, such as `enable_thinking: false`."""
+    add_bos: bool | None = None
+    """Put the BOS token before a prompt that uses no chat template. Null does as the model's
+    tokenizer does."""
 
 
 class RolloutConfig(Section, frozen=True, kw_only=True):
@@ -124,6 +129,9 @@ class RewardConfig(Section, frozen=True, kw_only=True):
     """Seconds that scoring one response may take before its scoring process is killed."""
     max_attempts: PositiveInt = 3
     """Attempts to score one response before its group is dropped."""
+    thinking_tags: tuple[Text, ...] = ("<think>", "</think>")
+    """Opening and closing tags of thinking, in turn. `math` reads the answer after the last closing
+    tag; a response whose thinking is not closed has no answer. An empty list: no tags."""
 
 
 class SandboxConfig(Section, frozen=True, kw_only=True):

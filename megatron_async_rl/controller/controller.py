@@ -66,9 +66,9 @@ from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinat
 from megatron_async_rl.controller.weight_sync.session import RelabelPublisher, UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.controller.workers import Workers
-from megatron_async_rl.data.dataset import PromptStream, read_prompts
+from megatron_async_rl.data.dataset import PromptStream, changed_data, read_prompts
 from megatron_async_rl.data.tokenizer import Tokenizer
-from megatron_async_rl.errors import Error, Preempted
+from megatron_async_rl.errors import ConfigError, Error, Preempted
 from megatron_async_rl.observability.run_log import RunLog
 from megatron_async_rl.protocol.messages import Hello, Republish, ScoreResult, Shutdown
 from megatron_async_rl.protocol.transport import Hub
@@ -80,6 +80,8 @@ DRAIN_SHARE = 0.8  # of faults.shutdown_grace_s, within which the trainer must s
 
 class Controller:
     def __init__(self, config: Config, hub: Hub, run_log: RunLog, journal: Journal) -> None:
+        if changed := changed_data(config.run_dir, config):
+            raise ConfigError(changed)
         tokenizer = Tokenizer(config.model.path)
         prompts = read_prompts(config.data.train, "data.train", config, tokenizer)
         eval_prompts = []

@@ -1,4 +1,7 @@
-"""A Hugging Face folder's tokenizer, with the `tokenizers` library and without transformers."""
+"""A Hugging Face folder's tokenizer, with the `tokenizers` library.
+
+Chat templates are rendered by transformers (chat_template.py), which only then is imported.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 
-from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.data import chat_template
+from megatron_async_rl.errors import ConfigError
 
 
 def fingerprint(model_path: str | Path) -> str:
@@ -25,7 +28,9 @@ def fingerprint(model_path: str | Path) -> str:
     settings = _read_json(folder / "tokenizer_config.json")
     parts = ("model", "added_tokens", "normalizer", "pre_tokenizer", "decoder")
     content = [tokenizer.get(part) for part in parts]
-    content += [settings.get(part) for part in ("chat_template", "bos_token")]
+    content += [chat_template.read_templates(folder, settings)]
+    content += [settings.get(part) for part in ("bos_token", "add_bos_token")]
+    content += [tokenizer.get("post_processor")]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -42,9 +47,13 @@ class Tokenizer:
                 f"model.path = {folder} has no tokenizer.json", "save the model's fast tokenizer"
             )
         self._backend = Backend.from_file(str(folder / "tokenizer.json"))
-        self._settings = _read_json(folder / "tokenizer_config.json")
+        self._folder = folder
+        settings = _read_json(folder / "tokenizer_config.json")
+        self.templates = chat_template.read_templates(folder, settings)
+        self._special_tokens = chat_template.read_special_tokens(folder, settings)
         self.vocab_size: int = self._backend.get_vocab_size()
         self.bos_id = self._special_id("bos_token")
+        self._adds_bos = settings.get("add_bos_token") is not False and self._starts_with_bos()
         self.eos_ids = self._eos_ids(folder)
         if not self.eos_ids:
             raise ConfigError(
@@ -53,41 +62,40 @@ class Tokenizer:
                 "add eos_token_id to generation_config.json",
             )
 
-    def encode(self, text: str, add_bos: bool = False) -> np.ndarray:
-        """Returns [num_tokens] int32. Special tokens are those written in the text, and bos."""
+    def encode(self, text: str, add_bos: bool | None = False) -> np.ndarray:
+        """Returns [num_tokens] int32. Special tokens are those written in the text, and BOS.
+
+        `add_bos`: None does as the model's tokenizer does.
+        """
         ids = self._backend.encode(text, add_special_tokens=False).ids
-        if add_bos and self.bos_id is not None:
+        if (self._adds_bos if add_bos is None else add_bos) and self.bos_id is not None:
             ids = [self.bos_id, *ids]
         return np.asarray(ids, np.int32)
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        template_name: str | None = None,
+        variables: dict[str, Any] | None = None,
+    ) -> str:
         """Renders messages with the model's chat template, up to the start of the response.
 
-        Raises ConfigError without a template, DataError if the template rejects the messages.
+        Raises ConfigError without that template, DataError if it rejects the messages.
         """
-        template = self._settings.get("chat_template")
-        if not isinstance(template, str):
-            raise ConfigError(
-                "data.chat_template = true, but the model's tokenizer_config.json has no "
-                "chat_template",
-                "set it to false",
-            )
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _reject
-        special = {name: self._token_text(name) for name in ("bos_token", "eos_token", "pad_token")}
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **special
-        )
+        template = chat_template.choose_template(self.templates, template_name, self._folder)
+        return chat_template.render(template, messages, self._special_tokens, variables or {})
 
-    def _token_text(self, name: str) -> str | None:
-        token = self._settings.get(name)
-        return token["content"] if isinstance(token, dict) else token
+    def _starts_with_bos(self) -> bool:
+        """True if the tokenizer itself, by its post-processor, puts BOS before a text."""
+        ids = self._backend.encode("a", add_special_tokens=True).ids
+        plain = self._backend.encode("a", add_special_tokens=False).ids
+        return ids[:1] == [self.bos_id] and ids != plain
 
     def _special_id(self, name: str) -> int | None:
-        text = self._token_text(name)
+        text = self._special_tokens.get(name)
         return None if text is None else self._backend.token_to_id(text)
 
     def _eos_ids(self, folder: Path) -> frozenset[int]:
@@ -98,8 +106,4 @@ class Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _reject(message: str) -> None:
-    raise DataError(f"the chat template rejects this prompt: {message}")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

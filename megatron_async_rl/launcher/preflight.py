@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_async_rl.config.checks import cross_host_parallelism_warning
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.data.dataset import read_rows
+from megatron_async_rl.data.dataset import check_rows
 from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
 from megatron_async_rl.errors import ConfigError, DataError, Error
 from megatron_async_rl.model import layout
@@ -172,7 +172,7 @@ def _context(config: Config) -> str:
 
 
 def _dataset(setting: str, path: str, config: Config) -> str:
-    num_rows = sum(1 for _ in read_rows(path, setting, config.reward.function))
+    num_rows = check_rows(path, setting, config)
     return f"{path}: {num_rows:,} rows"
 
 

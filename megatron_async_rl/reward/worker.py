@@ -95,7 +95,7 @@ class RewardWorker:
             return None
         started = time.perf_counter()
         try:
-            answers = math_answer.read_answers(request.response, request.row)
+            answers = self._answers(request)
         except DataError as e:
             return _result(request, (None, f"DataError: {e}"), started)
         is_right = math_answer.compare_plain(*answers)
@@ -128,12 +128,16 @@ class RewardWorker:
         """Returns a function and its arguments. Raises DataError if the row lacks what it needs."""
         row, response = request.row, request.response
         if self._function == "math":
-            return scoring_process.score_math, math_answer.read_answers(response, row)
+            return scoring_process.score_math, self._answers(request)
         if self._function == "code":
             limits = Limits(self._sandbox.test_timeout_s, self._sandbox.memory_mb << 20)
             arguments = (response, read_tests(row), limits, self._config.timeout_s)
             return scoring_process.score_code, arguments
         return scoring_process.score_custom, (row.get("prompt", ""), response, row)
+
+    def _answers(self, request: ScoreRequest) -> tuple[str, str]:
+        tags = self._config.thinking_tags
+        return math_answer.read_answers(request.response, request.row, tags)
 
     def stop(self) -> None:
         """Kills the scoring processes; requests in progress get no result."""

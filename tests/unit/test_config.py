@@ -89,7 +89,8 @@ def test_most_numbers_have_a_range() -> None:
 
 @pytest.mark.parametrize("key", [key for key, _ in all_settings()])
 def test_value_of_wrong_type_is_rejected_by_name(key: str) -> None:
-    assert error_text(**{key: ["a", "list"]}).startswith(f"{key} = ['a', 'list']: expected ")
+    wrong: Any = {"a": "mapping"} if key == "reward.thinking_tags" else ["a", "list"]
+    assert error_text(**{key: wrong}).startswith(f"{key} = {wrong!r}: expected ")
 
 
 @pytest.mark.parametrize(

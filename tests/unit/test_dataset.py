@@ -6,12 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tiny_model import make_model
 
 from megatron_async_rl.config import load
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.data.dataset import PromptStream, read_prompts
+from megatron_async_rl.data import math_rows
+from megatron_async_rl.data.dataset import (
+    PromptStream,
+    changed_data,
+    check_rows,
+    read_prompts,
+    record_data,
+)
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import Prompt
@@ -95,3 +103,74 @@ def test_stream_started_at_a_position_continues_the_order(position: int) -> None
     order = [whole.next().prompt_id for _ in range(50)]
     resumed = PromptStream(prompts, seed=5, start=position)
     assert [resumed.next().prompt_id for _ in range(50 - position)] == order[position:]
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [(7, "7"), (-3, "-3"), (2.5, "2.5"), (1e21, "1000000000000000000000"), ("x", "x")],
+)
+def test_number_as_answer_is_taken_as_text(answer: Any, text: str) -> None:
+    assert math_rows.read_answer({"answer": answer}) == text
+
+
+@pytest.mark.parametrize(
+    "answer", [["2"], {"value": 2}, True, False, [], {}, None, "", "  ", "$$", "\\boxed{ }"]
+)
+def test_answer_of_another_type_is_refused_with_file_and_row(
+    settings: Config, tmp_path: Path, answer: Any
+) -> None:
+    good = {"prompt": "1", "answer": "1"}
+    with pytest.raises(DataError, match=r"data\.train = .*d\.jsonl, row 2: .*`answer`"):
+        read(settings, tmp_path / "d.jsonl", good, {"prompt": "1", "answer": answer})
+
+
+def test_byte_order_mark_is_skipped(settings: Config, tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"prompt": "1", "answer": "1"}\r\n\r\n{"prompt": "2", "answer": "2"}'
+    )
+    assert check_rows(str(path), "data.train", settings) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"prompt": "1", "answer": "caf\u00e9"}'.encode("latin-1"), "row 1: not UTF-8"),
+        ('{"prompt": "1", "answer": "1"}'.encode("utf-16"), "row 1: not UTF-8 but UTF-16"),
+        (b'{"prompt": "1", "answer": ' + b"[" * 5000, "row 1: nested too deeply"),
+    ],
+)
+def test_unreadable_bytes_are_one_line_with_the_row(
+    settings: Config, tmp_path: Path, content: bytes, problem: str
+) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=problem):
+        check_rows(str(path), "data.train", settings)
+
+
+def test_null_id_is_no_id(settings: Config, tmp_path: Path) -> None:
+    row = {"prompt": "1", "answer": "1", "id": None}
+    prompts = read(settings, tmp_path / "d.jsonl", row, row)
+    assert [prompt.prompt_id for prompt in prompts] == ["1", "2"]
+
+
+@pytest.mark.parametrize("change", ["a row more", "a row less", "another answer", "eval"])
+def test_changed_data_is_found_at_the_next_start(
+    settings: Config, tmp_path: Path, change: str
+) -> None:
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    rows = ['{"prompt": "1", "answer": "1"}\n', '{"prompt": "2", "answer": "2"}\n']
+    for path in (train, held_out):
+        path.write_text("".join(rows))
+    data = msgspec.structs.replace(settings.data, train=str(train), eval=str(held_out))
+    config = msgspec.structs.replace(settings, data=data)
+    assert changed_data(tmp_path, config) == ""  # a run that has recorded none
+    record_data(tmp_path, config)
+    assert changed_data(tmp_path, config) == ""
+    changed = {"a row more": [*rows, rows[0]], "a row less": rows[:1]}.get(change, [rows[0]] * 2)
+    path = held_out if change == "eval" else train
+    path.write_text("".join(changed))
+    setting = "data.eval" if change == "eval" else "data.train"
+    found = changed_data(tmp_path, config)
+    assert found.startswith(f"{setting} = {path} has other content") and "--from-scratch" in found

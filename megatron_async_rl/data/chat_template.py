@@ -1,0 +1,98 @@
+"""Renders chat messages with the model's chat template, exactly as transformers does.
+
+The rendering is transformers' own; this module chooses the template and the special tokens in the
+model folder as `PreTrainedTokenizer.apply_chat_template` chooses them. transformers is imported by
+`render` alone, and without torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_async_rl.errors import ConfigError, DataError
+
+_SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+def read_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    """Returns the templates of a model folder by name; a single one is named `default`.
+
+    chat_template.jinja and chat_templates/NAME.jinja replace those of tokenizer_config.json.
+    """
+    files = {path.stem: path for path in sorted((folder / "chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").exists():
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, str):
+        return {"default": template}
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}
+    return dict(template) if isinstance(template, dict) else {}
+
+
+def read_special_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    """Returns the texts of the special tokens that the model names, such as `bos_token`."""
+    named: dict[str, Any] = {}
+    file = folder / "special_tokens_map.json"
+    if file.exists() and "added_tokens_decoder" not in tokenizer_config:  # older folders
+        named |= json.loads(file.read_text(encoding="utf-8"))
+    named |= tokenizer_config
+    named |= named.get("model_specific_special_tokens") or {}
+    extra = named.get("extra_special_tokens")
+    named |= extra if isinstance(extra, dict) else {}
+    names = [name for name in named if name.removesuffix("_token") in _SPECIAL_TOKENS]
+    for mapping in (extra, named.get("model_specific_special_tokens")):
+        names += list(mapping) if isinstance(mapping, dict) else []
+    texts = {name: _text(named[name]) for name in names}
+    return {name: text for name, text in texts.items() if text}
+
+
+def choose_template(templates: dict[str, str], name: str | None, model_path: str | Path) -> str:
+    """Returns the template named by data.chat_template_name. Raises ConfigError."""
+    known = ", ".join(sorted(templates))
+    if name is None and "default" not in templates:
+        raise ConfigError(
+            f"model.path = {model_path} has several chat templates and none named default: {known}",
+            "choose one with data.chat_template_name",
+        )
+    chosen = name or "default"
+    if chosen not in templates:
+        raise ConfigError(
+            f"data.chat_template_name = {chosen}: the model's chat templates are: {known}",
+            "set it to one of these",
+        )
+    return templates[chosen]
+
+
+def render(
+    template: str,
+    messages: list[dict[str, Any]],
+    special_tokens: dict[str, str],
+    variables: dict[str, Any],
+) -> str:
+    """Returns the text up to the start of the response. Raises DataError if the template fails."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if not all(isinstance(message, dict) for message in messages):
+        raise DataError("`prompt` is a list, so its entries must be messages: {role, content}")
+    # as apply_chat_template: a key without a value is a key that is not there
+    given = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    try:
+        rendered, _ = render_jinja_template(
+            conversations=[given],
+            chat_template=template,
+            **{"add_generation_prompt": True, **special_tokens, **variables},
+        )
+    except Exception as e:  # a template is the model author's program and may raise anything
+        raise DataError(f"the chat template rejects this prompt: {e or type(e).__name__}") from None
+    return rendered[0]
+
+
+def _text(token: Any) -> str | None:
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None

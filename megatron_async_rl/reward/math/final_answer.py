@@ -1,0 +1,196 @@
+r"""Finds the final answer in a response.
+
+Only the text after the thinking counts; unfinished thinking has no answer. In that text the answer
+is, in this order: the last complete box; what follows the last `####`, `answer:` or `answer is`; the
+last formula or number. A formula counts as a whole: the 3 of $2\sqrt{3}$ is no answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from megatron_async_rl.data.math_rows import EMPTY_BOX, boxed_answer
+
+MAX_TEXT_CHARS = 64 * 1024  # only this much of a response's end is searched
+_MAX_TAIL_CHARS = 2_000  # of an answer that is not boxed: its statement is in the last sentences
+
+_STATEMENT = re.compile(
+    r"####|\b(?:final\s+)?(?:answer|result|solution|ans)\b(?:[^\n.:=]{0,60}?)\s*"
+    r"(?:\*\*|__)?\s*(?::|\bis\b|\bare\b|=(?!=))\s*(?:\*\*(?=[\s:]))?:?",
+    re.IGNORECASE,
+)
+_DELIMITED = re.compile(
+    r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:[^$\\\n]|\\.)+)(?<!\\)\$|\\\((?P<c>.+?)\\\)"
+    r"|\\\[(?P<d>.+?)\\\]|\\begin\{(?P<env>equation|align|gather)\*?\}(?P<e>.+?)\\end\{(?P=env)\*?\}",
+    re.DOTALL,
+)
+_BOLD = re.compile(r"(\*\*|__)(?!\s)(.+?)(?<!\s)\1")
+# a dot that ends a sentence: not in 3.5, not in `a.m.` or `\ldots`
+_SENTENCE_END = re.compile(
+    r"(?<![ap]\.m)(?<!\b[A-Za-z])\.(?=\s+[A-Z\\$]|\s*$)|\n\s*\n|[!?](?=\s+[A-Z])"
+)
+_JOINED = re.compile(r"[\s,;]*(?:\b(?:and|or|maybe|perhaps|possibly|either)\b[\s,;]*)*", re.I)
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z][A-Za-z'\u2019-]*")
+_FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc ln log exp sqrt pi lim max min gcd lcm mod infinity inf".split()
+)
+_UNIT_WORDS = frozenset(
+    "cm mm km m kg g mg ft in inches inch feet mi mph ml L l h hr hrs min sec s degrees percent "
+    "cents dollars and or am pm".split()
+)
+_TRAILING = " \t\n.,;:*_"
+
+
+def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
+    """Returns the final answer as it is written, "" if the response has none.
+
+    `thinking_tags`: opening and closing tags in turn, such as ("<think>", "</think>").
+    """
+    text = after_thinking(response[-MAX_TEXT_CHARS:], response, thinking_tags)
+    if not text:
+        return ""
+    boxed = boxed_answer(text)
+    if boxed is not None:
+        return boxed
+    text = EMPTY_BOX.sub("", text)
+    unclosed = text.find("\\boxed")  # cut off: its answer may go on
+    return _stated_answer((text if unclosed < 0 else text[:unclosed])[-_MAX_TAIL_CHARS:])
+
+
+def after_thinking(text: str, response: str, thinking_tags: Sequence[str]) -> str:
+    """Returns the end of `text` that follows the thinking, "" while the thinking goes on.
+
+    `text` is the end of `response`; a tag before it counts too. A closing tag without an opening
+    one ends thinking that the prompt began.
+    """
+    for opening, closing in zip(thinking_tags[::2], thinking_tags[1::2], strict=True):
+        closed = response.rfind(closing)
+        if response.find(opening, 0 if closed < 0 else closed + len(closing)) >= 0:
+            return ""
+        if closed >= 0:
+            begin = closed + len(closing) - (len(response) - len(text))
+            text = text[max(0, begin) :]
+            response = response[closed + len(closing) :]
+    return text
+
+
+def _stated_answer(text: str) -> str:
+    statements = list(_STATEMENT.finditer(text))
+    for match in reversed(statements):
+        is_hash = match[0] == "####"
+        stated = text[match.end() :].strip()
+        found = _first_line(stated) if is_hash else _first_formula(stated)
+        if found and (is_hash or match is not None):
+            # a later conclusion overrides a statement that is not the last sentence
+            return found
+    return _last_formula(text)
+
+
+def _first_line(text: str) -> str:
+    line = text.split("\n", 1)[0]
+    return _unwrap(line)
+
+
+def _first_formula(text: str) -> str:
+    """Returns the formula, number or words that a statement such as `the answer is` names."""
+    lead = re.match(r"[\s*_:]*", text)
+    begin = lead.end() if lead else 0
+    match = _DELIMITED.search(text)
+    if match and not re.search(r"[\dA-Za-z]", text[begin : match.start()]):
+        return _join_spans(text, match)
+    bold = _BOLD.match(text.lstrip(" :\n"))
+    if bold:
+        return _unwrap(bold[2])
+    sentence = _SENTENCE_END.split(text.strip(), 1)[0]
+    sentence = sentence.strip().split("\n", 1)[0]
+    return _unwrap(sentence.rstrip("!"))  # 42! is a factorial within a formula only
+
+
+def _join_spans(text: str, match: re.Match[str]) -> str:
+    """Returns a delimited formula, with those joined to it by `and`, `or` or a comma."""
+    parts = [_inner(match)]
+    while True:
+        rest = text[match.end() :]
+        following = _DELIMITED.search(rest)
+        if following is None or not _JOINED.fullmatch(rest[: following.start()][:40]):
+            break
+        parts.append(_inner(following))
+        text, match = rest, following
+    after = text[match.end() :]
+    if len(parts) == 1:
+        unit = re.match(r"(?:\\?%|\s*(?:degrees|percent)\b|\s*\u00b0)", after)
+        if unit:
+            return f"{parts[0]} {unit[0]}"
+        either = re.match(r"\s*,?\s*(?:or|and)\s+(?:maybe\s+)?([-+]?[\d.]*\d)", after)
+        if either:
+            parts.append(either[1])
+    return ", ".join(parts)
+
+
+def _inner(match: re.Match[str]) -> str:
+    return next(match[name] for name in "abcde" if match[name] is not None).strip(_TRAILING)
+
+
+def _unwrap(text: str) -> str:
+    text = text.strip(_TRAILING)
+    match = _DELIMITED.search(text)
+    if match and not text[: match.start()].strip(_TRAILING):
+        if not re.search(r"[\d\\]", text[match.end() :]) or _JOINED.match(text[match.end() :]):
+            return _join_spans(text, match)
+    bold = _BOLD.fullmatch(text)
+    return bold[2] if bold else text
+
+
+def _last_formula(text: str) -> str:
+    """Returns the last formula or number of the text, as a whole."""
+    spans = [m for m in _DELIMITED.finditer(text)]
+    last = spans[-1] if spans else None
+    tail = text if last is None else text[last.end() :]
+    if bare := _last_bare(tail):
+        return bare
+    if last is None:
+        bold = [m[2] for m in _BOLD.finditer(text)]
+        return bold[-1] if bold else ""
+    # spans that `and`, `or` or a comma join are one answer
+    first = len(spans) - 1
+    while first and _joins(text[spans[first - 1].end() : spans[first].start()]):
+        first -= 1
+    return _join_spans(text, spans[first])
+
+
+def _joins(between: str) -> bool:
+    return len(between) <= 40 and _JOINED.fullmatch(between) is not None
+
+
+def _last_bare(text: str) -> str:
+    """Returns the run of formula characters, outside of any delimiters, that holds the last digit.
+
+    Words end a run, except names of functions and units.
+    """
+    lines = [line for line in text.split("\n") if re.search(r"\d", line)]
+    if not lines:
+        return ""
+    line = lines[-1]
+    last_digit = max(m.end() for m in re.finditer(r"\d", line))
+    begin, end = 0, len(line)
+    for match in _WORD.finditer(line):
+        word = match[0]
+        if len(word) == 1 and word not in "aI":
+            continue
+        if word in _FUNCTIONS or word in ("and", "or"):
+            continue
+        if line[match.start() - 1 : match.start()] in "{_" and match.start():
+            continue  # inside \text{...} or \begin{...}
+        if match.end() < last_digit:
+            if word in _UNIT_WORDS and re.match(r"\s*\^", line[match.end() :]):
+                continue
+            begin = match.end()
+        elif match.start() >= last_digit:
+            end = match.end() if word in _UNIT_WORDS else match.start()
+            break
+    run = line[begin:end]
+    run = re.split(r"[.!?;:](?=\s)(?=.*\d)|[:;]\s", run)[-1]
+    run = re.sub(r"^[\s,.;:!*_)\]]*(?:\b(?:and|or)\b[\s,]*)*", "", run)
+    run = re.sub(r"[\s,;:(]*(?:\b(?:and|or)\b[\s,]*)*$", "", run)
+    return run.strip(_TRAILING)

@@ -1,0 +1,479 @@
+r"""Reads LaTeX formulas and computes their values, exactly where they are rational.
+
+Two formulas are equal if they have the same values at several points: variables get fixed rational
+values, so that polynomials and fractions are compared exactly; roots, logarithms and trigonometric
+functions are computed in double precision. Every step is bounded: `parse` raises Unreadable for what
+it does not know, `value` raises TooLarge for numbers of more than MAX_BITS bits.
+"""
+
+from __future__ import annotations
+
+import cmath
+import functools
+import math
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+MAX_BITS = 20_000
+_MAX_DEPTH = 40
+_MAX_TOKENS = 400
+
+Value = Fraction | complex
+Node = tuple[Any, ...]  # (operation, operands...)
+
+
+class Unreadable(Exception):
+    """The formula has a part that this module does not know."""
+
+
+class TooLarge(Exception):
+    """A value has too many digits to be computed here."""
+
+
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][-+]?\d+(?![\d.]))?|\.\d+)"
+    r"|(?P<command>\\[A-Za-z]+|\\.)|(?P<word>[A-Za-z]+)|(?P<symbol>\S))"
+)
+_FUNCTIONS: dict[str, Callable[[complex], complex]] = {
+    "sin": cmath.sin,
+    "cos": cmath.cos,
+    "tan": cmath.tan,
+    "cot": lambda z: 1 / cmath.tan(z),
+    "sec": lambda z: 1 / cmath.cos(z),
+    "csc": lambda z: 1 / cmath.sin(z),
+    "arcsin": cmath.asin,
+    "arccos": cmath.acos,
+    "arctan": cmath.atan,
+    "sinh": cmath.sinh,
+    "cosh": cmath.cosh,
+    "tanh": cmath.tanh,
+    "ln": cmath.log,
+    "log": cmath.log,
+    "exp": cmath.exp,
+}
+_TRIGONOMETRIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
+_CONSTANTS = {"pi": complex(math.pi), "e": complex(math.e), "i": 1j}
+_GREEK = frozenset(
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon "
+    "phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell".split()
+)
+_WORDS = sorted((*_FUNCTIONS, "sqrt", "pi"), key=len, reverse=True)
+_CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
+
+
+@functools.lru_cache(maxsize=4096)
+def parse(text: str) -> Node:
+    """Returns the syntax tree of a formula. Raises Unreadable."""
+    tokens: list[str] = []
+    for match in _TOKEN.finditer(text):
+        word = match["word"]
+        if word:
+            tokens += _split_word(word)
+        else:
+            tokens.append(match[match.lastgroup or 0].strip())
+    if not tokens or len(tokens) > _MAX_TOKENS:
+        raise Unreadable
+    parser = _Parser(tokens)
+    node = parser.sum()
+    if parser.position < len(tokens):
+        raise Unreadable
+    return node
+
+
+def _split_word(word: str) -> list[str]:
+    """Splits letters into variables and the names of functions: xsin is x and \\sin."""
+    parts = []
+    while word:
+        for name in _WORDS:
+            if len(word) >= len(name) and word.startswith(name):
+                parts.append(f"\\{name}")
+                word = word[len(name) :]
+                break
+        else:
+            parts.append(word[0])
+            word = word[1:]
+    return parts
+
+
+class _Parser:
+    """Recursive descent over tokens; each method returns the node of its rule."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens = tokens
+        self.position = 0
+        self.depth = 0
+        self.bars = 0  # open | signs: the next one closes
+
+    def peek(self) -> str:
+        return self.tokens[self.position] if self.position < len(self.tokens) else ""
+
+    def take(self, expected: str = "") -> str:
+        token = self.peek()
+        if not token or (expected and token != expected):
+            raise Unreadable
+        self.position += 1
+        return token
+
+    def sum(self) -> Node:
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise Unreadable
+        node = self.product()
+        while (sign := self.peek()) in ("+", "-"):
+            self.take()
+            node = (sign, node, self.product())
+        self.depth -= 1
+        return node
+
+    def product(self) -> Node:
+        node = self.signed()
+        while True:
+            token = self.peek()
+            if token in ("*", "\\cdot"):
+                self.take()
+                node = ("*", node, self.signed())
+            elif token in ("/", "\\div", ":"):
+                if token == ":":
+                    raise Unreadable
+                self.take()
+                node = ("/", node, self.signed())
+            elif token == "\\frac" and _is_whole(node):
+                node = _mixed(node, self.power())
+            elif self.starts_factor(token):
+                previous = node
+                node = ("*", node, self.power())
+                if previous[0] == node[2][0] == "number":
+                    raise Unreadable  # two numbers side by side, such as `3 4`
+            else:
+                return node
+
+    def starts_factor(self, token: str) -> bool:
+        if token == "|":
+            return self.bars == 0
+        return bool(token) and (
+            token[0].isalnum()
+            or token in ("(", "{", "[", ".", "\\lfloor", "\\lceil", "\\{")
+            or (token[0] == "\\" and token[1:] in _ATOMS)
+        )
+
+    def signed(self) -> Node:
+        sign = 1
+        while (token := self.peek()) in ("+", "-"):
+            self.take()
+            sign = -sign if token == "-" else sign
+        node = self.power()
+        return node if sign == 1 else ("negative", node)
+
+    def power(self) -> Node:
+        node = self.atom()
+        while True:
+            token = self.peek()
+            if token == "^":
+                self.take()
+                if self.peek() == "\\circ":
+                    self.take()
+                    node = ("degrees", node)
+                elif self.peek() == "'":
+                    raise Unreadable
+                else:
+                    node = ("^", node, self.exponent())
+            elif token == "!":
+                self.take()
+                node = ("!", node)
+            elif token in ("\\%", "%"):
+                self.take()
+                node = ("/", node, ("number", Fraction(100)))
+            else:
+                return node
+
+    def exponent(self) -> Node:
+        if self.peek() == "-":
+            self.take()
+            return ("negative", self.exponent())
+        node = self.atom()
+        if self.peek() == "^":  # without braces: x^y^z
+            self.take()
+            return ("^", node, self.exponent())
+        return node
+
+    def group(self, opening: str) -> Node:
+        self.take(opening)
+        bars, self.bars = self.bars, 1 if opening == "|" else 0
+        node = self.sum()
+        self.take(_CLOSING[opening])
+        self.bars = bars
+        return node
+
+    def argument(self) -> Node:
+        r"""An argument of a command such as \frac: a group, or one digit or letter."""
+        token = self.peek()
+        if token == "{":
+            return self.group("{")
+        if token[:1].isdigit() and len(token) > 1:
+            if not token.isdigit():
+                raise Unreadable
+            self.tokens[self.position : self.position + 1] = [token[0], token[1:]]
+        return self.atom()
+
+    def atom(self) -> Node:
+        token = self.take()
+        if token[0].isdigit() or (token[0] == "." and len(token) > 1):
+            return ("number", read_number(token))
+        if token in ("(", "{", "[", "|", "\\lfloor", "\\lceil"):
+            self.position -= 1
+            node = self.group(token)
+            if token == "|":
+                return ("abs", node)
+            if token in ("\\lfloor", "\\lceil"):
+                return (token[1:], node)
+            return ("group", node)
+        if token.isalpha() and len(token) == 1:
+            return self.variable(token)
+        if token[0] != "\\":
+            raise Unreadable
+        return self.command(token[1:])
+
+    def command(self, name: str) -> Node:
+        if name == "frac":
+            return ("/", self.argument(), self.argument())
+        if name == "binom":
+            return ("binom", self.argument(), self.argument())
+        if name == "sqrt":
+            degree: Node = ("number", Fraction(2))
+            if self.peek() == "[":
+                degree = self.group("[")
+            token = self.peek()
+            under = self.group("{") if token == "{" else self.atom()
+            return ("root", under, degree)
+        if name in _FUNCTIONS:
+            return self.function(name)
+        if name == "pi":
+            return ("constant", "pi")
+        if name in _GREEK:
+            return self.variable(name)
+        raise Unreadable
+
+    def variable(self, name: str) -> Node:
+        if self.peek() == "_":
+            self.take()
+            if self.peek() == "{":
+                self.take()
+                while (token := self.take()) != "}":
+                    if not token.isalnum():
+                        raise Unreadable
+                    name += f"_{token}"
+            else:
+                name += f"_{self.take()}"
+        elif name in _CONSTANTS:
+            return ("constant", name)
+        return ("variable", name)
+
+    def function(self, name: str) -> Node:
+        base: Node | None = None
+        exponent: Node | None = None
+        while self.peek() in ("_", "^"):
+            if self.take() == "_":
+                base = self.argument()
+            else:
+                exponent = self.group("{") if self.peek() == "{" else self.atom()
+        if self.peek() in ("(", "{", "[", "|"):
+            node = self.power() if exponent is None else self.atom()
+            if node[0] == "^" and node[1][0] == "group":  # \sin(x)^2 is a power of the sine
+                return ("^", _call(name, node[1], base), node[2])
+        else:
+            node = self.signed()
+            while self.peek() and self.starts_factor(self.peek()):
+                if self.peek()[1:] in _FUNCTIONS or self.peek() in ("(", "|", "["):
+                    break
+                node = ("*", node, self.power())
+        if exponent == ("negative", ("number", Fraction(1))):
+            return _call(f"arc{name}", node, base)
+        call = _call(name, node, base)
+        return call if exponent is None else ("^", call, exponent)
+
+
+_ATOMS = frozenset(("frac", "binom", "sqrt", "pi", *_FUNCTIONS, *_GREEK))
+
+
+def _call(name: str, argument: Node, base: Node | None) -> Node:
+    if name not in _FUNCTIONS:
+        raise Unreadable
+    call: Node = ("call", name, argument)
+    if base is None:
+        return call
+    if name != "log":
+        raise Unreadable
+    return ("/", call, ("call", "log", base))
+
+
+def _is_whole(node: Node) -> bool:
+    if node[0] == "negative":
+        node = node[1]
+    return node[0] == "number" and node[1].denominator == 1
+
+
+def _mixed(whole: Node, fraction: Node) -> Node:
+    r"""2\frac{1}{2} is 5/2; with anything but a proper fraction of numbers it is a product."""
+    if whole[0] == "negative":
+        return ("negative", _mixed(whole[1], fraction))
+    if fraction[0] == "/":
+        above, below = (_unwrap(part) for part in fraction[1:])
+        if above[0] == below[0] == "number" and 0 < above[1] < below[1]:
+            return ("mixed", whole, fraction)
+    return ("*", whole, fraction)
+
+
+def _unwrap(node: Node) -> Node:
+    return _unwrap(node[1]) if node[0] == "group" else node
+
+
+def read_number(token: str) -> Fraction:
+    """Returns the exact value of a numeral. Raises TooLarge for huge exponents."""
+    number = Decimal(token.replace(",", ""))
+    if abs(number.adjusted()) > MAX_BITS // 4:
+        raise TooLarge
+    return Fraction(number)
+
+
+def variables(node: Node) -> frozenset[str]:
+    if node[0] == "variable":
+        return frozenset((node[1],))
+    found: frozenset[str] = frozenset()
+    for part in node[1:]:
+        if isinstance(part, tuple):
+            found |= variables(part)
+    return found
+
+
+def points(names: frozenset[str]) -> list[dict[str, Fraction]]:
+    """Returns the assignments at which formulas in these variables are compared."""
+    if not names:
+        return [{}]
+    ordered = sorted(names)
+    return [
+        {name: Fraction(7 + 13 * k + 5 * i * (k + 2), 11 + 3 * k) for i, name in enumerate(ordered)}
+        for k in range(4)
+    ]
+
+
+def value(node: Node, at: dict[str, Fraction], angle: bool = False) -> Value:
+    """Returns the value at a point. Raises TooLarge, ZeroDivisionError.
+
+    `angle`: inside of a trigonometric function, where degrees are converted.
+    """
+    kind = node[0]
+    if kind == "number":
+        return node[1]
+    if kind == "variable":
+        return at[node[1]]
+    if kind == "constant":
+        return _CONSTANTS[node[1]]
+    if kind == "call":
+        argument = value(node[2], at, node[1] in _TRIGONOMETRIC)
+        return _apply(node[1], argument)
+    first = value(node[1], at, angle)
+    if kind == "group":
+        return first
+    if kind == "negative":
+        return -first
+    if kind == "degrees":
+        return complex(first) * math.pi / 180 if angle else first
+    if kind == "abs":
+        return abs(first) if isinstance(first, Fraction) else complex(abs(first))
+    if kind in ("lfloor", "lceil"):
+        real = first if isinstance(first, Fraction) else first.real
+        return Fraction(math.floor(real) if kind == "lfloor" else math.ceil(real))
+    if kind == "!":
+        return Fraction(math.factorial(_whole(first, 1_500)))
+    second = value(node[2], at, angle)
+    if kind in ("+", "mixed"):
+        return _add(first, second)
+    if kind == "-":
+        return _add(first, -second)
+    if kind == "*":
+        return first * second if _both_exact(first, second) else complex(first) * complex(second)
+    if kind == "/":
+        return first / second if _both_exact(first, second) else complex(first) / complex(second)
+    if kind == "binom":
+        return Fraction(math.comb(_whole(first, 5_000), _whole(second, 5_000)))
+    if kind == "root":
+        return _power(first, 1 / second)
+    return _power(first, second)
+
+
+def _both_exact(a: Value, b: Value) -> bool:
+    if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
+        return False
+    bits = sum(x.numerator.bit_length() + x.denominator.bit_length() for x in (a, b))
+    if bits > MAX_BITS:
+        raise TooLarge
+    return True
+
+
+def _add(a: Value, b: Value) -> Value:
+    if _both_exact(a, b):
+        return a + b
+    total = complex(a) + complex(b)
+    # what cancels to rounding errors is zero
+    return total if abs(total) > 1e-14 * max(abs(a), abs(b)) else Fraction(0)
+
+
+def _whole(number: Value, limit: int) -> int:
+    if not isinstance(number, Fraction) or number.denominator != 1 or number < 0:
+        raise Unreadable
+    if number > limit:
+        raise TooLarge
+    return int(number)
+
+
+def _apply(name: str, argument: Value) -> Value:
+    if argument == 0 and name in ("sin", "tan", "arcsin", "arctan", "sinh", "tanh"):
+        return Fraction(0)
+    try:
+        result = _FUNCTIONS[name](complex(argument))
+    except (OverflowError, ValueError):
+        raise TooLarge from None
+    if name in _TRIGONOMETRIC and abs(result) < 1e-15 < abs(argument):
+        return Fraction(0)
+    return result
+
+
+def _power(base: Value, exponent: Value) -> Value:
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
+        size = max(base.numerator.bit_length(), base.denominator.bit_length())
+        if exponent.denominator == 1:
+            if abs(exponent) * size > MAX_BITS:
+                raise TooLarge
+            return base ** int(exponent)
+        if (
+            base >= 0
+            and exponent.denominator <= 64
+            and abs(exponent) < 64
+            and size < MAX_BITS // 64
+        ):
+            above = _exact_root(base.numerator, exponent.denominator)
+            below = _exact_root(base.denominator, exponent.denominator)
+            if above is not None and below is not None:
+                return Fraction(above, below) ** exponent.numerator
+        if base < 0 and exponent.denominator % 2 and exponent.numerator == 1:
+            return -_power(-base, exponent)  # the real odd root
+    try:
+        if base == 0:
+            return Fraction(0) if complex(exponent).real > 0 else 1 / Fraction(0)
+        return complex(base) ** complex(exponent)
+    except OverflowError:
+        raise TooLarge from None
+
+
+def _exact_root(number: int, degree: int) -> int | None:
+    if degree == 2:
+        root = math.isqrt(number)
+    else:
+        try:
+            root = round(number ** (1 / degree))
+        except OverflowError:
+            return None
+    return root if root**degree == number else None
