@@ -124,7 +124,9 @@ class MessageHandlers:
     ) -> list[CoreEvent]:
         """`name`: of the worker that has joined over this socket before."""
         problem = self._mismatch(hello)
-        if isinstance(hello, Hello):
+        if isinstance(hello, UnknownHello):
+            problem = problem or f"a malformed Hello of {rules.printable(hello.name)}"
+        else:
             problem = problem or rules.hello_problem(hello, self._limits())
             if name not in (None, hello.name):
                 problem = problem or f"{name} sent a second Hello as {hello.name}"

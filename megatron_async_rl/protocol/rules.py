@@ -120,9 +120,9 @@ def _score_requested(request: messages.ScoreRequest, hello: Hello, limits: Limit
 def _step_done(step: messages.StepDone, hello: Hello, limits: Limits) -> str:
     if step.version < 1:
         return "version = 0, which no step makes"
-    trained_s = step.stats.get("perf/time/train_s", math.nan)
-    if "train/tokens" in step.stats and not trained_s > 0:
-        return f"train/tokens and perf/time/train_s = {trained_s}"
+    busy_s = [step.stats.get(f"perf/time/{phase}_s", math.nan) for phase in ("proximal", "train")]
+    if "train/tokens" in step.stats and not (min(busy_s) >= 0 and 0 < sum(busy_s) < math.inf):
+        return f"train/tokens, and times of {shown(busy_s)} s for the passes"
     return ""
 
 

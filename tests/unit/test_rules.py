@@ -23,7 +23,13 @@ SOURCE = m.Hello("trainer", "trainer-1", 1, stage=1)
 KEY = SampleKey(1, 2, 3, 0)
 BUCKET = m.Bucket([m.TensorSpec("model.embed_tokens.weight", "bfloat16", [8, 4])])
 FILE = FileEntry("model-00001-00000.safetensors", 8, "ab12", ["lm_head.weight"])
-STATS = {"train/loss": -0.5, "train/tokens": 9.0, "perf/time/train_s": 0.5, "train/lr": 1e-6}
+STATS = {
+    "train/loss": -0.5,
+    "train/tokens": 9.0,
+    "perf/time/proximal_s": 0.1,
+    "perf/time/train_s": 0.5,
+    "train/lr": 1e-6,
+}
 
 ALLOWED: list[tuple[m.Message, list[m.Hello]]] = [
     (m.Heartbeat(1, 5), [ROLLOUT, REWARD, FIRST, LEADER, SOURCE]),

@@ -114,7 +114,8 @@ class UpdateCoordinator:
         return version
 
     async def _next_offers(self) -> dict[str, PublishOffer]:
-        await self._all_offered.wait()
+        while not self._all_offered.is_set():  # a source may rejoin before this task continues
+            await self._all_offered.wait()
         self._all_offered.clear()
         offers, self._offers = self._offers, {}
         return offers
