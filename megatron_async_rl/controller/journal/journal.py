@@ -36,6 +36,7 @@ from megatron_async_rl.controller.core.events import (
 )
 from megatron_async_rl.controller.journal.array_store import ArrayStore
 from megatron_async_rl.controller.journal.mark import MARK_FILE, Mark
+from megatron_async_rl.controller.journal.partials import Partials, PartialTail, StoredEvent
 from megatron_async_rl.controller.journal.reader import (
     ARRAYS_FOLDER,
     REMEDY,
@@ -92,7 +93,8 @@ class Journal:
         if damage := find_mark_damage(path):
             logger.error("%s; the run continues and writes the mark again", damage)
         self._arrays = ArrayStore(path.with_name(ARRAYS_FOLDER), Counter(dict(rows_per_segment)))
-        self._codec = Codec(AnyEvent)  # the writer's
+        self._codec = Codec(StoredEvent)  # the writer's
+        self._partials = Partials()
         self._mark = Mark(path.with_name(MARK_FILE))
         self._mark.write(self.last_seq)
         self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
@@ -257,7 +259,8 @@ class Journal:
         position, totals = self._arrays.position, msgspec.structs.replace(self._totals)
         freed: list[int] = []
         try:
-            rows = [self._row(seq, event) for seq, event in events]
+            stored = self._partials.to_store([event for _, event in events])
+            rows = [self._row(seq, event) for (seq, _), event in zip(events, stored, strict=True)]
             self._arrays.sync()
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
@@ -285,6 +288,8 @@ class Journal:
             self._arrays.rewind(position)
             raise
         self._totals = totals
+        for _, event in events:
+            self._partials.saw(event)
         self._arrays.count_rows([row[4] for row in rows if row[4] is not None], freed)
         self.num_commits += 1
 
@@ -293,7 +298,7 @@ class Journal:
         if durably:  # a batch or an update is about to leave
             self._mark.sync()
 
-    def _row(self, seq: int, event: JournalEvent) -> _Row:
+    def _row(self, seq: int, event: JournalEvent | PartialTail) -> _Row:
         frames = self._codec.encode(event)
         record, segment = bytes(frames[0]), None
         if len(frames) > 1:

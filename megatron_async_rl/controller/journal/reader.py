@@ -18,6 +18,7 @@ import msgspec
 from megatron_async_rl.controller.core.events import AnyEvent
 from megatron_async_rl.controller.journal.array_store import ArrayLocation, ArrayReader
 from megatron_async_rl.controller.journal.mark import MARK_FILE, read_mark
+from megatron_async_rl.controller.journal.partials import Partials, StoredEvent
 from megatron_async_rl.errors import DataError, ProtocolError
 from megatron_async_rl.protocol.wire import Codec
 
@@ -86,7 +87,7 @@ def select(
 ) -> Iterator[AnyEvent]:
     """Yields the events of the rows that match; adds them to `found`."""
     found = found or Totals()
-    codec = Codec(AnyEvent)
+    codec, partials = Codec(StoredEvent), Partials()
     with closing(ArrayReader(path.with_name(ARRAYS_FOLDER))) as arrays:
         columns = "seq, kind, group_id, record, segment, crc"
         for *row, crc in db.execute(f"SELECT {columns} FROM events {where}", values):
@@ -99,10 +100,10 @@ def select(
             found.crc_sum += crc
             try:
                 if segment is None:
-                    event = codec.decode([record])
+                    event = partials.read(codec.decode([record]))
                 else:
                     location = msgspec.msgpack.decode(record, type=ArrayLocation)
-                    event = codec.decode(arrays.read(location))
+                    event = partials.read(codec.decode(arrays.read(location)))
             except (DataError, ProtocolError, msgspec.DecodeError) as e:
                 on_damage(f"{e}; lost: {name}")
             else:
