@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import socket
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,6 +17,7 @@ import pytest
 import zmq
 import zmq.asyncio
 import zmq.auth
+from paths import python_environment
 
 from megatron_async_rl.errors import ConfigError, ProtocolError
 from megatron_async_rl.protocol import transport
@@ -411,3 +416,83 @@ def test_workers_rejoin_a_restarted_controller_and_repeat_requests(
 
     run_with_hub(tmp_path, second)
     assert (tmp_path / "controller.address").read_text() == address
+
+
+HUB_PROGRAM = """
+import asyncio, resource, sys
+from pathlib import Path
+
+from megatron_async_rl.protocol.messages import Welcome
+from megatron_async_rl.protocol.transport import Hub
+
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, min(hard, int(sys.argv[2]))))
+
+async def main():
+    hub = Hub(Path(sys.argv[1]))
+    while True:
+        peer, _ = await hub.receive()
+        await hub.send(peer, Welcome(1))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_connections", "hard_limit", "limit_s"),
+    [
+        pytest.param(1500, 4096, 5.0, id="fewer-than-the-process-may-open"),
+        # the first handshake deadline makes room for the worker
+        pytest.param(600, 512, transport.HANDSHAKE_MS / 1000 + 10, id="more-than-it-may-open"),
+    ],
+)
+def test_worker_joins_in_spite_of_half_open_connections(
+    tmp_path: Path, num_connections: int, hard_limit: int, limit_s: float
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < num_connections + 500:
+        pytest.skip(f"this test opens {num_connections} sockets, the hard limit is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, num_connections + 500), hard))
+    program = [sys.executable, "-c", HUB_PROGRAM, str(tmp_path), str(hard_limit)]
+    hub, half_open = subprocess.Popen(program, env=python_environment()), []
+    try:
+        probe = Link(tmp_path)
+        asyncio.run(probe.join(HELLO))
+        probe.close()
+        address = (tmp_path / "controller.address").read_text().strip().rsplit(":", 1)
+        for _ in range(num_connections):
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.1", int(address[1])))
+            half_open.append(sock)  # and says nothing
+        time.sleep(0.5)
+        started = time.monotonic()
+
+        async def join() -> None:
+            link = Link(tmp_path)
+            try:
+                assert await link.join(HELLO, timeout_s=limit_s) == 1
+            finally:
+                link.close()
+
+        asyncio.run(join())
+        assert time.monotonic() - started < limit_s
+        assert hub.poll() is None
+    finally:
+        for sock in half_open:
+            sock.close()
+        hub.kill()
+        hub.wait()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_connection_that_does_not_authenticate_is_closed(tmp_path: Path) -> None:
+    async def test(hub: Hub) -> None:
+        port = int((tmp_path / "controller.address").read_text().rsplit(":", 1)[1])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        started = time.monotonic()
+        await asyncio.wait_for(reader.read(), TIMEOUT_S)  # the greeting, then the end
+        assert time.monotonic() - started < transport.HANDSHAKE_MS / 1000 + 2
+        writer.close()
+
+    run_with_hub(tmp_path, test)
