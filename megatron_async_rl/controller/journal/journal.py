@@ -96,7 +96,7 @@ class Journal:
         self._codec = Codec(StoredEvent)  # the writer's
         self._partials = Partials()
         self._mark = Mark(path.with_name(MARK_FILE))
-        self._mark.write(self.last_seq)
+        self._mark.write(self.last_seq, self._totals.num_commits)
         self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
@@ -194,15 +194,15 @@ class Journal:
             "group_id INTEGER, record BLOB NOT NULL, segment INTEGER, crc INTEGER NOT NULL)"
         )
         db.execute(
-            "CREATE TABLE IF NOT EXISTS totals "
-            "(last_seq INTEGER NOT NULL, num_rows INTEGER NOT NULL, crc_sum INTEGER NOT NULL)"
+            "CREATE TABLE IF NOT EXISTS totals (num_commits INTEGER NOT NULL, "
+            "last_seq INTEGER NOT NULL, num_rows INTEGER NOT NULL, crc_sum INTEGER NOT NULL)"
         )
         db.execute("CREATE INDEX IF NOT EXISTS events_of_group ON events (group_id)")
         db.execute(
             "CREATE INDEX IF NOT EXISTS batches ON events (seq) WHERE kind = 'BatchSelected'"
         )
         if schema == 0:
-            db.execute("INSERT INTO totals VALUES (0, 0, 0)")
+            db.execute("INSERT INTO totals VALUES (0, 0, 0, 0)")
             db.execute(f"PRAGMA user_version = {SCHEMA}")
         db.execute("COMMIT")
         self._totals = read_totals(db)
@@ -265,6 +265,7 @@ class Journal:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
             totals.last_seq = rows[-1][0] if rows else totals.last_seq
+            totals.num_commits += 1
             totals.num_rows += len(rows)
             totals.crc_sum += sum(row[-1] for row in rows)
             for group in pruned:
@@ -278,7 +279,7 @@ class Journal:
                     totals.num_rows -= 1
                     totals.crc_sum -= crc
             self._db.execute(
-                "UPDATE totals SET last_seq = ?, num_rows = ?, crc_sum = ?",
+                "UPDATE totals SET num_commits = ?, last_seq = ?, num_rows = ?, crc_sum = ?",
                 msgspec.structs.astuple(totals),
             )
             self._db.execute("COMMIT")
@@ -294,7 +295,7 @@ class Journal:
         self.num_commits += 1
 
     def _write_mark(self, durably: bool) -> None:
-        self._mark.write(self._totals.last_seq)
+        self._mark.write(self._totals.last_seq, self._totals.num_commits)
         if durably:  # a batch or an update is about to leave
             self._mark.sync()
 

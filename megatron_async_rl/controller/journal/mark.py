@@ -1,4 +1,4 @@
-"""The high-water mark: the number of the newest event on disk, in a file beside the database.
+"""The high-water mark: the newest event and the commits on disk, in a file beside the database.
 
 SQLite ends a damaged WAL at its last intact commit and says nothing, so the database alone cannot
 tell that it was rewound. The mark is overwritten after each commit and forced to disk before a
@@ -22,9 +22,9 @@ class Mark:
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
 
-    def write(self, seq: int) -> None:
+    def write(self, seq: int, num_commits: int) -> None:
         """Overwrites the mark, in one sector; a killed process cannot tear it."""
-        text = b"%020d" % seq
+        text = b"%020d %020d" % (seq, num_commits)
         os.pwrite(self._fd, b"%s %08x\n" % (text, zlib.crc32(text)), 0)
 
     def sync(self) -> None:
@@ -34,8 +34,8 @@ class Mark:
         os.close(self._fd)
 
 
-def read_mark(path: Path) -> int | None:
-    """Returns the number of the newest event on disk; None if no mark was written.
+def read_mark(path: Path) -> tuple[int, int] | None:
+    """Returns (number of the newest event on disk, number of commits); None if there is no file.
 
     Raises DataError if the file is damaged.
     """
@@ -43,10 +43,11 @@ def read_mark(path: Path) -> int | None:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
-    text = data[:20]
-    if data != b"%s %08x\n" % (text, zlib.crc32(text)) or not text.isdigit():
+    text = data[:41]
+    if data != b"%s %08x\n" % (text, zlib.crc32(text)) or len(text.split()) != 2:
         raise DataError(
             f"{path} is damaged; lost: the proof that the journal was not rewound",
             "delete the file to continue without it",
         )
-    return int(text)
+    seq, num_commits = map(int, text.split())
+    return seq, num_commits

@@ -34,6 +34,7 @@ OnDamage = Callable[[str], None]
 class Totals(msgspec.Struct):
     """Of the rows in the table; pruned ones are subtracted."""
 
+    num_commits: int = 0
     last_seq: int = 0
     num_rows: int = 0
     crc_sum: int = 0
@@ -113,14 +114,19 @@ def select(
 def find_rewind(path: Path) -> str:
     """Describes the loss if the journal lacks events that were on disk; empty if it has them."""
     try:
-        mark = read_mark(path.with_name(MARK_FILE)) or 0
+        seq, num_commits = read_mark(path.with_name(MARK_FILE)) or (0, 0)
     except DataError:
         return ""  # see find_mark_damage
-    if mark <= (last := last_seq(path)):
+    found = _totals_of(path)
+    if num_commits <= found.num_commits:
         return ""
+    lost = f"events {found.last_seq + 1} to {seq}, perhaps with batches that were trained"
+    if seq == found.last_seq:
+        lost = "which samples were pruned"
     return (
-        f"{path} (or its -wal) was rewound: it ends at event {last}, but event {mark} was on disk "
-        f"({MARK_FILE}); lost: events {last + 1} to {mark}, perhaps with batches that were trained"
+        f"{path} (or its -wal) was rewound: it ends at event {found.last_seq} and commit "
+        f"{found.num_commits}, but event {seq} and commit {num_commits} were on disk "
+        f"({MARK_FILE}); lost: {lost}"
     )
 
 
@@ -136,9 +142,13 @@ def find_mark_damage(path: Path) -> str:
 
 def last_seq(path: Path) -> int:
     """Returns the number of the newest event, 0 if there is none. Raises DataError."""
+    return _totals_of(path).last_seq
+
+
+def _totals_of(path: Path) -> Totals:
     with closing(connect_to_read(path)) as db:
         try:
-            return read_totals(db).last_seq
+            return read_totals(db)
         except sqlite3.DatabaseError as e:
             raise DataError(f"{path} is damaged: {e}; lost: the journal", REMEDY) from None
 
@@ -150,7 +160,8 @@ def read_totals(db: sqlite3.Connection) -> Totals:
         raise sqlite3.DatabaseError(f"it has schema {schema}, this program reads {SCHEMA}")
     if not db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
         return Totals()  # an empty file, which the mark tells from a new one
-    rows = db.execute("SELECT last_seq, num_rows, crc_sum FROM totals").fetchall()
+    columns = ", ".join(Totals.__struct_fields__)
+    rows = db.execute(f"SELECT {columns} FROM totals").fetchall()
     if len(rows) != 1 or not all(type(value) is int for value in rows[0]):
         raise sqlite3.DatabaseError("its table of totals is damaged")
     return Totals(*rows[0])
