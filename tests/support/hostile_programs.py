@@ -96,6 +96,59 @@ class Any(str):
     __hash__ = str.__hash__
 print(Any("x"))
 """,
+    "exit before the first line": "import builtins\nbuiltins.exit(0)",
+    "the input as the answer": "print(sys.stdin.read())",
+    "an empty answer": "sys.stdout.close()",
+    "its own source as the answer": "import inspect\nprint(inspect.getsource(kernel))",
+    "the answers in a thread's frames": """
+import threading, time
+def look():
+    for frame in sys._current_frames().values():
+        while frame:
+            if "secret-" in repr(frame.f_locals.get("job", "")): got("job")
+            frame = frame.f_back
+threading.Thread(target=look).start()
+""",
+    "the answers in the zygote's modules": """
+for name, module in list(sys.modules.items()):
+    for key, value in list(vars(module).items()) if module else ():
+        if key in ("tests", "outputs", "expected"): got((name, key))
+""",
+    "the answers in memory": """
+import ctypes, re
+try: maps = open("/proc/self/maps").read()
+except OSError: maps = ""
+for start, end in re.findall(r"(\\w+)-(\\w+) rw", maps):
+    found = ctypes.string_at(int(start, 16), int(end, 16) - int(start, 16)).find(b"secret-7f")
+    if found >= 0: got("answer in memory")
+""",
+    "an exit function in place of the zygote's": """
+os._exit = lambda code: None
+import zygote
+""",
+    "a hook at the end that writes for the next one": """
+import atexit, threading
+atexit.register(lambda: [os.write(n, b"secret-7f3a\\n") for n in range(2, 9)])
+""",
+    "a trace function over its callers": """
+for frame in frames():
+    frame.f_trace = lambda *a: None
+    frame.f_trace_opcodes = True
+sys.settrace(lambda *a: None)
+""",
+    "locals of its callers": """
+import ctypes
+for frame in frames():
+    for name in ("code", "result", "status", "source"):
+        if name in frame.f_locals:
+            frame.f_locals[name] = 0
+            ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
+os._exit(0)
+""",
+    "a whole number in words of another script": "print('\u0663')",
+    "letters that only look like the answer's": "os.write(1, '\u0455ecret-7f3a\\n'.encode())",
+    "an exit code that is no number": "class Code(int):\n    def __and__(self, other): return 0\n"
+    "sys.exit(Code(7))",
 }
 
 FORGE_FUNCTIONS = {
@@ -133,6 +186,103 @@ import struct
 def solve(n):
     os.write(1, struct.pack('<I', 2**32 - 1) + b'1')
     os._exit(0)
+""",
+    "a dict frame without pairs": """
+import json, struct
+def solve(n):
+    for frame in ({"dict": 1}, {"dict": [1]}):
+        text = json.dumps(frame).encode()
+        os.write(3, struct.pack("<I", len(text)) + text)
+    os._exit(0)
+""",
+    "a dict frame with lists as keys": """
+import json, struct
+def solve(n):
+    text = json.dumps({"dict": [[[1], 2], [{}, 3]]}).encode()
+    os.write(3, (struct.pack("<I", len(text)) + text) * 2)
+    os._exit(0)
+""",
+    "an integer frame that is no integer": """
+import json, struct
+def solve(n):
+    for value in ([], "x" * 10000):
+        text = json.dumps({"int": value}).encode()
+        os.write(3, struct.pack("<I", len(text)) + text)
+    os._exit(0)
+""",
+    "a frame of another encoding": """
+import struct
+def solve(n):
+    for text in ("9".encode("utf-32"), b"\\xff\\xfe9"):
+        os.write(3, struct.pack("<I", len(text)) + text)
+    os._exit(0)
+""",
+    "a frame of brackets": """
+import struct
+def solve(n):
+    text = b"[" * 200000 + b"]" * 200000
+    os.write(3, (struct.pack("<I", len(text)) + text) * 2)
+    os._exit(0)
+""",
+    "a frame of a million digits": """
+import struct
+def solve(n):
+    text = b"9" * 400000
+    os.write(3, (struct.pack("<I", len(text)) + text) * 2)
+    os._exit(0)
+""",
+    "half a frame": "def solve(n):\n    os.write(3, b'\\x04\\x00')\n    os._exit(0)",
+    "frames from a second thread": """
+import struct, threading
+def write():
+    while 1: os.write(3, struct.pack("<I", 4) + b"true")
+threading.Thread(target=write, daemon=True).start()
+def solve(n): return 0
+""",
+    "frames before the function is asked for": """
+import struct
+os.write(3, (struct.pack("<I", 4) + b"true") * 2)
+""",
+    "a function from the starter names": "solve = None\ndel solve",
+    "a Solution that fails on its second construction": """
+class Solution:
+    made = []
+    def __init__(self):
+        self.made.append(1)
+        if len(self.made) > 1: sys.exit(0)
+    def solve(self, n): return n * n
+""",
+    "a subclass with the right value and its own equality": """
+class Any(int):
+    def __eq__(self, other): return True
+    __hash__ = int.__hash__
+def solve(n): return Any(n * n)
+""",
+    "a namedtuple with its own equality": """
+from typing import NamedTuple
+class Any(NamedTuple):
+    x: int
+    def __eq__(self, other): return True
+def solve(n): return Any(n)
+""",
+    "a dict subclass that changes when it is read": """
+from collections import OrderedDict
+class Any(OrderedDict):
+    def items(self): return iter([])
+def solve(n): return Any(a=1)
+""",
+    "a float one unit away": "def solve(n): return (n * n) * (1 + 2e-16) + 1e-9",
+    "a result that never ends": """
+def solve(n):
+    class Endless(list): pass
+    x = [1]
+    for _ in range(60): x = [x, x]
+    return x
+""",
+    "json.dumps replaced": """
+import json
+json.dumps = lambda *a, **k: "true"
+def solve(n): return 0
 """,
 }
 
@@ -203,6 +353,104 @@ fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid()); got('owner')
 import fcntl, termios
 fcntl.ioctl(0, termios.TIOCSTI, b'x'); got('terminal')
 """,
+    "write to its input": """
+for path in ("/proc/self/fd/0", "/dev/stdin", "/dev/fd/0", "/proc/thread-self/fd/0"):
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC, os.O_WRONLY | os.O_APPEND):
+        try:
+            if os.write(os.open(path, flags), b"changed"): got("input")
+        except OSError: pass
+""",
+    "map its input for writing": """
+import mmap
+m = mmap.mmap(0, 1, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+m[0] = 120
+got("input")
+""",
+    "its own namespaces": """
+for name in ("user", "mnt", "net", "pid", "ipc", "uts", "cgroup", "time"):
+    for folder in ("self", "thread-self", f"self/task/{os.getpid()}", str(os.getpid())):
+        try: os.open(f"/proc/{folder}/ns/{name}", os.O_RDONLY); got(name)
+        except OSError: pass
+""",
+    "namespaces of init": "os.open('/proc/1/ns/user', os.O_RDONLY); got('init')",
+    "namespaces by clone as a thread": """
+import ctypes
+stack = ctypes.create_string_buffer(1 << 16)
+for flag in (0x20000, 0x4000000, 0x8000000, 0x40000000, 0x2000000, 0x20000000, 0x10000000, 0x80):
+    libc = ctypes.CDLL(None, use_errno=True)
+    top = ctypes.addressof(stack) + (1 << 15)
+    if libc.clone(ctypes.cast(libc.sleep, ctypes.c_void_p), ctypes.c_void_p(top),
+                  0x10f00 | flag, ctypes.c_void_p(1000)) > 0: got(hex(flag))
+""",
+    "clone with flags in the upper half": """
+for high in (1 << 32, 1 << 33):
+    if kernel(56, __import__("ctypes").c_ulong(high | 0x3d0f00), 0, 0, 0, 0) > 0: got("clone")
+""",
+    "a process that shares memory": "if kernel(56, 0x100 | 17, 0, 0, 0, 0) > 0: got('clone')",
+    "vfork": "if kernel(58) > 0: got('vfork')",
+    "clone3": """
+import ctypes
+if kernel(435, ctypes.create_string_buffer(88), 88) > 0: got('clone3')
+""",
+    "a raised capability": """
+import ctypes
+header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+data = (ctypes.c_uint32 * 6)(*[0xffffffff] * 6)
+if kernel(126, header, data) == 0: got("capset")
+""",
+    "a change of root": "os.chroot('/tmp'); got('chroot')",
+    "a host name": "import socket\nsocket.sethostname('pwned'); got('hostname')",
+    "a module path in /tmp": """
+sys.path.insert(0, CANARY)
+open(CANARY + '/evil.py', 'w').write('x = 1'); got('module')
+""",
+    "bytecode beside the library": """
+import py_compile, json
+py_compile.compile(json.__file__, cfile=CANARY + '/json.pyc'); got('bytecode')
+""",
+    "a hard link": "os.link('/usr/lib/os-release', CANARY + '/hard'); got('link')",
+    "a rename": "os.rename(CANARY + '/file', CANARY + '/moved'); got('rename')",
+    "other permissions": "os.chmod(CANARY + '/file', 0o777); got('chmod')",
+    "a truncated file": "os.truncate(CANARY + '/file', 0); got('truncate')",
+    "a folder": "os.mkdir(CANARY + '/folder'); got('mkdir')",
+    "a named pipe": "os.mkfifo(CANARY + '/pipe'); got('mkfifo')",
+    "a new time of a file": "os.utime(CANARY + '/file', (1, 1)); got('utime')",
+    "attributes of a file": "os.setxattr(CANARY + '/file', 'user.x', b'1'); got('xattr')",
+    "a file without a name": """
+os.open('/tmp', os.O_TMPFILE | os.O_RDWR, 0o600); got('tmpfile')
+""",
+    "the kernel's log": "if kernel(103, 3, bytes(100), 100) > 0: got('syslog')",
+    "keys": "if kernel(250, 0, -3, 0) > 0: got('keyctl')",
+    "System V shared memory": "if kernel(29, 1234, 4096, 0o1666) >= 0: got('shmget')",
+    "a message queue": "if kernel(68, 1234, 0o1666) >= 0: got('msgget')",
+    "a pair of sockets": "import socket\nsocket.socketpair(); got('socketpair')",
+    "other processors": "os.sched_setaffinity(0, {0}); got('affinity')",
+    "a higher priority": "os.setpriority(os.PRIO_PROCESS, 0, -5); got('priority')",
+    "a pidfd of the parent": "os.pidfd_open(os.getppid()); got('pidfd')",
+    "the parent's limits": """
+import resource
+resource.prlimit(os.getppid(), resource.RLIMIT_CPU); got('prlimit')
+""",
+    "a signal to its parent by tgkill": "if kernel(234, 1, 1, 9) == 0: got('tgkill')",
+    "the sandbox's source": """
+for base, _, names in os.walk("/"):
+    if "jail.py" in names: got(open(base + "/jail.py").read()); break
+    if base.count("/") > 3: break
+""",
+    "a library of its own": """
+import ctypes
+ctypes.CDLL(CANARY + '/file'); got('library')
+""",
+    "a subprocess with streams": """
+import subprocess
+got(subprocess.run(['/bin/echo', 'x'], capture_output=True).stdout)
+""",
+    "a pool of processes": """
+import multiprocessing
+with multiprocessing.Pool(2) as pool: got(pool.map(abs, [1]))
+""",
+    "a terminal": "import pty\npty.openpty(); got('terminal')",
+    "the clock": "import time\ntime.clock_settime(time.CLOCK_REALTIME, 0); got('clock')",
 }
 
 HARM = {
@@ -245,6 +493,91 @@ atexit.register(lambda: [None for _ in iter(int, 1)])
 """,
     "input never read": "os.close(0)",
     "stdout closed": "os.close(1)",
+    "threads with small stacks": """
+import _thread, threading, time
+threading.stack_size(32768)
+num = 0
+try:
+    while 1: _thread.start_new_thread(time.sleep, (1000,)); num += 1
+except RuntimeError: pass
+if num > 200: got(f"{num} threads")
+""",
+    "threads by clone": """
+import ctypes
+libc = ctypes.CDLL(None)
+entry = ctypes.cast(libc.sleep, ctypes.c_void_p)
+words = [ctypes.create_string_buffer(64) for _ in range(2)]
+made = 0
+for _ in range(4000):
+    stack = ctypes.create_string_buffer(16384)
+    words.append(stack)
+    top = ctypes.c_void_p((ctypes.addressof(stack) + 16000) & ~15)
+    tls = ctypes.create_string_buffer(4096)
+    words.append(tls)
+    made += libc.clone(entry, top, 0x3d0f00, ctypes.c_void_p(1000), words[0],
+                       ctypes.c_void_p(ctypes.addressof(tls) + 2048), words[1]) > 0
+if made > 200: got(f"{made} threads")
+""",
+    "a thread that never ends": """
+import threading, time
+threading.Thread(target=lambda: [time.sleep(1) for _ in iter(int, 1)]).start()
+""",
+    "a thread that waits for itself at the end": """
+import threading
+lock = threading.Lock(); lock.acquire()
+threading.Thread(target=lock.acquire).start()
+""",
+    "exits within exits": """
+import atexit
+def again(): atexit.register(again); sys.exit(0)
+again()
+""",
+    "a finalizer that never ends": """
+class Object:
+    def __del__(self):
+        while 1: pass
+keep = Object()
+""",
+    "a finalizer that revives its object": """
+class Object:
+    def __del__(self): sys.kept = [Object() for _ in range(10)]
+keep = Object()
+""",
+    "stdout without a flush": "class Out: pass\nsys.stdout = Out()",
+    "stdout whose flush never ends": """
+class Out:
+    closed = False
+    def flush(self):
+        while 1: pass
+sys.stdout = Out()
+""",
+    "no stdout": "del sys.stdout, sys.__stdout__",
+    "no modules": "sys.modules.clear()",
+    "no builtins": "import builtins\nvars(builtins).clear()",
+    "a broken threading module": "import threading\nthreading._shutdown = None",
+    "a full input": "print(len(sys.stdin.read() * 10**9))",
+    "alarms without end": """
+import signal
+signal.signal(signal.SIGALRM, lambda *a: None)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+while 1: pass
+""",
+    "an alarm at the end": "import signal\nsignal.alarm(1)\nsignal.pause()",
+    "a stack of C calls": """
+import functools
+f = len
+for _ in range(200000): f = functools.partial(f)
+f([])
+""",
+    "deep lists at the end": "x = []\nfor _ in range(10**6): x = [x]",
+    "a mapping larger than memory": """
+import mmap
+for _ in range(100): mmap.mmap(-1, 1 << 30)
+""",
+    "a busy pipe to itself": """
+r, w = os.pipe()
+while 1: os.write(w, b'x'); os.read(r, 1)
+""",
 }
 
 HARM_FUNCTIONS = {
@@ -254,4 +587,15 @@ HARM_FUNCTIONS = {
     "a number beyond any float": "def solve(n): return 10 ** 4000",
     "a number of more digits than there may be": "def solve(n): return 10 ** 5000",
     "a large result": "def solve(n): return ['x' * 1000] * 100000",
+    "a result of many references": """
+def solve(n):
+    x = [1] * 10
+    for _ in range(8): x = [x] * 10
+    return x
+""",
+    "a key for every number": "def solve(n): return dict.fromkeys(range(10**7))",
+    "an exit within the call": "def solve(n): sys.exit(0)",
+    "a generator": "def solve(n):\n    while 1: yield n",
+    "a result with surrogates": "def solve(n): return '\\ud800' * 1000",
+    "stdout closed in the call": "def solve(n):\n    for k in range(16): os.close(k)",
 }
