@@ -35,11 +35,13 @@ class EventQueue:
     def __init__(self) -> None:
         self._events: deque[tuple[MessageArrived | CoreEvent, Applied | None]] = deque()
         self._arrived = asyncio.Event()
+        self._empty = asyncio.Event()
 
     async def put(self, message: MessageArrived) -> None:
-        """Queues a message; waits while the queue is full."""
-        while len(self._events) >= MAX_QUEUED:
-            await asyncio.sleep(0)  # the loop runs now; it never waits for long
+        """Queues a message; a full queue must become empty before."""
+        if len(self._events) >= MAX_QUEUED:
+            self._empty.clear()
+            await self._empty.wait()
         self._events.append((message, None))
         self._arrived.set()
 
@@ -55,7 +57,10 @@ class EventQueue:
         while not self._events:
             self._arrived.clear()
             await self._arrived.wait()
-        return self._events.popleft()
+        event = self._events.popleft()
+        if not self._events:
+            self._empty.set()
+        return event
 
 
 @dataclass(frozen=True)
