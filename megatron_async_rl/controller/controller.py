@@ -190,12 +190,13 @@ class Controller:
             if isinstance(action, actions.ServerLost):
                 self.updates.server_lost(action.worker)
         for action in followed:
-            await self._carry_out(action)
-
-    async def _carry_out(self, action: actions.Action) -> None:
-        match action:
-            case actions.Send():
+            if isinstance(action, actions.Send):
                 await self.workers.send(action.worker, action.message)
+            else:
+                self._carry_out(action)
+
+    def _carry_out(self, action: actions.Action) -> None:
+        match action:
             case actions.SendBatch() | actions.ResendBatch():
                 self.delivery.send(action)
             case actions.FinishEvaluation():
