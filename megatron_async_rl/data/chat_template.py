@@ -82,14 +82,14 @@ def render(
     # as apply_chat_template: a key without a value is a key that is not there
     given = [{k: v for k, v in message.items() if v is not None} for message in messages]
     try:
-        rendered, _ = render_jinja_template(
+        rendered = render_jinja_template(
             conversations=[given],
             chat_template=template,
-            **{"add_generation_prompt": True, **special_tokens, **variables},
+            **({"add_generation_prompt": True} | special_tokens | variables),
         )
     except Exception as e:  # a template is the model author's program and may raise anything
         raise DataError(f"the chat template rejects this prompt: {e or type(e).__name__}") from None
-    return rendered[0]
+    return rendered[0][0]
 
 
 def _text(token: Any) -> str | None:

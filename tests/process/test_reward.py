@@ -42,7 +42,7 @@ def test_plain_number_is_scored_without_a_child() -> None:
         assert (wrong.reward, wrong.error) == (0.0, "")
         assert broken.reward is None
         assert "row-1" in broken.error and "answer" in broken.error
-        assert worker.score_inline(score_request(r"\boxed{42\text{ cm}}")) is None
+        assert worker.score_inline(score_request(SLOW_ANSWER)) is None
         assert worker.num_pools == 0
 
     with_worker(test)

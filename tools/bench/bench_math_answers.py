@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
+# ruff: noqa: RUF001 - rules that write answers with unicode characters
 r"""Counts wrong decisions of the built-in `math` reward on answers made from real problems' golds.
 
     python tools/bench/bench_math_answers.py DATA_DIR [--per-class 4000] [--show 20] [--peers]
 
 DATA_DIR holds the golds of MATH, GSM8K, AIME and AMC (`*.jsonl` and `*.json` files with `answer`).
-Rules below rewrite each gold into answers whose correctness is known by construction. `--peers` adds
-math-verify with its default extraction, as AReaL and verl call it. CPU times include extraction.
+Rules below rewrite each gold into answers whose correctness is known by construction. `--peers`
+adds math-verify with its default extraction, as AReaL and verl call it. CPU times include extraction.
 """
 
 from __future__ import annotations

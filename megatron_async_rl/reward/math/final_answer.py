@@ -1,8 +1,9 @@
 r"""Finds the final answer in a response.
 
-Only the text after the thinking counts; unfinished thinking has no answer. In that text the answer
-is, in this order: the last complete box; what follows the last `####`, `answer:` or `answer is`; the
-last formula or number. A formula counts as a whole: the 3 of $2\sqrt{3}$ is no answer.
+Only the text after the thinking counts; unfinished thinking has no answer. In that text the
+answer is, in this order: the last complete box; what follows the last `####`, `answer:` or
+`answer is`; the last formula or number. A formula counts as a whole: the 3 of $2\sqrt{3}$ is no
+answer.
 """
 
 from __future__ import annotations
@@ -76,28 +77,18 @@ def after_thinking(text: str, response: str, thinking_tags: Sequence[str]) -> st
 
 
 def _stated_answer(text: str) -> str:
-    statements = list(_STATEMENT.finditer(text))
-    for match in reversed(statements):
-        is_hash = match[0] == "####"
+    for match in reversed(list(_STATEMENT.finditer(text))):
         stated = text[match.end() :].strip()
-        found = _first_line(stated) if is_hash else _first_formula(stated)
-        if found and (is_hash or match is not None):
-            # a later conclusion overrides a statement that is not the last sentence
+        is_hash = match[0] == "####"
+        if found := _unwrap(stated.split("\n", 1)[0]) if is_hash else _first_formula(stated):
             return found
     return _last_formula(text)
 
 
-def _first_line(text: str) -> str:
-    line = text.split("\n", 1)[0]
-    return _unwrap(line)
-
-
 def _first_formula(text: str) -> str:
     """Returns the formula, number or words that a statement such as `the answer is` names."""
-    lead = re.match(r"[\s*_:]*", text)
-    begin = lead.end() if lead else 0
     match = _DELIMITED.search(text)
-    if match and not re.search(r"[\dA-Za-z]", text[begin : match.start()]):
+    if match and not re.search(r"[\dA-Za-z]", text[: match.start()]):
         return _join_spans(text, match)
     bold = _BOLD.match(text.lstrip(" :\n"))
     if bold:
@@ -133,10 +124,12 @@ def _inner(match: re.Match[str]) -> str:
 
 
 def _unwrap(text: str) -> str:
+    """Removes the delimiters or the bold marks around an answer."""
     text = text.strip(_TRAILING)
     match = _DELIMITED.search(text)
     if match and not text[: match.start()].strip(_TRAILING):
-        if not re.search(r"[\d\\]", text[match.end() :]) or _JOINED.match(text[match.end() :]):
+        rest = text[match.end() :]
+        if not re.search(r"[\d\\]", rest) or _JOINED.match(rest):
             return _join_spans(text, match)
     bold = _BOLD.fullmatch(text)
     return bold[2] if bold else text
@@ -144,7 +137,7 @@ def _unwrap(text: str) -> str:
 
 def _last_formula(text: str) -> str:
     """Returns the last formula or number of the text, as a whole."""
-    spans = [m for m in _DELIMITED.finditer(text)]
+    spans = list(_DELIMITED.finditer(text))
     last = spans[-1] if spans else None
     tail = text if last is None else text[last.end() :]
     if bare := _last_bare(tail):

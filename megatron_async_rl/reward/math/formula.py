@@ -1,9 +1,9 @@
 r"""Reads LaTeX formulas and computes their values, exactly where they are rational.
 
-Two formulas are equal if they have the same values at several points: variables get fixed rational
-values, so that polynomials and fractions are compared exactly; roots, logarithms and trigonometric
-functions are computed in double precision. Every step is bounded: `parse` raises Unreadable for what
-it does not know, `value` raises TooLarge for numbers of more than MAX_BITS bits.
+Two formulas are equal if they have the same values at several points: variables get fixed
+rational values, so that polynomials and fractions are compared exactly; roots, logarithms and
+trigonometric functions are computed in double precision. Every step is bounded: `parse` raises
+Unreadable for what it does not know, `value` raises TooLarge for numbers of more than MAX_BITS.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
 _TRIGONOMETRIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
 _CONSTANTS = {"pi": complex(math.pi), "e": complex(math.e), "i": 1j}
 _GREEK = frozenset(
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon "
-    "phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell".split()
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
+    "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell".split()
 )
 _WORDS = sorted((*_FUNCTIONS, "sqrt", "pi"), key=len, reverse=True)
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
@@ -418,7 +418,7 @@ def _add(a: Value, b: Value) -> Value:
         return a + b
     total = complex(a) + complex(b)
     # what cancels to rounding errors is zero
-    return total if abs(total) > 1e-14 * max(abs(a), abs(b)) else Fraction(0)
+    return total if abs(total) > 1e-14 * max(abs(complex(a)), abs(complex(b))) else Fraction(0)
 
 
 def _whole(number: Value, limit: int) -> int:
@@ -436,7 +436,7 @@ def _apply(name: str, argument: Value) -> Value:
         result = _FUNCTIONS[name](complex(argument))
     except (OverflowError, ValueError):
         raise TooLarge from None
-    if name in _TRIGONOMETRIC and abs(result) < 1e-15 < abs(argument):
+    if name in _TRIGONOMETRIC and abs(result) < 1e-15 < abs(complex(argument)):
         return Fraction(0)
     return result
 

@@ -10,111 +10,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_DROPPED = (
-    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm Bigm middle "
-    "displaystyle textstyle scriptstyle limits nolimits boldsymbol bm mathbf mathit mathsf mathtt "
-    "mathnormal protect nonumber noindent normalsize large Large strut vphantom bf rm it sf"
-).split()
-_COMMANDS = {
-    **{f"\\{name}": "" for name in _DROPPED},
-    **{
-        f"\\{space}": " " for space in (" ", ",", ";", ":", ">", "quad", "qquad", "thinspace", "\n")
-    },
-    **{f"\\{name}": "\\frac" for name in ("dfrac", "tfrac", "cfrac")},
-    **{f"\\{name}": "\\cdot " for name in ("times", "ast", "cdotp", "bullet")},
-    **{f"\\{name}": "\\le " for name in ("leq", "leqslant", "le")},
-    **{f"\\{name}": "\\ge " for name in ("geq", "geqslant", "ge")},
-    **{f"\\{name}": "\\ne " for name in ("neq", "ne")},
-    **{f"\\{name}": "" for name in ("!", "(", ")", "[", "]", "tag")},
-    "\\lt": "<",
-    "\\gt": ">",
-    "\\lbrace": "\\{",
-    "\\rbrace": "\\}",
-    "\\lbrack": "[",
-    "\\rbrack": "]",
-    "\\lparen": "(",
-    "\\rparen": ")",
-    "\\lvert": "|",
-    "\\rvert": "|",
-    "\\vert": "|",
-    "\\mid": "|",
-    "\\degree": "^\\circ ",
-    "\\degrees": "^\\circ ",
-    "\\textdegree": "^\\circ ",
-    "\\dbinom": "\\binom",
-    "\\tbinom": "\\binom",
-    "\\emptyset": "\\emptyset ",
-    "\\varnothing": "\\emptyset ",
-    "\\infin": "\\infty ",
-    "\\inf": "\\infty ",
-    "\\euro": "",
-    "\\pounds": "",
-    "\\textdollar": "$",
-    "\\colon": ":",
-    "\\land": "\\text{ and }",
-    "\\lor": "\\text{ or }",
-    "\\vee": "\\text{ or }",
-    "\\varphi": "\\phi",
-    "\\varepsilon": "\\epsilon",
-    "\\Reals": "\\mathbb{R}",
-    "~": " ",
-    "`": "",
-    "**": "",
-    "$": "$",
-    "\\$": "$",
-    "\\#": "",
-}
-_GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "
-    "sigma_final sigma tau upsilon phi chi psi omega"
-).split()
-_SYMBOLS = {
-    **{chr(0x3B1 + i): f"\\{name} " for i, name in enumerate(_GREEK)},
-    **dict.fromkeys("−‐‑‒–—﹣－", "-"),
-    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\xad\u2061\u2062\u200e\u200f", ""),
-    **dict.fromkeys("\xa0\u2009\u202f\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u200a\u3000", " "),
-    **dict.fromkeys("×·⋅∙•∗✕⨯", "\\cdot "),
-    **dict.fromkeys("’′‘", "'"),
-    "÷": "/",
-    "∕": "/",
-    "⁄": "/",
-    "∶": ":",
-    "≤": "\\le ",
-    "⩽": "\\le ",
-    "≥": "\\ge ",
-    "⩾": "\\ge ",
-    "≠": "\\ne ",
-    "≈": "\\approx ",
-    "∞": "\\infty ",
-    "√": "\\sqrt ",
-    "∛": "\\sqrt[3]",
-    "∜": "\\sqrt[4]",
-    "°": "^\\circ ",
-    "º": "^\\circ ",
-    "˚": "^\\circ ",
-    "∪": "\\cup ",
-    "∩": "\\cap ",
-    "∅": "\\emptyset ",
-    "∈": "\\in ",
-    "±": "\\pm ",
-    "∓": "\\mp ",
-    "ℝ": "\\mathbb{R}",
-    "ϕ": "\\phi ",
-    "Π": "\\Pi ",
-    "Δ": "\\Delta ",
-    "∠": "\\angle ",
-    "△": "\\triangle ",
-    "⟨": "\\langle ",
-    "⟩": "\\rangle ",
-    **dict.fromkeys("€£¥₹￥￡", ""),
-    "⌊": "\\lfloor ",
-    "⌋": "\\rfloor ",
-    "⌈": "\\lceil ",
-    "⌉": "\\rceil ",
-    "∧": "\\text{ and }",
-    "∨": "\\text{ or }",
-    "–": "-",
-}
+from megatron_async_rl.reward.math import symbols
+
 _TOKEN = re.compile(r"\\(?:[A-Za-z]+|.|\n)|\*\*|[~`]|[^\x00-\x7f]", re.DOTALL)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ⁽⁾", "0123456789+-ni()")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
@@ -137,12 +34,15 @@ _UNIT_FRACTION = re.compile(
     r"\{\s*\\(?:text|mathrm)\{\s*([a-z]+)\s*\}(?:\^\{?\d\}?)?\s*\}$"
 )
 _ENDS = " \t\n,;:"
+_MAX_REWRITTEN_CHARS = 2_000
 MAX_CHARS = 600  # longer answers are left to math-verify
 
 
 def normalize(text: str) -> str:
     """Returns the answer in one notation, without delimiters, currency marks and layout."""
     text = text.strip()
+    if len(text) > _MAX_REWRITTEN_CHARS:
+        return text
     if _NEEDS_WORK.search(text) is not None:
         text = _rewrite(text)
     text = text.replace("$", "").strip(_ENDS).rstrip(".")
@@ -173,12 +73,12 @@ def _rewrite(text: str) -> str:
 
 def _token(match: re.Match[str]) -> str:
     token = match[0]
-    known = _COMMANDS.get(token)
+    known = symbols.COMMANDS.get(token)
     if known is not None:
         return known
     if token.isascii():
         return token
-    known = _SYMBOLS.get(token)
+    known = symbols.SYMBOLS.get(token)
     if known is not None:
         return known
     plain = unicodedata.normalize("NFKC", token)
@@ -201,16 +101,16 @@ def unwrap_text(text: str) -> str:
 
 
 _UNITS = frozenset(
-    "cm mm km nm dm m kg g mg lb lbs oz ft yd in inch inches feet foot mi mph kph ml mL l L h hr hrs "
-    "min mins sec secs s Hz kHz rad deg sq cu pm J N W V A C F K Pa kPa kW kWh cents cent USD EUR GBP "
-    "INR Rs dollars euros pounds units unit percent pts AU".split()
+    "cm mm km nm dm m kg g mg lb lbs oz ft yd in inch inches feet foot mi mph kph ml mL l L h hr "
+    "hrs min mins sec secs s Hz kHz rad deg sq cu pm J N W V A C F K Pa kPa kW kWh cents cent USD "
+    "EUR GBP INR Rs dollars euros pounds units unit percent pts AU".split()
 )
 _NOT_UNITS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt pi lim max min gcd "
-    "lcm mod and or not infinity inf squared cubed factorial half halves third thirds fourth fourths "
-    "fifth fifths quarter quarters base hundred thousand million billion trillion dozen if for when "
-    "where but except unless plus minus times am is are over divided choose none neither either "
-    "maybe no".split()
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt pi lim max min "
+    "gcd lcm mod and or not infinity inf squared cubed factorial half halves third thirds fourth "
+    "fourths fifth fifths quarter quarters base hundred thousand million billion trillion dozen if "
+    "for when where but except unless plus minus times am is are over divided choose none neither "
+    "either maybe no".split()
 )
 _UNIT_PART = r"(?:[A-Za-z]+\.?(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?)"
 _UNIT = re.compile(

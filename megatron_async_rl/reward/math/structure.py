@@ -80,6 +80,7 @@ _INFINITY: formula.Node = ("infinity",)
 _MAX_ITEMS = 60
 _SPLIT_WORDS = re.compile(r"\s+(?:and|or)\s+|\s*;\s*|\\text\s*\{\s*(?:and|or)\s*\}")
 _JOIN = re.compile(r",\s*(?:and|or)\s+")
+_BRACKETS = {"\\{": ("\\}",), "\\langle": ("\\rangle",), "(": (")", "]"), "[": (")", "]")}
 _OPEN, _CLOSE = "([{", ")]}"
 _BASE = re.compile(
     r"(-?)(?:\(\s*([0-9A-Za-z]+)\s*\)|([0-9A-Fa-f]+|[0-9A-Z]+))\s*_\s*(?:\{\s*(\w+)\s*\}|(\d+))"
@@ -96,7 +97,8 @@ _CLOCK = re.compile(
 )
 _WORD_TEXT = re.compile(r"[^\W\d_][^\W\d_'.-]*(?:[ ,'-]+[^\W\d_'.-]+)*")
 _NAME = re.compile(
-    r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*(?:\s*\([^()=]*\))?|\\angle\s*[A-Z]+|\|[A-Z]{2}\||\([A-Za-z, ]+\)"
+    r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*(?:\s*\([^()=]*\))?|\\angle\s*[A-Z]+|\|[A-Z]{2}\||"
+    r"\([A-Za-z, ]+\)"
 )
 _DECIMAL = re.compile(r"[-+]?\s*(?:\d[\d,]*)?\.(\d+)")
 _COMPARISON = re.compile(r"(\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])|<=|>=|<|>)")
@@ -200,7 +202,8 @@ def _list_of(parts: list[str], depth: int, signs: bool = False) -> Items:
     if (
         not signs
         and all(
-            (isinstance(item, Items) and item.kind == "union") or _is_interval(item) for item in items
+            (isinstance(item, Items) and item.kind == "union") or _is_interval(item)
+            for item in items
         )
         and any(_COMPARISON.search(part) for part in parts)
     ):
@@ -240,13 +243,10 @@ def _is_thousands(text: str) -> bool:
 
 
 def _read_brackets(text: str, depth: int) -> Part | None:
-    for opening, closing in (("\\{", "\\}"), ("\\langle", "\\rangle"), ("(", ""), ("[", "")):
-        if text.startswith(opening):
-            break
-    else:
+    opening = next((opening for opening in _BRACKETS if text.startswith(opening)), None)
+    if opening is None:
         return None
-    ends = (closing,) if closing else (")", "]")
-    ending = next((end for end in ends if text.endswith(end)), None)
+    ending = next((end for end in _BRACKETS[opening] if text.endswith(end)), None)
     if ending is None or not _closes_at_end(text, opening, ending):
         return None
     inner = text[len(opening) : -len(ending)].strip()
