@@ -56,9 +56,9 @@ class MessageHandlers:
             messages.Failed: self._failed,
             messages.Generated: self._for_core,
             messages.PartialSample: self._for_core,
-            messages.GenerateFailed: self._generate_failed,
+            messages.GenerateFailed: self._for_core,
             messages.ScoreRequest: self._for_core,
-            messages.ScoreResult: self._score_result,
+            messages.ScoreResult: self._for_core,
             messages.GetBatch: self._get_batch,
             messages.StepDone: self._for_core,
             messages.CheckpointSaved: self._checkpoint_saved,
@@ -76,7 +76,7 @@ class MessageHandlers:
     ) -> list[CoreEvent]:
         """Returns the events that the message stands for; none from a worker that must rejoin.
 
-        A worker that sends what it may not send is refused, and its work is given to others.
+        The sender of a wrong message is refused, and its work is given to others.
         """
         if reason := self._workers.refused(peer):
             await self._workers.hub.send(peer, Refused(reason))
@@ -183,15 +183,6 @@ class MessageHandlers:
             raise Error(f"{name}: {message.error}")
         logger.error("%s: %s", name, message.error)
         return [inputs.WorkerLost(name)]
-
-    def _generate_failed(self, name: str, message: messages.GenerateFailed) -> list[CoreEvent]:
-        logger.warning("%s: sample %s: %s", name, message.key, message.error)
-        return [inputs.Received(name, message)]
-
-    def _score_result(self, name: str, message: messages.ScoreResult) -> list[CoreEvent]:
-        if message.reward is None:
-            logger.warning("%s: no score for sample %s: %s", name, message.key, message.error)
-        return [inputs.Received(name, message)]
 
     def _get_batch(self, name: str, message: messages.GetBatch) -> list[CoreEvent]:
         self._delivery.batch_requested(time.monotonic())

@@ -2,12 +2,12 @@
 
 controller/handlers.py calls `hello_problem` for each Hello and `problem` for each other message,
 before any other code reads it. A message with a problem costs its sender the connection and changes
-nothing. What depends on a lease or on the state of an update is checked later, by the part that it
-belongs to: such a message may be late, which is no fault of its sender. The tokens of samples are
-checked in controller/core/tokens.py.
+nothing. Leases and the state of an update are checked later, where they are kept: a message that
+does not fit them may be late, which is no fault of its sender. The tokens of samples are checked in
+controller/core/tokens.py.
 
 RULES: message type -> senders that may send it, and a check of its fields together.
-FIELDS: name of a field, in any message or in what it contains -> its range.
+FIELDS: name of a field, in any message and in the structs that it contains -> its range.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FILE = re.compile(r"[a-zA-Z0-9_-]{1,128}\.safetensors")
 
 @dataclass(frozen=True)
 class Limits:
-    """What the run allows at this moment."""
+    """The state of the run that ranges depend on."""
 
     version: int  # of the trainer's weights
     steps: int
@@ -137,7 +137,8 @@ def _checkpoint_saved(saved: messages.CheckpointSaved, hello: Hello, limits: Lim
 
 def _publish_offer(offer: messages.PublishOffer, hello: Hello, limits: Limits) -> str:
     # the first rank has reported the step by then; the offer of another may overtake that report
-    newest = min(limits.version + (hello.name != "trainer-0"), limits.steps)
+    may_overtake = hello.name != "trainer-0" and limits.version < limits.steps
+    newest = limits.version + may_overtake
     if offer.version > newest:
         return f"version = {offer.version}, the newest is {newest}"
     if offer.source >= offer.num_sources:

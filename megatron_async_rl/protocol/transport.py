@@ -109,7 +109,7 @@ class Hub:
             _write_atomic(before, f"tcp://{host}:{port}\n")
 
     async def receive(self) -> tuple[Peer, AnyMessage | UnknownHello | Malformed]:
-        """Returns the next message, or what stands for one that cannot be decoded."""
+        """Returns the next message; Malformed or UnknownHello if it cannot be decoded."""
         peer, *frames = await self._receive()
         buffers = [frame.buffer for frame in frames]
         try:

@@ -33,8 +33,8 @@ ENCODING = 2  # increase when the frames change
 class Codec:
     """Encodes and decodes messages, or another tagged union of structs. Not thread-safe.
 
-    A message that its sender chose freely takes no more memory than it takes on the wire, besides
-    `max_decoded_bytes` for its run-length encoded arrays, none of them longer than `max_length`.
+    Run-length encoded arrays of a decoded message have at most `max_length` elements each and
+    `max_decoded_bytes` bytes together; other arrays have the size that they have on the wire.
     """
 
     def __init__(

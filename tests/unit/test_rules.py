@@ -147,6 +147,7 @@ def test_offer_of_another_rank_may_overtake_the_report_of_the_step() -> None:
     offer = m.PublishOffer(LIMITS.version + 1, 1, 2, [], "gloo")
     assert problem(offer, SOURCE, LIMITS) == ""
     assert problem(offer, FIRST, LIMITS) != ""
+    assert problem(m.PublishOffer(LIMITS.version, 0, 1, [], "gloo"), FIRST, limits(steps=2)) == ""
     at_the_end = limits(version=LIMITS.steps)
     assert problem(m.PublishOffer(LIMITS.steps + 1, 1, 2, [], "gloo"), SOURCE, at_the_end) != ""
 
