@@ -235,6 +235,9 @@ class FaultsConfig(Section, frozen=True, kw_only=True):
     """Pause before a restart. It doubles with each further restart, up to 60 s."""
     min_servers: PositiveInt = 1
     """The run ends when fewer servers than this are left."""
+    max_failed_groups: PositiveInt = 64
+    """The run ends when this many groups in a row could not be generated and scored, as with a
+    workflow or reward function that always raises."""
     heartbeat_timeout_s: PositiveFloat = 60.0
     """A worker without heartbeat for this long is declared lost, killed and restarted."""
     shutdown_grace_s: PositiveFloat = 60.0

@@ -14,6 +14,7 @@ or a worker. A task that needs a decision submits an event and waits until it is
     _conduct        waits for: all workers, then the trainer's offers of weights
                     runs: first update, evaluation; each update; last update, evaluation
     _drain          waits for: SIGTERM, then the trainer's checkpoint; ends the run as preempted
+    _stop_at_once   waits for: SIGINT; ends the run as preempted
     delivery.run    waits for: a selected batch, then the journal on disk; sends the batch
     saving.run      waits for: a saved checkpoint, then the journal on disk; commits the checkpoint
 
@@ -70,7 +71,7 @@ from megatron_async_rl.data.dataset import PromptStream, changed_data, read_prom
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ConfigError, Error, Preempted
 from megatron_async_rl.observability.run_log import RunLog
-from megatron_async_rl.protocol.messages import Hello, Republish, ScoreResult, Shutdown
+from megatron_async_rl.protocol.messages import Hello, Republish, Shutdown
 from megatron_async_rl.protocol.transport import Hub
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,9 @@ class Controller:
         self.saving = CheckpointCommitter(context)
         self.evaluation = Evaluation(context, eval_prompts)
         self.lengths = LengthMonitor()
-        self.scores = ScoreMonitor(config.algorithm.samples_per_prompt)
+        self.scores = ScoreMonitor(
+            config.algorithm.samples_per_prompt, config.faults.max_failed_groups
+        )
         self.handlers = MessageHandlers(context, self.updates, self.delivery, self.saving)
         self._hub = hub
         self._restore()
@@ -133,10 +136,12 @@ class Controller:
     async def run(self) -> None:
         """Runs to the end and tells all workers. Raises Error if the run fails."""
         preempted = asyncio.Event()
+        interrupted = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, preempted.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupted.set)
         bodies = (
             self._loop(), self._receive(), self._tick(), self._conduct(), self._drain(preempted),
-            self.delivery.run(), self.saving.run(),
+            self.delivery.run(), self.saving.run(), self._stop_at_once(interrupted),
         )  # fmt: skip
         tasks = [asyncio.create_task(body) for body in bodies]
         reason = "the run is complete"
@@ -176,8 +181,8 @@ class Controller:
                 applied.set_result(None)
 
     async def _apply(self, event: inputs.CoreEvent) -> None:
-        if isinstance(event, inputs.Received) and isinstance(event.message, ScoreResult):
-            self.scores.received(event.message)
+        if isinstance(event, inputs.Received):
+            self.scores.received(event.worker, event.message)
         followed = self.core.handle(event, time.monotonic())
         recorded = self.core.take_events()
         self.journal.append(recorded)
@@ -185,6 +190,7 @@ class Controller:
             self.lengths.saw(entry)
             self.scores.saw(entry)
             self.saving.saw(entry)
+        self.scores.check()
         # before the first await: the restarted server may be in the next update
         for action in followed:
             if isinstance(action, actions.ServerLost):
@@ -282,12 +288,17 @@ class Controller:
         self.saving.newest_saved.clear()
         for worker in self.workers:
             await self.workers.send(worker.name, Shutdown(reason))
-        if self.config.has_trainer:
+        if self.config.has_trainer and not self.saving.newest_is_saved:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.config.faults.shutdown_grace_s * DRAIN_SHARE):
                     await self.saving.newest_saved.wait()
         await self.journal.durable()
         raise Preempted(reason)
+
+    async def _stop_at_once(self, interrupted: asyncio.Event) -> None:
+        """At SIGINT, which the launcher sends for Ctrl-C, raises Preempted: nothing is awaited."""
+        await interrupted.wait()
+        raise Preempted("stopped at once; run it again to continue")
 
     def _check_stall(self) -> None:
         """Raises Error if nothing was generated or trained for run.no_progress_timeout_s."""

@@ -29,12 +29,20 @@ class Evaluation:
         self._context.progress.evaluated(event.version, event.accuracy, event.num)
 
     def finish(self, result: FinishEvaluation) -> None:
-        """Journals the result; a sample that could not be generated or scored counts as wrong."""
+        """Journals the result; a sample that could not be generated or scored counts as wrong.
+
+        If that is so for all samples, there is no result.
+        """
         rewards = [reward for group in result.groups for reward in group.rewards]
         if failed := rewards.count(None):
             logger.warning(
                 "%d of %d evaluation samples failed and count as wrong", failed, len(rewards)
             )
+        if failed == len(rewards):
+            logger.error("evaluation of version %d: no sample has a score", result.version)
+            self._done.add(result.version)
+            self._finished.set()
+            return
         accuracy = float(np.mean([0.0 if reward is None else reward for reward in rewards]))
         event = EvaluationFinished(result.version, accuracy, len(rewards))
         self._context.journal.append([event])

@@ -60,6 +60,13 @@ class CheckpointCommitter:
         """Has `run` commit the checkpoint as of the events so far."""
         self._saved.put_nowait((saved, self._journal.last_seq, self._core.ledger.admitted))
 
+    @property
+    def newest_is_saved(self) -> bool:
+        """True if the newest version has a complete checkpoint, or is the one before any step."""
+        version = self._core.version
+        saved = checkpoints.list_manifests(self._config.run_dir)
+        return version == 0 or any(manifest.version == version for manifest in saved)
+
     async def run(self) -> None:
         while True:
             await self._commit(*await self._saved.get())

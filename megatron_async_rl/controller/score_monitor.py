@@ -2,9 +2,14 @@
 
 `reward/mean` is of the trained groups alone: a filter that drops groups with equal rewards removes
 what the policy always gets right. A group counts in the step in which its last sample is scored.
+
+Also ends a run in which every group fails. A reward function or workflow that always raises would
+otherwise drop groups without end, because no batch is ever complete.
 """
 
 from __future__ import annotations
+
+import logging
 
 import numpy as np
 
@@ -14,16 +19,28 @@ from megatron_async_rl.controller.core.events import (
     JournalEvent,
     SampleScored,
 )
-from megatron_async_rl.protocol.messages import ScoreResult
+from megatron_async_rl.controller.core.groups import DropReason
+from megatron_async_rl.errors import Error
+from megatron_async_rl.observability.error_log import ErrorLog
+from megatron_async_rl.protocol.messages import GenerateFailed, Message, ScoreResult
 
+logger = logging.getLogger(__name__)
+FAILURES = {
+    reason.value
+    for reason in (DropReason.GENERATION_FAILED, DropReason.POISON, DropReason.REWARD_UNAVAILABLE)
+}
 RIGHT, WRONG = 1.0, 0.0  # a sample is right with a reward of at least 1, wrong with at most 0
 
 
 class ScoreMonitor:
-    """Takes the journal events and the score results of a run."""
+    """Takes the journal events of a run and the messages of its workers."""
 
-    def __init__(self, samples_per_prompt: int) -> None:
+    def __init__(self, samples_per_prompt: int, max_failed_groups: int) -> None:
         self._samples_per_prompt = samples_per_prompt
+        self._max_failed_groups = max_failed_groups
+        self._num_failed = 0  # groups since the last one that was scored completely
+        self._last_error = ""
+        self._errors = ErrorLog(logger)
         self._open: dict[int, list[float]] = {}  # group -> rewards so far
         self._groups: list[list[float]] = []  # rewards of the groups that were scored completely
         self._seconds: list[float] = []  # of each score
@@ -35,17 +52,35 @@ class ScoreMonitor:
             rewards.append(event.reward)
             if len(rewards) == self._samples_per_prompt:
                 self._groups.append(self._open.pop(event.group_id))
+                self._num_failed = 0
         elif isinstance(event, GroupDropped):
             self._open.pop(event.group_id, None)
+            self._num_failed += event.reason in FAILURES
         elif isinstance(event, BatchSelected):  # some were scored before the controller restarted
             for group_id in event.group_ids:
                 self._open.pop(group_id, None)
 
-    def received(self, result: ScoreResult) -> None:
-        if result.reward is None:
+    def received(self, worker: str, message: Message) -> None:
+        if isinstance(message, GenerateFailed):
+            self._failed(f"{worker}: sample {message.key}", message.error)
+        elif isinstance(message, ScoreResult) and message.reward is None:
             self._num_errors += 1
-        else:
-            self._seconds.append(result.seconds)
+            self._failed(f"{worker}: no score for sample {message.key}", message.error)
+        elif isinstance(message, ScoreResult):
+            self._seconds.append(message.seconds)
+
+    def check(self) -> None:
+        """Raises Error if faults.max_failed_groups groups have failed in a row."""
+        if self._num_failed >= self._max_failed_groups:
+            raise Error(
+                f"{self._num_failed} groups in a row could not be generated and scored "
+                f"(faults.max_failed_groups = {self._max_failed_groups}); correct the workflow or "
+                f"the reward function; the last error:\n{self._last_error or 'no reply in time'}"
+            )
+
+    def _failed(self, where: str, error: str) -> None:
+        self._last_error = f"{where}: {error}"
+        self._errors.log(where, error)
 
     def step(self) -> dict[str, float]:
         """Returns the statistics since the last call, for TensorBoard."""

@@ -33,7 +33,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.dataset import changed_data, record_data
 from megatron_async_rl.errors import ConfigError, DataError, Error
 from megatron_async_rl.launcher import claims, preflight, roles
-from megatron_async_rl.launcher.session import STOP_GRACE_S, Session, show
+from megatron_async_rl.launcher.session import Session, show
 from megatron_async_rl.launcher.supervisor import Supervisor
 from megatron_async_rl.observability import panel, terminal
 from megatron_async_rl.observability.sample_log import SAMPLES_FILE
@@ -86,8 +86,7 @@ def run(
                 _follow(session, console)
                 session.wait_for_workers()
             finally:
-                grace_s = 0.0 if session.preempted else STOP_GRACE_S
-                processes.stop(supervisor.processes, grace_s)
+                session.stop(console)
         if session.interrupted:
             name = signal.Signals(session.interrupted).name
             console.print(f"stopped by {name}; the state of the run is in {run_dir}")

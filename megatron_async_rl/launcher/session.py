@@ -19,6 +19,7 @@ from megatron_async_rl.launcher.supervisor import Supervisor
 
 STOP_GRACE_S = 15.0  # from SIGTERM to SIGKILL
 WORKER_EXIT_S = 20.0  # for workers to end by themselves once controller and trainer have
+PREEMPTED_EXIT_S = 5.0  # for others to end once a preempted controller has: nothing more is saved
 LOG_TAIL_LINES = 15
 
 
@@ -36,6 +37,7 @@ class Session:
     ignore_more_sigterms: bool = False
     interrupted: int = 0  # the signal that stops the run at once
     preempted_at: float | None = None
+    controller_ended_at: float | None = None  # after preemption
 
     @property
     def preempted(self) -> bool:
@@ -98,8 +100,32 @@ class Session:
         awaited = self.supervisor.processes
         if "controller" not in self.supervisor.children:
             awaited = [trainer.process for trainer in self.supervisor.trainers]
-        ended = all(process.poll() is not None for process in awaited)
-        return ended or time.monotonic() - self.preempted_at > self.grace_s
+        now = time.monotonic()
+        if all(process.poll() is not None for process in awaited):
+            return True
+        controller = self.supervisor.children.get("controller")
+        if controller and controller.process.poll() is not None:
+            self.controller_ended_at = self.controller_ended_at or now
+            if now - self.controller_ended_at > PREEMPTED_EXIT_S:
+                return True
+        return now - self.preempted_at > self.grace_s
+
+    def stop(self, console: Console) -> None:
+        """Stops what still runs. After a signal that stops at once, says what it waits for."""
+        grace_s = 0.0 if self.preempted else STOP_GRACE_S
+        if self.interrupted:
+            name = signal.Signals(self.interrupted).name
+            children = self.supervisor.children.values()
+            left = [child.name for child in children if child.process.poll() is None]
+            show(
+                console,
+                f"{name}: stopping {', '.join(left)} (at most {grace_s:.0f} s); finished work is "
+                "in the journal",
+            )
+            if controller := self.supervisor.children.get("controller"):
+                with contextlib.suppress(ProcessLookupError):
+                    controller.process.send_signal(signal.SIGINT)  # do not wait for a checkpoint
+        processes.stop(self.supervisor.processes, grace_s)
 
     def wait_for_workers(self) -> None:
         """After a regular end: lets the workers, told by the controller, end by themselves."""

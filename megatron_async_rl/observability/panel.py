@@ -115,6 +115,8 @@ def log_line(status: RunStatus) -> str:
         parts.append(f"staleness max {status.staleness_max}, {worst}")
     if status.update_s is not None:
         parts.append(f"update {status.update_s:.2f} s")
+    if dropped := _dropped(status.ledger):
+        parts.append(f"{sum(dropped.values()):,} groups dropped ({_counts(dropped)})")
     if status.evals:
         parts.append(f"eval {status.evals[-1].accuracy:.1%} at v{status.evals[-1].version}")
     if status.eta_s is not None and status.state not in FINAL_STATES:
@@ -196,11 +198,7 @@ def _step_time(status: RunStatus) -> Text:
 
 def _groups(ledger: dict[str, int]) -> Text:
     """admitted = trained + pending + dropped; red if the sum does not match."""
-    reasons = {
-        name.removeprefix("dropped."): count
-        for name, count in ledger.items()
-        if name.startswith("dropped.")
-    }
+    reasons = _dropped(ledger)
     admitted, trained, pending = (ledger.get(n, 0) for n in ("admitted", "trained", "pending"))
     dropped = sum(reasons.values())
     balanced = admitted == trained + pending + dropped
@@ -210,9 +208,21 @@ def _groups(ledger: dict[str, int]) -> Text:
         f" {trained:,} trained + {pending:,} pending + {dropped:,} dropped",
     )
     if dropped:
-        counts = ", ".join(f"{count:,} {name}" for name, count in reasons.items() if count)
-        text.append(f" ({counts})", "dim")
+        text.append(f" ({_counts(reasons)})", "dim")
     return text
+
+
+def _dropped(ledger: dict[str, int]) -> dict[str, int]:
+    """Returns the numbers of dropped groups by reason."""
+    return {
+        name.removeprefix("dropped."): count
+        for name, count in ledger.items()
+        if name.startswith("dropped.") and count
+    }
+
+
+def _counts(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in reasons.items())
 
 
 def _fleet(fleet: list[ServerStatus]) -> RenderableType:

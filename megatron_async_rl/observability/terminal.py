@@ -17,7 +17,8 @@ from megatron_async_rl.observability import panel
 from megatron_async_rl.observability.status import FINAL_STATES, RunStatus, read_status
 
 POLL_S = 0.5
-PLAIN_LINE_S = 5.0  # without a terminal: one line this often while no step completes
+PLAIN_LINE_S = 5.0  # without a terminal: one line this often before training
+STEP_LINE_S = 60.0  # and during training while no step completes
 
 
 def follow(run_dir: Path, stop: Callable[[], bool], console: Console | None = None) -> None:
@@ -43,8 +44,9 @@ def show(read: Callable[[], RunStatus], stop: Callable[[], bool], console: Conso
         stopping = stop()  # before the read: the last status written is still shown
         status = read()
         change = (status.state, status.version, status.message)
-        waiting = status.state not in ("training", *FINAL_STATES)
-        if change != shown or (waiting and time.monotonic() - shown_at > PLAIN_LINE_S - POLL_S):
+        waiting = status.state not in FINAL_STATES
+        limit_s = STEP_LINE_S if status.state == "training" else PLAIN_LINE_S
+        if change != shown or (waiting and time.monotonic() - shown_at > limit_s - POLL_S):
             text = panel.log_line(status)
             if waiting and change == shown:
                 text += f" | {panel.duration_text(time.monotonic() - started)} so far"

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_async_rl import processes
 from megatron_async_rl.data.code_tests import CodeTests
+from megatron_async_rl.observability.error_log import user_error
 from megatron_async_rl.reward import code_answer, math_answer
 from megatron_async_rl.sandbox.sandbox import (
     Limits,
@@ -92,7 +93,7 @@ def score_custom(prompt: str, response: str, row: dict[str, Any]) -> Outcome:
     try:
         value = _function(prompt, response, row)
     except (Exception, SystemExit) as e:  # as text: some exceptions cannot be pickled
-        return None, f"{type(e).__name__}: {e}"
+        return None, user_error(e)
     if not isinstance(value, numbers.Real):
         return None, f"the reward function returned a {type(value).__name__}, not a number"
     reward = float(value)

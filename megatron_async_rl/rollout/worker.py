@@ -28,6 +28,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import Tokenizer, fingerprint
 from megatron_async_rl.errors import DataError, EngineError, Error, Preempted, ProtocolError
 from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.observability.error_log import ErrorLog, user_error
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.protocol.types import Partial, Sample
@@ -74,6 +75,7 @@ class RolloutWorker:
             send=link.send,
         )
         self._fingerprint = fingerprint(config.model.path)
+        self._errors = ErrorLog(logger)
         self._tasks: set[asyncio.Task[None]] = set()
         self._sample_tasks: set[asyncio.Task[None]] = set()  # a subset: the samples under lease
 
@@ -188,8 +190,9 @@ class RolloutWorker:
             await asyncio.sleep(FAILURE_PAUSE_S)
             await self._link.send(messages.GenerateFailed(key, error=str(e)))
         except Exception as e:  # a user's workflow may raise anything: it fails this sample only
-            logger.exception("the workflow failed on group %d", lease.group_id)
-            await self._link.send(messages.GenerateFailed(key, error=f"{type(e).__name__}: {e}"))
+            error = user_error(e)
+            self._errors.log(f"the workflow failed on group {lease.group_id}", error)
+            await self._link.send(messages.GenerateFailed(key, error=error))
         else:
             await self._link.send(messages.Generated(key, sample=sample))
 

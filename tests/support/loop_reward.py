@@ -7,3 +7,7 @@ def even_digits(prompt: str, response: str, row: dict[str, Any]) -> float:
     """Returns the fraction of even digits in the response, which differs within a group."""
     digits = [int(character) for character in response if character.isdigit()]
     return sum(digit % 2 == 0 for digit in digits) / len(digits) if digits else 0.0
+
+
+def broken(prompt: str, response: str, row: dict[str, Any]) -> float:
+    raise ValueError("no answer in the row")

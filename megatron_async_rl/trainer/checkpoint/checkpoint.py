@@ -85,6 +85,7 @@ class Checkpointer:
                 f"all {len(found)} checkpoints in {self._run_dir / checkpoints.FOLDER} are "
                 "damaged; restore one, or start over with --from-scratch"
             )
+        self._version = 0  # the model that the run starts from needs no checkpoint
         return 0
 
     def step(self, version: int, last: bool = False) -> None:

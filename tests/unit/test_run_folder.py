@@ -1,0 +1,93 @@
+"""What `run` and `join` do with an earlier run in run.dir."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from rich.console import Console
+from run_log_builders import log_config, sample_of_versions, trained_group
+
+from megatron_async_rl.config import load
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.errors import ConfigError, Error
+from megatron_async_rl.launcher import join, run
+from megatron_async_rl.observability.run_log import RunLog
+from megatron_async_rl.observability.status import RunState, RunStatus
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+
+
+def leave_run(run_dir: Path, state: RunState, version: int) -> Config:
+    """Leaves the files of a run of 10 steps that has ended in this state and version."""
+    config = log_config(run_dir, tensorboard=False)
+    run_dir.mkdir()
+    run._make_new_keys(run_dir)
+    time.sleep(0.01)
+    (run_dir / "config.yaml").write_text(load.dump(config))
+    (run_dir / "journal.sqlite").touch()
+    log = RunLog(run_dir, config)
+    if version:
+        log.write_samples(0, [trained_group(sample_of_versions((0, 3)))])
+    log.write_status(RunStatus(state, version=version, steps=10))
+    log.close()
+    return config
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    return msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, seed=seed))
+
+
+def test_stopped_run_is_resumed_even_if_a_complete_one_would_be_renamed(tmp_path: Path) -> None:
+    config = leave_run(tmp_path / "run", "stopped", 7)
+    assert run._is_kept(tmp_path / "run", config, "rename if complete")
+    assert run._is_kept(tmp_path / "run", config, "resume")
+    assert not run._is_kept(tmp_path / "run", config, "rename")
+
+
+def test_complete_run_is_renamed_if_asked(tmp_path: Path) -> None:
+    config = leave_run(tmp_path / "run", "finished", 10)
+    assert not run._is_kept(tmp_path / "run", config, "rename if complete")
+    assert run._is_kept(tmp_path / "run", config, "resume")
+    with run._owned(tmp_path / "run", config, "rename if complete", Console(file=io.StringIO())):
+        assert list((tmp_path / "run").iterdir()) == []
+    assert (tmp_path / "run.1" / "config.yaml").exists()
+
+
+def test_run_without_a_step_does_not_claim_the_folder(tmp_path: Path) -> None:
+    config = leave_run(tmp_path / "run", "failed", 0)
+    assert run._is_kept(tmp_path / "run", config, "resume")
+    assert not run._is_kept(tmp_path / "run", with_seed(config, 7), "resume")
+
+
+def test_run_with_a_step_claims_the_folder(tmp_path: Path) -> None:
+    config = leave_run(tmp_path / "run", "failed", 1)
+    with pytest.raises(ConfigError, match=r"run\.seed = 7, but the run in .* was started with 1"):
+        run._is_kept(tmp_path / "run", with_seed(config, 7), "resume")
+
+
+def test_joining_a_complete_run_ends_with_the_reason(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", "finished", 10)
+    with pytest.raises(Error, match="is complete: there is nothing to join"):
+        join.join(tmp_path / "run", ["rollout-1"])
+
+
+def test_joining_waits_for_a_run_that_was_just_started_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = leave_run(tmp_path / "run", "finished", 10)
+    time.sleep(0.01)
+    run._make_new_keys(tmp_path / "run")  # `run` with more steps; the status is the old one
+    short = msgspec.structs.replace(config.trainer, start_timeout_s=0.3)
+    config = msgspec.structs.replace(config, trainer=short)
+    (tmp_path / "run" / "config.yaml").write_text(load.dump(config))
+    with pytest.raises(Error, match="no running controller"):
+        join.join(tmp_path / "run", ["rollout-1"])
+    assert "waiting for a running controller" in capsys.readouterr().out
