@@ -18,7 +18,6 @@ import queue
 import sqlite3
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
@@ -42,6 +41,7 @@ from megatron_async_rl.controller.journal.reader import (
     REMEDY,
     SCHEMA,
     connect_to_read,
+    count_rows,
     find_mark_damage,
     find_rewind,
     find_structural_damage,
@@ -81,9 +81,7 @@ class Journal:
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._open()
-            rows_per_segment = self._db.execute(
-                "SELECT segment, COUNT(*) FROM events WHERE segment IS NOT NULL GROUP BY segment"
-            ).fetchall()
+            rows_per_segment = count_rows(self._db, path)
         except sqlite3.DatabaseError as e:
             raise self._damaged(e) from None
         path.chmod(0o600)
@@ -92,7 +90,7 @@ class Journal:
             refuse(damage)
         if damage := find_mark_damage(path):
             logger.error("%s; the run continues and writes the mark again", damage)
-        self._arrays = ArrayStore(path.with_name(ARRAYS_FOLDER), Counter(dict(rows_per_segment)))
+        self._arrays = ArrayStore(path.with_name(ARRAYS_FOLDER), rows_per_segment)
         self._codec = Codec(StoredEvent)  # the writer's
         self._partials = Partials()
         self._mark = Mark(path.with_name(MARK_FILE))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -28,6 +29,7 @@ REMEDY = (
     "restore run.dir from a copy, or start over with --from-scratch, which keeps the old folder "
     "aside"
 )
+_COLUMNS = "seq, kind, group_id, record, segment, crc"
 OnDamage = Callable[[str], None]
 
 
@@ -90,8 +92,7 @@ def select(
     found = found or Totals()
     codec, partials = Codec(StoredEvent), Partials()
     with closing(ArrayReader(path.with_name(ARRAYS_FOLDER))) as arrays:
-        columns = "seq, kind, group_id, record, segment, crc"
-        for *row, crc in db.execute(f"SELECT {columns} FROM events {where}", values):
+        for *row, crc in db.execute(f"SELECT {_COLUMNS} FROM events {where}", values):
             seq, kind, group_id, record, segment = row
             name = f"event {seq} ({kind}{'' if group_id is None else f' of group {group_id}'})"
             if crc != row_crc(*row):
@@ -109,6 +110,21 @@ def select(
                 on_damage(f"{e}; lost: {name}")
             else:
                 yield event
+
+
+def count_rows(db: sqlite3.Connection, path: Path) -> Counter[int]:
+    """Returns how many rows have arrays in each segment. Raises DataError for a damaged row.
+
+    A segment without rows is deleted, so a damaged row must be found before.
+    """
+    counts: Counter[int] = Counter()
+    for *row, crc in db.execute(f"SELECT {_COLUMNS} FROM events WHERE segment IS NOT NULL"):
+        if crc != row_crc(*row):
+            refuse(
+                f"{path}: the row of event {row[0]} does not match its checksum; lost: the event"
+            )
+        counts[row[-1]] += 1
+    return counts
 
 
 def find_rewind(path: Path) -> str:
