@@ -5,10 +5,10 @@
 #   bash tools/test.sh check             lint, format and types alone
 #   bash tools/test.sh fast              the checks and tests/unit: under two minutes
 #   bash tools/test.sh TIER [ARGUMENTS]  one tier: unit, process, system, slurm or gpu
-#   bash tools/test.sh ARGUMENTS         anything else goes to pytest, e.g. tests/unit/test_core.py -k lease
+#   bash tools/test.sh ARGUMENTS         anything else goes to pytest: tests/unit/test_core.py -k lease
 #
-# TIER and ARGUMENTS run in one pytest process, without the checks. The whole suite runs in as many
-# pytest workers as NUM_WORKERS says (default 2), a test file never in more than one.
+# TIER and ARGUMENTS run in one pytest process, without the checks. The whole suite and `fast` run in
+# as many pytest workers as NUM_WORKERS says (default 2), a test file never in more than one.
 # Two environments are built once (tools/setup_env.sh). tests/slurm needs Slurm's daemons, which are
 # installed where this user may run apt-get; elsewhere these tests are skipped.
 set -euo pipefail
@@ -17,6 +17,7 @@ cd "$(dirname "$0")/.."
 slurm_packages=(slurmctld slurmd slurm-client munge)
 # the longest files first, so that the last ones to run are short
 tiers=(tests/slurm tests/system tests/process tests/gpu tests/unit)
+workers=(-n "${NUM_WORKERS:-2}" --dist loadfile --no-loadscope-reorder)
 
 set_up_python() {
   local environments
@@ -34,12 +35,12 @@ set_up_slurm() {
     [[ $program != sbatch ]] || return 0
   done
   if [[ $(id -u) != 0 ]] || ! command -v apt-get > /dev/null; then
-    echo "test.sh: tests/slurm will be skipped: installing ${slurm_packages[*]} needs root and apt-get" >&2
+    echo "test.sh: skips tests/slurm: to install ${slurm_packages[*]} needs root and apt-get" >&2
     return 0
   fi
   log=$(mktemp)
   if ! install_slurm > "$log" 2>&1; then
-    echo "test.sh: tests/slurm will be skipped: apt-get failed: $(tail -n 1 "$log")" >&2
+    echo "test.sh: skips tests/slurm: apt-get failed: $(tail -n 1 "$log")" >&2
   fi
   rm -f "$log"
 }
@@ -61,15 +62,14 @@ case ${1:-all} in
   all)
     set_up_slurm
     check
-    exec "$python" -m pytest -n "${NUM_WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
-      --durations=30 "${tiers[@]}"
+    exec "$python" -m pytest "${workers[@]}" --durations=30 "${tiers[@]}"
     ;;
   check)
     check
     ;;
   fast)
     check
-    exec "$python" -m pytest tests/unit "${@:2}"
+    exec "$python" -m pytest "${workers[@]}" tests/unit "${@:2}"
     ;;
   gpu)
     exec "$python" -m pytest -m gpu tests/gpu tests/unit "${@:2}"
