@@ -13,7 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from megatron_async_rl.data.code_tests import CodeTests
@@ -200,7 +200,10 @@ def _words_match(word: str, expected: str) -> bool:
         return _is_close(float(word), float(expected))
     if _INTEGER.fullmatch(word):
         return word.lstrip("+-") == expected.lstrip("+-") == "0"
-    return Decimal(word) == Decimal(expected)
+    try:
+        return Decimal(word) == Decimal(expected)
+    except InvalidOperation:  # an exponent beyond any decimal
+        return False
 
 
 def values_match(returned: Any, expected: Any, depth: int = 0) -> bool:

@@ -148,7 +148,7 @@ def _open_streams() -> None:
         )
     ):
         buffer = open(number, mode + "b", closefd=False)  # noqa: SIM115
-        buffer.raw.name = f"<{name}>"  # type: ignore[attr-defined, misc]
+        buffer.raw.name = f"<{name}>"  # type: ignore[attr-defined]
         # CPython keeps "\r\n" in stdin; data sets of Windows judges contain it
         newline = None if mode == "r" else "\n"
         stream = io.TextIOWrapper(buffer, "utf-8", errors, newline, line_buffering=number == 2)

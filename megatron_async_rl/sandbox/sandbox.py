@@ -310,8 +310,10 @@ def _decode_frames(output: bytes) -> list[Any] | None:
     try:
         while offset < len(output):
             (size,) = struct.unpack_from("<I", output, offset)
-            values.append(json.loads(output[offset + 4 : offset + 4 + size]))
             offset += 4 + size
+            if offset > len(output):
+                return None
+            values.append(json.loads(output[offset - size : offset]))
     except (struct.error, ValueError, RecursionError):
         return None
     return values

@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,50 @@ def code_block(program: str) -> str:
         ("```python\nnever closed", "never closed"),
         ("~~~", None),
         ("", None),
+        ("1. First:\n    ```python\n    if a:\n        b\n    ```", "if a:\n    b\n"),
+        ("- ```python\n  a\n\n  b\n  ```\n", "a\n\nb\n"),
+        ("> ```py\n> a\n>\n> b\n> ```", "a\n\nb\n"),
+        ("\t```python\n\ta\n\t```", "a\n"),
+        ("```python\n  a\n  b\n```", "a\nb\n"),
+        ("```pypy3\na\n```\n```cpp\nb\n```", "a\n"),
+        ("```{.python .numberLines}\na\n```\nwrites\n```\n4\n```", "a\n"),
+        ("```Python 3.11\na\n```\n```\n4\n```", "a\n"),
+        ("```\na\n```\n```output\n4\n```", "a\n"),
+        ("```text\n4\n```", "4\n"),
+        ("~~~py\na = '```'\n~~~", "a = '```'\n"),
+        ("````python\na\n```\nb\n````", "a\n```\nb\n"),
+        ("```python\na```", "a"),
+        ("Use ```x``` here:\n```python\na\n```", "a\n"),
+        ("The code: ```python\na\n```", "a\n"),
+        ("```python\na\n```python\nb\n```", "b\n"),
+        ("```python\r\na\r\n```\r\n", "a\r\n"),
+        ("```python\na\x0cb\u2028c\n```", "a\x0cb\u2028c\n"),
     ],
 )
 def test_last_python_block_is_the_program(response: str, program: str | None) -> None:
     assert extract_program(response) == program
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`",
+        "```",
+        "``` ",
+        "```\n",
+        "```python\n",
+        "```python\na\n```\n",
+        "~~~ `",
+        " \n",
+        "> ",
+        "a` ",
+    ],
+)
+def test_program_is_found_in_time_linear_in_the_response(text: str) -> None:
+    extract_program(text * 1000)
+    started = time.process_time()
+    extract_program(text * ((1 << 20) // len(text)))
+    assert time.process_time() - started < 3.0  # 1 MiB; quadratic time would be minutes
 
 
 @pytest.mark.parametrize(
@@ -85,6 +126,26 @@ def test_last_python_block_is_the_program(response: str, program: str | None) ->
         ("inf", "1e999", False),
         ("YES", "yes", False),
         ("9" * 500_000 + ".0", "9" * 500_000, False),
+        ("\n \n7", "7", True),
+        ("7", "\n\n7\n", True),
+        ("1\n\n2", "1\n2", False),
+        ("-0", "0", True),
+        ("0", "-0", True),
+        ("-0.00", "0", True),
+        ("2." + "6" * 90, "2.6666666667", True),
+        ("2." + "6" * 90, "2.6666766667", False),
+        ("123456789012345678.0", "123456789012345678", True),
+        ("123456789012345677.9", "123456789012345678", False),
+        ("123456789012345680.0", "123456789012345678", False),
+        ("1.2345678901234568e17", "123456789012345678", False),
+        ("1.23456789012345678E+17", "123456789012345678", True),
+        ("6.9999999", "7", False),
+        ("7.0000001", "7.0", True),
+        ("1e999999999999", "7", False),
+        ("1e-99999999999999999999", "0", False),
+        ("7", "7e999999999999999999999", False),
+        ("\u0667", "7", False),
+        ("\u0667.0", "7.0", False),
     ],
 )
 def test_outputs_are_compared_word_by_word(output: str, expected: str, same: bool) -> None:
@@ -113,10 +174,55 @@ def test_outputs_are_compared_word_by_word(output: str, expected: str, same: boo
         ({"set": [1, 2]}, [1, 2], False),
         ([], {}, False),
         ({"dict": []}, {}, True),
+        (float(10**22), 10**22, True),
+        (float(10**17), 10**17 + 1, False),
+        (7.0000001, 7, False),
+        (6.9999999, 7.0, True),
+        ({"int": hex(10**4000)}, 10**4000, True),
+        ({"int": hex(10**4000)}, 10**4000 + 1, False),
+        ({"int": hex(-(10**4000))}, [-(10**4000)], False),
     ],
 )
 def test_results_are_compared_by_value(returned: Any, expected: Any, same: bool) -> None:
     assert values_match(returned, expected) is same
+
+
+MALFORMED = [
+    b'{"dict": 1}',
+    b'{"dict": [1]}',
+    b'{"dict": [[[], 1]]}',
+    b'{"dict": [[1, 2, 3]]}',
+    b'{"int": 7}',
+    b'{"int": "x"}',
+    b'{"int": []}',
+    b'{"set": 1}',
+    b"9" * 100_000,
+    b"[" * 100_000,
+    b"NaN",
+    b"\xff\xfe7",
+    b"",
+]
+WRITES_FRAME = """
+import os, struct
+def f(x):
+    frame = {frame!r}
+    os.write(3, struct.pack("<I", len(frame)) + frame)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("expected", [7, 7.5, "7", [7], {"a": 7}, None, True])
+def test_malformed_result_is_the_programs_own_fault(expected: Any) -> None:
+    row = {"function": "f", "tests": [{"input": [1], "output": expected}]}
+    programs = [WRITES_FRAME.format(frame=frame) for frame in MALFORMED]
+    programs.append(WRITES_FRAME.format(frame=b"7").replace("len(frame)", "1 << 31"))
+
+    async def test(worker: RewardWorker) -> None:
+        for program in programs:
+            scored = await worker.score(score(code_block(program), row))
+            assert scored.reward == 0.0, (program, scored.error)
+
+    with_worker(test)
 
 
 # ---- rows

@@ -11,6 +11,10 @@ from __future__ import annotations
 # A folder that every user may write to, with a file that every user may read.
 CANARY = "/tmp/megatron_async_rl_canary"
 
+# Programs of ESCAPE that are held by the empty /proc alone. What they open without it is of no use:
+# setns kills the program, and no ioctl of a namespace is allowed.
+NEEDS_NAMESPACES = {"its own namespaces"}
+
 PRELUDE = f"""
 import os, sys
 CANARY = {CANARY!r}
@@ -22,6 +26,10 @@ def frames():
     while frame:
         yield frame
         frame = frame.f_back
+def write_result(data):
+    for descriptor in (3, 1):
+        try: return os.write(descriptor, data)
+        except OSError: pass
 def kernel(number, *arguments):
     import ctypes
     libc = ctypes.CDLL(None, use_errno=True)
@@ -192,14 +200,14 @@ import json, struct
 def solve(n):
     for frame in ({"dict": 1}, {"dict": [1]}):
         text = json.dumps(frame).encode()
-        os.write(3, struct.pack("<I", len(text)) + text)
+        write_result(struct.pack("<I", len(text)) + text)
     os._exit(0)
 """,
     "a dict frame with lists as keys": """
 import json, struct
 def solve(n):
     text = json.dumps({"dict": [[[1], 2], [{}, 3]]}).encode()
-    os.write(3, (struct.pack("<I", len(text)) + text) * 2)
+    write_result((struct.pack("<I", len(text)) + text) * 2)
     os._exit(0)
 """,
     "an integer frame that is no integer": """
@@ -207,41 +215,41 @@ import json, struct
 def solve(n):
     for value in ([], "x" * 10000):
         text = json.dumps({"int": value}).encode()
-        os.write(3, struct.pack("<I", len(text)) + text)
+        write_result(struct.pack("<I", len(text)) + text)
     os._exit(0)
 """,
     "a frame of another encoding": """
 import struct
 def solve(n):
     for text in ("9".encode("utf-32"), b"\\xff\\xfe9"):
-        os.write(3, struct.pack("<I", len(text)) + text)
+        write_result(struct.pack("<I", len(text)) + text)
     os._exit(0)
 """,
     "a frame of brackets": """
 import struct
 def solve(n):
     text = b"[" * 200000 + b"]" * 200000
-    os.write(3, (struct.pack("<I", len(text)) + text) * 2)
+    write_result((struct.pack("<I", len(text)) + text) * 2)
     os._exit(0)
 """,
     "a frame of a million digits": """
 import struct
 def solve(n):
     text = b"9" * 400000
-    os.write(3, (struct.pack("<I", len(text)) + text) * 2)
+    write_result((struct.pack("<I", len(text)) + text) * 2)
     os._exit(0)
 """,
-    "half a frame": "def solve(n):\n    os.write(3, b'\\x04\\x00')\n    os._exit(0)",
+    "half a frame": "def solve(n):\n    write_result(b'\\x04\\x00')\n    os._exit(0)",
     "frames from a second thread": """
 import struct, threading
 def write():
-    while 1: os.write(3, struct.pack("<I", 4) + b"true")
+    while 1: write_result(struct.pack("<I", 4) + b"true")
 threading.Thread(target=write, daemon=True).start()
 def solve(n): return 0
 """,
     "frames before the function is asked for": """
 import struct
-os.write(3, (struct.pack("<I", 4) + b"true") * 2)
+write_result((struct.pack("<I", 4) + b"true") * 2)
 """,
     "a function from the starter names": "solve = None\ndel solve",
     "a Solution that fails on its second construction": """
@@ -375,12 +383,15 @@ for name in ("user", "mnt", "net", "pid", "ipc", "uts", "cgroup", "time"):
     "namespaces of init": "os.open('/proc/1/ns/user', os.O_RDONLY); got('init')",
     "namespaces by clone as a thread": """
 import ctypes
-stack = ctypes.create_string_buffer(1 << 16)
-for flag in (0x20000, 0x4000000, 0x8000000, 0x40000000, 0x2000000, 0x20000000, 0x10000000, 0x80):
-    libc = ctypes.CDLL(None, use_errno=True)
-    top = ctypes.addressof(stack) + (1 << 15)
-    if libc.clone(ctypes.cast(libc.sleep, ctypes.c_void_p), ctypes.c_void_p(top),
-                  0x10f00 | flag, ctypes.c_void_p(1000)) > 0: got(hex(flag))
+libc = ctypes.CDLL(None, use_errno=True)
+entry = ctypes.cast(libc.sleep, ctypes.c_void_p)
+words = ctypes.create_string_buffer(64)
+for flag in (0x4000000, 0x8000000, 0x40000000, 0x2000000, 0x20000, 0x20000000, 0x10000000, 0x80):
+    stack, tls = ctypes.create_string_buffer(16384), ctypes.create_string_buffer(4096)
+    top = ctypes.c_void_p((ctypes.addressof(stack) + 16000) & ~15)
+    for flags in (0x3d0f00, 0x3d0d00):
+        if libc.clone(entry, top, flags | flag, ctypes.c_void_p(1000), words,
+                      ctypes.c_void_p(ctypes.addressof(tls) + 2048), words) > 0: got(hex(flag))
 """,
     "clone with flags in the upper half": """
 for high in (1 << 32, 1 << 33):
