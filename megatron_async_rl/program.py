@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def program() -> str:
-    """Returns what a user types before the command; launchers/megatron-async-rl sets a variable."""
+    """Returns the words that a user types before a command; the launcher script sets a variable."""
     if name := os.environ.get("MEGATRON_ASYNC_RL_PROGRAM"):
         return name
     if Path(sys.argv[0]).name == "__main__.py":

@@ -2,7 +2,7 @@
 
 status.json is only as true as the process that writes it. A run is dead if no `run` holds the lock
 of run.dir and the controller that status.json names is gone: its pid on this host, or from another
-host, whose processes cannot be seen, if it has been silent for SILENT_S.
+host, where pids cannot be checked, if it has been silent for SILENT_S.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_async_rl.observability import panel, terminal
 from megatron_async_rl.observability.status import FINAL_STATES, RunStatus, read_status
 from megatron_async_rl.program import program
 
-END_LINES = 20  # of a log: an error above them is not what ended the process
+END_LINES = 20  # of a log: an error above them did not end the process
 
 
 def run(run_dir: Path, watch: bool = False) -> int:
@@ -59,7 +59,7 @@ def _follow(run_dir: Path, status: RunStatus, console: Console) -> RunStatus:
 
 
 def actual_status(run_dir: Path) -> RunStatus:
-    """Returns the status; of a dead run as failed, with what happened."""
+    """Returns the status; of a dead run as failed, with the error that ended it."""
     status = read_status(run_dir)
     if status.state in FINAL_STATES or not _is_dead(run_dir.resolve(), status):
         return status

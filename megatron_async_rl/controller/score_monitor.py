@@ -1,7 +1,8 @@
 """Statistics of all scores since the last step, before filters and batch selection drop groups.
 
 `reward/mean` is of the trained groups alone: a filter that drops groups with equal rewards removes
-what the policy always gets right. A group counts in the step in which its last sample is scored.
+the prompts that the policy always solves. A group counts in the step in which its last sample is
+scored.
 
 Also ends a run in which every group fails. A reward function or workflow that always raises would
 otherwise drop groups without end, because no batch is ever complete.

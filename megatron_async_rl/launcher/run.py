@@ -54,8 +54,8 @@ def run(
 ) -> int:
     """Runs to the end and returns the exit code. Raises Error if the run failed.
 
-    `existing`: what to do with a run in run.dir. `elsewhere`: processes not to start here.
-    `on_owned` is called when run.dir belongs to this run and nothing has been started yet.
+    `existing`: whether a run in run.dir is resumed or renamed. `elsewhere`: processes not to start
+    here. `on_owned` is called when run.dir belongs to this run and nothing has been started yet.
     `ignore_more_sigterms`: see Session.
     """
     roles.check_joining(elsewhere, config)

@@ -111,7 +111,7 @@ class Session:
         return now - self.preempted_at > self.grace_s
 
     def stop(self, console: Console) -> None:
-        """Stops what still runs. After a signal that stops at once, says what it waits for."""
+        """Stops the processes that still run; names them first after a signal to stop at once."""
         grace_s = 0.0 if self.preempted else STOP_GRACE_S
         if self.interrupted:
             name = signal.Signals(self.interrupted).name

@@ -115,7 +115,7 @@ class Supervisor:
                 if now >= child.restart_at:
                     self._restart(child, now)
             elif not child.given_up and (code := child.process.poll()) is not None:
-                self._handle_exit(child, code, now, ending)
+                self._handle_exit(child, code, now, ending or status.state in FINAL_STATES)
         return bool(self.failed) or all(child.given_up for child in self.children.values())
 
     def _is_ending(self, status: RunStatus) -> bool:

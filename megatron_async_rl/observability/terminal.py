@@ -30,7 +30,7 @@ def follow(run_dir: Path, stop: Callable[[], bool], console: Console | None = No
 
 
 def show(read: Callable[[], RunStatus], stop: Callable[[], bool], console: Console) -> None:
-    """Shows what `read` returns until `stop()` is true; both are called at every poll."""
+    """Shows the status from `read` until `stop()` is true; both are called at every poll."""
     started = time.monotonic()
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:

@@ -190,3 +190,15 @@ def test_launcher_without_the_controller_ends_with_the_run(make: Callable[..., B
     assert not bench.watch(0.3)
     bench.status("finished")
     assert bench.watch() and not bench.supervisor.failed
+
+
+def test_run_that_fails_before_training_is_blamed_on_the_controller(tmp_path: Path) -> None:
+    """The workers end first, because the controller told them, and are no cause."""
+    bench = Bench(tmp_path)
+    bench.status("failed")
+    bench.supervisor._has_trained = False
+    bench.start(
+        controller="import time; time.sleep(0.7); raise SystemExit(2)", reward_0="", rollout_0=""
+    )
+    assert bench.watch()
+    assert bench.supervisor.failed == "controller"
