@@ -19,9 +19,11 @@ _SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 def read_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, str]:
     """Returns the templates of a model folder by name; a single one is named `default`.
 
-    chat_template.jinja and chat_templates/NAME.jinja replace those of tokenizer_config.json.
+    chat_template.jinja and additional_chat_templates/NAME.jinja replace those of
+    tokenizer_config.json.
     """
-    files = {path.stem: path for path in sorted((folder / "chat_templates").glob("*.jinja"))}
+    named = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    files = {path.stem: path for path in named}
     if (folder / "chat_template.jinja").exists():
         files["default"] = folder / "chat_template.jinja"
     if files:

@@ -23,6 +23,7 @@ from megatron_async_rl.reward.math.structure import (
 
 _RELATIVE = 1e-9  # of values in double precision
 _MIN_ROUNDED_DIGITS = 6  # a decimal of fewer digits is no rounding of a fraction or root
+_UNIT_POWER = re.compile(r"\^\s*\{?\s*(-?\d)")
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*\)?")
 _CHOSEN = re.compile(
     r"(?:(?:option|choice|answer)\s*)?(?:\(\s*([A-J])\s*\)|([A-J])(?=\s*[).:]|\s*$))[\s).:,-]*(.*)",
@@ -198,6 +199,9 @@ def _proportional(a: formula.Node, b: formula.Node) -> bool:
 def _equal_numbers(gold: Number, given: Number) -> bool | None:
     if _is_infinite(gold) or _is_infinite(given):
         return gold.node == given.node
+    powers = [_UNIT_POWER.findall(number.unit) for number in (gold, given)]
+    if all(powers) and powers[0] != powers[1]:
+        return False  # cm^2 and cm^3
     names = formula.variables(gold.node) | formula.variables(given.node)
     if given.percent != gold.percent:
         return _equal_percent(gold, given)

@@ -40,7 +40,8 @@ _UNIT_WORDS = frozenset(
     "cm mm km m kg g mg ft in inches inch feet mi mph ml L l h hr hrs min sec s degrees percent "
     "cents dollars and or am pm".split()
 )
-_TRAILING = " \t\n.,;:*_"
+_LEADING = " \t\n,;:*_"  # no dot: .5 is an answer
+_TRAILING = f"{_LEADING}."
 
 
 def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
@@ -120,12 +121,16 @@ def _join_spans(text: str, match: re.Match[str]) -> str:
 
 
 def _inner(match: re.Match[str]) -> str:
-    return next(match[name] for name in "abcde" if match[name] is not None).strip(_TRAILING)
+    return (
+        next(match[name] for name in "abcde" if match[name] is not None)
+        .lstrip(_LEADING)
+        .rstrip(_TRAILING)
+    )
 
 
 def _unwrap(text: str) -> str:
     """Removes the delimiters or the bold marks around an answer."""
-    text = text.strip(_TRAILING)
+    text = text.lstrip(_LEADING).rstrip(_TRAILING)
     match = _DELIMITED.search(text)
     if match and not text[: match.start()].strip(_TRAILING):
         rest = text[match.end() :]
@@ -184,6 +189,6 @@ def _last_bare(text: str) -> str:
             break
     run = line[begin:end]
     run = re.split(r"[.!?;:](?=\s)(?=.*\d)|[:;]\s", run)[-1]
-    run = re.sub(r"^[\s,.;:!*_)\]]*(?:\b(?:and|or)\b[\s,]*)*", "", run)
+    run = re.sub(r"^(?:[\s,;:!*_)\]]|\.(?!\d))*(?:\b(?:and|or)\b[\s,]*)*", "", run)
     run = re.sub(r"[\s,;:(]*(?:\b(?:and|or)\b[\s,]*)*$", "", run)
-    return run.strip(_TRAILING)
+    return run.rstrip(_TRAILING)

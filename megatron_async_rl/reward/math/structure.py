@@ -180,7 +180,9 @@ def _words(text: str) -> Words | None:
     if _WORD_TEXT.fullmatch(text) is None:
         return None
     letters = sum(map(str.isalpha, text))
-    is_pair = letters == 2 and text.isupper()  # BC is not CB, whatever they name
+    is_pair = (
+        len(text) == 2 and text.isupper() and text.isalpha()
+    )  # BC is not CB, whatever they name
     if (letters < 3 and not is_pair) or text in ("pi", "sin", "cos", "tan", "log"):
         return None
     return Words(fold_words(text))
