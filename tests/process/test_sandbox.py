@@ -42,6 +42,7 @@ TEXTS = CodeTests("", ["3\n", "5\n"], SECRETS)
 SQUARES = CodeTests("", ["3\n", "5\n"], ["9\n", "25\n"])
 CALLS = CodeTests("solve", [[3], [5]], SECRETS)
 SQUARE_CALLS = CodeTests("solve", [[3], [5]], [9, 25])
+DICT_CALLS = CodeTests("solve", [[3], [5]], [{"secret-7f3a": 1}, {"1": [2]}])
 
 pytestmark = pytest.mark.skipif(
     not (jail.is_supported() and jail.landlock_version() and os.access(SANDBOX_PYTHON, os.X_OK)),
@@ -106,6 +107,7 @@ def test_hostile_program_gets_no_reward_and_leaves_nothing(sandbox: Sandbox, pro
 def test_hostile_function_gets_no_reward(sandbox: Sandbox, program: str) -> None:
     assert not passes(sandbox, program, CALLS, LIMITS)
     assert not passes(sandbox, program, SQUARE_CALLS, LIMITS)
+    assert not passes(sandbox, program, DICT_CALLS, LIMITS)
     assert_still_works(sandbox)
     assert sandbox.num_started == 1
 
@@ -390,7 +392,7 @@ def test_interpreter_that_runs_no_program_is_refused(tmp_path: Path) -> None:
     # less memory than the limit of a program, which then cannot be set
     script.write_text(f'#!/bin/sh\nulimit -v 300000\nexec {SANDBOX_PYTHON} "$@"\n')
     script.chmod(0o755)
-    with pytest.raises(SandboxError, match="runs no program here: .*could not confine"):
+    with pytest.raises(SandboxError, match=r"runs no program here: .*could not confine"):
         Sandbox(SandboxSettings(str(script), "landlock")).start()
 
 
