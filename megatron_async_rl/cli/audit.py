@@ -2,7 +2,7 @@
 verifies the checksums of all files that a run continues from.
 
 It shares no code with the controller's core, so that an error there shows here. It changes nothing
-and reads on after a damage; every damaged file is named, with what is lost.
+and continues after a damage; every damaged file is named, with what is lost.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ _Line = tuple[int, int]  # (capacity, served version)
 class WorkerPool(UserDict[str, AnyWorker]):
     """Workers by name; finds the least loaded one without a scan.
 
-    Workers of equal capacity and version stand in one line, ordered by load and then by name. There
+    Workers of equal capacity and version are in one line, ordered by load and then by name. There
     are few lines: one per version that is served, times the different capacities.
     """
 
