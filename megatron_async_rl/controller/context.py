@@ -10,7 +10,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.core.inputs import CoreEvent
 from megatron_async_rl.controller.journal.journal import Journal
-from megatron_async_rl.controller.progress import Progress
+from megatron_async_rl.controller.monitoring.progress import Progress
 from megatron_async_rl.controller.workers import Workers
 from megatron_async_rl.protocol.messages import AnyMessage
 from megatron_async_rl.protocol.transport import Peer

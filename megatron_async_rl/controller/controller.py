@@ -48,7 +48,6 @@ import signal
 import time
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.controller import watchdog
 from megatron_async_rl.controller.context import Context, EventQueue, MessageArrived
 from megatron_async_rl.controller.core import actions, events, inputs
 from megatron_async_rl.controller.core.core import Core
@@ -58,10 +57,11 @@ from megatron_async_rl.controller.delivery import BatchDelivery
 from megatron_async_rl.controller.evaluation import Evaluation
 from megatron_async_rl.controller.handlers import MessageHandlers
 from megatron_async_rl.controller.journal.journal import Journal
-from megatron_async_rl.controller.length_monitor import LengthMonitor
-from megatron_async_rl.controller.progress import Progress
+from megatron_async_rl.controller.monitoring import watchdog
+from megatron_async_rl.controller.monitoring.length_monitor import LengthMonitor
+from megatron_async_rl.controller.monitoring.progress import Progress
+from megatron_async_rl.controller.monitoring.score_monitor import ScoreMonitor
 from megatron_async_rl.controller.saving import CheckpointCommitter
-from megatron_async_rl.controller.score_monitor import ScoreMonitor
 from megatron_async_rl.controller.weight_sync.catch_up import CatchUp
 from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinator
 from megatron_async_rl.controller.weight_sync.session import RelabelPublisher, UpdateSession

@@ -20,8 +20,8 @@ from megatron_async_rl.cli import audit
 from megatron_async_rl.config import load
 from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.errors import ConfigError, Error, ProtocolError
-from megatron_async_rl.launcher.join import join
 from megatron_async_rl.launcher.claims import Claims
+from megatron_async_rl.launcher.join import join
 from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.protocol.messages import Heartbeat, Refused, Welcome
 from megatron_async_rl.protocol.transport import Link

@@ -79,9 +79,7 @@ def test_lost_worker_object_does_not_return_to_the_pool() -> None:
 def test_group_that_does_not_fit_does_not_block_later_ones() -> None:
     core = make_core(samples_per_prompt=4, max_staleness=8)
     core.handle(inputs.RolloutJoined("rollout-0", 8), 0)
-    _, second = messages_of(
-        core.handle(inputs.ServerUpdated("rollout-0", version=0), 0), Generate
-    )
+    _, second = messages_of(core.handle(inputs.ServerUpdated("rollout-0", version=0), 0), Generate)
     for index in (0, 1, 2):
         core.handle(inputs.Received("rollout-0", generated(second, index, 0)), 0)
     core.handle(inputs.WorkerLost("rollout-0"), 0)

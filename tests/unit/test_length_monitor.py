@@ -12,7 +12,7 @@ from megatron_async_rl.controller.core.events import (
     PartialSaved,
     SampleReturned,
 )
-from megatron_async_rl.controller.length_monitor import MIN_GROUPS, WINDOW, LengthMonitor
+from megatron_async_rl.controller.monitoring.length_monitor import MIN_GROUPS, WINDOW, LengthMonitor
 from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Sample
 
 SHORT, LONG = 100, 1600

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from megatron_async_rl.controller.core.events import BatchSelected, GroupDropped, SampleScored
-from megatron_async_rl.controller.score_monitor import ScoreMonitor
+from megatron_async_rl.controller.monitoring.score_monitor import ScoreMonitor
 from megatron_async_rl.errors import Error
 from megatron_async_rl.observability.error_log import ErrorLog, user_error
 from megatron_async_rl.protocol.messages import GenerateFailed, ScoreResult

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from core_builders import join_workers, make_core
 
 from megatron_async_rl.controller.core import inputs
-from megatron_async_rl.controller.watchdog import who_waits
+from megatron_async_rl.controller.monitoring.watchdog import who_waits
 
 
 def test_stall_report_names_waiting_and_lost_workers() -> None:

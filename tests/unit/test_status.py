@@ -41,9 +41,7 @@ def test_run_whose_controller_is_gone_is_dead(
     write_run(run_dir, ended_process())
     text = shown(run_dir, capsys)
     assert "failed" in text and "dead since 0:0" in text and "it was training" in text
-    assert (
-        "no log ends with an error: killed" in text and "1:22 left" not in text
-    )
+    assert "no log ends with an error: killed" in text and "1:22 left" not in text
     assert f"run {run_dir}/config.yaml" in text
 
 

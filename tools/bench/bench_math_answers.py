@@ -6,7 +6,7 @@ r"""Counts wrong decisions of the built-in `math` reward on answers made from re
 
 DATA_DIR holds the golds of MATH, GSM8K, AIME and AMC (`*.jsonl` and `*.json` files with `answer`).
 Rules below rewrite each gold into answers whose correctness is known by construction. `--peers`
-adds math-verify with its default extraction, as AReaL and verl call it. CPU times include extraction.
+adds math-verify with its default extraction, as AReaL and verl call it. CPU times include it.
 """
 
 from __future__ import annotations
