@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from protocol_fuzz import ProtocolFuzz
 
-NUM_MESSAGES = int(os.environ.get("FUZZ_MESSAGES", "3000"))
+NUM_MESSAGES = int(os.environ.get("FUZZ_MESSAGES", "2500"))
 SEEDS = [int(os.environ["FUZZ_SEED"])] if "FUZZ_SEED" in os.environ else [1, 2]
 
 

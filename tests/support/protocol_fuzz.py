@@ -131,8 +131,11 @@ class ProtocolFuzz:
         self.attackers = self.workers[-3:]
         self.strangers = [self.new_peer() for _ in range(3)]
 
-    async def run(self, num_messages: int) -> FuzzResult:
-        """Raises what the controller raises, and AssertionError for a broken guarantee."""
+    async def run(self, num_messages: int, num_steps: int = 2) -> FuzzResult:
+        """Sends so many messages, more on a slow machine until `num_steps` steps are trained.
+
+        Raises the controller's error, if any, and AssertionError for a broken guarantee.
+        """
         with contextlib.ExitStack() as opened:
             journal = Journal(self.run_dir / JOURNAL_FILE)
             opened.callback(journal.close)
@@ -144,7 +147,10 @@ class ProtocolFuzz:
             try:
                 for worker in self.workers:
                     self.say(worker, worker.hello)
-                while self.num_messages < num_messages:
+                while self.num_messages < num_messages or (
+                    self.controller.core.version < num_steps
+                    and self.num_messages < 4 * num_messages
+                ):
                     self.step()
                     if self.num_messages % 8 == 0:
                         await self.settle(running)
@@ -211,6 +217,8 @@ class ProtocolFuzz:
             self.check_batch(message)
         if isinstance(message, m.Refused | m.Shutdown):
             worker.peer, worker.pending = self.new_peer(), []
+            # a trainer starts from a checkpoint
+            worker.version = min(worker.version, self.controller.core.version)
             self.say(worker, worker.hello)
         elif isinstance(message, m.RejoinRequest):
             worker.pending = []
@@ -232,7 +240,7 @@ class ProtocolFuzz:
 
     def answers(self, message: m.Message, worker: FuzzWorker) -> list[m.Message]:
         match message:
-            case m.Welcome() if worker.hello.role == "trainer":
+            case m.Welcome() if worker.hello.stage >= 0:
                 return [m.PublishOffer(worker.version, 0, 1, BUCKETS, "gloo")]
             case m.Generate():
                 return [self.sampled(message, index) for index in message.indices]
@@ -254,7 +262,7 @@ class ProtocolFuzz:
                 ]
             case m.WeightDigests() | m.LoadSnapshot():
                 return [m.Updated(message.version, {"pause": 0.1})]
-            case m.Published() if worker.hello.role == "trainer":
+            case m.Published() if worker.hello.leader >= 0:
                 return [m.GetBatch(worker.version)]
             case m.Republish():
                 return [m.PublishOffer(worker.version, 0, 1, BUCKETS, "gloo")]
