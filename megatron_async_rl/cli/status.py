@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import socket
 import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -63,7 +62,7 @@ def actual_status(run_dir: Path) -> RunStatus:
     status = read_status(run_dir)
     if status.state in FINAL_STATES or not _is_dead(run_dir.resolve(), status):
         return status
-    age = panel.duration_text(time.time() - status.updated_unix)
+    age = panel.duration_text(panel.age_s(status))
     message = f"dead since {age} (it was {status.state}): {_last_error(run_dir)}"
     return msgspec.structs.replace(status, state="failed", message=message, fleet=[])
 
@@ -73,7 +72,7 @@ def _is_dead(run_dir: Path, status: RunStatus) -> bool:
         return False
     if status.host == socket.gethostname():
         return not _is_ours(status.pid)
-    return time.time() - status.updated_unix > panel.SILENT_S
+    return panel.age_s(status) > panel.SILENT_S
 
 
 def _is_ours(pid: int) -> bool:

@@ -22,6 +22,12 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 STATE_STYLE = {"failed": "bold red", "finished": "bold green", "training": "bold cyan"}
 
 
+def age_s(status: RunStatus, now_unix: float | None = None) -> float:
+    """Returns the seconds since the status was written, by the wall clock: for people only."""
+    silent_s = (time.time() if now_unix is None else now_unix) - status.updated_unix
+    return silent_s
+
+
 def render(status: RunStatus, now_unix: float | None = None) -> Panel:
     """Returns the panel; it fits 80 columns."""
     rows = Table.grid(padding=(0, 2))
@@ -47,7 +53,7 @@ def render(status: RunStatus, now_unix: float | None = None) -> Panel:
     notes = []
     if status.message:
         notes.append(Text(status.message, "red" if status.state == "failed" else "italic"))
-    silent_s = (time.time() if now_unix is None else now_unix) - status.updated_unix
+    silent_s = age_s(status, now_unix)
     if status.state not in FINAL_STATES and status.updated_unix and silent_s > SILENT_S:
         age = duration_text(silent_s)
         notes.append(Text(f"no update for {age}: is process {status.pid} alive?", "yellow"))
