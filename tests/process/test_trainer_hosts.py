@@ -29,7 +29,7 @@ from megatron_async_rl import addresses
 from megatron_async_rl.config import load
 from megatron_async_rl.config.checks import cross_host_parallelism_warning
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.controller.watchdog import dump_stacks
+from megatron_async_rl.controller.monitoring.watchdog import dump_stacks
 from megatron_async_rl.errors import ConfigError, Error
 from megatron_async_rl.launcher import roles, torchrun
 from megatron_async_rl.launcher.claims import Claims
