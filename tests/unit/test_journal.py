@@ -77,6 +77,23 @@ def test_every_prefix_of_the_journal_restores_a_valid_state() -> None:
         assert len(set(prompts)) == len(prompts)
 
 
+def test_failure_of_the_writer_ends_the_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "journal.sqlite")
+
+    def fail(*values: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(journal, "_row", fail)
+    journal.append(journal_events())
+    with pytest.raises(DataError, match="cannot be written: KeyError: 'a bug'"):
+        journal.flush().result(10)
+    with pytest.raises(DataError, match="cannot be written"):
+        journal.append(journal_events())
+    journal.close()
+
+
 def test_process_killed_while_writing_leaves_a_prefix(tmp_path: Path) -> None:
     program = textwrap.dedent(
         """

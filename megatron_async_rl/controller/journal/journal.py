@@ -247,6 +247,12 @@ class Journal:
             except sqlite3.DatabaseError as e:
                 self._damage = self._damaged(e)
                 logger.error("%s", self._damage)
+            except Exception as e:  # else `durable` would wait for a thread that has ended
+                self._damage = DataError(
+                    f"{self._path} cannot be written: {type(e).__name__}: {e}",
+                    "run again to continue from the events before it, and report this error",
+                )
+                logger.exception("%s", self._damage)
             else:
                 if self.error:
                     logger.warning("the journal can be written again")
