@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 slurm_packages=(slurmctld slurmd slurm-client munge)
 # the longest files first, so that the last ones to run are short
 tiers=(tests/slurm tests/system tests/process tests/gpu tests/unit)
-workers=(-n "${NUM_WORKERS:-2}" --dist loadfile --no-loadscope-reorder)
+workers=(-n "${NUM_WORKERS:-1}" --dist loadfile --no-loadscope-reorder)
 
 set_up_python() {
   local environments
