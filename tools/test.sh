@@ -8,7 +8,7 @@
 #   bash tools/test.sh ARGUMENTS         anything else goes to pytest: tests/unit/test_core.py -k lease
 #
 # TIER and ARGUMENTS run in one pytest process, without the checks. The whole suite and `fast` run in
-# as many pytest workers as NUM_WORKERS says (default 2), a test file never in more than one.
+# as many pytest workers as NUM_WORKERS says (default 1: whole runs want the machine for themselves).
 # Two environments are built once (tools/setup_env.sh). tests/slurm needs Slurm's daemons, which are
 # installed where this user may run apt-get; elsewhere these tests are skipped.
 set -euo pipefail
@@ -69,7 +69,7 @@ case ${1:-all} in
     ;;
   fast)
     check
-    exec "$python" -m pytest "${workers[@]}" tests/unit "${@:2}"
+    exec "$python" -m pytest -n 2 --dist loadfile tests/unit "${@:2}"
     ;;
   gpu)
     exec "$python" -m pytest -m gpu tests/gpu tests/unit "${@:2}"
