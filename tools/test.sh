@@ -7,8 +7,8 @@
 #   bash tools/test.sh TIER [ARGUMENTS]  one tier: unit, process, system, slurm or gpu
 #   bash tools/test.sh ARGUMENTS         anything else goes to pytest: tests/unit/test_core.py -k lease
 #
-# TIER and ARGUMENTS run in one pytest process, without the checks. The whole suite and `fast` run in
-# as many pytest workers as NUM_WORKERS says (default 1: whole runs want the machine for themselves).
+# TIER and ARGUMENTS run in one pytest process, without the checks. The whole suite runs in as many
+# pytest workers as NUM_WORKERS says (default 1: whole runs want the machine for themselves).
 # Two environments are built once (tools/setup_env.sh). tests/slurm needs Slurm's daemons, which are
 # installed where this user may run apt-get; elsewhere these tests are skipped.
 set -euo pipefail
