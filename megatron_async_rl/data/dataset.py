@@ -152,7 +152,7 @@ def changed_data(run_dir: Path, config: Config) -> str:
             file = getattr(config.data, setting.removeprefix("data."))
             return (
                 f"{setting} = {file} has other content than when the run in {run_dir} was started; "
-                "restore the file, choose another run.dir, or start anew with --from-scratch"
+                "restore the file, choose another run.dir, or start over with --from-scratch"
             )
     return ""
 

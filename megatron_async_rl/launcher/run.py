@@ -64,15 +64,16 @@ def run(
     console = Console()
     with _owned(run_dir, config, existing, console):
         if _is_complete(run_dir, config):
-            console.print(panel.summary(read_status(run_dir)), highlight=False)
-            console.print(
-                f"{run_dir} is complete: raise run.steps to continue, or start anew with "
-                "--from-scratch"
+            show(console, panel.summary(read_status(run_dir)))
+            show(
+                console,
+                f"{run_dir} is complete: raise run.steps to continue, or start over with "
+                "--from-scratch",
             )
             return 0
         _make_new_keys(run_dir)
         if warning := cross_host_parallelism_warning(config):
-            console.print(f"warning: {warning}", highlight=False)
+            show(console, f"warning: {warning}")
         (run_dir / "config.yaml").write_text(configuration.dump(config))
         record_data(run_dir, config)
         if on_owned:
@@ -89,17 +90,17 @@ def run(
                 session.stop(console)
         if session.interrupted:
             name = signal.Signals(session.interrupted).name
-            console.print(f"stopped by {name}; the state of the run is in {run_dir}")
+            show(console, f"stopped by {name}; the state of the run is in {run_dir}")
             return 128 + session.interrupted
         if session.preempted:
-            console.print(f"preempted; run the same command again to resume from {run_dir}")
+            show(console, f"preempted; run the same command again to resume from {run_dir}")
             return processes.EXIT_REQUEUE
         if supervisor.failed:
             raise Error(session.failure_text())
-        console.print(panel.summary(read_status(run_dir)), highlight=False)
+        show(console, panel.summary(read_status(run_dir)))
         result = "policy" if config.has_trainer else "batches"
-        console.print(f"{result}: {run_dir / result}")
-        console.print(f"metrics: {program()} tensorboard {run_dir}")
+        show(console, f"{result}: {run_dir / result}")
+        show(console, f"metrics: {program()} tensorboard {run_dir}")
         return 0
 
 
@@ -168,7 +169,7 @@ def _changed_setting(run_dir: Path, config: Config) -> str:
         if old != new:
             return (
                 f"{key} = {new!r}, but the run in {run_dir} was started with {old!r}; restore the "
-                "value, choose another run.dir, or start anew with --from-scratch"
+                "value, choose another run.dir, or start over with --from-scratch"
             )
     return changed_data(run_dir, config)
 
@@ -188,7 +189,7 @@ def _owned(
             ) from None
         if run_dir.exists() and any(run_dir.iterdir()):
             if _is_kept(run_dir, config, existing):
-                console.print(f"resuming the run in {run_dir}")
+                show(console, f"resuming the run in {run_dir}")
             else:
                 _rename_old(run_dir, console)
         run_dir.mkdir(mode=0o700, exist_ok=True)
@@ -207,4 +208,4 @@ def _rename_old(run_dir: Path, console: Console) -> None:
     while (renamed := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
         number += 1
     run_dir.rename(renamed)
-    console.print(f"the earlier run was renamed to {renamed}")
+    show(console, f"the earlier run was renamed to {renamed}")

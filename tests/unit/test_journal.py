@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sqlite3
@@ -91,6 +92,25 @@ def test_failure_of_the_writer_ends_the_waits(
         journal.flush().result(10)
     with pytest.raises(DataError, match="cannot be written"):
         journal.append(journal_events())
+    journal.close()
+
+
+def test_cancelled_wait_does_not_end_the_writer(tmp_path: Path) -> None:
+    """A trainer that joins again cancels an update, which may wait for the journal."""
+    journal = Journal(tmp_path / "journal.sqlite")
+
+    async def cancel_waits() -> None:
+        for event in journal_events():
+            journal.append([event])
+            waiting = asyncio.create_task(journal.durable())
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+    asyncio.run(cancel_waits())
+    journal.flush().result(10)
+    assert len(list(journal.events())) == len(journal_events())
     journal.close()
 
 

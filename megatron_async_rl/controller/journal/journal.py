@@ -223,6 +223,8 @@ class Journal:
                 self._retry(self._commit, events, pruned)
             self._retry(self._write_mark, bool(waiters))
             for waiter in waiters:
+                if not waiter.set_running_or_notify_cancel():
+                    continue  # nobody waits any more
                 if self._damage:
                     waiter.set_exception(self._damage)
                 elif not self.error:
