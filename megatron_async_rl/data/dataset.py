@@ -7,7 +7,8 @@ through `read_prompts`, which also tokenizes. Rows are numbered from 1, as edito
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.protocol.types import Prompt
 from megatron_async_rl.storage import files
 
+logger = logging.getLogger(__name__)
 DIGESTS_FILE = "dataset.json"  # in run.dir
 
 
@@ -90,10 +92,21 @@ def read_rows(path: str, setting: str, reward_function: str) -> Iterator[Row]:
         raise DataError(problem, f"set {setting} to another JSONL file; {form}")
 
 
-def read_prompts(path: str, setting: str, config: Config, tokenizer: Tokenizer) -> list[Prompt]:
+def read_prompts(
+    path: str,
+    setting: str,
+    config: Config,
+    tokenizer: Tokenizer,
+    report: Callable[[str], None] = logger.warning,
+) -> list[Prompt]:
     """Reads and tokenizes a whole dataset. Raises DataError as `read_rows`, and for prompts that
-    are too long or have tokens outside the model's vocabulary."""
+    are too long or have tokens outside the model's vocabulary.
+
+    With data.overlong = drop prompts that are too long are left out, and `report` is called with
+    their number.
+    """
     prompts: list[Prompt] = []
+    num_overlong = 0
     vocab_size = HfConfig(config.model.path).vocab_size
     max_tokens = config.model.context_tokens - config.rollout.max_new_tokens
     for number, prompt_id, fields in read_rows(path, setting, config.reward.function):
@@ -102,11 +115,14 @@ def read_prompts(path: str, setting: str, config: Config, tokenizer: Tokenizer) 
             ids = _prompt_ids(fields["prompt"], config, tokenizer)
         except (ConfigError, DataError) as e:
             raise type(e)(f"{row}: {e.problem}", e.remedy) from None
+        if len(ids) > max_tokens and config.data.overlong == "drop":
+            num_overlong += 1
+            continue
         if not 0 < len(ids) <= max_tokens:
             raise DataError(
                 f"{row}: the prompt has {len(ids)} tokens, must be 1 to {max_tokens} "
                 "(model.context_tokens - rollout.max_new_tokens)",
-                "shorten it, or change one of these settings",
+                "shorten it, change one of these settings, or set data.overlong=drop",
             )
         if ids.max() >= vocab_size:  # a server that receives it would crash
             raise DataError(
@@ -114,6 +130,17 @@ def read_prompts(path: str, setting: str, config: Config, tokenizer: Tokenizer) 
                 f"put the model's own tokenizer into model.path = {config.model.path}",
             )
         prompts.append(Prompt(prompt_id=prompt_id, ids=ids, row=fields))
+    if num_overlong:
+        dropped = (
+            f"{num_overlong:,} of {len(prompts) + num_overlong:,} prompts of {setting} = {path} "
+            f"have more than {max_tokens} tokens (model.context_tokens - rollout.max_new_tokens)"
+        )
+        if not prompts:
+            raise DataError(
+                f"{dropped}: data.overlong = drop leaves none",
+                "raise model.context_tokens, or lower rollout.max_new_tokens",
+            )
+        report(f"{dropped} and are dropped (data.overlong = drop)")
     return prompts
 
 
