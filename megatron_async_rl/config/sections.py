@@ -60,13 +60,52 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     tokenizer only."""
 
 
+class SourceConfig(Section, frozen=True, kw_only=True):
+    """One dataset."""
+
+    path: Text
+    """A file, or a folder: of files of one format, or saved by Hugging Face datasets."""
+    format: Literal["auto", "jsonl", "json", "parquet", "arrow"] = "auto"
+    """`auto` uses data.reader if it is set, else the suffix of the files."""
+    split: str | None = None
+    """In a folder with several splits, the one to read."""
+    weight: PositiveFloat = 1.0
+    """Share of the prompts that come from this source, relative to the other sources."""
+    fields: dict[str, Text] = msgspec.field(default_factory=dict)
+    """Column of each field, such as `{prompt: question, answer: reward_model.ground_truth}`;
+    columns that are not named are left out. Empty keeps all columns under their own names."""
+    system_prompt: str | None = None
+    """System message of every prompt. It replaces a system message in the row."""
+    min_prompt_tokens: PositiveInt = 1
+    """Prompts of fewer tokens are left out."""
+    max_prompt_tokens: PositiveInt | None = None
+    """Prompts of more tokens are left out. Null leaves out none."""
+
+
+class DataFilterConfig(Section, frozen=True, kw_only=True):
+    """Leaves out training prompts that an earlier run found too hard or too easy."""
+
+    run: str | None = None
+    """run.dir of the earlier run. A prompt's success rate is the mean reward of its samples there;
+    prompts without samples are kept. Null filters nothing."""
+    min: float = 0.0
+    """Prompts with a lower success rate are left out."""
+    max: float = 1.0
+    """Prompts with a higher success rate are left out."""
+
+
 class DataConfig(Section, frozen=True, kw_only=True):
     """The datasets, and how a prompt becomes tokens."""
 
-    train: Text
-    """JSONL file of training prompts. A row has `prompt`, and `answer` or `tests`."""
+    train: Text | Annotated[tuple[SourceConfig, ...], msgspec.Meta(min_length=1)]
+    """Training prompts: the path of a dataset, or a list of sources. A row has `prompt`, and
+    `answer` or `tests`."""
+    reader: str | None = None
+    """Your own reader of sources, `package.module:function`. Null uses the built-in readers."""
+    filter: DataFilterConfig = DataFilterConfig()
     eval: str | None = None
-    """JSONL file for the evaluation before and after training. Null disables the evaluation."""
+    """Path of the dataset for the evaluation before and after training. Null disables the
+    evaluation."""
     eval_temperature: NonNegativeFloat = 0.0
     """Sampling temperature of the evaluation. 0 is greedy decoding."""
     chat_template: bool = False
@@ -78,6 +117,9 @@ class DataConfig(Section, frozen=True, kw_only=True):
     add_bos: bool | None = None
     """Put the BOS token before a prompt that uses no chat template. Null does as the model's
     tokenizer does."""
+    overlong: Literal["refuse", "drop"] = "refuse"
+    """Prompts that leave no room for rollout.max_new_tokens in model.context_tokens: `refuse` ends
+    the start and names the row, `drop` leaves them out and counts them."""
 
 
 class RolloutConfig(Section, frozen=True, kw_only=True):
@@ -89,10 +131,24 @@ class RolloutConfig(Section, frozen=True, kw_only=True):
     """Maximum number of response tokens."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature. The trainer divides its logits by the same value."""
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    """Sample from the fewest tokens that together have this probability; 1 samples from all. Needs
+    `run.mode: rollout_only`, as `top_k` and `min_p` do: training needs the whole distribution."""
+    top_k: NonNegativeInt = 0
+    """Sample from this many most probable tokens; 0 samples from all."""
+    min_p: Fraction = 0.0
+    """Sample from tokens with at least this fraction of the largest probability; 0 samples from
+    all."""
+    stop: Annotated[tuple[Text, ...], msgspec.Meta(max_length=32)] = ()
+    """Texts that end a response. The tokens of the text are part of the response: they are trained,
+    and the reward function sees them."""
     max_concurrent_samples: PositiveInt = 256
     """Maximum number of samples in flight per server."""
     workflow: str = "single_turn"
-    """`single_turn`, or package.module:Class of a user-defined workflow."""
+    """`single_turn`, `multi_turn_math`, `python_tool`, or package.module:Class of a user-defined
+    workflow (docs/workflows.md)."""
+    workflow_options: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Keyword arguments of the workflow's constructor, such as `max_turns: 3`."""
     lease_timeout_s: PositiveFloat = 600.0
     """Seconds until an unfinished sample is leased to another server."""
     max_attempts: PositiveInt = 3
