@@ -8,6 +8,7 @@ Error
 ├── PublishError      a weight update failed on the sender's side
 ├── ProtocolError     a peer sent a message that the protocol does not allow
 ├── LedgerError       admitted != trained + dropped + pending: the run must stop
+├── HookFailed        a user's function raised or returned a wrong value: has its traceback
 ├── ScoreUnavailable  a workflow requested a score, and scoring failed or the lease ended
 ├── NonFiniteStep     a training step would have written non-finite weights
 ├── SelftestFailed    a parallel layout computes another loss or gradient than a single rank
@@ -52,6 +53,10 @@ class ProtocolError(Error):
 
 
 class LedgerError(Error):
+    pass
+
+
+class HookFailed(Error):
     pass
 
 

@@ -6,7 +6,6 @@ an error, never a reward of 0.
 
 from __future__ import annotations
 
-import importlib
 import math
 import numbers
 import resource
@@ -14,8 +13,9 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from megatron_async_rl import processes
+from megatron_async_rl import hooks, processes
 from megatron_async_rl.data.code_tests import CodeTests
+from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.observability.error_log import user_error
 from megatron_async_rl.reward import code_answer, math_answer
 from megatron_async_rl.sandbox.sandbox import (
@@ -52,16 +52,10 @@ def initialize(function: str, sandbox: SandboxSettings) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MATH_MEMORY_BYTES, MATH_MEMORY_BYTES))
         math_answer.load_math_verify()
         return
-    module, _, name = function.partition(":")
     try:
-        loaded = getattr(importlib.import_module(module), name)
-    except Exception as e:  # a user's module may raise anything; `load_error` reports it
-        _load_error = f"{type(e).__name__}: {e}"
-        return
-    if callable(loaded):
-        _function = loaded
-    else:
-        _load_error = f"{name} is a {type(loaded).__name__}, not a function"
+        _function = hooks.load("reward.function", function)
+    except ConfigError as e:
+        _load_error = str(e)
 
 
 def load_error() -> str:

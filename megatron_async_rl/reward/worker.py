@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -23,6 +22,7 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
+from megatron_async_rl import hooks
 from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
 from megatron_async_rl.data.code_tests import read_tests
 from megatron_async_rl.errors import ConfigError, DataError
@@ -36,7 +36,6 @@ MAX_TASKS = 500  # then a scoring process is replaced: sympy's caches only grow
 CODE_MARGIN_S = 10.0  # past reward.timeout_s, which the sandbox enforces: time to restart it
 PREFETCH = 2  # tasks in the pool per scoring process, so that none idles between two
 _KILL_S = 10.0  # upper bound of the time to kill and replace a scoring process
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +55,7 @@ class RewardWorker:
         self._config = config
         self._sandbox = sandbox
         self._function = config.function
-        if self._function not in ("math", "code") and not _FUNCTION.fullmatch(self._function):
-            raise ConfigError(
-                f"reward.function = {self._function!r}: expected `math`, `code` or "
-                "package.module:function; name a function (prompt, response, row) -> float"
-            )
+        hooks.check_name("reward.function", self._function)
         self.slots = config.processes_per_worker * PREFETCH
         self._pool: ProcessPool | None = None
         self.num_pools = 0  # started so far; more than one means that a pool broke
@@ -72,22 +67,20 @@ class RewardWorker:
         """
         if self._function == "math":
             return
+        setting = f"reward.function = {self._function!r}"
         try:
             error = await self._run(scoring_process.load_error, (), START_TIMEOUT_S)
         except (TimeoutError, FutureTimeout):
-            error = f"not loaded within {START_TIMEOUT_S:.0f} s"
+            error = f"{setting} was not loaded within {START_TIMEOUT_S:.0f} s"
         except (BrokenProcessPool, ProcessExpired) as e:
-            error = f"the process that loaded it died ({e})"
+            error = f"{setting} cannot be loaded: the process that loaded it died ({e})"
         if error and self._function == "code":
             raise ConfigError(
                 "reward.function = code cannot confine programs on this host with sandbox.python = "
                 f"{self._sandbox.python}, sandbox.isolation = {self._sandbox.isolation}: {error}"
             )
         if error:
-            raise ConfigError(
-                f"reward.function = {self._function!r} cannot be loaded: {error}; name an "
-                "importable package.module:function (the working directory is on the path)"
-            )
+            raise ConfigError(error)
 
     def score_inline(self, request: ScoreRequest) -> ScoreResult | None:
         """Returns the result in microseconds if no scoring process is needed, else None."""

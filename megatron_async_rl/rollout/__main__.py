@@ -4,17 +4,18 @@ import asyncio
 import sys
 from pathlib import Path
 
-from megatron_async_rl import processes
+from megatron_async_rl import hooks, processes
 from megatron_async_rl.config import load
 from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.worker import RolloutWorker
-from megatron_async_rl.rollout.workflows import load_workflow
+from megatron_async_rl.rollout.workflow import Workflow
 
 
 async def _serve(run_dir: Path, name: str) -> None:
     config = load.load(run_dir / "config.yaml")
-    workflow = load_workflow(config.rollout.workflow)  # before the server, which starts slowly
+    # before the server, which starts slowly
+    workflow: Workflow = hooks.load("rollout.workflow", config.rollout.workflow)()
     server = SGLangServer(config, run_dir, name)
     try:
         await server.start()

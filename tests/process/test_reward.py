@@ -170,10 +170,10 @@ def child_pids(worker: RewardWorker) -> list[int]:
     ("function", "words"),
     [
         ("our_rewards:absent", "has no attribute 'absent'"),
-        ("our_rewards:number", "number is a int, not a function"),
+        ("our_rewards:number", "it is a int, not a function"),
         ("no_such_module:judge", "No module named 'no_such_module'"),
-        ("maths", "expected `math`, `code` or package.module:function"),
-        ("our_rewards:judge:", "expected `math`, `code` or package.module:function"),
+        ("maths", "neither a known name nor package.module:name"),
+        ("our_rewards:judge:", "neither a known name nor package.module:name"),
         ("our_broken:judge", "ZeroDivisionError"),
         ("our_deadly:judge", "died"),
     ],

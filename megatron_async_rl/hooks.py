@@ -1,0 +1,204 @@
+"""Settings that name a built-in or a user's `package.module:name`: one table and one loader.
+
+Every process loads its hooks here, so that a hook that cannot be used gives the same error text
+everywhere. A built-in name stands for a package.module:name of this package and is loaded in the
+same way. docs/extending.md has the signatures with shapes and units.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_async_rl.errors import ConfigError, HookFailed
+from megatron_async_rl.observability.error_log import user_error
+
+_CUSTOM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Hook:
+    """What a setting may name."""
+
+    parameters: tuple[str, ...]
+    """Of the function, in order; of `run`, if the hook is a class."""
+    built_in: Mapping[str, str] = field(default_factory=dict)
+    """Name -> package.module:name; "" if the process that uses it has its own code for it."""
+    is_class: bool = False
+    """A class without constructor arguments that has the method `run`."""
+
+    @property
+    def signature(self) -> str:
+        parameters = f"({', '.join(self.parameters)})"
+        return f"Class with a method run{parameters}" if self.is_class else f"function{parameters}"
+
+
+_ADVANTAGES = "megatron_async_rl.controller.advantage"
+_OBJECTIVES = "megatron_async_rl.trainer.algorithms.objectives"
+_WORKFLOWS = "megatron_async_rl.rollout.workflows"
+
+HOOKS = {
+    "algorithm.advantage.estimator": Hook(
+        ("rewards", "lengths", "config"),
+        {
+            name: f"{_ADVANTAGES}:{name}"
+            for name in ("grpo", "dr_grpo", "rloo", "reinforce_pp", "gae")
+        },
+    ),
+    "algorithm.loss.objective": Hook(
+        ("inputs", "config"),
+        {name: f"{_OBJECTIVES}:{name}" for name in ("decoupled_ppo", "ppo", "gspo", "cispo")},
+    ),
+    "algorithm.filters.function": Hook(("rewards", "lengths", "row", "config")),
+    "reward.function": Hook(("prompt", "response", "row"), {"math": "", "code": ""}),
+    "rollout.workflow": Hook(
+        ("prompt", "policy", "sampling"),
+        {"single_turn": f"{_WORKFLOWS}.single_turn:SingleTurn"},
+        is_class=True,
+    ),
+    "data.reader": Hook(("path", "config")),
+}
+
+
+def is_custom(value: str | None) -> bool:
+    """Tells whether a setting names a user's hook, not a built-in one."""
+    return value is not None and ":" in value
+
+
+def check_name(setting: str, value: str | None) -> None:
+    """Raises ConfigError unless the value is a built-in name, package.module:name or None.
+
+    Imports nothing.
+    """
+    if value is not None and value not in HOOKS[setting].built_in and not _CUSTOM.fullmatch(value):
+        raise _cannot_load(setting, value, "it is neither a known name nor package.module:name")
+
+
+def load(setting: str, value: str) -> Any:
+    """Returns the function or class that the setting names, built-in or a user's.
+
+    Raises ConfigError if it cannot be imported, cannot be called or has other parameters.
+    """
+    check_name(setting, value)
+    hook = HOOKS[setting]
+    module, _, name = hook.built_in.get(value, value).partition(":")
+    try:
+        loaded = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as e:  # a user's module may raise anything
+        raise _cannot_load(setting, value, f"{type(e).__name__}: {e}{_place(e)}") from e
+    if problem := _signature_problem(loaded, hook):
+        raise _cannot_load(setting, value, problem)
+    return loaded
+
+
+def guarded(setting: str, value: str) -> Callable[..., Any]:
+    """Returns the function that the setting names; a user's raises HookFailed if it raises.
+
+    Raises ConfigError like `load`.
+    """
+    function = load(setting, value)
+    if not is_custom(value):
+        return function  # type: ignore[no-any-return]
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (Exception, SystemExit) as e:
+            raise HookFailed(f"{setting} = {value} failed: {user_error(e)}") from e
+
+    return call
+
+
+def source_file(setting: str, value: str) -> Path:
+    """Returns the file of a user's hook without importing it (but the packages around it).
+
+    Raises ConfigError if there is no such file.
+    """
+    check_name(setting, value)
+    module = value.partition(":")[0]
+    try:
+        spec = importlib.util.find_spec(module)
+    except (Exception, SystemExit) as e:  # the __init__.py of a user's package may raise anything
+        raise _cannot_load(setting, value, f"{type(e).__name__}: {e}{_place(e)}") from e
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise _cannot_load(setting, value, f"No module named {module!r}")
+    return Path(spec.origin)
+
+
+def custom_hooks(config: Any) -> dict[str, str]:
+    """Returns setting -> package.module:name of the user's hooks in a configuration."""
+    values = {setting: functools.reduce(getattr, setting.split("."), config) for setting in HOOKS}
+    return {setting: value for setting, value in values.items() if is_custom(value)}
+
+
+def digests(config: Any) -> dict[str, str]:
+    """Returns setting -> `package.module:name sha256:...` of the file of each user's hook.
+
+    Files that the hook's file imports are not covered. Raises ConfigError if a file is missing.
+    """
+    found = {}
+    for setting, value in custom_hooks(config).items():
+        digest = hashlib.sha256(source_file(setting, value).read_bytes()).hexdigest()
+        found[setting] = f"{value} sha256:{digest}"
+    return found
+
+
+def _cannot_load(setting: str, value: str, problem: str) -> ConfigError:
+    hook = HOOKS[setting]
+    names = f"{', '.join(hook.built_in)}, or " if hook.built_in else ""
+    return ConfigError(
+        f"{setting} = {value!r} cannot be loaded: {problem}",
+        f"name {names}an importable package.module:{hook.signature}; its folder must be on "
+        "PYTHONPATH (the working directory is)",
+    )
+
+
+def _place(error: BaseException) -> str:
+    """Returns the line of a user's file that raised the error, or "" if the import itself did."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen") and "importlib" not in frame.filename
+    ][1:]  # the first frame is in this file
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+
+
+def _signature_problem(loaded: Any, hook: Hook) -> str:
+    if not callable(loaded):
+        return f"it is a {type(loaded).__name__}, not a {hook.signature}"
+    function: Any = loaded
+    if hook.is_class:
+        if not isinstance(loaded, type):
+            return f"it is a {type(loaded).__name__}, not a class"
+        if not _accepts(loaded, 0):
+            return "its constructor needs arguments"
+        if not callable(function := getattr(loaded, "run", None)):
+            return "it has no method `run`"
+    count = len(hook.parameters) + hook.is_class  # and `self`
+    if not _accepts(function, count):
+        return f"its parameters {inspect.signature(function)} are not {hook.parameters}"
+    names = tuple(inspect.signature(function).parameters)[hook.is_class : count]
+    if names != hook.parameters and sorted(names) == sorted(hook.parameters):
+        return f"its parameters {names} are in another order than {hook.parameters}"
+    return ""
+
+
+def _accepts(function: Callable[..., Any], count: int) -> bool:
+    """Tells whether a function can be called with this many positional arguments."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature: the call will tell
+        return True
+    return True
