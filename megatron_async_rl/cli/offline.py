@@ -14,6 +14,7 @@ import msgspec
 
 from megatron_async_rl import processes
 from megatron_async_rl.config import load as configuration
+from megatron_async_rl.config.checks import check_trained_distribution
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.launcher import torchrun
@@ -31,7 +32,9 @@ def replay(paths: list[Path], config_path: Path | None, overrides: list[str]) ->
         config_path = next((path for path in candidates if path.exists()), None)
     if config_path is None:
         raise ConfigError(f"no config.yaml in a folder above {paths[0]}", "name one with --config")
-    tree = msgspec.to_builtins(configuration.load(config_path, overrides))
+    sampled = configuration.load(config_path, overrides)
+    check_trained_distribution(sampled)
+    tree = msgspec.to_builtins(sampled)
     with tempfile.TemporaryDirectory() as folder:
         tree["run"]["dir"] = folder  # a step that fails again keeps its batch here
         config = configuration.from_tree(tree)

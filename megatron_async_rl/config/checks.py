@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_async_rl import hooks
 from megatron_async_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,8 +23,11 @@ PARALLEL_SIZES = (
 def cross_check(config: Config) -> None:
     """Raises ConfigError for the first rule that is broken."""
     _check_lengths(config)
+    if config.has_trainer:
+        check_trained_distribution(config)
     _check_thinking_tags(config)
     _check_batch(config)
+    _check_hooks(config)
     _check_algorithm(config)
     _check_weights(config)
     _check_servers(config)
@@ -45,6 +49,27 @@ def _check_lengths(config: Config) -> None:
             f"rollout.max_new_tokens = {max_new_tokens}",
             "lower it",
         )
+
+
+def check_trained_distribution(config: Config) -> None:
+    """Raises ConfigError if responses are sampled from another distribution than logprobs are of.
+
+    SGLang returns log softmax(logits / temperature) over the whole vocabulary, before top_p, top_k
+    and min_p remove tokens and the rest is renormalised.
+    """
+    rollout = config.rollout
+    for name, value, of_all in (
+        ("top_p", rollout.top_p, 1),
+        ("top_k", rollout.top_k, 0),
+        ("min_p", rollout.min_p, 0),
+    ):
+        if value != of_all:
+            raise ConfigError(
+                f"rollout.{name} = {value:g} removes tokens from the distribution that training "
+                "samples from, but the logprobs of engine and trainer are of all tokens, so the "
+                "ratios of the policy objective would be wrong",
+                f"set rollout.{name}={of_all}, and truncate in the evaluation only",
+            )
 
 
 def _check_thinking_tags(config: Config) -> None:
@@ -79,6 +104,23 @@ def _check_batch(config: Config) -> None:
             f"{samples // replicas} samples of a data-parallel replica",
             "lower it",
         )
+
+
+def _check_hooks(config: Config) -> None:
+    for setting, value in hooks.values(config).items():
+        hooks.check_name(setting, value)
+    algorithm = config.algorithm
+    for setting, value, options in (
+        ("advantage.estimator", algorithm.advantage.estimator, algorithm.advantage.options),
+        ("loss.objective", algorithm.loss.objective, algorithm.loss.options),
+        ("filters.function", algorithm.filters.function, algorithm.filters.options),
+    ):
+        if options and not hooks.is_custom(value):
+            raise ConfigError(
+                f"algorithm.{setting.partition('.')[0]}.options = {options} is for a function of "
+                f"your own, but algorithm.{setting} = {value}",
+                f"remove it, or set algorithm.{setting} to package.module:function",
+            )
 
 
 def _check_algorithm(config: Config) -> None:

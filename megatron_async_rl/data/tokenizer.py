@@ -75,6 +75,10 @@ class Tokenizer:
     def decode(self, ids: list[int] | np.ndarray) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def decode_all(self, ids: list[int]) -> str:
+        """Decodes special tokens too."""
+        return self._backend.decode(ids, skip_special_tokens=False)
+
     def render_chat(
         self,
         messages: list[dict[str, Any]],

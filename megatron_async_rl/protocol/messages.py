@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
 from megatron_async_rl.protocol.types import (
     FileEntry,
@@ -23,6 +24,7 @@ from megatron_async_rl.protocol.types import (
 
 Role = Literal["rollout", "reward", "trainer"]
 Backend = Literal["nccl", "gloo"]
+MAX_ANSWER = 1024  # characters of ScoreResult.answer
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -111,6 +113,9 @@ class Generate(Message, frozen=True):
     temperature: float  # 0 is greedy
     partials: list[Partial | None] = []  # one per index, of an earlier lease; or empty
     floor_version: int = 0  # the worker's own partial samples count unless a token is older
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0
 
     def key(self, index: int) -> SampleKey:
         return SampleKey(self.epoch, self.group_id, self.attempt, index)
@@ -160,6 +165,7 @@ class ScoreResult(Message, frozen=True):
     error: str = ""
     seconds: float = 0.0
     call: int = 0  # that of the ScoreRequest
+    answer: str = ""  # extracted from the response, for majority votes; empty if there is none
 
 
 # ---- training
@@ -199,6 +205,35 @@ class StepDone(Message, frozen=True):
 
     version: int
     stats: dict[str, float]
+    # [probed samples * PROBE_TOKENS] float32, under version - 1; NaN where unknown
+    probe_logprobs: np.ndarray = msgspec.field(default_factory=lambda: np.empty(0, np.float32))
+
+
+# ---- the mismatch probe (controller/monitoring/mismatch.py)
+
+
+class ProbeWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Tokens of a sample; the logprobs of ids[start:] are wanted."""
+
+    ids: np.ndarray  # [num_tokens] int32
+    start: int
+
+
+class ProbeRequest(Message, frozen=True):
+    """Controller -> rollout worker: compute the logprobs of these windows under `version`.
+
+    Answered by ProbeResult, unless a weight update comes first.
+    """
+
+    version: int
+    windows: list[ProbeWindow]
+
+
+class ProbeResult(Message, frozen=True):
+    """Rollout worker -> controller: logprobs under `version`, temperature 1."""
+
+    version: int
+    probe_logprobs: np.ndarray  # [windows * PROBE_TOKENS] float32; NaN after the end of a window
 
 
 # ---- weights (controller/weight_sync/broadcast.py and snapshot.py draw the order)
@@ -382,7 +417,7 @@ class Published(Message, frozen=True):
 AnyMessage = (
     Hello | Welcome | Refused | RejoinRequest | Heartbeat | Shutdown | Failed
     | Generate | Generated | PartialSample | GenerateFailed | ScoreRequest | ScoreResult
-    | GetBatch | TrainBatch | Republish | CheckpointSaved | StepDone
+    | GetBatch | TrainBatch | Republish | CheckpointSaved | StepDone | ProbeRequest | ProbeResult
     | PublishOffer | OpenGroup | GroupOpened | JoinGroup | GroupJoined
     | UpdateWeights | UpdateReady | SendBuckets | ReceiveBuckets | BucketsSent
     | WeightDigests | AbandonUpdate | Updated | Published

@@ -43,6 +43,10 @@ class Sampling:
     max_new_tokens: int
     temperature: float  # 0 is greedy
     stop_token_ids: list[int]
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()  # texts; the server needs its tokenizer (rollout.stop)
 
 
 class EngineClient:
@@ -98,6 +102,7 @@ class EngineClient:
     ) -> RequestOutput:
         """Returns tokens, their logprobs under softmax(logits / temperature), and their versions.
 
+        The logprobs are of all tokens, also if top_p, top_k or min_p left some out of the sampling.
         Cached prefixes are shared only among requests of the same `cache_key`.
         """
         request: dict[str, Any] = {
@@ -106,10 +111,15 @@ class EngineClient:
                 "max_new_tokens": sampling.max_new_tokens,
                 "temperature": sampling.temperature,
                 "stop_token_ids": sampling.stop_token_ids,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k or -1,
+                "min_p": sampling.min_p,
             },
             "return_logprob": True,
             "logprob_start_len": -1,  # of the response only
         }
+        if sampling.stop:
+            request["sampling_params"]["stop"] = list(sampling.stop)
         if cache_key is not None:
             request["extra_key"] = cache_key
         reply = await self._call("POST", "/generate", request, self._api, self._generate_timeout_s)

@@ -145,7 +145,9 @@ class SGLangServer:
             "host": host,
             "port": port,
             "config": str(self._keys),
-            "skip_tokenizer_init": True,
+            # only stop texts need the server's tokenizer; snapshots have none
+            "skip_tokenizer_init": not self._config.rollout.stop,
+            "tokenizer_path": self._config.model.path,
             "log_level": "warning",  # at info, SGLang logs its keys
             "grammar_backend": "none",
             "context_length": self._config.model.context_tokens,

@@ -5,13 +5,16 @@ cache came from the old weights, so the input and these tokens are sent again as
 the server prefills under the new weights:
 
     wait until the gate is open -> request -> append the tokens -> "abort"? repeat : return
+
+A stop text may begin before an interruption and end behind it, or be spelled in more tokens than
+the server expects, so it is searched for here too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from megatron_async_rl.errors import DataError, EngineTimeout
 from megatron_async_rl.protocol.types import Segment
@@ -30,12 +33,14 @@ class Generator:
         cache_key: Callable[[], str | None],
         context_tokens: int,
         vocabulary_size: int,
+        decode: Callable[[list[int]], str],
     ) -> None:
         self._client = client
         self._gate = gate
         self._cache_key = cache_key  # of the current weights (interruption.py)
         self._context_tokens = context_tokens
         self._vocabulary_size = vocabulary_size
+        self._decode = decode  # with special tokens; for stop texts
         self.num_tokens = 0  # generated so far by all calls
         self.timed_out = asyncio.Event()  # a request was not answered in time
 
@@ -49,8 +54,9 @@ class Generator:
         """Generates to the end across any number of weight updates: one segment per version.
 
         `resumed`: tokens that an earlier, interrupted call with the same `ids` has sampled.
-        `save` is awaited after each request. Stops at model.context_tokens. Raises DataError for
-        ids outside the vocabulary, which would crash the server, and EngineError.
+        `save` is awaited after each request. Stops at model.context_tokens, and with the first
+        token that completes a text of `sampling.stop`. Raises DataError for ids outside the
+        vocabulary, which would crash the server, and EngineError.
         """
         self._check(ids)
         segments = list(resumed)
@@ -69,6 +75,10 @@ class Generator:
                 tokens += segment.ids
                 self.num_tokens += len(segment.ids)
             segments = _merge_versions([*segments, *output.segments])
+            num_new = sum(len(segment.ids) for segment in output.segments)
+            kept = num_tokens_to_stop(tokens[len(ids) :], num_new, sampling.stop, self._decode)
+            if kept is not None:
+                return Completion(_first_tokens(segments, kept), "stop")
             if save and segments:
                 await save(segments, output.stop == "abort")
             if output.stop != "abort":
@@ -92,6 +102,15 @@ class Generator:
             )
 
 
+def _first_tokens(segments: list[Segment], count: int) -> list[Segment]:
+    kept = []
+    for segment in segments:
+        if count > 0:
+            kept.append(Segment(segment.version, segment.ids[:count], segment.logprobs[:count]))
+        count -= len(segment.ids)
+    return kept
+
+
 def _merge_versions(segments: list[Segment]) -> list[Segment]:
     """Joins adjacent segments of the same version."""
     merged: list[Segment] = []
@@ -102,3 +121,31 @@ def _merge_versions(segments: list[Segment]) -> list[Segment]:
             segment = Segment(last.version, ids, logprobs)
         merged.append(segment)
     return merged
+
+
+def num_tokens_to_stop(
+    ids: list[int], num_new: int, stop: Sequence[str], decode: Callable[[list[int]], str]
+) -> int | None:
+    """Returns how many of the response's tokens it takes until one of the texts is complete.
+
+    `ids`: the whole response; all but its last `num_new` tokens have been searched before. Returns
+    None if the response has none of the texts. Tokens after the returned ones were sampled too
+    late; leaving them out does not change the distribution of the others.
+    """
+    if not stop or not num_new:
+        return None
+    # a token has at least one byte, so a text that ends in a new token begins in this window
+    start = max(0, len(ids) - num_new - max(len(text.encode()) for text in stop))
+    window = ids[start:]
+
+    def is_complete(count: int) -> bool:
+        decoded = decode(window[:count])
+        return any(text in decoded for text in stop)
+
+    if not is_complete(len(window)):
+        return None
+    low, high = 0, len(window)  # is_complete(low) is false, is_complete(high) true
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_complete(middle) else (middle, high)
+    return start + high

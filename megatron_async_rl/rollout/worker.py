@@ -60,15 +60,17 @@ class RolloutWorker:
         self._workflow = workflow
         self.gate = Gate()
         self.updates = WeightUpdates(config, link, server.client, self.gate, server.started_from)
+        tokenizer = Tokenizer(config.model.path)
         self.generator = Generator(
             server.client,
             self.gate,
             self.updates.cache_key,
             config.model.context_tokens,
             HfConfig(config.model.path).vocab_size,
+            tokenizer.decode_all,
         )
         self._policy_services = PolicyServices(
-            tokenizer=Tokenizer(config.model.path),
+            tokenizer=tokenizer,
             generator=self.generator,
             partials=PartialStore(),
             scores=ScoreClient(link.send, config.rollout.lease_timeout_s),
@@ -182,7 +184,15 @@ class RolloutWorker:
         key = lease.key(index)
         policy = SamplePolicy(self._policy_services, lease, index, partial)
         stop_ids = sorted(policy.tokenizer.eos_ids)
-        sampling = Sampling(lease.max_new_tokens, lease.temperature, stop_ids)
+        sampling = Sampling(
+            lease.max_new_tokens,
+            lease.temperature,
+            stop_ids,
+            lease.top_p,
+            lease.top_k,
+            lease.min_p,
+            self._config.rollout.stop,
+        )
         try:
             sample = await self._workflow.run(lease.prompt, policy, sampling)
             self._check(sample)

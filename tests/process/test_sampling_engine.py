@@ -1,0 +1,155 @@
+"""Sampling by a real SGLang server: stop texts, temperature and truncation against transformers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from needs import needs_engine
+from tiny_model import CPU_ENGINE, make_model
+from transformers import AutoModelForCausalLM
+
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.data.tokenizer import Tokenizer
+from megatron_async_rl.protocol.types import Segment
+from megatron_async_rl.rollout.engine_client import Sampling
+from megatron_async_rl.rollout.engine_process import SGLangServer
+from megatron_async_rl.rollout.gate import Gate
+from megatron_async_rl.rollout.generation import Generator
+from megatron_async_rl.rollout.workflow import Completion
+
+pytestmark = needs_engine
+PROMPT = "1+2=3;4+5="
+GREEDY = Sampling(60, 0.0, [0])
+
+
+@dataclass
+class Engine:
+    runner: asyncio.Runner
+    generator: Generator
+    tokenizer: Tokenizer
+    model: Any
+
+    def generate(
+        self, sampling: Sampling, num: int = 1, resumed: tuple[Segment, ...] = ()
+    ) -> list[Completion]:
+        async def all_of_them() -> list[Completion]:
+            prompt = self.tokenizer.encode(PROMPT).tolist()
+            calls = [self.generator.generate(prompt, sampling, resumed) for _ in range(num)]
+            return list(await asyncio.gather(*calls))
+
+        return self.runner.run(all_of_them())
+
+    def text(self, completion: Completion) -> str:
+        return self.tokenizer.decode_all(completion.ids)
+
+    def logprobs(self, ids: list[int], temperature: float) -> np.ndarray:
+        """[num_ids, vocab]: log softmax(logits / temperature) of transformers, after PROMPT."""
+        prompt = self.tokenizer.encode(PROMPT).tolist()
+        with torch.no_grad():
+            logits = self.model(input_ids=torch.tensor([prompt + ids])).logits[0]
+        return torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, -1).numpy()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "logs").mkdir()
+    (folder / "keys").mkdir(mode=0o700)
+    model = make_model(folder / "model")
+    tree: dict[str, Any] = {
+        "run": {"dir": str(folder), "steps": 1},
+        "model": {"path": str(model), "context_tokens": 240},
+        "data": {"train": "unused"},
+        "rollout": {"max_new_tokens": 60, "stop": ["any"]},
+        "algorithm": {"prompts_per_step": 1, "samples_per_prompt": 2},
+        "sglang": CPU_ENGINE,
+    }
+    server = SGLangServer(configuration.from_tree(tree), folder, "rollout-0")
+    tokenizer, gate = Tokenizer(model), Gate()
+    gate.open()
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
+    with asyncio.Runner() as runner:
+        runner.run(server.start())
+        generator = Generator(
+            server.client, gate, lambda: None, 240, tokenizer.vocab_size, tokenizer.decode_all
+        )
+        yield Engine(runner, generator, tokenizer, reference)
+        runner.run(server.stop())
+
+
+@pytest.fixture(scope="module")
+def greedy(engine: Engine) -> Completion:
+    [completion] = engine.generate(GREEDY)
+    assert len(completion.ids) > 12
+    return completion
+
+
+def test_stop_text_ends_the_response_and_its_tokens_are_kept(
+    engine: Engine, greedy: Completion
+) -> None:
+    text = engine.text(greedy)
+    stop = text[6:9]
+    [stopped] = engine.generate(replace(GREEDY, stop=("none", stop)))
+    assert stopped.stop == "stop"
+    assert engine.text(stopped) == text[: text.index(stop) + len(stop)]
+    assert stopped.ids == greedy.ids[: len(stopped.ids)]
+
+
+def test_stop_text_across_an_interruption_ends_the_response(
+    engine: Engine, greedy: Completion
+) -> None:
+    text = engine.text(greedy)
+    stop = text[6:9]
+    begun = text.index(stop) + 1  # one character of the stop text: the engine sees the other two
+    resumed = Segment(3, greedy.ids[:begun], [-0.5] * begun)
+    [stopped] = engine.generate(replace(GREEDY, stop=(stop,)), resumed=(resumed,))
+    assert (stopped.stop, engine.text(stopped)) == ("stop", text[: begun + 2])
+    assert [len(segment.ids) for segment in stopped.segments] == [begun, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_logprobs_are_those_of_transformers_at_the_temperature(
+    engine: Engine, temperature: float
+) -> None:
+    for completion in engine.generate(Sampling(40, temperature, [0], stop=("+", "7")), 6):
+        expected = engine.logprobs(completion.ids, temperature)
+        said = [logprob for segment in completion.segments for logprob in segment.logprobs]
+        chosen = expected[np.arange(len(said)), completion.ids]
+        np.testing.assert_allclose(said, chosen, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "truncation", [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.4}], ids=lambda it: next(iter(it))
+)
+def test_truncated_sampling_returns_logprobs_of_all_tokens(
+    engine: Engine, truncation: dict[str, Any]
+) -> None:
+    """So training refuses it: the tokens came from the renormalised distribution of a few."""
+    renormalised_differs = 0.0
+    for completion in engine.generate(Sampling(40, 0.8, [0], **truncation), 4):
+        logprobs = engine.logprobs(completion.ids, 0.8)
+        said = [logprob for segment in completion.segments for logprob in segment.logprobs]
+        np.testing.assert_allclose(said, logprobs[np.arange(len(said)), completion.ids], atol=1e-3)
+        for row, token in zip(np.exp(logprobs), completion.ids, strict=True):
+            kept = kept_tokens(row, **truncation)
+            assert token in kept
+            renormalised_differs = max(renormalised_differs, float(-np.log(row[kept].sum())))
+    assert renormalised_differs > 0.2
+
+
+def kept_tokens(
+    probabilities: np.ndarray, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
+) -> np.ndarray:
+    order = np.argsort(-probabilities)
+    if top_k:
+        return order[:top_k]
+    if top_p < 1:
+        before = np.cumsum(probabilities[order]) - probabilities[order]
+        return order[before <= top_p + 1e-4]
+    return order[probabilities[order] >= min_p * probabilities.max() - 1e-4]
