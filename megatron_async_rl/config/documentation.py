@@ -64,8 +64,19 @@ def _sections(path: str, section: type[Section]) -> Iterator[str]:
             cells = (field.name, _type(field.type), _default(field), texts[field.name])
             yield "| `{}` | {} | {} | {} |\n".format(*(cell.replace("|", "\\|") for cell in cells))
     for field in fields:
+        name = f"{path}.{field.name}".lstrip(".")
         if _is_section(field.type):
-            yield from _sections(f"{path}.{field.name}".lstrip("."), field.type)
+            yield from _sections(name, field.type)
+        elif item := item_section(field.type):
+            yield from _sections(f"{name}[]", item)
+
+
+def item_section(kind: Any) -> type[Section] | None:
+    """Returns the section that describes an entry of a list of sections; None for other types."""
+    if _is_section(kind):
+        return kind
+    found = (item_section(argument) for argument in typing.get_args(kind))
+    return next((item for item in found if item), None)
 
 
 def _is_section(kind: Any) -> bool:
@@ -91,7 +102,7 @@ def _type(kind: Any) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
         return f"list of {_type(arguments[0])}"
-    if origin is dict:
+    if origin is dict or _is_section(kind):
         return "mapping"
     if arguments:
         return " or ".join(_type(argument) for argument in arguments)

@@ -114,15 +114,23 @@ def _check_values(tree: dict[Any, Any], path: str) -> None:
             raise ConfigError(f"{setting}: the key {key!r} is not text", "write it in quotes")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{setting} = {value}: expected a finite number")
-        if isinstance(value, dict):
-            _check_values(value, setting)
+        for node, name in [(value, setting), *_items(value, setting)]:
+            if isinstance(node, dict):
+                _check_values(node, name)
+
+
+def _items(value: Any, setting: str) -> list[tuple[Any, str]]:
+    """Returns the entries of a list with their names."""
+    if not isinstance(value, list):
+        return []
+    return [(item, f"{setting}[{index}]") for index, item in enumerate(value)]
 
 
 def _explain(message: str, tree: dict[str, Any]) -> str:
     """Turns an error message of msgspec into setting, value, rule, documentation and remedy."""
     match = re.fullmatch(r"(?P<rule>.*?)(?: - at `\$\.?(?P<path>.*?)`)?", message, re.S)
     assert match
-    rule, path = match["rule"], match["path"] or ""
+    rule, path = match["rule"], (match["path"] or "").replace("[...]", "")
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", rule):
         names = [field.encode_name for field in msgspec.structs.fields(_section_at(path))]
         nearest = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.0)[0]
@@ -136,17 +144,26 @@ def _explain(message: str, tree: dict[str, Any]) -> str:
         key = path
         if "enum value" in rule:
             rule = f"expected one of {', '.join(map(repr, get_args(_annotation(key))))}"
-        value: Any = tree
-        for part in key.split("."):
+        problem = f"{key} = {_value_at(tree, key)!r}: {rule[0].lower() + rule[1:]}"
+    override = "" if "[" in key else f" or with {key}=VALUE"
+    return f"{problem}. {_description(key)} Set it in the YAML{override}"
+
+
+def _value_at(tree: Any, key: str) -> Any:
+    value = tree
+    for part in re.findall(r"[^.\[\]]+", key):
+        if isinstance(value, list):
+            value = value[int(part)]
+        else:
             value = value.get(part) if isinstance(value, dict) else None
-        problem = f"{key} = {value!r}: {rule[0].lower() + rule[1:]}"
-    return f"{problem}. {_description(key)} Set it in the YAML or with {key}=VALUE"
+    return value
 
 
 def _section_at(path: str) -> type:
     section: type = Config
     for part in filter(None, path.split(".")):
-        section = _field_type(section, part)
+        kind = _field_type(section, part)
+        section = (documentation.item_section(kind) if part.endswith("]") else None) or kind
     return section
 
 
@@ -156,6 +173,7 @@ def _annotation(key: str) -> Any:
 
 
 def _field_type(section: type, name: str) -> Any:
+    name = name.partition("[")[0]
     return next(f.type for f in msgspec.structs.fields(section) if f.encode_name == name)
 
 
@@ -163,6 +181,6 @@ def _description(key: str) -> str:
     """Returns the documentation of a setting; empty for a section."""
     path, _, name = key.rpartition(".")
     try:
-        return documentation.field_texts(_section_at(path)).get(name, "")
+        return documentation.field_texts(_section_at(path)).get(name.partition("[")[0], "")
     except (StopIteration, TypeError):
         return ""
