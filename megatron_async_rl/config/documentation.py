@@ -36,6 +36,8 @@ def field_texts(section: type[Section]) -> dict[str, str]:
     body = ast.parse(inspect.getsource(section)).body[0]
     assert isinstance(body, ast.ClassDef)
     texts, name = {}, ""
+    if (parent := section.__base__) is not Section:  # an evaluation set is a data source, and more
+        texts |= field_texts(parent)
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             name = node.target.id
@@ -68,11 +70,12 @@ def _sections(path: str, section: type[Section]) -> Iterator[str]:
         if _is_section(field.type):
             yield from _sections(name, field.type)
         elif item := item_section(field.type):
-            yield from _sections(f"{name}[]", item)
+            is_named = typing.get_origin(field.type) is dict
+            yield from _sections(f"{name}.NAME" if is_named else f"{name}[]", item)
 
 
 def item_section(kind: Any) -> type[Section] | None:
-    """Returns the section that describes an entry of a list of sections; None for other types."""
+    """Returns the section of the entries of a list or mapping; None for other types."""
     if _is_section(kind):
         return kind
     found = (item_section(argument) for argument in typing.get_args(kind))

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import msgspec
 import yaml
@@ -18,6 +18,7 @@ import yaml
 from megatron_async_rl.config import documentation
 from megatron_async_rl.config.checks import cross_check
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.sections import EvaluationSet
 from megatron_async_rl.errors import ConfigError
 
 
@@ -77,7 +78,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     try:
         config = msgspec.convert(tree, Config, strict=True)
     except msgspec.ValidationError as e:
-        raise ConfigError(_explain(str(e), tree)) from None
+        raise ConfigError(_explain(_with_set_name(str(e), tree), tree)) from None
     cross_check(config)
     return config
 
@@ -126,6 +127,19 @@ def _items(value: Any, setting: str) -> list[tuple[Any, str]]:
     return [(item, f"{setting}[{index}]") for index, item in enumerate(value)]
 
 
+def _with_set_name(message: str, tree: dict[str, Any]) -> str:
+    """Returns the error message with the key of the mapping that msgspec writes as [...]."""
+    place = "$.evaluation.sets[...]"
+    if place not in message:
+        return message
+    for name, entry in tree["evaluation"]["sets"].items():
+        try:
+            msgspec.convert(entry, EvaluationSet, strict=True)
+        except msgspec.ValidationError:
+            break
+    return message.replace(place, f"$.evaluation.sets.{name}")
+
+
 def _explain(message: str, tree: dict[str, Any]) -> str:
     """Turns an error message of msgspec into setting, value, rule, documentation and remedy."""
     match = re.fullmatch(r"(?P<rule>.*?)(?: - at `\$\.?(?P<path>.*?)`)?", message, re.S)
@@ -161,9 +175,14 @@ def _value_at(tree: Any, key: str) -> Any:
 
 def _section_at(path: str) -> type:
     section: type = Config
-    for part in filter(None, path.split(".")):
+    parts = iter(filter(None, path.split(".")))
+    for part in parts:
         kind = _field_type(section, part)
-        section = (documentation.item_section(kind) if part.endswith("]") else None) or kind
+        item = documentation.item_section(kind)
+        is_mapping = get_origin(kind) is dict and item is not None
+        if is_mapping:
+            next(parts, None)  # the name of the entry
+        section = (item if part.endswith("]") or is_mapping else None) or kind
     return section
 
 
