@@ -69,8 +69,6 @@ class SourceConfig(Section, frozen=True, kw_only=True):
     """`auto` uses data.reader if it is set, else the suffix of the files."""
     split: str | None = None
     """In a folder with several splits, the one to read."""
-    weight: PositiveFloat = 1.0
-    """Share of the prompts that come from this source, relative to the other sources."""
     fields: dict[str, Text] = msgspec.field(default_factory=dict)
     """Column of each field, such as `{prompt: question, answer: reward_model.ground_truth}`;
     columns that are not named are left out. Empty keeps all columns under their own names."""
@@ -80,6 +78,13 @@ class SourceConfig(Section, frozen=True, kw_only=True):
     """Prompts of fewer tokens are left out."""
     max_prompt_tokens: PositiveInt | None = None
     """Prompts of more tokens are left out. Null leaves out none."""
+
+
+class TrainingSource(SourceConfig, frozen=True, kw_only=True):
+    """One source of training prompts."""
+
+    weight: PositiveFloat = 1.0
+    """Share of the prompts that come from this source, relative to the other sources."""
 
 
 class DataFilterConfig(Section, frozen=True, kw_only=True):
@@ -97,17 +102,12 @@ class DataFilterConfig(Section, frozen=True, kw_only=True):
 class DataConfig(Section, frozen=True, kw_only=True):
     """The datasets, and how a prompt becomes tokens."""
 
-    train: Text | Annotated[tuple[SourceConfig, ...], msgspec.Meta(min_length=1)]
+    train: Text | Annotated[tuple[TrainingSource, ...], msgspec.Meta(min_length=1)]
     """Training prompts: the path of a dataset, or a list of sources. A row has `prompt`, and
     `answer` or `tests`."""
     reader: str | None = None
     """Your own reader of sources, `package.module:function`. Null uses the built-in readers."""
     filter: DataFilterConfig = DataFilterConfig()
-    eval: str | None = None
-    """Path of the dataset for the evaluation before and after training. Null disables the
-    evaluation."""
-    eval_temperature: NonNegativeFloat = 0.0
-    """Sampling temperature of the evaluation. 0 is greedy decoding."""
     chat_template: bool = False
     """Render a text `prompt` as a user message with the chat template of the model."""
     chat_template_name: str | None = None
@@ -120,6 +120,40 @@ class DataConfig(Section, frozen=True, kw_only=True):
     overlong: Literal["refuse", "drop"] = "refuse"
     """Prompts that leave no room for rollout.max_new_tokens in model.context_tokens: `refuse` ends
     the start and names the row, `drop` leaves them out and counts them."""
+
+
+class EvaluationSet(SourceConfig, frozen=True, kw_only=True):
+    """One evaluation set, by a name of your own: a dataset, and how its prompts are sampled."""
+
+    samples: PositiveInt = 1
+    """Number of samples of each prompt (k of avg@k)."""
+    temperature: NonNegativeFloat = 0.0
+    """Sampling temperature. 0 is greedy decoding."""
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    """As `rollout.top_p`, also while a trainer runs."""
+    top_k: NonNegativeInt = 0
+    """As `rollout.top_k`."""
+    min_p: Fraction = 0.0
+    """As `rollout.min_p`."""
+    max_new_tokens: PositiveInt | None = None
+    """Maximum number of response tokens. Null uses rollout.max_new_tokens."""
+
+
+class EvaluationConfig(Section, frozen=True, kw_only=True):
+    """Evaluations of the policy before, during and after training (docs/evaluation.md)."""
+
+    sets: dict[str, EvaluationSet] = msgspec.field(default_factory=dict)
+    """Evaluation sets by name. Without one nothing is evaluated."""
+    before: bool = True
+    """Evaluate the starting policy."""
+    after: bool = True
+    """Evaluate the last version."""
+    every: NonNegativeInt = 0
+    """Also evaluate every k-th version during training. 0 disables it."""
+    mode: Literal["pause", "held_server", "mixed"] = "pause"
+    """`pause` generates no training samples meanwhile. `held_server` keeps one of the servers at
+    the version until its evaluation is complete, while training continues with the others. `mixed`
+    evaluates on all servers behind training, over several versions."""
 
 
 class RolloutConfig(Section, frozen=True, kw_only=True):
@@ -319,3 +353,6 @@ class MonitorConfig(Section, frozen=True, kw_only=True):
     logprob_mismatch_alarm: PositiveFloat | None = 0.05
     """Warn when the mean absolute difference between engine and trainer logprobs exceeds this. Null
     disables it."""
+    mismatch_probe_samples: Annotated[int, msgspec.Meta(ge=0, le=256)] = 4
+    """Samples of each step of which 256 tokens are also scored by a server with the weights under
+    training, and compared with the trainer. Needs rollout.temperature = 1. 0 disables it."""

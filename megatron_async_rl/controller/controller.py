@@ -59,6 +59,7 @@ from megatron_async_rl.controller.handlers import MessageHandlers
 from megatron_async_rl.controller.journal.journal import Journal
 from megatron_async_rl.controller.monitoring import watchdog
 from megatron_async_rl.controller.monitoring.length_monitor import LengthMonitor
+from megatron_async_rl.controller.monitoring.mismatch import MismatchMonitor
 from megatron_async_rl.controller.monitoring.progress import Progress
 from megatron_async_rl.controller.monitoring.score_monitor import ScoreMonitor
 from megatron_async_rl.controller.saving import CheckpointCommitter
@@ -67,7 +68,9 @@ from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinat
 from megatron_async_rl.controller.weight_sync.session import RelabelPublisher, UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.controller.workers import Workers
-from megatron_async_rl.data.dataset import PromptStream, changed_data, read_prompts
+from megatron_async_rl.data.dataset import read_source, read_training
+from megatron_async_rl.data.digests import changed_data
+from megatron_async_rl.data.order import PromptStream
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ConfigError, Error, Preempted
 from megatron_async_rl.observability.run_log import RunLog
@@ -84,10 +87,10 @@ class Controller:
         if changed := changed_data(config.run_dir, config):
             raise ConfigError(changed)
         tokenizer = Tokenizer(config.model.path)
-        prompts = read_prompts(config.data.train, "data.train", config, tokenizer)
+        prompts = read_training(config, tokenizer)
         eval_prompts = []
         if config.data.eval:
-            eval_prompts = read_prompts(config.data.eval, "data.eval", config, tokenizer)
+            eval_prompts = read_source(config.data.eval, "data.eval", config, tokenizer)
         self.config = config
         self.journal = journal
         self.queue = EventQueue()
@@ -105,7 +108,8 @@ class Controller:
             else RelabelPublisher(session)
         )
         self.updates = UpdateCoordinator(context, self.publisher, CatchUp(context, store))
-        self.delivery = BatchDelivery(context)
+        self.mismatch = MismatchMonitor(config)
+        self.delivery = BatchDelivery(context, self.mismatch)
         self.saving = CheckpointCommitter(context)
         self.evaluation = Evaluation(context, eval_prompts)
         self.lengths = LengthMonitor()
@@ -183,6 +187,7 @@ class Controller:
     async def _apply(self, event: inputs.CoreEvent) -> None:
         if isinstance(event, inputs.Received):
             self.scores.received(event.worker, event.message)
+            self.mismatch.received(event.message)
         followed = self.core.handle(event, time.monotonic())
         recorded = self.core.take_events()
         self.journal.append(recorded)
@@ -222,8 +227,10 @@ class Controller:
             self.progress.replayed(step.version, self.core.version)
         else:
             stats = step.stats | self.lengths.step() | self.scores.step()
+            stats |= self.mismatch.step(step.version - 1)
             self.progress.step_done(step.version, stats)
             self.lengths.check(self.progress.warn)
+            self.mismatch.check(step.version, stats, self.progress.warn)
 
     async def _request_weights(self) -> None:
         """Gives weights to servers that joined between updates, from a snapshot or the trainer."""

@@ -12,10 +12,11 @@ import time
 
 import numpy as np
 
-from megatron_async_rl.controller.advantage import sample_advantages
+from megatron_async_rl.controller.advantage import Advantages, sample_advantages, token_means
 from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.core.actions import ResendBatch, SendBatch
 from megatron_async_rl.controller.core.groups import Group
+from megatron_async_rl.controller.monitoring.mismatch import MismatchMonitor
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.messages import Refused, TrainBatch
 from megatron_async_rl.protocol.types import Sample, TrainSample
@@ -24,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 class BatchDelivery:
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, mismatch: MismatchMonitor) -> None:
+        self._mismatch = mismatch
+        self._fleet = context.core.fleet
         self._config = context.config
         self._journal = context.journal
         self._workers = context.workers
@@ -66,16 +69,19 @@ class BatchDelivery:
     async def _send(self, batch: SendBatch) -> tuple[np.ndarray, np.ndarray]:
         rewards, advantages = self._advantages(batch.groups)
         samples = [
-            train_sample(sample, float(advantages[g, s]))
+            train_sample(sample, advantages[g][s])
             for g, group in enumerate(batch.groups)
             for s, sample in enumerate(group.samples)
             if sample is not None
         ]
+        probe = self._mismatch.choose(batch.version, samples, self._fleet.rollout.values())
         shares = balanced_shares(samples, self._config.num_leaders)
         for worker in self._workers.leaders:
             share = TrainBatch(batch.version, shares[worker.hello.leader])
             await self._workers.send(worker.name, share)
-        return rewards, advantages
+        if probe:
+            await self._workers.send(*probe)
+        return rewards, token_means(advantages)
 
     async def _resend(self, version: int) -> None:
         """Sends a recorded batch; refuses a trainer that asks for one that is not recorded."""
@@ -103,8 +109,8 @@ class BatchDelivery:
             groups[score.group_id].rewards[score.index] = score.reward
         return SendBatch(version, list(groups.values()))
 
-    def _advantages(self, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns rewards and advantages, [groups, samples] each."""
+    def _advantages(self, groups: list[Group]) -> tuple[np.ndarray, Advantages]:
+        """Returns rewards [groups, samples] and advantages."""
         rewards = np.asarray([group.rewards for group in groups], np.float64)
         tokens = np.asarray(
             [[sample.num_generated for sample in group.samples if sample] for group in groups]
@@ -133,7 +139,14 @@ def balanced_shares(samples: list[TrainSample], num_shares: int) -> list[list[Tr
     return shares
 
 
-def train_sample(sample: Sample, advantage: float) -> TrainSample:
-    """Returns the sample as the trainer takes it, with its advantage on every token."""
-    advantages = np.full(len(sample.ids), advantage, np.float32)
+def train_sample(sample: Sample, advantage: float | np.ndarray) -> TrainSample:
+    """Returns the sample as the trainer takes it.
+
+    `advantage`: one for all tokens, or an array with one entry per generated token.
+    """
+    if np.ndim(advantage):
+        advantages = np.zeros(len(sample.ids), np.float32)
+        advantages[sample.generated] = advantage
+    else:
+        advantages = np.full(len(sample.ids), advantage, np.float32)
     return TrainSample(sample.ids, sample.logprobs, sample.versions, advantages)

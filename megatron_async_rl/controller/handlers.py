@@ -61,6 +61,7 @@ class MessageHandlers:
             messages.ScoreResult: self._for_core,
             messages.GetBatch: self._get_batch,
             messages.StepDone: self._for_core,
+            messages.ProbeResult: self._for_core,
             messages.CheckpointSaved: self._checkpoint_saved,
             messages.PublishOffer: self._publish_offer,
             messages.UpdateReady: self._update_reply,

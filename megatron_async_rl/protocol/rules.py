@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.messages import Hello, Message
@@ -28,6 +29,7 @@ LARGEST = (1 << 53) - 1  # of an integer; every float and every file format can 
 MAX_CAPACITY = 1 << 20
 MAX_ENTRIES = 1 << 20  # of a list or a dictionary
 MAX_METRICS = 1024
+MAX_PROBE_TOKENS = 1 << 20
 _NAME = re.compile(r"(rollout|reward|trainer)-[0-9]{1,9}")
 _METRIC = re.compile(r"[a-z0-9_]{1,32}(/[a-zA-Z0-9_.-]{1,64}){1,3}")
 _PHASE = re.compile(r"[a-z0-9_]{1,64}")
@@ -158,6 +160,7 @@ RULES: dict[type[Message], Rule] = {
     messages.ScoreResult: Rule(_REWARD),
     messages.GetBatch: Rule(frozenset({"leader"})),
     messages.StepDone: Rule(_FIRST, _step_done),
+    messages.ProbeResult: Rule(_ROLLOUT),
     messages.CheckpointSaved: Rule(_FIRST, _checkpoint_saved),
     messages.PublishOffer: Rule(_SOURCE, _publish_offer),
     messages.GroupOpened: Rule(_SOURCE),
@@ -195,6 +198,10 @@ def _is_seconds(value: Any) -> bool:
 
 def _is_metrics(value: dict[str, float]) -> bool:
     return len(value) <= MAX_METRICS and all(map(_METRIC.fullmatch, value))
+
+
+def _is_probe(value: np.ndarray) -> bool:
+    return value.dtype == np.float32 and len(value) <= MAX_PROBE_TOKENS
 
 
 def _is_digests(value: dict[str, str]) -> bool:
@@ -245,6 +252,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "digests": _is_digests,
     "seconds": _is_seconds,
     "stats": _is_metrics,
+    "probe_logprobs": _is_probe,
     # checked against the others of the message or of the run
     "folder": _anything,
     "row": _anything,
@@ -255,11 +263,13 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "stop": _anything,
     "error": _anything,
     "response": _anything,
+    "answer": lambda answer: len(answer) <= messages.MAX_ANSWER,
     "text": _anything,
     # tokens, see controller/core/tokens.py
     "ids": _anything,
     "logprobs": _anything,
     "versions": _anything,
+    "discount": lambda discount: 0 <= discount <= 1,
 }
 
 

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 NOT_GENERATED = -1
+PROBE_TOKENS = 256  # at most, of each sample of a mismatch probe
 
 StopReason = Literal["stop", "length"]
 Purpose = Literal["train", "eval"]
@@ -56,6 +57,7 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop: StopReason
     text: str  # the response
     num_interrupts: int = 0  # weight updates during generation
+    discount: float = 1.0  # 0 to 1; the reward in training is the score of `text` times this
 
     @property
     def generated(self) -> np.ndarray:
@@ -144,6 +146,16 @@ class TrainSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprobs: np.ndarray  # [num_tokens] float32, behavior logprob of token t given tokens < t
     versions: np.ndarray  # [num_tokens] int32
     advantages: np.ndarray  # [num_tokens] float32; undefined where not generated
+    probe_index: int = -1  # number of the sample in the step's mismatch probe; -1: not part of it
+    probe_start: int = 0  # first of its PROBE_TOKENS tokens that the probe compares
+
+    def probe_slots(self) -> np.ndarray:
+        """Returns [num_tokens] int32: 1 + the place of a token in the probe; 0: not part of it."""
+        slots = np.zeros(len(self.ids), np.int32)
+        if self.probe_index >= 0:
+            tokens = slots[self.probe_start : self.probe_start + PROBE_TOKENS]
+            tokens[:] = np.arange(len(tokens)) + self.probe_index * PROBE_TOKENS + 1
+        return slots
 
 
 def _oldest(versions: np.ndarray) -> int:

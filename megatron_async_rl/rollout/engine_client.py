@@ -125,6 +125,31 @@ class EngineClient:
         reply = await self._call("POST", "/generate", request, self._api, self._generate_timeout_s)
         return self._output(reply)
 
+    async def input_logprobs(
+        self, ids: list[int], start: int, cache_key: str | None = None
+    ) -> tuple[int, list[float]]:
+        """Returns the version of the weights, and the logprobs of ids[start:] by one prefill.
+
+        They are under softmax(logits): SGLang divides by a temperature for sampled tokens only. The
+        version is -1 if an update aborted the request.
+        """
+        request: dict[str, Any] = {
+            "input_ids": ids,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": start - 1,
+        }
+        if cache_key is not None:
+            request["extra_key"] = cache_key
+        reply = await self._call("POST", "/generate", request, self._api, self._generate_timeout_s)
+        output = self._output(reply)
+        if output.stop == "abort" or not output.segments:
+            return -1, []
+        found = reply["meta_info"].get("input_token_logprobs", [])[-len(ids[start:]) :]
+        if [token for _, token, *_ in found] != ids[start:]:
+            raise EngineError("the server returned logprobs of other input tokens than asked for")
+        return output.segments[0].version, [logprob for logprob, *_ in found]
+
     def _output(self, reply: dict[str, Any]) -> RequestOutput:
         meta = reply["meta_info"]
         reason = meta["finish_reason"]

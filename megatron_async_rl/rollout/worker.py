@@ -39,6 +39,7 @@ from megatron_async_rl.rollout.generation import Generator
 from megatron_async_rl.rollout.interruption import ABORT_INTERVAL_S
 from megatron_async_rl.rollout.partials import PartialStore
 from megatron_async_rl.rollout.policy import PolicyServices, SamplePolicy, ScoreClient
+from megatron_async_rl.rollout.probe import score_windows
 from megatron_async_rl.rollout.weight_update import UpdateStep, WeightUpdates
 from megatron_async_rl.rollout.workflow import Workflow
 
@@ -70,6 +71,7 @@ class RolloutWorker:
             tokenizer.decode_all,
         )
         self._policy_services = PolicyServices(
+            config=config,
             tokenizer=tokenizer,
             generator=self.generator,
             partials=PartialStore(),
@@ -128,6 +130,8 @@ class RolloutWorker:
                         task = self._spawn(self._run_sample(message, index, partial))
                         self._sample_tasks.add(task)
                         task.add_done_callback(self._sample_tasks.discard)
+                case messages.ProbeRequest():
+                    self._spawn(self._answer_probe(message))
                 case messages.ScoreResult():
                     self._policy_services.scores.deliver(message)
                 case messages.WeightDigests() | messages.AbandonUpdate():
@@ -161,6 +165,10 @@ class RolloutWorker:
                     f"rollout.lease_timeout_s = {limit_s:.0f} nor then a probe of one token"
                 )
             self.generator.timed_out.clear()
+
+    async def _answer_probe(self, request: messages.ProbeRequest) -> None:
+        if result := await score_windows(request, self._client, self.gate, self.updates):
+            await self._link.send(result)
 
     async def _wait_sigterm(self) -> None:
         """Preemption: this host is taken away, and the run continues elsewhere."""

@@ -16,12 +16,15 @@ def _train(run_dir: Path) -> None:
     config = load.load(run_dir / "config.yaml")
     patches.prepare_megatron()  # before the imports below, which import megatron.core
     from megatron_async_rl.trainer import parallel, step
+    from megatron_async_rl.trainer.algorithms import objectives
     from megatron_async_rl.trainer.checkpoint import export
     from megatron_async_rl.trainer.checkpoint.checkpoint import Checkpointer
     from megatron_async_rl.trainer.controller_client import ControllerClient
     from megatron_async_rl.trainer.model import build
+    from megatron_async_rl.trainer.probe import Probe
     from megatron_async_rl.weights.publish import WeightPublisher
 
+    objectives.load(config.algorithm)  # before anything is generated: it may be a user's
     parallel.init_parallel(config)
     model = build.build(config)
     controller = ControllerClient(config, run_dir)
@@ -39,9 +42,10 @@ def _train(run_dir: Path) -> None:
         if samples is None:  # the run is being stopped
             checkpointer.save(version)
             break
-        metrics = step.train_step(model, samples, version, config)
+        probe = Probe(config.monitor.mismatch_probe_samples, model.device)
+        metrics = step.train_step(model, samples, version, config, probe)
         version += 1
-        controller.report_step(version, metrics)
+        controller.report_step(version, metrics, probe.logprobs())
         if version == config.run.steps:
             checkpointer.save(version)  # before `publish` tells the controller that all is done
         publisher.publish(version)  # interrupt generation, reshard, send, verify, resume

@@ -84,10 +84,12 @@ class ControllerClient:
             )
         return message.samples
 
-    def report_step(self, version: int, metrics: dict[str, float]) -> None:
+    def report_step(
+        self, version: int, metrics: dict[str, float], probe_logprobs: np.ndarray
+    ) -> None:
         """Reports that the weights are now `version`; sent by rank 0 only."""
         if dist.get_rank() == 0 and self._socket:
-            self._socket.send(messages.StepDone(version, metrics))
+            self._socket.send(messages.StepDone(version, metrics, probe_logprobs))
 
     def report_checkpoint(self, version: int, folder: str) -> None:
         """Reports that all files of a checkpoint are complete; call it on rank 0 only."""

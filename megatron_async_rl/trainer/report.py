@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
-import torch.distributed as dist
-
-from megatron_async_rl.config.config import Config
-from megatron_async_rl.trainer.algorithms.loss import MAXIMA, SUMS
+from megatron_async_rl.trainer.algorithms.loss import MAXIMA, SUMS, USER
 from megatron_async_rl.trainer.data.microbatch import Microbatch
 
-logger = logging.getLogger(__name__)
 PACKING_SUMS = ("packed", "budget", "least_budget", "cost", "microbatches")
 
 
@@ -24,29 +19,25 @@ def packing_sums(minibatch: list[Microbatch], budget: int) -> list[float]:
     return [tokens, len(costs) * budget, needed * budget, sum(costs), len(costs)]
 
 
-def warn_of_mismatch(stats: dict[str, float], version: int, config: Config) -> None:
-    """Logs a warning if engine and trainer logprobs differ more than the configured limit."""
-    limit = config.monitor.logprob_mismatch_alarm
-    if limit is not None and stats["train/logprob_diff_mean"] > limit and dist.get_rank() == 0:
-        logger.warning(
-            "training step %d: engine and trainer differ by %.4g a token (mean absolute logprob "
-            "difference under the same version), more than monitor.logprob_mismatch_alarm = %g; "
-            "largest %.4g; fraction of tokens beyond the cap %.2g",
-            version,
-            stats["train/logprob_diff_mean"],
-            limit,
-            stats["train/logprob_diff_max"],
-            stats["train/mismatch_beyond_cap_fraction"],
-        )
-
-
 def summary(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Returns the step's metrics: token means over its minibatches, maxima, mean gradient norm."""
-    total = {name: sum(step[name] for step in steps) for name in (*SUMS, *PACKING_SUMS)}
+    """Returns the step's metrics: token means over its minibatches, maxima, mean gradient norm.
+
+    Those of the mismatch are absent if the step had no tokens to compare.
+    """
+    user = [name for name in steps[0] if name.startswith(USER)]
+    total = {name: sum(step[name] for step in steps) for name in (*SUMS, *user, *PACKING_SUMS)}
     largest = {name: max(step[name] for step in steps) for name in (*MAXIMA, "cost_max")}
-    tokens, compared_tokens = max(total["tokens"], 1), max(total["compared_tokens"], 1)
+    tokens = max(total["tokens"], 1)
     overflowed = sum(step["overflowed"] for step in steps)
-    return {
+    mismatch = {}
+    if compared_tokens := total["compared_tokens"]:
+        mismatch = {
+            "train/logprob_diff_mean": total["logprob_diff"] / compared_tokens,
+            "train/logprob_diff_max": largest["logprob_diff_max"],
+            "train/mismatch_kl": total["mismatch_kl"] / compared_tokens,
+            "train/mismatch_beyond_cap_fraction": total["mismatch_beyond_cap"] / compared_tokens,
+        }
+    return mismatch | {
         "train/loss": total["loss"] / tokens,
         "train/grad_norm": sum(step["grad_norm"] for step in steps)
         / max(1, len(steps) - overflowed),
@@ -60,10 +51,6 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
         "train/clip_fraction": total["clipped"] / tokens,
         "train/dual_clip_fraction": total["dual_clipped"] / tokens,
         "train/masked_by_cap_fraction": total["masked_by_cap"] / tokens,
-        "train/logprob_diff_mean": total["logprob_diff"] / compared_tokens,
-        "train/logprob_diff_max": largest["logprob_diff_max"],
-        "train/mismatch_kl": total["mismatch_kl"] / compared_tokens,
-        "train/mismatch_beyond_cap_fraction": total["mismatch_beyond_cap"] / compared_tokens,
         "train/reference_kl": total["reference_kl"] / tokens,
         "train/stopped_minibatches": sum(step["stopped"] for step in steps),
         "train/overflowed_minibatches": overflowed,
@@ -77,4 +64,5 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
         "train/packing_imbalance": (
             largest["cost_max"] * total["microbatches"] / max(total["cost"], 1e-9)
         ),
+        **{f"train/{name}": total[name] / tokens for name in user},
     }

@@ -25,19 +25,25 @@ from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.storage import batches
 from megatron_async_rl.trainer import optimizer_step, passes, pipeline, report
 from megatron_async_rl.trainer.algorithms import critic as critics
-from megatron_async_rl.trainer.algorithms.loss import MAXIMA, SUMS, LossInputs, policy_loss
+from megatron_async_rl.trainer.algorithms.loss import MAXIMA, LossInputs, policy_loss, sum_names
 from megatron_async_rl.trainer.data.microbatch import Microbatch, Packing, make_minibatches
 from megatron_async_rl.trainer.model.build import TrainerModel
+from megatron_async_rl.trainer.probe import Probe
 
 Metrics = dict[str, float]
 
 
 def train_step(
-    model: TrainerModel, samples: Sequence[TrainSample], version: int, config: Config
+    model: TrainerModel,
+    samples: Sequence[TrainSample],
+    version: int,
+    config: Config,
+    probe: Probe | None = None,
 ) -> Metrics:
     """Trains on this data-parallel replica's samples; collective over all trainer ranks.
 
-    Every rank of a replica passes the same samples. Returns the step's metrics, the same on every
+    Every rank of a replica passes the same samples. `probe` collects the logprobs of the samples
+    that are part of one. Returns the step's metrics, the same on every
     rank. Raises NonFiniteStep, on all ranks, before an optimizer step that would write non-finite
     weights.
     """
@@ -50,7 +56,9 @@ def train_step(
     minibatches = passes.add_m2_mask(minibatches, config)
     passes_ended = time.monotonic()
     try:
-        steps = [train_minibatch(model, minibatch, version, config) for minibatch in minibatches]
+        steps = [
+            train_minibatch(model, minibatch, version, config, probe) for minibatch in minibatches
+        ]
     except NonFiniteStep as e:
         raise NonFiniteStep(f"{e}. {_save_refused_batch(samples, version, config)}") from None
     learning_rate = model.optimizer.param_groups[0]["lr"]
@@ -59,7 +67,6 @@ def train_step(
     if model.critic:
         model.critic.scheduler.step(increment=1)
         metrics |= critics.summary([critic for _, critic in steps])
-    report.warn_of_mismatch(metrics, version, config)
     return metrics | {
         "train/lr": float(learning_rate),
         "train/loss_scale": float(model.optimizer.get_loss_scale()) if model.config.fp16 else 1.0,
@@ -69,14 +76,18 @@ def train_step(
 
 
 def train_minibatch(
-    model: TrainerModel, minibatch: list[Microbatch], version: int, config: Config
+    model: TrainerModel,
+    minibatch: list[Microbatch],
+    version: int,
+    config: Config,
+    probe: Probe | None = None,
 ) -> tuple[Metrics, Metrics]:
     """Makes one optimizer step of the policy, and of the critic if there is one.
 
     Returns the sums and maxima of both over the minibatch. All gradients are computed and checked
     before any weight is written.
     """
-    totals = accumulate_gradients(model, minibatch, config)
+    totals = accumulate_gradients(model, minibatch, config, probe)
     values: Metrics = {}
     if model.critic:
         values = critics.accumulate_gradients(model.critic, minibatch, config)
@@ -95,27 +106,29 @@ def train_minibatch(
 
 
 def accumulate_gradients(
-    model: TrainerModel, minibatch: list[Microbatch], config: Config
+    model: TrainerModel, minibatch: list[Microbatch], config: Config, probe: Probe | None = None
 ) -> Metrics:
     """Runs forward and backward over a minibatch; returns the global sums and maxima of the loss.
 
     The gradient is left in the buffers. Collective.
     """
-    parts = pipeline.accumulate_gradients(model, minibatch, partial(_loss_step, model, config))
-    sums = torch.zeros(len(SUMS) + len(report.PACKING_SUMS), dtype=torch.float64)
+    forward_step = partial(_loss_step, model, config, probe)
+    parts = pipeline.accumulate_gradients(model, minibatch, forward_step)
+    loss_sums = sum_names(config.algorithm)
+    sums = torch.zeros(len(loss_sums) + len(report.PACKING_SUMS), dtype=torch.float64)
     maxima = torch.zeros(len(MAXIMA) + 1, dtype=torch.float64)
     if mpu.get_tensor_model_parallel_rank() == 0:  # the other ranks compute the same: count it once
         if parts:
-            sums[: len(SUMS)] = torch.stack([part[0] for part in parts]).sum(0).cpu()
+            sums[: len(loss_sums)] = torch.stack([part[0] for part in parts]).sum(0).cpu()
             maxima[: len(MAXIMA)] = torch.stack([part[1] for part in parts]).amax(0).cpu()
         if mpu.is_pipeline_first_stage() and mpu.get_context_parallel_rank() == 0:
             packing_sums = report.packing_sums(minibatch, config.trainer.max_tokens_per_microbatch)
-            sums[len(SUMS) :] = torch.tensor(packing_sums, dtype=torch.float64)
+            sums[len(loss_sums) :] = torch.tensor(packing_sums, dtype=torch.float64)
             maxima[-1] = max(microbatch.cost for microbatch in minibatch)
     sums, maxima = sums.to(model.device), maxima.to(model.device)
     dist.all_reduce(sums)
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    names = (*SUMS, *report.PACKING_SUMS, *MAXIMA, "cost_max")
+    names = (*loss_sums, *report.PACKING_SUMS, *MAXIMA, "cost_max")
     return dict(zip(names, sums.tolist() + maxima.tolist(), strict=True))
 
 
@@ -147,7 +160,11 @@ def _save_refused_batch(samples: Sequence[TrainSample], version: int, config: Co
 
 
 def _loss_step(
-    model: TrainerModel, config: Config, data: Iterator[Microbatch], chunk: torch.nn.Module
+    model: TrainerModel,
+    config: Config,
+    probe: Probe | None,
+    data: Iterator[Microbatch],
+    chunk: torch.nn.Module,
 ) -> tuple[Tensor, Any]:
     microbatch = next(data)
 
@@ -155,6 +172,8 @@ def _loss_step(
         logprobs_T, entropy_T = passes.policy_logprobs(
             model, config, microbatch, logits, entropy=True
         )
+        if probe:
+            probe.add(microbatch, logprobs_T)
         inputs = LossInputs(
             logprobs_T=logprobs_T,
             entropy_T=entropy_T,
@@ -170,7 +189,7 @@ def _loss_step(
         )
         loss, metrics = policy_loss(inputs, config.algorithm)
         count = microbatch.mask_T.sum(dtype=torch.int32)
-        sums = torch.stack([metrics[name].double() for name in SUMS])
+        sums = torch.stack([metrics[name].double() for name in sum_names(config.algorithm)])
         return loss, count, (sums, torch.stack([metrics[name].double() for name in MAXIMA]))
 
     return pipeline.forward(model, chunk, microbatch), loss_of

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layouts_main import TEMPERATURE, VOCAB, global_batch
+from layouts_main import PROBED, TEMPERATURE, VOCAB, global_batch
 from paths import ROOT, SUPPORT
 
 from megatron_async_rl.config.algorithm import AlgorithmConfig
@@ -254,6 +254,23 @@ def test_logits_match_transformers(layout_folder: Path, family: str) -> None:
             want = model(input_ids=torch.from_numpy(sample.ids).long()[None]).logits[0]
         torch.testing.assert_close(got[start : start + len(want)], want, rtol=1e-4, atol=1e-4)
         start += len(want)
+
+
+def test_probe_has_the_logprobs_of_the_starting_weights(
+    layout_folder: Path, results: dict[str, Any]
+) -> None:
+    batch = global_batch()
+    for name, values in results["probe"].items():
+        model = hf_model(layout_folder / "models" / ("qwen2" if "tied" in name else "qwen3"))
+        want = np.full(len(values), np.nan)
+        for sample in (batch[number] for number in PROBED):
+            ids, slots = torch.from_numpy(sample.ids).long(), sample.probe_slots()
+            with torch.no_grad():
+                logits = model(input_ids=ids[None]).logits[0] / TEMPERATURE
+            logprobs = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0].numpy()
+            want[slots[1:][slots[1:] > 0] - 1] = logprobs[slots[1:] > 0]
+        assert np.isfinite(want).sum() > 20
+        np.testing.assert_allclose(values, want, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])

@@ -34,9 +34,11 @@ from megatron_async_rl.trainer.checkpoint.export import export_hf
 from megatron_async_rl.trainer.data.microbatch import Packing, make_minibatches, pack
 from megatron_async_rl.trainer.model.build import TrainerModel, build
 from megatron_async_rl.trainer.model.value_head import ValueHead
+from megatron_async_rl.trainer.probe import Probe
 from megatron_async_rl.weights.reshard import hf_tensors
 
 WORLD, VERSION, TEMPERATURE, VOCAB = 4, 5, 0.7, 51
+PROBED = [3, 9]  # samples of the batch that are part of the mismatch probe
 M2PO = {"m2_threshold": 0.5, "behavior_weight_cap": None}
 GSPO = {"loss": "gspo", "behavior_weight_level": "sequence", "behavior_weight_action": "truncate"}
 KL_REWARD = {"kl_coef": 0.5, "kl_in": "reward"}
@@ -50,7 +52,7 @@ SEQUENCE_MASK = {
 def global_batch() -> list[TrainSample]:
     rng = np.random.default_rng(0)
     samples = []
-    for _ in range(16):
+    for number in range(16):
         length, prompt = int(rng.integers(6, 40)), int(rng.integers(1, 5))
         versions = rng.integers(VERSION - 2, VERSION + 1, length)
         versions[:prompt] = -1
@@ -60,6 +62,8 @@ def global_batch() -> list[TrainSample]:
                 logprobs=(-4 + rng.normal(size=length)).astype(np.float32),
                 versions=versions.astype(np.int32),
                 advantages=np.full(length, rng.normal(), np.float32),
+                probe_index=PROBED.index(number) if number in PROBED else -1,
+                probe_start=prompt + (number == PROBED[1]),
             )
         )
     return samples
@@ -193,7 +197,7 @@ def logits_of(model: TrainerModel, config: Any) -> torch.Tensor | None:
 
 def run(folders: Path, out: Path) -> dict[str, Any]:
     qwen3 = folders / "qwen3"
-    results: dict[str, Any] = {"totals": {}, "metrics": {}}
+    results: dict[str, Any] = {"totals": {}, "metrics": {}, "probe": {}}
     layouts = {  # equal sizes together
         "tp1": make_config(qwen3, 1, 1),
         "tp1 small microbatches": make_config(qwen3, 1, 1, budget=40),
@@ -262,15 +266,20 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         )
         save_merged(model, out / f"gradient {name}.pt", get=lambda p: p.main_grad)
         model = start(config)
-        results["metrics"][name] = step.train_step(model, share(), VERSION, config)
+        probe = Probe(len(PROBED), model.device)
+        results["metrics"][name] = step.train_step(model, share(), VERSION, config, probe)
+        results["probe"][name] = probe.logprobs().tolist()
         save_merged(model, out / f"weights {name}.pt")
 
     # Two minibatches need the proximal pass; with one minibatch it must change nothing.
     config = make_config(qwen3, 2, 2, minibatches=2)
     model = start(config)
+    probe = Probe(len(PROBED), model.device)
     results["two minibatches"] = [
-        step.train_step(model, share(), v, config) for v in (VERSION, VERSION + 1)
+        step.train_step(model, share(), VERSION, config, probe),
+        step.train_step(model, share(), VERSION + 1, config),
     ]
+    results["probe"]["two minibatches"] = probe.logprobs().tolist()
     config = make_config(qwen3, 2, 2)
     model = start(config)
     minibatches = make_minibatches(share(), VERSION, Packing.of(model, config), config)

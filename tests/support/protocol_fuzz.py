@@ -29,13 +29,14 @@ from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.core.settings import core_settings
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal
-from megatron_async_rl.data.dataset import PromptStream, read_prompts
+from megatron_async_rl.data.dataset import read_training
+from megatron_async_rl.data.order import PromptStream
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ProtocolError
 from megatron_async_rl.observability.run_log import RunLog
 from megatron_async_rl.protocol import messages as m
 from megatron_async_rl.protocol.transport import Peer
-from megatron_async_rl.protocol.types import Partial, Segment, join_segments
+from megatron_async_rl.protocol.types import PROBE_TOKENS, Partial, Segment, join_segments
 from megatron_async_rl.protocol.wire import Codec, Malformed, UnknownHello, read_unknown_hello
 
 PERIOD = 200  # messages
@@ -193,7 +194,7 @@ class ProtocolFuzz:
     def check_restore(self, journal: Journal) -> None:
         """A controller that starts again has the same ledger."""
         tokenizer = Tokenizer(self.config.model.path)
-        prompts = read_prompts(self.config.data.train, "data.train", self.config, tokenizer)
+        prompts = read_training(self.config, tokenizer)
         stream = PromptStream(prompts, self.config.run.seed)
         restored = Core(core_settings(self.config), stream.next, epoch=0)
         restored.restore(journal.events())
@@ -262,6 +263,9 @@ class ProtocolFuzz:
                 ]
             case m.WeightDigests() | m.LoadSnapshot():
                 return [m.Updated(message.version, {"pause": 0.1})]
+            case m.ProbeRequest():
+                found = np.full(len(message.windows) * PROBE_TOKENS, -0.5, np.float32)
+                return [m.ProbeResult(message.version, found)]
             case m.Published() if worker.hello.leader >= 0:
                 return [m.GetBatch(worker.version)]
             case m.Republish():

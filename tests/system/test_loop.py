@@ -191,6 +191,22 @@ def test_megatron_and_the_engine_agree_on_the_same_weights(run: FinishedRun) -> 
     assert first["logprob_diff_max"] < 1e-3
 
 
+def test_every_step_has_a_mismatch_probe_or_no_figure(run: FinishedRun) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    probed = events.Scalars("probe/logprob_diff_max")
+    # an update may come before the answer, most of all on a loaded machine
+    assert len(probed) >= RUN_STEPS // 2
+    assert max(event.value for event in probed) < 1e-3
+    assert min(event.value for event in events.Scalars("probe/tokens")) > 4
+    # those of staleness 0: only the steps that trained on some
+    current = {e.step: e.value for e in events.Scalars("train/current_version_fraction")}
+    compared = {event.step for event in events.Scalars("train/logprob_diff_mean")}
+    assert compared <= {step for step, fraction in current.items() if fraction > 0}
+
+
 def test_keys_are_private_and_in_no_log(run: FinishedRun) -> None:
     for path in (run.folder / "keys").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path

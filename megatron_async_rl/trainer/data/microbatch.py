@@ -53,6 +53,7 @@ class Microbatch:
     """No proximal_T, and earlier minibatches of this step have changed the weights."""
     m2_mask_T: Tensor | None = None  # bool: tokens that M2PO keeps
     reference_T: Tensor | None = None  # float32
+    probe_T: Tensor | None = None  # int32: 1 + place in the mismatch probe, 0 if not part of it
     values_T: Tensor | None = None  # float32: the critic's prediction before this step
     returns_T: Tensor | None = None  # float32: the critic's target
 
@@ -187,6 +188,7 @@ def pack(samples: Sequence[TrainSample], version: int, packing: Packing) -> Micr
     sample_index = SampleIndex(sequences.shard(sample_W), len(lengths))
     if packing.cp > 1:
         sample_index = replace(sample_index, reduce=context_parallel_sum)
+    is_probed = any(s.probe_index >= 0 for s in samples)
     generated_by = [next_of(s.versions, NOT_GENERATED) for s in samples]
     return Microbatch(
         ids_T=joined([s.ids for s in samples], torch.int64),
@@ -199,4 +201,7 @@ def pack(samples: Sequence[TrainSample], version: int, packing: Packing) -> Micr
         sample_index=sample_index,
         num_tokens=sum(len(s.ids) for s in samples),
         cost=sum(bins.cost(len(s.ids), packing.attention_length) for s in samples),
+        probe_T=joined([next_of(s.probe_slots()) for s in samples], torch.int32)
+        if is_probed
+        else None,
     )
