@@ -13,6 +13,7 @@ from megatron_async_rl.config.sections import (
     CheckpointConfig,
     CriticConfig,
     DataConfig,
+    EvaluationConfig,
     FaultsConfig,
     ModelConfig,
     MonitorConfig,
@@ -33,6 +34,7 @@ class Config(Section, frozen=True, kw_only=True):
     data: DataConfig
     rollout: RolloutConfig
     algorithm: AlgorithmConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
     critic: CriticConfig = CriticConfig()
     staleness: StalenessConfig = StalenessConfig()
     reward: RewardConfig = RewardConfig()

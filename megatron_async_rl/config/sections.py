@@ -286,10 +286,11 @@ class WeightsConfig(Section, frozen=True, kw_only=True):
     kv_cache: Literal["recompute", "keep"] = "recompute"
     """`recompute` drops the KV cache at an update and prefills again. `keep` continues on it;
     tokens are labelled."""
-    interrupt: Literal["abort", "retract"] = "abort"
+    interrupt: Literal["abort", "retract", "finish"] = "abort"
     """With `kv_cache: recompute`: `abort` returns requests to the worker; `retract` (SGLang >=
     0.5.21) requeues them in the engine, which is faster but loses their tokens if that server
-    dies."""
+    dies. `finish` interrupts nothing: the update waits until all requests have ended, for at most
+    0.9 of update_timeout_s, and holds new ones back meanwhile."""
     broadcast_unit: Literal["bucket", "tensor"] = "bucket"
     """One broadcast per bucket (slow links), or one per tensor of it (NVLink)."""
     transport: Literal["network", "disk"] = "network"

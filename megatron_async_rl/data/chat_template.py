@@ -11,9 +11,29 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError, DataError
 
 _SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+PYTHON_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "python",
+        "description": "Runs a Python program and returns what it prints.",
+        "parameters": {
+            "type": "object",
+            "properties": {"code": {"type": "string", "description": "The program."}},
+            "required": ["code"],
+        },
+    },
+}
+
+
+def template_variables(config: Config) -> dict[str, Any]:
+    """Returns the variables for the chat template: data.chat_template_kwargs, and the tools."""
+    tools = {"tools": [PYTHON_TOOL]} if config.rollout.workflow == "python_tool" else {}
+    return tools | config.data.chat_template_kwargs
 
 
 def read_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, str]:

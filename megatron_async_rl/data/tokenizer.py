@@ -14,7 +14,9 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from megatron_async_rl.data import chat_template
-from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.errors import ConfigError, DataError
+
+_RESPONSE = "RESPONSE-7f3a"  # stands for a response in a rendered chat
 
 
 def fingerprint(model_path: str | Path) -> str:
@@ -91,6 +93,23 @@ class Tokenizer:
         """
         template = chat_template.choose_template(self.templates, template_name, self._folder)
         return chat_template.render(template, messages, self._special_tokens, variables or {})
+
+    def render_next_turn(
+        self,
+        messages: list[dict[str, Any]],
+        template_name: str | None = None,
+        variables: dict[str, Any] | None = None,
+    ) -> str:
+        """Renders what follows a response: its end, `messages`, and the start of the next response.
+
+        Raises ConfigError and DataError like `render_chat`.
+        """
+        before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _RESPONSE}]
+        text = self.render_chat([*before, *messages], template_name, variables)
+        _, found, after = text.rpartition(_RESPONSE)
+        if not found:
+            raise DataError("the chat template leaves out a response before the last message")
+        return after
 
     def _starts_with_bos(self) -> bool:
         """True if the tokenizer itself, by its post-processor, puts BOS before a text."""

@@ -18,7 +18,10 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_async_rl.config.checks import cross_host_parallelism_warning
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.data.dataset import check_rows
+from megatron_async_rl.config.sections import SourceConfig
+from megatron_async_rl.data import success_rate
+from megatron_async_rl.data.dataset import check_source
+from megatron_async_rl.data.sources import training_sources
 from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
 from megatron_async_rl.errors import ConfigError, DataError, Error
 from megatron_async_rl.model import layout
@@ -68,9 +71,11 @@ def config_checks(config: Config) -> Iterator[Check]:
             yield check("trainer layout", _trainer_layout)
             yield check("engine layout", _engine_layout)
             yield check("context", _context)
-    yield check("dataset train", lambda _: _dataset("data.train", config.data.train, config))
-    if (path := config.data.eval) is not None:
-        yield check("dataset eval", lambda _: _dataset("data.eval", path, config))
+    yield check("dataset train", _training_data)
+    if config.evaluation.sets:
+        yield check("dataset evaluation", _evaluation_data)
+    if config.data.filter.run:
+        yield check("dataset filter", _success_rates)
     if config.reward.function == "code":
         yield check("sandbox", _sandbox)
     yield check("controller host", _controller_host)
@@ -171,9 +176,25 @@ def _context(config: Config) -> str:
     return f"{tokens} tokens" + ("" if limit is None else f" of {limit}")
 
 
-def _dataset(setting: str, path: str, config: Config) -> str:
-    num_rows = check_rows(path, setting, config)
-    return f"{path}: {num_rows:,} rows"
+def _training_data(config: Config) -> str:
+    found = [_dataset(setting, source, config) for setting, source in training_sources(config)]
+    return "; ".join(found)
+
+
+def _evaluation_data(config: Config) -> str:
+    sets = config.evaluation.sets.items()
+    found = [_dataset(f"evaluation.sets.{name}.path", chosen, config) for name, chosen in sets]
+    return "; ".join(found)
+
+
+def _dataset(setting: str, source: SourceConfig, config: Config) -> str:
+    return f"{source.path}: {check_source(source, setting, config):,} rows"
+
+
+def _success_rates(config: Config) -> str:
+    return (
+        f"{config.data.filter.run}: success rates of {len(success_rate.recorded(config)):,} prompts"
+    )
 
 
 def _sandbox(config: Config) -> str:

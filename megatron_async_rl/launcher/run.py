@@ -24,13 +24,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 from rich.console import Console
 
 from megatron_async_rl import processes
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.checks import cross_host_parallelism_warning
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.data.dataset import changed_data, record_data
+from megatron_async_rl.data import success_rate
+from megatron_async_rl.data.digests import changed_data, record_data
 from megatron_async_rl.errors import ConfigError, DataError, Error
 from megatron_async_rl.launcher import claims, preflight, roles
 from megatron_async_rl.launcher.session import Session, show
@@ -42,7 +44,15 @@ from megatron_async_rl.program import program
 
 # settings that a journal depends on: a resumed run must not change them
 ExistingRun = Literal["resume", "rename", "rename if complete"]
-FIXED = ("model.path", "data.train", "run.seed", "run.mode", "algorithm.samples_per_prompt")
+FIXED = (
+    "model.path",
+    "data.train",
+    "data.filter",
+    "data.reader",
+    "run.seed",
+    "run.mode",
+    "algorithm.samples_per_prompt",
+)
 
 
 def run(
@@ -76,6 +86,7 @@ def run(
             show(console, f"warning: {warning}")
         (run_dir / "config.yaml").write_text(configuration.dump(config))
         record_data(run_dir, config)
+        success_rate.record(run_dir, config)
         if on_owned:
             on_owned()
         supervisor = Supervisor(run_dir, config.faults, lambda text: show(console, text))
@@ -165,7 +176,8 @@ def _changed_setting(run_dir: Path, config: Config) -> str:
     previous = configuration.load(run_dir / "config.yaml")
     for key in FIXED:
         section, name = key.split(".")
-        old, new = (getattr(getattr(c, section), name) for c in (previous, config))
+        values = (getattr(getattr(c, section), name) for c in (previous, config))
+        old, new = map(msgspec.to_builtins, values)
         if old != new:
             return (
                 f"{key} = {new!r}, but the run in {run_dir} was started with {old!r}; restore the "

@@ -22,7 +22,7 @@ from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
 from megatron_async_rl.data.code_tests import read_tests
-from megatron_async_rl.data.dataset import read_prompts
+from megatron_async_rl.data.dataset import read_source
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.launcher.preflight import config_checks
@@ -250,7 +250,7 @@ def test_row_without_valid_tests_is_refused(
         read_tests(row)
     config = code_config(tmp_path, STDIO, FUNCTION, row)
     with pytest.raises(DataError, match=f"row 3: {re.escape(words)}"):
-        read_prompts(config.data.train, "data.train", config, Tokenizer(config.model.path))
+        read_source(config.data.train, "data.train", config, Tokenizer(config.model.path))
     [check] = [check for check in config_checks(config) if check.name == "dataset train"]
     assert not check.ok and f"row 3: {words}" in check.detail
 
@@ -263,7 +263,7 @@ def test_preflight_checks_the_sandbox(python: str, ok: bool, words: str, tmp_pat
     config = code_config(tmp_path, STDIO, FUNCTION, python=python)
     assert [
         p.row["tests"]
-        for p in read_prompts(config.data.train, "data.train", config, Tokenizer(config.model.path))
+        for p in read_source(config.data.train, "data.train", config, Tokenizer(config.model.path))
     ] == [
         STDIO["tests"],
         FUNCTION["tests"],

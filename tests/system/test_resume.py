@@ -20,7 +20,8 @@ from megatron_async_rl.cli import audit
 from megatron_async_rl.config import load
 from megatron_async_rl.controller.core.events import GroupAdmitted
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
-from megatron_async_rl.data.dataset import PromptStream, read_prompts
+from megatron_async_rl.data.dataset import read_training
+from megatron_async_rl.data.order import PromptStream
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.storage import checkpoints
@@ -95,9 +96,7 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     assert result.epochs == 2 and result.trained == 4 * STEPS
 
     settings = load.load(run_dir / "config.yaml")
-    prompts = read_prompts(
-        settings.data.train, "data.train", settings, Tokenizer(settings.model.path)
-    )
+    prompts = read_training(settings, Tokenizer(settings.model.path))
     stream = PromptStream(prompts, settings.run.seed)
     admitted = [
         fact.prompt_id

@@ -12,14 +12,11 @@ from tiny_model import make_model
 
 from megatron_async_rl.config import load
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.sections import EvaluationConfig, EvaluationSet
 from megatron_async_rl.data import math_rows
-from megatron_async_rl.data.dataset import (
-    PromptStream,
-    changed_data,
-    check_rows,
-    read_prompts,
-    record_data,
-)
+from megatron_async_rl.data.dataset import check_source, read_source
+from megatron_async_rl.data.digests import changed_data, record_data
+from megatron_async_rl.data.order import PromptStream, SourcePrompts
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import Prompt
@@ -43,7 +40,7 @@ def read(settings: Config, path: Path, *rows: Any) -> list[Prompt]:
     path.write_text(
         "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     )
-    return read_prompts(str(path), "data.train", settings, Tokenizer(settings.model.path))
+    return read_source(str(path), "data.train", settings, Tokenizer(settings.model.path))
 
 
 def test_rows_become_prompts_with_ids_and_fields(settings: Config, tmp_path: Path) -> None:
@@ -87,7 +84,10 @@ def test_unicode_line_separator_does_not_end_a_row(settings: Config, tmp_path: P
 
 def test_order_depends_on_seed_and_epoch() -> None:
     prompts = [Prompt(str(n), None, {}) for n in range(20)]  # type: ignore[arg-type]
-    first, again = PromptStream(prompts, seed=5), PromptStream(prompts, seed=5)
+    first, again = (
+        PromptStream([SourcePrompts(prompts)], seed=5),
+        PromptStream([SourcePrompts(prompts)], seed=5),
+    )
     order = [first.next().prompt_id for _ in range(60)]
     assert order == [again.next().prompt_id for _ in range(60)]
     assert all(
@@ -99,9 +99,9 @@ def test_order_depends_on_seed_and_epoch() -> None:
 @pytest.mark.parametrize("position", [0, 7, 20, 33])
 def test_stream_started_at_a_position_continues_the_order(position: int) -> None:
     prompts = [Prompt(str(n), None, {}) for n in range(20)]  # type: ignore[arg-type]
-    whole = PromptStream(prompts, seed=5)
+    whole = PromptStream([SourcePrompts(prompts)], seed=5)
     order = [whole.next().prompt_id for _ in range(50)]
-    resumed = PromptStream(prompts, seed=5, start=position)
+    resumed = PromptStream([SourcePrompts(prompts)], seed=5, start=position)
     assert [resumed.next().prompt_id for _ in range(50 - position)] == order[position:]
 
 
@@ -129,7 +129,7 @@ def test_byte_order_mark_is_skipped(settings: Config, tmp_path: Path) -> None:
     path.write_bytes(
         b'\xef\xbb\xbf{"prompt": "1", "answer": "1"}\r\n\r\n{"prompt": "2", "answer": "2"}'
     )
-    assert check_rows(str(path), "data.train", settings) == 2
+    assert check_source(str(path), "data.train", settings) == 2
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_unreadable_bytes_are_one_line_with_the_row(
     path = tmp_path / "d.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=problem):
-        check_rows(str(path), "data.train", settings)
+        check_source(str(path), "data.train", settings)
 
 
 def test_null_id_is_no_id(settings: Config, tmp_path: Path) -> None:
@@ -163,14 +163,15 @@ def test_changed_data_is_found_at_the_next_start(
     rows = ['{"prompt": "1", "answer": "1"}\n', '{"prompt": "2", "answer": "2"}\n']
     for path in (train, held_out):
         path.write_text("".join(rows))
-    data = msgspec.structs.replace(settings.data, train=str(train), eval=str(held_out))
-    config = msgspec.structs.replace(settings, data=data)
+    data = msgspec.structs.replace(settings.data, train=str(train))
+    evaluation = EvaluationConfig(sets={"held_out": EvaluationSet(path=str(held_out))})
+    config = msgspec.structs.replace(settings, data=data, evaluation=evaluation)
     assert changed_data(tmp_path, config) == ""  # a run that has recorded none
     record_data(tmp_path, config)
     assert changed_data(tmp_path, config) == ""
     changed = {"a row more": [*rows, rows[0]], "a row less": rows[:1]}.get(change, [rows[0]] * 2)
     path = held_out if change == "eval" else train
     path.write_text("".join(changed))
-    setting = "data.eval" if change == "eval" else "data.train"
+    setting = "evaluation.sets.held_out.path" if change == "eval" else "data.train"
     found = changed_data(tmp_path, config)
     assert found.startswith(f"{setting} = {path} has other content") and "--from-scratch" in found

@@ -1,0 +1,52 @@
+"""Digests of the datasets of a run: a resumed run must have the same rows, in the same order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.sections import SourceConfig
+from megatron_async_rl.data.sources import data_files, training_sources
+from megatron_async_rl.storage import files
+
+DIGESTS_FILE = "dataset.json"  # in run.dir
+
+
+def record_data(run_dir: Path, config: Config) -> None:
+    """Keeps the digests of the datasets in the run, for `changed_data` at its next start."""
+    digests = {setting: _digest(source, config) for setting, source in _sources(config)}
+    files.write_atomic(run_dir / DIGESTS_FILE, msgspec.json.encode(digests))
+
+
+def changed_data(run_dir: Path, config: Config) -> str:
+    """Returns which dataset has changed since the last start of the run, "" if none has."""
+    path = run_dir / DIGESTS_FILE
+    recorded = msgspec.json.decode(path.read_bytes(), type=dict[str, str]) if path.exists() else {}
+    for setting, source in _sources(config):
+        if setting in recorded and recorded[setting] != _digest(source, config):
+            return (
+                f"{setting} = {source.path} has other content than when the run in {run_dir} was "
+                "started; restore it, choose another run.dir, or start over with --from-scratch"
+            )
+    return ""
+
+
+def _sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:
+    yield from training_sources(config)
+    for name, chosen in config.evaluation.sets.items():
+        yield f"evaluation.sets.{name}.path", chosen
+
+
+def _digest(source: SourceConfig, config: Config) -> str:
+    """Returns the digest of a source's file, or of the names and contents of all its files."""
+    paths = data_files(source, config)
+    if paths == [Path(source.path)]:
+        return files.digest(paths[0])
+    whole = hashlib.sha256()
+    for path in paths:
+        whole.update(f"{path.relative_to(source.path)} {files.digest(path)}\n".encode())
+    return whole.hexdigest()
