@@ -34,7 +34,7 @@ class Hook:
     built_in: Mapping[str, str] = field(default_factory=dict)
     """Name -> package.module:name; "" if the process that uses it has its own code for it."""
     is_class: bool = False
-    """A class without constructor arguments that has the method `run`."""
+    """A class with the method `run`, whose constructor's arguments have defaults."""
 
     @property
     def signature(self) -> str:
@@ -59,13 +59,26 @@ HOOKS = {
         {name: f"{_OBJECTIVES}:{name}" for name in ("decoupled_ppo", "ppo", "gspo", "cispo")},
     ),
     "algorithm.filters.function": Hook(("rewards", "lengths", "row", "config")),
-    "reward.function": Hook(("prompt", "response", "row"), {"math": "", "code": ""}),
+    "reward.function": Hook(
+        ("prompt", "response", "row"),
+        {
+            "math": "",
+            "code": "",
+            "reasoning_gym": "megatron_async_rl.reward.reasoning_gym_answer:score",
+        },
+    ),
     "rollout.workflow": Hook(
         ("prompt", "policy", "sampling"),
-        {"single_turn": f"{_WORKFLOWS}.single_turn:SingleTurn"},
+        {
+            "single_turn": f"{_WORKFLOWS}.single_turn:SingleTurn",
+            "multi_turn_math": f"{_WORKFLOWS}.multi_turn_math:MultiTurnMath",
+            "python_tool": f"{_WORKFLOWS}.python_tool:PythonTool",
+        },
         is_class=True,
     ),
-    "data.reader": Hook(("path", "config")),
+    "data.reader": Hook(
+        ("path", "source"), {"reasoning_gym": "megatron_async_rl.data.reasoning_gym_rows:read"}
+    ),
 }
 
 
@@ -98,6 +111,23 @@ def load(setting: str, value: str) -> Any:
     if problem := _signature_problem(loaded, hook):
         raise _cannot_load(setting, value, problem)
     return loaded
+
+
+def workflow(name: str, options: dict[str, Any]) -> Any:
+    """Returns an instance of rollout.workflow = `name` with rollout.workflow_options = `options`.
+
+    Raises ConfigError like `load`, and for options that the constructor does not take.
+    """
+    workflow_class = load("rollout.workflow", name)
+    signature = inspect.signature(workflow_class)
+    try:
+        signature.bind(**options)
+    except TypeError as e:
+        raise ConfigError(
+            f"rollout.workflow_options = {options}: {e}",
+            f"the options of {name} are {', '.join(signature.parameters) or 'none'}",
+        ) from None
+    return workflow_class(**options)
 
 
 def guarded(setting: str, value: str) -> Callable[..., Any]:
@@ -135,10 +165,16 @@ def source_file(setting: str, value: str) -> Path:
     return Path(spec.origin)
 
 
+def values(config: Any) -> dict[str, str | None]:
+    """Returns setting -> value of all hooks in a configuration."""
+    return {setting: functools.reduce(getattr, setting.split("."), config) for setting in HOOKS}
+
+
 def custom_hooks(config: Any) -> dict[str, str]:
     """Returns setting -> package.module:name of the user's hooks in a configuration."""
-    values = {setting: functools.reduce(getattr, setting.split("."), config) for setting in HOOKS}
-    return {setting: value for setting, value in values.items() if is_custom(value)}
+    return {
+        setting: value for setting, value in values(config).items() if value and is_custom(value)
+    }
 
 
 def digests(config: Any) -> dict[str, str]:

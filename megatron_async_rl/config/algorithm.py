@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -14,17 +14,19 @@ from megatron_async_rl.config.sections import (
     PositiveFloat,
     PositiveInt,
     Section,
+    Text,
 )
 
 
 class AdvantageConfig(Section, frozen=True, kw_only=True):
     """From rewards to advantages."""
 
-    estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "gae"] = "grpo"
+    estimator: Text = "grpo"
     """`grpo` centers rewards in the group and divides by their standard deviation; `dr_grpo` only
     centers; `rloo` subtracts the mean of the other samples; `reinforce_pp` uses no group and
     normalises over the batch; `gae` estimates advantages per token with a critic that is trained
-    beside the policy."""
+    beside the policy; or package.module:function with the signature (rewards, lengths, config) ->
+    advantages."""
     group_normalize: bool = True
     """With `grpo`: if false, the shaped reward itself is the advantage."""
     batch_normalize: bool = False
@@ -33,14 +35,22 @@ class AdvantageConfig(Section, frozen=True, kw_only=True):
     """With `gae`: discount factor per token."""
     gae_lambda: Fraction = 1.0
     """With `gae`: lambda. 1 uses the observed return, 0 the critic's next value."""
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Values for a function of your own, which reads them as `config.options`."""
+
+    @property
+    def uses_critic(self) -> bool:
+        """True if a critic in the trainer turns the shaped rewards into advantages."""
+        return self.estimator == "gae"
 
 
 class LossConfig(Section, frozen=True, kw_only=True):
     """The policy objective."""
 
-    objective: Literal["decoupled_ppo", "ppo", "gspo", "cispo"] = "decoupled_ppo"
+    objective: Text = "decoupled_ppo"
     """`decoupled_ppo` corrects for staleness; `gspo` uses one ratio per sample; `cispo` uses the
-    clipped ratio as a weight only; `ppo` clips against the behavior policy, without correction."""
+    clipped ratio as a weight only; `ppo` clips against the behavior policy, without correction; or
+    package.module:function with the signature (inputs, config) -> loss per token."""
     clip_eps: PositiveFloat = 0.2
     """PPO clip range below 1, and above unless clip_eps_high is set."""
     clip_eps_high: PositiveFloat | None = None
@@ -52,6 +62,8 @@ class LossConfig(Section, frozen=True, kw_only=True):
     this. Null disables it."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Values for a function of your own, which reads them as `config.options`."""
 
 
 class StalenessCorrectionConfig(Section, frozen=True, kw_only=True):
@@ -96,6 +108,11 @@ class FilterConfig(Section, frozen=True, kw_only=True):
     """Drop groups whose mean reward is lower. Null disables the limit."""
     success_rate_max: float | None = None
     """Drop groups whose mean reward is higher. Null disables the limit."""
+    function: Text | None = None
+    """Also drop groups for which package.module:function, with the signature (rewards, lengths,
+    row, config) -> bool, returns False."""
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Values for the function, which reads them as `config.options`."""
 
 
 class RewardShapingConfig(Section, frozen=True, kw_only=True):

@@ -15,16 +15,28 @@ Then, for sample i of a group of G samples with shaped rewards s (arXiv numbers 
 
 With batch_normalize (always for reinforce_pp) the result is (A - mean) / (std + BATCH_EPS) over all
 generated tokens of the batch, std biased. All computations are in float64.
+
+A user's estimator has the same interface as the built-in ones: (shaped rewards [G, S], generated
+tokens [G, S], AdvantageConfig) -> advantages. It must depend on nothing else: after a restart of
+the trainer a batch is sent again.
+
+Suffixes: G groups of the batch, S samples of a group, K generated tokens of one sample.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from megatron_async_rl.config.algorithm import AlgorithmConfig
+from megatron_async_rl import hooks
+from megatron_async_rl.config.algorithm import AdvantageConfig, AlgorithmConfig
+from megatron_async_rl.errors import HookFailed
 
 GROUP_EPS = 1e-6  # added to a group's standard deviation
 BATCH_EPS = 1e-5  # added outside the square root, as AReaL does
+SETTING = "algorithm.advantage.estimator"
+
+Advantages = np.ndarray | list[list[np.ndarray]]
+"""One value per sample [groups, samples], or for each group and sample one per generated token."""
 
 
 def sample_advantages(
@@ -32,11 +44,12 @@ def sample_advantages(
     tokens_GS: np.ndarray,
     algorithm: AlgorithmConfig,
     max_new_tokens: int | None = None,
-) -> np.ndarray:
-    """Returns the advantages of one batch, [groups, samples] like both inputs, float64.
+) -> Advantages:
+    """Returns the advantages of one batch in float64, with a critic the shaped rewards.
 
     `tokens_GS`: generated tokens per sample. `max_new_tokens`: limit per sample; only the overlong
-    penalty needs it. Raises ValueError if it is missing then.
+    penalty needs it. Raises ValueError if it is missing then, HookFailed if a user's estimator
+    fails.
     """
     shaped_GS = shaped_rewards(rewards_GS, algorithm)
     if algorithm.reward_shaping.overlong_buffer_tokens:
@@ -45,12 +58,25 @@ def sample_advantages(
         shaped_GS = shaped_GS - algorithm.reward_shaping.overlong_penalty * overlong_share(
             tokens_GS, max_new_tokens, algorithm.reward_shaping.overlong_buffer_tokens
         )
-    advantages_GS = _BASELINES[algorithm.advantage.estimator](shaped_GS, algorithm)
-    if algorithm.advantage.estimator == "gae":
-        return advantages_GS  # shaped rewards
-    if algorithm.advantage.batch_normalize or algorithm.advantage.estimator == "reinforce_pp":
-        advantages_GS = batch_normalized(advantages_GS, tokens_GS)
-    return advantages_GS
+    config = algorithm.advantage
+    estimate = hooks.guarded(SETTING, config.estimator)
+    tokens_GS = np.asarray(tokens_GS)
+    advantages = _checked(estimate(shaped_GS, tokens_GS, config), tokens_GS, config.estimator)
+    if not config.batch_normalize or config.uses_critic:
+        return advantages
+    if isinstance(advantages, np.ndarray):
+        return batch_normalized(advantages, tokens_GS)
+    all_K = np.concatenate([a_K for row in advantages for a_K in row])
+    mean, deviation = all_K.mean(), all_K.std()
+    return [[(a_K - mean) / (deviation + BATCH_EPS) for a_K in row] for row in advantages]
+
+
+def check_estimator(algorithm: AlgorithmConfig) -> None:
+    """Calls the estimator with two small groups. Raises ConfigError or HookFailed if it fails."""
+    tokens_GS = np.full((2, algorithm.samples_per_prompt), 3)
+    rewards_GS = np.zeros(tokens_GS.shape)
+    rewards_GS[0, 0] = 1.0
+    sample_advantages(rewards_GS, tokens_GS, algorithm, max_new_tokens=8)
 
 
 def shaped_rewards(rewards_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
@@ -70,37 +96,73 @@ def overlong_share(tokens_GS: np.ndarray, max_new_tokens: int, buffer: int) -> n
     return ((np.asarray(tokens_GS, np.float64) - (max_new_tokens - buffer)) / buffer).clip(0.0, 1.0)
 
 
-def _grpo(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
-    if not algorithm.advantage.group_normalize:
-        return shaped_GS
-    centered_GS = _dr_grpo(shaped_GS, algorithm)
+def token_means(advantages: Advantages) -> np.ndarray:
+    """Returns the mean advantage of each sample [groups, samples], 0 without tokens."""
+    if isinstance(advantages, np.ndarray):
+        return advantages
+    return np.asarray([[a_K.mean() if len(a_K) else 0.0 for a_K in row] for row in advantages])
+
+
+def _checked(returned: object, tokens_GS: np.ndarray, estimator: str) -> Advantages:
+    """Returns what an estimator returned, in float64. Raises HookFailed if its form is wrong."""
+
+    def wrong(problem: str) -> HookFailed:
+        return HookFailed(
+            f"{SETTING} = {estimator} returned {problem}",
+            f"return an array of shape {tokens_GS.shape}, or for each group a list of arrays with "
+            "one entry per generated token",
+        )
+
+    advantages: Advantages
+    if isinstance(returned, np.ndarray):
+        if returned.shape != tokens_GS.shape or returned.dtype.kind not in "fiub":
+            raise wrong(f"an array of shape {returned.shape} and type {returned.dtype}")
+        advantages = returned.astype(np.float64)
+    else:
+        try:
+            advantages = [[np.asarray(a_K, np.float64) for a_K in row] for row in returned]  # type: ignore[attr-defined]
+        except (TypeError, ValueError):
+            raise wrong(f"a {type(returned).__name__}") from None
+        shapes = [[a_K.shape for a_K in row] for row in advantages]
+        if shapes != [[(n,) for n in row] for row in tokens_GS.tolist()]:
+            raise wrong("lists of other lengths than the samples have generated tokens")
+    if not all(np.isfinite(a).all() for row in advantages for a in row):
+        raise wrong("nan or infinity")
+    return advantages
+
+
+# ---- the built-in estimators
+
+
+def grpo(rewards_GS: np.ndarray, tokens_GS: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    if not config.group_normalize:
+        return rewards_GS
+    centered_GS = dr_grpo(rewards_GS, tokens_GS, config)
     return centered_GS / (centered_GS.std(axis=1, keepdims=True) + GROUP_EPS)
 
 
-def _dr_grpo(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
-    return shaped_GS - shaped_GS.mean(axis=1, keepdims=True)
+def dr_grpo(rewards_GS: np.ndarray, tokens_GS: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    return rewards_GS - rewards_GS.mean(axis=1, keepdims=True)
 
 
-def _rloo(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
-    size = shaped_GS.shape[1]
-    return (
-        _dr_grpo(shaped_GS, algorithm) * (size / (size - 1))
-        if size > 1
-        else np.zeros_like(shaped_GS)
-    )
+def rloo(rewards_GS: np.ndarray, tokens_GS: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    size = rewards_GS.shape[1]
+    if size == 1:
+        return np.zeros_like(rewards_GS)
+    return dr_grpo(rewards_GS, tokens_GS, config) * (size / (size - 1))
 
 
-def _as_shaped(shaped_GS: np.ndarray, algorithm: AlgorithmConfig) -> np.ndarray:
-    return shaped_GS
+def reinforce_pp(
+    rewards_GS: np.ndarray, tokens_GS: np.ndarray, config: AdvantageConfig
+) -> np.ndarray:
+    if config.batch_normalize:  # then the caller normalizes
+        return rewards_GS
+    return batch_normalized(rewards_GS, tokens_GS)
 
 
-_BASELINES = {
-    "grpo": _grpo,
-    "dr_grpo": _dr_grpo,
-    "rloo": _rloo,
-    "reinforce_pp": _as_shaped,
-    "gae": _as_shaped,
-}
+def gae(rewards_GS: np.ndarray, tokens_GS: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    """Returns the rewards: the critic in the trainer turns them into advantages."""
+    return rewards_GS
 
 
 def batch_normalized(advantages_GS: np.ndarray, tokens_GS: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.trainer import pipeline
+from megatron_async_rl.trainer.algorithms import objectives
 from megatron_async_rl.trainer.algorithms.importance import kl_reward_to_go, second_moment_cutoff
 from megatron_async_rl.trainer.algorithms.reference import reference_weights
 from megatron_async_rl.trainer.data.microbatch import Microbatch, Minibatches
@@ -67,8 +68,8 @@ def add_proximal_logprobs(
     So no pass is made for a single minibatch (except for M2PO), and with reuse_first_minibatch none
     for the first.
     """
-    loss, correction = config.algorithm.loss, config.algorithm.staleness_correction
-    if loss.objective == "ppo" or correction.proximal == "loglinear":
+    correction = config.algorithm.staleness_correction
+    if not objectives.load(config.algorithm).decoupled or correction.proximal == "loglinear":
         return minibatches[:1] + [
             [replace(microbatch, proximal_missing=True) for microbatch in minibatch]
             for minibatch in minibatches[1:]

@@ -1,4 +1,4 @@
-"""The policy objectives, as sums over the tokens of one packed micro-batch.
+"""The loss of one packed micro-batch: the policy objective, summed over tokens, and other terms.
 
 With m the loss mask, A the advantage, and the token's logprobs under three policies (behavior: the
 one that sampled it; proximal: the weights at the start of this training step; current):
@@ -13,8 +13,9 @@ one that sampled it; proximal: the weights at the start of this training step; c
     cispo           -A detach(clip(u, 1 - eps, 1 + eps_high)) current     arXiv 2506.13585
     ppo             decoupled_ppo with u against the behavior policy and w = 1
 
-Dual clip (arXiv 1912.09729) bounds all but cispo by c |A|. L also gets -entropy_coef * entropy and,
-with kl.apply_to = loss, kl.coef * KL(current | reference).
+Dual clip (arXiv 1912.09729) bounds all but cispo by c |A|. Objectives are in objectives.py; a
+user's takes the place of objective(u, A). L also gets -entropy_coef * entropy and, with
+kl.apply_to = loss, kl.coef * KL(current | reference).
 
 N is the global number of loss tokens of the minibatch, counted before the cap removes any.
 Megatron's finalize_model_grads divides by it, so the result depends neither on the split into
@@ -31,7 +32,9 @@ import torch
 from torch import Tensor
 
 from megatron_async_rl.config.algorithm import AlgorithmConfig
+from megatron_async_rl.trainer.algorithms import objectives
 from megatron_async_rl.trainer.algorithms.importance import behavior_weights, loglinear_proximal
+from megatron_async_rl.trainer.algorithms.objectives import ObjectiveInputs
 from megatron_async_rl.trainer.data.sample_index import SampleIndex
 
 
@@ -45,12 +48,12 @@ class LossInputs:
     logprobs_T: Tensor  # current policy; the gradient flows through it
     entropy_T: Tensor  # current policy
     proximal_T: Tensor | None
-    """None: equal to the current policy's (no step in between), loglinear, or not needed (ppo)."""
+    """None: equal to the current policy's (no step in between), loglinear, or not needed."""
     behavior_T: Tensor
     advantages_T: Tensor
     mask_T: Tensor  # bool
     staleness_T: Tensor  # versions from the one that sampled the token to the one in training
-    sample_index: SampleIndex | None = None  # for gspo and the sequence level
+    sample_index: SampleIndex | None = None  # for the sequence level and some objectives
     reference_T: Tensor | None = None  # with kl.coef
     m2_mask_T: Tensor | None = None  # bool, with m2_threshold: False is masked like beyond the cap
     proximal_missing: bool = False
@@ -63,46 +66,51 @@ SUMS = tuple(
     "logprob_diff mismatch_kl mismatch_beyond_cap".split()
 )
 MAXIMA = ("importance_weight_max", "behavior_weight_max", "logprob_diff_max")
+USER = "user/"  # before the names of metrics that a user's objective returns
+
+
+def sum_names(config: AlgorithmConfig) -> tuple[str, ...]:
+    """Returns SUMS and the metrics of the configured objective, the same on every rank."""
+    return (*SUMS, *(USER + name for name in objectives.load(config).metrics or ()))
 
 
 def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns (loss summed over the masked tokens, SUMS and MAXIMA over the masked tokens).
+    """Returns (loss summed over the masked tokens, `sum_names` and MAXIMA over the masked tokens).
 
     approx_kl and behavior_approx_kl sum log ratios, old - new on tokens sampled by the old policy:
-    they can be negative.
+    they can be negative. Raises HookFailed if a user's objective fails.
     """
+    objective = objectives.load(config)
     # Values outside the mask become 0 before any exp: inf and nan in padding then reach neither the
     # loss nor, through 0 * inf, the gradient.
     mask_T = inputs.mask_T
     logprobs_T = torch.where(mask_T, inputs.logprobs_T, 0.0)
     behavior_T = torch.where(mask_T, inputs.behavior_T, 0.0)
     advantages_T = torch.where(mask_T, inputs.advantages_T, 0.0)
+    staleness_T = torch.where(mask_T, inputs.staleness_T, 0)
     if inputs.proximal_T is not None:
         trainer_T = proximal_T = torch.where(mask_T, inputs.proximal_T, 0.0)
     else:
         trainer_T = proximal_T = logprobs_T.detach()
-        if config.staleness_correction.proximal == "loglinear" and config.loss.objective != "ppo":
-            proximal_T = loglinear_proximal(
-                logprobs_T, behavior_T, torch.where(mask_T, inputs.staleness_T, 0)
-            )
-    if config.loss.objective == "ppo":
-        old_T, w_T, keep_T = behavior_T, torch.ones_like(behavior_T), mask_T
-    else:
+        if config.staleness_correction.proximal == "loglinear" and objective.decoupled:
+            proximal_T = loglinear_proximal(logprobs_T, behavior_T, staleness_T)
+    if objective.decoupled:
         old_T = proximal_T
         w_T, keep_T = behavior_weights(proximal_T, behavior_T, mask_T, inputs.sample_index, config)
-
-    log_u_T = logprobs_T - old_T
-    if config.loss.objective == "gspo":
-        assert inputs.sample_index is not None
-        log_u_T = inputs.sample_index.means(log_u_T, mask_T)
-        advantages_T = inputs.sample_index.means(advantages_T, mask_T)
+    else:
+        old_T, w_T, keep_T = behavior_T, torch.ones_like(behavior_T), mask_T
     if inputs.m2_mask_T is not None:
         keep_T = keep_T & inputs.m2_mask_T
-    u_T = log_u_T.exp()
-    if config.loss.objective == "cispo":
-        objective_T, clipped_T, dual_T = _cispo(u_T, logprobs_T, advantages_T, config)
-    else:
-        objective_T, clipped_T, dual_T = _clipped(u_T, advantages_T, config)
+    view = ObjectiveInputs(
+        logprobs_T=logprobs_T,
+        old_T=old_T,
+        behavior_T=behavior_T,
+        advantages_T=advantages_T,
+        mask_T=mask_T,
+        staleness_T=staleness_T,
+        sample_index=inputs.sample_index,
+    )
+    objective_T, own = objective(view, config.loss)
     loss = torch.where(keep_T, torch.where(keep_T, w_T, 0.0) * objective_T, 0.0).sum()
     if config.loss.entropy_coef:
         loss = loss - config.loss.entropy_coef * torch.where(mask_T, inputs.entropy_T, 0.0).sum()
@@ -117,7 +125,8 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, di
         current_T = mask_T & (inputs.staleness_T == 0)
         compared_T = torch.zeros_like(mask_T) if inputs.proximal_missing else current_T
         log_w_T = torch.where(compared_T, trainer_T - behavior_T, 0.0)
-        beyond_T = torch.zeros_like(mask_T)
+        none_T = beyond_T = torch.zeros_like(mask_T)
+        u_T = own["importance_weight"] if "importance_weight" in own else (logprobs_T - old_T).exp()
         cap = config.staleness_correction.behavior_weight_cap
         if cap is not None:
             beyond_T = compared_T & (log_w_T.exp() > cap)
@@ -130,8 +139,8 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, di
             "reference_kl": reference_kl,
             "importance_weight": torch.where(mask_T, u_T, 0.0),
             "behavior_weight": torch.where(mask_T, w_T, 0.0),
-            "clipped": keep_T & clipped_T,
-            "dual_clipped": keep_T & dual_T,
+            "clipped": keep_T & own.get("clipped", none_T),
+            "dual_clipped": keep_T & own.get("dual_clipped", none_T),
             "masked_by_cap": mask_T & ~keep_T,
             "current_tokens": current_T,
             "compared_tokens": compared_T,
@@ -144,40 +153,12 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, di
             "behavior_weight_max": torch.where(mask_T, w_T, 0.0),
             "logprob_diff_max": log_w_T.abs(),
         }
+        for name in objective.metrics or ():
+            sums[USER + name] = torch.where(mask_T, own[name], 0)
         metrics = {name: value.sum() for name, value in sums.items()} | {
             name: v.amax() for name, v in maxima.items()
         }
     return loss, metrics
-
-
-def _clipped(
-    u_T: Tensor, advantages_T: Tensor, config: AlgorithmConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns PPO's clipped objective [T], where the clip applies, where the dual clip applies."""
-    plain_T, clipped_T = -advantages_T * u_T, -advantages_T * _clip(u_T, config)
-    objective_T = torch.maximum(plain_T, clipped_T)
-    dual_T = torch.zeros_like(u_T, dtype=torch.bool)
-    if config.loss.dual_clip is not None:
-        # Bounds a token of negative advantage whose probability grew a lot; it has no gradient
-        # then.
-        bound_T = config.loss.dual_clip * advantages_T.abs()
-        dual_T = objective_T > bound_T
-        objective_T = torch.minimum(objective_T, bound_T)
-    return objective_T, clipped_T > plain_T, dual_T
-
-
-def _cispo(
-    u_T: Tensor, logprobs_T: Tensor, advantages_T: Tensor, config: AlgorithmConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns REINFORCE weighted by the clipped ratio: a clipped token keeps its gradient."""
-    clipped_T = _clip(u_T, config).detach()
-    objective_T = -advantages_T * clipped_T * logprobs_T
-    return objective_T, clipped_T != u_T, torch.zeros_like(u_T, dtype=torch.bool)
-
-
-def _clip(u_T: Tensor, config: AlgorithmConfig) -> Tensor:
-    high = config.loss.clip_eps_high or config.loss.clip_eps
-    return u_T.clamp(1 - config.loss.clip_eps, 1 + high)
 
 
 def _reference_kl(logprobs_T: Tensor, reference_T: Tensor, config: AlgorithmConfig) -> Tensor:

@@ -56,7 +56,7 @@ def build(config: Config) -> TrainerModel:
 
     Call parallel.init_parallel first. Raises ConfigError, DataError.
     """
-    critic = _build_critic(config) if config.algorithm.advantage.estimator == "gae" else None
+    critic = _build_critic(config) if config.algorithm.advantage.uses_critic else None
     return _for_training(config, *build_modules(config), critic=critic)
 
 
