@@ -51,6 +51,17 @@ def read_training(
     return found
 
 
+def read_evaluation(config: Config, tokenizer: Tokenizer) -> dict[str, list[Prompt]]:
+    """Returns the prompts of each evaluation set by its name. Raises as `read_source`."""
+    found = {}
+    for name, chosen in config.evaluation.sets.items():
+        limit = chosen.max_new_tokens or config.rollout.max_new_tokens
+        rollout = msgspec.structs.replace(config.rollout, max_new_tokens=limit)
+        limited = msgspec.structs.replace(config, rollout=rollout)
+        found[name] = read_source(chosen, f"evaluation.sets.{name}.path", limited, tokenizer)
+    return found
+
+
 def read_source(
     source: SourceConfig | str,
     setting: str,

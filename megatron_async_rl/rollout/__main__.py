@@ -15,7 +15,8 @@ from megatron_async_rl.rollout.workflow import Workflow
 async def _serve(run_dir: Path, name: str) -> None:
     config = load.load(run_dir / "config.yaml")
     # before the server, which starts slowly
-    workflow: Workflow = hooks.load("rollout.workflow", config.rollout.workflow)()
+    rollout = config.rollout
+    workflow: Workflow = hooks.workflow(rollout.workflow, rollout.workflow_options)
     server = SGLangServer(config, run_dir, name)
     try:
         await server.start()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.data import chat_template
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ScoreUnavailable
 from megatron_async_rl.protocol.messages import (
@@ -17,7 +20,7 @@ from megatron_async_rl.protocol.messages import (
     ScoreRequest,
     ScoreResult,
 )
-from megatron_async_rl.protocol.types import Partial, SampleKey, Segment, join_segments
+from megatron_async_rl.protocol.types import Partial, Prompt, SampleKey, Segment, join_segments
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.generation import Generator
 from megatron_async_rl.rollout.partials import PartialStore
@@ -63,6 +66,7 @@ class ScoreClient:
 class PolicyServices:
     """Shared by all samples of a rollout worker."""
 
+    config: Config
     tokenizer: Tokenizer
     generator: Generator
     partials: PartialStore
@@ -81,6 +85,7 @@ class SamplePolicy:
         self, services: PolicyServices, lease: Generate, index: int, partial: Partial | None
     ) -> None:
         self.tokenizer = services.tokenizer
+        self.config = services.config
         self._services = services
         self._key = lease.key(index)
         self._sample_id = lease.group_id, index
@@ -102,6 +107,19 @@ class SamplePolicy:
         self._num_scored += 1
         request = ScoreRequest(self._key, text, call=self._num_scored)
         return await self._services.scores.score(request)
+
+    def next_turn(
+        self, prompt: Prompt, turn: Completion, messages: list[dict[str, Any]]
+    ) -> np.ndarray:
+        data = self.config.data
+        if not (data.chat_template or isinstance(prompt.row.get("prompt"), list)):
+            return self.tokenizer.encode("".join(message["content"] for message in messages))
+        text = self.tokenizer.render_next_turn(
+            messages, data.chat_template_name, chat_template.template_variables(self.config)
+        )
+        ids = self.tokenizer.encode(text)
+        # the template ends the turn with the token that the policy may have sampled itself
+        return ids[1:] if turn.ids and ids[:1].tolist() == turn.ids[-1:] else ids
 
     def _resumed(self, ids: list[int]) -> list[Segment]:
         partial = self._partial

@@ -1,31 +1,21 @@
 """How a sample is generated: the interface of workflows, named by `rollout.workflow`.
 
-    class ThreeTries:
-        async def run(self, prompt, policy, sampling):
-            episode = Episode(prompt.ids)
-            for _ in range(3):
-                turn = await policy.generate(episode.ids, sampling)
-                episode.add_turn(turn)
-                text = policy.tokenizer.decode(turn.ids)
-                if turn.stop == "length" or await policy.score(text) == 1.0:
-                    break
-                episode.add_context(policy.tokenizer.encode("\\nThat is wrong. Try again.\\n"))
-            return episode.sample(turn.stop, text)
-
-A workflow may call `policy.generate` any number of times; weight updates between and during calls
-are transparent. The sample it returns has a version on each token that the policy sampled, and only
-those are trained; all other tokens (yours or a tool's) are context. The reward function scores its
-`text`. After a crash a sample resumes within its first turn; a later turn restarts the sample.
+docs/workflows.md has examples. A workflow may call `policy.generate` any number of times; weight
+updates between and during calls are transparent. The sample it returns has a version on each token
+that the policy sampled, and only those are trained; all other tokens (yours or a tool's) are
+context. The reward function scores its `text`. After a crash a sample resumes within its first
+turn; a later turn restarts the sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import Prompt, Sample, Segment, StopReason, join_segments
@@ -48,6 +38,7 @@ class Policy(Protocol):
     """The model being trained, as a workflow sees it."""
 
     tokenizer: Tokenizer
+    config: Config  # of the run
 
     async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
         """Generates up to `sampling.max_new_tokens`, fewer if model.context_tokens is reached.
@@ -61,6 +52,17 @@ class Policy(Protocol):
 
         It does not replace the score of the finished sample. Raises ScoreUnavailable if scoring
         fails or the lease has ended.
+        """
+
+    def next_turn(
+        self, prompt: Prompt, turn: Completion, messages: list[dict[str, Any]]
+    ) -> np.ndarray:
+        """Returns [num_tokens] int32: the context between `turn` and the turn that answers it.
+
+        `messages`: {role, content} after the turn's own. For a chat prompt the tokens are those of
+        the model's chat template, from the end of the turn to the start of the next response; for a
+        text prompt, of the contents alone. The turn itself is not tokenized again. Raises DataError
+        if the template rejects the messages.
         """
 
 
@@ -89,8 +91,11 @@ class Episode:
         self.ids += context
         self._num_context += len(context)
 
-    def sample(self, stop: StopReason, text: str) -> Sample:
-        """Returns the tokens up to the last turn. Raises DataError if there was no turn."""
+    def sample(self, stop: StopReason, text: str, discount: float = 1.0) -> Sample:
+        """Returns the tokens up to the last turn. Raises DataError if there was no turn.
+
+        The sample's reward is the score of `text` times `discount`.
+        """
         if not (turns := self._turns):
             raise DataError("an episode without a turn: nothing was sampled")
         return Sample(
@@ -100,4 +105,5 @@ class Episode:
             stop=stop,
             text=text,
             num_interrupts=sum(turn.num_interrupts for turn in turns),
+            discount=discount,
         )
