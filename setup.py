@@ -49,6 +49,7 @@ setup(
         "transformers>=5",  # for tokenizers and safetensors, and to check exports
         "math-verify[antlr4_13_2]>=0.8",
         "pebble>=5",
+        "pyarrow>=15",
     ],
     extras_require={
         "test": [
@@ -60,7 +61,11 @@ setup(
             "mypy",
             "types-PyYAML",
             "psutil",
+            "reasoning-gym",
+            "openai",
+            "anthropic",
         ],
+        "reasoning_gym": ["reasoning-gym"],
         "gpu": ["transformer-engine[pytorch]"],
     },
 )
