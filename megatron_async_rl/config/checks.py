@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from megatron_async_rl import hooks
@@ -9,6 +10,7 @@ from megatron_async_rl.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_async_rl.config.config import Config
+    from megatron_async_rl.config.sections import SourceConfig
 
 PARALLEL_SIZES = (
     "tensor_model",
@@ -25,6 +27,8 @@ def cross_check(config: Config) -> None:
     _check_lengths(config)
     if config.has_trainer:
         check_trained_distribution(config)
+    _check_data(config)
+    _check_evaluation(config)
     _check_thinking_tags(config)
     _check_batch(config)
     _check_hooks(config)
@@ -70,6 +74,66 @@ def check_trained_distribution(config: Config) -> None:
                 "ratios of the policy objective would be wrong",
                 f"set rollout.{name}={of_all}, and truncate in the evaluation only",
             )
+
+
+def _check_data(config: Config) -> None:
+    train = config.data.train
+    sources: list[tuple[str, SourceConfig]] = [
+        (f"data.train[{index}]", source)
+        for index, source in enumerate(train if isinstance(train, tuple) else ())
+    ]
+    sources += [
+        (f"evaluation.sets.{name}", found) for name, found in config.evaluation.sets.items()
+    ]
+    for setting, source in sources:
+        limit = source.max_prompt_tokens
+        if limit is not None and limit < source.min_prompt_tokens:
+            raise ConfigError(
+                f"{setting}.max_prompt_tokens = {limit} is less than {setting}.min_prompt_tokens = "
+                f"{source.min_prompt_tokens}",
+                "change one of them",
+            )
+    band = config.data.filter
+    if band.min > band.max:
+        raise ConfigError(
+            f"data.filter.min = {band.min:g} is more than data.filter.max = {band.max:g}",
+            "change one of them",
+        )
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation, servers = config.evaluation, config.rollout.servers
+    for name, chosen in evaluation.sets.items():
+        setting = f"evaluation.sets.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+            raise ConfigError(
+                f"evaluation.sets: {name!r} is no name of a set: expected letters, digits, _ and -",
+                "rename it: files and TensorBoard tags contain it",
+            )
+        limit = chosen.max_new_tokens or 0
+        if limit >= config.model.context_tokens:
+            raise ConfigError(
+                f"{setting}.max_new_tokens = {limit} leaves no room for a prompt in "
+                f"model.context_tokens = {config.model.context_tokens}",
+                "lower the first or raise the second",
+            )
+        if chosen.weight != 1:
+            raise ConfigError(
+                f"{setting}.weight = {chosen.weight:g}: an evaluation uses every prompt once",
+                "leave it out",
+            )
+        if chosen.samples > 1 and chosen.temperature == 0:
+            raise ConfigError(
+                f"{setting}.samples = {chosen.samples} with temperature = 0 samples the same "
+                "response again",
+                "set samples=1, or a temperature above 0",
+            )
+    if evaluation.sets and evaluation.mode == "held_server" and servers < 2:
+        raise ConfigError(
+            "evaluation.mode = held_server needs rollout.servers >= 2, for one to be held while "
+            f"another serves training; it is {servers}",
+            "add a server, or set evaluation.mode to pause or mixed",
+        )
 
 
 def _check_thinking_tags(config: Config) -> None:
@@ -152,9 +216,13 @@ def _check_algorithm(config: Config) -> None:
 
 def _check_weights(config: Config) -> None:
     weights = config.weights
-    if weights.kv_cache == "keep" and weights.interrupt == "retract":
+    if weights.kv_cache == "keep" and weights.interrupt in ("retract", "finish"):
+        no_cache = {
+            "retract": "drops the KV cache that weights.kv_cache = keep keeps",
+            "finish": "leaves no request whose KV cache weights.kv_cache = keep could keep",
+        }
         raise ConfigError(
-            "weights.interrupt = retract drops the KV cache that weights.kv_cache = keep keeps",
+            f"weights.interrupt = {weights.interrupt} {no_cache[weights.interrupt]}",
             "leave weights.interrupt out, or set weights.kv_cache=recompute",
         )
     if weights.kv_cache == "keep" and config.sglang.get("disable_overlap_schedule") is not True:
