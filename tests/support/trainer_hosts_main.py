@@ -138,7 +138,8 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         b = job.join()
         job.wait_for_steps()
         say("the second host was lost and joined again")
-        assert len({n.number for n in job.incarnations()}) == 1
+        # a node that notices the loss late is one incarnation behind until it has
+        wait_until(lambda: len({n.number for n in job.incarnations()}) == 1, 30)
         assert job.incarnations()[0].number >= 3
         assert not is_running(survivor)
 

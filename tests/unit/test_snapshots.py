@@ -157,9 +157,11 @@ def test_kill_while_writing_leaves_only_complete_folders(tmp_path: Path, model: 
         def under_way(
             target: int = newest + 1 + round_ % 2, files: int = 1 + 2 * (round_ % 5)
         ) -> bool:
-            partials = (tmp_path / "weights").glob(f".v{target:06d}.*.partial")
-            with contextlib.suppress(FileNotFoundError):  # it has just been renamed
-                return any(len(list(partial.iterdir())) >= files for partial in partials)
+            """True while a version from `target` on has so many files and is not complete."""
+            for partial in (tmp_path / "weights").glob(".v*.partial"):
+                with contextlib.suppress(FileNotFoundError):  # it has just been renamed
+                    if int(partial.name[2:8]) >= target and len(list(partial.iterdir())) >= files:
+                        return True
             return False
 
         while not under_way():
