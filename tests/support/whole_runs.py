@@ -37,7 +37,8 @@ class RunInputs:
         standard: dict[str, dict[str, Any]] = {
             "run": {"dir": str(run_dir), "steps": RUN_STEPS, "seed": 3, "export_every": 1},
             "model": {"path": str(self.model), "context_tokens": 128},
-            "data": {"train": str(self.train), "eval": str(self.eval)},
+            "data": {"train": str(self.train)},
+            "evaluation": {"sets": {"held_out": {"path": str(self.eval)}}},
             # One group at a time makes generation the slowest part, so that weight updates
             # interrupt requests on any machine.
             "rollout": {"max_new_tokens": 96, "max_concurrent_samples": 4},
@@ -65,9 +66,9 @@ def make_run_inputs(folder: Path) -> RunInputs:
     )
 
 
-def start_run(path: Path) -> subprocess.Popen[str]:
+def start_run(path: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_async_rl", "run", str(path)],
+        [sys.executable, "-m", "megatron_async_rl", "run", str(path), *options],
         env=python_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

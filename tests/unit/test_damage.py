@@ -164,6 +164,14 @@ def test_database_that_is_damaged_while_it_is_written_fails_all_waits(
     assert journal_module.last_seq(tmp_path / "journal.sqlite") == 0
 
 
+def test_journal_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot be opened: there is no folder .*/no; set run.dir"):
+        Journal(tmp_path / "no" / "journal.sqlite")
+    (tmp_path / "journal.sqlite").mkdir()
+    with pytest.raises(DataError, match="cannot be opened: unable to open database file; let this"):
+        Journal(tmp_path / "journal.sqlite")
+
+
 def test_damaged_mark_is_reported_and_written_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

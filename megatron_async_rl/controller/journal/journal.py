@@ -60,6 +60,7 @@ JOURNAL_FILE = "journal.sqlite"
 MAX_EVENTS_PER_COMMIT = 512
 GATHER_S = 0.01  # an event waits this long for others to share its commit
 RETRY_S = 1.0  # after a failed commit
+NOT_OPENED = ("CANTOPEN", "PERM", "READONLY", "BUSY", "LOCKED")  # of SQLite's error codes
 _Event = tuple[int, JournalEvent]  # with its sequence number
 _Item = _Event | Future[None] | list[int] | None  # event, waiter, groups to prune, or the end
 _Row = tuple[int, str, int | None, bytes, int | None, int]  # the columns; the checksum last
@@ -70,7 +71,8 @@ __all__ = ["ARRAYS_FOLDER", "JOURNAL_FILE", "Journal", "last_seq", "read_events"
 class Journal:
     """One per run. `append`, `durable` and `prune` belong to one thread.
 
-    Raises DataError if the journal is damaged, or has lost events that were on disk.
+    Raises DataError if the journal cannot be opened, is damaged, or has lost events that were on
+    disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,7 +85,7 @@ class Journal:
             self._open()
             rows_per_segment = count_rows(self._db, path)
         except sqlite3.DatabaseError as e:
-            raise self._damaged(e) from None
+            raise self._not_opened(e) or self._damaged(e) from None
         path.chmod(0o600)
         self.last_seq = self._totals.last_seq
         if damage := find_rewind(path):
@@ -204,6 +206,22 @@ class Journal:
             db.execute(f"PRAGMA user_version = {SCHEMA}")
         db.execute("COMMIT")
         self._totals = read_totals(db)
+
+    def _not_opened(self, error: sqlite3.DatabaseError) -> DataError | None:
+        """Returns the error of a file that SQLite could not even read; None if it could."""
+        if not self._path.parent.is_dir():
+            return DataError(
+                f"the journal {self._path} cannot be opened: there is no folder "
+                f"{self._path.parent}",
+                "set run.dir to the folder of a run",
+            )
+        code = getattr(error, "sqlite_errorname", "")  # ours have none
+        if code.removeprefix("SQLITE_").split("_")[0] not in NOT_OPENED:
+            return None
+        return DataError(
+            f"the journal {self._path} cannot be opened: {error}",
+            "let this user read and write it and its folder, and stop other programs that use it",
+        )
 
     def _damaged(self, error: Exception) -> DataError:
         lost = "the events in the damaged part, perhaps all"
