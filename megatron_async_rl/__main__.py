@@ -8,11 +8,12 @@ when the command is called, so that a wrong argument is reported at once.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 from megatron_async_rl import __version__
-from megatron_async_rl.errors import Error
+from megatron_async_rl.errors import ConfigError, Error
 from megatron_async_rl.program import program
 
 
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor", help="check this host's installation and, with CONFIG, a run's settings"
     )
-    doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
+    _add_config(doctor, "YAML file", optional=True)
     doctor.set_defaults(command=_doctor)
 
     status = commands.add_parser("status", help="show the state of a run, or how it ended")
@@ -128,9 +129,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.set_defaults(command=_plan_weights)
 
+    prepare = commands.add_parser("prepare", help="turn a published dataset into rows to train on")
+    prepare.add_argument("kind", metavar="KIND", help="its format, see docs/data.md, such as gsm8k")
+    prepare.add_argument("source", metavar="IN", help="file or folder: JSONL, JSON, Parquet, Arrow")
+    prepare.add_argument("out", metavar="OUT", type=Path, help="JSONL file to write")
+    prepare.add_argument("--split", metavar="NAME", help="the split, if IN has several")
+    prepare.add_argument(
+        "--decontaminate",
+        metavar="EVAL",
+        nargs="+",
+        default=[],
+        help="evaluation sets whose problems OUT must not contain",
+    )
+    prepare.add_argument(
+        "--ngram", metavar="N", type=int, default=13, help="words that count as the same problem"
+    )
+    prepare.add_argument(
+        "--val", metavar="N", type=int, default=0, help="rows to write to OUT.val.jsonl instead"
+    )
+    prepare.add_argument("--max-tests", metavar="N", type=int, help="tests to keep of each row")
+    prepare.add_argument("--model", metavar="FOLDER", help="count the prompts' tokens as it does")
+    prepare.set_defaults(command=_prepare)
+
     replay = commands.add_parser("replay", help="train one saved batch without rollout workers")
     replay.add_argument(
-        "batches", metavar="BATCH", nargs="+", type=Path, help="batch files of one step"
+        "batches",
+        metavar="BATCH",
+        nargs="+",
+        help="batch files of one step, then settings to override (key=value)",
     )
     replay.add_argument(
         "--config",
@@ -138,9 +164,9 @@ def _parser() -> argparse.ArgumentParser:
         help="YAML file; default: the config.yaml in the nearest folder above the batch",
     )
     replay.add_argument(
-        "--set", metavar="key=value", action="append", default=[], help="a setting to override"
+        "--set", metavar="key=value", action="append", default=[], help="the same as key=value"
     )
-    replay.set_defaults(command=_replay)
+    replay.set_defaults(command=_replay, overrides=[])
 
     selftest = commands.add_parser(
         "selftest", help="compare loss and gradients of CONFIG's parallel layout with one rank's"
@@ -150,8 +176,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser, text: str = "YAML file, see configs/") -> None:
-    parser.add_argument("config", metavar="CONFIG", help=text)
+def _add_config(
+    parser: argparse.ArgumentParser, text: str = "YAML file, see configs/", optional: bool = False
+) -> None:
+    parser.add_argument("config", metavar="CONFIG", help=text, nargs="?" if optional else None)
     parser.add_argument(
         "overrides",
         metavar="key=value",
@@ -168,8 +196,12 @@ def _run(args: argparse.Namespace) -> int:
     from megatron_async_rl.config.load import load
 
     config = load(args.config, args.overrides)
-    from megatron_async_rl.launcher import run  # slower to import: errors of the YAML come first
+    # slower to import: errors of the YAML come first
+    from megatron_async_rl.launcher import run, slurm
 
+    slurm.check_started_once()
+    if warning := slurm.idle_nodes_warning():
+        sys.stderr.write(f"warning: {warning}\n")
     existing: run.ExistingRun = "resume"
     if args.from_scratch:
         existing = "rename"
@@ -195,7 +227,7 @@ def _slurm(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from megatron_async_rl.cli import doctor
 
-    return doctor.run(args.config)
+    return doctor.run(args.config, args.overrides)
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -223,10 +255,30 @@ def _plan_weights(args: argparse.Namespace) -> int:
     return plan_weights.run(load(args.config, args.overrides), args.link_gb_s, args.json)
 
 
+def _prepare(args: argparse.Namespace) -> int:
+    from megatron_async_rl.cli import prepare
+    from megatron_async_rl.data.prepare.pipeline import Options
+
+    options = Options(
+        split=args.split,
+        evaluation_sets=tuple(args.decontaminate),
+        ngram=args.ngram,
+        num_validation=args.val,
+        max_tests=args.max_tests,
+        model=args.model,
+    )
+    return prepare.run(args.kind, args.source, args.out, options)
+
+
 def _replay(args: argparse.Namespace) -> int:
     from megatron_async_rl.cli import offline
 
-    return offline.replay(args.batches, args.config, args.set)
+    is_override = re.compile(r"[a-z_]+(\.[\w\[\]]+)+=").match
+    paths = [Path(text) for text in args.batches if not is_override(text)]
+    overrides = [text for text in args.batches if is_override(text)]
+    if not paths:
+        raise ConfigError("replay needs the path of a batch", "name it before the settings")
+    return offline.replay(paths, args.config, [*args.set, *overrides, *args.overrides])
 
 
 def _selftest(args: argparse.Namespace) -> int:

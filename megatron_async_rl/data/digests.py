@@ -10,7 +10,7 @@ import msgspec
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.sections import SourceConfig
-from megatron_async_rl.data.sources import data_files, training_sources
+from megatron_async_rl.data.sources import data_files, evaluation_sources, training_sources
 from megatron_async_rl.storage import files
 
 DIGESTS_FILE = "dataset.json"  # in run.dir
@@ -37,8 +37,7 @@ def changed_data(run_dir: Path, config: Config) -> str:
 
 def _sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:
     yield from training_sources(config)
-    for name, chosen in config.evaluation.sets.items():
-        yield f"evaluation.sets.{name}.path", chosen
+    yield from evaluation_sources(config)
 
 
 def _digest(source: SourceConfig, config: Config) -> str:

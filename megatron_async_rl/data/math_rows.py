@@ -14,7 +14,10 @@ from typing import Any
 from megatron_async_rl.errors import DataError
 
 EMPTY_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{[\s$]*\}")
-_BOX = r"\\(?:boxed|fbox|framebox|ovalbox)(?![A-Za-z])"
+_BOX = (
+    r"(?:\\(?:boxed|fbox|framebox|ovalbox|shadowbox|doublebox|tcboxmath|Aboxed|bbox)(?![A-Za-z])|"
+    r"\\(?:colorbox|fcolorbox\{[\w!]{1,20}\})\{[\w!]{1,20}\}(?=\{))"
+)
 _BRACES = re.compile(_BOX + r"\s*(?:\[[^\[\]{}]{0,20}\]\s*){0,2}(\{)?|\\.|[{}]", re.DOTALL)
 _SIMPLE_BOX = re.compile(r"\\boxed\s*\{(\s*[^{}\\$\s][^{}\\$]*)\}")
 _BARE_BOX = re.compile(r"\s*(?:\\[dt]?frac\s*\d\s*\d|\\[A-Za-z]+|[-+]?[\d.,]*\d|[A-Za-z])")
