@@ -25,12 +25,14 @@ class Gate:
     def close(self) -> None:
         self._open.clear()
 
-    async def wait_open(self) -> None:
-        await self._open.wait()
-
     @contextlib.asynccontextmanager
     async def request(self) -> AsyncIterator[None]:
-        """Counts a request as in flight within the context."""
+        """Waits until the gate is open, and counts a request as in flight within the context.
+
+        No request passes a gate that was closed again while it waited.
+        """
+        while not self.is_open:
+            await self._open.wait()
         self.num_in_flight += 1
         try:
             yield

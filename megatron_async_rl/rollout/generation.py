@@ -67,7 +67,6 @@ class Generator:
                 return Completion(segments, "stop")  # aborted just after its last token
             if len(tokens) >= end:
                 return Completion(segments, "length")
-            await self._gate.wait_open()
             output = await self._request(
                 tokens, dataclasses.replace(sampling, max_new_tokens=end - len(tokens))
             )

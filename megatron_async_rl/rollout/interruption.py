@@ -2,10 +2,13 @@
 
 | settings                     | requests in flight                   | KV cache      | SGLang    |
 |------------------------------|--------------------------------------|---------------|-----------|
+| interrupt finish             | end under the old weights            | freed         | any       |
 | interrupt abort, recompute   | return their tokens, are sent again  | dropped       | any       |
 | interrupt retract, recompute | are queued again and prefilled again | dropped       | >= 0.5.21 |
 | kv_cache keep                | freeze, then continue                | kept          | >= 0.5.21 |
 
+finish: the update begins when the last request has ended; a next turn waits for it at the gate.
+    No call of `policy.generate` has tokens of two versions.
 abort: the server accepts weights only once all requests have returned (it holds a lock).
 retract: the server accepts weights at once, but holds the only copy of the tokens of requests in
     flight: if it dies, they are lost. It frees the KV cache of all retracted requests and flushes
@@ -28,18 +31,23 @@ from megatron_async_rl.rollout.engine_client import EngineClient
 from megatron_async_rl.rollout.gate import Gate
 
 ABORT_INTERVAL_S = 0.05  # an abort misses requests on their way to the scheduler, so it is repeated
+FINISH_SHARE = 0.9  # of weights.update_timeout_s: the error must arrive before the controller's own
 OLDEST_THAT_PAUSES = (0, 5, 21)
 
 
 class Interruption(Protocol):
     """Called by weight_update.py in the order stop, wait_drained, resume; all raise EngineError."""
 
+    interrupts: bool  # requests in flight go on after the update
     flushes_cache: bool  # the update must drop the prefix cache
     freezes: bool  # after `stop` the server runs nothing, not even aborted requests
     seconds: dict[str, float]  # of the last interruption, by phase
 
     async def stop(self) -> None:
-        """Stops the requests in flight after the gate was closed; then the update may begin."""
+        """Stops or ends the requests in flight after the gate was closed.
+
+        Then the update may begin.
+        """
 
     async def wait_drained(self) -> None:
         """Waits until no request in flight prevents a flush."""
@@ -51,9 +59,42 @@ class Interruption(Protocol):
         """Returns the key within which requests share cached prefixes."""
 
 
+class Finish:
+    """All requests end regularly; meanwhile the server gets no new ones."""
+
+    interrupts = False
+    flushes_cache = True
+    freezes = False
+
+    def __init__(self, gate: Gate, timeout_s: float) -> None:
+        self._gate = gate
+        self._timeout_s = timeout_s
+        self.seconds: dict[str, float] = {}
+
+    async def stop(self) -> None:
+        started = time.monotonic()
+        if not await self._gate.wait_idle(FINISH_SHARE * self._timeout_s):
+            raise EngineError(
+                f"with weights.interrupt = finish {self._gate.num_in_flight} requests did not end "
+                f"within {FINISH_SHARE:g} of weights.update_timeout_s = {self._timeout_s:g}; set "
+                "it to more than the longest request takes, or set weights.interrupt=abort"
+            )
+        self.seconds = {"drain": time.monotonic() - started}
+
+    async def wait_drained(self) -> None:
+        pass
+
+    async def resume(self) -> None:
+        pass
+
+    def cache_key(self) -> str | None:
+        return None
+
+
 class Abort:
     """All requests return the tokens they have; their KV cache is freed."""
 
+    interrupts = True
     flushes_cache = True
     freezes = False
 
@@ -98,6 +139,7 @@ class Abort:
 class Pause:
     """Requests stay in the server, queued without their KV cache (retract) or frozen (in_place)."""
 
+    interrupts = True
     freezes = True
 
     def __init__(self, client: EngineClient, mode: Literal["retract", "in_place"]) -> None:
@@ -131,6 +173,8 @@ class Pause:
 def make_interruption(config: Config, client: EngineClient, gate: Gate) -> Interruption:
     """Follows `weights.interrupt` and `weights.kv_cache`. Raises ConfigError for an old SGLang."""
     keep = config.weights.kv_cache == "keep"
+    if config.weights.interrupt == "finish":
+        return Finish(gate, config.weights.update_timeout_s)
     if not keep and config.weights.interrupt == "abort":
         return Abort(client, gate, config.rollout.request_timeout_s)
     if client.version < OLDEST_THAT_PAUSES:

@@ -1,6 +1,6 @@
 """Weight updates of one server (controller/weight_sync/broadcast.py draws the whole exchange):
 
-UpdateWeights    close the gate and interrupt the requests in flight (interruption.py)
+UpdateWeights    close the gate; interrupt the requests in flight or let them end (interruption.py)
 ReceiveBuckets   begin, receive bucket after bucket, end; with kv_cache recompute also flush the
                  prefix cache
 WeightDigests    compare the server's digests with the trainer's; if equal, resume the requests and
@@ -16,7 +16,9 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import EngineError
@@ -39,6 +41,7 @@ UpdateStep = (
     | messages.LoadSnapshot
     | messages.Relabel
 )
+Verdict = messages.WeightDigests | messages.AbandonUpdate  # of the controller, after the buckets
 
 
 class WeightUpdates:
@@ -62,9 +65,9 @@ class WeightUpdates:
             loaded_folder  # the snapshot the server started from, not yet verified
         )
         self._groups: list[str] = []
-        self._digests: asyncio.Queue[messages.WeightDigests | messages.AbandonUpdate] = (
-            asyncio.Queue()
-        )
+        self._receiving = -1  # the version of the newest step
+        self._verdict: asyncio.Future[Verdict] | None = None  # on the newest step
+        self._engine = asyncio.Lock()  # held by the step that changes the engine's weights
         self._seconds: dict[str, float] = {}
         self._num_interrupted = 0
         self._paused_since = self._phase_started = 0.0
@@ -72,12 +75,25 @@ class WeightUpdates:
     def cache_key(self) -> str | None:
         return self.interruption.cache_key()
 
-    def deliver(self, message: messages.WeightDigests | messages.AbandonUpdate) -> None:
-        """Ends the wait of an update that has received all buckets."""
-        self._digests.put_nowait(message)
+    def deliver(self, message: Verdict) -> None:
+        """Ends the wait of the newest step, when it has received all buckets."""
+        if self._verdict and not self._verdict.done() and message.version == self._receiving:
+            self._verdict.set_result(message)
 
-    async def handle(self, message: UpdateStep) -> None:
-        """Performs one step of an update. On an error it reports it and leaves the gate closed."""
+    def handle(self, message: UpdateStep) -> Coroutine[Any, Any, None]:
+        """Returns a coroutine that performs one step of an update; call it in order of arrival.
+
+        On an error it reports it and leaves the gate closed. A new step ends one that still waits
+        for its verdict: its controller was restarted or has given it up.
+        """
+        verdict: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        if not isinstance(message, messages.JoinGroup):
+            if self._verdict:
+                self._verdict.cancel()
+            self._verdict, self._receiving = verdict, message.version
+        return self._perform(message, verdict)
+
+    async def _perform(self, message: UpdateStep, verdict: asyncio.Future[Verdict]) -> None:
         try:
             match message:
                 case messages.UpdateWeights():
@@ -87,23 +103,26 @@ class WeightUpdates:
                 case messages.JoinGroup():
                     await self._join(message)
                 case messages.ReceiveBuckets():
-                    await self._update_from_buckets(message)
+                    async with self._engine:
+                        await self._update_from_buckets(message, verdict)
                 case messages.LoadSnapshot():
-                    await self._update_from_snapshot(message)
+                    async with self._engine:
+                        await self._update_from_snapshot(message)
                 case messages.Relabel():
                     await self._relabel(message.version)
         except EngineError as e:
             logger.error("weight update: %s", e)
             if isinstance(message, messages.JoinGroup):
                 await self._link.send(messages.GroupJoined(message.group, error=str(e)))
-            else:
+            elif not verdict.cancelled():
                 updated = messages.Updated(message.version, self._seconds, error=str(e))
                 await self._link.send(updated)
 
     async def _interrupt(self) -> None:
         self._paused_since = time.monotonic()
         self._gate.close()
-        self._num_interrupted = self._gate.num_in_flight
+        interrupts = self.interruption.interrupts
+        self._num_interrupted = self._gate.num_in_flight if interrupts else 0
         self._seconds = {}
         await self.interruption.stop()
 
@@ -117,7 +136,11 @@ class WeightUpdates:
         self._groups.append(join.group)
         await self._link.send(messages.GroupJoined(join.group))
 
-    async def _update_from_buckets(self, update: messages.ReceiveBuckets) -> None:
+    async def _update_from_buckets(
+        self, update: messages.ReceiveBuckets, verdict: asyncio.Future[Verdict]
+    ) -> None:
+        if verdict.cancelled():  # while an earlier step held the engine
+            return
         self._phase_started = time.monotonic()
         self._loaded_folder = None
         flush_with_last = self.interruption.flushes_cache and self._can_flush_with_last(update)
@@ -135,7 +158,7 @@ class WeightUpdates:
             await self._client.flush_cache(FLUSH_TIMEOUT_S)
         self._end_phase("flush")
         digests = await self._check_version(update.version, update.verify)
-        expected = await self._expected_digests(update.version)
+        expected = await self._await_verdict(update.version, verdict)
         if isinstance(expected, messages.AbandonUpdate):
             await self._link.send(messages.UpdateReady(update.version, {}))
             return
@@ -227,19 +250,15 @@ class WeightUpdates:
             raise EngineError(f"the server reports version {served}, expected {version}")
         return digests
 
-    async def _expected_digests(
-        self, version: int
-    ) -> messages.WeightDigests | messages.AbandonUpdate:
-        try:
-            while True:
-                message = await asyncio.wait_for(self._digests.get(), self._timeout_s)
-                if message.version == version:
-                    return message
-        except TimeoutError:
+    async def _await_verdict(self, version: int, verdict: asyncio.Future[Verdict]) -> Verdict:
+        """Raises CancelledError, which ends the step silently, when a new step has begun."""
+        await asyncio.wait([verdict], timeout=self._timeout_s)
+        if not verdict.done():
             raise EngineError(
                 f"the trainer's digests of version {version} did not arrive within "
                 f"weights.update_timeout_s = {self._timeout_s:.0f}"
-            ) from None
+            )
+        return verdict.result()
 
 
 def _read_verified(folder: Path) -> Snapshot:

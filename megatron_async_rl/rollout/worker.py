@@ -155,8 +155,7 @@ class RolloutWorker:
         """Raises EngineError if the server generates nothing after a request timed out."""
         while True:
             await self.generator.timed_out.wait()
-            await self.gate.wait_open()  # an update in progress would detect it by itself
-            async with self.gate.request():
+            async with self.gate.request():  # an update in progress would detect it by itself
                 alive = await self._client.can_generate()
             if not alive:
                 limit_s = self._config.rollout.lease_timeout_s

@@ -114,7 +114,6 @@ class Rollout:
     trainer: Trainer
 
     async def generate(self, prompt: list[int], num_new: int = NEW_TOKENS) -> RequestOutput:
-        await self.gate.wait_open()
         async with self.gate.request():
             key = self.updates.interruption.cache_key()
             return await self.client.generate(prompt, Sampling(num_new, 1.0, []), key)
@@ -283,6 +282,33 @@ def test_kept_kv_cache_is_labelled_and_not_shared_with_new_requests(
 
     runner, engine = server
     with rollout(engine, models, tmp_path, kv_cache="keep") as it:
+        runner.run(scenario(it))
+
+
+def test_requests_finish_under_their_weights_and_new_ones_wait_for_the_next(
+    server: tuple[asyncio.Runner, SGLangServer], models: Models, tmp_path: Path
+) -> None:
+    asked = prompts(6)
+
+    async def scenario(rollout: Rollout) -> None:
+        assert not (await rollout.trainer.publish(40, models.folders[0])).error
+        requests = await rollout.start(asked)
+        assert rollout.gate.num_in_flight
+        update = asyncio.create_task(rollout.trainer.publish(41, models.folders[1]))
+        await asyncio.sleep(0)  # the gate closes
+        turns = [asyncio.create_task(rollout.generate(prompt)) for prompt in asked]
+        await asyncio.gather(*requests)
+        assert not update.done() and not any(turn.done() for turn in turns)
+        updated = await update
+        assert not updated.error and updated.num_interrupted == 0
+        for model, group in ((0, requests), (1, turns)):
+            for prompt, part in zip(asked, await asyncio.gather(*group), strict=True):
+                [(version, ids, said)] = segments(part)
+                assert version == 40 + model and part.stop != "abort"
+                np.testing.assert_allclose(said, models.fresh(model, prompt, ids), atol=1e-3)
+
+    runner, engine = server
+    with rollout(engine, models, tmp_path, interrupt="finish") as it:
         runner.run(scenario(it))
 
 

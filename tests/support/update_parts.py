@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tiny_model import CPU_ENGINE
 
@@ -14,7 +15,7 @@ from megatron_async_rl.protocol.messages import Message
 NEW_TOKENS = 100
 
 
-def make_config(model: Path, run_dir: Path, **weights: str) -> Config:
+def make_config(model: Path, run_dir: Path, **weights: Any) -> Config:
     return configuration.from_tree(
         {
             "run": {"dir": str(run_dir), "steps": 1},

@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 from update_parts import Sent, make_config
 
-from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.errors import ConfigError, EngineError
 from megatron_async_rl.protocol.messages import (
+    AbandonUpdate,
     Bucket,
     ReceiveBuckets,
     StageBuckets,
+    Updated,
+    UpdateReady,
     UpdateWeights,
     WeightDigests,
 )
 from megatron_async_rl.rollout.gate import Gate
-from megatron_async_rl.rollout.interruption import Abort, Pause, make_interruption
+from megatron_async_rl.rollout.interruption import Abort, Finish, Pause, make_interruption
 from megatron_async_rl.rollout.weight_update import WeightUpdates
 
 
@@ -28,6 +31,9 @@ class Engine:
     def __init__(self, *version: int) -> None:
         self.version = version
         self.asked: list[str] = []
+        self.serves = 3  # the version of the weights
+        self.broken = asyncio.Event()  # of the broadcast, while it is awaited
+        self.waits = False
 
     async def pause(self, mode: str) -> None:
         self.asked.append(f"pause {mode}")
@@ -46,12 +52,19 @@ class Engine:
         self, group: str, bucket: Bucket, flattened: bool, version: int | None, flush: bool = False
     ) -> None:
         self.asked.append("bucket and flush" if flush else "bucket")
+        if self.waits:
+            await self.broken.wait()
+            raise EngineError("connection closed")
 
     async def flush_cache(self, patience_s: float) -> None:
         self.asked.append("flush")
 
     async def served_version(self) -> str:
-        return "3"
+        return str(self.serves)
+
+
+def buckets_of(version: int, num_buckets: int = 1) -> ReceiveBuckets:
+    return ReceiveBuckets(version, [StageBuckets("g", [Bucket([])] * num_buckets)], verify=False)
 
 
 def calls_of_an_update(num_buckets: int, **weights: str) -> list[str]:
@@ -61,10 +74,9 @@ def calls_of_an_update(num_buckets: int, **weights: str) -> list[str]:
         engine, gate = Engine(0, 5, 21), Gate()
         updates = WeightUpdates(make_config(Path("m"), Path("r"), **weights), Sent(), engine, gate)  # type: ignore[arg-type]
         await updates.handle(UpdateWeights(3))
+        received = updates.handle(buckets_of(3, num_buckets))
         updates.deliver(WeightDigests(3, {}))
-        await updates.handle(
-            ReceiveBuckets(3, [StageBuckets("g", [Bucket([])] * num_buckets)], verify=False)
-        )
+        await received
         assert gate.is_open
         return engine.asked
 
@@ -93,6 +105,164 @@ def test_prefix_cache_is_flushed_with_the_last_bucket_if_idle() -> None:
     ]
 
 
+def run_updates(scenario: Any, **weights: Any) -> list[Any]:
+    """Returns what the worker sent in `scenario(updates, engine, gate)`, which may take 5 s."""
+
+    async def run() -> list[Any]:
+        engine, gate, sent = Engine(0, 5, 21), Gate(), Sent()
+        updates = WeightUpdates(make_config(Path("m"), Path("r"), **weights), sent, engine, gate)  # type: ignore[arg-type]
+        async with asyncio.timeout(5):
+            await scenario(updates, engine, gate)
+        return sent.messages
+
+    return asyncio.run(run())
+
+
+async def settled(task: asyncio.Task[None]) -> None:
+    """Returns when the task has ended or waits for something other than the event loop."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_update_of_a_lost_controller_takes_no_verdict_of_the_next_one() -> None:
+    async def scenario(updates: WeightUpdates, engine: Engine, gate: Gate) -> None:
+        await updates.handle(UpdateWeights(3))
+        lost = asyncio.create_task(updates.handle(buckets_of(3)))
+        await settled(lost)  # its controller is killed before it sends digests
+        await updates.handle(UpdateWeights(3))
+        received = asyncio.create_task(updates.handle(buckets_of(3)))
+        await settled(received)
+        assert lost.cancelled() and not gate.is_open
+        updates.deliver(WeightDigests(3, {}))
+        await received
+        engine.serves = 4
+        await updates.handle(UpdateWeights(4))
+        received = asyncio.create_task(updates.handle(buckets_of(4)))
+        await settled(received)
+        updates.deliver(WeightDigests(4, {}))
+        await received
+
+    sent = run_updates(scenario)
+    assert [type(message) for message in sent] == [
+        UpdateReady, UpdateReady, Updated, UpdateReady, Updated,
+    ]  # fmt: skip
+    assert [m.version for m in sent if isinstance(m, Updated) and not m.error] == [3, 4]
+
+
+def test_verdict_on_a_failed_attempt_does_not_end_the_next_one() -> None:
+    async def scenario(updates: WeightUpdates, engine: Engine, gate: Gate) -> None:
+        await updates.handle(UpdateWeights(3))
+        engine.waits = True
+        received = asyncio.create_task(updates.handle(buckets_of(3)))
+        await settled(received)
+        updates.deliver(AbandonUpdate(3))  # a source failed, and this server fails with it
+        engine.broken.set()
+        await received
+        engine.waits = False
+        received = asyncio.create_task(updates.handle(buckets_of(3)))
+        await settled(received)
+        updates.deliver(WeightDigests(3, {}))
+        await received
+
+    ready, failed, updated = run_updates(scenario)
+    assert isinstance(ready, UpdateReady)
+    assert isinstance(failed, Updated) and "connection closed" in failed.error
+    assert isinstance(updated, Updated) and not updated.error
+
+
+def test_new_step_waits_for_the_engine_and_an_old_one_reports_nothing() -> None:
+    async def scenario(updates: WeightUpdates, engine: Engine, gate: Gate) -> None:
+        await updates.handle(UpdateWeights(3))
+        engine.waits = True
+        lost = asyncio.create_task(updates.handle(buckets_of(3)))
+        await settled(lost)
+        await updates.handle(UpdateWeights(3))
+        received = asyncio.create_task(updates.handle(buckets_of(3)))
+        await settled(received)
+        assert engine.asked.count("bucket") == 1
+        engine.waits = False
+        engine.broken.set()  # its source opened a new group
+        await lost
+        await settled(received)
+        updates.deliver(WeightDigests(3, {}))
+        await received
+
+    sent = run_updates(scenario)
+    assert [type(message) for message in sent] == [UpdateReady, UpdateReady, Updated]
+    assert not sent[-1].error
+
+
+def test_finish_lets_running_requests_end_and_holds_new_ones_back() -> None:
+    order: list[str] = []
+
+    async def scenario(updates: WeightUpdates, engine: Engine, gate: Gate) -> None:
+        gate.open()
+        end = asyncio.Event()
+
+        async def request(name: str) -> None:
+            async with gate.request():
+                order.append(f"{name} starts")
+                await end.wait()
+                order.append(f"{name} ends")
+
+        running = asyncio.create_task(request("old"))
+        await settled(running)
+        update = asyncio.create_task(updates.handle(UpdateWeights(3)))
+        await settled(update)
+        waiting = asyncio.create_task(request("new"))
+        await settled(waiting)
+        assert order == ["old starts"] and not update.done()
+        end.set()
+        await update
+        order.append("update begins")
+        received = updates.handle(buckets_of(3))
+        updates.deliver(WeightDigests(3, {}))
+        await received
+        order.append("update ends")
+        await asyncio.gather(running, waiting)
+        assert engine.asked == ["bucket", "flush"]  # and no abort
+
+    ready, updated = run_updates(scenario, interrupt="finish")
+    assert order == [
+        "old starts", "old ends", "update begins", "update ends", "new starts", "new ends",
+    ]  # fmt: skip
+    assert "drain" in ready.seconds and updated.num_interrupted == 0
+
+
+def test_finish_names_its_settings_when_requests_do_not_end_in_time() -> None:
+    async def scenario(updates: WeightUpdates, engine: Engine, gate: Gate) -> None:
+        gate.open()
+        async with gate.request():
+            await updates.handle(UpdateWeights(3))
+        assert not gate.is_open
+
+    [updated] = run_updates(scenario, interrupt="finish", update_timeout_s=0.1)
+    assert updated.error.startswith(
+        "with weights.interrupt = finish 1 requests did not end within 0.9 of "
+        "weights.update_timeout_s = 0.1; set it to more than"
+    )
+
+
+def test_request_that_waited_does_not_pass_a_gate_that_was_closed_again() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+
+        async def request() -> None:
+            async with gate.request():
+                pass
+
+        task = asyncio.create_task(request())
+        await settled(task)
+        gate.open()
+        gate.close()
+        await settled(task)
+        assert not task.done() and not gate.num_in_flight
+        gate.open()
+        await task
+
+    asyncio.run(scenario())
+
+
 def interruption_of(version: tuple[int, ...], **weights: str) -> Any:
     return make_interruption(make_config(Path("m"), Path("r"), **weights), Engine(*version), Gate())  # type: ignore[arg-type]
 
@@ -110,8 +280,9 @@ def test_engine_too_old_for_interrupt_mode_is_rejected(
         interruption_of(version, **weights)
 
 
-def test_abort_works_with_any_engine_and_newer_ones_pause() -> None:
+def test_abort_and_finish_work_with_any_engine_and_newer_ones_pause() -> None:
     assert isinstance(interruption_of((0, 5, 16)), Abort)
+    assert isinstance(interruption_of((0, 5, 16), interrupt="finish"), Finish)
     assert isinstance(interruption_of((0, 5, 21), interrupt="retract"), Pause)
     assert isinstance(interruption_of((0, 5, 23), kv_cache="keep"), Pause)
 
