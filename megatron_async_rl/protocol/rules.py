@@ -269,6 +269,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "ids": _anything,
     "logprobs": _anything,
     "versions": _anything,
+    "starts": _anything,
     "discount": lambda discount: 0 <= discount <= 1,
 }
 
