@@ -46,13 +46,19 @@ def _normalize_gold(text: str) -> str:
 
 def compare_plain(expected: str, answer: str) -> bool | None:
     """Returns whether the two are equal, None where math-verify has to decide."""
+    decided = compare_text(expected, answer)
+    return equality.equal(expected, answer) if decided is None else decided
+
+
+def compare_text(expected: str, answer: str) -> bool | None:
+    """As `compare_plain`, for equal texts and decimals alone."""
     if not answer:
         return False
     if expected == answer:
         return True
     if _DECIMAL.fullmatch(expected) and _DECIMAL.fullmatch(answer):
         return Decimal(expected) == Decimal(answer)
-    return equality.equal(expected, answer)
+    return None
 
 
 def compare_latex(expected: str, answer: str) -> bool:

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from megatron_async_rl.reward import math_answer
-from megatron_async_rl.reward.math import formula
+from megatron_async_rl.reward.math import evaluation, formula
 
 RIGHT = [
     (r"<think>so \boxed{42}</think> The answer is 41.", "41"),
@@ -320,7 +320,7 @@ def test_thinking_longer_than_the_searched_text_is_thinking() -> None:
     ],
 )
 def test_formula_has_its_value(text: str, value: float) -> None:
-    assert complex(formula.value(formula.parse(text), {})) == pytest.approx(value)
+    assert complex(evaluation.value(formula.parse(text), {})) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -328,8 +328,8 @@ def test_formula_has_its_value(text: str, value: float) -> None:
 )
 def test_huge_number_is_not_computed(text: str) -> None:
     started = time.perf_counter()
-    with pytest.raises(formula.TooLarge):
-        formula.value(formula.parse(text), {})
+    with pytest.raises(evaluation.TooLarge):
+        evaluation.value(formula.parse(text), {})
     assert time.perf_counter() - started < 0.1
 
 

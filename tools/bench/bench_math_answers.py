@@ -2,11 +2,12 @@
 # ruff: noqa: RUF001 - rules that write answers with unicode characters
 r"""Counts wrong decisions of the built-in `math` reward on answers made from real problems' golds.
 
-    python tools/bench/bench_math_answers.py DATA_DIR [--per-class 4000] [--show 20] [--peers]
+    python tools/bench/bench_math_answers.py DATA_DIR [--scale 1] [--show 20] [--peers]
 
 DATA_DIR holds the golds of MATH, GSM8K, AIME and AMC (`*.jsonl` and `*.json` files with `answer`).
-Rules below rewrite each gold into answers whose correctness is known by construction. `--peers`
-adds math-verify with its default extraction, as AReaL and verl call it. CPU times include it.
+Rules below rewrite each gold into answers whose correctness is known by construction. SIZES says
+how many of each class are scored, `--scale` multiplies it. `--peers` adds math-verify with its
+default extraction, as AReaL and verl call it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_async_rl.data.math_rows import boxed_answer
 from megatron_async_rl.reward import math_answer
 
+SIZES = {  # answers per class
+    "equivalent": 6600,
+    "unboxed right": 1368,
+    "wrong": 6805,
+    "unboxed wrong": 719,
+    "hedged": 491,
+    "unfinished thinking": 264,
+    "same": 4000,
+}
+REFUSED = ("equivalent", "unboxed right", "same")  # classes of right answers
 LIMIT_S = 5  # of one comparison by math-verify, which then counts as wrong
 
 
@@ -47,6 +58,7 @@ FRAC = re.compile(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}")
 DECIMAL = re.compile(r"-?\d*\.\d+")
 PAIR = re.compile(r"([\[(])\s*([^,()\[\]]+),\s*([^,()\[\]]+)([\])])")
 BASE = re.compile(r"(\d+)_\{?(\d+)\}?")
+RELATION = re.compile(r"[=<>]|\\(?:le|ge|ne|in|equiv)")
 DEGREES = re.compile(r"(-?\d+)\^\{?\\circ\}?")
 UNITS = (
     "cm",
@@ -63,7 +75,7 @@ UNITS = (
 
 
 def integer(text: str) -> int | None:
-    text = re.sub(r",(?:\\!)?\s?(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r",(?:\\!)?(?=\d{3}(?!\d))", "", text)
     return int(text) if INTEGER.fullmatch(text) else None
 
 
@@ -133,6 +145,8 @@ def shuffled_list(gold: str, rng: random.Random, joint: str = ", ") -> str | Non
         r"[()\[\]{}]", gold.replace("\\frac{", "").replace("\\sqrt{", "").replace("}", "")
     ):
         return None
+    if "\\!" in gold or gold.endswith("\\"):
+        return None
     parts = [part.strip() for part in gold.split(",")]
     if len(parts) < 2 or len(set(parts)) < len(parts) or integer(gold) is not None:
         return None
@@ -155,14 +169,17 @@ def unicode_form(gold: str, rng: random.Random) -> str | None:
     text = (
         re.sub(r"\\sqrt\{(\d+)\}", r"√\1", text).replace("^\\circ", "°").replace("^{\\circ}", "°")
     )
-    text = re.sub(r"(?<=[a-z)])\^\{?2\}?", "²", text).replace("\\le ", "≤ ")
+    text = re.sub(r"(?<=[a-z)])\^(?:\{2\}|2(?!\d))", "²", text).replace("\\le ", "≤ ")
     text = re.sub(r"^-", "−", text) if not text[1:2].isalpha() else text
     return text if text != gold else None
 
 
 EQUIVALENT: dict[str, Rule] = {
-    "same": lambda gold, rng: gold,
-    "spaces": lambda gold, rng: f" {gold} ".replace(",", " , ") if integer(gold) is None else None,
+    "spaces": lambda gold, rng: (
+        f" {gold} ".replace(",", " , ")
+        if integer(gold) is None and "{,}" not in gold and "\\!" not in gold
+        else None
+    ),
     "dollars": lambda gold, rng: f"${gold}$",
     "full stop": lambda gold, rng: f"{gold}.",
     "bold": lambda gold, rng: f"\\mathbf{{{gold}}}" if integer(gold) is not None else f"**{gold}**",
@@ -210,7 +227,7 @@ EQUIVALENT: dict[str, Rule] = {
     "percent": on_integer(lambda n, rng: f"{n}\\%" if 0 < n <= 100 else None),
     "no percent": replaced(r"^([\d.]+)\\%$", r"\1"),
     "no unit": replaced(r"^(-?[\d.]+)\s*\\(?:text|mbox)\{[^{}]*\}(?:\^\d)?$", r"\1"),
-    "no degrees": replaced(DEGREES.pattern, r"\1"),
+    "no degrees": replaced(rf"^{DEGREES.pattern}$", r"\1"),
     "degree": replaced(DEGREES.pattern, r"\1\\degree"),
     "degree words": replaced(rf"^{DEGREES.pattern}$", r"\1 degrees"),
     "degree spaces": replaced(DEGREES.pattern, r"\1 ^ \\circ"),
@@ -234,7 +251,9 @@ EQUIVALENT: dict[str, Rule] = {
     "plus minus": replaced(r"^([^,]+?) \+ ([^,+-]+), ?\1 - \2$", r"\1 \\pm \2"),
     "squared plain": replaced(r"\^\{(\d)\}", r"^\1"),
     "powers in braces": replaced(r"\^(\d)", r"^{\1}"),
-    "dot product": replaced(r"(?<=\d)(?=[a-z])", r" \\cdot "),
+    "dot product": lambda gold, rng: (
+        None if "\\" in gold else replaced(r"(?<=\d)(?=[a-z])", r" \\cdot ")(gold, rng)
+    ),
 }
 
 WRONG: dict[str, Rule] = {
@@ -271,7 +290,7 @@ WRONG: dict[str, Rule] = {
     "term sign": lambda gold, rng: (
         gold.replace("+", "-", 1) if re.fullmatch(r"[^,()+]*[a-z\d] ?\+ ?[^,()+]+", gold) else None
     ),
-    "power": replaced(r"\^\{?2\}?(?!\d)", "^3"),
+    "power": replaced(r"\^(?:\{2\}|2)(?!\d)", "^3"),
     "other word": replaced(r"^\\text\{\s*([A-Za-z])([A-Za-z]+)\}$", r"\\text{\2\1}"),
     "letters": replaced(r"^(\d+)x", r"\1y"),
     "other degrees": replaced(rf"^{DEGREES.pattern}$", r"1\1^\\circ"),
@@ -325,9 +344,10 @@ def read_golds(folder: Path) -> Iterator[str]:
                 yield answer
 
 
-def make_cases(golds: list[str], per_class: int, rng: random.Random) -> list[Case]:
-    classes: dict[str, list[Case]] = collections.defaultdict(list)
+def make_cases(golds: list[str], scale: float, rng: random.Random) -> list[Case]:
+    classes: dict[str, list[Case]] = {name: [] for name in SIZES}
     for gold in golds:
+        classes["same"].append(Case("same", "same", f"So it is $\\boxed{{{gold}}}$.", gold, True))
         for rule, rewrite in EQUIVALENT.items():
             if (text := rewrite(gold, rng)) is not None:
                 classes["equivalent"].append(
@@ -337,6 +357,8 @@ def make_cases(golds: list[str], per_class: int, rng: random.Random) -> list[Cas
         for rule, text in wrongs.items():
             classes["wrong"].append(Case("wrong", rule, f"It is $\\boxed{{{text}}}$.", gold, False))
             for name in ("answer is", "hashes", "display", "bold"):
+                if name == "display" and RELATION.search(text):
+                    continue
                 classes["unboxed wrong"].append(
                     Case(
                         "unboxed wrong",
@@ -347,7 +369,7 @@ def make_cases(golds: list[str], per_class: int, rng: random.Random) -> list[Cas
                     )
                 )
         for rule, template in TEMPLATES.items():
-            if "$" in gold and "$" in template:
+            if ("$" in gold and "$" in template) or (rule == "display" and RELATION.search(gold)):
                 continue
             classes["unboxed right"].append(
                 Case("unboxed right", rule, template.format(gold), gold, True)
@@ -391,7 +413,11 @@ def make_cases(golds: list[str], per_class: int, rng: random.Random) -> list[Cas
     for cases in classes.values():
         rng.shuffle(cases)
     # every rule gets its share: rare rules first
-    return [case for cases in classes.values() for case in _balanced(cases, per_class)]
+    return [
+        case
+        for name, cases in classes.items()
+        for case in _balanced(cases, int(scale * SIZES[name]))
+    ]
 
 
 def _balanced(cases: list[Case], limit: int) -> list[Case]:
@@ -413,56 +439,60 @@ def _on_alarm(*_: Any) -> None:
     raise _Slow
 
 
-def ours(case: Case) -> tuple[bool, bool]:
-    """Returns (accepted, decided inline)."""
-    answers = math_answer.read_answers(case.response, {"answer": case.gold})
-    decided = math_answer.compare_plain(*answers)
+def ours(case: Case) -> tuple[bool, str]:
+    """Returns (accepted, which step decided)."""
+    expected, answer = math_answer.read_answers(case.response, {"answer": case.gold})
+    decided = math_answer.compare_text(expected, answer)
     if decided is not None:
-        return decided, True
-    return math_answer.compare_latex(*answers), False
+        return decided, "by text"
+    decided = math_answer.compare_plain(expected, answer)
+    if decided is not None:
+        return decided, "by form"
+    return math_answer.compare_latex(expected, answer), "by math-verify"
 
 
-def math_verify(case: Case) -> tuple[bool, bool]:
+def math_verify(case: Case) -> tuple[bool, str]:
     parse, verify = math_answer.load_math_verify()
     gold = parse(f"\\boxed{{{case.gold}}}", parsing_timeout=None)
-    return verify(gold, parse(case.response, parsing_timeout=None), timeout_seconds=None), False
+    accepted = verify(gold, parse(case.response, parsing_timeout=None), timeout_seconds=None)
+    return accepted, "by math-verify"
 
 
 def measure(
-    name: str, score: Callable[[Case], tuple[bool, bool]], cases: list[Case], show: int
+    name: str, score: Callable[[Case], tuple[bool, str]], cases: list[Case], show: int
 ) -> None:
     signal.signal(signal.SIGALRM, _on_alarm)
     total: collections.Counter[str] = collections.Counter()
     errors: dict[str, list[Case]] = collections.defaultdict(list)
-    cpu_s: dict[bool, list[float]] = {True: [], False: []}
+    cpu_s: dict[str, list[float]] = collections.defaultdict(list)
     for case in cases:
         started = time.process_time()
-        inline = False
+        step = "by math-verify"
         signal.alarm(LIMIT_S)
         try:
-            accepted, inline = score(case)
+            accepted, step = score(case)
         except Exception:
             accepted = False
         finally:
             signal.alarm(0)
-        cpu_s[inline].append(time.process_time() - started)
+        cpu_s[step].append(time.process_time() - started)
         total[case.kind] += 1
         if accepted != case.right:
             errors[case.kind].append(case)
     for kind, count in total.items():
         wrong = len(errors[kind])
-        verb = "refused" if kind in ("equivalent", "unboxed right") else "accepted"
+        verb = "refused" if kind in REFUSED else "accepted"
         print(f"{name}: {kind}: {verb} {wrong} of {count}", flush=True)
         rules = collections.Counter(case.rule for case in errors[kind]).most_common(show)
         for rule, number in rules:
             case = next(case for case in errors[kind] if case.rule == rule)
             print(f"    {number} {rule}: gold {case.gold!r}: {case.response!r}")
-    times = cpu_s[True] + cpu_s[False]
-    print(
-        f"{name}: {len(times)} scores, mean {1e3 * sum(times) / len(times):.3f} ms CPU; "
-        f"{len(cpu_s[True])} decided inline"
-        + (f" at {1e6 * sum(cpu_s[True]) / len(cpu_s[True]):.1f} us" if cpu_s[True] else "")
+    times = [one for step in cpu_s.values() for one in step]
+    steps = ", ".join(
+        f"{len(one)} {step} at {1e6 * sum(one) / len(one):.1f} us" for step, one in cpu_s.items()
     )
+    mean_ms = 1e3 * sum(times) / len(times)
+    print(f"{name}: {len(times)} scores, mean {mean_ms:.3f} ms CPU: {steps}")
 
 
 def main() -> None:
@@ -470,7 +500,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
-    parser.add_argument("--per-class", type=int, default=4000)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of answers")
     parser.add_argument("--show", type=int, default=0, help="rules with errors to print per class")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
@@ -478,7 +508,7 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     golds = sorted(set(read_golds(arguments.data)))
     rng.shuffle(golds)
-    cases = make_cases(golds, arguments.per_class, rng)
+    cases = make_cases(golds, arguments.scale, rng)
     math_answer.load_math_verify()
     print(f"{len(golds)} golds, {len(cases)} cases")
     measure("built-in", ours, cases, arguments.show)

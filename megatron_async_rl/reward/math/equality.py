@@ -6,55 +6,86 @@ None means that this module cannot decide: one of the answers has a part that it
 from __future__ import annotations
 
 import re
-from fractions import Fraction
+from collections.abc import Iterable
 
-from megatron_async_rl.reward.math import formula, structure
-from megatron_async_rl.reward.math.structure import (
+from megatron_async_rl.reward.math import normal_form, number_equality, relations, structure
+from megatron_async_rl.reward.math.evaluation import TooLarge, Unreadable, value
+from megatron_async_rl.reward.math.parts import (
     BasedNumber,
     Clock,
+    Congruence,
     Equation,
     Items,
     Matrix,
     Number,
     Part,
+    Ratio,
     Sequence,
     Words,
+    is_infinite,
 )
 
-_RELATIVE = 1e-9  # of values in double precision
-_MIN_ROUNDED_DIGITS = 6  # a decimal of fewer digits is no rounding of a fraction or root
-_UNIT_POWER = re.compile(r"\^\s*\{?\s*(-?\d)")
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*\)?")
 _CHOSEN = re.compile(
-    r"(?:(?:option|choice|answer)\s*)?(?:\(\s*([A-J])\s*\)|([A-J])(?=\s*[).:]|\s*$))[\s).:,-]*(.*)",
+    r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?:?\s*)?"
+    r"(?:\{?\(\s*([A-J])\s*\)\}?|([A-J])(?=\s*[).:]|\s*$|\s+-\s))[\s).:,-]*(.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _OTHER_CHOICE = re.compile(r"\([A-J]\)|\b(?:or|and)\b|^[A-J]\b")
+_LABELLED = re.compile(r"\(?[A-J][).:]")
+_LETTERS = re.compile(r"[A-J]{2,}")
+_LETTER_LIST = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|and|&|,\s*and)\s*\(?[A-J]\)?)+")
+_COORDINATE = re.compile(r"([xyz])\s*=")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_AND = re.compile(r"\band\b|,")
 
 
 def equal(expected: str, answer: str) -> bool | None:
     """Returns whether two normalized answers are equal, None where math-verify has to decide."""
-    choice = _CHOICE.fullmatch(_plain(expected))
-    if choice and (chosen := _chosen(_plain(answer))):
-        return chosen == choice[1]
+    if len(expected) < 12 and (choice := _CHOICE.fullmatch(normal_form.unwrap_text(expected))):
+        text = normal_form.unwrap_text(answer)
+        if chosen := _chosen(text):
+            return chosen == choice[1]
+        if _LABELLED.match(text):
+            return False  # A) E, or several
     try:
         gold = structure.read(expected)
-    except (formula.Unreadable, formula.TooLarge, ArithmeticError, RecursionError):
+    except (Unreadable, TooLarge, ArithmeticError, RecursionError):
         return _equal_texts(expected, answer)
+    if isinstance(gold, Words) and _LETTERS.fullmatch(expected):
+        text = normal_form.unwrap_text(answer)
+        if _LETTER_LIST.fullmatch(text):  # B, C for BC, in its order
+            return re.findall("[A-J]", text) == list(expected)
     try:
         given = structure.read(answer)
-    except structure._Contradiction:
+    except relations.Contradiction:
         return False
-    except (formula.Unreadable, formula.TooLarge, ArithmeticError, RecursionError):
-        return _unread(gold, answer)
+    except (Unreadable, TooLarge, ArithmeticError, RecursionError):
+        # words never equal what cannot be read, and a formula with an open brace is cut off
+        return False if isinstance(gold, Words) or not _has_balanced_braces(answer) else None
+    if _names_other_coordinate(expected, answer):
+        return False
     try:
         return _equal(gold, given)
-    except (formula.Unreadable, formula.TooLarge, ArithmeticError):
+    except TooLarge:
+        return False if _only_one_is_huge(gold, given) else None
+    except (Unreadable, ArithmeticError):
         return None
 
 
-def _plain(text: str) -> str:
-    return structure.normal_form.unwrap_text(text)
+def _only_one_is_huge(gold: Part, given: Part) -> bool:
+    if not (isinstance(gold, Number) and isinstance(given, Number)):
+        return False
+    return number_equality.is_huge(gold.node) != number_equality.is_huge(given.node)
+
+
+def _has_balanced_braces(text: str) -> bool:
+    depth = 0
+    for match in _BRACE.finditer(text):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def _chosen(text: str) -> str:
@@ -65,54 +96,53 @@ def _chosen(text: str) -> str:
 
 
 def _equal_texts(expected: str, answer: str) -> bool | None:
-    squeezed = [re.sub(r"[\s{}]", "", _plain(text)).casefold() for text in (expected, answer)]
+    squeezed = [
+        re.sub(r"[\s{}]", "", _AND.sub("", normal_form.unwrap_text(text))).casefold()
+        for text in (expected, answer)
+    ]
     return True if squeezed[0] == squeezed[1] else None
 
 
-def _unread(gold: Part, answer: str) -> bool | None:
-    """The answer cannot be read: words never equal it, and neither do numbers with other words."""
-    if isinstance(gold, Words):
-        return False
-    return None
+def _names_other_coordinate(expected: str, answer: str) -> bool:
+    """True for y = 2 where x = 2 is expected: another line."""
+    names = [_COORDINATE.match(text) for text in (expected, answer)]
+    return names[0] is not None and names[1] is not None and names[0][1] != names[1][1]
 
 
 def _equal(gold: Part, given: Part) -> bool | None:
+    if isinstance(gold, Number) and isinstance(given, Number):
+        return number_equality.equal_numbers(gold, given)
     if isinstance(gold, Items) or isinstance(given, Items):
         return _equal_items(gold, given)
     if isinstance(gold, BasedNumber) or isinstance(given, BasedNumber):
         return _equal_based(gold, given)
+    if isinstance(gold, Congruence) or isinstance(given, Congruence):
+        return _equal_congruences(gold, given)
     if isinstance(gold, Equation) or isinstance(given, Equation):
         return _equal_equations(gold, given)
-    if isinstance(gold, Number) and isinstance(given, Number):
-        return _equal_numbers(gold, given)
+    if isinstance(gold, Matrix) or isinstance(given, Matrix):
+        return _equal_matrices(gold, given)
+    if isinstance(gold, Ratio) or isinstance(given, Ratio):
+        return _equal_ratios(gold, given)
     if isinstance(gold, Sequence) and isinstance(given, Sequence):
-        if gold.brackets != given.brackets or len(gold.items) != len(given.items):
+        if gold.brackets != given.brackets:
             return False
-        return _all(_equal(a, b) for a, b in zip(gold.items, given.items, strict=True))
-    if isinstance(gold, Matrix) and isinstance(given, Matrix):
-        if gold.is_determinant != given.is_determinant:
-            return None
-        if [len(row) for row in gold.rows] != [len(row) for row in given.rows]:
-            return False
-        pairs = zip(gold.rows, given.rows, strict=True)
-        return _all(_equal(a, b) for left, right in pairs for a, b in zip(left, right, strict=True))
+        return _equal_all(gold.items, given.items)
     if isinstance(gold, Clock) and isinstance(given, Clock):
-        halves = {gold.half, given.half} - {""}
-        return gold.numbers == given.numbers and len(halves) < 2
-    if isinstance(gold, Words) and isinstance(given, Words):
-        return gold.text == given.text
-    if isinstance(gold, Words) or isinstance(given, Words):
-        return False
-    if isinstance(gold, Number) and isinstance(given, Sequence):
-        return False
-    if isinstance(gold, Sequence) and isinstance(given, Number):
-        return False
-    return None
+        return _equal_times(gold, given)
+    return isinstance(gold, Words) and isinstance(given, Words) and gold.text == given.text
 
 
-def _all(results: object) -> bool | None:
+def _equal_all(left: tuple[Part, ...], right: tuple[Part, ...]) -> bool | None:
+    """Compares items in their order."""
+    if len(left) != len(right):
+        return False
+    return _all(_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _all(results: Iterable[bool | None]) -> bool | None:
     unknown = False
-    for result in results:  # type: ignore[attr-defined]
+    for result in results:
         if result is False:
             return False
         unknown = unknown or result is None
@@ -122,24 +152,29 @@ def _all(results: object) -> bool | None:
 def _equal_items(gold: Part, given: Part) -> bool | None:
     """Compares lists, sets and unions in any order; their kinds may differ but for unions."""
     if isinstance(gold, Items) and isinstance(given, Items):
-        if (gold.kind == "union") != (given.kind == "union"):
+        kinds = {gold.kind, given.kind}
+        if "union" in kinds and kinds & {"list", "set"}:
             return False
         return _match_all(gold.items, given.items)
     items, other = (gold, given) if isinstance(gold, Items) else (given, gold)
     assert isinstance(items, Items)
     if items.kind == "list" and isinstance(other, Sequence):
-        # a tuple without its brackets, in the same order; an interval needs them
-        if other.brackets != "()" or len(other.items) != len(items.items):
-            return False
-        if any(isinstance(item, Number) and _is_infinite(item) for item in other.items):
-            return False
-        pairs = zip(items.items, other.items, strict=True)
-        return _all(_equal(a, b) if items is gold else _equal(b, a) for a, b in pairs)
+        return _equal_bare_tuple(items, other)
     if len(items.items) == 1:
         return _equal(items.items[0], other) if items is gold else _equal(other, items.items[0])
     if items is gold and items.kind == "list" and isinstance(other, Words | Clock):
         return None
     return False
+
+
+def _equal_bare_tuple(items: Items, other: Sequence) -> bool | None:
+    """Compares a tuple without its brackets, in the same order; an interval needs them."""
+    is_array = other.brackets == "[]" and len(other.items) > 2
+    if other.brackets != "()" and not is_array:
+        return False
+    if any(isinstance(item, Number) and is_infinite(item) for item in other.items):
+        return False
+    return _equal_all(items.items, other.items)
 
 
 def _match_all(left: tuple[Part, ...], right: tuple[Part, ...]) -> bool | None:
@@ -167,16 +202,31 @@ def _equal_based(gold: Part, given: Part) -> bool | None:
     if not isinstance(gold, Number):
         return None if isinstance(gold, Equation) else False
     try:
-        return formula.value(gold.node, {}) == int(given.digits, given.base)
+        return value(gold.node, {}) == int(given.digits, given.base)
     except (ValueError, KeyError):
         return False
+
+
+def _equal_congruences(gold: Part, given: Part) -> bool | None:
+    if isinstance(gold, Congruence) and isinstance(given, Congruence):
+        if gold.modulus != given.modulus:
+            return False
+        if isinstance(gold.residue, Number) and isinstance(given.residue, Number):
+            difference = number_equality.difference(gold.residue, given.residue)
+            return difference is not None and difference % gold.modulus == 0
+        return _equal(gold.residue, given.residue)
+    if isinstance(gold, Congruence):
+        return _equal(gold.residue, given)
+    assert isinstance(given, Congruence)
+    return _equal(gold, given.residue)
 
 
 def _equal_equations(gold: Part, given: Part) -> bool | None:
     if isinstance(gold, Equation) and isinstance(given, Equation):
         if gold.name and given.name and gold.left == given.left:
             return _equal(gold.right_part, given.right_part)
-        return _proportional(("-", gold.left, gold.right), ("-", given.left, given.right))
+        left, right = (("-", one.left, one.right) for one in (gold, given))
+        return number_equality.proportional(left, right)
     equation, other = (gold, given) if isinstance(gold, Equation) else (given, gold)
     assert isinstance(equation, Equation)
     if not isinstance(other, Number):
@@ -184,81 +234,51 @@ def _equal_equations(gold: Part, given: Part) -> bool | None:
     return equation.name and _equal(equation.right_part, other)
 
 
-def _proportional(a: formula.Node, b: formula.Node) -> bool:
-    """Two equations f = 0 and g = 0 are the same if f / g is a constant."""
-    names = formula.variables(a) | formula.variables(b)
-    ratios = []
-    for point in formula.points(names):
-        above, below = formula.value(a, point), formula.value(b, point)
-        if above == 0 or below == 0:
-            return False
-        ratios.append(complex(above) / complex(below))
-    return all(_close(ratio, ratios[0]) for ratio in ratios)
-
-
-def _equal_numbers(gold: Number, given: Number) -> bool | None:
-    if _is_infinite(gold) or _is_infinite(given):
-        return gold.node == given.node
-    powers = [_UNIT_POWER.findall(number.unit) for number in (gold, given)]
-    if all(powers) and powers[0] != powers[1]:
-        return False  # cm^2 and cm^3
-    names = formula.variables(gold.node) | formula.variables(given.node)
-    if given.percent != gold.percent:
-        return _equal_percent(gold, given)
-    results = []
-    for point in formula.points(names):
-        a, b = formula.value(gold.node, point), formula.value(given.node, point)
-        if not _same_value(a, b):
-            results.append((a, b))
-            break
-    if not results:
-        return True
-    return not names and _is_rounding(gold, given, *results[0])
-
-
-def _is_infinite(number: Number) -> bool:
-    return number.node[0] == "infinity" or number.node[1:] == (("infinity",),)
-
-
-def _equal_percent(gold: Number, given: Number) -> bool:
-    """50% is 50 as well as 1/2: questions ask for either."""
-    a, b = formula.value(gold.node, {}), formula.value(given.node, {})
-    if _same_value(a, b):
-        return True
-    hundred = Fraction(100)
-    if given.percent:
-        return _same_value(a, formula.value(("/", given.node, ("number", hundred)), {}))
-    return _same_value(formula.value(("/", gold.node, ("number", hundred)), {}), b)
-
-
-def _same_value(a: formula.Value, b: formula.Value) -> bool:
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
-    return _close(complex(a), complex(b))
-
-
-def _close(a: complex, b: complex) -> bool:
-    return abs(a - b) <= _RELATIVE * max(abs(a), abs(b))
-
-
-def _is_rounding(gold: Number, given: Number, a: formula.Value, b: formula.Value) -> bool:
-    """True if one is the other rounded or cut to at least six digits, as 0.333333 for 1/3."""
-    for rounded, exact, number in ((given, gold, a), (gold, given, b)):
-        if rounded.places is None or exact.places is not None or rounded.places > 300:
-            continue
-        digits = rounded.text.replace(",", "").lstrip("-+ ").replace(".", "").lstrip("0")
-        if len(digits) < _MIN_ROUNDED_DIGITS or _terminates(number):
-            continue
-        difference = abs(complex(a) - complex(b))
-        return difference <= 10.0**-rounded.places
-    return False
-
-
-def _terminates(number: formula.Value) -> bool:
-    if not isinstance(number, Fraction):
+def _equal_matrices(gold: Part, given: Part) -> bool | None:
+    if isinstance(gold, Number) or isinstance(given, Number):
+        return None  # may be a determinant
+    left, right = _matrix(gold), _matrix(given)
+    if left is None or right is None or left.is_determinant != right.is_determinant:
         return False
-    below = number.denominator
-    for prime in (2, 5):
-        while below % prime == 0:
-            below //= prime
-    return below == 1
+    if [len(row) for row in left.rows] != [len(row) for row in right.rows]:
+        return False
+    return _all(_equal_all(a, b) for a, b in zip(left.rows, right.rows, strict=True))
+
+
+def _matrix(part: Part) -> Matrix | None:
+    """Returns a matrix; a tuple is a column vector, [[1, 2], [3, 4]] has two rows."""
+    if isinstance(part, Matrix):
+        return part
+    if not isinstance(part, Sequence) or part.brackets not in ("()", "[]"):
+        return None
+    rows = [item.items for item in part.items if isinstance(item, Sequence)]
+    if len(rows) == len(part.items):
+        return Matrix(tuple(rows), is_determinant=False)
+    return Matrix(tuple((item,) for item in part.items), is_determinant=False)
+
+
+def _equal_ratios(gold: Part, given: Part) -> bool | None:
+    """3:4 is 6:8 and 3/4."""
+    terms = []
+    for part in (gold, given):
+        if isinstance(part, Ratio):
+            terms.append([term.node for term in part.terms])
+        elif isinstance(part, Number) and not is_infinite(part):
+            terms.append([part.node, ("number", number_equality.ONE)])
+        else:
+            return False
+    return number_equality.same_ratio(*terms)
+
+
+def _equal_times(gold: Clock, given: Clock) -> bool:
+    halves = {gold.half, given.half} - {""}
+    if gold.numbers == given.numbers:
+        return len(halves) < 2
+    return len(halves) == 1 and _hours_of_day(gold) == _hours_of_day(given)
+
+
+def _hours_of_day(clock: Clock) -> tuple[int, ...]:
+    hours, *rest = map(int, clock.numbers)
+    if clock.half:
+        hours = hours % 12 + (12 if clock.half == "p" else 0)
+    return (hours, *rest)

@@ -16,8 +16,9 @@ from megatron_async_rl.data.math_rows import EMPTY_BOX, boxed_answer
 MAX_TEXT_CHARS = 64 * 1024  # only this much of a response's end is searched
 _MAX_TAIL_CHARS = 2_000  # of an answer that is not boxed: its statement is in the last sentences
 
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _STATEMENT = re.compile(
-    r"####|\b(?:final\s+)?(?:answer|result|solution|ans)\b(?:[^\n.:=]{0,60}?)\s*"
+    r"####|\b(?:final\s+)?(?:answer|result|solution|option|choice|ans)\b(?:[^\n.:=]{0,60}?)\s*"
     r"(?:\*\*|__)?\s*(?::|\bis\b|\bare\b|=(?!=))\s*(?:\*\*(?=[\s:]))?:?",
     re.IGNORECASE,
 )
@@ -27,6 +28,11 @@ _DELIMITED = re.compile(
     re.DOTALL,
 )
 _BOLD = re.compile(r"(\*\*|__)(?!\s)(.+?)(?<!\s)\1")
+# what explains an answer, as in `42, which is even` and `42 (since 6 * 7 = 42)`
+_EXPLANATION = re.compile(
+    r",?\s+\(?(?:which|because|since|as|so|where|when|i\.e\.|that\s+is|not|for|after|see)\b.*",
+    re.DOTALL,
+)
 # a dot that ends a sentence: not in 3.5, not in `a.m.` or `\ldots`
 _SENTENCE_END = re.compile(
     r"(?<![ap]\.m)(?<!\b[A-Za-z])\.(?=\s+[A-Z\\$]|\s*$)|\n\s*\n|[!?](?=\s+[A-Z])"
@@ -56,6 +62,8 @@ def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
     if boxed is not None:
         return boxed
     text = EMPTY_BOX.sub("", text)
+    if "</answer>" in text and (tagged := _ANSWER_TAG.findall(text)):
+        return _unwrap(tagged[-1])
     unclosed = text.find("\\boxed")  # cut off: its answer may go on
     return _stated_answer((text if unclosed < 0 else text[:unclosed])[-_MAX_TAIL_CHARS:])
 
@@ -96,6 +104,7 @@ def _first_formula(text: str) -> str:
         return _unwrap(bold[2])
     sentence = _SENTENCE_END.split(text.strip(), 1)[0]
     sentence = sentence.strip().split("\n", 1)[0]
+    sentence = _EXPLANATION.sub("", sentence)
     return _unwrap(sentence.rstrip("!"))  # 42! is a factorial within a formula only
 
 

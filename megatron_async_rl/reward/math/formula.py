@@ -1,66 +1,38 @@
-r"""Reads LaTeX formulas and computes their values, exactly where they are rational.
+r"""Reads LaTeX formulas into syntax trees, whose values evaluation.py computes.
 
 Two formulas are equal if they have the same values at several points: variables get fixed
-rational values, so that polynomials and fractions are compared exactly; roots, logarithms and
-trigonometric functions are computed in double precision. Every step is bounded: `parse` raises
-Unreadable for what it does not know, `value` raises TooLarge for numbers of more than MAX_BITS.
+rational values, so that polynomials and fractions are compared exactly. `parse` takes bounded time
+and raises Unreadable for what it does not know.
 """
 
 from __future__ import annotations
 
-import cmath
 import functools
-import math
 import re
-from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
 
-MAX_BITS = 20_000
+from megatron_async_rl.reward.math.evaluation import (
+    CONSTANTS,
+    FUNCTIONS,
+    MAX_BITS,
+    Node,
+    TooLarge,
+    Unreadable,
+)
+
 _MAX_DEPTH = 40
 _MAX_TOKENS = 400
-
-Value = Fraction | complex
-Node = tuple[Any, ...]  # (operation, operands...)
-
-
-class Unreadable(Exception):
-    """The formula has a part that this module does not know."""
-
-
-class TooLarge(Exception):
-    """A value has too many digits to be computed here."""
-
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][-+]?\d+(?![\d.]))?|\.\d+)"
     r"|(?P<command>\\[A-Za-z]+|\\.)|(?P<word>[A-Za-z]+)|(?P<symbol>\S))"
 )
-_FUNCTIONS: dict[str, Callable[[complex], complex]] = {
-    "sin": cmath.sin,
-    "cos": cmath.cos,
-    "tan": cmath.tan,
-    "cot": lambda z: 1 / cmath.tan(z),
-    "sec": lambda z: 1 / cmath.cos(z),
-    "csc": lambda z: 1 / cmath.sin(z),
-    "arcsin": cmath.asin,
-    "arccos": cmath.acos,
-    "arctan": cmath.atan,
-    "sinh": cmath.sinh,
-    "cosh": cmath.cosh,
-    "tanh": cmath.tanh,
-    "ln": cmath.log,
-    "log": cmath.log,
-    "exp": cmath.exp,
-}
-_TRIGONOMETRIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
-_CONSTANTS = {"pi": complex(math.pi), "e": complex(math.e), "i": 1j}
 _GREEK = frozenset(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
     "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell".split()
 )
-_WORDS = sorted((*_FUNCTIONS, "sqrt", "pi"), key=len, reverse=True)
+_WORDS = sorted((*FUNCTIONS, "sqrt", "cbrt", "pi"), key=len, reverse=True)
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
 
 
@@ -241,14 +213,14 @@ class _Parser:
             return ("/", self.argument(), self.argument())
         if name == "binom":
             return ("binom", self.argument(), self.argument())
-        if name == "sqrt":
-            degree: Node = ("number", Fraction(2))
+        if name in ("sqrt", "cbrt"):
+            degree: Node = ("number", Fraction(2 if name == "sqrt" else 3))
             if self.peek() == "[":
                 degree = self.group("[")
             token = self.peek()
             under = self.group("{") if token == "{" else self.atom()
             return ("root", under, degree)
-        if name in _FUNCTIONS:
+        if name in FUNCTIONS:
             return self.function(name)
         if name == "pi":
             return ("constant", "pi")
@@ -267,7 +239,7 @@ class _Parser:
                     name += f"_{token}"
             else:
                 name += f"_{self.take()}"
-        elif name in _CONSTANTS:
+        elif name in CONSTANTS:
             return ("constant", name)
         return ("variable", name)
 
@@ -286,7 +258,7 @@ class _Parser:
         else:
             node = self.signed()
             while self.peek() and self.starts_factor(self.peek()):
-                if self.peek()[1:] in _FUNCTIONS or self.peek() in ("(", "|", "["):
+                if self.peek()[1:] in FUNCTIONS or self.peek() in ("(", "|", "["):
                     break
                 node = ("*", node, self.power())
         if exponent == ("negative", ("number", Fraction(1))):
@@ -295,11 +267,11 @@ class _Parser:
         return call if exponent is None else ("^", call, exponent)
 
 
-_ATOMS = frozenset(("frac", "binom", "sqrt", "pi", *_FUNCTIONS, *_GREEK))
+_ATOMS = frozenset(("frac", "binom", "sqrt", "cbrt", "pi", *FUNCTIONS, *_GREEK))
 
 
 def _call(name: str, argument: Node, base: Node | None) -> Node:
-    if name not in _FUNCTIONS:
+    if name not in FUNCTIONS:
         raise Unreadable
     call: Node = ("call", name, argument)
     if base is None:
@@ -336,144 +308,3 @@ def read_number(token: str) -> Fraction:
     if abs(number.adjusted()) > MAX_BITS // 4:
         raise TooLarge
     return Fraction(number)
-
-
-def variables(node: Node) -> frozenset[str]:
-    if node[0] == "variable":
-        return frozenset((node[1],))
-    found: frozenset[str] = frozenset()
-    for part in node[1:]:
-        if isinstance(part, tuple):
-            found |= variables(part)
-    return found
-
-
-def points(names: frozenset[str]) -> list[dict[str, Fraction]]:
-    """Returns the assignments at which formulas in these variables are compared."""
-    if not names:
-        return [{}]
-    ordered = sorted(names)
-    return [
-        {name: Fraction(7 + 13 * k + 5 * i * (k + 2), 11 + 3 * k) for i, name in enumerate(ordered)}
-        for k in range(4)
-    ]
-
-
-def value(node: Node, at: dict[str, Fraction], angle: bool = False) -> Value:
-    """Returns the value at a point. Raises TooLarge, ZeroDivisionError.
-
-    `angle`: inside of a trigonometric function, where degrees are converted.
-    """
-    kind = node[0]
-    if kind == "number":
-        return node[1]
-    if kind == "variable":
-        return at[node[1]]
-    if kind == "constant":
-        return _CONSTANTS[node[1]]
-    if kind == "call":
-        argument = value(node[2], at, node[1] in _TRIGONOMETRIC)
-        return _apply(node[1], argument)
-    first = value(node[1], at, angle)
-    if kind == "group":
-        return first
-    if kind == "negative":
-        return -first
-    if kind == "degrees":
-        return complex(first) * math.pi / 180 if angle else first
-    if kind == "abs":
-        return abs(first) if isinstance(first, Fraction) else complex(abs(first))
-    if kind in ("lfloor", "lceil"):
-        real = first if isinstance(first, Fraction) else first.real
-        return Fraction(math.floor(real) if kind == "lfloor" else math.ceil(real))
-    if kind == "!":
-        return Fraction(math.factorial(_whole(first, 1_500)))
-    second = value(node[2], at, angle)
-    if kind in ("+", "mixed"):
-        return _add(first, second)
-    if kind == "-":
-        return _add(first, -second)
-    if kind == "*":
-        return first * second if _both_exact(first, second) else complex(first) * complex(second)
-    if kind == "/":
-        return first / second if _both_exact(first, second) else complex(first) / complex(second)
-    if kind == "binom":
-        return Fraction(math.comb(_whole(first, 5_000), _whole(second, 5_000)))
-    if kind == "root":
-        return _power(first, 1 / second)
-    return _power(first, second)
-
-
-def _both_exact(a: Value, b: Value) -> bool:
-    if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
-        return False
-    bits = sum(x.numerator.bit_length() + x.denominator.bit_length() for x in (a, b))
-    if bits > MAX_BITS:
-        raise TooLarge
-    return True
-
-
-def _add(a: Value, b: Value) -> Value:
-    if _both_exact(a, b):
-        return a + b
-    total = complex(a) + complex(b)
-    # what cancels to rounding errors is zero
-    return total if abs(total) > 1e-14 * max(abs(complex(a)), abs(complex(b))) else Fraction(0)
-
-
-def _whole(number: Value, limit: int) -> int:
-    if not isinstance(number, Fraction) or number.denominator != 1 or number < 0:
-        raise Unreadable
-    if number > limit:
-        raise TooLarge
-    return int(number)
-
-
-def _apply(name: str, argument: Value) -> Value:
-    if argument == 0 and name in ("sin", "tan", "arcsin", "arctan", "sinh", "tanh"):
-        return Fraction(0)
-    try:
-        result = _FUNCTIONS[name](complex(argument))
-    except (OverflowError, ValueError):
-        raise TooLarge from None
-    if name in _TRIGONOMETRIC and abs(result) < 1e-15 < abs(complex(argument)):
-        return Fraction(0)
-    return result
-
-
-def _power(base: Value, exponent: Value) -> Value:
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
-        size = max(base.numerator.bit_length(), base.denominator.bit_length())
-        if exponent.denominator == 1:
-            if abs(exponent) * size > MAX_BITS:
-                raise TooLarge
-            return base ** int(exponent)
-        if (
-            base >= 0
-            and exponent.denominator <= 64
-            and abs(exponent) < 64
-            and size < MAX_BITS // 64
-        ):
-            above = _exact_root(base.numerator, exponent.denominator)
-            below = _exact_root(base.denominator, exponent.denominator)
-            if above is not None and below is not None:
-                return Fraction(above, below) ** exponent.numerator
-        if base < 0 and exponent.denominator % 2 and exponent.numerator == 1:
-            return -_power(-base, exponent)  # the real odd root
-    try:
-        if base == 0:
-            return Fraction(0) if complex(exponent).real > 0 else 1 / Fraction(0)
-        return complex(base) ** complex(exponent)
-    except OverflowError:
-        raise TooLarge from None
-
-
-def _exact_root(number: int, degree: int) -> int | None:
-    if degree == 2:
-        root = math.isqrt(number)
-    else:
-        try:
-            root = round(number ** (1 / degree))
-        except OverflowError:
-            return None
-    return root if root**degree == number else None

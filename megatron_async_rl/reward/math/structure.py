@@ -1,188 +1,146 @@
-r"""Splits an answer into its parts: lists, tuples, sets, intervals, matrices, equations, bases.
+r"""Splits an answer into its parts: lists, tuples, sets, intervals, matrices and single values.
 
-`read` returns one of the frozen classes below for an answer in the notation of normal_form.py.
-An inequality becomes the interval that it describes, and 3 \pm 2 a list of two.
+`read` returns one of the classes of parts.py for an answer in the notation of normal_form.py.
+An inequality becomes the interval that it describes (relations.py), 3 \pm 2 a list of two.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
-from fractions import Fraction
 
-from megatron_async_rl.reward.math import formula, normal_form
+from megatron_async_rl.reward.math import normal_form, numerals, relations
+from megatron_async_rl.reward.math.evaluation import Unreadable
+from megatron_async_rl.reward.math.parts import (
+    Congruence,
+    Items,
+    Matrix,
+    Number,
+    Part,
+    Sequence,
+    Words,
+    is_interval,
+)
 
-
-@dataclass(frozen=True)
-class Number:
-    """A single formula; `places`: decimal places if it is written as a decimal, else None."""
-
-    node: formula.Node
-    text: str
-    places: int | None = None
-    percent: bool = False
-    unit: str = ""
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """Ordered items in their brackets: a tuple, or an interval such as `[)`."""
-
-    brackets: str
-    items: tuple[Part, ...]
-
-
-@dataclass(frozen=True)
-class Items:
-    """Items in any order: a list, a set or a union."""
-
-    kind: str  # "list", "set" or "union"
-    items: tuple[Part, ...]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    rows: tuple[tuple[Part, ...], ...]
-    is_determinant: bool
-
-
-@dataclass(frozen=True)
-class Equation:
-    left: formula.Node
-    right: formula.Node
-    name: bool  # the left side is a name, such as y or f(x)
-    right_part: Part
-
-
-@dataclass(frozen=True)
-class BasedNumber:
-    digits: str
-    base: int
-
-
-@dataclass(frozen=True)
-class Clock:
-    """A time of day or a ratio: numbers with colons, and am or pm."""
-
-    numbers: tuple[str, ...]
-    half: str
-
-
-@dataclass(frozen=True)
-class Words:
-    text: str
-
-
-Part = Number | Sequence | Items | Matrix | Equation | BasedNumber | Clock | Words
-
-_INFINITY: formula.Node = ("infinity",)
 _MAX_ITEMS = 60
-_SPLIT_WORDS = re.compile(r"\s+(?:and|or)\s+|\s*;\s*|\\text\s*\{\s*(?:and|or)\s*\}")
+_MAX_DEPTH = 6
+_SPLIT_WORDS = re.compile(r"\s+(?:and|or)\s+|\s*;\s*")
 _JOIN = re.compile(r",\s*(?:and|or)\s+")
-_BRACKETS = {"\\{": ("\\}",), "\\langle": ("\\rangle",), "(": (")", "]"), "[": (")", "]")}
+_BRACKETS = {"\\{": ("\\}",), "(": (")", "]"), "[": (")", "]")}
 _OPEN, _CLOSE = "([{", ")]}"
-_BASE = re.compile(
-    r"(-?)(?:\(\s*([0-9A-Za-z]+)\s*\)|([0-9A-Fa-f]+|[0-9A-Z]+))\s*_\s*(?:\{\s*(\w+)\s*\}|(\d+))"
-)
-_BASE_WORDS = re.compile(r"(-?)([0-9A-F]+)\s*\(?\s*(?:in\s+)?base\s*[-_]?\s*(\w+)\s*\)?")
-_BASE_NAMES = {
-    name: base
-    for base, name in enumerate(
-        "two three four five six seven eight nine ten eleven twelve".split(), start=2
-    )
-}
-_CLOCK = re.compile(
-    r"(\d+(?:\s*:\s*\d+)+)\s*(?:([ap])\.?\s*m\.?)?|(\d+)\s*([ap])(?:\.\s*m|m)\b\.?", re.IGNORECASE
-)
+_OUTWARD = re.compile(r"([\[\]])([^\[\]()]*,[^\[\]()]*)([\[\]])")  # ]1,2[ is (1,2)
 _WORD_TEXT = re.compile(r"[^\W\d_][^\W\d_'.-]*(?:[ ,'-]+[^\W\d_'.-]+)*")
-_NAME = re.compile(
-    r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*(?:\s*\([^()=]*\))?|\\angle\s*[A-Z]+|\|[A-Z]{2}\||"
-    r"\([A-Za-z, ]+\)"
-)
-_DECIMAL = re.compile(r"[-+]?\s*(?:\d[\d,]*)?\.(\d+)")
-_COMPARISON = re.compile(r"(\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])|<=|>=|<|>)")
 _MATRIX = re.compile(
-    r"\\begin\s*\{([pbvBV]?)matrix\}(.*)\\end\s*\{\1matrix\}|"
-    r"\(?\s*\\begin\s*\{array\}\s*\{[^{}]*\}(.*)\\end\s*\{array\}\s*\)?",
+    r"(?P<factor>[^&]{0,40}?)(?:"
+    r"\\begin\s*\{(?P<kind>[pbvBV]?)matrix\}(?P<a>.*)\\end\s*\{(?P=kind)matrix\}|"
+    r"[\[(|]?\s*\\begin\s*\{array\}\s*\{[^{}]*\}(?P<b>.*)\\end\s*\{array\}\s*[\])|]?)",
     re.DOTALL,
 )
-_MIXED = re.compile(r"([-+]?\s*\d+)\s+(\d+)\s*/\s*(\d+)")
-_REPEATING = re.compile(r"([-+]?\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?(?:\\ldots|\.\.\.)?")
-_SPACED_NUMBER = re.compile(r"\d{1,3}(?: \d{3})+")
-_SCALE = re.compile(r"([-+]?[\d.,]*\d)\s*(hundred|thousand|million|billion|trillion|dozen)\b", re.I)
-_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-_SCALES |= {"trillion": 10**12, "dozen": 12}
+_CONGRUENCE = re.compile(
+    r"(?:[^=<>]{1,40}?\\equiv(?![A-Za-z])\s*)?(?P<residue>[^=<>]{1,80}?)\s*"
+    r"(?:\\pmod|\\?\(\s*\\?b?mod|\\b?mod|mod|modulo)\s*\{?\s*(?P<modulus>\d{1,12})\s*\}?\s*\)?"
+)
 _ELEMENT = re.compile(r"\(?[A-Za-z](?:\s*,\s*[A-Za-z])*\)?\s*\\in(?![A-Za-z])\s*")
 _REALS = re.compile(
     r"\\mathbb\s*\{?\s*R\s*\}?|all real numbers|\(?-\\infty\s*<\s*[a-z]\s*<\s*\\infty\)?"
 )
+_WITHOUT = re.compile(
+    r"\(-\\infty,\\infty\)\s*(?:\\(?:setminus|backslash|smallsetminus)(?![A-Za-z])|-|"
+    r"except(?:\s+for)?)\s*(.+)"
+)
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|sim)(?![A-Za-z])")
+_BARE_NAME = re.compile(r"\s*\\?[A-Za-z]*\s*")
+_AND_OR = re.compile(r"\b(?:and|or)\b")
 _LEAD = re.compile(
     r"(?:the\s+)?(?:final\s+)?(?:answer|area|length|value|volume|sum|total|result|probability|price|"
     r"cost|number|perimeter)(?:\s+is|\s*[=:])\s*(?:equal to\s+)?",
     re.IGNORECASE,
 )
+_COMMENT = re.compile(
+    r"(?<=[\d}%\])])\s+\((?=[^()]*[A-Za-z]{4})[A-Za-z][A-Za-z'-]*(?:[\s,.]+[A-Za-z'-]+){0,8}\.?\)$"
+)
+_UNION_LETTER = re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])")
+_POINT = re.compile(r"[A-Z]'?\s*(?=\([^()]*,[^()]*\)$)")  # A(1, 2)
+_DIGIT_GROUPS = re.compile(r"(?<=\d)[_'](?=\d{3}(?!\d))")
 
 
 @functools.lru_cache(maxsize=8192)
 def read(text: str) -> Part:
-    """Returns the structure of an answer. Raises formula.Unreadable or formula.TooLarge."""
-    text = re.sub(r"(?<=\d)_(?=\d{3}\b)", "", normal_form.unwrap_text(text))
-    if len(text) > normal_form.MAX_CHARS or not text:
-        raise formula.Unreadable
-    text = _LEAD.sub("", text, count=1) if text[0].isalpha() else text
-    text = _ELEMENT.sub("", text, count=1)
-    if "\\approx" in text:  # the exact value comes first
-        text = next((part for part in _APPROXIMATELY.split(text) if part.strip()), text)
+    """Returns the structure of an answer. Raises evaluation.Unreadable or TooLarge."""
+    text = normal_form.unwrap_text(text)
+    if not 0 < len(text) <= normal_form.MAX_CHARS:
+        raise Unreadable
+    if text[0].isalpha():
+        text = _POINT.sub("", _LEAD.sub("", text, count=1), count=1)
+    if "U" in text:
+        text = _UNION_LETTER.sub(r"\\cup ", text)
+    if "\\in" in text:
+        text = _ELEMENT.sub("", text, count=1)
+    if text.endswith(")"):
+        text = _COMMENT.sub("", text)
+    if "_" in text or "'" in text:
+        text = _DIGIT_GROUPS.sub("", text)
+    if "\\" in text:
+        text = _read_commands(text)
     text = _REALS.sub(r"(-\\infty,\\infty)", text)
+    if outward := _OUTWARD.fullmatch(text):
+        text = f"{'[('[outward[1] == ']']}{outward[2]}{'])'[outward[3] == '[']}"
     return _read(text.strip(), depth=0)
 
 
+def _read_commands(text: str) -> str:
+    if "approx" in text or "sim" in text:  # the exact value comes first
+        sides = _APPROXIMATELY.split(text)
+        text = next((side for side in sides if not _BARE_NAME.fullmatch(side)), text)
+    return text.replace("\\langle", "(").replace("\\rangle", ")")
+
+
 def _read(text: str, depth: int) -> Part:
-    if depth > 6 or not text:
-        raise formula.Unreadable
+    if depth > _MAX_DEPTH or not text:
+        raise Unreadable
     text = text.strip()
-    if words := _words(text):
+    if words := _words(text) or numerals.read_date(text) or numerals.read_quantity(text):
         return words
-    if matrix := _MATRIX.fullmatch(text):
+    if "\\begin" in text and (matrix := _MATRIX.fullmatch(text)):
         return _read_matrix(matrix, depth)
-    if "\\cup" in text:
-        return Items("union", _read_all(re.split(r"\\cup(?![A-Za-z])", text), depth))
-    if " and " in text or " or " in text or ";" in text:
-        text = _JOIN.sub(", ", text)
-        parts = [part for part in _SPLIT_WORDS.split(text) if part and part.strip()]
-        parts = [piece for part in parts for piece in _split_commas(part)]
-        return _list_of(parts, depth)
-    if based := _read_base(text):
-        return based
-    if clock := _CLOCK.fullmatch(text):
-        numbers = tuple(part.strip() for part in (clock[1] or clock[3]).split(":"))
-        return Clock(numbers, (clock[2] or clock[4] or "").lower())
-    if "," in text:
-        parts = _split_commas(text)
-        if len(parts) > 1:
-            return _list_of(parts, depth)
     if sequence := _read_brackets(text, depth):
         return sequence
+    if text == "\\emptyset":
+        return Words("empty set")
+    if "\\cup" in text:
+        return Items("union", _read_all(re.split(r"\\cup(?![A-Za-z])", text), depth))
+    if without := _WITHOUT.fullmatch(text):
+        return relations.reals_without(_read(without[1], depth + 1))
+    if " and " in text or " or " in text or ";" in text:
+        parts = [part for part in _SPLIT_WORDS.split(_JOIN.sub(", ", text)) if part.strip()]
+        parts = [piece for part in parts for piece in _split_commas(part)]
+        return _list_of(parts, depth, either=" or " in text)
+    if based := numerals.read_based(text):
+        return based
+    if (":" in text or text[-1] in "mM." or " to " in text) and (
+        value := numerals.read_time_or_ratio(text)
+    ):
+        return value
+    if "," in text and len(parts := _split_commas(text)) > 1:
+        return _list_of(parts, depth)
+    if "mod" in text and (match := _CONGRUENCE.fullmatch(text)):
+        return Congruence(_read(match["residue"], depth + 1), int(match["modulus"]))
     if "\\pm" in text or "\\mp" in text:
-        return _list_of(
-            [_choose_signs(text, "+", "-"), _choose_signs(text, "-", "+")], depth, signs=True
-        )
-    if _COMPARISON.search(text):
-        return _read_inequality(text, depth)
+        signs = [_choose_signs(text, "+", "-"), _choose_signs(text, "-", "+")]
+        return _flat_list(_read_all(signs, depth))
+    if relations.COMPARISON.search(text):
+        return relations.read_inequality(text, depth, _read)
     if "=" in text:
-        return _read_equation(text, depth)
-    return _read_number(text)
+        return relations.read_equation(text, depth, _read)
+    return numerals.read_number(text)
 
 
 def _words(text: str) -> Words | None:
     if _WORD_TEXT.fullmatch(text) is None:
         return None
-    letters = sum(map(str.isalpha, text))
-    is_pair = (
-        len(text) == 2 and text.isupper() and text.isalpha()
-    )  # BC is not CB, whatever they name
+    letters = sum(map(str.isalpha, _AND_OR.sub("", text)))
+    # BC is not CB, whatever they name
+    is_pair = len(text) == 2 and text.isupper() and text.isalpha()
     if (letters < 3 and not is_pair) or text in ("pi", "sin", "cos", "tan", "log"):
         return None
     return Words(fold_words(text))
@@ -190,52 +148,59 @@ def _words(text: str) -> Words | None:
 
 def fold_words(text: str) -> str:
     text = " ".join(text.casefold().replace(".", "").split()).strip(" ,")
+    text = re.sub(r",?\s+and\s+", ", ", text)
     return re.sub(r"^(?:the|an|a)\s+", "", text)
 
 
 def _read_all(parts: list[str], depth: int) -> tuple[Part, ...]:
     if len(parts) > _MAX_ITEMS:
-        raise formula.Unreadable
+        raise Unreadable
     return tuple(_read(part, depth + 1) for part in parts)
 
 
-def _list_of(parts: list[str], depth: int, signs: bool = False) -> Items:
+def _list_of(parts: list[str], depth: int, either: bool = False) -> Items | Part:
+    """Returns a list; a union or intersection of inequalities. `either`: joined by `or`."""
     items = _read_all(parts, depth)
-    if (
-        not signs
-        and all(
-            (isinstance(item, Items) and item.kind == "union") or _is_interval(item)
-            for item in items
-        )
-        and any(_COMPARISON.search(part) for part in parts)
-    ):
-        flat = [p for item in items for p in (item.items if isinstance(item, Items) else (item,))]
-        return Items("union", tuple(flat))
-    flat = []
+    is_union = [isinstance(item, Items) and item.kind == "union" for item in items]
+    if not all(union or is_interval(item) for union, item in zip(is_union, items, strict=True)):
+        return _flat_list(items)
+    if not any(map(relations.COMPARISON.search, parts)):
+        return Items("either", items) if either else _flat_list(items)
+    if len(items) == 2 and not either and (overlap := relations.intersection(*items)):
+        return overlap
+    flat: list[Part] = []
+    for item in items:
+        flat += item.items if isinstance(item, Items) else (item,)
+    return Items("union", tuple(flat))
+
+
+def _flat_list(items: tuple[Part, ...]) -> Items:
+    flat: list[Part] = []
     for item in items:
         flat += item.items if isinstance(item, Items) and item.kind == "list" else (item,)
     return Items("list", tuple(flat))
 
 
-def _is_interval(part: Part) -> bool:
-    return isinstance(part, Sequence) and len(part.items) == 2
+def _split_commas(text: str, everywhere: bool = False) -> list[str]:
+    """Splits at commas outside of all brackets.
 
-
-def _split_commas(text: str) -> list[str]:
-    """Splits at commas outside of all brackets; a comma between thousands separates nothing."""
+    A comma between thousands separates nothing, unless `everywhere`: (1,234) has two items.
+    """
     parts, depth, begin = [], 0, 0
     for i, ch in enumerate(text):
         if ch in _OPEN:
             depth += 1
         elif ch in _CLOSE:
             depth -= 1
-        elif ch == "," and depth == 0:
-            parts.append(text[begin:i])
+        elif depth == 0 and (ch == "," or (everywhere and ch == ";")):
+            parts.append(text[begin:i].strip())
             begin = i + 1
-    parts.append(text[begin:])
+    parts.append(text[begin:].strip())
+    if everywhere:
+        return parts
     if len(parts) > 1 and _is_thousands(text):
         return [text]
-    return [part.strip() for part in parts if part.strip()]
+    return [part for part in parts if part]
 
 
 def _is_thousands(text: str) -> bool:
@@ -245,6 +210,8 @@ def _is_thousands(text: str) -> bool:
 
 
 def _read_brackets(text: str, depth: int) -> Part | None:
+    if text[0] == "{":
+        return _read_braces(text, depth)
     opening = next((opening for opening in _BRACKETS if text.startswith(opening)), None)
     if opening is None:
         return None
@@ -252,183 +219,68 @@ def _read_brackets(text: str, depth: int) -> Part | None:
     if ending is None or not _closes_at_end(text, opening, ending):
         return None
     inner = text[len(opening) : -len(ending)].strip()
-    parts = _split_all_commas(inner)
     if opening == "\\{":
-        if not inner:
-            return Words("empty set")
-        return Items("set", _read_all(parts, depth))
+        return _read_set(inner, depth)
+    parts = _split_commas(inner, everywhere=True)
     if len(parts) == 1:
         if opening == "(" and ending == ")" and "|" not in inner:
             inside = _read(inner, depth + 1)
             return inside if not isinstance(inside, Number) else None
         return None
-    brackets = "()" if opening == "\\langle" else opening + ending
-    return Sequence(brackets, _read_all(parts, depth))
+    return Sequence(opening + ending, _read_all(parts, depth))
 
 
-def _split_all_commas(text: str) -> list[str]:
-    """As _split_commas, but every comma separates: (1,234) has two items."""
-    parts, depth, begin = [], 0, 0
-    for i, ch in enumerate(text):
-        if ch in _OPEN:
-            depth += 1
-        elif ch in _CLOSE:
-            depth -= 1
-        elif ch == "," and depth == 0:
-            parts.append(text[begin:i].strip())
-            begin = i + 1
-    parts.append(text[begin:].strip())
-    return parts
+def _read_set(inner: str, depth: int) -> Part:
+    if not inner:
+        return Words("empty set")
+    if builder := relations.SET_BUILDER.fullmatch(inner):
+        return _read(builder[1], depth + 1)
+    return Items("set", _read_all(_split_commas(inner, everywhere=True), depth))
+
+
+def _read_braces(text: str, depth: int) -> Part | None:
+    """Reads plain braces: {1, 2} is a set, {x = 1} is x = 1."""
+    if not (text.endswith("}") and _closes_at_end(text, "{", "}")):
+        return None
+    inner = text[1:-1].strip()
+    if len(_split_commas(inner)) > 1 or relations.SET_BUILDER.fullmatch(inner):
+        return _read_set(inner, depth)
+    return _read(inner, depth + 1)
 
 
 def _closes_at_end(text: str, opening: str, ending: str) -> bool:
     depth = 0
-    body = text[: len(text) - len(ending)]
-    for i, ch in enumerate(body):
+    for i, ch in enumerate(text[: len(text) - len(ending)]):
         if ch in _OPEN:
             depth += 1
         elif ch in _CLOSE:
             depth -= 1
-            if depth <= 0 and i >= len(opening) and opening in ("(", "[", "\\{"):
+            if depth <= 0 and i >= len(opening):
                 return False
     return True
 
 
 def _read_matrix(match: re.Match[str], depth: int) -> Matrix:
-    body = (match[2] if match[2] is not None else match[3]).replace("\\hline", "").strip()
+    body = (match["a"] if match["a"] is not None else match["b"]).replace("\\hline", "").strip()
     lines = [line for line in re.split(r"\\\\(?:\[[^\]]*\])?", body) if line.strip()]
+    factor = match["factor"].strip()
     if len(lines) > 20:
-        raise formula.Unreadable
-    rows = tuple(tuple(_read(cell, depth + 1) for cell in line.split("&")) for line in lines)
-    return Matrix(rows, match[1] in ("v", "V"))
+        raise Unreadable
+    if factor.endswith("="):
+        factor = ""  # A = a matrix
+    rows = [[_read(cell, depth + 1) for cell in line.split("&")] for line in lines]
+    if factor:
+        rows = [[_multiplied(factor, cell) for cell in row] for row in rows]
+    return Matrix(tuple(map(tuple, rows)), match["kind"] in ("v", "V"))
+
+
+def _multiplied(factor: str, cell: Part) -> Number:
+    number = numerals.read_number(factor.removesuffix("\\cdot").strip())
+    if not isinstance(cell, Number):
+        raise Unreadable
+    return Number(("*", number.node, cell.node), "")
 
 
 def _choose_signs(text: str, plus: str, minus: str) -> str:
     text = re.sub(r"\\pm(?![A-Za-z])", plus, text)
     return re.sub(r"\\mp(?![A-Za-z])", minus, text)
-
-
-def _read_inequality(text: str, depth: int) -> Part:
-    r"""a \le x < b is [a, b); x > b is (b, \infty)."""
-    pieces = _COMPARISON.split(text)
-    sides = [side.strip() for side in pieces[::2]]
-    signs = [{"<=": "\\le", ">=": "\\ge"}.get(sign, sign) for sign in pieces[1::2]]
-    if len(signs) > 2 or not all(sides):
-        raise formula.Unreadable
-    if all(sign in (">", "\\ge") for sign in signs):
-        sides.reverse()
-        signs = [{">": "<", "\\ge": "\\le"}[sign] for sign in reversed(signs)]
-    is_name = [re.fullmatch(r"\\?[A-Za-z]+(?:\s*\([a-z]\))?", side) is not None for side in sides]
-    is_name = [
-        n and side not in ("\\infty", "e", "\\pi") for n, side in zip(is_name, sides, strict=True)
-    ]
-    if signs == ["\\ne"] and is_name == [True, False]:
-        hole = _read(sides[1], depth + 1)
-        low = Sequence("()", (Number(_negative_infinity(), ""), hole))
-        return Items("union", (low, Sequence("()", (hole, Number(_INFINITY, "")))))
-    if any(sign not in ("<", "\\le") for sign in signs):
-        raise formula.Unreadable
-    closed = [sign == "\\le" for sign in signs]
-    if is_name == [False, True, False]:
-        ends = (_read(sides[0], depth + 1), _read(sides[2], depth + 1))
-        return Sequence("(["[closed[0]] + ")]"[closed[1]], ends)
-    if is_name == [True, False]:
-        low_end = Number(_negative_infinity(), "")
-        return Sequence("(" + ")]"[closed[0]], (low_end, _read(sides[1], depth + 1)))
-    if is_name == [False, True]:
-        return Sequence("(["[closed[0]] + ")", (_read(sides[0], depth + 1), Number(_INFINITY, "")))
-    raise formula.Unreadable
-
-
-def _negative_infinity() -> formula.Node:
-    return ("negative", _INFINITY)
-
-
-def _read_equation(text: str, depth: int) -> Part:
-    sides = [side.strip() for side in text.split("=")]
-    if len(sides) > 6 or not all(sides):
-        raise formula.Unreadable
-    left = sides[0]
-    name = _NAME.fullmatch(left) is not None or not re.search(r"\d", left)
-    if len(sides) > 2 or not name:
-        # a chain of equal numbers, such as m+n = 3+4 = 7, is its last one
-        chain = [_read_number(side) for side in (sides[1:] if name else sides)]
-        if not any(formula.variables(number.node) for number in chain):
-            values = {formula.value(number.node, {}) for number in chain}
-            if len(values) > 1:
-                raise _Contradiction
-            return chain[-1]
-        if len(sides) > 2:
-            raise formula.Unreadable
-    right = _read(sides[1], depth + 1)
-    if name and not (isinstance(right, Number) and formula.variables(right.node)):
-        return right
-    if not isinstance(right, Number):
-        raise formula.Unreadable
-    try:
-        node = formula.parse(left)
-    except formula.Unreadable:
-        if not name:
-            raise
-        node = ("variable", left)
-    return Equation(node, right.node, name, right)
-
-
-class _Contradiction(formula.Unreadable):
-    """An equation of different numbers, such as 42 = 41."""
-
-
-def _read_base(text: str) -> BasedNumber | None:
-    match = _BASE.fullmatch(text)
-    if match:
-        digits, base = match[2] or match[3], match[4] or match[5]
-    elif match := _BASE_WORDS.fullmatch(text):
-        digits, base = match[2], match[3]
-    else:
-        return None
-    number = _BASE_NAMES.get(base.lower()) or (int(base) if base.isdigit() and len(base) < 3 else 0)
-    if not 2 <= number <= 36 or (not any(ch.isdigit() for ch in digits) and len(digits) < 2):
-        return None
-    if len(digits) == 1 and digits.isalpha():
-        return None  # a variable with an index
-    return BasedNumber(match[1] + (digits.upper().lstrip("0") or "0"), number)
-
-
-def _read_number(text: str) -> Number:
-    text, unit = normal_form.strip_unit(text)
-    text = text.strip()
-    percent = False
-    for sign in ("\\%", "%"):
-        if text.endswith(sign):
-            text, percent = text[: -len(sign)].rstrip(" \\"), True
-    if unit == "percent":
-        percent = True
-    if infinity := _read_infinity(text):
-        return Number(infinity, text)
-    if _SPACED_NUMBER.fullmatch(text):
-        text = text.replace(" ", "")
-    if mixed := _MIXED.fullmatch(text):
-        text = f"{mixed[1]}\\frac{{{mixed[2]}}}{{{mixed[3]}}}"
-    if scale := _SCALE.fullmatch(text):
-        text = f"{scale[1]}\\cdot {_SCALES[scale[2].lower()]}"
-    if repeating := _REPEATING.fullmatch(text):
-        return Number(("number", _repeating(*repeating.groups())), text, None, percent, unit)
-    decimal = _DECIMAL.fullmatch(text)
-    node = formula.parse(text)
-    return Number(node, text, len(decimal[1]) if decimal else None, percent, unit)
-
-
-def _read_infinity(text: str) -> formula.Node | None:
-    bare = text.lstrip("+").replace(" ", "")
-    if bare in ("\\infty", "infinity", "inf"):
-        return _INFINITY
-    if bare in ("-\\infty", "-infinity", "-inf"):
-        return _negative_infinity()
-    return None
-
-
-def _repeating(whole: str, fixed: str, repeated: str) -> Fraction:
-    sign = -1 if whole.startswith("-") else 1
-    first = Fraction(int((whole.strip("+-") or "0") + fixed), 10 ** len(fixed))
-    cycle = Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(fixed))
-    return sign * (first + cycle)

@@ -1,0 +1,196 @@
+r"""Reads the notations of single values: numbers, bases, times, dates, ratios, congruences.
+
+`read_number` reads all that formula.py can and more: 2 1/2, 0.\overline{3}, 5 million, 25 cm.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from megatron_async_rl.reward.math import formula, units
+from megatron_async_rl.reward.math.evaluation import Node, Unreadable
+from megatron_async_rl.reward.math.parts import (
+    INFINITY,
+    NEGATIVE_INFINITY,
+    BasedNumber,
+    Clock,
+    Number,
+    Ratio,
+    Words,
+)
+
+_BASE = re.compile(
+    r"(-?)(?:\(\s*([0-9A-Za-z]+)\s*\)|\\overline\s*\{([0-9A-Za-z]+)\}|([0-9A-Fa-f]+|[0-9A-Z]+))"
+    r"\s*_\s*(?:\{\s*\(?\s*(\w+)\s*\)?\s*\}|(\d+))"
+)
+_BASE_WORDS = re.compile(r"(-?)([0-9A-F]+)\s*\(?\s*(?:in\s+)?base\s*[-_]?\s*(\w+)\s*\)?", re.I)
+_BASE_PREFIX = re.compile(r"(-?)0([bxo])([0-9A-F]+)", re.IGNORECASE)
+_PREFIX_BASES = {"b": 2, "o": 8, "x": 16}
+_BASE_NAMES = {
+    name: base
+    for base, name in enumerate(
+        "two three four five six seven eight nine ten eleven twelve".split(), start=2
+    )
+}
+_CLOCK = re.compile(
+    r"(\d+(?:\s*:\s*\d+)+)\s*(?:([ap])\.?\s*m\.?)?|(\d+)\s*([ap])(?:\.\s*m|m)\b\.?", re.IGNORECASE
+)
+_TIME = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
+_RATIO_WORD = re.compile(r"(\d+(?:\.\d+)?)\s+to\s+(\d+(?:\.\d+)?)")
+_MONTHS = "january february march april may june july august september october november december"
+_MONTH_NUMBERS = {name: number for number, name in enumerate(_MONTHS.split(), start=1)}
+_MONTH_NUMBERS |= {name[:3]: number for name, number in _MONTH_NUMBERS.items()} | {"sept": 9}
+_MONTH = rf"(?P<month>{'|'.join(sorted(_MONTH_NUMBERS, key=len, reverse=True))})\.?"
+_DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?"
+_YEAR = r"(?:,?\s+(?P<year>\d{4}))?"
+_DATES = [
+    re.compile(rf"(?:[a-z]{{3,6}}day,?\s+)?{form}", re.IGNORECASE)
+    for form in (
+        rf"{_MONTH}\s+(?:the\s+)?{_DAY}{_YEAR}",
+        rf"(?:the\s+)?{_DAY}\s+(?:of\s+)?{_MONTH}{_YEAR}",
+        r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)",
+        r"(?P<month>\d{1,2})/(?P<day>\d{1,2})/(?P<year>\d{4})",
+    )
+]
+_QUANTITY_UNITS = {  # of quantities in two units, such as 5 feet 3 inches
+    "hour": "h hr hrs hour hours",
+    "minute": "m min mins minute minutes",
+    "second": "s sec secs second seconds",
+    "day": "day days",
+    "week": "week weeks",
+    "month": "month months",
+    "year": "year years yr yrs",
+    "foot": "ft foot feet",
+    "inch": "in inch inches",
+    "pound": "lb lbs pound pounds",
+    "ounce": "oz ounce ounces",
+    "dollar": "dollar dollars",
+    "cent": "cent cents",
+}
+_UNIT_NAMES = {name: unit for unit, names in _QUANTITY_UNITS.items() for name in names.split()}
+_QUANTITY = re.compile(r"(\d+)\s*([a-z]+)\.?,?\s*(?:and\s+)?(\d+)\s*([a-z]+)\.?", re.IGNORECASE)
+_DECIMAL = re.compile(r"[-+]?\s*(?:\d[\d,]*)?\.(\d+)")
+_MIXED = re.compile(r"([-+]?\s*\d+)\s+(\d+)\s*/\s*(\d+)")
+_REPEATING = re.compile(
+    r"(?P<whole>[-+]?\d*)\.(?P<fixed>\d*)(?:"
+    r"\\(?:overline|bar|dot)\s*(?:\{(?P<a>\d+)\}|(?P<b>\d))|\((?P<c>\d+)\)|"
+    r"(?P<d>\\dot\s*\{?\d\}?\d*\\dot\s*\{?\d\}?))(?:\\ldots)?"
+)
+_ELLIPSIS = re.compile(r"([-+]?\d*)\.(\d+)\s*\\ldots")
+_SPACED_NUMBER = re.compile(r"\d{1,3}(?: \d{3})+")
+_SCALE = re.compile(r"([-+]?[\d.,]*\d)\s*(hundred|thousand|million|billion|trillion|dozen)\b", re.I)
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_SCALES |= {"trillion": 10**12, "dozen": 12}
+
+
+def read_based(text: str) -> BasedNumber | None:
+    r"""Reads 52_8, (52)_{\text{eight}}, 52 base 8 and 0b101."""
+    if match := _BASE.fullmatch(text):
+        digits, base = match[2] or match[3] or match[4], match[5] or match[6]
+    elif match := _BASE_WORDS.fullmatch(text):
+        digits, base = match[2], match[3]
+    elif match := _BASE_PREFIX.fullmatch(text):
+        digits, base = match[3], str(_PREFIX_BASES[match[2].lower()])
+    else:
+        return None
+    number = _BASE_NAMES.get(base.lower()) or (int(base) if base.isdigit() and len(base) < 3 else 0)
+    if not 2 <= number <= 36 or (not any(ch.isdigit() for ch in digits) and len(digits) < 2):
+        return None
+    if len(digits) == 1 and digits.isalpha():
+        return None  # a variable with an index
+    return BasedNumber(match[1] + (digits.upper().lstrip("0") or "0"), number)
+
+
+def read_time_or_ratio(text: str) -> Clock | Ratio | None:
+    """Reads 10:30 a.m., 3 pm, 3:4, 3 to 4 and x:2x."""
+    clock = _CLOCK.fullmatch(text)
+    half = "" if clock is None else (clock[2] or clock[4] or "").lower()
+    if clock and (half or _TIME.fullmatch(text)):
+        hours, *rest = (part.strip() for part in (clock[1] or clock[3]).split(":"))
+        return Clock((hours.lstrip("0") or "0", *(rest or ["00"])), half)
+    if words := _RATIO_WORD.fullmatch(text):
+        return Ratio((read_number(words[1]), read_number(words[2])))
+    terms = text.split(":")
+    if not 2 <= len(terms) <= 5 or "=" in text:
+        return None
+    return Ratio(tuple(read_number(term.strip()) for term in terms))
+
+
+def read_date(text: str) -> Words | None:
+    """Reads May 3, 3rd of May, 2024-05-03 and 5/3/2024."""
+    for form in _DATES:
+        if match := form.fullmatch(text):
+            month = _MONTH_NUMBERS.get(match["month"].lower()) or int(match["month"])
+            return Words(f"date {match['year'] or ''} {month} {int(match['day'])}")
+    return None
+
+
+def read_quantity(text: str) -> Words | None:
+    """Reads a quantity in two units: 5 feet 3 inches, 2 hours and 30 minutes."""
+    if (match := _QUANTITY.fullmatch(text)) is None:
+        return None
+    names = [_UNIT_NAMES.get(match[i].lower()) for i in (2, 4)]
+    return Words(f"{match[1]} {names[0]} {match[3]} {names[1]}") if all(names) else None
+
+
+def read_number(text: str) -> Number:
+    """Raises Unreadable and TooLarge."""
+    text, unit = units.strip_unit(text)
+    text = text.strip()
+    percent = unit == "percent"
+    for sign in ("\\%", "%"):
+        if text.endswith(sign):
+            text, percent = text[: -len(sign)].rstrip(" \\"), True
+    if not text:
+        raise Unreadable
+    if infinity := _read_infinity(text):
+        return Number(infinity, text)
+    if _SPACED_NUMBER.fullmatch(text):
+        text = text.replace(" ", "")
+    if mixed := _MIXED.fullmatch(text):
+        text = f"{mixed[1]}\\frac{{{mixed[2]}}}{{{mixed[3]}}}"
+    if scale := _SCALE.fullmatch(text):
+        text = f"{scale[1]}\\cdot {_SCALES[scale[2].lower()]}"
+    if "\\" in text or "(" in text:
+        if match := _REPEATING.fullmatch(text):
+            return Number(("number", _read_repeating(match)), text, None, percent, unit)
+        if match := _ELLIPSIS.fullmatch(text):
+            if (repeated := _repeated_end(match[2])) is not None:
+                number = _repeating(match[1], match[2][: -2 * len(repeated)], repeated)
+                return Number(("number", number), text, None, percent, unit)
+            text = f"{match[1]}.{match[2]}"
+    decimal = _DECIMAL.fullmatch(text)
+    return Number(formula.parse(text), text, len(decimal[1]) if decimal else None, percent, unit)
+
+
+def _read_infinity(text: str) -> Node | None:
+    if not text.endswith(("infty", "infinity", "inf")):
+        return None
+    bare = text.lstrip("+").replace(" ", "")
+    if bare in ("\\infty", "infinity", "inf"):
+        return INFINITY
+    if bare in ("-\\infty", "-infinity", "-inf"):
+        return NEGATIVE_INFINITY
+    return None
+
+
+def _read_repeating(match: re.Match[str]) -> Fraction:
+    repeated = match["a"] or match["b"] or match["c"] or re.sub(r"\D", "", match["d"])
+    return _repeating(match["whole"], match["fixed"], repeated)
+
+
+def _repeated_end(digits: str) -> str | None:
+    """Returns the digits that repeat at the end of 0.1666..., None if none are seen to repeat."""
+    for size in range(1, len(digits) // 2 + 1):
+        cycle = digits[-size:]
+        if digits.endswith(cycle * (3 if size == 1 else 2)):
+            return cycle
+    return None
+
+
+def _repeating(whole: str, fixed: str, repeated: str) -> Fraction:
+    sign = -1 if whole.startswith("-") else 1
+    first = Fraction(int((whole.strip("+-") or "0") + fixed), 10 ** len(fixed))
+    cycle = Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(fixed))
+    return sign * (first + cycle)

@@ -1,0 +1,94 @@
+"""What an answer can be; `structure.read` returns one of these classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_async_rl.reward.math.evaluation import Node
+
+
+@dataclass(frozen=True)
+class Number:
+    """A single formula; `places`: decimal places if it is written as a decimal, else None."""
+
+    node: Node
+    text: str
+    places: int | None = None
+    percent: bool = False
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Ordered items in their brackets: a tuple, or an interval such as `[)`."""
+
+    brackets: str
+    items: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Items:
+    """Items in any order: "list", "set", "union", or "either" for intervals or points with `or`."""
+
+    kind: str
+    items: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    rows: tuple[tuple[Part, ...], ...]
+    is_determinant: bool
+
+
+@dataclass(frozen=True)
+class Equation:
+    left: Node
+    right: Node
+    name: bool  # the left side is a name, such as y or f(x)
+    right_part: Part
+
+
+@dataclass(frozen=True)
+class BasedNumber:
+    digits: str
+    base: int
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A time of day: hours without a leading zero, minutes, maybe seconds, and am or pm."""
+
+    numbers: tuple[str, ...]
+    half: str  # "a", "p" or ""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    terms: tuple[Number, ...]
+
+
+@dataclass(frozen=True)
+class Congruence:
+    residue: Part
+    modulus: int
+
+
+@dataclass(frozen=True)
+class Words:
+    text: str
+
+
+Part = (
+    Number | Sequence | Items | Matrix | Equation | BasedNumber | Clock | Ratio | Congruence | Words
+)
+
+INFINITY: Node = ("infinity",)
+NEGATIVE_INFINITY: Node = ("negative", INFINITY)
+
+
+def is_infinite(number: Number) -> bool:
+    return number.node in (INFINITY, NEGATIVE_INFINITY)
+
+
+def is_interval(part: Part) -> bool:
+    return isinstance(part, Sequence) and len(part.items) == 2

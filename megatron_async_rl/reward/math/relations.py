@@ -1,0 +1,174 @@
+r"""Reads inequalities, set-builder notation and equations.
+
+An inequality is the interval that it describes: a \le x < b is [a, b).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+
+from megatron_async_rl.reward.math import formula
+from megatron_async_rl.reward.math.evaluation import Node, Unreadable, value, variables
+from megatron_async_rl.reward.math.numerals import read_number
+from megatron_async_rl.reward.math.parts import (
+    INFINITY,
+    NEGATIVE_INFINITY,
+    Equation,
+    Items,
+    Number,
+    Part,
+    Sequence,
+    is_infinite,
+)
+
+Reader = Callable[[str, int], Part]  # structure.py's, of a text at a depth
+
+COMPARISON = re.compile(r"(\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])|<=|>=|<|>)")
+SET_BUILDER = re.compile(
+    r"[A-Za-z]\s*(?:\\in\s*(?:\\mathbb\s*\{?\s*R\s*\}?|\(-\\infty,\\infty\))\s*)?[|:](.*)"
+)
+_BOUNDED = re.compile(r"\\?[A-Za-z]+(?:\s*\([a-z]\))?")
+_ABSOLUTE = re.compile(r"\|\s*[A-Za-z]\s*\|")
+_NAME = re.compile(
+    r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\^\{?-1\}?)?'*(?:\s*\([^()=]*\))?|\\angle\s*[A-Z]+|\|[A-Z]{2}\||"
+    r"\([A-Za-z, ]+\)"
+)
+_INDEX = re.compile(r"_\{?\w+\}?")
+_LOW_END, _HIGH_END = Number(NEGATIVE_INFINITY, ""), Number(INFINITY, "")
+
+
+class Contradiction(Unreadable):
+    """A statement about numbers that is no answer, such as 42 = 41."""
+
+
+def read_inequality(text: str, depth: int, read: Reader) -> Part:
+    r"""Returns an interval, or a union for x \ne 3 and |x| > 3."""
+    pieces = COMPARISON.split(text)
+    sides = [side.strip() for side in pieces[::2]]
+    signs = [{"<=": "\\le", ">=": "\\ge"}.get(sign, sign) for sign in pieces[1::2]]
+    if len(signs) > 2 or not all(sides):
+        raise Unreadable
+    if len(sides) == 2 and not any(ch.isalpha() for ch in re.sub(r"\\[A-Za-z]+", "", text)):
+        raise Contradiction  # 3 < 4 and 42 \ne 41 are no answers
+    if all(sign in (">", "\\ge") for sign in signs) and not _ABSOLUTE.fullmatch(sides[0]):
+        sides.reverse()
+        signs = [{">": "<", "\\ge": "\\le"}[sign] for sign in reversed(signs)]
+    is_name = [
+        _BOUNDED.fullmatch(side) is not None and side not in ("\\infty", "e", "\\pi")
+        for side in sides
+    ]
+    if signs == ["\\ne"] and is_name == [True, False]:
+        return _without([read(sides[1], depth + 1)])
+    if len(signs) == 1 and _ABSOLUTE.fullmatch(sides[0]):
+        return _read_absolute(signs[0], read(sides[1], depth + 1))
+    if any(sign not in ("<", "\\le") for sign in signs):
+        raise Unreadable
+    closed = [sign == "\\le" for sign in signs]
+    if len(sides) == 3 and is_name[1]:
+        ends = (read(sides[0], depth + 1), read(sides[2], depth + 1))
+        return Sequence("(["[closed[0]] + ")]"[closed[1]], ends)
+    if is_name == [True, False]:
+        return Sequence("(" + ")]"[closed[0]], (_LOW_END, read(sides[1], depth + 1)))
+    if is_name == [False, True]:
+        return Sequence("(["[closed[0]] + ")", (read(sides[0], depth + 1), _HIGH_END))
+    raise Unreadable
+
+
+def _read_absolute(sign: str, bound: Part) -> Part:
+    if not isinstance(bound, Number):
+        raise Unreadable
+    low = Number(("negative", bound.node), "")
+    if sign in ("<", "\\le"):
+        return Sequence("()" if sign == "<" else "[]", (low, bound))
+    if sign not in (">", "\\ge"):
+        raise Unreadable
+    low_half = Sequence("()" if sign == ">" else "(]", (_LOW_END, low))
+    return Items("union", (low_half, Sequence("()" if sign == ">" else "[)", (bound, _HIGH_END))))
+
+
+def reals_without(holes: Part) -> Part:
+    r"""Returns the real numbers without a number, or without those of a list or set."""
+    return _without(list(holes.items) if isinstance(holes, Items) else [holes])
+
+
+def _without(holes: list[Part]) -> Part:
+    if len(holes) > 1:
+        holes = sorted(holes, key=_real_value)
+    ends = [_LOW_END, *holes, _HIGH_END]
+    return Items("union", tuple(Sequence("()", pair) for pair in itertools.pairwise(ends)))
+
+
+def intersection(first: Part, second: Part) -> Part | None:
+    """Returns the interval where two half-lines overlap, such as x > 3 and x < 5, else None."""
+    if not (isinstance(first, Sequence) and isinstance(second, Sequence)):
+        return None
+    bounded_below = [not _is_end(half.items[0], _LOW_END) for half in (first, second)]
+    if bounded_below == [False, True]:
+        first, second, bounded_below = second, first, [True, False]
+    if bounded_below != [True, False] or not _is_end(first.items[1], _HIGH_END):
+        return None
+    if _is_end(second.items[1], _HIGH_END):
+        return None
+    try:
+        if _real_value(first.items[0]) >= _real_value(second.items[1]):
+            return None
+    except Unreadable:
+        return None
+    return Sequence(first.brackets[0] + second.brackets[1], (first.items[0], second.items[1]))
+
+
+def _is_end(part: Part, end: Number) -> bool:
+    return isinstance(part, Number) and is_infinite(part) and part.node == end.node
+
+
+def _real_value(part: Part) -> float:
+    if not isinstance(part, Number) or is_infinite(part) or variables(part.node):
+        raise Unreadable
+    number = complex(value(part.node, {}))
+    if number.imag:
+        raise Unreadable
+    return number.real
+
+
+def read_equation(text: str, depth: int, read: Reader) -> Part:
+    """Returns the right side if it is a value, else an Equation. Raises Contradiction."""
+    sides = [side.strip() for side in text.split("=")]
+    if len(sides) > 6 or not all(sides):
+        raise Unreadable
+    if len(sides) == 2 and not _is_name(sides[0]) and _NAME.fullmatch(sides[1]):
+        sides.reverse()
+    while len(sides) > 2 and all(map(_NAME.fullmatch, sides[:2])):
+        del sides[0]  # x = q = 3
+    left = sides[0]
+    name = _is_name(left)
+    if len(sides) > 2 or not name:
+        # a chain of equal numbers, such as m+n = 3+4 = 7, is its last one
+        chain = [read_number(side) for side in (sides[1:] if name else sides)]
+        if not any(variables(number.node) for number in chain):
+            values = {value(number.node, {}) for number in chain}
+            if len(values) > 1:
+                raise Contradiction
+            return chain[-1]
+        if len(sides) > 2:
+            raise Unreadable
+    right = read(sides[1], depth + 1)
+    if name and not (isinstance(right, Number) and variables(right.node)):
+        return right
+    if not isinstance(right, Number):
+        raise Unreadable
+    return Equation(_left_node(left, name), right.node, name, right)
+
+
+def _is_name(side: str) -> bool:
+    return _NAME.fullmatch(side) is not None or not re.search(r"\d", _INDEX.sub("", side))
+
+
+def _left_node(left: str, name: bool) -> Node:
+    try:
+        return formula.parse(left)
+    except Unreadable:
+        if not name:
+            raise
+        return ("variable", left)

@@ -1,0 +1,69 @@
+"""Splits a unit, a currency or a degree sign from the number before it."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = frozenset(
+    "cm mm km nm dm m kg g mg lb lbs oz ft yd in inch inches feet foot mi mph kph ml mL l L h hr "
+    "hrs min mins sec secs s ms Hz kHz MHz GHz rad deg sq cu pm cc ha pt qt gal J kJ N W V A C F K "
+    "Pa kPa mA mV kV kW MW GW kWh dB eV mol KB MB GB TB cents cent USD EUR GBP INR CAD AUD NZD CHF "
+    "JPY CNY HKD SGD RMB Rs dollars euros pounds units unit percent pts AU st nd rd th".split()
+)
+_NOT_UNITS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh cis ln log lg exp sqrt cbrt pi "
+    "lim max min gcd lcm mod and or not infinity inf squared cubed factorial half halves third "
+    "thirds fourth fourths fifth fifths quarter quarters base hundred thousand million billion "
+    "trillion dozen if for when where but except unless plus minus times am is are over divided "
+    "choose none neither either maybe no to".split()
+)
+_UNIT_PART = r"(?:[A-Za-z]+\.?(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?)"
+_UNIT = re.compile(
+    rf"(?<=[\d)}}%\]a-z])(?P<gap>[\s-]*)(?P<unit>(?<![A-Za-z\\]){_UNIT_PART}"
+    rf"(?:(?:\s*(?:/|\\cdot|\*)\s*|\s+){_UNIT_PART}){{0,5}})\s*$"
+)
+_UNIT_SYMBOL = re.compile(r"(?<=\d)\s*\\(?:Omega|mu\s*[A-Za-z]{1,3}|AA)$")
+_ANGLE_FUNCTION = re.compile(r"sin|cos|tan|cot|sec|csc|cis")
+_UNIT_WORD = re.compile(r"[A-Za-z]+")
+_LEADING = re.compile(
+    r"(?:USD|EUR|GBP|INR|CAD|AUD|NZD|CHF|JPY|CNY|HKD|SGD|RMB|Rs\.?|US|(?:about|exactly|around|"
+    r"approximately|nearly)\s)\s*(?=[-+.\d\\])",
+    re.IGNORECASE,
+)
+_MAX_CHARS = 120  # of a unit
+
+
+def strip_unit(text: str) -> tuple[str, str]:
+    """Returns (answer, unit): `25 cm^2` is ("25", "cm^2"), a formula without unit is (text, "").
+
+    Words of three letters and more are units, shorter ones if they are known, single letters only
+    after a space: `8x` and `8 ab` have no unit.
+    """
+    if text[:1].isalpha():
+        text = _LEADING.sub("", text, count=1)
+    if text.endswith("^\\circ") and not _ANGLE_FUNCTION.search(text):
+        return text[: -len("^\\circ")].rstrip(), "degrees"
+    if not text[-1:].isalnum() and text[-1:] not in ".}":
+        return text, ""
+    end = text[-_MAX_CHARS:]
+    if "\\" in end and (symbol := _UNIT_SYMBOL.search(end)):
+        return text[: len(text) - len(end) + symbol.start()], symbol[0].strip()
+    match = _UNIT.search(end)
+    if match is None:
+        return text, ""
+    core = text[: len(text) - len(end) + match.start()].rstrip(" -")
+    if core.endswith(("\\cdot", "\\div", "*", "/", "+", "^")):
+        return text, ""
+    has_digit = any(ch.isdigit() for ch in core) or "\\pi" in core
+    for number, word in enumerate(_UNIT_WORD.findall(match["unit"])):
+        if word in _NOT_UNITS and word != "min":
+            return text, ""
+        known = word in _UNITS
+        spaced = bool(match["gap"]) or number > 0
+        if len(word) == 1 and not (known and spaced):
+            return text, ""
+        if len(word) == 2 and not known and not (word == "of" and number):
+            return text, ""
+        if not has_digit and not known:
+            return text, ""
+    return core, match["unit"]
