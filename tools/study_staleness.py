@@ -79,7 +79,7 @@ def final_reward(status: RunStatus) -> float:
 def accuracy(status: RunStatus) -> float | None:
     """Returns the accuracy after the last step, None without an evaluation of it."""
     last = status.evals[-1] if status.evals else None
-    return last.accuracy if last and last.version == status.version else None
+    return last.metrics.get("accuracy") if last and last.version == status.version else None
 
 
 def table(results: dict[Case, list[RunStatus]]) -> str:

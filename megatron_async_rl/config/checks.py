@@ -6,11 +6,14 @@ import re
 from typing import TYPE_CHECKING
 
 from megatron_async_rl import hooks
+from megatron_async_rl.config import passed_on
 from megatron_async_rl.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_async_rl.config.config import Config
     from megatron_async_rl.config.sections import SourceConfig
+
+ENGINE_SPARE_TOKENS = 8  # SGLang takes inputs that are 7 tokens shorter than its context
 
 PARALLEL_SIZES = (
     "tensor_model",
@@ -32,6 +35,7 @@ def cross_check(config: Config) -> None:
     _check_thinking_tags(config)
     _check_batch(config)
     _check_hooks(config)
+    _check_agent(config)
     _check_algorithm(config)
     _check_weights(config)
     _check_servers(config)
@@ -45,6 +49,21 @@ def _check_lengths(config: Config) -> None:
             f"rollout.max_new_tokens = {max_new_tokens} leaves no room for a prompt in "
             f"model.context_tokens = {context}",
             "lower the first or raise the second",
+        )
+    budget = config.trainer.max_tokens_per_microbatch
+    if config.has_trainer and context > budget:
+        raise ConfigError(
+            f"model.context_tokens = {context} is more than trainer.max_tokens_per_microbatch = "
+            f"{budget}, so a long sample would fit into no micro-batch",
+            "lower the first or raise the second",
+        )
+    pool = config.sglang.get("max_total_tokens")
+    if isinstance(pool, int) and pool < context + ENGINE_SPARE_TOKENS:
+        raise ConfigError(
+            f"sglang.max_total_tokens = {pool} is less than model.context_tokens = {context} and "
+            f"{ENGINE_SPARE_TOKENS} that SGLang keeps free, so a long sample would fit into no "
+            "server",
+            "raise the first or remove it",
         )
     overlong = config.algorithm.reward_shaping.overlong_buffer_tokens
     if overlong > max_new_tokens:
@@ -116,11 +135,6 @@ def _check_evaluation(config: Config) -> None:
                 f"{setting}.max_new_tokens = {limit} leaves no room for a prompt in "
                 f"model.context_tokens = {config.model.context_tokens}",
                 "lower the first or raise the second",
-            )
-        if chosen.weight != 1:
-            raise ConfigError(
-                f"{setting}.weight = {chosen.weight:g}: an evaluation uses every prompt once",
-                "leave it out",
             )
         if chosen.samples > 1 and chosen.temperature == 0:
             raise ConfigError(
@@ -202,7 +216,22 @@ def _check_algorithm(config: Config) -> None:
             "algorithm.samples_per_prompt >= 2: it compares the samples of a group",
             "raise samples_per_prompt, or set algorithm.advantage.estimator=reinforce_pp",
         )
+    normalized = advantage.batch_normalize or advantage.estimator == "reinforce_pp"
+    if single and algorithm.prompts_per_step == 1 and normalized and not advantage.uses_critic:
+        raise ConfigError(
+            "algorithm.prompts_per_step = 1 with algorithm.samples_per_prompt = 1 trains nothing: "
+            "advantages normalised over a batch of one sample are 0",
+            "raise one of them",
+        )
+    _check_filters(config)
     correction, loss = algorithm.staleness_correction, algorithm.loss.objective
+    cap, floor = correction.behavior_weight_cap, correction.behavior_weight_floor
+    if cap is not None and floor is not None and floor > cap:
+        raise ConfigError(
+            f"algorithm.staleness_correction.behavior_weight_floor = {floor:g} is more than "
+            f"behavior_weight_cap = {cap:g}, so no ratio is accepted",
+            "lower the first or raise the second",
+        )
     has_proximal = correction.proximal == "recompute" and loss != "ppo"
     if correction.m2_threshold is not None and not has_proximal:
         raise ConfigError(
@@ -211,6 +240,24 @@ def _check_algorithm(config: Config) -> None:
             f"algorithm.staleness_correction.proximal = {correction.proximal} with "
             f"algorithm.loss.objective = {loss} does not compute",
             "set proximal=recompute and an objective other than ppo",
+        )
+
+
+def _check_filters(config: Config) -> None:
+    """Raises ConfigError for filters that no group can pass."""
+    filters = config.algorithm.filters
+    if filters.drop_equal_rewards and config.algorithm.samples_per_prompt == 1:
+        raise ConfigError(
+            "algorithm.filters.drop_equal_rewards = true drops every group of "
+            "algorithm.samples_per_prompt = 1",
+            "raise the second, or set the first to false",
+        )
+    low, high = filters.success_rate_min, filters.success_rate_max
+    if low is not None and high is not None and low > high:
+        raise ConfigError(
+            f"algorithm.filters.success_rate_min = {low:g} is more than success_rate_max = "
+            f"{high:g}, so every group is dropped",
+            "lower the first or raise the second",
         )
 
 
@@ -247,11 +294,42 @@ def _check_weights(config: Config) -> None:
 
 
 def _check_servers(config: Config) -> None:
+    passed_on.check_reserved("megatron", config.megatron)
+    passed_on.check_reserved("sglang", config.sglang)
+    if config.faults.min_servers > config.rollout.servers:
+        raise ConfigError(
+            f"faults.min_servers = {config.faults.min_servers} is more than rollout.servers = "
+            f"{config.rollout.servers}, so the run would end at its start",
+            "lower the first or raise the second",
+        )
     if "port" in config.sglang and config.rollout.servers > 1:
         raise ConfigError(
             f"sglang.port = {config.sglang['port']} can be used by one server per host, but "
             f"rollout.servers = {config.rollout.servers}",
             "leave it out: each server then chooses a free port",
+        )
+
+
+def _check_agent(config: Config) -> None:
+    rollout = config.rollout
+    if not config.has_agent:
+        return
+    if rollout.agent is not None and rollout.agent_command is not None:
+        raise ConfigError(
+            f"rollout.agent = {rollout.agent} and rollout.agent_command = {rollout.agent_command} "
+            "exclude each other",
+            "set one of them",
+        )
+    if rollout.workflow != "single_turn":
+        raise ConfigError(
+            f"rollout.workflow = {rollout.workflow} has no effect with an agent",
+            "remove it, or rollout.agent and rollout.agent_command",
+        )
+    if rollout.agent_timeout_s >= rollout.lease_timeout_s:
+        raise ConfigError(
+            f"rollout.agent_timeout_s = {rollout.agent_timeout_s:g} is not below "
+            f"rollout.lease_timeout_s = {rollout.lease_timeout_s:g}: the lease would end first",
+            "raise the second",
         )
 
 

@@ -27,6 +27,8 @@ from megatron_async_rl.config.sections import (
     WeightsConfig,
 )
 
+MAX_SEQUENCES = 64  # of an agent's episode; it bounds the messages of rollout workers
+
 
 class Config(Section, frozen=True, kw_only=True):
     run: RunConfig
@@ -64,6 +66,15 @@ class Config(Section, frozen=True, kw_only=True):
     def on_cpu(self) -> bool:
         """True if the run uses no GPU: sglang.device is cpu."""
         return self.sglang.get("device") == "cpu"
+
+    @property
+    def has_agent(self) -> bool:
+        return self.rollout.agent is not None or self.rollout.agent_command is not None
+
+    @property
+    def max_sequences(self) -> int:
+        """Training sequences that one sample may have: the branches of an agent's episode."""
+        return MAX_SEQUENCES if self.has_agent else 1
 
     @property
     def has_trainer(self) -> bool:

@@ -130,14 +130,12 @@ def _items(value: Any, setting: str) -> list[tuple[Any, str]]:
 def _with_set_name(message: str, tree: dict[str, Any]) -> str:
     """Returns the error message with the key of the mapping that msgspec writes as [...]."""
     place = "$.evaluation.sets[...]"
-    if place not in message:
-        return message
-    for name, entry in tree["evaluation"]["sets"].items():
+    for name, entry in tree["evaluation"]["sets"].items() if place in message else ():
         try:
             msgspec.convert(entry, EvaluationSet, strict=True)
         except msgspec.ValidationError:
-            break
-    return message.replace(place, f"$.evaluation.sets.{name}")
+            return message.replace(place, f"$.evaluation.sets.{name}")
+    return message
 
 
 def _explain(message: str, tree: dict[str, Any]) -> str:

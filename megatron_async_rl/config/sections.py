@@ -106,7 +106,8 @@ class DataConfig(Section, frozen=True, kw_only=True):
     """Training prompts: the path of a dataset, or a list of sources. A row has `prompt`, and
     `answer` or `tests`."""
     reader: str | None = None
-    """Your own reader of sources, `package.module:function`. Null uses the built-in readers."""
+    """Your own reader of sources, `package.module:function`, or `reasoning_gym` (docs/workflows.md).
+    Null uses the built-in readers."""
     filter: DataFilterConfig = DataFilterConfig()
     chat_template: bool = False
     """Render a text `prompt` as a user message with the chat template of the model."""
@@ -183,6 +184,17 @@ class RolloutConfig(Section, frozen=True, kw_only=True):
     workflow (docs/workflows.md)."""
     workflow_options: dict[str, Any] = msgspec.field(default_factory=dict)
     """Keyword arguments of the workflow's constructor, such as `max_turns: 3`."""
+    agent: str | None = None
+    """package.module:function(row, client), an agent that talks to OpenAI's or Anthropic's API; each
+    sample is an episode of it, instead of `workflow` (docs/agents.md)."""
+    agent_command: str | None = None
+    """A command that is an agent, in any language: gets the row as JSON on stdin."""
+    agent_timeout_s: PositiveFloat = 300.0
+    """Seconds that an episode of an agent may take."""
+    agent_max_requests: PositiveInt = 256
+    """Requests that an episode of an agent may make."""
+    agent_host: Text = "127.0.0.1"
+    """Address of the HTTP server that agents of a rollout worker talk to."""
     lease_timeout_s: PositiveFloat = 600.0
     """Seconds until an unfinished sample is leased to another server."""
     max_attempts: PositiveInt = 3
@@ -209,8 +221,8 @@ class RewardConfig(Section, frozen=True, kw_only=True):
     """How responses are scored."""
 
     function: str = "math"
-    """`math`, `code` (unit tests), or package.module:function with the signature (prompt, response,
-    row) -> float."""
+    """`math`, `code` (unit tests), `reasoning_gym`, or package.module:function with the signature
+    (prompt, response, row) -> float."""
     workers: PositiveInt = 1
     """Number of reward worker processes."""
     processes_per_worker: PositiveInt = 1
@@ -225,7 +237,7 @@ class RewardConfig(Section, frozen=True, kw_only=True):
 
 
 class SandboxConfig(Section, frozen=True, kw_only=True):
-    """How `reward.function: code` runs programs."""
+    """How `reward.function: code` and `rollout.workflow: python_tool` run programs."""
 
     python: str = "/usr/bin/python3"
     """Python interpreter that runs the programs, version 3.9 or newer."""

@@ -54,7 +54,8 @@ from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.core.groups import DropReason
 from megatron_async_rl.controller.core.settings import core_settings
 from megatron_async_rl.controller.delivery import BatchDelivery
-from megatron_async_rl.controller.evaluation import Evaluation
+from megatron_async_rl.controller.evaluation.evaluation import Evaluations
+from megatron_async_rl.controller.filters import filter_rules
 from megatron_async_rl.controller.handlers import MessageHandlers
 from megatron_async_rl.controller.journal.journal import Journal
 from megatron_async_rl.controller.monitoring import watchdog
@@ -68,7 +69,7 @@ from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinat
 from megatron_async_rl.controller.weight_sync.session import RelabelPublisher, UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.controller.workers import Workers
-from megatron_async_rl.data.dataset import read_source, read_training
+from megatron_async_rl.data.dataset import read_evaluation, read_training
 from megatron_async_rl.data.digests import changed_data
 from megatron_async_rl.data.order import PromptStream
 from megatron_async_rl.data.tokenizer import Tokenizer
@@ -88,16 +89,15 @@ class Controller:
             raise ConfigError(changed)
         tokenizer = Tokenizer(config.model.path)
         prompts = read_training(config, tokenizer)
-        eval_prompts = []
-        if config.data.eval:
-            eval_prompts = read_source(config.data.eval, "data.eval", config, tokenizer)
+        eval_prompts = read_evaluation(config, tokenizer)
         self.config = config
         self.journal = journal
         self.queue = EventQueue()
         self.workers = Workers(hub)
         self.progress = Progress(run_log, config)
         stream = PromptStream(prompts, config.run.seed)
-        self.core = Core(core_settings(config), stream.next, epoch=0)
+        filters = filter_rules(config.algorithm.filters)
+        self.core = Core(core_settings(config, filters), stream.next, epoch=0)
         context = Context(config, self.core, self.queue, self.workers, self.journal, self.progress)
         timeout_s = config.weights.update_timeout_s
         session = UpdateSession(self.workers.send, timeout_s, self.queue.submit)
@@ -107,11 +107,13 @@ class Controller:
             if config.has_trainer
             else RelabelPublisher(session)
         )
-        self.updates = UpdateCoordinator(context, self.publisher, CatchUp(context, store))
+        catch_up = CatchUp(context, store)
+        self.evaluations = Evaluations(context, eval_prompts, catch_up)
+        self.updates = UpdateCoordinator(context, self.publisher, catch_up)
+        self.updates.allow_update = self.evaluations.allow_update
         self.mismatch = MismatchMonitor(config)
         self.delivery = BatchDelivery(context, self.mismatch)
         self.saving = CheckpointCommitter(context)
-        self.evaluation = Evaluation(context, eval_prompts)
         self.lengths = LengthMonitor()
         self.scores = ScoreMonitor(
             config.algorithm.samples_per_prompt, config.faults.max_failed_groups
@@ -130,11 +132,12 @@ class Controller:
         for event in recorded:
             if isinstance(event, events.BatchSelected):
                 self.saving.saw(event)
-            elif isinstance(event, events.EvaluationFinished):
-                self.evaluation.restore(event)
+            elif isinstance(event, events.StepReported):
+                self.progress.restore(event)
         if any(isinstance(event, events.GroupAdmitted) for event in recorded):
             self.core.handle(inputs.AdmissionOpened(), time.monotonic())
-            self.progress.resumed(self.core.version, self.core.ledger.table(self.core.pending))
+            ledger = self.core.ledger.table(self.core.pending)
+            self.progress.resumed(self.core.version, ledger, self.core.state.in_batch)
             self.progress.begin_training()
 
     async def run(self) -> None:
@@ -210,14 +213,16 @@ class Controller:
         match action:
             case actions.SendBatch() | actions.ResendBatch():
                 self.delivery.send(action)
+            case actions.ReportEvaluated():
+                self.evaluations.sample_ended(action)
             case actions.FinishEvaluation():
-                self.evaluation.finish(action)
+                self.evaluations.finish(action)
             case actions.ReportSample():
                 self.progress.generated(action.sample)
             case actions.ReportStep():
                 self._report_step(action)
             case actions.ReportDrop() if action.reason is not DropReason.RUN_ENDED:
-                logger.info("group %d dropped: %s", action.group.group_id, action.reason.value)
+                self.progress.dropped(action.group.group_id, action.reason.value)
             case actions.ReportError():
                 logger.error("%s", action.error)
 
@@ -228,7 +233,7 @@ class Controller:
         else:
             stats = step.stats | self.lengths.step() | self.scores.step()
             stats |= self.mismatch.step(step.version - 1)
-            self.progress.step_done(step.version, stats)
+            self.journal.append([self.progress.step_done(step.version, stats)])
             self.lengths.check(self.progress.warn)
             self.mismatch.check(step.version, stats, self.progress.warn)
 
@@ -252,6 +257,7 @@ class Controller:
             await asyncio.sleep(TICK_S)
             await self.queue.submit(inputs.Tick())
             self._check_stall()
+            await self.evaluations.check()
             progress.ledger = core.ledger.table(core.pending)
             names = [worker.name for worker in self.workers]
             progress.lost = [name for name in names if not self.handlers.is_trusted(name)]
@@ -262,17 +268,23 @@ class Controller:
             progress.write(core.fleet)
 
     async def _conduct(self) -> None:
+        version = -1
         if not self.core.admitting:
             await self.workers.wait_for_all(self.config, self.progress.say)
-            await self.updates.next()
-            await self.evaluation.run()
+            version = await self.updates.next()
+            await self.evaluations.begin(version)
+            if self.config.evaluation.mode == "pause":
+                await self.evaluations.ended()
             self.progress.begin_training()
             await self.queue.submit(inputs.AdmissionOpened())
-        while await self.updates.next() < self.config.run.steps:
-            pass
+        while version < self.config.run.steps:
+            version = await self.updates.next()
+            if version < self.config.run.steps:
+                await self.evaluations.begin(version)
+        await self.evaluations.ended()  # one that training did not wait for
         if any(worker.is_serving for worker in self.core.fleet.rollout.values()):
-            if self.config.has_trainer:  # otherwise the weights are those evaluated at the start
-                await self.evaluation.run()
+            await self.evaluations.begin(version)
+            await self.evaluations.ended()
         elif self.config.has_trainer:
             logger.error(
                 "no server took the last version: it is trained and exported, but not evaluated"

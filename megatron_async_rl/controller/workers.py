@@ -99,6 +99,10 @@ class Workers:
         self._joined.clear()  # here and not in a coroutine, which would start later
         return self._joined.wait()
 
+    def wake(self) -> None:
+        """Ends the waits of `one_more`: a server that was held for an evaluation is free."""
+        self._joined.set()
+
     async def wait_for_all(self, config: Config, say: Callable[[str], None]) -> None:
         """Waits for all configured workers. Raises Error with the names of the missing ones."""
         limit_s = max(config.rollout.start_timeout_s, config.trainer.start_timeout_s)

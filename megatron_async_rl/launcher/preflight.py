@@ -1,8 +1,9 @@
 """Checks before a run starts: that engine, model, datasets and host fit the configuration.
 
 `run` calls `preflight`, which raises an error with all problems; `doctor` prints every Check.
-Nothing heavy is imported. Rows of a dataset and parallel layouts are checked by the code that the
-controller and the trainer use, so the messages are the same.
+Nothing heavy is imported here (checks/settings.py asks other processes). Rows of a dataset and
+parallel layouts are checked by the code that the controller and the trainer use, so the messages
+are the same.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
-from megatron_async_rl.config.checks import cross_host_parallelism_warning
+from megatron_async_rl import hooks
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.sections import SourceConfig
 from megatron_async_rl.data import success_rate
@@ -24,12 +25,16 @@ from megatron_async_rl.data.dataset import check_source
 from megatron_async_rl.data.sources import training_sources
 from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
 from megatron_async_rl.errors import ConfigError, DataError, Error
+from megatron_async_rl.hooks import custom_hooks
+from megatron_async_rl.installed import Say
+from megatron_async_rl.launcher import gpus, roles
+from megatron_async_rl.launcher.checks.disk import check_disk, size_text
+from megatron_async_rl.launcher.checks.settings import check_hooks, check_megatron, check_sglang
 from megatron_async_rl.model import layout
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.layout import Layout
 from megatron_async_rl.sandbox.sandbox import Sandbox, SandboxError, SandboxSettings
 
-GIB = 1 << 30
 SETUP = "bash tools/setup_env.sh"
 SGLANG_VERSIONS = ">=0.5.16,<=0.5.23"
 
@@ -43,9 +48,14 @@ class Check:
     error: type[Error] = ConfigError  # raised by `preflight`
 
 
-def preflight(config: Config) -> None:
-    """Raises an error that lists all failed checks with remedies; its type is the first one's."""
-    failed = [check for check in (check_engine(), *config_checks(config)) if not check.ok]
+def preflight(config: Config, elsewhere: Collection[str] = (), say: Say = print) -> None:
+    """Raises an error that lists all failed checks with remedies; its type is the first one's.
+
+    `elsewhere`: processes that other hosts start. `say` shows a line before what takes seconds.
+    """
+    here = [name for name in roles.names(config) if name not in elsewhere]
+    checks = [check_engine(), *config_checks(config, say), check_gpus(config, here)]
+    failed = [check for check in checks if not check.ok]
     if len(failed) == 1:
         raise failed[0].error(failed[0].detail, failed[0].remedy)
     if failed:
@@ -53,7 +63,7 @@ def preflight(config: Config) -> None:
         raise failed[0].error("\n  - ".join([f"{len(failed)} problems", *problems]))
 
 
-def config_checks(config: Config) -> Iterator[Check]:
+def config_checks(config: Config, say: Say) -> Iterator[Check]:
     """Yields the checks of a configuration; those of the model end at the first that fails."""
 
     def check(name: str, function: Callable[[Config], str]) -> Check:
@@ -71,15 +81,35 @@ def config_checks(config: Config) -> Iterator[Check]:
             yield check("trainer layout", _trainer_layout)
             yield check("engine layout", _engine_layout)
             yield check("context", _context)
+            yield check("disk", check_disk)
+    if hooks.custom_hooks(config):
+        yield check("hooks", _hooks)
     yield check("dataset train", _training_data)
     if config.evaluation.sets:
         yield check("dataset evaluation", _evaluation_data)
     if config.data.filter.run:
         yield check("dataset filter", _success_rates)
-    if config.reward.function == "code":
+    if config.reward.function == "code" or config.rollout.workflow == "python_tool":
         yield check("sandbox", _sandbox)
+    if custom_hooks(config) or config.rollout.workflow_options:
+        yield check("hooks", check_hooks)
+    yield check("megatron settings", lambda _: check_megatron(config, say))
+    yield check("sglang settings", lambda _: check_sglang(config, say))
     yield check("controller host", _controller_host)
     yield check("engine port", _engine_port)
+
+
+def check_gpus(config: Config, names: Collection[str]) -> Check:
+    """Checks that this host has the GPUs that these processes need."""
+    if config.on_cpu:
+        return Check("GPUs", True, "none needed (sglang.device = cpu)")
+    visible = gpus.visible_gpus()
+    try:
+        assigned = gpus.assign_gpus(config, visible, names)
+    except ConfigError as e:
+        return Check("GPUs", False, e.problem, e.remedy)
+    needed = sum(len(ids.split(",")) for ids in assigned.values() if ids)
+    return Check("GPUs", True, f"{needed} of {len(visible)} used")
 
 
 def check_engine() -> Check:
@@ -106,12 +136,6 @@ def check_engine() -> Check:
         problem = f"{python} has SGLang {version}, supported is {SGLANG_VERSIONS}"
         return Check("engine", False, problem, remedy)
     return Check("engine", True, f"SGLang {version} ({python})")
-
-
-def size_text(size_bytes: int) -> str:
-    if size_bytes >= GIB:
-        return f"{size_bytes / GIB:,.1f} GiB"
-    return f"{size_bytes / (1 << 20):,.1f} MiB"
 
 
 def _model_files(config: Config) -> str:
@@ -149,6 +173,12 @@ def _architecture(config: Config) -> str:
     return f"{shape.family.architecture}, {shape.num_layers} layers"
 
 
+def _hooks(config: Config) -> str:
+    """Checks that the files of the user's hooks exist; each is loaded where it is used."""
+    found = hooks.custom_hooks(config)
+    return ", ".join(f"{value} in {hooks.source_file(s, value)}" for s, value in found.items())
+
+
 def _trainer_layout(config: Config) -> str:
     sizes = Layout.from_config(config)
     layout.check_trainer(sizes, HfConfig(config.model.path).shape())
@@ -156,8 +186,7 @@ def _trainer_layout(config: Config) -> str:
     found += f", expert {sizes.ep}"
     if len(config.trainer_names) > 1:
         found += f"; {config.ranks_per_host} on each of {config.trainer.hosts} hosts"
-    warning = cross_host_parallelism_warning(config)
-    return f"{found}; warning: {warning}" if warning else found
+    return found
 
 
 def _engine_layout(config: Config) -> str:

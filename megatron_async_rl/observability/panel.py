@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_async_rl.observability.evaluation_table import before_and_after, courses
 from megatron_async_rl.observability.status import FINAL_STATES, RunStatus, ServerStatus
 
 SILENT_S = 60.0  # an unfinished run whose status is older than this is marked
@@ -48,7 +49,7 @@ def render(status: RunStatus, now_unix: float | None = None) -> Panel:
         rows.add_row("groups", _groups(status.ledger))
     if status.fleet:
         rows.add_row("fleet", _fleet(status.fleet))
-    if status.evals:
+    if status.evals or status.evaluating:
         rows.add_row("eval", _evals(status))
     notes = []
     if status.message:
@@ -80,15 +81,7 @@ def summary(status: RunStatus) -> str:
     lines = [f"{status.state} after {status.version} of {status.steps} steps in {took}"]
     if status.message:
         lines[0] += f": {status.message}"
-    if len(status.evals) >= 2:
-        before, after = status.evals[0], status.evals[-1]
-        lines.append(
-            f"evaluation  {before.accuracy:.1%} before (v{before.version})  ->  "
-            f"{after.accuracy:.1%} after (v{after.version}), on {after.num} problems"
-        )
-    elif status.evals:
-        only = status.evals[0]
-        lines.append(f"evaluation  {only.accuracy:.1%} at v{only.version}, on {only.num} problems")
+    lines += [f"evaluation  {line}" for line in before_and_after(status.evals)]
     if status.reward_history:
         first, last = status.reward_history[0], status.reward_history[-1]
         lines.append(f"reward      {first:.3f} in the first step  ->  {last:.3f} in the last")
@@ -123,8 +116,8 @@ def log_line(status: RunStatus) -> str:
         parts.append(f"update {status.update_s:.2f} s")
     if dropped := _dropped(status.ledger):
         parts.append(f"{sum(dropped.values()):,} groups dropped ({_counts(dropped)})")
-    if status.evals:
-        parts.append(f"eval {status.evals[-1].accuracy:.1%} at v{status.evals[-1].version}")
+    for name, text in courses(status.evals, most=1).items():
+        parts.append(f"eval {name} {text}")
     if status.eta_s is not None and status.state not in FINAL_STATES:
         parts.append(f"{duration_text(status.eta_s)} left")
     return " | ".join(parts)
@@ -242,14 +235,15 @@ def _fleet(fleet: list[ServerStatus]) -> RenderableType:
     for column in table.columns[2:]:
         column.justify = "right"
     for server in fleet:
-        table.add_row(server.name, server.state, f"v{server.version}", str(server.running))
+        version = f"v{server.version}" if server.version >= 0 else "-"
+        table.add_row(server.name, server.state, version, str(server.running))
     return table
 
 
 def _evals(status: RunStatus) -> Text:
-    shown = status.evals if len(status.evals) <= 4 else [status.evals[0], *status.evals[-3:]]
-    accuracies = "  ->  ".join(f"{e.accuracy:.1%} (v{e.version})" for e in shown)
-    return Text(f"{accuracies}   on {shown[-1].num} problems")
+    lines = [f"{name}  {text}" for name, text in courses(status.evals).items()]
+    lines += [f"running: {status.evaluating}"] if status.evaluating else []
+    return Text("\n".join(lines))
 
 
 def _spark(values: list[float]) -> str:

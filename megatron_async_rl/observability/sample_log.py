@@ -57,6 +57,7 @@ class SampleLine(
     ids_bytes: bytes
     logprobs_bytes: bytes
     turns: list[list[int]] = []  # [[start, end], ...] of the generated tokens in `ids`
+    starts: list[int] = []  # of the training sequences in `ids`; empty: one sequence
 
     @property
     def ids(self) -> np.ndarray:
@@ -124,6 +125,7 @@ def sample_line(version: int, group: TrainedGroup, index: int, with_tokens: bool
         ids_bytes=sample.ids.astype("<i4", copy=False).tobytes() if with_tokens else b"",
         logprobs_bytes=logprobs.tobytes() if with_tokens else b"",
         turns=sample.turns(),
+        starts=sample.starts,
     )
 
 

@@ -30,9 +30,11 @@ class ServerStatus(msgspec.Struct):
 
 
 class EvaluationResult(msgspec.Struct):
+    """One evaluation set at one version (docs/evaluation.md defines the metrics)."""
+
     version: int
-    accuracy: float
-    num: int  # problems
+    set: str
+    metrics: dict[str, float]
 
 
 class RunStatus(msgspec.Struct):
@@ -64,6 +66,7 @@ class RunStatus(msgspec.Struct):
     ledger: dict[str, int] = {}  # admitted, trained, pending, dropped.<reason>: in groups
     fleet: list[ServerStatus] = []
     evals: list[EvaluationResult] = []
+    evaluating: str = ""  # the evaluation that runs
     interrupted_samples: int = 0  # finished under newer weights than they began with
     lost: list[str] = []  # workers without heartbeat
 

@@ -357,8 +357,9 @@ class WeightDigests(Message, frozen=True):
 
 
 class AbandonUpdate(Message, frozen=True):
-    """Controller -> rollout workers: a source failed, so this attempt is void. Answered by
-    UpdateReady from workers that wait for digests, which stay paused."""
+    """Controller -> rollout workers and weight sources: one of them failed, so this attempt is
+    void. Answered by UpdateReady from workers that wait for digests, which stay paused; a source
+    that is sending stops and answers BucketsSent with an error."""
 
     version: int
 

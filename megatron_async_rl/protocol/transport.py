@@ -263,6 +263,16 @@ class SyncLink:
             self.ended = message
         return message
 
+    def wait_readable(self, end: int) -> bool:
+        """Waits for a message, which stays unread; False if the descriptor `end` is readable first.
+
+        For a thread that waits while no other thread uses this link.
+        """
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(end, zmq.POLLIN)
+        return end not in dict(poller.poll())
+
     def send(self, message: Message) -> None:
         if isinstance(message, _REPEATED):
             self._unanswered.append(message)

@@ -58,6 +58,8 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: str  # the response
     num_interrupts: int = 0  # weight updates during generation
     discount: float = 1.0  # 0 to 1; the reward in training is the score of `text` times this
+    starts: list[int] = []  # of the training sequences in the arrays, 0 first; empty: one sequence
+    reward: float | None = None  # given by the agent; None: the reward function scores `text`
 
     @property
     def generated(self) -> np.ndarray:
@@ -67,6 +69,11 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def num_generated(self) -> int:
         return int(np.count_nonzero(self.generated))
+
+    def sequences(self) -> list[slice]:
+        """Returns the places of the training sequences in the arrays; one, but for agents."""
+        edges = [*(self.starts or [0]), len(self.ids)]
+        return [slice(start, end) for start, end in itertools.pairwise(edges)]
 
     def turns(self) -> list[list[int]]:
         """Returns [[start, end], ...] of the runs of generated tokens."""

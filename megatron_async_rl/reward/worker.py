@@ -26,7 +26,7 @@ from megatron_async_rl import hooks
 from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
 from megatron_async_rl.data.code_tests import read_tests
 from megatron_async_rl.errors import ConfigError, DataError
-from megatron_async_rl.protocol.messages import ScoreRequest, ScoreResult
+from megatron_async_rl.protocol.messages import MAX_ANSWER, ScoreRequest, ScoreResult
 from megatron_async_rl.reward import math_answer, scoring_process
 from megatron_async_rl.reward.scoring_process import Outcome
 from megatron_async_rl.sandbox.sandbox import Limits, SandboxSettings
@@ -92,15 +92,19 @@ class RewardWorker:
         except DataError as e:
             return _result(request, (None, f"DataError: {e}"), started)
         is_right = math_answer.compare_plain(*answers)
-        return None if is_right is None else _result(request, (float(is_right), ""), started)
+        if is_right is None:
+            return None
+        return _result(request, (float(is_right), ""), started, answers[1])
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Scores in a scoring process. Failures of any kind are in the result, never raised."""
         started = time.perf_counter()
         timeout_s = self._config.timeout_s + (CODE_MARGIN_S if self._function == "code" else 0.0)
         outcome: Outcome
+        answer = ""
         try:
             task, arguments = self._task(request)
+            answer = arguments[1] if self._function == "math" else ""
             outcome = await self._run(task, arguments, timeout_s)
         except DataError as e:
             outcome = None, f"DataError: {e}"
@@ -115,7 +119,7 @@ class RewardWorker:
                 outcome = None, f"not scored within {timeout_s:g} s"
         except (ProcessExpired, BrokenProcessPool, _PoolStuck) as e:
             outcome = None, f"the scoring process died: {e}"
-        return _result(request, outcome, started)
+        return _result(request, outcome, started, answer)
 
     def _task(self, request: ScoreRequest) -> tuple[Callable[..., Outcome], tuple[Any, ...]]:
         """Returns a function and its arguments. Raises DataError if the row lacks what it needs."""
@@ -191,5 +195,8 @@ class _PoolStuck(Exception):
     """The pool returned neither a result nor a timeout."""
 
 
-def _result(request: ScoreRequest, outcome: Outcome, started: float) -> ScoreResult:
-    return ScoreResult(request.key, *outcome, time.perf_counter() - started, request.call)
+def _result(
+    request: ScoreRequest, outcome: Outcome, started: float, answer: str = ""
+) -> ScoreResult:
+    seconds = time.perf_counter() - started
+    return ScoreResult(request.key, *outcome, seconds, request.call, answer[:MAX_ANSWER])

@@ -121,7 +121,7 @@ def test_partial_samples_resume_after_a_killed_controller_and_job(
     path = make_run_inputs(tmp_path).config(
         run_dir,
         run={"steps": 5000, "export_every": 0},
-        data={"eval": None},
+        evaluation={"sets": {}},
         rollout={"max_concurrent_samples": 8},
         faults={"restart_backoff_s": 0.1},
         megatron={"tensor_model_parallel_size": 1},

@@ -164,7 +164,7 @@ def job(cluster: dict[str, str], inputs: RunInputs, tmp_path: Path) -> Iterator[
     def make(steps: int, **sections: dict[str, Any]) -> Job:
         standard: dict[str, dict[str, Any]] = {
             "run": {"steps": steps, "export_every": 0},
-            "data": {"eval": None},
+            "evaluation": {"sets": {}},
             "rollout": {"max_new_tokens": 12, "max_concurrent_samples": 16},
             "megatron": {"tensor_model_parallel_size": 1},
             "checkpoint": {"every": 4},

@@ -11,6 +11,7 @@ from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, Send
 from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.core.events import JournalEvent
+from megatron_async_rl.controller.core.groups import EvaluationTask
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.protocol.messages import Generate, Generated, ScoreRequest, ScoreResult
 from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Prompt, Sample
@@ -27,11 +28,9 @@ def core_settings(**changes: object) -> CoreSettings:
         "straggler_timeout_s": STRAGGLER_S,
         "max_new_tokens": 8,
         "temperature": 1.0,
-        "eval_temperature": 0.0,
         "lease_timeout_s": LEASE_S,
         "max_attempts": 3,
         "max_scoring_attempts": 2,
-        "drop_equal_rewards": False,
         "heartbeat_timeout_s": SILENCE_S,
         "steps": 1000,
         "data_parallel_size": 1,
@@ -43,6 +42,12 @@ def prompt_stream() -> Callable[[], Prompt]:
     """Returns a stream of prompts of three tokens, numbered from 0."""
     numbers = itertools.count()
     return lambda: Prompt(str(next(numbers)), np.arange(3, dtype=np.int32), {"answer": "1"})
+
+
+def evaluation_tasks(count: int) -> list[EvaluationTask]:
+    """Returns one sample of each of `count` prompts of a set named `held_out`."""
+    stream = prompt_stream()
+    return [EvaluationTask("held_out", stream(), 0, 8, 0.0) for _ in range(count)]
 
 
 def make_core(**changes: object) -> Core:

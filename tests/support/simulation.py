@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from megatron_async_rl.config.algorithm import FilterConfig
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, ResendBatch, Send, SendBatch
 from megatron_async_rl.controller.core.core import Core
@@ -32,6 +33,7 @@ from megatron_async_rl.controller.core.events import (
 from megatron_async_rl.controller.core.fleet import ServerState
 from megatron_async_rl.controller.core.groups import Group, GroupState
 from megatron_async_rl.controller.core.settings import CoreSettings
+from megatron_async_rl.controller.filters import filter_rules
 from megatron_async_rl.protocol.messages import (
     Generate,
     Generated,
@@ -96,13 +98,14 @@ class SimulatedRun:
             prompts_per_step=r.choice([1, 2, 3]), samples_per_prompt=r.choice([1, 2]),
             max_staleness=r.choice([0, 1, 2, 4]), wait_for_stragglers=r.random() < 0.5,
             straggler_timeout_s=20.0, max_new_tokens=8, temperature=1.0,
-            eval_temperature=0.0, lease_timeout_s=LEASE_S, max_attempts=r.choice([3, 6]),
+            lease_timeout_s=LEASE_S, max_attempts=r.choice([3, 6]),
             max_scoring_attempts=3,
-            drop_equal_rewards=False, heartbeat_timeout_s=15.0, steps=r.choice([4, 6, 9, 20]),
+            heartbeat_timeout_s=15.0, steps=r.choice([4, 6, 9, 20]),
             data_parallel_size=r.choice([1, 2]),
         )  # fmt: skip
+        equal_rewards = filter_rules(FilterConfig(drop_equal_rewards=True))
         if self.settings.samples_per_prompt > 1 and r.random() < 0.5:
-            self.settings = replace(self.settings, drop_equal_rewards=True)
+            self.settings = replace(self.settings, filter_rules=equal_rewards)
         self.restore_events = restore or (lambda events: events)
         self.fault_rate = r.choice([0.0, 0.02, 0.05, 0.1])
         self.now, self.num_events, self.num_faults, self.num_crashes = 0.0, 0, 0, 0

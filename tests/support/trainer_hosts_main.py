@@ -33,7 +33,7 @@ class Job:
             self.run_dir,
             run={"steps": 5000, "export_every": 0, "host": namespaces.HOST_A}
             | {"dir": str(self.run_dir)},
-            data={"eval": None},
+            evaluation={"sets": {}},
             rollout={"max_new_tokens": 12, "max_concurrent_samples": 16},
             faults={"heartbeat_timeout_s": 15, "restart_backoff_s": 0.1, "max_restarts": 3},
             trainer={"hosts": 2, "start_timeout_s": 100},

@@ -30,7 +30,7 @@ def test_run_that_is_stopped_too_early_killed_and_interrupted(tmp_path: Path) ->
         return inputs.config(
             run_dir,
             run={"steps": 5000, "export_every": 0, "seed": seed},
-            data={"eval": None},
+            evaluation={"sets": {}},
             megatron={"tensor_model_parallel_size": 1},
         )
 
@@ -89,6 +89,6 @@ def test_reward_function_that_always_raises_ends_the_run_with_its_traceback(tmp_
     assert "ValueError: no answer in the row" in errors and "loop_reward.py" in errors
     assert "eval 0.0%" not in output
     log = (run_dir / "logs" / "controller.log").read_text()
-    assert "evaluation of version 0: no sample has a score" in log
+    assert "evaluation of version 0, held_out: no sample has a score" in log
     assert log.count("ValueError: no answer in the row") < 20
     assert watch.left() == []

@@ -21,7 +21,7 @@ def test_hung_server_is_replaced(tmp_path: Path) -> None:
     path = make_run_inputs(tmp_path).config(
         run_dir,
         run={"steps": 5000, "export_every": 0},
-        data={"eval": None},
+        evaluation={"sets": {}},
         rollout={"lease_timeout_s": 4.0, "request_timeout_s": 10.0},
         weights={"update_timeout_s": 10.0},
         faults={"restart_backoff_s": 0.1},

@@ -112,7 +112,7 @@ def test_lost_host_is_replaced_and_refused_when_it_returns(
     path = RunInputs(*model_and_dataset, model_and_dataset[1]).config(
         run_dir,
         run={"steps": 5000, "export_every": 0},
-        data={"eval": None},
+        evaluation={"sets": {}},
         rollout={"lease_timeout_s": 30, "max_new_tokens": 12, "max_concurrent_samples": 16},
         faults={"heartbeat_timeout_s": 5, "restart_backoff_s": 0.1},
         weights={"update_timeout_s": 10.0},  # the host may be lost during an update

@@ -1,7 +1,7 @@
 """While a run on one host is going on, its processes listen on loopback only.
 
 One tiny run of all processes, with its folder in a place that every user can reach: another user
-can read no key of the run.
+can read no key of the run, and another host reaches no store of it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import store_canary
 from needs import needs_engine
+from torch.distributed.elastic.rendezvous import (
+    RendezvousError,
+    RendezvousParameters,
+    c10d_rendezvous_backend,
+)
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from whole_runs import RunInputs, assert_no_process_left, processes_of_run, start_run
+
+from megatron_async_rl.protocol.transport import free_port
 
 pytestmark = needs_engine
 OTHER_USER = 65534
@@ -33,6 +42,9 @@ class Listeners:
     run_dir: Path
     launcher: int
     found: dict[tuple[str, str], str] = field(default_factory=dict)  # (address, port) -> command
+    tried: set[tuple[str, int]] = field(default_factory=set)  # as another host, while it listens
+    reached: list[str] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)  # stores that took a canary
 
     def __post_init__(self) -> None:
         self._stopped = threading.Event()
@@ -47,9 +59,19 @@ class Listeners:
                     for connection in process.net_connections("tcp"):
                         if connection.status == psutil.CONN_LISTEN:
                             address = (connection.laddr.ip, str(connection.laddr.port))
-                            self.found.setdefault(address, command)
+                            if address not in self.found:
+                                self.found[address] = command
+                                self._try_as_other_host(connection.laddr.port, command)
                 except psutil.Error:
                     continue  # it has ended
+
+    def _try_as_other_host(self, port: int, command: str) -> None:
+        for address in store_canary.network_addresses():
+            self.tried.add((address, port))
+            if store_canary.is_reachable(address, port):
+                self.reached.append(f"{address}:{port} of {command}")
+                if store_canary.write(address, port, "none", self.run_dir / "canary"):
+                    self.written.append(self.reached[-1])
 
     def _processes(self) -> set[psutil.Process]:
         """Also finds the engine's processes, which rename themselves."""
@@ -69,7 +91,7 @@ def watched_run(run_inputs: RunInputs) -> Iterator[Listeners]:
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     run_dir = folder / "run"
-    path = run_inputs.config(run_dir, run={"steps": 2, "export_every": 0}, data={"eval": None})
+    path = run_inputs.config(run_dir, run={"steps": 2, "export_every": 0}, evaluation={"sets": {}})
     child = start_run(path)
     listeners = Listeners(run_dir, child.pid)
     try:
@@ -96,6 +118,28 @@ def test_processes_of_a_local_run_listen_on_loopback_only(watched_run: Listeners
 @pytest.mark.parametrize("part", ["megatron_async_rl.controller", "sglang"])
 def test_the_watch_sees_the_listeners_of_a_run(watched_run: Listeners, part: str) -> None:
     assert any(part in command for command in watched_run.found.values())
+
+
+def test_no_store_of_the_run_takes_a_write_from_the_network(watched_run: Listeners) -> None:
+    assert {str(port) for _, port in watched_run.tried} == {port for _, port in watched_run.found}
+    assert watched_run.written == []
+    assert watched_run.reached == []  # nothing else listens there either
+
+
+def test_canary_runs_in_the_store_of_torchruns_own_rendezvous(tmp_path: Path) -> None:
+    """The design that trainer/torchrun.py replaces: the test above would find it."""
+    endpoint, canary = f"127.0.0.1:{free_port()}", tmp_path / "canary"
+    parameters = RendezvousParameters("c10d", endpoint, "job", 1, 1, is_host=True)
+    backend, store = c10d_rendezvous_backend.create_backend(parameters)
+    handler = DynamicRendezvousHandler.from_backend("job", store, backend, 1, 1)
+    port = int(endpoint.rpartition(":")[2])
+    address = next(a for a in store_canary.network_addresses() if a != "127.0.0.1")
+    assert store_canary.is_reachable(address, port)
+    assert store_canary.write(address, port, "job", canary)
+    assert not canary.exists()
+    with contextlib.suppress(AttributeError, RendezvousError):  # the canary is no rendezvous state
+        handler.num_nodes_waiting()
+    assert canary.exists()
 
 
 def run_as_other_user(*command: str | Path) -> subprocess.CompletedProcess[str]:

@@ -121,7 +121,7 @@ def test_requests_may_stay_in_the_engine_during_updates(
 
     process/test_interruption.py checks the later spans.
     """
-    child = start_run(run_inputs.config(tmp_path / "run", data={"eval": None}, weights=weights))
+    child = start_run(run_inputs.config(tmp_path / "run", evaluation={"sets": {}}, weights=weights))
     output, errors = child.communicate(timeout=300)
     assert child.returncode == 0, output[-3000:] + errors[-3000:]
     run = FinishedRun(tmp_path / "run", output)
@@ -169,9 +169,13 @@ def test_tensorboard_has_the_run(run: FinishedRun) -> None:
     events = EventAccumulator(str(run.folder / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    assert {"reward/mean", "train/loss", "staleness/max", "sync/total_s", "eval/accuracy"} <= set(
-        tags["scalars"]
-    )
+    assert {
+        "reward/mean",
+        "train/loss",
+        "staleness/max",
+        "sync/total_s",
+        "eval/held_out/accuracy",
+    } <= set(tags["scalars"])
     assert {"staleness/per_token", "rollout/response_tokens", "rollout/versions_per_sample"} <= set(
         tags["histograms"]
     )

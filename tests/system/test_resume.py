@@ -54,7 +54,7 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
         run={"steps": STEPS},
         checkpoint={"every": EVERY},
         faults={"restart_backoff_s": 0.1},
-        data={"eval": None},
+        evaluation={"sets": {}},
     )
     child = start_run(path)
     wait_for_version(run_dir, EVERY + 1)

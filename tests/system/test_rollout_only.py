@@ -35,7 +35,7 @@ def config_of(inputs: RunInputs, run_dir: Path, steps: int) -> Path:
     return inputs.config(
         run_dir,
         run={"steps": steps, "mode": "rollout_only", "export_every": 0},
-        data={"eval": None},
+        evaluation={"sets": {}},
         trainer={"data_parallel_size": 2},  # for a later `replay` of the batches
         megatron={"tensor_model_parallel_size": 1},
     )

@@ -43,7 +43,7 @@ def test_restart_limit_and_second_sigterm_end_the_run(tmp_path: Path) -> None:
     path = make_run_inputs(tmp_path).config(
         run_dir,
         run={"steps": 5000, "export_every": 0},
-        data={"eval": None},
+        evaluation={"sets": {}},
         faults={"max_restarts": 1, "restart_backoff_s": 0.1},
         megatron={"tensor_model_parallel_size": 1},
         checkpoint={"every": 2},

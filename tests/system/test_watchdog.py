@@ -22,7 +22,7 @@ def test_stopped_processes_are_one_error_with_all_stacks(tmp_path: Path) -> None
     path = make_run_inputs(tmp_path).config(
         run_dir,
         run={"steps": 5000, "export_every": 0, "no_progress_timeout_s": 8},
-        data={"eval": None},
+        evaluation={"sets": {}},
         megatron={"tensor_model_parallel_size": 1},
         checkpoint={"every": 0},
     )

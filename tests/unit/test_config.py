@@ -137,7 +137,7 @@ def test_missing_section_is_rejected() -> None:
 @pytest.mark.parametrize(
     ("key", "choices"),
     [
-        ("algorithm.loss.objective", "'decoupled_ppo', 'ppo', 'gspo', 'cispo'"),
+        ("weights.transport", "'network', 'disk'"),
         ("trainer.precision", "'fp32', 'bf16', 'fp16'"),
     ],
 )
@@ -190,6 +190,10 @@ def test_integer_setting_accepts_only_integers(value: Any) -> None:
                 "weights.interrupt = retract",
                 "weights.kv_cache=recompute",
             ],
+        ),
+        (
+            {"weights.kv_cache": "keep", "weights.interrupt": "finish"},
+            ["weights.interrupt = finish leaves no request", "weights.kv_cache = keep"],
         ),
         (
             {"weights.kv_cache": "keep"},
@@ -252,7 +256,7 @@ def test_dumped_configuration_loads_unchanged(tmp_path: Path) -> None:
         "algorithm.loss.clip_eps": 1e-7,
         "algorithm.loss.clip_eps_high": None,
         "run.dir": "runs/with: colon and 'quotes' é",
-        "data.eval": "no",
+        "evaluation.sets": {"no": {"path": "e.jsonl", "samples": 4, "temperature": 0.6}},
         "sglang": {"mem_fraction_static": 0.8, "nested": {"list": [1, "two", None]}},
         "megatron.lr": 1e-06,
     }

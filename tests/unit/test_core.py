@@ -9,6 +9,7 @@ from core_builders import (
     LEASE_S,
     SILENCE_S,
     STRAGGLER_S,
+    evaluation_tasks,
     finish_lease,
     generated,
     join_workers,
@@ -20,17 +21,20 @@ from core_builders import (
 from core_machine import CoreMachine
 from hypothesis import settings
 
+from megatron_async_rl.config.algorithm import FilterConfig
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import (
     Action,
     FinishEvaluation,
     ReportDrop,
     ReportError,
+    ReportEvaluated,
     Send,
     SendBatch,
     ServerLost,
 )
 from megatron_async_rl.controller.core.groups import DropReason, GroupState
+from megatron_async_rl.controller.filters import filter_rules
 from megatron_async_rl.errors import LedgerError
 from megatron_async_rl.protocol.messages import (
     Generate,
@@ -40,7 +44,7 @@ from megatron_async_rl.protocol.messages import (
     Shutdown,
     StepDone,
 )
-from megatron_async_rl.protocol.types import NOT_GENERATED, Prompt, SampleKey
+from megatron_async_rl.protocol.types import NOT_GENERATED, SampleKey
 
 
 def test_admission_stops_max_staleness_steps_ahead() -> None:
@@ -280,7 +284,8 @@ def test_impossible_sample_is_never_trained(damage: dict[str, np.ndarray], fault
 
 
 def test_equal_reward_groups_are_dropped_only_if_configured() -> None:
-    core = make_core(prompts_per_step=1, max_staleness=0, drop_equal_rewards=True)
+    rules = filter_rules(FilterConfig(drop_equal_rewards=True))
+    core = make_core(prompts_per_step=1, max_staleness=0, filter_rules=rules)
     [lease] = join_workers(core)
     actions = finish_lease(core, lease, 0)
     assert [a.reason for a in actions if isinstance(a, ReportDrop)] == [DropReason.EQUAL_REWARDS]
@@ -292,7 +297,8 @@ def test_equal_reward_groups_are_dropped_only_if_configured() -> None:
 def test_groups_outside_success_rate_band_are_dropped(
     band: tuple[float, float], dropped: bool
 ) -> None:
-    core = make_core(prompts_per_step=1, max_staleness=0, success_rates=band)
+    rules = filter_rules(FilterConfig(success_rate_min=band[0], success_rate_max=band[1]))
+    core = make_core(prompts_per_step=1, max_staleness=0, filter_rules=rules)
     [lease] = join_workers(core)
     actions = finish_lease(core, lease, 0)  # every reward is 1
     assert [a.reason for a in actions if isinstance(a, ReportDrop)] == [
@@ -316,13 +322,13 @@ def test_evaluation_delays_training_and_returns_every_group() -> None:
     core.admitting = False
     join_workers(core)
     core.admitting = True
-    prompts = [Prompt(str(i), np.arange(3, dtype=np.int32), {"answer": "1"}) for i in range(3)]
-    leases = messages_of(core.handle(inputs.EvaluationRequested(prompts), 0), Generate)
+    request = inputs.EvaluationRequested(0, "pause", evaluation_tasks(3))
+    leases = messages_of(core.handle(request, 0), Generate)
     assert [lease.purpose for lease in leases] == ["eval"] * 3
     assert {lease.temperature for lease in leases} == {0.0}
     actions = [action for lease in leases for action in finish_lease(core, lease, 0)]
-    [result] = [action for action in actions if isinstance(action, FinishEvaluation)]
-    assert len(result.groups) == 3
+    assert [a.reward for a in actions if isinstance(a, ReportEvaluated)] == [1.0] * 3
+    assert FinishEvaluation(0, "") in actions
     assert messages_of(actions, Generate)  # admission continues
     assert core.ledger.admitted == core.pending
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core_builders import generated, make_core, messages_of, prompt_stream
+from core_builders import LEASE_S, evaluation_tasks, generated, make_core, messages_of
 from core_machine import CoreMachine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +13,6 @@ from megatron_async_rl.controller.core.fleet import Fleet, ServerState
 from megatron_async_rl.controller.core.groups import GroupState
 from megatron_async_rl.controller.core.index import LazyHeap
 from megatron_async_rl.protocol.messages import Generate
-from megatron_async_rl.protocol.types import Prompt
 
 
 class IndexMachine(CoreMachine):
@@ -33,7 +32,7 @@ class IndexMachine(CoreMachine):
                 assert groups.has_older_than(version) == any(age < version for age in ages)
         for room in range(4):
             fitting = [g for g in state.in_state(GroupState.QUEUED) if len(g.missing) <= room]
-            assert state.queued.next(room, False) == (fitting[0] if fitting else None)
+            assert state.queued.next(room, "train") == (fitting[0] if fitting else None)
             for version in range(newest + 1):
                 free = [
                     (w.load, w.name)
@@ -92,10 +91,29 @@ def test_evaluation_groups_are_leased_before_requeued_training_groups() -> None:
     core = make_core()
     core.handle(inputs.RolloutJoined("rollout-0", 2), 0)
     core.handle(inputs.ServerUpdated("rollout-0", version=0), 0)
-    stream = prompt_stream()
-    prompts: list[Prompt] = [stream(), stream()]
-    core.handle(inputs.EvaluationRequested(prompts), 0)
+    core.handle(inputs.EvaluationRequested(0, "pause", evaluation_tasks(2)), 0)
     core.handle(inputs.WorkerLost("rollout-0"), 0)
     core.handle(inputs.RolloutJoined("rollout-1", 8), 0)
     leased = messages_of(core.handle(inputs.ServerUpdated("rollout-1", version=0), 0), Generate)
     assert [lease.purpose for lease in leased] == ["eval", "eval"]
+
+
+def test_leases_that_miss_samples_expire_in_admission_order_and_once() -> None:
+    core, leases = make_core(max_staleness=8), []
+    for number in range(4):
+        name, now = f"rollout-{number}", float(number)
+        core.handle(inputs.RolloutJoined(name, 2), now)
+        leases += messages_of(core.handle(inputs.ServerUpdated(name, version=0), now), Generate)
+    core.handle(inputs.Received("rollout-0", generated(leases[0], 0, 0)), 4)
+    for index in (0, 1):  # returned, but not scored: still running
+        core.handle(inputs.Received("rollout-1", generated(leases[1], index, 0)), 4)
+    core.handle(inputs.WorkerLost("rollout-2"), 4)
+    core.handle(inputs.RolloutJoined("rollout-2", 2), 5)
+    again = messages_of(core.handle(inputs.ServerUpdated("rollout-2", version=0), 5), Generate)
+    running = core.state.running
+    assert [lease.group_id for lease in again][:1] == [leases[2].group_id]
+    assert running.take_expired(LEASE_S) == []
+    expired = [group.group_id for group in running.take_expired(LEASE_S + 4)]
+    assert expired == [leases[0].group_id, leases[3].group_id]  # the third one was leased again
+    assert running.take_expired(LEASE_S + 4) == []
+    assert leases[2].group_id in [g.group_id for g in running.take_expired(LEASE_S + 6)]

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from megatron_async_rl.__main__ import main
 from megatron_async_rl.cli import doctor
 from megatron_async_rl.cli.doctor import checks
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.load import dump, from_tree
 from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
 from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.launcher.checks.disk import needed_bytes
 from megatron_async_rl.launcher.preflight import preflight
 
 MODEL = {
@@ -29,21 +31,40 @@ MODEL = {
 }
 
 
+ENGINE_SETTINGS = {
+    "device": {"types": ["str"]},
+    "tp_size": {"types": ["int"]},
+    "tensor_parallel_size": {"types": ["int"], "alias_of": "tp_size"},
+    "port": {"types": ["int"]},
+    "mem_fraction_static": {"types": ["float"]},
+}
+
+
 def make_python(path: Path, version: str = "0.5.21") -> Path:
-    """Writes a fake interpreter of an engine environment, which prints SGLang's version."""
+    """Writes a fake interpreter of an engine environment, which prints what SGLang's would."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\necho {version}\n")
+    settings = json.dumps(ENGINE_SETTINGS)
+    path.write_text(
+        f"#!/bin/sh\ncase \"$3\" in *ServerArgs*) echo '{settings}';; *) echo {version};; esac\n"
+    )
     path.chmod(0o755)
     return path
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the cache of all tests here: Megatron-Core is asked for its settings once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets up a host with an engine, and a valid model and datasets in the current folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MEGATRON_ASYNC_RL_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv(ENGINE_VARIABLE, str(make_python(tmp_path / "engine" / "bin" / "python")))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     write_model()
     rows = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(5)]
     for name in ("train.jsonl", "eval.jsonl"):
@@ -61,7 +82,8 @@ def make_config(**changes: dict[str, object]) -> Config:
     tree: dict[str, dict[str, object]] = {
         "run": {"dir": "run", "steps": 10},
         "model": {"path": "model", "context_tokens": 64},
-        "data": {"train": "train.jsonl", "eval": "eval.jsonl"},
+        "data": {"train": "train.jsonl"},
+        "evaluation": {"sets": {"held_out": {"path": "eval.jsonl"}}},
         "rollout": {"max_new_tokens": 32},
         "algorithm": {"prompts_per_step": 1, "samples_per_prompt": 2},
     }
@@ -109,7 +131,11 @@ def test_every_failing_check_has_a_remedy() -> None:
             DataError,
             ["data.train = none.jsonl cannot be read", "set data.train"],
         ),
-        ({"data": {"eval": "none.jsonl"}}, DataError, ["data.eval = none.jsonl"]),
+        (
+            {"evaluation": {"sets": {"held_out": {"path": "none.jsonl"}}}},
+            DataError,
+            ["evaluation.sets.held_out.path = none.jsonl"],
+        ),
         (
             {"megatron": {"tensor_model_parallel_size": 3}},
             ConfigError,
@@ -160,8 +186,11 @@ def test_preflight_names_key_value_rule_and_remedy(
 
 
 def test_preflight_reports_all_problems_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"(?s)2 problems.*megatron\.tensor.*data\.eval = none"):
-        preflight(make_config(megatron={"tensor_model_parallel_size": 3}, data={"eval": "none"}))
+    evaluation = {"sets": {"held_out": {"path": "none"}}}
+    with pytest.raises(
+        ConfigError, match=r"(?s)2 problems.*megatron\.tensor.*held_out.path = none"
+    ):
+        preflight(make_config(megatron={"tensor_model_parallel_size": 3}, evaluation=evaluation))
 
 
 def test_architecture_without_weight_table_is_rejected() -> None:
@@ -229,13 +258,14 @@ def test_bad_dataset_row_error_names_file_and_row(row: str, problem: str) -> Non
 
 def test_empty_dataset_is_rejected() -> None:
     Path("eval.jsonl").write_text("\n")
-    with pytest.raises(DataError, match=r"data.eval = eval.jsonl has no rows"):
+    with pytest.raises(DataError, match=r"held_out.path = eval.jsonl has no rows"):
         preflight(make_config())
 
 
 def test_answer_is_required_only_if_the_reward_needs_it() -> None:
     Path("train.jsonl").write_text('{"prompt": "write a poem"}\n')
-    preflight(make_config(reward={"function": "my.module:poem"}))
+    Path("poems.py").write_text("def score(prompt, response, row):\n    return 1.0\n")
+    preflight(make_config(reward={"function": "poems:score"}))
 
 
 def test_engine_port_in_use_is_rejected() -> None:
@@ -278,6 +308,7 @@ def test_engine_variable_without_interpreter_is_rejected(monkeypatch: pytest.Mon
 
 def test_newest_complete_engine_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENGINE_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert engine_python() is None
     cache = tmp_path / "cache" / "megatron_async_rl"
     for age, name in enumerate(("engine-unfinished", "engine-a", "engine-b")):
@@ -326,7 +357,8 @@ def test_gpu_host_requires_the_gpu_versions(
 ) -> None:
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.parent.mkdir()
-    smi.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB'\n")
+    name = "NVIDIA H100 80GB HBM3, 81559 MiB"
+    smi.write_text(f"#!/bin/sh\ncase $1 in *index*) echo 0;; *) echo '{name}';; esac\n")
     smi.chmod(0o755)
     install(tmp_path / "old", "megatron_core", Version="0.16.1")
     monkeypatch.syspath_prepend(str(tmp_path / "old"))
@@ -357,15 +389,109 @@ def test_doctor_prints_every_check_and_fails_if_one_fails(
     Path("run.yaml").write_text(dump(make_config()))
     out = io.StringIO()
     missing = [check.name for check in checks(make_config()) if not check.ok]
-    assert doctor.run("run.yaml", Console(file=out, width=200)) == (1 if missing else 0)
+    assert doctor.run("run.yaml", [], Console(file=out, width=200)) == (1 if missing else 0)
     assert "SGLang 0.5.21" in out.getvalue() and "5 rows" in out.getvalue()
     monkeypatch.delenv(ENGINE_VARIABLE)
     out = io.StringIO()
-    assert doctor.run("run.yaml", Console(file=out, width=200)) == 1
+    assert doctor.run("run.yaml", [], Console(file=out, width=200)) == 1
     assert "problem" in out.getvalue() and "engine" in out.getvalue().rpartition("problem")[2]
 
 
 def test_doctor_reports_an_unreadable_configuration() -> None:
     out = io.StringIO()
-    assert doctor.run("none.yaml", Console(file=out, width=200)) == 1
+    assert doctor.run("none.yaml", [], Console(file=out, width=200)) == 1
     assert "cannot read the configuration none.yaml" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sglang": {"mem_fraction": 0.3}}, ["sglang.mem_fraction = 0.3", "mem_fraction_static?"]),
+        ({"sglang": {"tensor_parallel_size": 2}}, ["set sglang.tp_size instead"]),
+        ({"sglang": {"mem_fraction_static": "much"}}, ["'much': SGLang 0.5.21 expects float"]),
+        ({"megatron": {"learning_rate": 1e-6}}, ["megatron.learning_rate", "megatron.lr?"]),
+        ({"megatron": {"clip_gard": 1.0}}, ["megatron.clip_gard", "megatron.clip_grad?"]),
+        ({"megatron": {"lr": "much"}}, ["megatron.lr = 'much'", "expects float"]),
+    ],
+)
+def test_key_that_the_installed_version_does_not_have_is_refused_before_the_start(
+    changes: dict, words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        preflight(make_config(**changes))
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "setting", "words"),
+    [
+        (None, {"reward": {"function": "mine:f"}}, ["reward.function = 'mine:f'", "No module"]),
+        ("", {"reward": {"function": "mine:f"}}, ["has no attribute 'f'", "PYTHONPATH"]),
+        ("def f(a): pass", {"reward": {"function": "mine:f"}}, ["parameters (a)"]),
+        ("f = 3", {"reward": {"function": "mine:f"}}, ["it is a int"]),
+        ("1 / 0", {"rollout": {"workflow": "mine:W"}}, ["ZeroDivisionError", "mine.py, line 1"]),
+        ("class W: pass", {"rollout": {"workflow": "mine:W"}}, ["it has no method `run`"]),
+        ("import os; os._exit(3)", {"reward": {"function": "mine:f"}}, ["ended: exit code 3"]),
+        (
+            "print('hello')\ndef f(prompt, response, row): pass",
+            {"reward": {"function": "mine:f"}},
+            [],
+        ),
+    ],
+)
+def test_hook_is_imported_before_the_start(
+    module: str | None, setting: dict, words: list[str]
+) -> None:
+    if module is not None:
+        Path("mine.py").write_text(module)
+    if not words:
+        return preflight(make_config(**setting))
+    with pytest.raises(ConfigError) as caught:
+        preflight(make_config(**setting))
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("visible", ["-1", "", "0", "0,-1,1", "NoDevFiles"])
+def test_too_few_visible_gpus_are_found_before_the_start(
+    visible: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ConfigError, match=rf"needs 2 GPUs on this host, .* = '{visible}'"):
+        preflight(make_config())
+    preflight(make_config(), elsewhere=["rollout-0", "trainer"])
+    preflight(make_config(sglang={"device": "cpu"}))
+
+
+def test_disk_too_small_for_the_checkpoints_is_found_before_the_start() -> None:
+    config = make_config(
+        run={"steps": 1000, "export_every": 1},
+        checkpoint={"keep": 100},
+        trainer={"precision": "fp32"},
+    )
+    sizes = needed_bytes(config)
+    parameters = 64 * 32 * 2 + 64 + 4 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3 + 2 * 64 + 2 * 16)
+    assert sizes["for 100 checkpoints (checkpoint.keep = 100)"] == 100 * 16 * parameters
+    assert sizes["for 1001 exported policies"] == 1001 * 4 * parameters
+    write_model(hidden_size=1 << 22, intermediate_size=1 << 22, head_dim=16)
+    with pytest.raises(ConfigError, match=r"GiB free, .* GiB needed .*checkpoint.keep"):
+        preflight(config)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_quantized_model_is_refused_for_training(key: str) -> None:
+    write_model(**{key: {"quant_method": "fp8"}})
+    with pytest.raises(DataError, match=rf"{key} \(fp8\).*use the folder of the same model in bf"):
+        preflight(make_config())
+    preflight(make_config(run={"mode": "rollout_only"}))
+
+
+def test_doctor_takes_overrides_and_shows_settings_without_effect(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("run.yaml").write_text(dump(make_config()))
+    assert main(["doctor", "run.yaml", "staleness.eta=2"]) == 1
+    assert "did you mean staleness.max_staleness?" in " ".join(capsys.readouterr().out.split())
+    main(["doctor", "run.yaml", "algorithm.advantage.gamma=0.9", "algorithm.loss.clip_eps=0.3"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "warning: algorithm.advantage.gamma = 0.9 has no effect: " in shown
+    assert "clip_eps" not in shown

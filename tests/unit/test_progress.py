@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from pathlib import Path
@@ -11,15 +12,19 @@ import pytest
 from run_log_builders import log_config, read_tensorboard, sample_of_versions
 
 from megatron_async_rl.controller.core.actions import SendBatch
+from megatron_async_rl.controller.core.events import AnyEvent, StepReported
 from megatron_async_rl.controller.core.fleet import Fleet
 from megatron_async_rl.controller.core.groups import Group
 from megatron_async_rl.controller.monitoring.progress import Progress
 from megatron_async_rl.controller.weight_sync.session import Outcome
+from megatron_async_rl.observability import panel
 from megatron_async_rl.observability.run_log import RunLog
-from megatron_async_rl.observability.status import read_status
+from megatron_async_rl.observability.status import EvaluationResult, read_status
 from megatron_async_rl.protocol.types import Prompt
+from megatron_async_rl.protocol.wire import Codec
 
-TAG = re.compile(r"(reward|rollout|staleness|train|perf|sync|eval|ledger)(/[a-z0-9_]+)+")
+TAG = re.compile(r"(reward|rollout|staleness|train|perf|sync|eval|ledger|drops)(/[a-z0-9_]+)+")
+KINDS = ("stale", "filtered", "failed")
 STATS = {
     "train/loss": 0.1,
     "train/tokens": 100.0,
@@ -29,8 +34,12 @@ STATS = {
 
 
 def select_batch(
-    progress: Progress, version: int, *runs: tuple[int, int], waited_s: float = 0.1
-) -> None:
+    progress: Progress,
+    version: int,
+    *runs: tuple[int, int],
+    waited_s: float = 0.1,
+    reward: float = 1.0,
+) -> StepReported:
     group = Group(
         version,
         Prompt("p", np.arange(3, dtype=np.int32), {}),
@@ -38,9 +47,9 @@ def select_batch(
         [sample_of_versions(*runs)],
         [1.0],
     )
-    batch, rewards = SendBatch(version, [group]), np.ones((1, 1))
+    batch, rewards = SendBatch(version, [group]), np.full((1, 1), reward)
     progress.batch_selected(batch, rewards, np.zeros((1, 1)), waited_s=waited_s)
-    progress.step_done(version + 1, STATS)
+    return progress.step_done(version + 1, STATS)
 
 
 def test_throughput_is_tokens_since_the_last_step_over_its_wall_time(
@@ -112,6 +121,82 @@ def test_worst_staleness_of_the_run_is_kept(tmp_path: Path) -> None:
     assert (read_status(tmp_path).staleness_max, read_status(tmp_path).staleness_worst) == (1, 3)
 
 
+def test_display_continues_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    config = log_config(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path, config)
+    progress = Progress(log, config)
+    progress.begin_training()
+    events = []
+    for version, reward in enumerate((0.25, 0.5, 0.75)):
+        clock[0] += 20.0
+        events.append(select_batch(progress, version, (0, 5), reward=reward))
+    fleet = Fleet()
+    fleet.join_rollout("rollout-0", 8, 0.0)
+    progress.write(fleet)
+    before = read_status(tmp_path)
+    assert (before.eta_s, before.reward_history) == (140.0, [0.25, 0.5, 0.75])
+    log.close()
+
+    codec = Codec(AnyEvent)
+    log = RunLog(tmp_path, config)
+    progress = Progress(log, config)  # the next controller, with the events of the journal
+    for event in events:
+        progress.restore(codec.decode(codec.encode(event)))
+    progress.resumed(3, {"admitted": 3, "trained": 3, "pending": 0}, [])
+    progress.begin_training()
+    clock[0] += 1.0
+    progress.write(Fleet())
+    log.close()
+    after = read_status(tmp_path)
+    assert (after.eta_s, after.reward_history) == (before.eta_s, before.reward_history)
+    assert [(server.name, server.state) for server in after.fleet] == [
+        ("rollout-0", "not connected")
+    ]
+    text = panel.summary(after) + panel.log_line(after)
+    assert "reward      0.250 in the first step" in text and "2:20 left" in text
+
+
+def test_batch_in_training_at_a_restart_is_shown(tmp_path: Path) -> None:
+    config = log_config(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path, config)
+    progress = Progress(log, config)
+    group = Group(0, Prompt("p", np.arange(3, dtype=np.int32), {}), "train",
+                  [sample_of_versions((2, 4))], [0.5])  # fmt: skip
+    progress.resumed(3, {}, [group])
+    progress.begin_training()
+    assert progress.step_done(4, STATS).reward_mean == 0.5
+    progress.write(Fleet())
+    log.close()
+    assert (read_status(tmp_path).staleness_max, read_status(tmp_path).reward_history) == (1, [0.5])
+
+
+def test_drops_are_counted_and_the_first_of_each_reason_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = log_config(tmp_path)
+    log = RunLog(tmp_path, config)
+    progress = Progress(log, config)
+    progress.begin_training()
+    for version in range(2):
+        for number in range(50):
+            progress.dropped(100 * version + number, "equal_rewards")
+        progress.dropped(100 * version + 99, "stale")
+        select_batch(progress, version, (version, 5))
+    log.close()
+    first = [record.message for record in caplog.records if record.message.startswith("group")]
+    assert first == [
+        "group 0 dropped: equal_rewards; more are counted at each step",
+        "group 99 dropped: stale; more are counted at each step",
+    ]
+    assert caplog.text.count("dropped since the last step: 50 equal_rewards, 1 stale;") == 2
+    board = read_tensorboard(tmp_path)
+    counts = {kind: board.Scalars(f"drops/{kind}_groups")[1].value for kind in KINDS}
+    assert counts == {"stale": 1, "filtered": 50, "failed": 0}
+
+
 def test_every_scalar_tag_is_area_and_name(tmp_path: Path) -> None:
     config = log_config(tmp_path)
     log = RunLog(tmp_path, config)
@@ -120,7 +205,7 @@ def test_every_scalar_tag_is_area_and_name(tmp_path: Path) -> None:
     progress.ledger = {"admitted": 3, "trained": 1, "dropped.stale": 1, "pending": 1}
     progress.published(Outcome(1, ["rollout-0"], seconds={"wire": 0.1, "total": 0.2}))
     select_batch(progress, 1, (0, 5))
-    progress.evaluated(1, 0.5, 10)
+    progress.evaluated(1, [EvaluationResult(1, "aime", {"accuracy": 0.5, "problems": 10.0})])
     log.close()
     tags = read_tensorboard(tmp_path).Tags()
     names = [*tags["scalars"], *tags["histograms"]]
@@ -128,7 +213,7 @@ def test_every_scalar_tag_is_area_and_name(tmp_path: Path) -> None:
     assert {
         "ledger/dropped_stale",
         "sync/wire_s",
-        "eval/accuracy",
+        "eval/aime/accuracy",
         "perf/time/step_s",
         "staleness/max",
     } <= set(names)

@@ -194,7 +194,8 @@ def test_status_is_read_back_unchanged(tmp_path: Path) -> None:
     status = RunStatus(
         state="training", version=3, steps=10,
         ledger={"admitted": 4, "dropped.stale": 1}, reward_history=[0.5],
-        fleet=[ServerStatus("rollout-0", "serving", 3, 8)], evals=[EvaluationResult(0, 0.25, 64)],
+        fleet=[ServerStatus("rollout-0", "serving", 3, 8)],
+        evals=[EvaluationResult(0, "aime", {"accuracy": 0.25})],
         pid=1, elapsed_s=2.0, staleness_max=1, staleness_worst=3,
     )  # fmt: skip
     log.write_status(status)

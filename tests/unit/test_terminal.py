@@ -45,7 +45,10 @@ def make_status(**changes: object) -> RunStatus:
             ServerStatus("rollout-0", "serving", 37, 61),
             ServerStatus("rollout-1", "updating", 36, 64),
         ],
-        evals=[EvaluationResult(0, 0.312, 256), EvaluationResult(37, 0.655, 256)],
+        evals=[
+            EvaluationResult(version, "aime", {"accuracy": accuracy, "problems": 256.0})
+            for version, accuracy in ((0, 0.312), (20, 0.5), (37, 0.655))
+        ],
         interrupted_samples=214,
     )
     for name, value in changes.items():
@@ -66,7 +69,8 @@ def test_panel_shows_the_main_figures_and_fits(width: int) -> None:
     for part in (
         "training", "37/60", "4:12 elapsed, 1:12 left", "0.710", "▁", "█", "12,345 generated",
         "8,910 trained", "mean 0.83   max 2   worst so far 3 of 4", "0.11 s", "0.6% of the time",
-        "waited for samples 3%", "rollout-1  updating", "31.2% (v0)  ->  65.5% (v37)",
+        "waited for samples 3%", "rollout-1  updating",
+        "aime  31.2% (v0) -> 50.0% (v20) -> 65.5% (v37)",
         "1,220 admitted = 1,184 trained + 33 pending + 3 dropped",
     ):  # fmt: skip
         assert part in text
@@ -98,7 +102,7 @@ def test_silent_run_is_marked_and_an_ended_one_is_not() -> None:
 def test_summary_gives_evaluation_before_and_after() -> None:
     text = panel.summary(make_status(state="finished", version=60))
     assert text.splitlines()[0] == "finished after 60 of 60 steps in 4:12"
-    assert "31.2% before (v0)  ->  65.5% after (v37), on 256 problems" in text
+    assert "aime: 31.2% before (v0)  ->  65.5% after (v37), on 256 problems" in text
     assert (
         "max 2 in the last step, 3 in the whole run, limit 4; "
         "214 samples resumed under newer weights" in text

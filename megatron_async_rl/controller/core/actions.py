@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_async_rl.controller.core.groups import DropReason, Group
+from megatron_async_rl.controller.core.groups import DropReason, EvaluationTask, Group
 from megatron_async_rl.protocol.messages import Message
 from megatron_async_rl.protocol.types import Sample
 
@@ -41,11 +41,21 @@ class ServerLost:
 
 
 @dataclass(frozen=True)
+class ReportEvaluated:
+    """A sample of the evaluation has ended. `reward`: None if generation or scoring failed."""
+
+    task: EvaluationTask
+    sample: Sample | None
+    reward: float | None
+    answer: str  # extracted by the reward function; empty if it extracts none
+
+
+@dataclass(frozen=True)
 class FinishEvaluation:
-    """All evaluation groups have ended; a dropped one has no reward."""
+    """No sample of the evaluation is left. `abandoned`: why some are missing, or empty."""
 
     version: int
-    groups: list[Group]
+    abandoned: str
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,6 @@ class ReportError:
 
 
 Action = (
-    Send | SendBatch | ResendBatch | ServerLost | FinishEvaluation
+    Send | SendBatch | ResendBatch | ServerLost | ReportEvaluated | FinishEvaluation
     | ReportSample | ReportStep | ReportDrop | ReportError
 )  # fmt: skip

@@ -18,25 +18,24 @@ assignments are not.
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_async_rl.controller.core import actions, events, inputs
 from megatron_async_rl.controller.core.actions import Action
 from megatron_async_rl.controller.core.batch_selection import BatchSelector
+from megatron_async_rl.controller.core.evaluation import Evaluation
 from megatron_async_rl.controller.core.fleet import Fleet, RolloutWorker, ServerState, Worker
 from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState, Ledger
 from megatron_async_rl.controller.core.leases import Leases
 from megatron_async_rl.controller.core.scoring import ScoringQueue, ScoringTask, refusal
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
-from megatron_async_rl.controller.core.tokens import token_fault
+from megatron_async_rl.controller.core.tokens import MAX_REWARD, token_fault
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.types import Prompt
 
 logger = logging.getLogger(__name__)
-MAX_REWARD = 1e9  # a larger one, or NaN, is an infrastructure error
 
 
 class Core:
@@ -54,8 +53,7 @@ class Core:
         self.batches_held = False
         self.num_fenced_messages = 0
         self.num_replayed_steps = 0
-        self._eval_ids: set[int] = set()
-        self._eval_ended: list[Group] = []
+        self.evaluation = Evaluation(self.state, self.fleet, self.leases)
         self._handlers: dict[type, Callable[[Any, float], list[Action]]] = {
             inputs.RolloutJoined: self._rollout_joined,
             inputs.RewardJoined: self._reward_joined,
@@ -70,6 +68,7 @@ class Core:
             inputs.BatchesHeld: self._batches_held,
             inputs.AdmissionOpened: self._admission_opened,
             inputs.EvaluationRequested: self._evaluation_requested,
+            inputs.EvaluationAbandoned: self._evaluation_abandoned,
             inputs.Tick: self._tick,
             inputs.DrainStarted: self._drain_started,
             inputs.RunEnded: self._run_ended,
@@ -217,6 +216,7 @@ class Core:
         if server is None:
             return []
         server.state, server.fenced_because = ServerState.FENCED, event.reason
+        server.is_held = False
         shutdown = actions.Send(server.name, messages.Shutdown(f"fenced: {event.reason}"))
         error = actions.ReportError(f"{server.name} is fenced: {event.reason}")
         return [error, *self._release_all(server.name), *self._advance(now), shutdown]
@@ -233,9 +233,13 @@ class Core:
             # like a failure: another server may do better
             return [error, *self._release(group), *self._advance(now)]
         self.state.record(events.SampleReturned(group.group_id, reply.key.index, reply.sample))
-        self.leases.unload(worker)
-        self.scoring.enqueue_sample(group, reply.key.index)
-        return [actions.ReportSample(reply.sample), *self._advance(now)]
+        self.leases.unload(group)
+        completed: list[Action] = []
+        if reply.sample.reward is None:
+            self.scoring.enqueue_sample(group, reply.key.index)
+        elif group.is_scored:
+            completed = self._complete(group)
+        return [actions.ReportSample(reply.sample), *completed, *self._advance(now)]
 
     def _partial_sample(
         self, worker: str, reply: messages.PartialSample, now: float
@@ -286,10 +290,12 @@ class Core:
             return [actions.Send(task.requester, result), *self._advance(now)]
         followed: list[Action] = []
         if group := self.groups.get(result.key.group_id):
-            reward = float(result.reward)
+            sample = group.samples[result.key.index]
+            discount = sample.discount if sample and group.purpose == "train" else 1.0
+            reward = float(result.reward) * discount
             self.state.record(events.SampleScored(group.group_id, result.key.index, reward))
             if group.is_scored:
-                followed = self._complete(group)
+                followed = self._complete(group, result.answer)
         return followed + self._advance(now)
 
     def _scoring_failed(self, task: ScoringTask, error: str) -> list[Action]:
@@ -335,14 +341,16 @@ class Core:
         return self._advance(now)
 
     def _evaluation_requested(self, event: inputs.EvaluationRequested, now: float) -> list[Action]:
-        self._eval_ids |= {self.state.open_eval(prompt).group_id for prompt in event.prompts}
-        return self._advance(now)
+        return self.evaluation.begin(event) + self._advance(now)
+
+    def _evaluation_abandoned(self, event: inputs.EvaluationAbandoned, now: float) -> list[Action]:
+        return self.evaluation.abandon(event.reason) + self._advance(now)
 
     def _tick(self, event: inputs.Tick, now: float) -> list[Action]:
         followed: list[Action] = []
         for name in self.fleet.silent_since(now - self.settings.heartbeat_timeout_s):
             followed += self._lose(name, now)
-        for group in self.leases.expired(now):
+        for group in self.state.running.take_expired(now):
             followed += self._release(group)
         limit = f"no score within rollout.lease_timeout_s = {self.settings.lease_timeout_s:g}"
         for task in self.scoring.take_expired(now):
@@ -371,10 +379,12 @@ class Core:
                 followed += self._drop(group, DropReason.STALE)
             batch = self.batch_selector.select(now)
             followed += [batch] if batch else []
-        followed += self.leases.lease_queued(now, only_eval=bool(self._eval_ids))
-        if self.admitting and not self.draining and not self._eval_ids:
-            followed += self.leases.admit(now)
-        return followed
+        self.evaluation.hold_server()
+        if not self.evaluation.is_pausing:
+            followed += self.leases.lease_queued(now)
+            if self.admitting and not self.draining:
+                followed += self.leases.admit(now)
+        return followed + self.evaluation.lease(now)
 
     def _release_all(self, worker: str) -> list[Action]:
         return [action for group in self.leases.held_by(worker) for action in self._release(group)]
@@ -383,31 +393,21 @@ class Core:
         reason = self.leases.release(group)
         return self._drop(group, reason) if reason else []
 
-    def _complete(self, group: Group) -> list[Action]:
-        """Ends an evaluation group, or drops a scored group that the filters exclude."""
+    def _complete(self, group: Group, answer: str = "") -> list[Action]:
+        """Ends a sample of an evaluation, or drops a scored group that the filters exclude."""
         if group.purpose == "eval":
-            return self._end_eval(group)
-        if self.settings.drop_equal_rewards and len(set(group.rewards)) == 1:
-            return self._drop(group, DropReason.EQUAL_REWARDS)
-        low, high = self.settings.success_rates
-        if not low <= statistics.fmean(r for r in group.rewards if r is not None) <= high:
-            return self._drop(group, DropReason.SUCCESS_RATE)
+            return self.evaluation.sample_ended(group, answer)
+        rewards = [reward for reward in group.rewards if reward is not None]
+        lengths = [sample.num_generated for sample in group.samples if sample]
+        for reason, keeps in self.settings.filter_rules:
+            if not keeps(rewards, lengths, group.prompt.row):
+                return self._drop(group, reason)
         return []
 
     def _drop(self, group: Group, reason: DropReason) -> list[Action]:
         if group.state is GroupState.RUNNING:
-            self.leases.unload(group.worker, len(group.missing))  # later replies are fenced
+            self.leases.unload(group, len(group.missing))  # later replies are fenced
         self.state.record(events.GroupDropped(group.group_id, reason.value))
         if group.purpose == "eval":
-            return self._end_eval(group)
+            return self.evaluation.sample_ended(group)
         return [actions.ReportDrop(group, reason)]
-
-    def _end_eval(self, group: Group) -> list[Action]:
-        if group.group_id in self.groups:
-            self.state.forget(group)
-        self._eval_ids.discard(group.group_id)
-        self._eval_ended.append(group)
-        if self._eval_ids:
-            return []
-        ended, self._eval_ended = self._eval_ended, []
-        return [actions.FinishEvaluation(self.version, ended)]

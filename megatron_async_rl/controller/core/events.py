@@ -81,13 +81,15 @@ class GroupDropped(JournalEvent, frozen=True):
     reason: str  # value of a DropReason
 
 
-class EvaluationFinished(JournalEvent, frozen=True):
+class StepReported(JournalEvent, frozen=True):
+    """What the display of a later controller shows of the step to `version`."""
+
     version: int
-    accuracy: float
-    num: int
+    reward_mean: float
+    seconds: float  # since the step before
 
 
 AnyEvent = (
     ControllerStarted | GroupAdmitted | LeaseGranted | LeaseFailed | PartialSaved | SampleReturned
-    | SampleScored | BatchSelected | BatchTrained | GroupDropped | EvaluationFinished
+    | SampleScored | BatchSelected | BatchTrained | GroupDropped | StepReported
 )  # fmt: skip

@@ -24,7 +24,7 @@ class ServerState(enum.Enum):
 class Worker:
     """A worker. Its pool sees every change of the attributes by which it is found."""
 
-    _INDEXED: ClassVar[frozenset[str]] = frozenset({"load", "state", "version"})
+    _INDEXED: ClassVar[frozenset[str]] = frozenset({"load", "state", "version", "is_held"})
 
     name: str
     capacity: int
@@ -49,6 +49,8 @@ class RolloutWorker(Worker):
     state: ServerState = ServerState.STALE
     version: int = -1
     fenced_because: str = ""
+    is_held: bool = False  # stays at its version for an evaluation: no training, no update
+    eval_load: int = 0  # running samples of an evaluation, which `load` does not count
 
     @property
     def is_serving(self) -> bool:
@@ -60,7 +62,7 @@ class RolloutWorker(Worker):
 
     @property
     def served_version(self) -> int | None:
-        return self.version if self.is_serving else None
+        return self.version if self.is_serving and not self.is_held else None
 
 
 AnyWorker = TypeVar("AnyWorker", bound=Worker)

@@ -10,9 +10,24 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from megatron_async_rl.errors import LedgerError
 from megatron_async_rl.protocol.types import Partial, Prompt, Purpose, Sample
+
+EvaluationMode = Literal["pause", "held_server", "mixed"]
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """One sample of an evaluation: the `index`-th of a prompt of a set."""
+
+    set_name: str
+    prompt: Prompt
+    index: int
+    max_new_tokens: int
+    temperature: float
+    truncation: dict[str, Any] = field(default_factory=dict)  # top_p, top_k, min_p
 
 
 class GroupState(enum.Enum):
@@ -34,9 +49,10 @@ class Group:
     failed_on: list[str] = field(default_factory=list)  # the workers of the failed leases
     partials: dict[int, Partial] = field(default_factory=dict)  # by index, of missing samples
     worker: str = ""
-    deadline: float = 0.0
     floor_version: int = 0  # lower bound on the token versions of the running samples
     oldest_returned: int | None = None  # of the returned samples; cached, it reads every token
+    task: EvaluationTask | None = None  # of an evaluation
+    exact_version: int | None = None  # of all tokens; None: any that max_staleness allows
 
     @property
     def missing(self) -> list[int]:
@@ -66,7 +82,11 @@ class DropReason(enum.Enum):
     REWARD_UNAVAILABLE = "reward_unavailable"  # scoring failed reward.max_attempts times
     EQUAL_REWARDS = "equal_rewards"  # no learning signal (algorithm.filters.drop_equal_rewards)
     SUCCESS_RATE = "success_rate"  # outside algorithm.filters.success_rate_min and _max
+    FILTERED = "filtered"  # algorithm.filters.function returned False
     RUN_ENDED = "run_ended"  # still pending when the last step was done
+
+
+FAILURES = (DropReason.GENERATION_FAILED, DropReason.POISON, DropReason.REWARD_UNAVAILABLE)
 
 
 class Ledger:

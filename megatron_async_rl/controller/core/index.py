@@ -16,10 +16,10 @@ class LazyHeap:
     """Ids ordered by a key. An entry whose id has left or has another key is skipped when met."""
 
     def __init__(self) -> None:
-        self._keys: dict[int, int] = {}
-        self._entries: list[tuple[int, int]] = []  # (key, id), a heap
+        self._keys: dict[int, float] = {}
+        self._entries: list[tuple[float, int]] = []  # (key, id), a heap
 
-    def put(self, id_: int, key: int) -> None:
+    def put(self, id_: int, key: float) -> None:
         """Adds an id, or changes its key."""
         if self._keys.get(id_) == key:
             return
@@ -32,7 +32,7 @@ class LazyHeap:
     def discard(self, id_: int) -> None:
         self._keys.pop(id_, None)
 
-    def first(self) -> tuple[int, int] | None:
+    def first(self) -> tuple[float, int] | None:
         """Returns (key, id) with the least key, then the least id."""
         entries = self._entries
         while entries and self._keys.get(entries[0][1]) != entries[0][0]:
@@ -84,24 +84,26 @@ class QueuedGroups(GroupIndex):
         super().__delitem__(group_id)
         self._line_of.pop(group_id).discard(group_id)
 
-    def next(self, room: int, only_eval: bool) -> Group | None:
-        """Returns the group admitted first that misses at most `room` samples."""
+    def next(self, room: int, purpose: Purpose) -> Group | None:
+        """Returns the group of this purpose admitted first that misses at most `room` samples."""
         found = [
             first
-            for (purpose, num_missing), line in self._lines.items()
-            if num_missing <= room
-            and (purpose == "eval" or not only_eval)
-            and (first := line.first())
+            for (line_purpose, num_missing), line in self._lines.items()
+            if num_missing <= room and line_purpose == purpose and (first := line.first())
         ]
         return self[min(found)[1]] if found else None
 
 
 class RunningGroups(GroupIndex):
-    """Running groups, also by worker. A group's worker changes only outside of this index."""
+    """Running groups, also by worker and by the deadline of their lease.
+
+    A group's worker changes only outside of this index.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._by_worker: dict[str, dict[int, Group]] = {}
+        self._by_deadline = LazyHeap()
 
     def __setitem__(self, group_id: int, group: Group) -> None:
         super().__setitem__(group_id, group)
@@ -110,9 +112,23 @@ class RunningGroups(GroupIndex):
     def __delitem__(self, group_id: int) -> None:
         worker = self[group_id].worker
         super().__delitem__(group_id)
+        self._by_deadline.discard(group_id)
         del self._by_worker[worker][group_id]
         if not self._by_worker[worker]:
             del self._by_worker[worker]
+
+    def set_deadline(self, group_id: int, deadline: float) -> None:
+        self._by_deadline.put(group_id, deadline)
+
+    def take_expired(self, now: float) -> list[Group]:
+        """Returns the groups that miss samples at their deadline, in admission order; each once."""
+        expired = []
+        while (first := self._by_deadline.first()) and first[0] < now:
+            group = self[first[1]]
+            self._by_deadline.discard(group.group_id)
+            if group.missing:
+                expired.append(group)
+        return sorted(expired, key=lambda group: group.group_id)
 
     def of(self, worker: str) -> list[Group]:
         """Returns the groups that this worker runs, in admission order."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_async_rl.controller.core.groups import EvaluationMode, EvaluationTask
 from megatron_async_rl.protocol.messages import Message
-from megatron_async_rl.protocol.types import Prompt
 
 # ---- workers
 
@@ -108,9 +108,18 @@ class AdmissionOpened:
 
 @dataclass(frozen=True)
 class EvaluationRequested:
-    """Generate and score one sample of each prompt; no training group is leased meanwhile."""
+    """Generate and score these samples under the served `version` (core/evaluation.py)."""
 
-    prompts: list[Prompt]
+    version: int
+    mode: EvaluationMode
+    tasks: list[EvaluationTask]
+
+
+@dataclass(frozen=True)
+class EvaluationAbandoned:
+    """The running evaluation ends without the samples that are not complete."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -132,5 +141,5 @@ CoreEvent = (
     RolloutJoined | RewardJoined | WorkerLost | Received
     | UpdateStarted | ServerUpdated | UpdateFailed | ServerFenced
     | TrainerJoined | BatchRequested | BatchesHeld
-    | AdmissionOpened | EvaluationRequested | Tick | DrainStarted | RunEnded
+    | AdmissionOpened | EvaluationRequested | EvaluationAbandoned | Tick | DrainStarted | RunEnded
 )  # fmt: skip

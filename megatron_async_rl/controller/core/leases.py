@@ -38,17 +38,17 @@ class Leases:
         """The step at which a group admitted now is trained at the latest, if order is kept."""
         return self._state.ledger.claimed // self._settings.prompts_per_step
 
-    def lease_queued(self, now: float, only_eval: bool) -> list[Send]:
-        """Leases queued groups, oldest admission first, as far as servers are free.
+    def lease_queued(self, now: float) -> list[Send]:
+        """Leases queued training groups, oldest admission first, as far as servers are free.
 
         A group that no server has room for is passed over; no later lease makes room for it.
         """
         sends = []
         oldest_allowed = self._state.version - self._settings.max_staleness
-        while group := self._state.queued.next(self._fleet.max_room(oldest_allowed), only_eval):
+        while group := self._state.queued.next(self._fleet.max_room(oldest_allowed), "train"):
             server = self._fleet.free_server(len(group.missing), oldest_allowed)
             assert server, "max_room and free_server differ"
-            sends.append(self._lease_to(server, group, now))
+            sends.append(self.lease_to(server, group, now))
         return sends
 
     def admit(self, now: float) -> list[Send]:
@@ -59,10 +59,11 @@ class Leases:
             server = self._fleet.free_server(settings.samples_per_prompt, oldest_allowed)
             if server is None:
                 break
-            sends.append(self._lease_to(server, self._state.admit(), now))
+            sends.append(self.lease_to(server, self._state.admit(), now))
         return sends
 
-    def _lease_to(self, server: RolloutWorker, group: Group, now: float) -> Send:
+    def lease_to(self, server: RolloutWorker, group: Group, now: float) -> Send:
+        """Leases the missing samples of a queued group to a server that has room."""
         settings, missing = self._settings, group.missing
         oldest_allowed = self._state.version - settings.max_staleness
         partials = {i: p for i, p in group.partials.items() if p.oldest_version >= oldest_allowed}
@@ -70,9 +71,11 @@ class Leases:
         self._state.record(
             LeaseGranted(group.group_id, group.attempt + 1, server.name, floor_version)
         )
-        group.deadline = now + settings.lease_timeout_s
-        server.load += len(missing)
-        is_train = group.purpose == "train"
+        self._state.running.set_deadline(group.group_id, now + settings.lease_timeout_s)
+        if task := group.task:
+            server.eval_load += len(missing)
+        else:
+            server.load += len(missing)
         lease = messages.Generate(
             epoch=self._state.epoch,
             group_id=group.group_id,
@@ -80,10 +83,11 @@ class Leases:
             indices=missing,
             purpose=group.purpose,
             prompt=group.prompt,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature if is_train else settings.eval_temperature,
+            max_new_tokens=task.max_new_tokens if task else settings.max_new_tokens,
+            temperature=task.temperature if task else settings.temperature,
             partials=[partials.get(index) for index in missing] if partials else [],
             floor_version=floor_version,
+            **(task.truncation if task else settings.truncation),
         )
         return Send(server.name, lease)
 
@@ -99,27 +103,26 @@ class Leases:
 
     def fault(self, group: Group, tokens: Sample | Partial) -> str:
         """Returns why no server of this run can have generated the tokens; empty if one can."""
-        newest = self._state.version
+        newest = self._state.version if group.exact_version is None else group.exact_version
         return token_fault(tokens, group.prompt, group.floor_version, newest, self._settings)
 
-    def unload(self, worker: str, count: int = 1) -> None:
-        """Reduces the load of a server, if it is still there."""
-        if server := self._fleet.rollout.get(worker):
-            server.load -= count
+    def unload(self, group: Group, count: int = 1) -> None:
+        """Reduces the load of the group's server, if it is still there."""
+        if server := self._fleet.rollout.get(group.worker):
+            if group.purpose == "eval":
+                server.eval_load -= count
+            else:
+                server.load -= count
 
     def held_by(self, worker: str) -> list[Group]:
         return [group for group in self._state.running.of(worker) if group.missing]
-
-    def expired(self, now: float) -> list[Group]:
-        running = self._state.in_state(GroupState.RUNNING)
-        return [group for group in running if group.missing and now > group.deadline]
 
     def release(self, group: Group) -> DropReason | None:
         """Ends a failed lease: returned samples are kept, the others are leased again.
 
         Returns a reason to drop the group instead after max_attempts failed leases.
         """
-        self.unload(group.worker, len(group.missing))
+        self.unload(group, len(group.missing))
         self._state.record(LeaseFailed(group.group_id, group.worker))
         if len(group.failed_on) < self._settings.max_attempts:
             return None

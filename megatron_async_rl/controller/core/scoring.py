@@ -2,7 +2,8 @@
 
 Two kinds of requests share the queue: the reward of a finished sample, and the requests that a
 workflow makes during its sample (is the first answer right?). The latter come first, because a
-sample waits for each of them; they belong to a lease and end with it.
+sample waits for each of them; they belong to a lease and end with it. Finished samples of an
+evaluation come last.
 
 A request is assigned to the least loaded reward worker until a deadline. An infrastructure error or
 a missed deadline is a failed attempt: the request is queued again, until it has failed
@@ -12,6 +13,7 @@ restart of the controller, which queues every sample without a reward again.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass
 
@@ -29,6 +31,7 @@ from megatron_async_rl.protocol.types import SampleKey
 class ScoringTask:
     request: ScoreRequest
     requester: str = ""  # the rollout worker of a workflow's request; empty: a finished sample
+    is_evaluation: bool = False  # of a finished sample
     num_failed: int = 0
     worker: str = ""
     deadline: float = 0.0
@@ -44,6 +47,7 @@ class ScoringQueue:
         self._fleet = fleet
         self.waiting: deque[ScoringTask] = deque()
         self.waiting_first: deque[ScoringTask] = deque()  # of workflows
+        self.waiting_last: deque[ScoringTask] = deque()  # of evaluations
         self.assigned: dict[tuple[SampleKey, int], ScoringTask] = {}
 
     def enqueue_sample(self, group: Group, index: int) -> None:
@@ -51,7 +55,8 @@ class ScoringQueue:
         key = SampleKey(self._state.epoch, group.group_id, group.attempt, index)
         sample = group.samples[index]
         assert sample is not None
-        self._enqueue(ScoringTask(ScoreRequest(key, sample.text, group.prompt.row)))
+        request = ScoreRequest(key, sample.text, group.prompt.row)
+        self._enqueue(ScoringTask(request, is_evaluation=group.purpose == "eval"))
 
     def enqueue_unscored(self, group: Group) -> None:
         """Queues all samples of a restored group that have returned and have no reward."""
@@ -89,8 +94,9 @@ class ScoringQueue:
         return task
 
     def take_expired(self, now: float) -> list[ScoringTask]:
-        """Ends the assignments whose deadline has passed."""
-        expired = [task for task in self.assigned.values() if now > task.deadline]
+        """Ends the assignments whose deadline has passed; they were made in that order."""
+        by_deadline = self.assigned.values()
+        expired = list(itertools.takewhile(lambda task: now > task.deadline, by_deadline))
         for task in expired:
             self._unassign(task)
         return expired
@@ -111,10 +117,11 @@ class ScoringQueue:
 
     @property
     def _queue(self) -> deque[ScoringTask]:
-        return self.waiting_first or self.waiting
+        return self.waiting_first or self.waiting or self.waiting_last
 
     def _enqueue(self, task: ScoringTask) -> None:
-        (self.waiting_first if task.requester else self.waiting).append(task)
+        finished = self.waiting_last if task.is_evaluation else self.waiting
+        (self.waiting_first if task.requester else finished).append(task)
 
     def _unassign(self, task: ScoringTask) -> None:
         del self.assigned[task.request.key, task.request.call]

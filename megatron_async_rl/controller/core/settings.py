@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.controller.core.groups import DropReason
 from megatron_async_rl.model.config_json import HfConfig
+
+FilterRule = tuple[DropReason, Callable[[list[float], list[int], dict[str, Any]], bool]]
+"""Drops a group for the reason unless (its rewards, generated tokens by sample, row) is true."""
 
 
 @dataclass(frozen=True)
@@ -18,22 +23,22 @@ class CoreSettings:
     straggler_timeout_s: float
     max_new_tokens: int
     temperature: float
-    eval_temperature: float
     lease_timeout_s: float
     max_attempts: int
     max_scoring_attempts: int
-    drop_equal_rewards: bool
     heartbeat_timeout_s: float
     steps: int
     data_parallel_size: int
-    success_rates: tuple[float, float] = (-math.inf, math.inf)  # a group's mean reward, inclusive
+    filter_rules: tuple[FilterRule, ...] = ()
     context_tokens: int = 1 << 24
     vocab_size: int = 1 << 31
     single_turn: bool = True  # a sample is the prompt and one response
+    max_sequences: int = 1  # of one sample; more than 1 with agents
+    truncation: dict[str, Any] = field(default_factory=dict)  # top_p, top_k, min_p (rollout_only)
 
 
-def core_settings(config: Config) -> CoreSettings:
-    algorithm, filters = config.algorithm, config.algorithm.filters
+def core_settings(config: Config, filter_rules: tuple[FilterRule, ...] = ()) -> CoreSettings:
+    algorithm = config.algorithm
     return CoreSettings(
         prompts_per_step=algorithm.prompts_per_step,
         samples_per_prompt=algorithm.samples_per_prompt,
@@ -42,19 +47,16 @@ def core_settings(config: Config) -> CoreSettings:
         straggler_timeout_s=config.staleness.straggler_timeout_s,
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
-        eval_temperature=config.data.eval_temperature,
         lease_timeout_s=config.rollout.lease_timeout_s,
         max_attempts=config.rollout.max_attempts,
         max_scoring_attempts=config.reward.max_attempts,
-        drop_equal_rewards=filters.drop_equal_rewards,
         heartbeat_timeout_s=config.faults.heartbeat_timeout_s,
         steps=config.run.steps,
         data_parallel_size=config.num_leaders,
-        success_rates=(
-            -math.inf if filters.success_rate_min is None else filters.success_rate_min,
-            math.inf if filters.success_rate_max is None else filters.success_rate_max,
-        ),
+        filter_rules=filter_rules,
         context_tokens=config.model.context_tokens,
         vocab_size=HfConfig(config.model.path).vocab_size,
-        single_turn=config.rollout.workflow == "single_turn",
+        single_turn=config.rollout.workflow == "single_turn" and not config.has_agent,
+        max_sequences=config.max_sequences,
+        truncation={name: getattr(config.rollout, name) for name in ("top_p", "top_k", "min_p")},
     )

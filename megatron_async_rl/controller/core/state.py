@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from megatron_async_rl.controller.core import events
-from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState, Ledger
+from megatron_async_rl.controller.core.groups import (
+    DropReason,
+    EvaluationTask,
+    Group,
+    GroupState,
+    Ledger,
+)
 from megatron_async_rl.controller.core.index import GroupIndex, QueuedGroups, RunningGroups
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import Prompt, Purpose
@@ -44,9 +50,11 @@ class ControllerState:
         self.recorded.append(events.GroupAdmitted(group_id, prompt.prompt_id))
         return self._admit(group_id, prompt)
 
-    def open_eval(self, prompt: Prompt) -> Group:
+    def open_eval(self, task: EvaluationTask, exact_version: int | None) -> Group:
         """Makes a group of one sample that is not part of the ledger."""
-        return self._open(self._next_group_id, prompt, "eval", 1)
+        group = self._open(self._next_group_id, task.prompt, "eval", 1)
+        group.task, group.exact_version = task, exact_version
+        return group
 
     def record(self, event: events.JournalEvent) -> None:
         """Applies a change and records it, unless it is about an evaluation: those are repeated."""
@@ -118,7 +126,7 @@ class ControllerState:
                 self.forget(group)
                 if group.purpose == "train":
                     self.ledger.dropped[DropReason(event.reason)] += 1
-            case events.EvaluationFinished():
+            case events.StepReported():
                 pass
             case _:
                 self._apply_to_group(self.groups[event.group_id], event)  # type: ignore[attr-defined]
@@ -154,10 +162,15 @@ class ControllerState:
                     group.oldest_returned = oldest
                 group.partials.pop(event.index, None)
                 self._by_state[group.state].changed(group)
+                if event.sample.reward is not None:
+                    self._apply_reward(group, event.index, event.sample.reward)
             case events.SampleScored():
-                group.rewards[event.index] = event.reward
-                if group.is_scored:
-                    self.move(group, GroupState.READY)
+                self._apply_reward(group, event.index, event.reward)
+
+    def _apply_reward(self, group: Group, index: int, reward: float) -> None:
+        group.rewards[index] = reward
+        if group.is_scored:
+            self.move(group, GroupState.READY)
 
     def _admit(self, group_id: int, prompt: Prompt) -> Group:
         self.ledger.admitted += 1

@@ -7,6 +7,7 @@ bound.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Prompt, Sample
 
+MAX_REWARD = 1e9  # a larger one, or NaN, is an infrastructure error
 MAX_LOGPROB = 0.01  # 0, and room for rounding in the engine
 _DTYPES = {"ids": np.int32, "logprobs": np.float32, "versions": np.int32}
 
@@ -29,8 +31,8 @@ def token_fault(
     ids, logprobs, versions = tokens.ids, tokens.logprobs, tokens.versions
     if not len(ids) == len(logprobs) == len(versions) > 0:
         return f"{len(ids)} ids, {len(logprobs)} logprobs, {len(versions)} versions"
-    if len(ids) > settings.context_tokens:
-        return f"{len(ids)} tokens, model.context_tokens = {settings.context_tokens}"
+    if fault := _length_fault(tokens, settings):
+        return fault
     for name, dtype in _DTYPES.items():
         if getattr(tokens, name).dtype != dtype:
             return f"{name} are {getattr(tokens, name).dtype}"
@@ -40,7 +42,31 @@ def token_fault(
         _context_fault(tokens, prompt, settings.single_turn)
         or ("" if math.isfinite(logprobs.sum()) else "logprobs that are not finite")
         or ("" if logprobs.max() <= MAX_LOGPROB else f"a logprob of {logprobs.max():g}, above 0")
+        or _reward_fault(tokens, settings)
     )
+
+
+def _length_fault(tokens: Sample | Partial, settings: CoreSettings) -> str:
+    length = len(tokens.ids)
+    if isinstance(tokens, Sample) and tokens.starts:
+        edges, most = [*tokens.starts, length], settings.max_sequences
+        if edges[0] != 0 or any(a >= b for a, b in itertools.pairwise(edges)):
+            return f"starts {tokens.starts[:3]}... in {length} tokens"
+        if len(tokens.starts) > most:
+            return f"{len(tokens.starts)} sequences, at most {most} can be"
+        length = max(b - a for a, b in itertools.pairwise(edges))
+    if length > settings.context_tokens:
+        return f"{length} tokens, model.context_tokens = {settings.context_tokens}"
+    return ""
+
+
+def _reward_fault(tokens: Sample | Partial, settings: CoreSettings) -> str:
+    """An agent's reward is taken only where agents run."""
+    if isinstance(tokens, Partial) or tokens.reward is None:
+        return ""
+    if settings.max_sequences == 1:
+        return "a reward, but rollout.agent is not set"
+    return "" if abs(tokens.reward) <= MAX_REWARD else f"a reward of {tokens.reward:g}"
 
 
 def _version_fault(tokens: Sample | Partial, oldest: int, newest: int) -> str:

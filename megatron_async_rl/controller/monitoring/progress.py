@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +13,15 @@ import numpy as np
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.core.actions import SendBatch
+from megatron_async_rl.controller.core.events import StepReported
 from megatron_async_rl.controller.core.fleet import Fleet
+from megatron_async_rl.controller.core.groups import FAILURES, DropReason, Group
 from megatron_async_rl.controller.weight_sync.session import Outcome
+from megatron_async_rl.observability.evaluation_table import evaluation_table
 from megatron_async_rl.observability.run_log import RunLog
 from megatron_async_rl.observability.sample_log import TrainedGroup
 from megatron_async_rl.observability.status import (
+    FINAL_STATES,
     EvaluationResult,
     RunState,
     RunStatus,
@@ -36,8 +40,11 @@ class Progress:
         self.ledger: dict[str, int] = {}
         self.last_progress = time.monotonic()
         self.lost: list[str] = []  # silent workers, which the supervisor should restart
+        self.evaluating = ""  # the evaluation that runs
         self._log = run_log
         self._write_error = ""
+        self._server_names = [f"rollout-{i}" for i in range(config.rollout.servers)]
+        self._num_gpus = config.trainer_ranks + config.rollout.servers * config.engine_tp
         self._status = RunStatus(
             steps=config.run.steps,
             staleness_limit=config.staleness.max_staleness,
@@ -50,6 +57,8 @@ class Progress:
         self._waited_s = 0.0  # how long the trainer waited for the batch of this step
         self._updating_s = 0.0
         self._step_stats: dict[str, float] = {}  # of the current step
+        self._dropped: Counter[str] = Counter()  # groups since the last step, by reason
+        self._reasons_seen: set[str] = set()
 
     @property
     def training(self) -> bool:
@@ -61,8 +70,19 @@ class Progress:
         self._updating_s = 0.0
         self._generated_tokens = 0
 
-    def resumed(self, version: int, ledger: dict[str, int]) -> None:
+    def restore(self, step: StepReported) -> None:
+        """Notes a step that was reported before a restart of the controller."""
+        self._status.reward_history.append(step.reward_mean)
+        self._step_times.append(step.seconds)
+
+    def resumed(self, version: int, ledger: dict[str, int], in_batch: list[Group]) -> None:
+        """`in_batch`: the groups that are being trained."""
         self._status.version, self.ledger = version, ledger
+        self._estimate_end()
+        if in_batch:
+            samples = [sample for group in in_batch for sample in group.samples if sample]
+            rewards = [reward for group in in_batch for reward in group.rewards]
+            self._show_batch(version, samples, np.asarray(rewards, np.float64))
         state = ", ".join(f"{name} {count}" for name, count in ledger.items())
         logger.info("resumed from the journal: version %d, ledger: %s", version, state)
 
@@ -91,7 +111,7 @@ class Progress:
         self, batch: SendBatch, rewards: np.ndarray, advantages: np.ndarray, waited_s: float
     ) -> None:
         """`rewards`, `advantages`: [groups, samples]. `waited_s`: how long the trainer waited."""
-        status, version = self._status, batch.version
+        version = batch.version
         trained = [
             TrainedGroup(
                 group_id=group.group_id,
@@ -103,19 +123,33 @@ class Progress:
             for g, group in enumerate(batch.groups)
         ]
         self._record(self._log.write_samples, version, trained)
-        runs = [
-            run for group in trained for sample in group.samples for run in sample.version_runs()
-        ]
+        self._show_batch(version, [s for group in trained for s in group.samples], rewards)
+        self._waited_s = self._step_stats["perf/time/wait_for_batch_s"] = waited_s
+
+    def _show_batch(self, version: int, samples: list[Sample], rewards: np.ndarray) -> None:
+        status = self._status
+        runs = [run for sample in samples for run in sample.version_runs()]
         tokens = sum(count for _, count in runs)
         late = sum((version - v) * count for v, count in runs)
         status.staleness_mean = late / tokens if tokens else 0.0
         status.staleness_max = max((version - v for v, _ in runs), default=0)
         status.staleness_worst = max(status.staleness_max, status.staleness_worst or 0)
         status.reward_mean = float(rewards.mean())
-        status.reward_history.append(status.reward_mean)
-        self._waited_s = self._step_stats["perf/time/wait_for_batch_s"] = waited_s
 
-    def step_done(self, version: int, stats: dict[str, float]) -> None:
+    def dropped(self, group_id: int, reason: str) -> None:
+        """Counts a dropped group; logs the first one of each reason."""
+        if reason not in self._reasons_seen:
+            self._reasons_seen.add(reason)
+            logger.info("group %d dropped: %s; more are counted at each step", group_id, reason)
+        self._dropped[reason] += 1
+
+    def _estimate_end(self) -> None:
+        status = self._status
+        if self._step_times:
+            status.eta_s = (status.steps - status.version) * float(np.mean(self._step_times))
+
+    def step_done(self, version: int, stats: dict[str, float]) -> StepReported:
+        """Returns what a later controller needs to know of the step."""
         now = time.monotonic()
         self.last_progress = now
         step_s = now - self._last_step
@@ -124,33 +158,46 @@ class Progress:
         status = self._status
         status.version = version
         status.step_s = step_s
-        status.eta_s = (status.steps - version) * float(np.mean(self._step_times))
+        self._estimate_end()
+        if status.reward_mean is not None:
+            status.reward_history.append(status.reward_mean)
         status.train_wait_fraction = self._waited_s / step_s
         status.generate_tokens_per_s = self._generated_tokens / step_s
         status.reward_all_mean = stats.get("reward/all_mean")
         self._step_stats |= stats
         self._step_stats["perf/time/step_s"] = step_s
         self._step_stats["perf/generate_tokens_per_s"] = status.generate_tokens_per_s
+        self._step_stats["perf/generate_tokens_per_gpu_s"] = (
+            status.generate_tokens_per_s / self._num_gpus
+        )
+        self._step_stats["perf/trainer_wait_fraction"] = status.train_wait_fraction
         if (tokens := stats.get("train/tokens")) is not None:
             busy_s = stats["perf/time/proximal_s"] + stats["perf/time/train_s"]
             status.train_tokens_per_s = self._step_stats["perf/train_tokens_per_s"] = (
                 tokens / step_s
             )
             self._step_stats["perf/trainer_busy_tokens_per_s"] = tokens / busy_s
+            self._step_stats["perf/train_tokens_per_gpu_s"] = tokens / step_s / self._num_gpus
         self._step_stats |= {
             f"ledger/{name.replace('.', '_')}": count for name, count in self.ledger.items()
         }
+        self._step_stats |= _drops_by_kind(self._dropped)
         self._record(self._log.write_scalars, version, self._step_stats)
         waited_s = self._waited_s
+        dropped = ", ".join(f"{count} {reason}" for reason, count in self._dropped.items())
         self._step_stats, self._generated_tokens, self._waited_s = {}, 0, 0.0
+        self._dropped.clear()
         state = ", ".join(f"{name} {count}" for name, count in self.ledger.items())
+        reward_mean = math.nan if status.reward_mean is None else status.reward_mean
         logger.info(
             "step %d/%d: reward %.3f (all scored groups %.3f), staleness mean %.2f max %d "
-            "(worst %d), loss %.4f, step %.1f s, waited %.1f s; ledger: %s",
-            version, status.steps, status.reward_mean, stats.get("reward/all_mean", math.nan),
+            "(worst %d), loss %.4f, step %.1f s, waited %.1f s; dropped since the last step: %s; "
+            "ledger: %s",
+            version, status.steps, reward_mean, stats.get("reward/all_mean", math.nan),
             status.staleness_mean, status.staleness_max, status.staleness_worst,
-            stats.get("train/loss", math.nan), step_s, waited_s, state,
+            stats.get("train/loss", math.nan), step_s, waited_s, dropped or "none", state,
         )  # fmt: skip
+        return StepReported(version, reward_mean, step_s)
 
     def published(self, outcome: Outcome) -> None:
         self.last_progress = time.monotonic()
@@ -171,22 +218,31 @@ class Progress:
             outcome.version, ", ".join(outcome.serving), outcome.num_interrupted, phases,
         )  # fmt: skip
 
-    def evaluated(self, version: int, accuracy: float, num: int) -> None:
-        self._status.evals.append(EvaluationResult(version, accuracy, num))
-        self._record(self._log.write_scalars, version, {"eval/accuracy": accuracy})
-        logger.info("evaluation of version %d: %.1f %% of %d", version, 100 * accuracy, num)
+    def evaluated(self, version: int, results: list[EvaluationResult]) -> None:
+        """Shows the results of all sets at a version."""
+        self._status.evals += results
+        scalars = {
+            f"eval/{result.set}/{metric}": value
+            for result in results
+            for metric, value in result.metrics.items()
+        }
+        self._record(self._log.write_scalars, version, scalars)
+        logger.info("evaluation of version %d:\n%s", version, evaluation_table(results))
 
     def write(self, fleet: Fleet) -> None:
         """Writes status.json."""
         status = self._status
         status.state, status.message, status.ledger = self.state, self.message, self.ledger
-        status.lost = self.lost
-        if self.training and not self._step_times:  # until a step gives the rate
+        status.lost, status.evaluating = self.lost, self.evaluating
+        if self.training and status.step_s is None:  # until a step gives the rate
             seconds = time.monotonic() - self._last_step
             status.generate_tokens_per_s = self._generated_tokens / seconds
         status.fleet = [
             ServerStatus(w.name, w.state.value, w.version, w.load) for w in fleet.rollout.values()
         ]
+        if self.state not in FINAL_STATES:  # after a restart, until they join again
+            missing = [name for name in self._server_names if name not in fleet.rollout]
+            status.fleet += [ServerStatus(name, "not connected", -1, 0) for name in missing]
         self._record(self._log.write_status, status)
 
     def end(self, state: RunState, message: str) -> None:
@@ -201,3 +257,14 @@ class Progress:
             if self._write_error != str(e):
                 logger.error("%s could not write: %s; the run continues", write.__name__, e)
             self._write_error = str(e)
+
+
+def _drops_by_kind(dropped: Counter[str]) -> dict[str, float]:
+    """Returns the number of groups that were too old, failed, or were left out by a filter."""
+    stale = dropped[DropReason.STALE.value]
+    failed = sum(dropped[reason.value] for reason in FAILURES)
+    return {
+        "drops/stale_groups": stale,
+        "drops/failed_groups": failed,
+        "drops/filtered_groups": dropped.total() - stale - failed,
+    }

@@ -11,9 +11,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 
 from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.core import inputs
+from megatron_async_rl.controller.core.fleet import RolloutWorker
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore
 from megatron_async_rl.protocol.messages import LoadSnapshot, Message, Updated
 from megatron_async_rl.storage.snapshots import Snapshot
@@ -30,24 +32,41 @@ class CatchUp:
         self._timeout_s = context.config.weights.update_timeout_s
         self._busy: dict[str, asyncio.Task[None]] = {}
         self._replies: dict[str, asyncio.Queue[Updated]] = {}
+        self.wanted: Snapshot | None = None  # for one server without weights: an evaluation's
 
     def is_busy(self, name: str | None = None) -> bool:
         """Whether this server, or any, is catching up."""
         return name in self._busy if name else bool(self._busy)
 
+    def snapshot_of(self, version: int) -> Snapshot | None:
+        return self._store.newest(version, version)
+
+    def keeping(self, snapshot: Snapshot) -> AbstractContextManager[None]:
+        """Keeps the snapshot from being pruned."""
+        return self._store.reading(snapshot)
+
     def start(self, others: Collection[str]) -> None:
-        """Starts every server, except `others`, that is behind the newest usable snapshot."""
+        """Starts every server, except `others`, that is behind the newest usable snapshot.
+
+        One held for an evaluation stays behind; one without weights may load that of an evaluation.
+        """
         version = self._core.version
         newest = self._store.newest(version - self._core.settings.max_staleness, version)
-        if newest is None:
-            return
         for server in self._core.fleet.rollout.values():
-            name, is_behind = server.name, not server.is_serving or server.version < newest.version
-            if is_behind and not server.is_fenced and name not in others and not self.is_busy(name):
-                self._replies[name] = asyncio.Queue()
-                task = asyncio.create_task(self._load(name, server.incarnation, newest))
-                self._busy[name] = task
-                task.add_done_callback(_log_error)
+            unavailable = server.is_fenced or server.is_held or self.is_busy(server.name)
+            if unavailable or server.name in others:
+                continue
+            if self.wanted and not server.is_serving:
+                self._begin(server, self.wanted)
+                self.wanted = None
+            elif newest and (not server.is_serving or server.version < newest.version):
+                self._begin(server, newest)
+
+    def _begin(self, server: RolloutWorker, snapshot: Snapshot) -> None:
+        self._replies[server.name] = asyncio.Queue()
+        task = asyncio.create_task(self._load(server.name, server.incarnation, snapshot))
+        self._busy[server.name] = task
+        task.add_done_callback(_log_error)
 
     async def one_done(self) -> None:
         """Returns when one of the busy servers is done; at once if there is none."""

@@ -6,12 +6,14 @@ waits for a batch                                 and continues to wait
 a trainer from a checkpoint offers an older v  -> Published(v, 0): no server needs it
 a server is behind, and a snapshot on disk is  -> it loads the snapshot by itself (catch_up.py) and
 within max_staleness                              takes part in the next update
+a server is held for an evaluation             -> no update includes it until it is released
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 
 from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.core import inputs
@@ -41,6 +43,7 @@ class UpdateCoordinator:
         self._requested_for: frozenset[str] = frozenset()  # servers that caused a Republish
         self._being_updated: frozenset[str] = frozenset()
         self._running: asyncio.Task[None] | None = None
+        self.allow_update: Callable[[int], Awaitable[None]] = _at_once  # waits for an evaluation
 
     # ---- reports of the loop
 
@@ -102,6 +105,7 @@ class UpdateCoordinator:
         while not done:
             offers = await self._next_offers()
             version = min(offer.version for offer in offers.values())
+            await self.allow_update(version)
             servers = await self._servers_without(version)
             if self._is_needed(version, servers):
                 done = await self._run_update(version, offers, servers)
@@ -184,5 +188,9 @@ class UpdateCoordinator:
         return [
             server
             for server in self._core.fleet.rollout.values()
-            if not server.is_fenced and not self._catch_up.is_busy(server.name)
+            if not (server.is_fenced or server.is_held or self._catch_up.is_busy(server.name))
         ]
+
+
+async def _at_once(version: int) -> None:
+    """Delays no update."""

@@ -1,0 +1,1 @@
+"""Evaluations: when each is due, its samples on disk, and its metrics."""
