@@ -154,6 +154,7 @@ class ScoreRequest(Message, frozen=True):
     response: str
     row: dict[str, Any] = {}  # of the dataset
     call: int = 0  # 0: reward of the finished sample; n: n-th request of its workflow, from 1
+    opening_tag: str = ""  # the prompt's, if the response begins within thinking
 
 
 class ScoreResult(Message, frozen=True):

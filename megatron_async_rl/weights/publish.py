@@ -12,7 +12,11 @@ A failed broadcast never interrupts a gather: the ranks stay in step and the tra
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
@@ -123,7 +127,10 @@ class WeightPublisher:
                 case messages.SendBuckets():
                     command = Command.SEND_AND_DIGEST if message.verify else Command.SEND
                     self._broadcast_command(command)
-                    link.send(self._send_buckets(version, message.verify))
+                    assert self._group is not None
+                    with _stopped_by_message(link, self._group):
+                        sent = self._send_buckets(version, self._group, message.verify)
+                    link.send(sent)
                 case messages.WriteSnapshot():
                     self._broadcast_command(Command.SEND_AND_DIGEST)
                     link.send(self._write_snapshot(message))
@@ -207,10 +214,8 @@ class WeightPublisher:
             order.version, writer.files, expected, self._digest_kind, writer.seconds
         )
 
-    def _send_buckets(self, version: int, verify: bool) -> messages.BucketsSent:
+    def _send_buckets(self, version: int, group: UpdateGroup, verify: bool) -> messages.BucketsSent:
         """Gathers bucket k+1 while bucket k is sent. After an error the gather still completes."""
-        group = self._group
-        assert group is not None
         digests, watch = self._new_digests(), Stopwatch(self._device)
         tensors = reshard.own_tensors(self._modules, self._shape, self._dtype)
         filled = fill_buckets(self._buckets, tensors, self._device)
@@ -254,6 +259,29 @@ class WeightPublisher:
             error,
             watch.peak_bytes(),
         )
+
+
+@contextmanager
+def _stopped_by_message(link: SyncLink, group: UpdateGroup) -> Iterator[None]:
+    """Stops the broadcasts of the block when the controller sends a message, which stays unread.
+
+    While a source sends, the controller has nothing to tell it but that the attempt is void: a
+    server failed (AbandonUpdate), the run ends, or the controller was restarted.
+    """
+    end = os.eventfd(0)
+
+    def listen() -> None:
+        if link.wait_readable(end):
+            group.stop("the controller ended this attempt")
+
+    listener = threading.Thread(target=listen, name="update-stop", daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        os.eventfd_write(end, 1)
+        listener.join()
+        os.close(end)
 
 
 def _stage_group(is_member: bool, config: Config) -> dist.ProcessGroup | None:

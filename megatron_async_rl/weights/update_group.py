@@ -6,13 +6,19 @@ and prefix.
 
 A receiver may fail during a broadcast. gloo reports it, or its timeout ends the wait. NCCL reports
 nothing: its kernel waits on the GPU, and torch's watchdog would end this process. So NCCL's own
-timeout is set out of reach, the deadline is kept here, and a late broadcast is aborted.
+timeout is set out of reach, the deadline is kept here, and a late broadcast is aborted. `stop` ends
+a broadcast earlier, from another thread: NCCL by an abort; gloo, which has none, by a shutdown of
+its connections.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -45,6 +51,8 @@ class UpdateGroup:
         self.port: int = self._store.port
         self._group: dist.ProcessGroup | None = None
         self._aborted = False
+        self._stopped = ""  # why
+        self._sockets: set[str] = set()  # that gloo has opened, listening ones too
         self._work: list[dist.Work] = []
 
     def join(self) -> None:
@@ -53,6 +61,7 @@ class UpdateGroup:
         Those that wait for the others then fail too: the store closes their connections.
         """
         timeout = _NEVER if self._backend == "nccl" else timedelta(seconds=self._timeout_s)
+        before = _open_sockets().keys()
         try:
             self._group, _ = c10d._new_process_group_helper(
                 self._world_size,
@@ -66,6 +75,7 @@ class UpdateGroup:
         except RuntimeError:
             self._store = None
             raise
+        self._sockets = _open_sockets().keys() - before
         c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self._world_size)}
 
     def broadcast(self, flat: Tensor) -> None:
@@ -73,6 +83,7 @@ class UpdateGroup:
 
         Raises RuntimeError if a receiver is known to be lost.
         """
+        self._check_stopped()
         work = dist.broadcast(flat, group=self._group, group_src=0, async_op=True)
         assert work is not None
         self._work.append(work)
@@ -85,6 +96,7 @@ class UpdateGroup:
         """
         while len(self._work) > keep:
             self._work.pop(0).wait()
+        self._check_stopped()  # an aborted NCCL kernel ends like one that has sent all
 
     def finish(self) -> None:
         """Waits until everything is sent.
@@ -102,6 +114,24 @@ class UpdateGroup:
                 self.abort()
                 raise RuntimeError(f"no receiver took the broadcast within {self._timeout_s:.0f} s")
             time.sleep(_POLL_S)
+        self._check_stopped()
+
+    def stop(self, reason: str) -> None:
+        """Ends pending broadcasts, whose calls then raise RuntimeError; for another thread.
+
+        The group is unusable; the thread that sends must abort it.
+        """
+        self._stopped = reason
+        if (group := self._group) and self._backend == "nccl":
+            group.abort()
+        elif group:
+            for name, descriptor in _open_sockets().items():
+                if name in self._sockets:
+                    _shut_down(descriptor)
+
+    def _check_stopped(self) -> None:
+        if self._stopped:
+            raise RuntimeError(self._stopped)
 
     def abort(self) -> None:
         """Ends pending broadcasts on all ranks: the others see a closed connection."""
@@ -120,3 +150,20 @@ class UpdateGroup:
         if self._group is not None and not self._aborted:
             dist.destroy_process_group(self._group)
         self._group = None
+
+
+def _open_sockets() -> dict[str, int]:
+    """Returns the descriptors of this process's sockets by their names, which are unique."""
+    found = {}
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            name = str(link.readlink())
+            if name.startswith("socket:"):
+                found[name] = int(link.name)
+    return found
+
+
+def _shut_down(descriptor: int) -> None:
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+        if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            connection.shutdown(socket.SHUT_RDWR)

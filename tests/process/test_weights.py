@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,39 @@ def test_update_without_receivers_fails_and_the_trainer_survives(
         tmp_path, [{"config": config, "versions": [0, 1]}], {"rollout-0": ["die:1", "ok"]}
     ):
         asyncio.run(drive_updates(tmp_path, body))
+
+
+def wait_for_file(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_source_stops_at_once_when_a_server_is_lost(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The server hangs, so its connection shows nothing until the broadcast's own deadline."""
+    patience_s = 90.0  # weights.update_timeout_s; the deadline is half of it
+    config = weights_config_tree(folders["qwen3"], {}, {"update_timeout_s": patience_s})
+
+    async def body(control: WeightController) -> tuple[Outcome, float]:
+        session = control.publisher.session
+        session.timeout_s = patience_s
+        await control.wait_for(lambda: {"rollout-0", "rollout-1"} <= control.peers.keys())
+        update = asyncio.create_task(control.publish(0, ["rollout-0", "rollout-1"]))
+        await asyncio.to_thread(wait_for_file, tmp_path / "rollout-1.hangs")
+        started = time.monotonic()
+        session.lost("rollout-1")
+        outcome, _ = await update
+        return outcome, time.monotonic() - started
+
+    receivers = {"rollout-0": ["ok"], "rollout-1": ["hang:0"]}
+    with weight_processes(tmp_path, [{"config": config, "versions": [0, 0]}], receivers):
+        outcome, seconds = asyncio.run(drive_updates(tmp_path, body))
+    assert outcome.serving == ["rollout-0"]
+    assert "lost during the update" in outcome.fenced["rollout-1"]
+    assert seconds < patience_s / 4
+    got = load_file(tmp_path / "rollout-0-v0.safetensors")
+    reference = load_file(folders["qwen3"] / "model.safetensors")
+    assert all(torch.equal(got[name], tensor) for name, tensor in reference.items())

@@ -5,6 +5,7 @@ after the other, one for each behavior:
 
     ok          serves updates until Shutdown
     die:K       exits when bucket K (counted over stages) of its first update has arrived
+    hang:K      does nothing more then, and leaves the file NAME.hangs; its connections stay open
     flip        flips one bit of the received tensors before it computes digests
     drop        loses one tensor
     absent      never joins a group
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -42,7 +44,7 @@ from megatron_async_rl.rollout.weight_update import check_digests
 from megatron_async_rl.storage import snapshots
 from megatron_async_rl.weights import tile_hash
 
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=60)
 
 
 def digests(tensors: dict[str, torch.Tensor], expected: dict[str, str]) -> dict[str, str]:
@@ -101,7 +103,7 @@ def join(order: JoinGroup) -> dist.ProcessGroup:
 
 
 def receive(
-    update: ReceiveBuckets, groups: dict[str, dist.ProcessGroup], behavior: str
+    update: ReceiveBuckets, groups: dict[str, dist.ProcessGroup], behavior: str, hangs: Path
 ) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     number = 0
@@ -120,6 +122,9 @@ def receive(
                 tensors[spec.name] = piece.clone().view(getattr(torch, spec.dtype)).view(spec.shape)
             if behavior == f"die:{number}":
                 os._exit(9)
+            if behavior == f"hang:{number}":
+                hangs.touch()
+                signal.pause()
             number += 1
     if behavior == "flip":
         tensors["model.norm.weight"].view(torch.uint8)[3] ^= 4
@@ -149,7 +154,7 @@ def serve_updates(run_dir: Path, name: str, behavior: str) -> None:
         elif isinstance(message, ReceiveBuckets):
             tensors, verify = {}, message.verify
             try:
-                tensors = receive(message, groups, behavior)
+                tensors = receive(message, groups, behavior, run_dir / f"{name}.hangs")
             except RuntimeError as e:
                 link.send(Updated(message.version, {}, error=str(e)))
         elif isinstance(message, LoadSnapshot):

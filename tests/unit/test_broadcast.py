@@ -213,6 +213,38 @@ def test_lost_server_is_not_awaited_and_rejoins_the_next_update(
     assert cluster.publish(1, "rollout-0", "rollout-1").serving == ["rollout-0", "rollout-1"]
 
 
+@pytest.mark.parametrize("how", ["lost", "failed"])
+def test_sources_are_told_to_stop_as_soon_as_a_server_fails(how: str) -> None:
+    """NCCL shows a source nothing: without a word it would wait for half of update_timeout_s."""
+    cluster = Cluster(timeout_s=30.0, num_stages=2)
+
+    def sends(name: str, message: Message) -> Message | None:
+        if len(cluster.sent(SendBuckets)) > 2:  # the second attempt
+            return cluster.answer(name, message)
+        if name == "trainer-0":
+            return cluster.answer(name, message)  # it has nothing left to send
+        if how == "lost":
+            cluster.session.lost("rollout-1")
+            return None
+        cluster.session.inbox.put_nowait(("rollout-1", Updated(0, {}, error="out of memory")))
+        return None
+
+    def stops(name: str, message: Message) -> Message | None:
+        if name.startswith("trainer"):
+            return BucketsSent(0, 1, {}, {}, "the controller ended this attempt")
+        return cluster.answer(name, message)
+
+    cluster.faults |= {(f"trainer-{stage}", SendBuckets): sends for stage in (0, 1)}
+    cluster.faults |= {(f"trainer-{stage}", AbandonUpdate): stops for stage in (0, 1)}
+    started = time.monotonic()
+    outcome = cluster.publish(0, "rollout-0", "rollout-1")
+    assert time.monotonic() - started < 5.0
+    assert cluster.sent(AbandonUpdate, "trainer-1") == [AbandonUpdate(0)]
+    assert not cluster.sent(AbandonUpdate, "trainer-0")  # it had answered
+    assert "rollout-0" in outcome.serving and len(cluster.sent(OpenGroup)) == 4
+    assert ("rollout-1" in outcome.serving) == (how == "failed")  # which is forgiven once
+
+
 def test_lost_server_outside_update_is_ignored() -> None:
     cluster = Cluster()
     cluster.session.lost("rollout-0")

@@ -13,8 +13,9 @@
                        <--------- Published      <------------------ Updated    (mismatch: fenced)
 
 Each attempt has one deadline for all its waits; no wait outlasts the loss of a server (session.py).
-A failed server is fenced and never trusted. When a server breaks a collective, the others fail with
-it: those that still reply get a second attempt in new groups. Sources survive every server failure.
+A failed server is fenced and never trusted. When a server fails during a broadcast, the sources are
+told to stop (AbandonUpdate), which breaks the collective for the others: those that still reply get
+a second attempt in new groups. Sources survive every server failure.
 """
 
 from __future__ import annotations
@@ -159,7 +160,9 @@ class BroadcastPublisher:
         for source in sources:
             await session.send(source, messages.SendBuckets(version, verify))
         failed: dict[str, str] = {}
-        sent = await session.collect(messages.BucketsSent, sources, failed, version=version)
+        sent = await session.collect(
+            messages.BucketsSent, sources, failed, stop_with=servers, version=version
+        )
         outcome.add(sent.values())
         digests: dict[str, str] = {}
         for reply in sent.values():

@@ -25,6 +25,7 @@ from megatron_async_rl.controller.core.actions import ServerLost
 from megatron_async_rl.controller.core.inputs import CoreEvent, UpdateStarted
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.protocol.messages import (
+    AbandonUpdate,
     GroupJoined,
     Message,
     Published,
@@ -119,12 +120,14 @@ class UpdateSession:
         kind: type[M],
         names: Collection[str],
         failed: dict[str, str] | None = None,
+        stop_with: Collection[str] = (),
         **match: Any,
     ) -> dict[str, M]:
         """Returns the replies of a kind and the `match`ing version or group, by name.
 
         A server that does not reply or is lost is fenced and left out. A server that replies with
         an error is fenced too, or noted in `failed` if that is given. A source's error is returned.
+        When one of the servers `stop_with` fails, the sources that are awaited are told to stop.
         """
         fenced = self.outcome.fenced
         failed = fenced if failed is None else failed
@@ -144,6 +147,8 @@ class UpdateSession:
                 break
             if isinstance(message, ServerLost):
                 at_fault = failed
+                if name in stop_with:
+                    await self._stop_sources(waiting)
                 continue
             if any(getattr(message, key, value) != value for key, value in match.items()):
                 continue  # of an earlier update or group
@@ -155,11 +160,17 @@ class UpdateSession:
             if error and name not in self._sources:
                 at_fault[name] = error
                 waiting.discard(name)
+                if name in stop_with:
+                    await self._stop_sources(waiting)
             elif name in waiting and isinstance(message, kind):
                 replies[name] = message
                 waiting.discard(name)
         # a server may be lost after its reply
         return {name: reply for name, reply in replies.items() if name not in fenced}
+
+    async def _stop_sources(self, waiting: set[str]) -> None:
+        for source in sorted(waiting & self._sources):
+            await self.send(source, AbandonUpdate(self.outcome.version))
 
 
 class RelabelPublisher:
