@@ -20,16 +20,12 @@ from megatron_async_rl.controller.core.events import (
     JournalEvent,
     SampleScored,
 )
-from megatron_async_rl.controller.core.groups import DropReason
+from megatron_async_rl.controller.core.groups import FAILURES, DropReason
 from megatron_async_rl.errors import Error
 from megatron_async_rl.observability.error_log import ErrorLog
 from megatron_async_rl.protocol.messages import GenerateFailed, Message, ScoreResult
 
 logger = logging.getLogger(__name__)
-FAILURES = {
-    reason.value
-    for reason in (DropReason.GENERATION_FAILED, DropReason.POISON, DropReason.REWARD_UNAVAILABLE)
-}
 RIGHT, WRONG = 1.0, 0.0  # a sample is right with a reward of at least 1, wrong with at most 0
 
 
@@ -56,7 +52,7 @@ class ScoreMonitor:
                 self._num_failed = 0
         elif isinstance(event, GroupDropped):
             self._open.pop(event.group_id, None)
-            self._num_failed += event.reason in FAILURES
+            self._num_failed += DropReason(event.reason) in FAILURES
         elif isinstance(event, BatchSelected):  # some were scored before the controller restarted
             for group_id in event.group_ids:
                 self._open.pop(group_id, None)
