@@ -25,6 +25,7 @@ from megatron_async_rl.rollout.workflow import Completion
 
 pytestmark = needs_engine
 PROMPT = "1+2=3;4+5="
+CONTEXT = 256  # as many as the model has positions
 GREEDY = Sampling(60, 0.0, [0])
 
 
@@ -64,7 +65,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     model = make_model(folder / "model")
     tree: dict[str, Any] = {
         "run": {"dir": str(folder), "steps": 1},
-        "model": {"path": str(model), "context_tokens": 240},
+        "model": {"path": str(model), "context_tokens": CONTEXT},
         "data": {"train": "unused"},
         "rollout": {"max_new_tokens": 60, "stop": ["any"]},
         "algorithm": {"prompts_per_step": 1, "samples_per_prompt": 2},
@@ -76,8 +77,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     reference = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
     with asyncio.Runner() as runner:
         runner.run(server.start())
+        runner.run(server.client.relabel(0))
         generator = Generator(
-            server.client, gate, lambda: None, 240, tokenizer.vocab_size, tokenizer.decode_all
+            server.client, gate, lambda: None, CONTEXT, tokenizer.vocab_size, tokenizer.decode_all
         )
         yield Engine(runner, generator, tokenizer, reference)
         runner.run(server.stop())
@@ -111,6 +113,26 @@ def test_stop_text_across_an_interruption_ends_the_response(
     [stopped] = engine.generate(replace(GREEDY, stop=(stop,)), resumed=(resumed,))
     assert (stopped.stop, engine.text(stopped)) == ("stop", text[: begun + 2])
     assert [len(segment.ids) for segment in stopped.segments] == [begun, 2]
+
+
+def test_context_is_filled_to_the_last_token(engine: Engine) -> None:
+    """SGLang keeps the last 7 tokens of its own context free of input."""
+
+    async def generate(room: int) -> tuple[int, Completion]:
+        ids = [3 + n % 30 for n in range(CONTEXT - room)]
+        return room, await engine.generator.generate(ids, Sampling(60, 1.0, [0]))
+
+    async def all_of_them() -> list[tuple[int, Completion]]:
+        return list(await asyncio.gather(*(generate(room) for room in [1, 2, 6, 7, 8, 20] * 3)))
+
+    filled = set()
+    for room, completion in engine.runner.run(all_of_them()):
+        if completion.stop == "length":
+            assert len(completion.ids) == room
+            filled.add(room)
+        else:
+            assert completion.ids[-1] == 0 and len(completion.ids) <= room
+    assert {1, 2} <= filled
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
