@@ -11,7 +11,7 @@ Error
 ├── HookFailed        a user's function raised or returned a wrong value: has its traceback
 ├── ScoreUnavailable  a workflow requested a score, and scoring failed or the lease ended
 ├── NonFiniteStep     a training step would have written non-finite weights
-├── SelftestFailed    a parallel layout computes another loss or gradient than a single rank
+├── SelftestFailed    an objective breaks a rule, or a layout computes another loss or gradient
 └── Preempted         not a failure: a job received SIGTERM and saved its state
 
 A process ends with one `error: ...` line and exit code 2 on any of them, and with 75 on Preempted

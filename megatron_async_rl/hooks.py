@@ -13,8 +13,9 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ HOOKS = {
         },
         is_class=True,
     ),
+    "rollout.agent": Hook(("row", "client")),
     "data.reader": Hook(
         ("path", "source"), {"reasoning_gym": "megatron_async_rl.data.reasoning_gym_rows:read"}
     ),
@@ -104,6 +106,7 @@ def load(setting: str, value: str) -> Any:
     check_name(setting, value)
     hook = HOOKS[setting]
     module, _, name = hook.built_in.get(value, value).partition(":")
+    _add_working_directory()
     try:
         loaded = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as e:  # a user's module may raise anything
@@ -156,6 +159,7 @@ def source_file(setting: str, value: str) -> Path:
     """
     check_name(setting, value)
     module = value.partition(":")[0]
+    _add_working_directory()
     try:
         spec = importlib.util.find_spec(module)
     except (Exception, SystemExit) as e:  # the __init__.py of a user's package may raise anything
@@ -189,6 +193,14 @@ def digests(config: Any) -> dict[str, str]:
     return found
 
 
+def check_lines(setting: str, value: str, checks: Sequence[tuple[str, str]]) -> list[str]:
+    """Returns the lines that say how (check, problem) of a hook ended: one for each problem."""
+    failed = [
+        f"FAILED {setting} = {value}: {name}: {problem}" for name, problem in checks if problem
+    ]
+    return failed or [f"{setting} = {value}: {len(checks)} checks passed"]
+
+
 def _cannot_load(setting: str, value: str, problem: str) -> ConfigError:
     hook = HOOKS[setting]
     names = f"{', '.join(hook.built_in)}, or " if hook.built_in else ""
@@ -197,6 +209,12 @@ def _cannot_load(setting: str, value: str, problem: str) -> ConfigError:
         f"name {names}an importable package.module:{hook.signature}; its folder must be on "
         "PYTHONPATH (the working directory is)",
     )
+
+
+def _add_working_directory() -> None:
+    """Puts it on the path where the program was not started by python -m, which does."""
+    if not {"", str(Path.cwd())} & {*sys.path}:
+        sys.path.append(str(Path.cwd()))
 
 
 def _place(error: BaseException) -> str:

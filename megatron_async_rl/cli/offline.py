@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from megatron_async_rl import processes
+from megatron_async_rl.cli import hook_checks
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.checks import check_trained_distribution
 from megatron_async_rl.config.config import Config
@@ -42,13 +43,14 @@ def replay(paths: list[Path], config_path: Path | None, overrides: list[str]) ->
 
 
 def selftest(config: Config) -> int:
-    """Compares this configuration's parallel layout with TP1 PP1 CP1, on a small model."""
+    """Checks the hooks, then compares the layout with TP1 PP1 CP1, on a small model."""
+    passed = hook_checks.check_hooks(config, lambda line: print(line, flush=True))
     model = json.dumps(small_model(config))
     with tempfile.TemporaryDirectory() as folder:
         model_dir = Path(folder) / "model"
         model_dir.mkdir()
         (model_dir / "config.json").write_text(model)
-        return _run_ranks(config, Path(folder), "selftest", str(model_dir))
+        return _run_ranks(config, Path(folder), "selftest", str(model_dir)) or int(not passed)
 
 
 def _run_ranks(config: Config, folder: Path, module: str, *arguments: str) -> int:

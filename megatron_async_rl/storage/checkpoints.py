@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from megatron_async_rl.errors import DataError
+from megatron_async_rl.storage import hook_digests
 from megatron_async_rl.storage.files import digest, sync, write_atomic
 
 FOLDER = "checkpoints"
@@ -31,10 +32,13 @@ class CheckpointManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     journal_seq: int  # events in the journal, all on disk, when this was written
     prompts: int  # prompts admitted until then
     files: dict[str, str]  # name -> sha256 of every file in the folder
+    hooks: dict[str, str] = {}  # the user's hooks when it was written, see hook_digests.py
     sha256: str = ""  # of the other fields
 
     def digest(self) -> str:
-        unsigned = msgspec.structs.replace(self, sha256="")
+        unsigned = msgspec.to_builtins(msgspec.structs.replace(self, sha256=""))
+        if not self.hooks:
+            del unsigned["hooks"]  # earlier manifests have no such field
         return hashlib.sha256(msgspec.json.encode(unsigned, order="sorted")).hexdigest()
 
 
@@ -64,7 +68,8 @@ def commit(
     if names != files.keys():
         different = sorted(names ^ files.keys())
         raise DataError(f"checkpoint {path}: files and digests differ: {different}")
-    manifest = CheckpointManifest(version, folder, journal_seq, prompts, files)
+    hooks = hook_digests.read(run_dir)
+    manifest = CheckpointManifest(version, folder, journal_seq, prompts, files, hooks)
     manifest = msgspec.structs.replace(manifest, sha256=manifest.digest())
     sync(path)
     encoded = msgspec.json.format(msgspec.json.encode(manifest))

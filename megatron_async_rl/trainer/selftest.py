@@ -1,12 +1,14 @@
-"""`torchrun -m megatron_async_rl.trainer.selftest CONFIG FOLDER`: checks a parallel layout.
+"""`torchrun -m megatron_async_rl.trainer.selftest CONFIG FOLDER`: checks objective and layout.
 
-Compares it with TP1 PP1 CP1 on the same ranks. A small version of the configured model (in FOLDER)
-starts from the same random weights in both layouts and gets the same samples. Loss and all
-gradients must agree, in float32, so that rounding cannot hide a wrong layout.
+First the policy objective alone (algorithms/contract.py). Then the layout is compared with TP1 PP1
+CP1 on the same ranks: a small version of the configured model (in FOLDER) starts from the same
+random weights in both layouts and gets the same samples. Loss and all gradients must agree, in
+float32, so that rounding cannot hide a wrong layout.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from megatron_async_rl import patches, processes
+from megatron_async_rl import hooks, patches, processes
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import SelftestFailed
@@ -108,8 +110,29 @@ def compare(got: dict[str, Any], want: dict[str, Any]) -> list[tuple[str, float]
     return [(name, difference(name, array)) for name, array in want.items()]
 
 
+def _check_objective(config: Config) -> None:
+    """Writes the problems of the objective, each in one line. Raises SelftestFailed if any."""
+    from megatron_async_rl.trainer.algorithms import contract, objectives
+
+    name = config.algorithm.loss.objective
+    checks = list(contract.objective_checks(config.algorithm))
+    failed = any(problem for _, problem in checks)
+    if os.environ["RANK"] == "0":
+        lines = hooks.check_lines(objectives.SETTING, name, checks)
+        if not failed and (note := contract.sign_note(config.algorithm)):
+            lines.append(f"note: {objectives.SETTING} = {name}: {note}")
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+        sys.stdout.flush()
+    if failed:
+        raise SelftestFailed(
+            f"{objectives.SETTING} = {name} breaks rules of the trainer, see above; do not train "
+            "with it"
+        )
+
+
 def _selftest(config_path: Path, folder: Path) -> None:
     config = configuration.load(config_path)
+    _check_objective(config)
     patches.prepare_megatron()
     import torch.distributed as dist
 

@@ -1,0 +1,97 @@
+"""The part of `selftest` that needs no trainer: loads every hook, checks the advantages.
+
+The policy objective is checked by the trainer's ranks (trainer/algorithms/contract.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from megatron_async_rl import hooks
+from megatron_async_rl.config.algorithm import AlgorithmConfig
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.controller import advantage
+from megatron_async_rl.errors import ConfigError, HookFailed
+
+NUM_GROUPS = 5
+MAX_TOKENS = 50
+TOLERANCE = 1e-9
+
+
+def check_hooks(config: Config, say: Callable[[str], None]) -> bool:
+    """Loads the configured hooks and checks the advantages; says the result of each in one line.
+
+    Returns whether all is well.
+    """
+    passed = True
+    for setting, value in hooks.custom_hooks(config).items():
+        try:
+            hooks.load(setting, value)
+        except ConfigError as e:
+            say(f"FAILED {e}")
+            passed = False
+    if not passed:
+        return False
+    algorithm = config.algorithm
+    checks = list(advantage_checks(algorithm))
+    lines = hooks.check_lines(advantage.SETTING, algorithm.advantage.estimator, checks)
+    for line in lines:
+        say(line)
+    return not any(problem for _, problem in checks)
+
+
+def advantage_checks(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
+    """Yields (what is checked, problem) of the configured estimator, the problem empty if it holds.
+
+    Ends at the first problem with the result itself.
+    """
+    rng = np.random.default_rng(0)
+    shape = (NUM_GROUPS, algorithm.samples_per_prompt)
+    rewards_GS, tokens_GS = rng.random(shape), rng.integers(1, MAX_TOKENS + 1, shape)
+
+    def estimated(rewards_GS: np.ndarray, tokens_GS: np.ndarray) -> advantage.Advantages:
+        return advantage.sample_advantages(rewards_GS, tokens_GS, algorithm, MAX_TOKENS)
+
+    batches = {
+        "rewards": rewards_GS,
+        "binary rewards": (rewards_GS > 0.5).astype(np.float64),
+        "equal rewards": np.ones(shape),
+        "large rewards": rewards_GS * 1e6,
+    }
+    for name, batch_GS in batches.items():
+        try:
+            estimated(batch_GS, tokens_GS)
+        except HookFailed as e:
+            yield name, str(e).partition("\n")[0]
+            return
+        yield name, ""
+    want = estimated(rewards_GS, tokens_GS)
+    again = estimated(rewards_GS, tokens_GS)
+    yield (
+        "repeatable",
+        ""
+        if _are_close(again, want, 0.0)
+        else "two calls with the same inputs differ; use no random numbers and keep no state: a "
+        "batch is computed again after a restart",
+    )
+    order = rng.permutation(NUM_GROUPS)
+    permuted = estimated(rewards_GS[order], tokens_GS[order])
+    yield (
+        "order of groups",
+        ""
+        if _are_close(permuted, [want[g] for g in order], TOLERANCE)
+        else "the advantages of a group depend on its place in the batch",
+    )
+
+
+def _are_close(
+    got: advantage.Advantages, want: advantage.Advantages | list, tolerance: float
+) -> bool:
+    pairs = [
+        (a, b)
+        for row, other in zip(got, want, strict=True)
+        for a, b in zip(row, other, strict=True)
+    ]
+    return all(np.allclose(a, b, tolerance, tolerance) for a, b in pairs)
