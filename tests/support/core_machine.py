@@ -8,9 +8,11 @@ from core_builders import generated, make_core, scored
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from megatron_async_rl.config.algorithm import FilterConfig
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, Send, SendBatch
 from megatron_async_rl.controller.core.groups import GroupState
+from megatron_async_rl.controller.filters import filter_rules
 from megatron_async_rl.protocol.messages import Generate, GenerateFailed, ScoreRequest, StepDone
 
 
@@ -27,7 +29,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.core = make_core(
             max_staleness=max_staleness,
             wait_for_stragglers=wait,
-            drop_equal_rewards=equal,
+            filter_rules=filter_rules(FilterConfig(drop_equal_rewards=equal)),
             lease_timeout_s=30.0,
         )
         self.random = random.Random(seed)
