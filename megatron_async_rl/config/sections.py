@@ -232,8 +232,9 @@ class RewardConfig(Section, frozen=True, kw_only=True):
     max_attempts: PositiveInt = 3
     """Attempts to score one response before its group is dropped."""
     thinking_tags: tuple[Text, ...] = ("<think>", "</think>")
-    """Opening and closing tags of thinking, in turn. `math` reads the answer after the last closing
-    tag; a response whose thinking is not closed has no answer. An empty list: no tags."""
+    """Opening and closing tags of thinking, in turn. `math` and `code` read what follows the last
+    closing tag; a response whose thinking is not closed has no answer, also if the prompt opened
+    it. An empty list: no tags."""
 
 
 class SandboxConfig(Section, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ async def _run(run_dir: Path) -> None:
     run_log = RunLog(run_dir, settings)
     journal = Journal(run_dir / JOURNAL_FILE)
     try:
-        hub = Hub(run_dir, settings.run.host, settings.model.context_tokens)
+        hub = Hub(run_dir, settings.run.host, settings.model.context_tokens * settings.max_sequences)
         try:
             await Controller(settings, hub, run_log, journal).run()
         finally:

@@ -12,7 +12,12 @@ import time
 
 import numpy as np
 
-from megatron_async_rl.controller.advantage import Advantages, sample_advantages, token_means
+from megatron_async_rl.controller.advantage import (
+    Advantages,
+    check_estimator,
+    sample_advantages,
+    token_means,
+)
 from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.core.actions import ResendBatch, SendBatch
 from megatron_async_rl.controller.core.groups import Group
@@ -29,6 +34,7 @@ class BatchDelivery:
         self._mismatch = mismatch
         self._fleet = context.core.fleet
         self._config = context.config
+        check_estimator(context.config.algorithm)  # before anything is generated
         self._journal = context.journal
         self._workers = context.workers
         self._progress = context.progress
@@ -69,10 +75,11 @@ class BatchDelivery:
     async def _send(self, batch: SendBatch) -> tuple[np.ndarray, np.ndarray]:
         rewards, advantages = self._advantages(batch.groups)
         samples = [
-            train_sample(sample, advantages[g][s])
+            sequence
             for g, group in enumerate(batch.groups)
             for s, sample in enumerate(group.samples)
             if sample is not None
+            for sequence in train_samples(sample, advantages[g][s])
         ]
         probe = self._mismatch.choose(batch.version, samples, self._fleet.rollout.values())
         shares = balanced_shares(samples, self._config.num_leaders)
@@ -120,15 +127,11 @@ class BatchDelivery:
 
 
 def balanced_shares(samples: list[TrainSample], num_shares: int) -> list[list[TrainSample]]:
-    """Splits samples into shares of equal count and nearly equal tokens.
+    """Splits samples into shares of equal count, or one fewer, and nearly equal tokens.
 
-    Longest first, each sample goes to the share with the fewest tokens that is not full. Raises
-    ValueError unless the count divides by `num_shares`: every rank must make the same number of
-    minibatches.
+    Longest first, each sample goes to the share with the fewest tokens that is not full.
     """
-    share_size, rest = divmod(len(samples), num_shares)
-    if rest:
-        raise ValueError(f"{len(samples)} samples do not divide into {num_shares} equal shares")
+    share_size = -(-len(samples) // num_shares)
     shares: list[list[TrainSample]] = [[] for _ in range(num_shares)]
     tokens = [0] * num_shares
     for sample in sorted(samples, key=lambda s: len(s.ids), reverse=True):
@@ -139,8 +142,8 @@ def balanced_shares(samples: list[TrainSample], num_shares: int) -> list[list[Tr
     return shares
 
 
-def train_sample(sample: Sample, advantage: float | np.ndarray) -> TrainSample:
-    """Returns the sample as the trainer takes it.
+def train_samples(sample: Sample, advantage: float | np.ndarray) -> list[TrainSample]:
+    """Returns the training sequences of a sample as the trainer takes them.
 
     `advantage`: one for all tokens, or an array with one entry per generated token.
     """
@@ -149,4 +152,7 @@ def train_sample(sample: Sample, advantage: float | np.ndarray) -> TrainSample:
         advantages[sample.generated] = advantage
     else:
         advantages = np.full(len(sample.ids), advantage, np.float32)
-    return TrainSample(sample.ids, sample.logprobs, sample.versions, advantages)
+    return [
+        TrainSample(sample.ids[s], sample.logprobs[s], sample.versions[s], advantages[s])
+        for s in sample.sequences()
+    ]

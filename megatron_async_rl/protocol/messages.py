@@ -80,6 +80,8 @@ class Heartbeat(Message, frozen=True):
 
     running: int = 0
     tokens_generated: int = 0  # since the worker's start
+    idle_s: float = 0.0  # rollout: since the worker's start, without a request that its server runs
+    engine: dict[str, float] = {}  # rollout: the server's own figures, by the name of the metric
 
 
 class Shutdown(Message, frozen=True):

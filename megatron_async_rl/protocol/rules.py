@@ -251,6 +251,8 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "digest_kind": _matches(_DIGEST),
     "digests": _is_digests,
     "seconds": _is_seconds,
+    "idle_s": _is_seconds,
+    "engine": _is_seconds,
     "stats": _is_metrics,
     "probe_logprobs": _is_probe,
     # checked against the others of the message or of the run

@@ -38,6 +38,7 @@ class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prompt_id: str
     ids: np.ndarray  # [num_prompt_tokens] int32
     row: dict[str, Any]  # as read from the dataset, for reward function and workflow
+    opening_tag: str = ""  # the one of reward.thinking_tags that the prompt's text ends in
 
 
 class Segment(msgspec.Struct, frozen=True):

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_async_rl import hooks, processes
 from megatron_async_rl.config import load
 from megatron_async_rl.protocol.transport import Link
+from megatron_async_rl.rollout.agents.workflow import AgentWorkflow
 from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.worker import RolloutWorker
 from megatron_async_rl.rollout.workflow import Workflow
@@ -16,7 +17,11 @@ async def _serve(run_dir: Path, name: str) -> None:
     config = load.load(run_dir / "config.yaml")
     # before the server, which starts slowly
     rollout = config.rollout
-    workflow: Workflow = hooks.workflow(rollout.workflow, rollout.workflow_options)
+    workflow: Workflow
+    if config.has_agent:
+        workflow = AgentWorkflow(config, run_dir / "logs" / f"{name}.agents.log")
+    else:
+        workflow = hooks.workflow(rollout.workflow, rollout.workflow_options)
     server = SGLangServer(config, run_dir, name)
     try:
         await server.start()

@@ -125,6 +125,7 @@ class SamplePolicy:
         partial = self._partial
         if partial is None or partial.ids[: partial.num_input].tolist() != ids:
             return []
+        self._partial = None  # another call with this input samples by itself
         return partial.segments()
 
     async def _save(self, ids: list[int], segments: list[Segment], interrupted: bool) -> None:

@@ -147,7 +147,12 @@ class RolloutWorker:
 
     async def _send_heartbeats(self) -> None:
         while True:
-            heartbeat = messages.Heartbeat(self.gate.num_in_flight, self.generator.num_tokens)
+            heartbeat = messages.Heartbeat(
+                self.gate.num_in_flight,
+                self.generator.num_tokens,
+                self.gate.idle_s,
+                await self._client.load(),
+            )
             await self._link.send(heartbeat)
             await asyncio.sleep(HEARTBEAT_S)
 
@@ -217,9 +222,10 @@ class RolloutWorker:
         """Raises DataError unless a workflow returned a Sample that fits into the context."""
         context_tokens = self._config.model.context_tokens
         if isinstance(sample, Sample):
-            if len(sample.ids) <= context_tokens:
+            longest = max(part.stop - part.start for part in sample.sequences())
+            if longest <= context_tokens:
                 return
-            found = f"{len(sample.ids)} tokens"
+            found = f"{longest} tokens"
         else:
             found = f"a {type(sample).__name__}"
         raise DataError(

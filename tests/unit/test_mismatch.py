@@ -9,7 +9,7 @@ from run_log_builders import sample_of_versions
 
 from megatron_async_rl.config.load import from_tree
 from megatron_async_rl.controller.core.fleet import RolloutWorker, ServerState
-from megatron_async_rl.controller.delivery import train_sample
+from megatron_async_rl.controller.delivery import train_samples
 from megatron_async_rl.controller.monitoring.mismatch import MismatchMonitor
 from megatron_async_rl.protocol.messages import ProbeRequest, ProbeResult, StepDone
 from megatron_async_rl.protocol.types import PROBE_TOKENS, TrainSample
@@ -32,7 +32,9 @@ def server(
 def batch() -> list[TrainSample]:
     """Eight samples of old versions, all generated before the weights under training existed."""
     lengths = [3, 40, 300, 1000, 2, 256, 257, 700]
-    return [train_sample(sample_of_versions((2, n // 2), (3, n - n // 2)), 1.0) for n in lengths]
+    return [
+        train_samples(sample_of_versions((2, n // 2), (3, n - n // 2)), 1.0)[0] for n in lengths
+    ]
 
 
 def chosen(probe: MismatchMonitor) -> tuple[list[TrainSample], ProbeRequest]:

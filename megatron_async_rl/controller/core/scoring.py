@@ -17,6 +17,8 @@ import itertools
 from collections import deque
 from dataclasses import dataclass
 
+import msgspec
+
 from megatron_async_rl.controller.core.actions import Send
 from megatron_async_rl.controller.core.fleet import Fleet
 from megatron_async_rl.controller.core.groups import Group
@@ -55,7 +57,8 @@ class ScoringQueue:
         key = SampleKey(self._state.epoch, group.group_id, group.attempt, index)
         sample = group.samples[index]
         assert sample is not None
-        request = ScoreRequest(key, sample.text, group.prompt.row)
+        prompt = group.prompt
+        request = ScoreRequest(key, sample.text, prompt.row, opening_tag=prompt.opening_tag)
         self._enqueue(ScoringTask(request, is_evaluation=group.purpose == "eval"))
 
     def enqueue_unscored(self, group: Group) -> None:
@@ -66,7 +69,8 @@ class ScoringQueue:
 
     def enqueue_request(self, requester: str, request: ScoreRequest, group: Group) -> None:
         """Queues a request of a workflow."""
-        request = ScoreRequest(request.key, request.response, group.prompt.row, request.call)
+        prompt = group.prompt
+        request = msgspec.structs.replace(request, row=prompt.row, opening_tag=prompt.opening_tag)
         self._enqueue(ScoringTask(request, requester))
 
     def assign(self, now: float) -> list[Send]:

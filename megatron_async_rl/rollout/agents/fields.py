@@ -1,0 +1,73 @@
+"""Reads the fields of a JSON request; a wrong one is an error that names it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron_async_rl.rollout.agents.session import RequestError
+
+
+class Fields:
+    def __init__(self, body: Any) -> None:
+        if not isinstance(body, dict):
+            raise RequestError(400, f"expected a JSON object, found a {type(body).__name__}")
+        self._body: dict[str, Any] = body
+
+    def objects(self, name: str, required: bool = False) -> list[dict[str, Any]]:
+        value = self._body.get(name)
+        if value is None and not required:
+            return []
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            raise RequestError(400, f"{name} must be a list of objects")
+        if required and not value:
+            raise RequestError(400, f"{name} is empty")
+        return value
+
+    def object(self, name: str) -> dict[str, Any]:
+        value = self._body.get(name)
+        if not isinstance(value, dict):
+            raise RequestError(400, f"{name} must be an object")
+        return value
+
+    def json_object(self, name: str) -> dict[str, Any]:
+        """Returns an object, or one that is written as a JSON text."""
+        value = self._body.get(name) or {}
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise RequestError(400, f"{name} is not JSON") from None
+        if not isinstance(value, dict):
+            raise RequestError(400, f"{name} must be a JSON object")
+        return value
+
+    def text(self, name: str) -> str:
+        value = self._body.get(name)
+        if not isinstance(value, str):
+            raise RequestError(400, f"{name} must be a string")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Returns one text or a list of them as a tuple."""
+        value = self._body.get(name) or []
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
+            raise RequestError(400, f"{name} must be a string or a list of strings")
+        if len(values) > 16:
+            raise RequestError(400, f"{name} has {len(values)} entries, at most 16 are allowed")
+        return tuple(values)
+
+    def integer(self, name: str, default: int | None = None) -> int | None:
+        value = self._body.get(name)
+        if value is None:
+            return default
+        if type(value) is not int:
+            raise RequestError(400, f"{name} must be an integer")
+        return value
+
+    def boolean(self, name: str) -> bool:
+        value = self._body.get(name) or False
+        if not isinstance(value, bool):
+            raise RequestError(400, f"{name} must be true or false")
+        return value

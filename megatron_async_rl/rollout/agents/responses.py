@@ -1,0 +1,128 @@
+"""The common part of OpenAI's responses API: text in and out, function tools, earlier responses."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from megatron_async_rl.rollout.agents import chat
+from megatron_async_rl.rollout.agents.fields import Fields
+from megatron_async_rl.rollout.agents.session import ChatRequest, Reply, RequestError, Session
+
+
+def parse(body: dict[str, Any], session: Session) -> ChatRequest:
+    """Returns the request of /v1/responses. Raises RequestError."""
+    fields, messages = Fields(body), []
+    if body.get("instructions"):
+        messages.append({"role": "system", "content": fields.text("instructions")})
+    if previous := body.get("previous_response_id"):
+        if previous not in session.earlier:
+            raise RequestError(404, f"previous_response_id = {previous!r} is not of this session")
+        messages += session.earlier[previous]
+    given = body.get("input")
+    if isinstance(given, str):
+        messages.append({"role": "user", "content": given})
+    else:
+        messages += [_message(item) for item in fields.objects("input", required=True)]
+    tools = [_tool(tool) for tool in fields.objects("tools")]
+    return chat.parse_chat(
+        {
+            "messages": messages,
+            "tools": tools,
+            "tool_choice": body.get("tool_choice", "auto"),
+            "max_tokens": body.get("max_output_tokens"),
+            "stream": body.get("stream", False),
+        }
+    )
+
+
+def response(request: ChatRequest, reply: Reply, session: Session) -> dict[str, Any]:
+    """Returns the reply; the session keeps its conversation for `previous_response_id`."""
+    identity = chat.new_id("resp")
+    answer: dict[str, Any] = {"role": "assistant", "content": reply.content}
+    if reply.calls:
+        answer["tool_calls"] = [call.as_openai() for call in reply.calls]
+    kept = [message for message in request.messages if message["role"] != "system"]
+    session.earlier[identity] = [*kept, answer]
+    output: list[dict[str, Any]] = []
+    if reply.content or not reply.calls:
+        text = {"type": "output_text", "text": reply.content, "annotations": []}
+        output.append(
+            {
+                "type": "message",
+                "id": chat.new_id("msg"),
+                "role": "assistant",
+                "status": "completed",
+                "content": [text],
+            }
+        )
+    for call in reply.calls:
+        function = call.as_openai()["function"]
+        output.append({"type": "function_call", "id": call.id, "call_id": call.id, **function})
+    used = chat.usage([reply])
+    return {
+        "id": identity,
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": chat.MODEL,
+        "status": "completed" if reply.finish != "length" else "incomplete",
+        "incomplete_details": {"reason": "max_output_tokens"} if reply.finish == "length" else None,
+        "error": None,
+        "instructions": None,
+        "metadata": {},
+        "output": output,
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+        "usage": {
+            "input_tokens": used["prompt_tokens"],
+            "output_tokens": used["completion_tokens"],
+            "total_tokens": used["total_tokens"],
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": 0},
+        },
+    }
+
+
+def events(whole: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the events of a streamed reply: created, the text in one delta, completed."""
+    empty = whole | {"output": [], "status": "in_progress"}
+    found: list[dict[str, Any]] = [{"type": "response.created", "response": empty}]
+    for index, item in enumerate(whole["output"]):
+        found.append({"type": "response.output_item.added", "output_index": index, "item": item})
+        if item["type"] == "message":
+            place = {"item_id": item["id"], "output_index": index, "content_index": 0}
+            text = item["content"][0]["text"]
+            found.append({"type": "response.output_text.delta", **place, "delta": text})
+            found.append({"type": "response.output_text.done", **place, "text": text})
+        found.append({"type": "response.output_item.done", "output_index": index, "item": item})
+    kind = "response.completed" if whole["status"] == "completed" else "response.incomplete"
+    found.append({"type": kind, "response": whole})
+    return [event | {"sequence_number": number} for number, event in enumerate(found)]
+
+
+def _message(item: dict[str, Any]) -> dict[str, Any]:
+    """Returns an input item as a chat message."""
+    fields = Fields(item)
+    match item.get("type", "message"):
+        case "function_call":
+            function = {"name": fields.text("name"), "arguments": fields.json_object("arguments")}
+            call = {"id": fields.text("call_id"), "type": "function", "function": function}
+            return {"role": "assistant", "content": "", "tool_calls": [call]}
+        case "function_call_output":
+            call_id = fields.text("call_id")
+            return {"role": "tool", "content": fields.text("output"), "tool_call_id": call_id}
+        case "message":
+            return {"role": fields.text("role"), "content": item.get("content")}
+        case kind:
+            raise RequestError(400, f"input items of type {kind!r} are not supported")
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    fields = Fields(tool)
+    if tool.get("type") != "function":
+        raise RequestError(400, f"tools of type {tool.get('type')!r} are not supported")
+    parameters = tool.get("parameters") or {"type": "object", "properties": {}}
+    description = tool.get("description") or ""
+    function = {"name": fields.text("name"), "description": description, "parameters": parameters}
+    return {"type": "function", "function": function}

@@ -1,0 +1,154 @@
+"""Runs the agent of one episode in a process of its own: a Python function or a command.
+
+Both return the reward that the agent gave, or None, and raise HookFailed if it failed. Cancelling
+`run` ends the agent and all that it has started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_async_rl import processes
+from megatron_async_rl.errors import HookFailed
+from megatron_async_rl.rollout.agents.client import ClientSettings
+
+LINE_LIMIT = 64 << 20  # bytes of an answer
+OUTPUT_LIMIT = 1 << 20  # bytes of a command's output that are looked at
+
+
+class FunctionRunner:
+    """Runs rollout.agent in forks of one host process (host.py), which is started when needed."""
+
+    def __init__(self, agent: str, log: Path) -> None:
+        self._agent, self._log = agent, log
+        self._host: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._starting = asyncio.Lock()
+        self._next_id = 0
+
+    async def run(self, row: dict[str, Any], client: ClientSettings) -> float | None:
+        host = await self._started()
+        self._next_id += 1
+        number, answered = self._next_id, asyncio.get_running_loop().create_future()
+        self._waiting[number] = answered
+        try:
+            await self._send(host, {"id": number, "row": row, "client": dataclasses.asdict(client)})
+            answer = await answered
+        except BaseException:
+            with contextlib.suppress(OSError):
+                await self._send(host, {"kill": number})
+            raise
+        finally:
+            del self._waiting[number]
+        if "error" in answer:
+            raise HookFailed(f"rollout.agent = {self._agent} failed: {answer['error']}")
+        return checked_reward(answer["reward"], f"rollout.agent = {self._agent} returned")
+
+    async def stop(self) -> None:
+        if self._host and self._host.returncode is None:
+            self._host.kill()
+            await self._host.wait()
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        async with self._starting:
+            if self._host is None or self._host.returncode is not None:
+                command = ["-m", "megatron_async_rl.rollout.agents.host", self._agent]
+                self._host = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *command,
+                    str(self._log),
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    limit=LINE_LIMIT,
+                )
+                self._reader = asyncio.create_task(self._read(self._host))
+            return self._host
+
+    async def _send(self, host: asyncio.subprocess.Process, request: dict[str, Any]) -> None:
+        assert host.stdin
+        host.stdin.write(json.dumps(request).encode() + b"\n")
+        await host.stdin.drain()
+
+    async def _read(self, host: asyncio.subprocess.Process) -> None:
+        assert host.stdout
+        while line := await host.stdout.readline():
+            answer = json.loads(line)
+            future = self._waiting.get(answer.pop("id"))
+            if future and not future.done():
+                future.set_result(answer)
+        code = await host.wait()
+        text = processes.error_text(self._log) if code == processes.EXIT_ERROR else None
+        error = text or f"the process that runs agents ended with exit code {code}; see {self._log}"
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_result({"error": error})
+
+
+class CommandRunner:
+    """Runs rollout.agent_command: the row as JSON on stdin, the clients' variables in its
+    environment.
+
+    The reward is that of the last line of its output, if this is JSON: {"reward": number}.
+    """
+
+    def __init__(self, command: str, log: Path) -> None:
+        self._command, self._log = command, log
+
+    async def run(self, row: dict[str, Any], client: ClientSettings) -> float | None:
+        name = f"rollout.agent_command = {self._command!r}"
+        with self._log.open("ab") as log:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *shlex.split(self._command),
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=log,
+                    env={**os.environ, **client.environment()},
+                    preexec_fn=_in_new_group,
+                )
+            except OSError as e:
+                raise HookFailed(f"{name} cannot be started: {e}") from None
+        try:
+            output, _ = await process.communicate(json.dumps(row).encode())
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+        if process.returncode:
+            raise HookFailed(f"{name} ended with exit code {process.returncode}; see {self._log}")
+        lines = output[-OUTPUT_LIMIT:].decode(errors="replace").strip().splitlines()
+        try:
+            answer = json.loads(lines[-1]) if lines else None
+        except ValueError:
+            return None
+        reward = answer.get("reward") if isinstance(answer, dict) else None
+        return checked_reward(reward, f"{name} wrote")
+
+    async def stop(self) -> None:
+        pass
+
+
+def checked_reward(reward: Any, where: str) -> float | None:
+    """Raises HookFailed unless the reward is a finite number or None."""
+    if reward is None:
+        return None
+    is_number = isinstance(reward, int | float) and not isinstance(reward, bool)
+    if not is_number or not math.isfinite(reward):
+        raise HookFailed(f"{where} {reward!r}; a reward is a finite number, or None for no reward")
+    return float(reward)
+
+
+def _in_new_group() -> None:
+    os.setpgid(0, 0)
+    processes.die_with_parent()

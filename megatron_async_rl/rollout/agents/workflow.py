@@ -1,0 +1,65 @@
+"""The workflow of `rollout.agent` and `rollout.agent_command`: each sample is an episode of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.errors import HookFailed
+from megatron_async_rl.protocol.types import Prompt, Sample
+from megatron_async_rl.rollout.agents import chat
+from megatron_async_rl.rollout.agents.client import ClientSettings
+from megatron_async_rl.rollout.agents.runner import CommandRunner, FunctionRunner
+from megatron_async_rl.rollout.agents.server import Endpoint
+from megatron_async_rl.rollout.agents.session import ChatTemplate, Session
+from megatron_async_rl.rollout.engine_client import Sampling
+from megatron_async_rl.rollout.workflow import Policy
+
+
+class AgentWorkflow:
+    """`log`: what agents print is appended to it."""
+
+    def __init__(self, config: Config, log: Path) -> None:
+        data, rollout = config.data, config.rollout
+        self._timeout_s, self._max_requests = rollout.agent_timeout_s, rollout.agent_max_requests
+        self._template = ChatTemplate(
+            data.chat_template_name, data.chat_template_kwargs, data.add_bos
+        )
+        self._endpoint = Endpoint(rollout.agent_host)
+        self._runner: FunctionRunner | CommandRunner
+        if rollout.agent_command is not None:
+            self._runner = CommandRunner(rollout.agent_command, log)
+        else:
+            assert rollout.agent is not None
+            self._runner = FunctionRunner(rollout.agent, log)
+        self._starting = asyncio.Lock()
+
+    async def run(self, prompt: Prompt, policy: Policy, sampling: Sampling) -> Sample:
+        """Raises HookFailed if the agent fails or misses its deadline, EngineError if the server
+        fails, DataError if the agent makes no request."""
+        async with self._starting:
+            if not self._endpoint.port:
+                await self._endpoint.start()
+        session = Session(policy, sampling, self._template, self._max_requests)
+        self._endpoint.open(session)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                reward = await self._runner.run(prompt.row, self._client(session))
+        except TimeoutError:
+            raise session.error or HookFailed(
+                f"the agent did not end within rollout.agent_timeout_s = {self._timeout_s:g}"
+            ) from None
+        except HookFailed as e:
+            raise session.error or e from None
+        finally:
+            self._endpoint.close(session)
+        if session.error:
+            raise session.error
+        turns = session.transcript.turns
+        stop = turns[-1].completion.stop if turns else "stop"
+        return session.transcript.sample(stop, session.reward if reward is None else reward)
+
+    def _client(self, session: Session) -> ClientSettings:
+        url = self._endpoint.url
+        return ClientSettings(f"{url}/v1", session.key, url, chat.MODEL)

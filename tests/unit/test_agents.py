@@ -1,0 +1,459 @@
+"""Sessions of agents: exact tokens over turns and branches; the APIs with their real clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import anthropic
+import numpy as np
+import openai
+import psutil
+import pytest
+from char_tokenizer import make_chat_folder
+
+from megatron_async_rl.data.tokenizer import Tokenizer
+from megatron_async_rl.errors import EngineError, HookFailed
+from megatron_async_rl.protocol.types import Sample, Segment
+from megatron_async_rl.rollout.agents.client import ClientSettings
+from megatron_async_rl.rollout.agents.runner import CommandRunner, FunctionRunner
+from megatron_async_rl.rollout.agents.server import Endpoint
+from megatron_async_rl.rollout.agents.session import ChatTemplate, Session
+from megatron_async_rl.rollout.engine_client import Sampling
+from megatron_async_rl.rollout.workflow import Completion
+
+END = 0
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"type": "object", "properties": {}}},
+    }
+]
+
+
+class ScriptedPolicy:
+    """A policy that says given texts, two tokens per weight version."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: list[str]) -> None:
+        self.tokenizer, self.texts = tokenizer, texts
+        self.asked: list[list[int]] = []  # ids of each call
+        self.fails = False
+
+    async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
+        self.asked.append(ids)
+        await asyncio.sleep(0)
+        if self.fails:
+            raise EngineError("the server died")
+        text = self.texts.pop(0) if self.texts else "ok"
+        sampled = [*self.tokenizer.encode(text).tolist(), END][: sampling.max_new_tokens]
+        stop = "stop" if sampled[-1] == END else "length"
+        pairs = [sampled[n : n + 2] for n in range(0, len(sampled), 2)]
+        segments = [Segment(7 + n, pair, [-0.5] * len(pair)) for n, pair in enumerate(pairs)]
+        return Completion(segments, stop)
+
+
+class Served:
+    """A session behind a running endpoint, with the policy that it talks to."""
+
+    def __init__(self, endpoint: Endpoint, policy: ScriptedPolicy, max_requests: int) -> None:
+        self.policy, self.endpoint = policy, endpoint
+        template = ChatTemplate(None, {}, None)
+        self.session = Session(policy, Sampling(256, 1.0, [END]), template, max_requests)  # type: ignore[arg-type]
+        endpoint.open(self.session)
+
+    @property
+    def openai(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=f"{self.endpoint.url}/v1", api_key=self.session.key, max_retries=0
+        )
+
+    @property
+    def anthropic(self) -> anthropic.AsyncAnthropic:
+        return anthropic.AsyncAnthropic(
+            base_url=self.endpoint.url, api_key=self.session.key, max_retries=0
+        )
+
+    async def chat(self, messages: list[Any], **options: Any) -> Any:
+        return await self.openai.chat.completions.create(
+            model="policy", messages=messages, **options
+        )
+
+    def sample(self) -> Sample:
+        return self.session.transcript.sample("stop", None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(make_chat_folder(tmp_path_factory.mktemp("model")))
+
+
+@asynccontextmanager
+async def serving(
+    tokenizer: Tokenizer, *texts: str, max_requests: int = 100
+) -> AsyncIterator[Served]:
+    endpoint = Endpoint("127.0.0.1")
+    await endpoint.start()
+    try:
+        yield Served(endpoint, ScriptedPolicy(tokenizer, list(texts)), max_requests)
+    finally:
+        await endpoint.stop()
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def trained_text(tokenizer: Tokenizer, sample: Sample, part: slice) -> str:
+    """Returns the sequence's text with its trained tokens in capitals."""
+    ids, versions = sample.ids[part].tolist(), sample.versions[part]
+    words = [tokenizer.decode_all([token]) for token in ids]
+    return "".join(w.upper() if v >= 0 else w for w, v in zip(words, versions, strict=True))
+
+
+def test_turns_of_a_conversation_are_one_sequence_of_the_sampled_ids(tokenizer: Tokenizer) -> None:
+    async def converse() -> None:
+        async with serving(tokenizer, "four", "sorry, five") as served:
+            messages: list[Any] = [user("2+3")]
+            first = await served.chat(messages)
+            assert first.choices[0].message.content == "four"
+            assert first.choices[0].finish_reason == "stop"
+            assert first.usage.completion_tokens == 5
+            messages += [first.choices[0].message, user("wrong")]
+            second = await served.chat(messages, logprobs=True)
+            assert len(second.choices[0].logprobs.content) == 12
+            sample = served.sample()
+            [part] = sample.sequences()
+            assert trained_text(tokenizer, sample, part) == (
+                "<|user|>2+3<|end|><|assistant|>FOUR<|END|><|user|>wrong<|end|><|assistant|>"
+                "SORRY, FIVE<|END|>"
+            )
+            assert sample.versions[sample.generated].tolist()[:5] == [7, 7, 8, 8, 9]
+            assert (sample.logprobs[sample.generated] == -0.5).all()
+            assert served.policy.asked[1] == sample.ids[: len(served.policy.asked[1])].tolist()
+            assert sample.text == "four\n\nsorry, five"
+
+    asyncio.run(converse())
+
+
+def test_rewritten_history_is_a_branch_and_shared_turns_are_trained_once(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def branch() -> None:
+        async with serving(tokenizer, "one", "two", "three", "four") as served:
+            first = [user("a")]
+            answer = {"role": "assistant", "content": "one"}
+            await served.chat(first)
+            await served.chat([*first, answer, user("b")])
+            await served.chat([*first, answer, user("c")])  # a retry with another question
+            await served.chat([user("a"), {"role": "assistant", "content": "On"}, user("d")])
+            sample = served.sample()
+            texts = [trained_text(tokenizer, sample, part) for part in sample.sequences()]
+            head = "<|user|>a<|end|><|assistant|>"
+            assert texts == [
+                f"{head}ONE<|END|><|user|>b<|end|><|assistant|>TWO<|END|>",
+                f"{head}one<|end|><|user|>c<|end|><|assistant|>THREE<|END|>",
+                f"{head}On<|end|><|user|>d<|end|><|assistant|>FOUR<|END|>",
+            ]
+            assert sample.num_generated == len("onetwothreefour") + 4
+
+    asyncio.run(branch())
+    [record] = [r.getMessage() for r in caplog.records if "does not continue" in r.getMessage()]
+    assert "message 1 (assistant)" in record and "'O', was 'o'" in record
+
+
+def test_tool_calls_come_back_as_they_were_sampled(tokenizer: Tokenizer) -> None:
+    call = '<tool_call>{"name":  "add", "arguments": {"b": 1,   "a": 2}}</tool_call>'
+
+    async def call_tool() -> None:
+        async with serving(tokenizer, "let me see " + call, "3") as served:
+            messages: list[Any] = [user("1+2")]
+            first = (await served.chat(messages, tools=TOOLS)).choices[0]
+            assert first.finish_reason == "tool_calls"
+            [asked] = first.message.tool_calls
+            assert json.loads(asked.function.arguments) == {"a": 2, "b": 1}
+            assert first.message.content == "let me see"
+            result = {"role": "tool", "tool_call_id": asked.id, "content": "3"}
+            await served.chat([*messages, first.message, result], tools=TOOLS)
+            sample = served.sample()
+            [part] = sample.sequences()  # the odd white space of the call is part of the sequence
+            assert call in tokenizer.decode_all(sample.ids[part].tolist())
+
+    asyncio.run(call_tool())
+
+
+def test_anthropic_client_converses_with_tools_and_streams(tokenizer: Tokenizer) -> None:
+    async def converse() -> None:
+        call = '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>'
+        async with serving(tokenizer, call, "three", "bye") as served:
+            client = served.anthropic
+            tools: list[Any] = [{"name": "add", "input_schema": {"type": "object"}}]
+            messages: list[Any] = [user("1+2")]
+            options: dict[str, Any] = {"model": "policy", "max_tokens": 64, "tools": tools}
+            first = await client.messages.create(messages=messages, system="be kind", **options)
+            assert first.stop_reason == "tool_use" and first.content[0].input == {"a": 2}
+            result = {"type": "tool_result", "tool_use_id": first.content[0].id, "content": "3"}
+            messages += [
+                {"role": "assistant", "content": first.content},
+                {"role": "user", "content": [result]},
+            ]
+            async with client.messages.stream(
+                messages=messages, system="be kind", **options
+            ) as stream:
+                text = "".join([part async for part in stream.text_stream])
+                last = await stream.get_final_message()
+            assert text == "three" and last.stop_reason == "end_turn"
+            assert len(served.sample().sequences()) == 1
+
+    asyncio.run(converse())
+
+
+def test_openai_streams_completions_and_responses(tokenizer: Tokenizer) -> None:
+    async def ask() -> None:
+        async with serving(tokenizer, "alpha", "beta stop gamma", "delta", "epsilon") as served:
+            client = served.openai
+            stream = await served.chat([user("a")], stream=True)
+            deltas = [chunk.choices[0].delta.content async for chunk in stream if chunk.choices]
+            assert "".join(delta or "" for delta in deltas) == "alpha"
+            completion = await client.completions.create(model="policy", prompt="x", max_tokens=6)
+            assert completion.choices[0].text == "beta s"
+            assert completion.choices[0].finish_reason == "length"
+            first = await client.responses.create(model="policy", input="c")
+            assert first.output_text == "delta"
+            second = await client.responses.create(
+                model="policy", input="d", previous_response_id=first.id
+            )
+            assert second.output_text == "epsilon"
+            assert len(served.sample().sequences()) == 3  # the responses are one conversation
+
+    asyncio.run(ask())
+
+
+def test_several_completions_are_branches_of_one_prompt(tokenizer: Tokenizer) -> None:
+    async def ask() -> None:
+        async with serving(tokenizer, "a", "b", "c") as served:
+            reply = await served.chat([user("q")], n=3)
+            assert [choice.message.content for choice in reply.choices] == ["a", "b", "c"]
+            assert served.sample().num_generated == 6
+            assert len(served.sample().sequences()) == 3
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "text"),
+    [
+        ("chat/completions", b"{nonsense", 400, "not JSON"),
+        ("chat/completions", b"[]", 400, "object"),
+        ("chat/completions", b"{}", 400, "messages"),
+        ("chat/completions", {"messages": []}, 400, "empty"),
+        ("chat/completions", {"messages": [{"role": 1}]}, 400, "role"),
+        ("chat/completions", {"messages": [user("a")], "n": 99}, 400, "n = 99"),
+        ("chat/completions", {"messages": [user("a")], "max_tokens": 0}, 400, "max_tokens"),
+        ("chat/completions", {"messages": [user("a")], "tool_choice": "required"}, 400, "auto"),
+        (
+            "chat/completions",
+            {"messages": [user("a")], "response_format": {"type": "json_object"}},
+            400,
+            "distribution",
+        ),
+        ("completions", {"prompt": ["a", "b"]}, 400, "prompt"),
+        ("completions", {"prompt": []}, 400, "empty"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            400,
+            "image",
+        ),
+        ("responses", {"input": "a", "previous_response_id": "resp-x"}, 404, "resp-x"),
+        ("reward", {"reward": "high"}, 400, "number"),
+        ("reward", {"reward": float("inf")}, 400, "finite"),
+        ("nothing", {}, 404, ""),
+    ],
+)
+def test_wrong_request_is_an_error_that_names_the_field(
+    tokenizer: Tokenizer, path: str, body: Any, status: int, text: str
+) -> None:
+    async def ask() -> None:
+        async with serving(tokenizer) as served, aiohttp.ClientSession() as http:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            headers = {"Authorization": f"Bearer {served.session.key}"}
+            async with http.post(
+                f"{served.endpoint.url}/v1/{path}", data=data, headers=headers
+            ) as reply:
+                error = (await reply.json())["error"]
+                assert reply.status == status and text in error["message"], error
+            assert not served.session.transcript.turns and served.session.reward is None
+
+    asyncio.run(ask())
+
+
+def test_wrong_ended_and_foreign_keys_change_nothing(tokenizer: Tokenizer) -> None:
+    async def ask() -> None:
+        async with serving(tokenizer) as served:
+            for key in ("", "sk-other", "\u00e9"):
+                client = openai.AsyncOpenAI(
+                    base_url=f"{served.endpoint.url}/v1", api_key=key or "-", max_retries=0
+                )
+                with pytest.raises((openai.AuthenticationError, UnicodeEncodeError)):
+                    await client.chat.completions.create(model="policy", messages=[user("a")])
+            ended = served.openai
+            served.endpoint.close(served.session)
+            with pytest.raises(openai.AuthenticationError):
+                await ended.chat.completions.create(model="policy", messages=[user("a")])
+            assert served.policy.asked == []
+
+    asyncio.run(ask())
+
+
+def test_flood_of_requests_is_limited_and_server_failure_fails_the_episode(
+    tokenizer: Tokenizer,
+) -> None:
+    async def ask() -> None:
+        async with serving(tokenizer, max_requests=20) as served:
+            asked = [served.chat([user("a")]) for _ in range(100)]
+            replies = await asyncio.gather(*asked, return_exceptions=True)
+            limited = [r for r in replies if isinstance(r, openai.RateLimitError)]
+            assert len(limited) == 80 and len(served.session.transcript.turns) == 20
+        async with serving(tokenizer) as served:
+            served.policy.fails = True
+            with pytest.raises(openai.InternalServerError, match="the server died"):
+                await served.chat([user("a")])
+            assert isinstance(served.session.error, EngineError)
+
+    asyncio.run(ask())
+
+
+AGENTS = """
+import os, sys, threading, time
+
+def good(row, client):
+    assert os.environ["OPENAI_API_KEY"] == client.api_key
+    print("printed")
+    return row["x"] / 2
+
+async def waits(row, client):
+    import asyncio
+    await asyncio.sleep(0.01)
+
+def raises(row, client):
+    raise KeyError("of the agent")
+
+def dies(row, client):
+    os.kill(os.getpid(), 9)
+
+def leaves(row, client):
+    sys.exit(3)
+
+def wrong(row, client):
+    return "high"
+
+def hangs(row, client):
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    os.system("sleep 1000 & echo $! > " + row["file"])
+    time.sleep(1000)
+"""
+
+
+@pytest.fixture(scope="module")
+def agents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("agents")
+    (folder / "my_agents.py").write_text(AGENTS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("good", None),
+        ("waits", None),
+        ("raises", "KeyError: 'of the agent'"),
+        ("dies", "signal SIGKILL"),
+        ("leaves", "SystemExit: 3"),
+        ("wrong", "'high'"),
+    ],
+)
+def test_agent_runs_in_its_own_process(
+    agents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: str | None
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(agents), prepend=":")
+
+    async def run() -> float | None:
+        runner = FunctionRunner(f"my_agents:{name}", tmp_path / "agents.log")
+        try:
+            return await runner.run({"x": 3}, ClientSettings("u", "k", "a", "m"))
+        finally:
+            await runner.stop()
+
+    if error:
+        with pytest.raises(HookFailed, match=error):
+            asyncio.run(run())
+    else:
+        assert asyncio.run(run()) == (1.5 if name == "good" else None)
+
+
+def test_cancelled_agent_leaves_no_process_and_others_go_on(
+    agents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(agents), prepend=":")
+    client, file = ClientSettings("u", "k", "a", "m"), tmp_path / "pid"
+
+    def started() -> bool:
+        return file.exists() and bool(file.read_text().strip())
+
+    async def run() -> None:
+        runner = FunctionRunner("my_agents:hangs", tmp_path / "agents.log")
+        hung = asyncio.create_task(runner.run({"file": str(file)}, client))
+        await wait_until(started)
+        hung.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await hung
+        sleeper = int(file.read_text())
+        await wait_until(lambda: not psutil.pid_exists(sleeper) or is_zombie(sleeper))
+        await runner.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+async def wait_until(done: Callable[[], bool]) -> None:
+    while not done():  # noqa: ASYNC110  a process is watched
+        await asyncio.sleep(0.01)
+
+
+def is_zombie(pid: int) -> bool:
+    return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_command_gets_the_row_and_its_last_line_is_the_reward(tmp_path: Path) -> None:
+    client = ClientSettings("http://x/v1", "sk-1", "http://x", "policy")
+
+    async def run(command: str) -> float | None:
+        return await CommandRunner(command, tmp_path / "log").run({"answer": "5"}, client)
+
+    shell = """sh -c 'cat > /dev/null; echo "$OPENAI_API_KEY" >&2; echo {\\"reward\\": 0.25}'"""
+    assert asyncio.run(run(shell)) == 0.25
+    assert (tmp_path / "log").read_text() == "sk-1\n"
+    assert asyncio.run(run("sh -c 'cat'")) is None
+    with pytest.raises(HookFailed, match="exit code 3"):
+        asyncio.run(run("sh -c 'exit 3'"))
+    with pytest.raises(HookFailed, match="cannot be started"):
+        asyncio.run(run("no-such-program"))
+
+
+def test_episode_without_a_request_is_no_sample(tokenizer: Tokenizer) -> None:
+    async def ask() -> None:
+        async with serving(tokenizer) as served:
+            with pytest.raises(Exception, match="made no request"):
+                served.sample()
+
+    asyncio.run(ask())
+
+
+def test_sequences_of_a_sample_are_cut_at_its_starts() -> None:
+    zeros = np.zeros(7, np.int32)
+    sample = Sample(zeros, zeros.astype(np.float32), zeros, "stop", "", starts=[0, 3, 5])
+    assert [(s.start, s.stop) for s in sample.sequences()] == [(0, 3), (3, 5), (5, 7)]
