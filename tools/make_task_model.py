@@ -60,7 +60,7 @@ CHAT_TEMPLATE = (
 )
 VOCAB_SIZE = 128
 MAX_STEPS, BATCH_SIZE, CHECK_STEPS = 1500, 64, 25
-REACH_SHARE, REACH_PROBABILITY, NUM_HELD_OUT = 0.97, 0.15, 200
+REACH_SHARE, REACH_PROBABILITY, NUM_HELD_OUT = 0.9, 0.15, 200
 
 Pieces = list[tuple[str, bool]]  # text after the prompt, and whether the model wrote it
 

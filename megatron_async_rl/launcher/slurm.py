@@ -30,12 +30,13 @@ from rich.console import Console
 from megatron_async_rl import addresses, processes
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.errors import ConfigError, Error, Preempted
+from megatron_async_rl.errors import ConfigError, DataError, Error, Preempted
 from megatron_async_rl.launcher import gpus, placement
 from megatron_async_rl.launcher import join as join_command
 from megatron_async_rl.launcher import run as run_command
 from megatron_async_rl.launcher.placement import Placement
 from megatron_async_rl.launcher.session import show as show_line
+from megatron_async_rl.model import memory
 from megatron_async_rl.storage import files
 
 LOOPBACK = "127.0.0.1"
@@ -73,20 +74,60 @@ class Allocation:
             raise ConfigError(
                 "SLURM_STEP_ID is not set: start `slurm` with srun, one task per node"
             )
-        tasks, num_nodes = env["SLURM_STEP_NUM_TASKS"], env["SLURM_STEP_NUM_NODES"]
+        tasks, num_nodes = _count("SLURM_STEP_NUM_TASKS"), _count("SLURM_STEP_NUM_NODES")
         if tasks != num_nodes:
             raise ConfigError(
                 f"{tasks} tasks on {num_nodes} nodes: expected one per node; use srun "
                 "--ntasks-per-node=1"
             )
         restarts = env.get("SLURM_RESTART_COUNT", "0")
-        num_gpus = env.get("SLURM_GPUS_ON_NODE")
+        has_count = "SLURM_GPUS_ON_NODE" in env
         return cls(
             attempt=f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}.{restarts}",
-            nodes=_scontrol("show", "hostnames", env["SLURM_STEP_NODELIST"]).split(),
-            index=int(env["SLURM_NODEID"]),
-            gpus_per_node=len(gpus.visible_gpus()) if num_gpus is None else int(num_gpus),
+            nodes=_scontrol("show", "hostnames", _variable("SLURM_STEP_NODELIST")).split(),
+            index=_count("SLURM_NODEID"),
+            gpus_per_node=(_count("SLURM_GPUS_ON_NODE") if has_count else len(gpus.visible_gpus())),
         )
+
+
+def check_started_once() -> None:
+    """Raises ConfigError if `run` is one of several tasks that srun started: each would start the
+    whole run."""
+    env = os.environ
+    tasks = env.get("SLURM_STEP_NUM_TASKS", "1") if "SLURM_STEP_ID" in env else "1"
+    if tasks != "1" or env.get("SLURM_PROCID", "0") != "0":
+        raise ConfigError(
+            f"`run` is task {env.get('SLURM_PROCID')} of the {tasks} that srun started "
+            "(SLURM_PROCID, SLURM_STEP_NUM_TASKS), and each would start the whole run",
+            "start `slurm CONFIG` instead, one task per node (launchers/slurm.sbatch), or one "
+            "`run` with srun --nodes=1 --ntasks=1",
+        )
+
+
+def idle_nodes_warning() -> str:
+    """Returns a warning if `run` uses one of several nodes of a job, or ""."""
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+    if "SLURM_JOB_ID" not in os.environ or nodes == "1":
+        return ""
+    return (
+        f"the job has {nodes} nodes (SLURM_JOB_NUM_NODES), and `run` uses this one only; submit "
+        "launchers/slurm.sbatch to use all"
+    )
+
+
+def _variable(name: str) -> str:
+    if value := os.environ.get(name):
+        return value
+    raise ConfigError(f"{name} is not set in this step of a Slurm job", _USAGE)
+
+
+def _count(name: str) -> int:
+    """Returns a number such as 8, or that of gpu:8."""
+    value = _variable(name)
+    number = value.rpartition(":")[2]
+    if not number.isdigit():
+        raise ConfigError(f"{name} = {value!r}: expected a number", "unset it, or correct it")
+    return int(number)
 
 
 def run(path: str, overrides: Sequence[str]) -> int:
@@ -117,9 +158,18 @@ def show(
     config = configuration.load(path, list(overrides))
     console = Console()
     _print_placement(console, placement.assign_nodes(config, num_nodes, gpus_per_node))
+    for line in [] if config.on_cpu else _memory(config):
+        show_line(console, line)
     command = f"sbatch --nodes={num_nodes} --gpus-per-node={gpus_per_node} launchers/slurm.sbatch"
     show_line(console, "\n" + " ".join([command, path, *overrides]))
     return 0
+
+
+def _memory(config: Config) -> list[str]:
+    try:
+        return memory.summary(config)
+    except DataError as e:
+        return [f"GPU memory is not estimated: {e.problem}"]
 
 
 def _first_node(

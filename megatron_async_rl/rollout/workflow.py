@@ -9,7 +9,7 @@ turn; a later turn restarts the sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,6 +84,10 @@ class Episode:
         self._turns.append(join_segments(context, turn.segments, turn.stop, ""))
         self.ids += turn.ids
         self._num_context = 0
+
+    def has_room(self, context: Sized, context_tokens: int) -> bool:
+        """Tells whether a turn behind `context` can have a token, given model.context_tokens."""
+        return len(self.ids) + len(context) < context_tokens
 
     def add_context(self, ids: Iterable[int]) -> None:
         """Appends tokens that the policy did not sample; they are not trained."""

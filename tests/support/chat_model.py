@@ -61,7 +61,8 @@ class Script:
 
     def run(self, workflow: Workflow, prompt: str, max_new_tokens: int = 200) -> Sample:
         """Returns the sample of `prompt`, which is a chat if data.chat_template is set."""
-        config = load.from_tree(config_tree(**self.settings))
+        room = {"model.context_tokens": 4096, "trainer.max_tokens_per_microbatch": 4096}
+        config = load.from_tree(config_tree(**(room | self.settings)))
         text = prompt
         if config.data.chat_template:
             text = self.tokenizer.render_chat([{"role": "user", "content": prompt}])
@@ -72,7 +73,7 @@ class Script:
         gate = Gate()
         gate.open()
         decode = self.tokenizer.decode_all
-        generator = Generator(self, gate, lambda: None, 4096, 200, decode)  # type: ignore[arg-type]
+        generator = Generator(self, gate, lambda: None, config.model.context_tokens, 200, decode)  # type: ignore[arg-type]
         scores = ScoreClient(self._send, 1.0)
         services = PolicyServices(
             config, self.tokenizer, generator, PartialStore(), scores, self._send

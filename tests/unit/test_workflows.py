@@ -73,6 +73,14 @@ def test_turn_that_is_cut_off_gets_no_feedback(tokenizer: Tokenizer) -> None:
     assert (sample.text, sample.stop, script.scored) == ("555", "length", [])
 
 
+def test_sample_ends_where_the_feedback_leaves_no_room(tokenizer: Tokenizer) -> None:
+    settings = CHAT | {"model.context_tokens": 100, "rollout.max_new_tokens": 10}
+    script = Script(tokenizer, [f"5{END}", "unused"], {}, settings)
+    sample = script.run(MultiTurnMath(feedback="x" * 200), "2+2?")
+    assert (sample.text, sample.stop, len(sample.turns())) == ("5", "length", 1)
+    assert sample.ids.tolist() == [*script.inputs[0], *tokenizer.encode(f"5{END}")]
+
+
 def test_text_prompt_gets_the_feedback_alone(tokenizer: Tokenizer) -> None:
     script = Script(tokenizer, [f"5{END}", f"4{END}"], {"4": 1.0})
     sample = script.run(MultiTurnMath(feedback=" No. {prompt}"), "2+2=")

@@ -47,7 +47,10 @@ class MultiTurnMath:
             if await policy.score(text) >= self._success:
                 break
             feedback = {"role": "user", "content": self._feedback_on(prompt)}
-            episode.add_context(policy.next_turn(prompt, turn, [feedback]))
+            context = policy.next_turn(prompt, turn, [feedback])
+            if not episode.has_room(context, policy.config.model.context_tokens):
+                return episode.sample("length", text, discount)
+            episode.add_context(context)
             discount *= self._discount
         return episode.sample(turn.stop, text, discount)
 

@@ -65,7 +65,10 @@ class PythonTool:
             if not calls or turn.stop == "length" or number == self._max_turns:
                 break
             messages = [await self._answer(call, policy.config.sandbox) for call in calls]
-            episode.add_context(policy.next_turn(prompt, turn, messages))
+            context = policy.next_turn(prompt, turn, messages)
+            if not episode.has_room(context, policy.config.model.context_tokens):
+                return episode.sample("length", text)
+            episode.add_context(context)
         return episode.sample(turn.stop, text)
 
     async def _answer(self, call: Call, settings: SandboxConfig) -> dict[str, str]:
