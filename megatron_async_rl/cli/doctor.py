@@ -1,8 +1,8 @@
 """`doctor`: checks that this host, and with a CONFIG a run, has all that it needs.
 
 Each function makes one check and returns a Check with the result and, on failure, the remedy. Only
-metadata of installed packages is read, no package is imported; SGLang's version comes from the
-engine's own Python. The checks of a configuration are those of launcher/preflight.py.
+metadata of installed packages is read, no package is imported here. The checks of a configuration
+are those of launcher/preflight.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
@@ -22,14 +23,18 @@ from rich.text import Text
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.warnings import warnings
 from megatron_async_rl.errors import Error
+from megatron_async_rl.installed import Say
+from megatron_async_rl.launcher import roles
+from megatron_async_rl.launcher.checks.disk import GIB, size_text
+from megatron_async_rl.launcher.gpus import visible_gpus
 from megatron_async_rl.launcher.preflight import (
-    GIB,
     SETUP,
     Check,
     check_engine,
+    check_gpus,
     config_checks,
-    size_text,
 )
 from megatron_async_rl.patches import patches_dir
 
@@ -44,9 +49,9 @@ MIN_CORES, MIN_MEMORY_BYTES, MIN_DISK_BYTES = 2, 4 * GIB, GIB
 MIN_SHM_BYTES = {"CPU": 64 << 20, "GPU": GIB}  # gloo needs little of /dev/shm, NCCL much
 
 
-def checks(config: Config | None) -> list[Check]:
+def checks(config: Config | None, say: Say = print) -> list[Check]:
     """Returns the checks of this host and, with a config, those of the run."""
-    gpus = _gpus()
+    gpus = _gpus() if visible_gpus() else []
     versions = (GPU_VERSIONS if gpus else CPU_VERSIONS) | VERSIONS
     return [
         _python(),
@@ -56,33 +61,39 @@ def checks(config: Config | None) -> list[Check]:
         _apex(),
         check_engine(),
         _patches(),
-        Check("devices", True, ", ".join(gpus) if gpus else "CPU (no nvidia-smi here)"),
+        Check("devices", True, ", ".join(gpus) if gpus else "CPU (no GPU is visible)"),
         _cores(),
         _memory(),
         _shm("GPU" if gpus else "CPU"),
-        _disk(config),
         _loopback(),
-        *([] if config is None else config_checks(config)),
+        *([_disk()] if config is None else [_run_gpus(config), *config_checks(config, say)]),
     ]
 
 
-def run(config_path: str | os.PathLike[str] | None, console: Console | None = None) -> int:
-    """Prints the checks. Returns 1 if one failed."""
+def run(
+    config_path: str | os.PathLike[str] | None,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+) -> int:
+    """Prints the checks, and a warning for each setting without effect. Returns 1 if one failed."""
     console = console or Console()
     config, results = None, []
     if config_path is not None:
         try:
-            config = configuration.load(config_path)
+            config = configuration.load(config_path, list(overrides))
         except Error as e:
-            results = [Check("configuration", False, str(e), "correct the YAML")]
-    results = [*checks(config), *results]
+            results = [Check("configuration", False, e.problem, e.remedy)]
+    results = [*checks(config, lambda text: console.print(text, highlight=False)), *results]
     table = Table("", "", "", box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for check in results:
         mark = "[green]ok[/]" if check.ok else "[bold red]no[/]"
-        detail = check.detail if check.ok else f"{check.detail}\n-> {check.remedy}"
+        remedy = "" if check.ok or not check.remedy else f"\n-> {check.remedy}"
+        detail = check.detail + remedy
         table.add_row(mark, check.name, Text(detail))
     console.print(table)
+    for text in [] if config is None else warnings(config):
+        console.print(Text(f"warning: {text}", "yellow"))
     failed = [check.name for check in results if not check.ok]
     problems = f"{len(failed)} problem{'s' * (len(failed) > 1)}: {', '.join(failed)}"
     console.print(f"\n{problems}" if failed else "\nno problems", highlight=False)
@@ -196,21 +207,19 @@ def _shm(device: str) -> Check:
     return Check("/dev/shm", free >= needed, f"{size_text(free)} free", remedy)
 
 
-def _disk(config: Config | None) -> Check:
-    """Checks the space for logs and for the model that the run exports at its end."""
-    run_dir = Path.cwd() if config is None else config.run_dir.absolute()
-    folder = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
-    needed = MIN_DISK_BYTES
-    if config is not None:
-        needed += sum(path.stat().st_size for path in Path(config.model.path).glob("*.safetensors"))
-    key = "run.dir" if config else "this folder"
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        problem = f"{key} = {run_dir}: {folder} cannot be written"
-        return Check("disk", False, problem, "set run.dir to a folder that you can write")
-    free = shutil.disk_usage(folder).free
-    detail = f"{key} = {run_dir}: {size_text(free)} free, {size_text(needed)} needed"
-    remedy = "free disk space, or set run.dir to another file system"
-    return Check("disk", free >= needed, detail, remedy)
+def _disk() -> Check:
+    """Checks the space of this folder, where run.dir often is."""
+    free = shutil.disk_usage(Path.cwd()).free
+    detail = f"this folder: {size_text(free)} free"
+    return Check("disk", free >= MIN_DISK_BYTES, detail, "free disk space, or use another folder")
+
+
+def _run_gpus(config: Config) -> Check:
+    """Checks the GPUs of this host, unless Slurm may give the run others."""
+    check = check_gpus(config, roles.names(config))
+    if check.ok or shutil.which("sbatch") is None:
+        return check
+    return Check("GPUs", True, f"{check.detail}; `slurm CONFIG --plan` shows the nodes of a job")
 
 
 def _loopback() -> Check:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
-from megatron_async_rl import hooks
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.sections import SourceConfig
 from megatron_async_rl.data import success_rate
@@ -30,7 +29,7 @@ from megatron_async_rl.installed import Say
 from megatron_async_rl.launcher import gpus, roles
 from megatron_async_rl.launcher.checks.disk import check_disk, size_text
 from megatron_async_rl.launcher.checks.settings import check_hooks, check_megatron, check_sglang
-from megatron_async_rl.model import layout
+from megatron_async_rl.model import layout, memory
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.layout import Layout
 from megatron_async_rl.sandbox.sandbox import Sandbox, SandboxError, SandboxSettings
@@ -82,8 +81,8 @@ def config_checks(config: Config, say: Say) -> Iterator[Check]:
             yield check("engine layout", _engine_layout)
             yield check("context", _context)
             yield check("disk", check_disk)
-    if hooks.custom_hooks(config):
-        yield check("hooks", _hooks)
+            if not config.on_cpu:
+                yield check("GPU memory", lambda _: "; ".join(memory.summary(config)))
     yield check("dataset train", _training_data)
     if config.evaluation.sets:
         yield check("dataset evaluation", _evaluation_data)
@@ -171,12 +170,6 @@ def _architecture(config: Config) -> str:
     if config.has_trainer:
         hf_config.architecture()
     return f"{shape.family.architecture}, {shape.num_layers} layers"
-
-
-def _hooks(config: Config) -> str:
-    """Checks that the files of the user's hooks exist; each is loaded where it is used."""
-    found = hooks.custom_hooks(config)
-    return ", ".join(f"{value} in {hooks.source_file(s, value)}" for s, value in found.items())
 
 
 def _trainer_layout(config: Config) -> str:

@@ -29,8 +29,8 @@ from rich.console import Console
 
 from megatron_async_rl import processes
 from megatron_async_rl.config import load as configuration
-from megatron_async_rl.config.checks import cross_host_parallelism_warning
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.warnings import warnings
 from megatron_async_rl.data import success_rate
 from megatron_async_rl.data.digests import changed_data, record_data
 from megatron_async_rl.errors import ConfigError, DataError, Error
@@ -41,6 +41,7 @@ from megatron_async_rl.observability import panel, terminal
 from megatron_async_rl.observability.sample_log import SAMPLES_FILE
 from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.program import program
+from megatron_async_rl.storage import hook_digests
 
 # settings that a journal depends on: a resumed run must not change them
 ExistingRun = Literal["resume", "rename", "rename if complete"]
@@ -69,9 +70,9 @@ def run(
     `ignore_more_sigterms`: see Session.
     """
     roles.check_joining(elsewhere, config)
-    preflight.preflight(config)
-    run_dir = config.run_dir.resolve()
     console = Console()
+    preflight.preflight(config, elsewhere, lambda text: show(console, text))
+    run_dir = config.run_dir.resolve()
     with _owned(run_dir, config, existing, console):
         if _is_complete(run_dir, config):
             show(console, panel.summary(read_status(run_dir)))
@@ -82,10 +83,12 @@ def run(
             )
             return 0
         _make_new_keys(run_dir)
-        if warning := cross_host_parallelism_warning(config):
+        for warning in warnings(config):
             show(console, f"warning: {warning}")
         (run_dir / "config.yaml").write_text(configuration.dump(config))
         record_data(run_dir, config)
+        for change in hook_digests.record(run_dir, config):
+            show(console, f"warning: {change}")
         success_rate.record(run_dir, config)
         if on_owned:
             on_owned()

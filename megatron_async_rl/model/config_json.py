@@ -106,6 +106,7 @@ class HfConfig:
         Raises DataError for a setting that Megatron does not support or would compute differently.
         """
         raw, family = self.raw, self.family
+        self._check_unquantized()
         for key, allowed in (
             ("hidden_act", ("silu", None)),
             ("attention_bias", (False, True, None) if family.qkv_bias else (False, None)),
@@ -130,6 +131,16 @@ class HfConfig:
             router_top_k=int(raw.get("num_experts_per_tok", 0)) if family.experts else 0,
             router_normalizes=bool(raw.get("norm_topk_prob", False)),
         )
+
+    def _check_unquantized(self) -> None:
+        for key in ("quantization_config", "compression_config", "quantization"):
+            if stated := self.raw.get(key):
+                method = stated.get("quant_method") if isinstance(stated, dict) else stated
+                raise DataError(
+                    f"{self._key}: config.json has {key} ({method or 'no quant_method'}), and "
+                    "quantized weights cannot be trained",
+                    "use the folder of the same model in bfloat16, float16 or float32",
+                )
 
     @property
     def dtype_name(self) -> str | None:

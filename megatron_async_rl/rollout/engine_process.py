@@ -7,6 +7,7 @@ in a file that only this user can read, never on its command line.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import secrets
@@ -17,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from megatron_async_rl import processes
+from megatron_async_rl import installed, processes
+from megatron_async_rl.config.checks import ENGINE_SPARE_TOKENS
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
 from megatron_async_rl.errors import ConfigError, EngineError
@@ -150,22 +152,41 @@ class SGLangServer:
             "tokenizer_path": self._config.model.path,
             "log_level": "warning",  # at info, SGLang logs its keys
             "grammar_backend": "none",
-            "context_length": self._config.model.context_tokens,
+            # SGLang keeps the last tokens of its context free; ours are filled to the last one
+            "context_length": self._config.model.context_tokens + ENGINE_SPARE_TOKENS,
+            **self._graph_size(),
         }
         flags: list[str] = []
         for key, value in {**own, **self._config.sglang}.items():
             flag = "--" + key.replace("_", "-")
             if value is True:
                 flags.append(flag)
+            elif isinstance(value, list):
+                flags += [flag, *map(str, value)]
             elif value is not False and value is not None:
-                flags += [flag, str(value)]
+                flags += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
         return [str(self._python), "-m", module, *flags]
+
+    def _graph_size(self) -> dict[str, int]:
+        """Returns the decode graph size that holds all samples in flight, on a GPU.
+
+        Larger batches would decode without graphs, at a third of the speed.
+        """
+        chosen = any(key.startswith("cuda_graph") for key in self._config.sglang)
+        if self._config.on_cpu or chosen:
+            return {}
+        known = installed.engine_settings(self._python).settings
+        names = ("cuda_graph_max_bs_decode", "cuda_graph_max_bs")  # differs between versions
+        name = next((name for name in names if name in known), None)
+        return {name: self._config.rollout.max_concurrent_samples} if name else {}
 
     def _environment(self) -> dict[str, str]:
         patches = ["sglang_startup", *(["sglang_cpu"] if self._config.on_cpu else [])]
         environment = {
             "NCCL_CUMEM_ENABLE": "0",  # SGLang sets it; both ends of an update group must agree
             "HF_HUB_OFFLINE": "1",
+            # for ENGINE_SPARE_TOKENS, which are never used; model.context_tokens itself is checked
+            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
             "PYTHONPATH": os.pathsep.join(str(patches_dir() / name) for name in patches),
             # /health must not generate between updates
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",

@@ -7,7 +7,6 @@ Names that no class has and keys that config.json or another setting decides are
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, get_type_hints
 
 import msgspec
@@ -17,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_async_rl.config import passed_on
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model import layout
@@ -46,51 +46,19 @@ class OwnConfig:
     make_vocab_size_divisible_by: int = 1
 
 
-_CORE_CLASSES = (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
-_CLASSES = (*_CORE_CLASSES, ScheduleConfig, OwnConfig)
-
-# Fields that cannot be set: the reason and the remedy.
-_DECIDED = dict.fromkeys(
-    (
-        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
-        "num_moe_experts moe_ffn_hidden_size moe_router_topk normalization layernorm_epsilon "
-        "qk_layernorm gated_linear_unit activation_func add_bias_linear add_qkv_bias"
-    ).split(),
-    "config.json in model.path decides it; remove the key",
-) | {
-    "init_method": "the weights come from model.path; remove the key",
-    "output_layer_init_method": "the weights come from model.path; remove the key",
-    "perform_initialization": "the weights come from model.path; remove the key",
-    "bf16": "set trainer.precision instead",
-    "fp16": "set trainer.precision instead",
-    "params_dtype": "set trainer.precision instead",
-    "pipeline_dtype": "set trainer.precision instead",
-    "hidden_dropout": "a policy is trained without dropout; remove the key",
-    "attention_dropout": "a policy is trained without dropout; remove the key",
-    "calculate_per_token_loss": "the loss is always divided by the token count; remove the key",
-    "variable_seq_lengths": "packed micro-batches always vary in length; remove the key",
-    "moe_grouped_gemm": "each expert has its own parameters; remove the key",
-    "overlap_param_gather": "it does not wait for reads between steps; remove the key",
-    "use_megatron_fsdp": "FSDP is not supported; use tensor, pipeline and data parallelism",
-    "optimizer": "adam is the only optimizer supported; remove the key",
-}
+CLASSES = (
+    TransformerConfig,
+    OptimizerConfig,
+    DistributedDataParallelConfig,
+    ScheduleConfig,
+    OwnConfig,
+)
 
 
 def check_keys(megatron: dict[str, Any]) -> None:
     """Raises ConfigError for keys under `megatron:` that are unknown or cannot be set."""
-    known = {f.name for cls in _CLASSES for f in dataclasses.fields(cls)} - _DECIDED.keys()
-    for key, value in megatron.items():
-        if key in _DECIDED:
-            if key.endswith("_parallel_size") and value == 1:
-                continue
-            raise ConfigError(f"megatron.{key} = {value!r} cannot be set: {_DECIDED[key]}")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"megatron.{key} is not a setting of megatron.core; did you mean megatron."
-                f"{near[0]}? Known are the fields of "
-                f"{', '.join(cls.__name__ for cls in _CORE_CLASSES)} and lr_*"
-            )
+    known = {f.name for cls in CLASSES for f in dataclasses.fields(cls)}
+    passed_on.check_names("megatron", megatron, known, "megatron.core")
 
 
 def _chosen(cls: type, config: Config) -> dict[str, Any]:
@@ -98,7 +66,7 @@ def _chosen(cls: type, config: Config) -> dict[str, Any]:
     hints = get_type_hints(cls)
     out = {}
     for key, value in config.megatron.items():
-        if key not in hints or key in _DECIDED:
+        if key not in hints:
             continue
         try:
             # Not strict: YAML reads 1e-6 (no dot) as a string.

@@ -1,0 +1,1 @@
+"""Checks that preflight.py lists: each returns its finding, or raises an Error."""

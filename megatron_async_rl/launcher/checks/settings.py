@@ -1,0 +1,92 @@
+"""Checks `megatron:`, `sglang:` and the user's hooks as the processes of the run will find them.
+
+Each runs in a short process of its own: of the trainer's or the engine's Python, or, because a
+hook may do anything when it is imported, of one that has this launcher's module path.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import msgspec
+
+from megatron_async_rl import hooks, installed, processes
+from megatron_async_rl.config import passed_on
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.engine_env import engine_python
+from megatron_async_rl.errors import ConfigError, Error
+from megatron_async_rl.installed import Say
+
+HOOK_TIMEOUT_S = 120.0
+_LOAD_HOOKS = """
+import json, sys
+from megatron_async_rl import hooks
+from megatron_async_rl.errors import ConfigError
+custom, workflow, options = json.loads(sys.argv[1])
+problems = []
+try:
+    for setting, value in custom.items():
+        hooks.load(setting, value)
+    hooks.workflow(workflow, options)
+except ConfigError as e:
+    problems.append([e.problem, e.remedy])
+print()
+print(json.dumps(problems))
+"""
+
+
+def check_megatron(config: Config, say: Say) -> str:
+    """Raises ConfigError for a key under megatron: that the installed version refuses."""
+    if not config.megatron:
+        return "none set"
+    try:
+        known = installed.trainer_settings(say)
+    except Error as e:
+        return f"not checked: {e}"
+    passed_on.check("megatron", config.megatron, known)
+    return f"{len(config.megatron)} set, all known to {known.library}"
+
+
+def check_sglang(config: Config, say: Say) -> str:
+    """Raises ConfigError for a key under sglang: that the engine's version refuses."""
+    python = engine_python()
+    if not config.sglang or python is None:
+        return "none set"
+    try:
+        known = installed.engine_settings(python, say)
+    except Error as e:
+        return f"not checked: {e}"
+    passed_on.check("sglang", config.sglang, known)
+    return f"{len(config.sglang)} set, all known to {known.library}"
+
+
+def check_hooks(config: Config) -> str:
+    """Raises ConfigError for a user's function or class that cannot be imported and called."""
+    custom, rollout = hooks.custom_hooks(config), config.rollout
+    names = ", ".join(custom.values()) or rollout.workflow
+    argument = msgspec.json.encode((custom, rollout.workflow, rollout.workflow_options)).decode()
+    command = [sys.executable, "-c", _LOAD_HOOKS, argument]
+    env = os.environ | {"PYTHONPATH": processes.python_path()}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=HOOK_TIMEOUT_S, check=False, env=env
+        )
+        printed = done.stdout.strip().rpartition("\n")[2]  # a module may print, too
+        problems = msgspec.json.decode(printed, type=list[tuple[str, str]])
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"{names}: not imported within {HOOK_TIMEOUT_S:.0f} s",
+            "move what takes long out of the import of the module",
+        ) from None
+    except msgspec.DecodeError:
+        last_line = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ConfigError(
+            f"{names}: the process that imported it ended: {last_line}",
+            "correct the module; python -c 'import MODULE' shows more",
+        ) from None
+    if problems:
+        problem, remedy = problems[0]
+        raise ConfigError(problem, remedy)
+    return f"{names} can be imported"
