@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.sections import SourceConfig
-from megatron_async_rl.data import chat_template, success_rate
+from megatron_async_rl.data import chat_template, success_rate, thinking
 from megatron_async_rl.data.order import SourcePrompts
 from megatron_async_rl.data.sources import read_rows, training_sources
 from megatron_async_rl.data.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ from megatron_async_rl.protocol.types import Prompt
 
 logger = logging.getLogger(__name__)
 Report = Callable[[str], None]
+_MAX_TAG_TOKENS = 64  # of an opening tag at the end of a prompt
 
 
 def read_training(
@@ -100,7 +101,9 @@ def read_source(
                 f"{place}: token id {ids.max()} is outside the model's vocabulary of {vocab_size}",
                 f"put the model's own tokenizer into model.path = {config.model.path}",
             )
-        prompts.append(Prompt(prompt_id=prompt_id, ids=ids, row=fields | {"prompt": prompt}))
+        end = tokenizer.decode(ids[-_MAX_TAG_TOKENS:])
+        opening_tag = thinking.opened_by(end, config.reward.thinking_tags)
+        prompts.append(Prompt(prompt_id, ids, fields | {"prompt": prompt}, opening_tag))
     total = len(prompts) + left_out.total()
     for reason, count in left_out.items():
         text = f"{count:,} of {total:,} prompts of {setting} = {source.path} {reason}"

@@ -24,6 +24,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from megatron_async_rl import hooks
 from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
+from megatron_async_rl.data import thinking
 from megatron_async_rl.data.code_tests import read_tests
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.protocol.messages import MAX_ANSWER, ScoreRequest, ScoreResult
@@ -55,6 +56,7 @@ class RewardWorker:
         self._config = config
         self._sandbox = sandbox
         self._function = config.function
+        self._thinking_tags = config.thinking_tags
         hooks.check_name("reward.function", self._function)
         self.slots = config.processes_per_worker * PREFETCH
         self._pool: ProcessPool | None = None
@@ -128,13 +130,18 @@ class RewardWorker:
             return scoring_process.score_math, self._answers(request)
         if self._function == "code":
             limits = Limits(self._sandbox.test_timeout_s, self._sandbox.memory_mb << 20)
-            arguments = (response, read_tests(row), limits, self._config.timeout_s)
-            return scoring_process.score_code, arguments
+            text = thinking.after_thinking(request.opening_tag + response, self._thinking_tags)
+            return scoring_process.score_code, (
+                text,
+                read_tests(row),
+                limits,
+                self._config.timeout_s,
+            )
         return scoring_process.score_custom, (row.get("prompt", ""), response, row)
 
     def _answers(self, request: ScoreRequest) -> tuple[str, str]:
-        tags = self._config.thinking_tags
-        return math_answer.read_answers(request.response, request.row, tags)
+        response = request.opening_tag + request.response
+        return math_answer.read_answers(response, request.row, self._thinking_tags)
 
     def stop(self) -> None:
         """Kills the scoring processes; requests in progress get no result."""

@@ -338,6 +338,26 @@ def test_programs_and_functions_are_scored() -> None:
     with_worker(test, children=2)
 
 
+def test_program_within_the_thinking_is_not_the_answer() -> None:
+    right = code_block("a, b = map(int, input().split())\nprint(a + b)")
+    wrong = code_block("print(7)")
+    cases = [
+        (f"<think>\n{right}\n</think>\n{wrong}", "", 0.0),
+        (f"<think>\n{wrong}\n</think>\n{right}", "", 1.0),
+        (f"{wrong}\n</think>\n{right}", "<think>", 1.0),
+        (f"<think>\n{right}", "", 0.0),
+        (f"{right}\n", "<think>", 0.0),
+        (f"{right}\n</think>\nThat is all.", "<think>", 0.0),
+    ]
+
+    async def test(worker: RewardWorker) -> None:
+        for response, opening_tag, reward in cases:
+            request = ScoreRequest(SampleKey(1, 2, 3, 4), response, STDIO, opening_tag=opening_tag)
+            assert (await worker.score(request)).reward == reward
+
+    with_worker(test)
+
+
 def test_scoring_deadline_bounds_many_slow_tests() -> None:
     row = {"tests": [{"input": "", "output": "1\n"}] * 20}
 

@@ -55,6 +55,13 @@ def test_rows_become_prompts_with_ids_and_fields(settings: Config, tmp_path: Pat
     assert prompts[0].row["answer"] == 3
 
 
+def test_prompt_that_opens_thinking_names_its_tag(settings: Config, tmp_path: Path) -> None:
+    reward = msgspec.structs.replace(settings.reward, thinking_tags=("<a>", "</a>"))
+    rows = [{"prompt": prompt, "answer": "1"} for prompt in ("1+2=<a>", "1<a></a>", "1<a>2")]
+    prompts = read(msgspec.structs.replace(settings, reward=reward), tmp_path / "d.jsonl", *rows)
+    assert [prompt.opening_tag for prompt in prompts] == ["<a>", "", ""]
+
+
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
@@ -103,6 +110,54 @@ def test_stream_started_at_a_position_continues_the_order(position: int) -> None
     order = [whole.next().prompt_id for _ in range(50)]
     resumed = PromptStream([SourcePrompts(prompts)], seed=5, start=position)
     assert [resumed.next().prompt_id for _ in range(50 - position)] == order[position:]
+
+
+def make_prompts(name: str, count: int) -> list[Prompt]:
+    return [Prompt(f"{name}{n}", None, {}) for n in range(count)]  # type: ignore[arg-type]
+
+
+def test_order_of_one_source_is_that_of_earlier_versions() -> None:
+    """The journals of existing runs replay with this order."""
+    stream = PromptStream([SourcePrompts(make_prompts("", 5))], seed=5)
+    order = [int(stream.next().prompt_id) for _ in range(15)]
+    assert order == [4, 3, 1, 2, 0, 2, 0, 4, 3, 1, 0, 3, 4, 1, 2]
+
+
+WEIGHTED = [
+    SourcePrompts(make_prompts("a", 7), 5.0),
+    SourcePrompts(make_prompts("b", 8), 2.5),
+    SourcePrompts(make_prompts("c", 9), 0.3),
+]
+
+
+def test_sources_get_their_shares_at_every_position() -> None:
+    stream = PromptStream(WEIGHTED, seed=1)
+    counts = dict.fromkeys("abc", 0)
+    for position in range(1, 2000):
+        counts[stream.next().prompt_id[0]] += 1
+        for source, name in zip(WEIGHTED, "abc", strict=True):
+            share = position * source.weight / 7.8
+            assert share - 2 < counts[name] < share + 1
+
+
+def test_each_source_has_its_own_epochs() -> None:
+    stream = PromptStream(WEIGHTED, seed=1)
+    order = [stream.next().prompt_id for _ in range(400)]
+    for source in WEIGHTED:
+        own = [prompt for prompt in order if prompt[0] == source.prompts[0].prompt_id[0]]
+        size = len(source.prompts)
+        epochs = [own[k : k + size] for k in range(0, len(own) - size, size)]
+        assert all(sorted(epoch) == sorted(p.prompt_id for p in source.prompts) for epoch in epochs)
+    assert len({tuple(order[k : k + 7]) for k in range(0, 40, 7)}) > 1
+
+
+@pytest.mark.parametrize("position", [1, 17, 390])
+def test_order_of_several_sources_continues_at_any_position(position: int) -> None:
+    whole, resumed = PromptStream(WEIGHTED, seed=1), PromptStream(WEIGHTED, 1, start=position)
+    order = [whole.next().prompt_id for _ in range(400)]
+    assert [resumed.next().prompt_id for _ in range(400 - position)] == order[position:]
+    other = PromptStream(WEIGHTED, seed=2)
+    assert [other.next().prompt_id for _ in range(400)] != order
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 from megatron_async_rl.data.math_rows import EMPTY_BOX, boxed_answer
+from megatron_async_rl.data.thinking import after_thinking
 
 MAX_TEXT_CHARS = 64 * 1024  # only this much of a response's end is searched
 _MAX_TAIL_CHARS = 2_000  # of an answer that is not boxed: its statement is in the last sentences
@@ -55,7 +56,7 @@ def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
 
     `thinking_tags`: opening and closing tags in turn, such as ("<think>", "</think>").
     """
-    text = after_thinking(response[-MAX_TEXT_CHARS:], response, thinking_tags)
+    text = after_thinking(response, thinking_tags)[-MAX_TEXT_CHARS:]
     if not text:
         return ""
     boxed = boxed_answer(text)
@@ -66,23 +67,6 @@ def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
         return _unwrap(tagged[-1])
     unclosed = text.find("\\boxed")  # cut off: its answer may go on
     return _stated_answer((text if unclosed < 0 else text[:unclosed])[-_MAX_TAIL_CHARS:])
-
-
-def after_thinking(text: str, response: str, thinking_tags: Sequence[str]) -> str:
-    """Returns the end of `text` that follows the thinking, "" while the thinking goes on.
-
-    `text` is the end of `response`; a tag before it counts too. A closing tag without an opening
-    one ends thinking that the prompt began.
-    """
-    for opening, closing in zip(thinking_tags[::2], thinking_tags[1::2], strict=True):
-        closed = response.rfind(closing)
-        if response.find(opening, 0 if closed < 0 else closed + len(closing)) >= 0:
-            return ""
-        if closed >= 0:
-            begin = closed + len(closing) - (len(response) - len(text))
-            text = text[max(0, begin) :]
-            response = response[closed + len(closing) :]
-    return text
 
 
 def _stated_answer(text: str) -> str:
