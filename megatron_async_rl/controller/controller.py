@@ -59,6 +59,7 @@ from megatron_async_rl.controller.filters import filter_rules
 from megatron_async_rl.controller.handlers import MessageHandlers
 from megatron_async_rl.controller.journal.journal import Journal
 from megatron_async_rl.controller.monitoring import watchdog
+from megatron_async_rl.controller.monitoring.engine_monitor import EngineMonitor
 from megatron_async_rl.controller.monitoring.length_monitor import LengthMonitor
 from megatron_async_rl.controller.monitoring.mismatch import MismatchMonitor
 from megatron_async_rl.controller.monitoring.progress import Progress
@@ -112,6 +113,7 @@ class Controller:
         self.updates = UpdateCoordinator(context, self.publisher, catch_up)
         self.updates.allow_update = self.evaluations.allow_update
         self.mismatch = MismatchMonitor(config)
+        self.engines = EngineMonitor()
         self.delivery = BatchDelivery(context, self.mismatch)
         self.saving = CheckpointCommitter(context)
         self.lengths = LengthMonitor()
@@ -191,6 +193,7 @@ class Controller:
         if isinstance(event, inputs.Received):
             self.scores.received(event.worker, event.message)
             self.mismatch.received(event.message)
+            self.engines.received(event.worker, event.message)
         followed = self.core.handle(event, time.monotonic())
         recorded = self.core.take_events()
         self.journal.append(recorded)
@@ -232,7 +235,7 @@ class Controller:
             self.progress.replayed(step.version, self.core.version)
         else:
             stats = step.stats | self.lengths.step() | self.scores.step()
-            stats |= self.mismatch.step(step.version - 1)
+            stats |= self.mismatch.step(step.version - 1) | self.engines.step()
             self.journal.append([self.progress.step_done(step.version, stats)])
             self.lengths.check(self.progress.warn)
             self.mismatch.check(step.version, stats, self.progress.warn)
@@ -265,7 +268,7 @@ class Controller:
                 progress.say(f"the journal cannot be written: {self.journal.error}")
             elif progress.training:
                 progress.say("")
-            progress.write(core.fleet)
+            progress.write(core.fleet, self.engines.newest)
 
     async def _conduct(self) -> None:
         version = -1

@@ -230,13 +230,23 @@ def _fleet(fleet: list[ServerStatus]) -> RenderableType:
         counts = "   ".join(f"{count} {state} v{version}" for (state, version), count in kinds)
         running = sum(server.running for server in fleet)
         return Text(f"{len(fleet)} servers, {running:,} samples running:  {counts}")
-    table = Table("server", "state", "weights", "running", box=None, pad_edge=False)
+    columns = ["server", "state", "weights", "running"]
+    if has_figures := any(server.queued is not None for server in fleet):
+        columns += ["queued", "KV use", "tokens/s"]
+    table = Table(*columns, box=None, pad_edge=False)
     table.header_style = "dim"
     for column in table.columns[2:]:
         column.justify = "right"
     for server in fleet:
         version = f"v{server.version}" if server.version >= 0 else "-"
-        table.add_row(server.name, server.state, version, str(server.running))
+        row = [server.name, server.state, version, str(server.running)]
+        if has_figures:
+            row += [
+                _number(server.queued, 0),
+                "-" if server.kv_use is None else f"{server.kv_use:.0%}",
+                _number(server.tokens_per_s, 0),
+            ]
+        table.add_row(*row)
     return table
 
 

@@ -27,6 +27,10 @@ class ServerStatus(msgspec.Struct):
     state: str
     version: int
     running: int  # samples
+    # of the server itself, at the last heartbeat; None: not known
+    queued: int | None = None  # requests
+    kv_use: float | None = None  # fraction of the KV cache
+    tokens_per_s: float | None = None  # decoded
 
 
 class EvaluationResult(msgspec.Struct):

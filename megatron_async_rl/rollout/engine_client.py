@@ -26,7 +26,15 @@ from megatron_async_rl.protocol.types import Segment
 OLDEST, NEWEST = (0, 5, 16), (0, 5, 23)
 PROBE_S = 30.0  # SGLang itself ends a probe after 20 s
 KEEP_ALIVE_S = 2.0  # SGLang closes a connection after 5 idle seconds and loses a request sent then
+LOAD_S = 1.0  # a heartbeat waits no longer for the server's figures
 _HAS_SPANS, _HAS_SESSIONS = (0, 5, 18), (0, 5, 21)
+_LOAD = {  # metric -> the field of a scheduler's load
+    "running_requests": "num_running_reqs",
+    "queued_requests": "num_waiting_reqs",
+    "kv_use_fraction": "token_usage",
+    "cache_hit_fraction": "cache_hit_rate",
+    "decode_tokens_per_s": "gen_throughput",
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,19 @@ class EngineClient:
         except EngineError:
             return False
         return True
+
+    async def load(self) -> dict[str, float]:
+        """Returns the server's own figures by name; none if this SGLang has no such endpoint."""
+        try:
+            reply = await self._call("GET", "/v1/loads?include=core", None, self._api, LOAD_S)
+            loads = reply["loads"]
+            return {
+                name: sum(float(load[key]) for load in loads)
+                / (len(loads) if "fraction" in name else 1)
+                for name, key in _LOAD.items()
+            }
+        except (EngineError, KeyError, TypeError, ValueError, ZeroDivisionError):
+            return {}
 
     # ---- generation
 

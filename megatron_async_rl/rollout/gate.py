@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 
@@ -14,16 +15,36 @@ class Gate:
         self._open = asyncio.Event()
         self._idle = asyncio.Condition()
         self.num_in_flight = 0
+        self._is_frozen = False
+        self._idle_s = 0.0
+        self._counted_at: float | None = time.monotonic()  # None while the server works
 
     @property
     def is_open(self) -> bool:
         return self._open.is_set()
 
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the start in which the server generated nothing, for whatever reason."""
+        self._count_idle()
+        return self._idle_s
+
     def open(self) -> None:
+        self._is_frozen = False
+        self._count_idle()
         self._open.set()
 
-    def close(self) -> None:
+    def close(self, freezes: bool = False) -> None:
+        """`freezes`: requests in flight stay in the server, which does not work on them."""
         self._open.clear()
+        self._is_frozen = freezes
+        self._count_idle()
+
+    def _count_idle(self) -> None:
+        now = time.monotonic()
+        if self._counted_at is not None:
+            self._idle_s += now - self._counted_at
+        self._counted_at = now if self._is_frozen or not self.num_in_flight else None
 
     @contextlib.asynccontextmanager
     async def request(self) -> AsyncIterator[None]:
@@ -34,10 +55,12 @@ class Gate:
         while not self.is_open:
             await self._open.wait()
         self.num_in_flight += 1
+        self._count_idle()
         try:
             yield
         finally:
             self.num_in_flight -= 1
+            self._count_idle()
             if not self.num_in_flight:
                 async with self._idle:
                     self._idle.notify_all()

@@ -120,7 +120,7 @@ class WeightUpdates:
 
     async def _interrupt(self) -> None:
         self._paused_since = time.monotonic()
-        self._gate.close()
+        self._gate.close(self.interruption.freezes)
         interrupts = self.interruption.interrupts
         self._num_interrupted = self._gate.num_in_flight if interrupts else 0
         self._seconds = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from paths import ROOT
 from source_files import PACKAGE
 
-AREAS = "reward eval rollout samples staleness train critic batch probe perf sync ledger drops"
+AREAS = "reward eval rollout samples staleness train critic batch probe perf sync ledger drops engine"
 TAG = re.compile(rf"(?:{'|'.join(AREAS.split())})(?:/[a-z0-9_<>]+)+")
 WRITERS = ("controller", "observability", "recorder", "trainer")
 

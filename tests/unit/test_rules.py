@@ -96,6 +96,8 @@ def test_messages_of_the_controller_are_for_no_worker_to_send() -> None:
 WRONG: list[tuple[m.Message, m.Hello, str]] = [
     (m.GetBatch(-1), FIRST, "GetBatch with version = -1"),
     (m.Heartbeat(-1), ROLLOUT, "running = -1"),
+    (m.Heartbeat(idle_s=float("nan")), ROLLOUT, "idle_s = nan"),
+    (m.Heartbeat(engine={"queued_requests": float("inf")}), ROLLOUT, "engine"),
     (m.Heartbeat(0, 1 << 60), ROLLOUT, "tokens_generated"),
     (m.GenerateFailed(SampleKey(-1, 0, 0, 0), ""), ROLLOUT, "epoch = -1"),
     (m.ScoreRequest(KEY, "1"), ROLLOUT, "call = 0"),

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.core.actions import SendBatch
 from megatron_async_rl.controller.core.events import StepReported
-from megatron_async_rl.controller.core.fleet import Fleet
+from megatron_async_rl.controller.core.fleet import Fleet, RolloutWorker
 from megatron_async_rl.controller.core.groups import FAILURES, DropReason, Group
 from megatron_async_rl.controller.weight_sync.session import Outcome
 from megatron_async_rl.observability.evaluation_table import evaluation_table
@@ -229,8 +229,8 @@ class Progress:
         self._record(self._log.write_scalars, version, scalars)
         logger.info("evaluation of version %d:\n%s", version, evaluation_table(results))
 
-    def write(self, fleet: Fleet) -> None:
-        """Writes status.json."""
+    def write(self, fleet: Fleet, engines: Mapping[str, dict[str, float]] | None = None) -> None:
+        """Writes status.json. `engines`: the servers' own figures, by worker."""
         status = self._status
         status.state, status.message, status.ledger = self.state, self.message, self.ledger
         status.lost, status.evaluating = self.lost, self.evaluating
@@ -238,7 +238,8 @@ class Progress:
             seconds = time.monotonic() - self._last_step
             status.generate_tokens_per_s = self._generated_tokens / seconds
         status.fleet = [
-            ServerStatus(w.name, w.state.value, w.version, w.load) for w in fleet.rollout.values()
+            _server_status(worker, (engines or {}).get(worker.name, {}))
+            for worker in fleet.rollout.values()
         ]
         if self.state not in FINAL_STATES:  # after a restart, until they join again
             missing = [name for name in self._server_names if name not in fleet.rollout]
@@ -268,3 +269,16 @@ def _drops_by_kind(dropped: Counter[str]) -> dict[str, float]:
         "drops/failed_groups": failed,
         "drops/filtered_groups": dropped.total() - stale - failed,
     }
+
+
+def _server_status(worker: RolloutWorker, engine: dict[str, float]) -> ServerStatus:
+    queued = engine.get("queued_requests")
+    return ServerStatus(
+        worker.name,
+        worker.state.value,
+        worker.version,
+        worker.load,
+        None if queued is None else int(queued),
+        engine.get("kv_use_fraction"),
+        engine.get("decode_tokens_per_s"),
+    )
