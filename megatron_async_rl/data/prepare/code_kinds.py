@@ -91,7 +91,7 @@ def codeforces(row: dict[str, Any]) -> dict[str, Any]:
     examples = listed(from_json(row.get("examples") or []))
     parts += [f"Example\n\nInput:\n{e['input']}\nOutput:\n{e['output']}" for e in examples]
     tests = listed(from_json(row.get("official_tests") or [])) or examples
-    extra = metadata(row, "id", "title", "rating", "tags", "contest_id", "index")
+    extra = metadata(row, "title", "rating", "tags", "contest_id", "index")
     if row.get("time_limit"):
         extra["time_limit_s"] = row["time_limit"]
     return code_row("\n\n".join(parts), tests, **extra)

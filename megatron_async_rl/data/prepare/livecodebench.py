@@ -41,7 +41,6 @@ def convert(row: dict[str, Any]) -> dict[str, Any]:
         **metadata(
             row,
             "question_title",
-            "question_id",
             "platform",
             "contest_date",
             "contest_id",

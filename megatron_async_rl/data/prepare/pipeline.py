@@ -74,6 +74,11 @@ def prepare(
     """
     if kind not in KINDS:
         raise ConfigError(f"KIND = {kind!r} is unknown", f"choose one of {', '.join(KINDS)}")
+    lowest = {"ngram": 1, "num_validation": 0, "max_tests": 1}
+    for name, limit in lowest.items():
+        if (value := getattr(options, name)) is not None and value < limit:
+            option = {"num_validation": "val"}.get(name, name.replace("_", "-"))
+            raise ConfigError(f"--{option} = {value}: expected a number >= {limit}", "change it")
     if out.suffix != ".jsonl":
         raise ConfigError(f"OUT = {out}: expected a name that ends in .jsonl", "rename it")
     report = Report(kind, source, options)
