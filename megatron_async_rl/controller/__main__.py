@@ -10,6 +10,7 @@ from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal
 from megatron_async_rl.observability.run_log import RunLog
 from megatron_async_rl.protocol.transport import Hub
+from megatron_async_rl.protocol.types import PROBE_TOKENS
 
 
 async def _run(run_dir: Path) -> None:
@@ -17,7 +18,11 @@ async def _run(run_dir: Path) -> None:
     run_log = RunLog(run_dir, settings)
     journal = Journal(run_dir / JOURNAL_FILE)
     try:
-        hub = Hub(run_dir, settings.run.host, settings.model.context_tokens * settings.max_sequences)
+        longest_array = max(
+            settings.model.context_tokens * settings.max_sequences,
+            settings.monitor.mismatch_probe_samples * PROBE_TOKENS,
+        )
+        hub = Hub(run_dir, settings.run.host, longest_array)
         try:
             await Controller(settings, hub, run_log, journal).run()
         finally:
