@@ -24,6 +24,7 @@ from megatron_async_rl.controller.core.events import (
     SampleScored,
 )
 from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState
+from megatron_async_rl.controller.core.index import RunningGroups
 from megatron_async_rl.controller.core.inputs import BatchRequested
 from megatron_async_rl.controller.core.leases import Leases
 from megatron_async_rl.controller.core.scoring import ScoringQueue
@@ -194,7 +195,7 @@ def ignores_lost_reward_worker(patch: pytest.MonkeyPatch) -> None:
 @bug
 def no_lease_deadline(patch: pytest.MonkeyPatch) -> None:
     """Waits forever for a lost message."""
-    patch.setattr(Leases, "expired", lambda self, now: [])
+    patch.setattr(RunningGroups, "take_expired", lambda self, now: [])
 
 
 @bug

@@ -238,7 +238,7 @@ def deliver(state: State, message: tuple, reward: float | None = 1.0) -> State:
 
 
 def expire(state: State, group: Group) -> State:
-    state.core.groups[group.group_id].deadline = -1.0
+    state.core.state.running.set_deadline(group.group_id, -1.0)
     for task in state.core.scoring.assigned.values():
         task.deadline = -1.0
     return take(state, state.core.handle(inputs.Tick(), 0.0))

@@ -1,0 +1,56 @@
+"""A harmless canary of another host: writes a pickle into every torch store that it reaches.
+
+torchrun's own c10d rendezvous unpickles what it finds in its store: there the canary runs.
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+import socket
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch.distributed as dist
+
+CONNECT_S, STORE_S = 0.5, 2.0
+
+
+class Canary:
+    """Creates a file where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self._file,)
+
+
+def network_addresses() -> list[str]:
+    """Returns IPv4 addresses of this host at which a run on 127.0.0.1 has no business.
+
+    127.0.0.2 tells a listener on all addresses also on a host without a network.
+    """
+    interfaces = psutil.net_if_addrs().values()
+    found = {a.address for addresses in interfaces for a in addresses if a.family == socket.AF_INET}
+    return sorted(found - {"127.0.0.1"} | {"127.0.0.2"})
+
+
+def is_reachable(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def write(address: str, port: int, run_id: str, file: Path) -> bool:
+    """Returns whether a store there took the canary as the state of a torchrun rendezvous."""
+    value = base64.b64encode(pickle.dumps(Canary(file)))
+    try:
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_S))
+        store.set(f"torch.rendezvous.{run_id}", value)
+        return store.get(f"torch.rendezvous.{run_id}") == value
+    except RuntimeError:
+        return False
