@@ -265,6 +265,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "stop": _anything,
     "error": _anything,
     "response": _anything,
+    "opening_tag": _anything,  # the controller replaces it
     "answer": lambda answer: len(answer) <= messages.MAX_ANSWER,
     "text": _anything,
     # tokens, see controller/core/tokens.py
