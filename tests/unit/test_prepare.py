@@ -12,6 +12,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from paths import ROOT
 
 from megatron_async_rl import __main__ as command_line
 from megatron_async_rl.data import math_rows
@@ -186,6 +187,13 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def test_every_kind_has_an_example() -> None:
     assert PUBLISHED.keys() == KINDS.keys()
+
+
+def test_documentation_names_every_kind() -> None:
+    page = (ROOT / "docs" / "data.md").read_text()
+    assert [
+        kind for kind in KINDS if f"| `{kind}`" not in page and f", `{kind}` |" not in page
+    ] == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
