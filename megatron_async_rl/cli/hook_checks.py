@@ -45,7 +45,7 @@ def check_hooks(config: Config, say: Callable[[str], None]) -> bool:
 def advantage_checks(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
     """Yields (what is checked, problem) of the configured estimator, the problem empty if it holds.
 
-    Ends at the first problem with the result itself.
+    Ends at a problem that makes the following checks meaningless.
     """
     rng = np.random.default_rng(0)
     shape = (NUM_GROUPS, algorithm.samples_per_prompt)
@@ -56,8 +56,8 @@ def advantage_checks(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
 
     batches = {
         "rewards": rewards_GS,
-        "binary rewards": (rewards_GS > 0.5).astype(np.float64),
         "equal rewards": np.ones(shape),
+        "binary rewards": (rewards_GS > 0.5).astype(np.float64),
         "large rewards": rewards_GS * 1e6,
     }
     for name, batch_GS in batches.items():
@@ -68,22 +68,19 @@ def advantage_checks(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
             return
         yield name, ""
     want = estimated(rewards_GS, tokens_GS)
-    again = estimated(rewards_GS, tokens_GS)
-    yield (
-        "repeatable",
-        ""
-        if _are_close(again, want, 0.0)
-        else "two calls with the same inputs differ; use no random numbers and keep no state: a "
-        "batch is computed again after a restart",
-    )
+    if not _are_close(estimated(rewards_GS, tokens_GS), want, 0.0):
+        yield (
+            "repeatable",
+            "two calls with the same inputs differ; use no random numbers and keep no state: a "
+            "batch is computed again after a restart",
+        )
+        return
+    yield "repeatable", ""
     order = rng.permutation(NUM_GROUPS)
     permuted = estimated(rewards_GS[order], tokens_GS[order])
-    yield (
-        "order of groups",
-        ""
-        if _are_close(permuted, [want[g] for g in order], TOLERANCE)
-        else "the advantages of a group depend on its place in the batch",
-    )
+    is_same = _are_close(permuted, [want[g] for g in order], TOLERANCE)
+    problem = "the advantages of a group depend on its place in the batch"
+    yield "order of groups", "" if is_same else problem
 
 
 def _are_close(
