@@ -243,7 +243,8 @@ class Evaluations:
         if waited_s > limit_s:
             return f"{lost} within rollout.start_timeout_s = {limit_s:g}"
         # with mode = pause the trainer can send the version again, until it has made the next one
-        can_resend = running.mode == "pause" and core.version == running.version
+        training = running.version < self._config.run.steps
+        can_resend = running.mode == "pause" and training and core.version == running.version
         if self._catch_up.wanted or can_resend:
             return ""
         return f"{lost} or has its snapshot (weights.snapshot_every)"
