@@ -67,5 +67,7 @@ setup(
         ],
         "reasoning_gym": ["reasoning-gym"],
         "gpu": ["transformer-engine[pytorch]"],
+        "wandb": ["wandb>=0.19"],  # monitor.loggers
+        "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],
     },
 )

@@ -342,6 +342,9 @@ class FaultsConfig(Section, frozen=True, kw_only=True):
     max_failed_groups: PositiveInt = 64
     """The run ends when this many groups in a row could not be generated and scored, as with a
     workflow or reward function that always raises."""
+    max_filtered_groups: PositiveInt = 1024
+    """The run ends when this many groups in a row were dropped by algorithm.filters and none passed
+    them: it would never train a step."""
     heartbeat_timeout_s: PositiveFloat = 60.0
     """A worker without heartbeat for this long is declared lost, killed and restarted."""
     shutdown_grace_s: PositiveFloat = 60.0
@@ -357,8 +360,9 @@ class FaultsConfig(Section, frozen=True, kw_only=True):
 class MonitorConfig(Section, frozen=True, kw_only=True):
     """Records of a run for people."""
 
-    tensorboard: bool = True
-    """Write TensorBoard event files to run.dir/tensorboard."""
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where metrics are written: `tensorboard` (run.dir/tensorboard), `wandb` (run.dir/wandb) and
+    `mlflow` (run.dir/mlflow.db), the last two offline and with the package's extra of that name."""
     sample_texts: NonNegativeInt = 2
     """Number of samples shown as text in TensorBoard at each step."""
     sample_tokens: NonNegativeInt = 16

@@ -20,7 +20,7 @@ from packaging.specifiers import SpecifierSet
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.sections import SourceConfig
 from megatron_async_rl.data import success_rate
-from megatron_async_rl.data.dataset import check_source
+from megatron_async_rl.data.dataset import check_source, evaluation_config
 from megatron_async_rl.data.sources import training_sources
 from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
 from megatron_async_rl.errors import ConfigError, DataError, Error
@@ -32,6 +32,7 @@ from megatron_async_rl.launcher.checks.settings import check_hooks, check_megatr
 from megatron_async_rl.model import layout, memory
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.layout import Layout
+from megatron_async_rl.observability.loggers import check_installed
 from megatron_async_rl.sandbox.sandbox import Sandbox, SandboxError, SandboxSettings
 
 SETUP = "bash tools/setup_env.sh"
@@ -94,6 +95,7 @@ def config_checks(config: Config, say: Say) -> Iterator[Check]:
         yield check("hooks", check_hooks)
     yield check("megatron settings", lambda _: check_megatron(config, say))
     yield check("sglang settings", lambda _: check_sglang(config, say))
+    yield check("loggers", check_installed)
     yield check("controller host", _controller_host)
     yield check("engine port", _engine_port)
 
@@ -205,7 +207,10 @@ def _training_data(config: Config) -> str:
 
 def _evaluation_data(config: Config) -> str:
     sets = config.evaluation.sets.items()
-    found = [_dataset(f"evaluation.sets.{name}.path", chosen, config) for name, chosen in sets]
+    found = [
+        _dataset(f"evaluation.sets.{name}.path", chosen, evaluation_config(config, chosen))
+        for name, chosen in sets
+    ]
     return "; ".join(found)
 
 

@@ -51,7 +51,7 @@ def render(status: RunStatus, now_unix: float | None = None) -> Panel:
         rows.add_row("fleet", _fleet(status.fleet))
     if status.evals or status.evaluating:
         rows.add_row("eval", _evals(status))
-    notes = []
+    notes = [Text(f"warning: {note}", "yellow") for note in status.notes]
     if status.message:
         notes.append(Text(status.message, "red" if status.state == "failed" else "italic"))
     silent_s = age_s(status, now_unix)

@@ -1,6 +1,6 @@
-"""Writes the controller's records below `run.dir`: TensorBoard, samples.jsonl, status.json.
+"""Writes the controller's records below `run.dir`: metrics, samples.jsonl, status.json.
 
-TensorBoard tags are `area/name`, with the unit at the end; docs/metrics.md defines every one.
+Tags of metrics are `area/name`, with the unit at the end; docs/metrics.md defines every one.
 RunLog.write_samples writes those of trained samples, callers of RunLog.write_scalars the others.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.observability import sample_log
+from megatron_async_rl.observability.loggers import ScalarLogger, make_logger
 from megatron_async_rl.observability.sample_log import SampleLine, TrainedGroup
 from megatron_async_rl.observability.status import STATUS_FILE, RunStatus, read_status
 from megatron_async_rl.observability.tensorboard import TensorBoard
@@ -33,7 +34,13 @@ class RunLog:
         self._max_staleness = config.staleness.max_staleness
         self._monitor = config.monitor
         self._started = time.monotonic()
-        self._board = TensorBoard(run_dir / TENSORBOARD_DIR) if config.monitor.tensorboard else None
+        names = config.monitor.loggers
+        self._board = TensorBoard(run_dir / TENSORBOARD_DIR) if "tensorboard" in names else None
+        self._loggers: list[ScalarLogger] = [
+            make_logger(name, config) for name in names if name != "tensorboard"
+        ]
+        if self._board:
+            self._loggers.insert(0, self._board)
         samples = run_dir / sample_log.SAMPLES_FILE
         sample_log.cut_torn_line(samples)
         self._last_version = sample_log.last_version(samples)
@@ -48,11 +55,9 @@ class RunLog:
         )
 
     def write_scalars(self, version: int, scalars: dict[str, float]) -> None:
-        """Writes values by their TensorBoard tags."""
-        if self._board:
-            for tag, value in scalars.items():
-                self._board.scalar(tag, value, version)
-            self._board.flush()
+        """Writes values by their tags, to all loggers."""
+        for opened in self._loggers:
+            opened.scalars(version, scalars)
 
     def write_samples(self, version: int, groups: list[TrainedGroup]) -> None:
         """Records the samples trained on `version`; a second call, after a crash, has no effect."""
@@ -66,8 +71,9 @@ class RunLog:
         ]
         data = b"".join(map(sample_log.encode_line, lines))
         sample_log.append_whole(self._samples, data)
+        if lines:
+            self._write_statistics(version, lines)
         if self._board and lines:
-            self._write_statistics(self._board, version, lines)
             self._write_texts(self._board, version, lines)
             self._board.flush()
 
@@ -86,18 +92,19 @@ class RunLog:
 
     def close(self) -> None:
         self._samples.close()
-        if self._board:
-            self._board.close()
+        for opened in self._loggers:
+            opened.close()
 
-    def _write_statistics(self, board: TensorBoard, version: int, lines: list[SampleLine]) -> None:
+    def _write_statistics(self, version: int, lines: list[SampleLine]) -> None:
         lengths = np.array([line.num_generated for line in lines])
         # one entry per run of tokens of one version: a batch can have millions of tokens
         runs = np.array([run for line in lines for run in line.versions], np.int64).reshape(-1, 2)
         staleness, num_tokens = version - runs[:, 0], runs[:, 1]
         num_versions = np.array([len({run[0] for run in line.versions}) for line in lines])
-        board.histogram("rollout/response_tokens", lengths, version)
-        board.histogram("rollout/versions_per_sample", num_versions, version)
-        board.histogram("staleness/per_token", staleness, version, counts=num_tokens)
+        if board := self._board:
+            board.histogram("rollout/response_tokens", lengths, version)
+            board.histogram("rollout/versions_per_sample", num_versions, version)
+            board.histogram("staleness/per_token", staleness, version, counts=num_tokens)
         scalars = {
             "reward/mean": np.mean([line.reward for line in lines]),
             "rollout/response_tokens_mean": lengths.mean(),
@@ -116,8 +123,7 @@ class RunLog:
                 "staleness/first_token": first_token,
                 "staleness/last_token": last_token,
             }
-        for tag, value in scalars.items():
-            board.scalar(tag, float(value), version)
+        self.write_scalars(version, {tag: float(value) for tag, value in scalars.items()})
 
     def _write_texts(self, board: TensorBoard, version: int, lines: list[SampleLine]) -> None:
         """Writes samples from the best rewarded to the worst, evenly spaced."""

@@ -73,6 +73,7 @@ class RunStatus(msgspec.Struct):
     evaluating: str = ""  # the evaluation that runs
     interrupted_samples: int = 0  # finished under newer weights than they began with
     lost: list[str] = []  # workers without heartbeat
+    notes: list[str] = []  # warnings of this start, the newest last
 
 
 def read_status(run_dir: Path) -> RunStatus:

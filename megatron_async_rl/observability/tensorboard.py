@@ -15,25 +15,39 @@ import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as layout_metadata
 from tensorboard.plugins.text.metadata import create_summary_metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from megatron_async_rl.observability import health_page
 
 MAX_BINS = 64
 
 
 class TensorBoard:
-    """An event file, with a page "async RL" under Custom Scalars."""
+    """The event files of a run, with the pages of health_page.py under Custom Scalars."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._writer = EventFileWriter(str(folder))
+        self._lines: dict[int, EventFileWriter] = {}  # number of the line -> its run
+        self._copied: dict[str, str] = {}  # copy -> the first tag of which it was one
         metadata = layout_metadata.create_summary_metadata()
-        self._add(_string_value(layout_metadata.CONFIG_SUMMARY_TAG, _layout(), metadata), 0)
+        layout = health_page.layout()
+        self._add(_string_value(layout_metadata.CONFIG_SUMMARY_TAG, layout, metadata), 0)
 
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        assert "/" in tag, f"{tag!r} is not of the form area/name"
-        self._add(Summary.Value(tag=tag, simple_value=value), step)
+    def scalars(self, version: int, values: dict[str, float]) -> None:
+        """Writes values by tag, which is area/name."""
+        for tag, value in values.items():
+            assert "/" in tag, f"{tag!r} is not of the form area/name"
+            self._add(Summary.Value(tag=tag, simple_value=value), version)
+            for number, copy in health_page.lines_of(tag):
+                if (
+                    self._copied.setdefault(copy, tag) == tag
+                ):  # of several evaluation sets the first
+                    line = Summary.Value(tag=copy, simple_value=value)
+                    self._add(line, version, self._line_writer(number))
+        self.flush()
 
     def histogram(
         self, tag: str, values: np.ndarray, step: int, counts: np.ndarray | None = None
@@ -61,14 +75,22 @@ class TensorBoard:
         )
 
     def flush(self) -> None:
-        self._writer.flush()
+        for writer in (self._writer, *self._lines.values()):
+            writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        for writer in (self._writer, *self._lines.values()):
+            writer.close()
 
-    def _add(self, value: Summary.Value, step: int) -> None:
+    def _line_writer(self, number: int) -> EventFileWriter:
+        if number not in self._lines:
+            folder = self._folder / health_page.run_of_line(number)
+            self._lines[number] = EventFileWriter(str(folder))
+        return self._lines[number]
+
+    def _add(self, value: Summary.Value, step: int, writer: EventFileWriter | None = None) -> None:
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=[value]))
-        self._writer.add_event(event)
+        (writer or self._writer).add_event(event)
 
 
 def _bin_edges(values: np.ndarray) -> np.ndarray | int:
@@ -83,30 +105,3 @@ def _string_value(tag: str, content: bytes, metadata: object) -> Summary.Value:
     return Summary.Value(
         tag=tag, metadata=metadata, tensor=TensorProto(dtype="DT_STRING", string_val=[content])
     )
-
-
-def _layout() -> bytes:
-    """Returns the layout of the page "async RL": reward, staleness, time per phase."""
-
-    def lines(title: str, *tags: str) -> layout_pb2.Chart:
-        return layout_pb2.Chart(
-            title=title,
-            multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags]),
-        )
-
-    band = layout_pb2.MarginChartContent.Series(
-        value="staleness/mean", lower="staleness/min", upper="staleness/max"
-    )
-    charts = [
-        lines("reward", "reward/mean", "eval/.*accuracy"),
-        layout_pb2.Chart(
-            title="staleness of trained tokens: mean, min to max",
-            margin=layout_pb2.MarginChartContent(series=[band]),
-        ),
-        lines("staleness against its limit", "staleness/max", "staleness/limit"),
-        lines("where the time goes, seconds of a step", "perf/time/.*"),
-        lines("weight update, seconds", "sync/.*_s"),
-    ]
-    return layout_pb2.Layout(
-        category=[layout_pb2.Category(title="async RL", chart=charts)]
-    ).SerializeToString()

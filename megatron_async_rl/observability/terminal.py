@@ -40,9 +40,14 @@ def show(read: Callable[[], RunStatus], stop: Callable[[], bool], console: Conso
             live.update(panel.render(read()), refresh=True)
         return
     shown, shown_at = None, 0.0
+    notes: list[str] = []
     while True:
         stopping = stop()  # before the read: the last status written is still shown
         status = read()
+        for note in status.notes:
+            if note not in notes:
+                console.print(f"warning: {note}", soft_wrap=True, markup=False, highlight=False)
+        notes = status.notes
         change = (status.state, status.version, status.message)
         waiting = status.state not in FINAL_STATES
         limit_s = STEP_LINE_S if status.state == "training" else PLAIN_LINE_S

@@ -9,7 +9,9 @@ from pathlib import Path
 from paths import ROOT
 from source_files import PACKAGE
 
-AREAS = "reward eval rollout samples staleness train critic batch probe perf sync ledger drops engine"
+AREAS = (
+    "reward eval rollout samples staleness train critic batch probe perf sync ledger drops engine"
+)
 TAG = re.compile(rf"(?:{'|'.join(AREAS.split())})(?:/[a-z0-9_<>]+)+")
 WRITERS = ("controller", "observability", "recorder", "trainer")
 
@@ -40,7 +42,8 @@ def tags_on_page(text: str) -> list[str]:
 
 def test_page_defines_every_tag_once() -> None:
     files = [path for name in WRITERS for path in (ROOT / PACKAGE / name).rglob("*.py")]
-    written = set().union(*map(tags_in, files))
+    # that page copies tags that others write
+    written = set().union(*(tags_in(path) for path in files if path.name != "health_page.py"))
     defined = tags_on_page((ROOT / "docs" / "metrics.md").read_text())
     assert len(written) > 60
     assert [tag for tag in sorted(written) if not is_defined(tag, defined)] == []

@@ -88,7 +88,7 @@ def test_generated_tokens_are_shown_before_the_first_step(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    config = log_config(tmp_path, tensorboard=False)
+    config = log_config(tmp_path, loggers=[])
     log = RunLog(tmp_path, config)
     progress = Progress(log, config)
     progress.begin_training()
@@ -100,7 +100,7 @@ def test_generated_tokens_are_shown_before_the_first_step(
 
 
 def test_worst_staleness_of_the_run_is_kept(tmp_path: Path) -> None:
-    config = log_config(tmp_path, tensorboard=False)
+    config = log_config(tmp_path, loggers=[])
     log = RunLog(tmp_path, config)
     progress = Progress(log, config)
     progress.begin_training()
@@ -124,7 +124,7 @@ def test_worst_staleness_of_the_run_is_kept(tmp_path: Path) -> None:
 def test_display_continues_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    config = log_config(tmp_path, tensorboard=False)
+    config = log_config(tmp_path, loggers=[])
     log = RunLog(tmp_path, config)
     progress = Progress(log, config)
     progress.begin_training()
@@ -159,7 +159,7 @@ def test_display_continues_after_a_restart(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_batch_in_training_at_a_restart_is_shown(tmp_path: Path) -> None:
-    config = log_config(tmp_path, tensorboard=False)
+    config = log_config(tmp_path, loggers=[])
     log = RunLog(tmp_path, config)
     progress = Progress(log, config)
     group = Group(0, Prompt("p", np.arange(3, dtype=np.int32), {}), "train",

@@ -27,7 +27,7 @@ def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def leave_run(run_dir: Path, state: RunState, version: int) -> Config:
     """Leaves the files of a run of 10 steps that has ended in this state and version."""
-    config = log_config(run_dir, tensorboard=False)
+    config = log_config(run_dir, loggers=[])
     run_dir.mkdir()
     run._make_new_keys(run_dir)
     time.sleep(0.01)

@@ -1,16 +1,19 @@
 import base64
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from paths import python_environment
+from paths import ROOT, python_environment
 from run_log_builders import log_config, read_tensorboard, sample_of_versions, trained_group
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from megatron_async_rl.errors import DataError
+from megatron_async_rl.observability import health_page
 from megatron_async_rl.observability.run_log import RunLog
 from megatron_async_rl.observability.sample_log import read_samples
 from megatron_async_rl.observability.status import (
@@ -93,20 +96,46 @@ def test_sample_text_shows_reward_and_version_changes(tmp_path: Path) -> None:
     assert "samples/2" not in board.Tags()["tensors"]
 
 
-def test_custom_scalars_page_uses_written_tags(tmp_path: Path) -> None:
+def test_pages_of_charts_find_their_lines_in_runs_of_their_own(tmp_path: Path) -> None:
     log = RunLog(tmp_path, log_config(tmp_path))
     log.write_samples(1, [trained_group(sample_of_versions((0, 2)))])
+    log.write_scalars(1, {"eval/first/accuracy": 0.5, "train/approx_kl": 0.1})
+    log.write_scalars(1, {"eval/second/accuracy": 0.9, "train/reference_kl": 0.2})
     log.close()
     board = read_tensorboard(tmp_path)
     layout = layout_pb2.Layout.FromString(
         board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     )
-    (page,) = layout.category
-    band = next(
-        chart.margin.series[0] for chart in page.chart if chart.WhichOneof("content") == "margin"
-    )
-    assert page.title == "async RL"
-    assert {band.value, band.lower, band.upper} <= set(board.Tags()["scalars"])
+    assert [page.title for page in layout.category] == ["health", "time"]
+    charts = {chart.title: chart.multiline.tag for page in layout.category for chart in page.chart}
+    assert all(len(tags) == 1 for tags in charts.values())
+    lines = {}
+    for path in (tmp_path / "tensorboard").glob("line *"):
+        events = EventAccumulator(str(path)).Reload()
+        for tag in events.Tags()["scalars"]:
+            lines[path.name, tag] = events.Scalars(tag)[0].value
+    [reward] = charts["reward: 1 trained, 2 all scored, 3 spread in a group, 4 evaluation"]
+    assert {run: value for (run, tag), value in lines.items() if re.search(reward, tag)} == {
+        "line 1": 1.0,
+        "line 4": 0.5,  # of the first set
+    }
+    [kl] = charts["KL: 1 of the update, 2 from behavior, 3 from reference"]
+    assert {run: value for (run, tag), value in lines.items() if re.search(kl, tag)} == {
+        "line 1": pytest.approx(0.1),
+        "line 3": pytest.approx(0.2),
+    }
+    assert all("health/" not in tag for tag in board.Tags()["scalars"])
+
+
+def test_every_line_of_a_page_copies_a_defined_tag() -> None:
+    defined = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.M)
+    defined = [tag.replace("<kind>", "sampled") for tag in defined]
+    for charts in health_page.PAGES.values():
+        for chart, lines in charts.items():
+            assert len(lines) <= health_page.MAX_LINES, chart
+            for source in lines.values():
+                with_placeholder = source.startswith(("sync/", "eval/"))
+                assert source in defined or with_placeholder, source
 
 
 def test_every_trained_sample_becomes_one_json_line(tmp_path: Path) -> None:
@@ -138,7 +167,7 @@ def test_every_trained_sample_becomes_one_json_line(tmp_path: Path) -> None:
 
 
 def test_token_ids_are_logged_for_the_configured_count(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False, sample_tokens=3))
+    log = RunLog(tmp_path, log_config(tmp_path, loggers=[], sample_tokens=3))
     group = trained_group(sample_of_versions((3, 12)), sample_of_versions((4, 2)))
     log.write_samples(4, [group, group])
     log.close()
@@ -156,7 +185,7 @@ def test_tool_tokens_between_turns_belong_to_no_version(tmp_path: Path) -> None:
     sample = Sample(
         np.arange(7, dtype=np.int32), np.zeros(7, np.float32), versions, "length", "text"
     )
-    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
+    log = RunLog(tmp_path, log_config(tmp_path, loggers=[]))
     log.write_samples(3, [trained_group(sample)])
     log.close()
     (line,) = read_samples(tmp_path)
@@ -175,7 +204,7 @@ def test_sample_without_tokens_is_logged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("whole_lines", [0, 2])
 def test_truncated_line_is_the_only_one_lost(tmp_path: Path, whole_lines: int) -> None:
-    config = log_config(tmp_path, tensorboard=False)
+    config = log_config(tmp_path, loggers=[])
     log = RunLog(tmp_path, config)
     log.write_samples(0, [trained_group(sample_of_versions((0, 1)))] * whole_lines)
     log.close()
@@ -189,7 +218,7 @@ def test_truncated_line_is_the_only_one_lost(tmp_path: Path, whole_lines: int) -
 
 
 def test_status_is_read_back_unchanged(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
+    log = RunLog(tmp_path, log_config(tmp_path, loggers=[]))
     assert read_status(tmp_path).state == "starting" and read_status(tmp_path).steps == 10
     status = RunStatus(
         state="training", version=3, steps=10,
@@ -204,7 +233,7 @@ def test_status_is_read_back_unchanged(tmp_path: Path) -> None:
     status.updated_unix, status.host = read.updated_unix, read.host
     assert read == status and read.updated_unix > 2.0
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
-    again = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
+    again = RunLog(tmp_path, log_config(tmp_path, loggers=[]))
     # of the whole run, over restarts
     assert again.staleness_worst == read_status(tmp_path).staleness_worst == 3
     again.close()

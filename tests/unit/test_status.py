@@ -18,7 +18,7 @@ from megatron_async_rl.observability.status import RunStatus
 
 
 def write_run(run_dir: Path, pid: int, **changes: object) -> None:
-    log = RunLog(run_dir, log_config(run_dir, tensorboard=False))
+    log = RunLog(run_dir, log_config(run_dir, loggers=[]))
     log.write_status(RunStatus("training", pid=pid, version=7, steps=60, eta_s=82.0, **changes))  # type: ignore[arg-type]
     log.close()
 

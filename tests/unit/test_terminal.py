@@ -117,7 +117,7 @@ def test_summary_of_a_failed_run_gives_the_reason() -> None:
 
 
 def test_without_terminal_each_version_and_state_is_a_line(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
+    log = RunLog(tmp_path, log_config(tmp_path, loggers=[]))
     stop, out = threading.Event(), io.StringIO()
     follower = threading.Thread(
         target=terminal.follow, args=(tmp_path, stop.is_set, Console(file=out, width=40))
@@ -156,7 +156,7 @@ def test_slow_start_prints_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_end_of_an_earlier_run_is_ignored(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
+    log = RunLog(tmp_path, log_config(tmp_path, loggers=[]))
     log.write_status(make_status(state="finished"))
     log.close()
     out = io.StringIO()
@@ -165,7 +165,7 @@ def test_end_of_an_earlier_run_is_ignored(tmp_path: Path) -> None:
 
 
 def test_terminal_shows_the_panel(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
+    log = RunLog(tmp_path, log_config(tmp_path, loggers=[]))
     log.write_status(make_status())
     log.close()
     out = io.StringIO()
@@ -183,7 +183,7 @@ def test_status_prints_panel_and_ledger_or_fails(
 ) -> None:
     assert main(["status", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"error: no run at {tmp_path}")
-    log = RunLog(tmp_path, log_config(tmp_path, tensorboard=False))
+    log = RunLog(tmp_path, log_config(tmp_path, loggers=[]))
     log.write_status(make_status())
     log.close()
     assert main(["status", str(tmp_path)]) == 0
