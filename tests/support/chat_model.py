@@ -56,6 +56,7 @@ class Script:
     texts: list[str]
     rewards: dict[str, float] = field(default_factory=dict)  # of a text; others have 0
     settings: dict[str, Any] = field(default_factory=dict)
+    row: dict[str, Any] = field(default_factory=dict)  # beside `prompt`
     inputs: list[list[int]] = field(default_factory=list)  # of the calls
     scored: list[str] = field(default_factory=list)
 
@@ -66,7 +67,7 @@ class Script:
         text = prompt
         if config.data.chat_template:
             text = self.tokenizer.render_chat([{"role": "user", "content": prompt}])
-        row = Prompt("0", self.tokenizer.encode(text), {"prompt": prompt})
+        row = Prompt("0", self.tokenizer.encode(text), self.row | {"prompt": prompt})
         sampling = Sampling(
             max_new_tokens, 1.0, sorted(self.tokenizer.eos_ids), stop=config.rollout.stop
         )
