@@ -35,7 +35,8 @@ def field_texts(section: type[Section]) -> dict[str, str]:
     """Returns the string literal below each field of a section, as one line."""
     body = ast.parse(inspect.getsource(section)).body[0]
     assert isinstance(body, ast.ClassDef)
-    texts, name = {}, ""
+    texts: dict[str, str] = {}
+    name = ""
     if (parent := section.__base__) is not Section:  # an evaluation set is a data source, and more
         texts |= field_texts(parent)
     for node in body.body:

@@ -155,7 +155,9 @@ def _explain(message: str, tree: dict[str, Any]) -> str:
     else:
         key = path
         if "enum value" in rule:
-            rule = f"expected one of {', '.join(map(repr, get_args(_annotation(key))))}"
+            kind = _annotation(key)
+            choices = get_args(get_args(kind)[0] if key.endswith("]") else kind)
+            rule = f"expected one of {', '.join(map(repr, choices))}"
         problem = f"{key} = {_value_at(tree, key)!r}: {rule[0].lower() + rule[1:]}"
     override = "" if "[" in key else f" or with {key}=VALUE"
     return f"{problem}. {_description(key)} Set it in the YAML{override}"

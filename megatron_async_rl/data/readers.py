@@ -135,8 +135,8 @@ def _of_split(files: list[Path], split: str | None, folder: Path) -> list[Path]:
 
 
 def _chosen(split: str | None, splits: list[str], folder: Path) -> str:
-    if split in splits:
-        return split  # type: ignore[return-value]
+    if split is not None and split in splits:
+        return split
     problem = "has several splits" if split is None else f"has no split {split!r}"
     raise DataError(f"{folder} {problem}", f"set `split` to one of {', '.join(splits)}")
 

@@ -87,9 +87,15 @@ def test_most_numbers_have_a_range() -> None:
     assert len(LIMITS) > 30
 
 
-@pytest.mark.parametrize("key", [key for key, _ in all_settings()])
-def test_value_of_wrong_type_is_rejected_by_name(key: str) -> None:
-    wrong: Any = {"a": "mapping"} if key == "reward.thinking_tags" else ["a", "list"]
+def takes_list(info: Any) -> bool:
+    if isinstance(info, msgspec.inspect.UnionType):
+        return any(takes_list(member) for member in info.types)
+    return isinstance(info, msgspec.inspect.VarTupleType)
+
+
+@pytest.mark.parametrize(("key", "info"), all_settings(), ids=[key for key, _ in all_settings()])
+def test_value_of_wrong_type_is_rejected_by_name(key: str, info: Any) -> None:
+    wrong: Any = {"a": "mapping"} if takes_list(info) else ["a", "list"]
     assert error_text(**{key: wrong}).startswith(f"{key} = {wrong!r}: expected ")
 
 
@@ -132,6 +138,21 @@ def test_missing_section_is_rejected() -> None:
     del incomplete["model"]
     with pytest.raises(ConfigError, match="model is not set"):
         load.from_tree(incomplete)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"monitor.loggers": ["tensorboard", "x"]}, "monitor.loggers[1] = 'x': expected one of 't"),
+        ({"data.train": [{"path": "a"}, {"path": 3}]}, "data.train[1].path = 3: expected `str`"),
+        (
+            {"data.train": [{"path": "a", "format": "x"}]},
+            "data.train[0].format = 'x': expected one",
+        ),
+    ],
+)
+def test_wrong_entry_of_a_list_is_named(changes: dict[str, Any], text: str) -> None:
+    assert error_text(**changes).startswith(text)
 
 
 @pytest.mark.parametrize(

@@ -181,10 +181,8 @@ def _arguments(value: Any) -> list[Any]:
 def _function_of(cases: Any, details: Any) -> str:
     """Returns the name of the function that typed tests call, "" for programs."""
     first = cases[0] if isinstance(cases, list) and cases and isinstance(cases[0], dict) else {}
-    inner = first.get("metadata") if isinstance(first.get("metadata"), dict) else {}
-    names = [first.get("fn_name"), first.get("func_name"), inner.get("func_name")]
-    if isinstance(details, dict):
-        names.append(details.get("func_name"))
+    names = [first.get("fn_name"), first.get("func_name")]
+    names += [d.get("func_name") for d in (first.get("metadata"), details) if isinstance(d, dict)]
     kinds = (first.get("type"), first.get("testtype"))
     if "stdin_stdout" in kinds or "stdin" in kinds:
         return ""

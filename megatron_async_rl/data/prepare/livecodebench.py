@@ -69,7 +69,7 @@ def pickled_text(data: bytes) -> str:
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name in _TEXTS:
-                found.append(argument)
+                found.append(str(argument))
             elif opcode.name not in _NO_EFFECT:
                 raise Unusable("private tests are a pickle of something else than a text")
     except (ValueError, IndexError, OverflowError):
