@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import anthropic
 import numpy as np
 import openai
 import psutil
 import pytest
+from agent_endpoint import serving
 from char_tokenizer import make_chat_folder
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import EngineError, HookFailed
-from megatron_async_rl.protocol.types import Sample, Segment
+from megatron_async_rl.protocol.types import Sample
 from megatron_async_rl.rollout.agents.client import ClientSettings
 from megatron_async_rl.rollout.agents.runner import CommandRunner, FunctionRunner
-from megatron_async_rl.rollout.agents.server import Endpoint
-from megatron_async_rl.rollout.agents.session import ChatTemplate, Session
-from megatron_async_rl.rollout.engine_client import Sampling
-from megatron_async_rl.rollout.workflow import Completion
 
-END = 0
 TOOLS = [
     {
         "type": "function",
@@ -36,72 +32,9 @@ TOOLS = [
 ]
 
 
-class ScriptedPolicy:
-    """A policy that says given texts, two tokens per weight version."""
-
-    def __init__(self, tokenizer: Tokenizer, texts: list[str]) -> None:
-        self.tokenizer, self.texts = tokenizer, texts
-        self.asked: list[list[int]] = []  # ids of each call
-        self.fails = False
-
-    async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
-        self.asked.append(ids)
-        await asyncio.sleep(0)
-        if self.fails:
-            raise EngineError("the server died")
-        text = self.texts.pop(0) if self.texts else "ok"
-        sampled = [*self.tokenizer.encode(text).tolist(), END][: sampling.max_new_tokens]
-        stop = "stop" if sampled[-1] == END else "length"
-        pairs = [sampled[n : n + 2] for n in range(0, len(sampled), 2)]
-        segments = [Segment(7 + n, pair, [-0.5] * len(pair)) for n, pair in enumerate(pairs)]
-        return Completion(segments, stop)
-
-
-class Served:
-    """A session behind a running endpoint, with the policy that it talks to."""
-
-    def __init__(self, endpoint: Endpoint, policy: ScriptedPolicy, max_requests: int) -> None:
-        self.policy, self.endpoint = policy, endpoint
-        template = ChatTemplate(None, {}, None)
-        self.session = Session(policy, Sampling(256, 1.0, [END]), template, max_requests)  # type: ignore[arg-type]
-        endpoint.open(self.session)
-
-    @property
-    def openai(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(
-            base_url=f"{self.endpoint.url}/v1", api_key=self.session.key, max_retries=0
-        )
-
-    @property
-    def anthropic(self) -> anthropic.AsyncAnthropic:
-        return anthropic.AsyncAnthropic(
-            base_url=self.endpoint.url, api_key=self.session.key, max_retries=0
-        )
-
-    async def chat(self, messages: list[Any], **options: Any) -> Any:
-        return await self.openai.chat.completions.create(
-            model="policy", messages=messages, **options
-        )
-
-    def sample(self) -> Sample:
-        return self.session.transcript.sample("stop", None)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(make_chat_folder(tmp_path_factory.mktemp("model")))
-
-
-@asynccontextmanager
-async def serving(
-    tokenizer: Tokenizer, *texts: str, max_requests: int = 100
-) -> AsyncIterator[Served]:
-    endpoint = Endpoint("127.0.0.1")
-    await endpoint.start()
-    try:
-        yield Served(endpoint, ScriptedPolicy(tokenizer, list(texts)), max_requests)
-    finally:
-        await endpoint.stop()
 
 
 def user(text: str) -> dict[str, Any]:
@@ -249,6 +182,12 @@ def test_several_completions_are_branches_of_one_prompt(tokenizer: Tokenizer) ->
     [
         ("chat/completions", b"{nonsense", 400, "not JSON"),
         ("chat/completions", b"[]", 400, "object"),
+        (
+            "chat/completions",
+            b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+            400,
+            "Unic",
+        ),
         ("chat/completions", b"{}", 400, "messages"),
         ("chat/completions", {"messages": []}, 400, "empty"),
         ("chat/completions", {"messages": [{"role": 1}]}, 400, "role"),
@@ -442,6 +381,52 @@ def test_command_gets_the_row_and_its_last_line_is_the_reward(tmp_path: Path) ->
         asyncio.run(run("sh -c 'exit 3'"))
     with pytest.raises(HookFailed, match="cannot be started"):
         asyncio.run(run("no-such-program"))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+FIELDS = (
+    "messages prompt input system tools tool_choice n stop stop_sequences max_tokens stream "
+    "logprobs instructions previous_response_id response_format reward role content type text name"
+).split()
+BODIES = st.dictionaries(
+    st.sampled_from(FIELDS),
+    JSON_VALUES | st.lists(st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES), max_size=3),
+    max_size=5,
+)
+PATHS = ["chat/completions", "completions", "responses", "messages", "reward"]
+
+
+def test_no_body_is_an_internal_error(tokenizer: Tokenizer) -> None:
+    """A fuzz of all paths. Requests that happen to be valid are answered."""
+
+    async def ask(bodies: list[tuple[str, dict[str, Any]]]) -> set[int]:
+        statuses = set()
+        async with (
+            serving(tokenizer, max_requests=10**6) as served,
+            aiohttp.ClientSession() as http,
+        ):
+            headers = {"Authorization": f"Bearer {served.session.key}"}
+            for path, body in bodies:
+                url = f"{served.endpoint.url}/v1/{path}"
+                async with http.post(url, json=body, headers=headers) as reply:
+                    assert reply.status < 500, (path, body, await reply.text())
+                    statuses.add(reply.status)
+                    if reply.status != 200:
+                        assert (await reply.json())["error"]["message"]
+        return statuses
+
+    @settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
+    @given(st.lists(st.tuples(st.sampled_from(PATHS), BODIES), min_size=20, max_size=20))
+    def fuzz(bodies: list[tuple[str, dict[str, Any]]]) -> None:
+        asyncio.run(ask(bodies))
+
+    fuzz()
 
 
 def test_episode_without_a_request_is_no_sample(tokenizer: Tokenizer) -> None:

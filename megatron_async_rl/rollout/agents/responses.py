@@ -15,7 +15,8 @@ def parse(body: dict[str, Any], session: Session) -> ChatRequest:
     fields, messages = Fields(body), []
     if body.get("instructions"):
         messages.append({"role": "system", "content": fields.text("instructions")})
-    if previous := body.get("previous_response_id"):
+    if body.get("previous_response_id"):
+        previous = fields.text("previous_response_id")
         if previous not in session.earlier:
             raise RequestError(404, f"previous_response_id = {previous!r} is not of this session")
         messages += session.earlier[previous]

@@ -81,12 +81,7 @@ class Endpoint:
     def _route(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
             session = self._session(request)
-            try:
-                body = await request.json()
-            except (ValueError, RecursionError):
-                raise RequestError(400, "the body is not JSON") from None
-            if not isinstance(body, dict):
-                raise RequestError(400, "the body must be a JSON object")
+            body = _read_json(await request.read())
             task = asyncio.create_task(_run(handler, session, body))
             self._tasks.get(session.key, set()).add(task)
             try:
@@ -132,6 +127,18 @@ class Endpoint:
         except Exception as e:  # a fault of ours: the client gets a JSON error, the log the rest
             self._errors.log(f"a request to {request.path} failed", user_error(e))
             return _error(request, RequestError(500, f"{type(e).__name__}: {e}", "api_error"))
+
+
+def _read_json(data: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(data)
+        if b"\\u" in data:
+            json.dumps(body, ensure_ascii=False).encode()  # no half of a surrogate pair
+    except (ValueError, RecursionError):
+        raise RequestError(400, "the body is not JSON in Unicode") from None
+    if not isinstance(body, dict):
+        raise RequestError(400, "the body must be a JSON object")
+    return body
 
 
 async def _run(handler: Handler, session: Session, body: dict[str, Any]) -> Any:
