@@ -64,5 +64,5 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
         "train/packing_imbalance": (
             largest["cost_max"] * total["microbatches"] / max(total["cost"], 1e-9)
         ),
-        **{f"train/{name}": total[name] / tokens for name in user},
+        **{f"train/user/{name.removeprefix(USER)}": total[name] / tokens for name in user},
     }

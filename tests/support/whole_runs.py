@@ -66,10 +66,10 @@ def make_run_inputs(folder: Path) -> RunInputs:
     )
 
 
-def start_run(path: Path, *options: str) -> subprocess.Popen[str]:
+def start_run(path: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_async_rl", "run", str(path), *options],
-        env=python_environment(),
+        env=python_environment(**environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -43,6 +43,7 @@ _REMEDY = {
     "(algorithm.filters.drop_equal_rewards drops such groups)",
     DropReason.SUCCESS_RATE: "check whether long answers are all wrong "
     "(algorithm.filters.success_rate_min drops such groups)",
+    DropReason.FILTERED: "check whether algorithm.filters.function rejects long answers",
 }
 
 
