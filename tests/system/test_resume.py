@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 from needs import needs_engine
 from tiny_model import make_dataset, make_model
 from whole_runs import RunInputs, assert_no_process_left, start_run, wait_for_version
@@ -49,9 +51,17 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
         make_dataset(tmp_path / "eval.jsonl", 4, 100),
     )
     run_dir = tmp_path / "run"
+    rows = [{"question": f"{n}*2=", "solution": str(2 * n)} for n in range(10, 40)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "more.parquet")
+    fields = {"prompt": "question", "answer": "solution"}
+    sources = [
+        {"path": str(inputs.train), "weight": 2.0},
+        {"path": str(tmp_path / "more.parquet"), "fields": fields},
+    ]
     path = inputs.config(
         run_dir,
         run={"steps": STEPS},
+        data={"train": sources},
         checkpoint={"every": EVERY},
         faults={"restart_backoff_s": 0.1},
         evaluation={"sets": {}},
@@ -106,6 +116,8 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     assert admitted == [
         stream.next().prompt_id for _ in admitted
     ]  # in the order of an undisturbed run
+    first = sum(prompt_id.startswith("0:") for prompt_id in admitted)
+    assert abs(first - 2 / 3 * len(admitted)) < 1  # each source has its share
 
     again = start_run(path)
     output, _ = again.communicate(timeout=60)
