@@ -33,8 +33,9 @@ class RunConfig(Section, frozen=True, kw_only=True):
     policy."""
     seed: NonNegativeInt = 1
     """Seed of prompt order, sampling and initialisation."""
-    steps: PositiveInt
-    """Number of training steps; each step produces one weight version."""
+    steps: NonNegativeInt
+    """Number of training steps; each step produces one weight version. 0 only evaluates, which the
+    command `eval` uses."""
     mode: Literal["train", "rollout_only"] = "train"
     """`rollout_only` starts no trainer: batches sampled from model.path are written to
     run.dir/batches for `replay`."""

@@ -64,6 +64,7 @@ from megatron_async_rl.controller.monitoring.length_monitor import LengthMonitor
 from megatron_async_rl.controller.monitoring.mismatch import MismatchMonitor
 from megatron_async_rl.controller.monitoring.progress import Progress
 from megatron_async_rl.controller.monitoring.score_monitor import ScoreMonitor
+from megatron_async_rl.controller.monitoring.signal_monitor import SignalMonitor
 from megatron_async_rl.controller.saving import CheckpointCommitter
 from megatron_async_rl.controller.weight_sync.catch_up import CatchUp
 from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinator
@@ -89,13 +90,13 @@ class Controller:
         if changed := changed_data(config.run_dir, config):
             raise ConfigError(changed)
         tokenizer = Tokenizer(config.model.path)
-        prompts = read_training(config, tokenizer)
-        eval_prompts = read_evaluation(config, tokenizer)
+        self.progress = Progress(run_log, config)
+        prompts = read_training(config, tokenizer, self.progress.warn)
+        eval_prompts = read_evaluation(config, tokenizer, self.progress.warn)
         self.config = config
         self.journal = journal
         self.queue = EventQueue()
         self.workers = Workers(hub)
-        self.progress = Progress(run_log, config)
         stream = PromptStream(prompts, config.run.seed)
         filters = filter_rules(config.algorithm.filters)
         self.core = Core(core_settings(config, filters), stream.next, epoch=0)
@@ -120,6 +121,7 @@ class Controller:
         self.scores = ScoreMonitor(
             config.algorithm.samples_per_prompt, config.faults.max_failed_groups
         )
+        self.signal = SignalMonitor(config)
         self.handlers = MessageHandlers(context, self.updates, self.delivery, self.saving)
         self._hub = hub
         self._restore()
@@ -200,8 +202,10 @@ class Controller:
         for entry in recorded:
             self.lengths.saw(entry)
             self.scores.saw(entry)
+            self.signal.saw(entry)
             self.saving.saw(entry)
         self.scores.check()
+        self.signal.check(len(self.core.state.ready), time.monotonic(), self.progress.warn)
         # before the first await: the restarted server may be in the next update
         for action in followed:
             if isinstance(action, actions.ServerLost):
@@ -238,6 +242,7 @@ class Controller:
             stats |= self.mismatch.step(step.version - 1) | self.engines.step()
             self.journal.append([self.progress.step_done(step.version, stats)])
             self.lengths.check(self.progress.warn)
+            self.signal.check_step(stats, self.progress.warn)
             self.mismatch.check(step.version, stats, self.progress.warn)
 
     async def _request_weights(self) -> None:

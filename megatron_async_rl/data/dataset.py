@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.config.sections import SourceConfig
+from megatron_async_rl.config.sections import EvaluationSet, SourceConfig
 from megatron_async_rl.data import chat_template, success_rate, thinking
 from megatron_async_rl.data.order import SourcePrompts
 from megatron_async_rl.data.sources import read_rows, training_sources
@@ -52,14 +52,14 @@ def read_training(
     return found
 
 
-def read_evaluation(config: Config, tokenizer: Tokenizer) -> dict[str, list[Prompt]]:
+def read_evaluation(
+    config: Config, tokenizer: Tokenizer, report: Report = logger.warning
+) -> dict[str, list[Prompt]]:
     """Returns the prompts of each evaluation set by its name. Raises as `read_source`."""
     found = {}
     for name, chosen in config.evaluation.sets.items():
-        limit = chosen.max_new_tokens or config.rollout.max_new_tokens
-        rollout = msgspec.structs.replace(config.rollout, max_new_tokens=limit)
-        limited = msgspec.structs.replace(config, rollout=rollout)
-        found[name] = read_source(chosen, f"evaluation.sets.{name}.path", limited, tokenizer)
+        setting, limited = f"evaluation.sets.{name}.path", evaluation_config(config, chosen)
+        found[name] = read_source(chosen, setting, limited, tokenizer, report)
     return found
 
 
@@ -81,7 +81,6 @@ def read_source(
     prompts: list[Prompt] = []
     left_out: Counter[str] = Counter()
     vocab_size = HfConfig(config.model.path).vocab_size
-    max_tokens = config.model.context_tokens - config.rollout.max_new_tokens
     for place, prompt_id, fields in read_rows(source, setting, config):
         try:
             ids, prompt = _tokenize(fields["prompt"], source, config, tokenizer)
@@ -90,12 +89,7 @@ def read_source(
         if reason := _left_out(len(ids), source, config):
             left_out[reason] += 1
             continue
-        if not 0 < len(ids) <= max_tokens:
-            raise DataError(
-                f"{place}: the prompt has {len(ids)} tokens, must be 1 to {max_tokens} "
-                "(model.context_tokens - rollout.max_new_tokens)",
-                "shorten it, change one of these settings, or set data.overlong=drop",
-            )
+        _check_length(len(ids), place, config)
         if ids.max() >= vocab_size:  # a server that receives it would crash
             raise DataError(
                 f"{place}: token id {ids.max()} is outside the model's vocabulary of {vocab_size}",
@@ -116,11 +110,13 @@ def read_source(
 def check_source(source: SourceConfig | str, setting: str, config: Config) -> int:
     """Returns the number of rows, for preflight: all rows are read, and the first chat is rendered.
 
-    Raises ConfigError or DataError as `read_source`, but tokenizes no row.
+    Raises ConfigError or DataError as `read_source`, but tokenizes only rows that may be too long:
+    a tokenizer makes at most one token of a byte.
     """
     if isinstance(source, str):
         source = SourceConfig(path=source)
     count, rendered = 0, False
+    tokenizer: Tokenizer | None = None
     for place, _, fields in read_rows(source, setting, config):
         count += 1
         prompt = _prompt(fields["prompt"], source)
@@ -130,7 +126,33 @@ def check_source(source: SourceConfig | str, setting: str, config: Config) -> in
                 _render(prompt, config, Tokenizer(config.model.path))
             except (ConfigError, DataError) as e:
                 raise type(e)(f"{place}: {e.problem}", e.remedy) from None
+        if len(str(prompt).encode(errors="replace")) > _max_tokens(config):
+            tokenizer = tokenizer or Tokenizer(config.model.path)
+            num_tokens = len(_tokenize(fields["prompt"], source, config, tokenizer)[0])
+            if not _left_out(num_tokens, source, config):
+                _check_length(num_tokens, place, config)
     return count
+
+
+def evaluation_config(config: Config, chosen: EvaluationSet) -> Config:
+    """Returns the configuration with the response length of an evaluation set."""
+    limit = chosen.max_new_tokens or config.rollout.max_new_tokens
+    rollout = msgspec.structs.replace(config.rollout, max_new_tokens=limit)
+    return msgspec.structs.replace(config, rollout=rollout)
+
+
+def _max_tokens(config: Config) -> int:
+    return config.model.context_tokens - config.rollout.max_new_tokens
+
+
+def _check_length(num_tokens: int, place: str, config: Config) -> None:
+    """Raises DataError for an empty prompt, and for one that leaves no room for a response."""
+    if not 0 < num_tokens <= _max_tokens(config):
+        raise DataError(
+            f"{place}: the prompt has {num_tokens} tokens, must be 1 to {_max_tokens(config)} "
+            "(model.context_tokens - rollout.max_new_tokens)",
+            "shorten it, change one of these settings, or set data.overlong=drop",
+        )
 
 
 def _left_out(num_tokens: int, source: SourceConfig, config: Config) -> str:
@@ -139,10 +161,9 @@ def _left_out(num_tokens: int, source: SourceConfig, config: Config) -> str:
         return f"have fewer tokens than min_prompt_tokens = {source.min_prompt_tokens}"
     if source.max_prompt_tokens is not None and num_tokens > source.max_prompt_tokens:
         return f"have more tokens than max_prompt_tokens = {source.max_prompt_tokens}"
-    max_tokens = config.model.context_tokens - config.rollout.max_new_tokens
-    if num_tokens > max_tokens and config.data.overlong == "drop":
+    if num_tokens > (limit := _max_tokens(config)) and config.data.overlong == "drop":
         return (
-            f"have more than {max_tokens} tokens (model.context_tokens - rollout.max_new_tokens) "
+            f"have more than {limit} tokens (model.context_tokens - rollout.max_new_tokens) "
             "and are dropped (data.overlong = drop)"
         )
     return ""

@@ -230,3 +230,30 @@ def test_changed_data_is_found_at_the_next_start(
     setting = "evaluation.sets.held_out.path" if change == "eval" else "data.train"
     found = changed_data(tmp_path, config)
     assert found.startswith(f"{setting} = {path} has other content") and "--from-scratch" in found
+
+
+def test_overlong_prompt_is_refused_with_its_row_before_the_start(
+    settings: Config, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "1" * length, "answer": "1"} for length in (10, 11)]
+    problem = r"row 2: the prompt has 11 tokens, must be 1 to 10 .*data\.overlong=drop"
+    with pytest.raises(DataError, match=problem):
+        read(settings, tmp_path / "d.jsonl", *rows)
+    with pytest.raises(DataError, match=problem):
+        check_source(str(tmp_path / "d.jsonl"), "data.train", settings)
+
+
+def test_overlong_prompts_are_dropped_and_counted(settings: Config, tmp_path: Path) -> None:
+    data = msgspec.structs.replace(settings.data, overlong="drop")
+    config, path = msgspec.structs.replace(settings, data=data), tmp_path / "d.jsonl"
+    lengths, reports = (11, 10, 300, 1), list[str]()
+    path.write_text("".join(f'{{"prompt": "{"1" * n}", "answer": "1"}}\n' for n in lengths))
+    tokenizer = Tokenizer(settings.model.path)
+    prompts = read_source(str(path), "data.train", config, tokenizer, reports.append)
+    assert [len(prompt.ids) for prompt in prompts] == [10, 1]
+    assert check_source(str(path), "data.train", config) == 4
+    [report] = reports
+    assert report.startswith(f"2 of 4 prompts of data.train = {path} have more than 10 tokens")
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(DataError, match=r"1 of 1 prompts .*data\.overlong = drop\): none is left"):
+        read_source(str(path), "data.train", config, tokenizer, reports.append)

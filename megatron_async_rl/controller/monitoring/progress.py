@@ -30,6 +30,7 @@ from megatron_async_rl.observability.status import (
 from megatron_async_rl.protocol.types import Sample
 
 logger = logging.getLogger(__name__)
+MAX_NOTES = 5  # in the status; all are in the log
 ETA_STEPS = 8  # the remaining time is estimated from this many steps
 
 
@@ -99,8 +100,10 @@ class Progress:
         self.message = message
 
     def warn(self, message: str) -> None:
-        self.message = message
+        """Logs a warning and keeps it in the status."""
         logger.warning("%s", message)
+        others = [note for note in self._status.notes if note != message]
+        self._status.notes = [*others, message][-MAX_NOTES:]
 
     def generated(self, sample: Sample) -> None:
         self.last_progress = time.monotonic()
