@@ -256,6 +256,15 @@ def test_bad_dataset_row_error_names_file_and_row(row: str, problem: str) -> Non
         preflight(make_config())
 
 
+def test_missing_column_of_a_source_is_rejected() -> None:
+    source = {"path": "train.jsonl", "fields": {"prompt": "q", "answer": "answer"}}
+    with pytest.raises(
+        DataError,
+        match=r"data.train\[0\].path = train.jsonl, row 1: no column `q`; the columns are: ",
+    ):
+        preflight(make_config(data={"train": [source]}))
+
+
 def test_empty_dataset_is_rejected() -> None:
     Path("eval.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"held_out.path = eval.jsonl has no rows"):

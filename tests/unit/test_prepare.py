@@ -226,6 +226,7 @@ def test_published_parquet_with_nested_columns_is_read(kind: str, tmp_path: Path
         ("math", {"solution": "So it is 1."}, "no answer"),
         ("math", {"problem": "See ![](a.png)."}, "needs an image"),
         ("math", {"problem": "<image> Find x."}, "needs an image"),
+        ("math", {"answer": "Not provided."}, "no answer"),
         ("math", {"answer": "See the solution."}, "answer is a proof"),
         (
             "math",
@@ -360,6 +361,15 @@ def test_rows_that_share_words_with_an_evaluation_set_are_dropped(tmp_path: Path
     assert found["math/13 words"] == (f"{evaluation}, row 1", " ".join(words[2:15]))
     report = prepare("math", tmp_path, *rows, evaluation_sets=(str(evaluation),), ngram=12)
     assert report.dropped == {"in an evaluation set": 4}
+
+
+def test_starter_code_and_examples_do_not_make_a_row_contaminated(tmp_path: Path) -> None:
+    published = PUBLISHED["livecodebench"][0]
+    starter = "class Solution:\n    def f(self, " + ", ".join(f"a{n}: int" for n in range(9)) + "):"
+    evaluation = tmp_path / "eval.jsonl"
+    evaluation.write_text(json.dumps({"prompt": f"Product.\n\nComplete this code:\n\n{starter}"}))
+    row = published | {"starter_code": starter}
+    assert prepare("livecodebench", tmp_path, row, evaluation_sets=(str(evaluation),)).kept == 1
 
 
 def test_output_is_deterministic_and_described_by_its_report(tmp_path: Path) -> None:

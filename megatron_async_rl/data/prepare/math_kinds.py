@@ -12,10 +12,9 @@ from megatron_async_rl.errors import DataError
 _METADATA = ("level", "type", "subject", "difficulty", "year", "url", "source", "data_source")
 _ASKS_FOR_PROOF = re.compile(r"\b(?:prove|show) that\b", re.IGNORECASE)
 _NO_ANSWER = re.compile(
-    r"(?:(?:the )?proof\b.*|see (?:the )?(?:solution|proof).*|n/?a|none|unknown|q\.?e\.?d\.?|"
-    r"not (?:found|provided|available|specified).*|no (?:answer|solution)\b.*)",
-    re.IGNORECASE | re.DOTALL,
+    r"n/?a|none|unknown|not (?:found|provided|available|specified)|no answer", re.IGNORECASE
 )
+_PROOF = re.compile(r"(?:the )?proof\b|see (?:the )?(?:solution|proof)|q\.?e\.?d\b", re.IGNORECASE)
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # no LaTeX command
 _MAX_WORDS = 12  # of an answer: a longer one is prose, which no comparison verifies
 
@@ -50,8 +49,10 @@ def _checked(prompt: str, answer: Any) -> str:
         found = math_rows.read_answer({"answer": answer})
     except DataError:
         raise Unusable("no answer") from None
+    if _NO_ANSWER.fullmatch(found.strip(" .")):
+        raise Unusable("no answer")
     num_words = len(_WORD.findall(found))
-    if _NO_ANSWER.fullmatch(found) or (_ASKS_FOR_PROOF.search(prompt) and num_words > 3):
+    if _PROOF.match(found) or (_ASKS_FOR_PROOF.search(prompt) and num_words > 3):
         raise Unusable("answer is a proof")
     if num_words > _MAX_WORDS:
         raise Unusable("answer is prose")

@@ -145,7 +145,8 @@ def _usable_rows(
                 same = answers[own] == row.get("answer")
                 raise Unusable("duplicate" if same else "duplicate with another answer")
             row = {"id": _new_id(report.kind, raw, ids)} | row
-            if evaluation and (found := evaluation.find(row["prompt"])):
+            problem = text(raw.columns, *_PROBLEM_COLUMNS)  # without starter code and examples
+            if evaluation and (found := evaluation.find(problem)):
                 report.contaminated.append(Contamination(row["id"], *found))
                 raise Unusable("in an evaluation set")
         except Unusable as e:
@@ -171,7 +172,7 @@ def _raw_rows(argument: str, path: str, split: str | None = None) -> Iterator[re
 
 def _new_id(kind: str, raw: readers.RawRow, taken: set[str]) -> str:
     """Returns the published id of a row with the kind before it; its number, if it has none."""
-    names = ("id", "problem_id", "question_id", "unique_id", "name")
+    names = ("id", "ID", "problem_id", "question_id", "unique_id", "name")
     found = next(
         (raw.columns[n] for n in names if raw.columns.get(n) not in (None, "")), raw.number
     )
