@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from megatron_async_rl.protocol.types import Prompt, Sample
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.workflow import Episode, Policy
@@ -10,16 +12,33 @@ GIVEN = "no, 1+1="
 TURN_TOKENS = 32
 NUM_TURNS = 3
 CONTEXT_TOKENS = 128  # model.context_tokens of whole_runs.py
+UPDATE_S = 120.0
 
 
 def is_bad(prompt: Prompt) -> bool:
     return int(prompt.ids.sum()) % 3 == 0
 
 
+async def wait_for_update(policy: Policy, ids: list[int], version: int) -> None:
+    """Generates until the server has other weights than those of `version`, at most UPDATE_S."""
+    sampling = Sampling(TURN_TOKENS, 1.0, [])
+    async with asyncio.timeout(UPDATE_S):
+        while (await policy.generate(ids, sampling)).segments[-1].version == version:
+            pass
+
+
 class ThreeTurns:
-    """Scores each turn and adds given tokens between turns; every third prompt ends badly."""
+    """Scores each turn and adds given tokens between turns; every third prompt ends badly.
+
+    The first sample of a worker waits after its first turn for a weight update, so that one falls
+    within a sample on every machine.
+    """
+
+    _one_waits = False
 
     async def run(self, prompt: Prompt, policy: Policy, sampling: Sampling) -> Sample:
+        waits = not (self._one_waits or is_bad(prompt))
+        self._one_waits = self._one_waits or waits
         episode, texts = Episode(prompt.ids), []
         given = policy.tokenizer.encode(GIVEN).tolist()
         for number in range(NUM_TURNS):
@@ -29,6 +48,8 @@ class ThreeTurns:
                 episode.ids, Sampling(TURN_TOKENS, sampling.temperature, sampling.stop_token_ids)
             )
             episode.add_turn(turn)
+            if waits and not number:
+                await wait_for_update(policy, episode.ids, turn.segments[-1].version)
             text = policy.tokenizer.decode(turn.ids)
             texts.append(f"{text} => {await policy.score(text)}")
         if is_bad(prompt):  # a faulty workflow: more tokens than model.context_tokens

@@ -29,6 +29,8 @@ from whole_runs import (
     start_run,
 )
 
+from megatron_async_rl.controller.core.events import PartialSaved
+from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
 from megatron_async_rl.observability.sample_log import SampleLine, read_samples
 
 pytestmark = needs_engine
@@ -132,6 +134,33 @@ def test_requests_may_stay_in_the_engine_during_updates(
         difference_from_fresh_prefills(run, line, spans or len(line.versions)) for line in spanning
     )
     assert wrong_version > 0.01
+    assert_no_process_left(run.folder)
+
+
+def test_finish_overlaps_one_step_and_interrupts_nothing(
+    run_inputs: RunInputs, tmp_path: Path
+) -> None:
+    """One-step overlap: a whole batch runs at once, and the servers are one version behind."""
+    path = run_inputs.config(
+        tmp_path / "run",
+        run={"steps": 4, "export_every": 0},
+        evaluation={"sets": {}},
+        rollout={"max_concurrent_samples": 16},
+        staleness={"max_staleness": 1},
+        weights={"interrupt": "finish"},
+    )
+    child = start_run(path)
+    output, errors = child.communicate(timeout=300)
+    assert child.returncode == 0, output[-3000:] + errors[-3000:]
+    run = FinishedRun(tmp_path / "run", output)
+    assert run.status.ledger["trained"] == 4 * 4
+    assert all(len(line.versions) == 1 for line in run.samples)
+    assert {line.version - line.versions[0][0] for line in run.samples} == {0, 1}
+    served = [line for line in run.log("controller").splitlines() if " is served by " in line]
+    assert served and all(" 0 requests interrupted" in line for line in served)
+    assert any("drain " in line for line in served)
+    events = read_events(run.folder / JOURNAL_FILE)
+    assert not any(isinstance(event, PartialSaved) for event in events)
     assert_no_process_left(run.folder)
 
 
