@@ -22,21 +22,33 @@ from megatron_async_rl.observability.sample_log import SAMPLES_FILE, read_sample
 from megatron_async_rl.protocol.types import Prompt
 from megatron_async_rl.storage import files
 
-RATES_FILE = "success_rates.json"  # in run.dir: text of a prompt -> success rate
+RATES_FILE = "success_rates.json"  # in run.dir
+
+
+class SuccessRates(msgspec.Struct, frozen=True):
+    run: str  # where they were measured: data.filter.run
+    rates: dict[str, float]  # by the text of the prompt
 
 
 def record(run_dir: Path, config: Config) -> None:
     """Measures the success rates for a new run and keeps them in its folder."""
-    if config.data.filter.run and not (run_dir / RATES_FILE).exists():
-        files.write_atomic(run_dir / RATES_FILE, msgspec.json.encode(measure(config)))
+    if (run := config.data.filter.run) and _kept(run_dir, run) is None:
+        found = SuccessRates(run, measure(config))
+        files.write_atomic(run_dir / RATES_FILE, msgspec.json.encode(found))
 
 
 def recorded(config: Config) -> dict[str, float]:
     """Returns the success rates kept by `record`; {} without data.filter.run."""
-    path = config.run_dir / RATES_FILE
-    if not config.data.filter.run or not path.exists():
-        return measure(config)
-    return msgspec.json.decode(path.read_bytes(), type=dict[str, float])
+    kept = _kept(config.run_dir, config.data.filter.run)
+    return measure(config) if kept is None else kept
+
+
+def _kept(run_dir: Path, run: str | None) -> dict[str, float] | None:
+    path = run_dir / RATES_FILE
+    if not path.exists():
+        return None
+    found = msgspec.json.decode(path.read_bytes(), type=SuccessRates)
+    return found.rates if found.run == run else None
 
 
 def measure(config: Config) -> dict[str, float]:

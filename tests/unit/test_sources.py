@@ -383,6 +383,11 @@ def test_success_rates_are_kept_with_the_run_that_uses_them(model: Path, tmp_pat
     assert len(training(config)[0]) == 4
     success_rate.record(config.run_dir, config)
     assert success_rate.recorded(config) == {"0+1=": 0.0}
+    other = earlier_run(tmp_path / "other", first, {"2": [1.0]})
+    config = load.load(
+        tmp_path / "c.yaml", [f"run.dir={config.run_dir}", f"data.filter.run={other}"]
+    )
+    assert success_rate.recorded(config) == {"1+1=": 1.0}  # rates of another run do not count
 
 
 @pytest.mark.parametrize("damage", ["no run", "no samples", "other data", "none left"])
