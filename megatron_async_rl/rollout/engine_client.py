@@ -166,8 +166,11 @@ class EngineClient:
         output = self._output(reply)
         if output.stop == "abort" or not output.segments:
             return -1, []
-        found = reply["meta_info"].get("input_token_logprobs", [])[-len(ids[start:]) :]
-        if [token for _, token, *_ in found] != ids[start:]:
+        wanted = ids[start:]
+        found = reply["meta_info"].get("input_token_logprobs", [])[-len(wanted) :]
+        # SGLang reports the last id of the vocabulary as 0
+        same = all(t in (0, w) for (_, t, *_), w in zip(found, wanted, strict=False))
+        if len(found) != len(wanted) or not same:
             raise EngineError("the server returned logprobs of other input tokens than asked for")
         return output.segments[0].version, [logprob for logprob, *_ in found]
 

@@ -175,3 +175,19 @@ def kept_tokens(
         before = np.cumsum(probabilities[order]) - probabilities[order]
         return order[before <= top_p + 1e-4]
     return order[probabilities[order] >= min_p * probabilities.max() - 1e-4]
+
+
+@pytest.mark.parametrize("start", [4, 20])
+def test_logprobs_of_input_tokens_are_those_of_a_prefill(engine: Engine, start: int) -> None:
+    """Temperature 1, the prefix cache and the vocabulary's last token included."""
+    client = engine.generator._client
+    prompt = engine.tokenizer.encode(PROMPT).tolist()
+    ids = prompt + np.random.default_rng(0).integers(1, engine.tokenizer.vocab_size, 40).tolist()
+    ids[30] = engine.tokenizer.vocab_size - 1  # SGLang reports it as 0
+    for _ in range(2):  # the second time the prefix is cached
+        version, logprobs = engine.runner.run(client.input_logprobs(ids, start))
+        with torch.no_grad():
+            logits = engine.model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        wanted = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert version == 0
+        np.testing.assert_allclose(logprobs, wanted.numpy()[start - 1 :], atol=1e-3)
