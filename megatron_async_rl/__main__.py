@@ -1,8 +1,8 @@
 """The command line, `megatron-async-rl COMMAND`: parses it and calls the command.
 
-run, join and slurm (launcher/) start a run's processes; doctor, status, tensorboard, audit,
-plan-weights, replay and selftest (cli/) check, show or debug. A command's module is imported only
-when the command is called, so that a wrong argument is reported at once.
+run, join and slurm (launcher/) start a run's processes, eval (cli/) those of an evaluation; the
+other commands in cli/ check, show or debug. A command's module is imported only when the command is
+called, so that a wrong argument is reported at once.
 """
 
 from __future__ import annotations
@@ -65,6 +65,22 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that `join` starts on other hosts, such as rollout-1",
     )
     run.set_defaults(command=_run)
+
+    evaluate = commands.add_parser("eval", help="evaluate a model on CONFIG's sets, no training")
+    _add_config(evaluate)
+    source = evaluate.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model", metavar="FOLDER", type=Path, help="Hugging Face folder; default: model.path"
+    )
+    source.add_argument("--run", metavar="RUN_DIR", type=Path, help="a run's policy")
+    evaluate.add_argument(
+        "--version", metavar="N", type=int, help="with --run: its version; default: the newest"
+    )
+    evaluate.add_argument("--sets", metavar="NAME,...", default="", help="default: all sets")
+    evaluate.add_argument(
+        "--out", metavar="FOLDER", type=Path, help="finished samples and result; continued if begun"
+    )
+    evaluate.set_defaults(command=_eval)
 
     join = commands.add_parser("join", help="start processes of an existing run on this host")
     _add_run_dir(join, "its run.dir, on a file system that all hosts share")
@@ -169,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.set_defaults(command=_replay, overrides=[])
 
     selftest = commands.add_parser(
-        "selftest", help="compare loss and gradients of CONFIG's parallel layout with one rank's"
+        "selftest", help="check CONFIG's advantages and objective, and its layout against one rank"
     )
     _add_config(selftest)
     selftest.set_defaults(command=_selftest)
@@ -208,6 +224,19 @@ def _run(args: argparse.Namespace) -> int:
     elif args.new_if_complete:
         existing = "rename if complete"
     return run.run(config, existing, [name for name in args.elsewhere.split(",") if name])
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from megatron_async_rl.cli import evaluate
+
+    model, out = args.model, args.out
+    if args.version is not None and args.run is None:
+        raise ConfigError("--version needs --run RUN_DIR", "name the run, or use --model FOLDER")
+    if args.run is not None:
+        model = evaluate.policy_folder(args.run, args.version)
+        out = out or args.run / "evaluations" / f"eval-{model.name}"
+    sets = [name for name in args.sets.split(",") if name]
+    return evaluate.run(args.config, args.overrides, model, out, sets)
 
 
 def _join(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -54,8 +55,7 @@ def selftest(config: Config) -> int:
 
 
 def _run_ranks(config: Config, folder: Path, module: str, *arguments: str) -> int:
-    """Runs a module of trainer/ on all ranks; prints their error lines, returns torchrun's exit
-    code."""
+    """Runs a module of trainer/ on all ranks; prints their errors, returns torchrun's exit code."""
     path = folder / "config.yaml"
     path.write_text(configuration.dump(config))
     rendezvous = torchrun.file_rendezvous(folder / "rank-stores")
@@ -66,7 +66,7 @@ def _run_ranks(config: Config, folder: Path, module: str, *arguments: str) -> in
         "OMP_NUM_THREADS": str(config.trainer.cpu_threads),
     }
     done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True)
-    errors = dict.fromkeys(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    errors = dict.fromkeys(re.findall(r"^error: .*(?:\n  .*)*", done.stderr, re.MULTILINE))
     if errors:
         sys.stderr.write("\n".join(errors) + "\n")
     elif done.returncode:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from paths import ROOT
@@ -34,8 +35,11 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(*arguments: str, repository: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(repository), "TORCHDYNAMO_DISABLE": "1"}
+def command(
+    *arguments: str, repository: Path = ROOT, modules: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(map(str, filter(None, (repository, modules))))
+    env = os.environ | {"PYTHONPATH": path, "TORCHDYNAMO_DISABLE": "1"}
     return subprocess.run(
         [sys.executable, "-m", "megatron_async_rl", *arguments],
         env=env,
@@ -53,6 +57,52 @@ def test_replay_trains_a_saved_batch_without_servers(run_dir: Path) -> None:
     figures = dict(line.split() for line in done.stdout.splitlines()[1:])
     assert float(figures["train/tokens"]) == sum(len(s.ids) - 2 for s in make_train_samples(16))
     assert float(figures["train/grad_norm"]) > 0
+
+
+OWN = """
+import numpy as np
+
+def advantage(rewards, lengths, config):
+    return [[np.linspace(-a, a, n) for a, n in zip(row, tokens)]
+            for row, tokens in zip(rewards, lengths)]
+
+def objective(inputs, config):
+    ratio_T = (inputs.logprobs_T - inputs.old_T).exp()
+    return -inputs.advantages_T * ratio_T, {"advantage": inputs.advantages_T}
+
+def averaged(inputs, config):
+    return objective(inputs, config)[0] / inputs.mask_T.sum().clamp(min=1)
+"""
+
+
+def test_own_objective_trains_a_batch_and_its_metrics_are_reported(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "our_offline.py").write_text(OWN)
+    batches.save(tmp_path / "v4.npz", 4, make_train_samples(16))
+    changes = ["--config", str(run_dir / "config.yaml"), "--set"]
+    changes += ["algorithm.loss.objective=our_offline:objective"]
+    done = command("replay", str(tmp_path / "v4.npz"), *changes, modules=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = dict(line.split() for line in done.stdout.splitlines()[1:])
+    generated = [s.advantages[s.versions >= 0] for s in make_train_samples(16)]
+    mean = float(np.concatenate(generated).mean())
+    assert float(figures["train/user/advantage"]) == pytest.approx(mean, abs=1e-5)
+    assert float(figures["train/grad_norm"]) > 0
+
+
+def test_selftest_names_what_an_own_objective_breaks(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "our_offline.py").write_text(OWN)
+    changes = [
+        "algorithm.advantage.estimator=our_offline:advantage",
+        "algorithm.loss.objective=our_offline:averaged",
+    ]
+    done = command("selftest", str(run_dir / "config.yaml"), *changes, modules=tmp_path)
+    assert done.returncode != 0
+    first, second = done.stdout.splitlines()
+    assert first == "algorithm.advantage.estimator = our_offline:advantage: 6 checks passed"
+    assert second.startswith("FAILED algorithm.loss.objective = our_offline:averaged: cuts: ")
+    assert "algorithm.loss.objective = our_offline:averaged breaks rules" in done.stderr
 
 
 def test_replay_of_a_nan_batch_fails_and_writes_nothing(run_dir: Path) -> None:
