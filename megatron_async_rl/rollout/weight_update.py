@@ -121,10 +121,9 @@ class WeightUpdates:
     async def _interrupt(self) -> None:
         self._paused_since = time.monotonic()
         self._gate.close(self.interruption.freezes)
-        interrupts = self.interruption.interrupts
-        self._num_interrupted = self._gate.num_in_flight if interrupts else 0
-        self._seconds = {}
+        num_running, self._seconds = self._gate.num_in_flight, {}
         await self.interruption.stop()
+        self._num_interrupted = num_running if self.interruption.interrupts else 0
 
     async def _join(self, join: messages.JoinGroup) -> None:
         """Joins an update group, after leaving those of earlier formations."""

@@ -69,6 +69,10 @@ class InterruptionByRound:
         self._mode = modes[plan[0]]
 
     @property
+    def interrupts(self) -> bool:
+        return self._mode.interrupts
+
+    @property
     def flushes_cache(self) -> bool:
         return self._has_prefixes and self._mode.flushes_cache
 
