@@ -140,7 +140,7 @@ def guarded(setting: str, value: str) -> Callable[..., Any]:
     """
     function = load(setting, value)
     if not is_custom(value):
-        return function  # type: ignore[no-any-return]
+        return function
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
