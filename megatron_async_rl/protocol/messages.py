@@ -169,6 +169,7 @@ class ScoreResult(Message, frozen=True):
     seconds: float = 0.0
     call: int = 0  # that of the ScoreRequest
     answer: str = ""  # extracted from the response, for majority votes; empty if there is none
+    metrics: dict[str, float] = {}  # of the reward function, by name; their means are user/NAME
 
 
 # ---- training

@@ -23,6 +23,7 @@ import numpy as np
 
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.messages import Hello, Message
+from megatron_async_rl.protocol.user_metrics import are_valid
 from megatron_async_rl.storage import checkpoints
 
 LARGEST = (1 << 53) - 1  # of an integer; every float and every file format can hold it
@@ -255,6 +256,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "engine": _is_seconds,
     "stats": _is_metrics,
     "probe_logprobs": _is_probe,
+    "metrics": are_valid,
     # checked against the others of the message or of the run
     "folder": _anything,
     "row": _anything,

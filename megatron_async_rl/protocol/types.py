@@ -61,6 +61,7 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     discount: float = 1.0  # 0 to 1; the reward in training is the score of `text` times this
     starts: list[int] = []  # of the training sequences in the arrays, 0 first; empty: one sequence
     reward: float | None = None  # given by the agent; None: the reward function scores `text`
+    metrics: dict[str, float] = {}  # of the workflow, by name; their means are user/NAME
 
     @property
     def generated(self) -> np.ndarray:

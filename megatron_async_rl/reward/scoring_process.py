@@ -6,12 +6,13 @@ an error, never a reward of 0.
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import resource
 import signal
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from megatron_async_rl import hooks, processes
 from megatron_async_rl.data.code_tests import CodeTests
@@ -28,7 +29,14 @@ from megatron_async_rl.sandbox.sandbox import (
 
 MATH_MEMORY_BYTES = 4 << 30  # address space of a process that runs the built-in `math`
 
-Outcome = tuple[float | None, str]  # reward, error
+
+class Outcome(NamedTuple):
+    """What came of one scoring attempt. `reward` is None if it failed."""
+
+    reward: float | None
+    error: str = ""
+    metrics: dict[str, float] = {}  # noqa: RUF012
+
 
 _function: Callable[[str, str, dict[str, Any]], Any] | None = None
 _load_error = ""
@@ -65,9 +73,9 @@ def load_error() -> str:
 
 def score_math(expected: str, answer: str) -> Outcome:
     try:
-        return float(math_answer.compare_latex(expected, answer)), ""
+        return Outcome(float(math_answer.compare_latex(expected, answer)))
     except Exception as e:  # any failure of math-verify is an infrastructure error
-        return None, f"{type(e).__name__}: {e}"
+        return Outcome(None, f"{type(e).__name__}: {e}")
 
 
 def score_code(response: str, tests: CodeTests, limits: Limits, timeout_s: float) -> Outcome:
@@ -75,22 +83,33 @@ def score_code(response: str, tests: CodeTests, limits: Limits, timeout_s: float
     try:
         passes, reason = code_answer.passes_tests(_sandbox, response, tests, limits, timeout_s)
     except (SandboxLost, SandboxError) as e:
-        return None, f"the sandbox: {e}"
+        return Outcome(None, f"the sandbox: {e}")
     except Exception as e:  # any failure of the comparison is an infrastructure error
-        return None, f"{type(e).__name__}: {e}"
-    return float(passes), reason
+        return Outcome(None, f"{type(e).__name__}: {e}")
+    return Outcome(float(passes), reason)
 
 
 def score_custom(prompt: str, response: str, row: dict[str, Any]) -> Outcome:
+    """Calls the user's function, which returns a number, or (number, dict of metrics)."""
     if _function is None:
-        return None, _load_error
+        return Outcome(None, _load_error)
     try:
         value = _function(prompt, response, row)
     except (Exception, SystemExit) as e:  # as text: some exceptions cannot be pickled
-        return None, user_error(e)
-    if not isinstance(value, numbers.Real):
-        return None, f"the reward function returned a {type(value).__name__}, not a number"
+        return Outcome(None, user_error(e))
+    metrics: Any = {}
+    if isinstance(value, tuple) and len(value) == 2:
+        value, metrics = value
+    if not isinstance(value, numbers.Real) or not isinstance(metrics, Mapping):
+        found = type(value if metrics == {} else metrics).__name__
+        wanted = "a number, or a number and a dict of metrics"
+        return Outcome(None, f"the reward function returned a {found}, must be {wanted}")
     reward = float(value)
     if not math.isfinite(reward):
-        return None, f"the reward function returned {reward}"
-    return reward, ""
+        return Outcome(None, f"the reward function returned {reward}")
+    # plain and few, so that the result can be sent; the worker leaves out what is no metric
+    plain = {
+        str(name)[:100]: float(number) if isinstance(number, numbers.Real) else math.nan
+        for name, number in itertools.islice(metrics.items(), 100)
+    }
+    return Outcome(reward, "", plain)

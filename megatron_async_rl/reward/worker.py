@@ -28,6 +28,7 @@ from megatron_async_rl.data import thinking
 from megatron_async_rl.data.code_tests import read_tests
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.protocol.messages import MAX_ANSWER, ScoreRequest, ScoreResult
+from megatron_async_rl.protocol.user_metrics import MetricFilter
 from megatron_async_rl.reward import math_answer, scoring_process
 from megatron_async_rl.reward.scoring_process import Outcome
 from megatron_async_rl.sandbox.sandbox import Limits, SandboxSettings
@@ -59,6 +60,7 @@ class RewardWorker:
         self._thinking_tags = config.thinking_tags
         hooks.check_name("reward.function", self._function)
         self.slots = config.processes_per_worker * PREFETCH
+        self._metrics = MetricFilter(log)
         self._pool: ProcessPool | None = None
         self.num_pools = 0  # started so far; more than one means that a pool broke
 
@@ -92,35 +94,35 @@ class RewardWorker:
         try:
             answers = self._answers(request)
         except DataError as e:
-            return _result(request, (None, f"DataError: {e}"), started)
+            return _result(request, Outcome(None, f"DataError: {e}"), started)
         is_right = math_answer.compare_plain(*answers)
         if is_right is None:
             return None
-        return _result(request, (float(is_right), ""), started, answers[1])
+        return _result(request, Outcome(float(is_right)), started, answers[1])
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Scores in a scoring process. Failures of any kind are in the result, never raised."""
         started = time.perf_counter()
         timeout_s = self._config.timeout_s + (CODE_MARGIN_S if self._function == "code" else 0.0)
-        outcome: Outcome
         answer = ""
         try:
             task, arguments = self._task(request)
             answer = arguments[1] if self._function == "math" else ""
             outcome = await self._run(task, arguments, timeout_s)
+            outcome = outcome._replace(metrics=self._metrics.valid(outcome.metrics))
         except DataError as e:
-            outcome = None, f"DataError: {e}"
+            outcome = Outcome(None, f"DataError: {e}")
         except FutureTimeout:  # the pool killed the scoring process
             taken_s = time.perf_counter() - started
             if taken_s < timeout_s:  # the pool uses the wall clock
                 killed = f"killed after {taken_s:.1f} s of {timeout_s:g} s"
-                outcome = None, f"{killed}: this host's clock was changed"
+                outcome = Outcome(None, f"{killed}: this host's clock was changed")
             elif self._function == "math":
-                outcome = 0.0, "timeout"
+                outcome = Outcome(0.0, "timeout")
             else:
-                outcome = None, f"not scored within {timeout_s:g} s"
+                outcome = Outcome(None, f"not scored within {timeout_s:g} s")
         except (ProcessExpired, BrokenProcessPool, _PoolStuck) as e:
-            outcome = None, f"the scoring process died: {e}"
+            outcome = Outcome(None, f"the scoring process died: {e}")
         return _result(request, outcome, started, answer)
 
     def _task(self, request: ScoreRequest) -> tuple[Callable[..., Outcome], tuple[Any, ...]]:
@@ -205,5 +207,12 @@ class _PoolStuck(Exception):
 def _result(
     request: ScoreRequest, outcome: Outcome, started: float, answer: str = ""
 ) -> ScoreResult:
-    seconds = time.perf_counter() - started
-    return ScoreResult(request.key, *outcome, seconds, request.call, answer[:MAX_ANSWER])
+    return ScoreResult(
+        request.key,
+        outcome.reward,
+        outcome.error,
+        time.perf_counter() - started,
+        request.call,
+        answer[:MAX_ANSWER],
+        outcome.metrics,
+    )

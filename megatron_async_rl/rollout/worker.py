@@ -24,6 +24,8 @@ import signal
 from collections.abc import Coroutine
 from typing import Any
 
+import msgspec
+
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import Tokenizer, fingerprint
 from megatron_async_rl.errors import DataError, EngineError, Error, Preempted, ProtocolError
@@ -32,6 +34,7 @@ from megatron_async_rl.observability.error_log import ErrorLog, user_error
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.protocol.types import Partial, Sample
+from megatron_async_rl.protocol.user_metrics import MetricFilter
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.gate import Gate
@@ -80,6 +83,7 @@ class RolloutWorker:
         )
         self._fingerprint = fingerprint(config.model.path)
         self._errors = ErrorLog(logger)
+        self._metrics = MetricFilter(logger)
         self._tasks: set[asyncio.Task[None]] = set()
         self._sample_tasks: set[asyncio.Task[None]] = set()  # a subset: the samples under lease
 
@@ -216,6 +220,8 @@ class RolloutWorker:
             self._errors.log(f"the workflow failed on group {lease.group_id}", error)
             await self._link.send(messages.GenerateFailed(key, error=error))
         else:
+            valid = self._metrics.valid(sample.metrics)
+            sample = msgspec.structs.replace(sample, metrics=valid)
             await self._link.send(messages.Generated(key, sample=sample))
 
     def _check(self, sample: Any) -> None:

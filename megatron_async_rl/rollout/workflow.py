@@ -77,6 +77,7 @@ class Episode:
         self.ids: list[int] = prompt_ids.tolist()
         self._num_context = len(self.ids)  # since the last turn
         self._turns: list[Sample] = []
+        self.metrics: dict[str, float] = {}  # yours, by name; their means are shown as user/NAME
 
     def add_turn(self, turn: Completion) -> None:
         """Appends the result of `policy.generate(episode.ids, ...)`."""
@@ -110,4 +111,5 @@ class Episode:
             text=text,
             num_interrupts=sum(turn.num_interrupts for turn in turns),
             discount=discount,
+            metrics=self.metrics,
         )

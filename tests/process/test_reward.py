@@ -109,6 +109,9 @@ def judge(prompt, response, row):
         case "none": return None
         case "true": return True
         case "list": return [1.0]
+        case "metrics": return 0.75, {"format": True, "lines": 3, "bad": float("nan"), 5: "x"}
+        case "three": return 1.0, {}, 2
+        case "no dict": return 1.0, [2.0]
     return 0.5 if (prompt, row["answer"]) == ("2+2=", "4") else 0.25
 
 number = 3
@@ -136,6 +139,8 @@ def test_broken_reward_function_is_an_infrastructure_error(custom: str) -> None:
             "text": "returned a str",
             "none": "returned a NoneType",
             "list": "returned a list",
+            "three": "returned a tuple",
+            "no dict": "returned a list",
             "die": "died",
             "vanish": "not scored within 1 s",  # pebble reads exit code 0 as done
             "hang": "not scored within 1 s",
@@ -147,6 +152,19 @@ def test_broken_reward_function_is_an_infrastructure_error(custom: str) -> None:
         assert (await worker.score(good)).reward == 0.5
 
     with_worker(test, function=custom, timeout_s=1.0)
+
+
+def test_metrics_of_a_reward_function_are_returned(
+    custom: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(worker: RewardWorker) -> None:
+        for _ in range(3):
+            scored = await worker.score(score_request("metrics"))
+            assert (scored.reward, scored.metrics) == (0.75, {"format": 1.0, "lines": 3.0})
+        assert (await worker.score(score_request("fine"))).metrics == {}
+
+    with_worker(test, function=custom)
+    assert caplog.text.count("metric 'bad' = nan is left out") == 1
 
 
 def test_child_killed_while_idle_is_replaced(custom: str) -> None:

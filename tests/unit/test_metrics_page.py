@@ -10,7 +10,8 @@ from paths import ROOT
 from source_files import PACKAGE
 
 AREAS = (
-    "reward eval rollout samples staleness train critic batch probe perf sync ledger drops engine"
+    "reward eval rollout samples staleness train critic batch probe perf sync ledger drops engine "
+    "user"
 )
 TAG = re.compile(rf"(?:{'|'.join(AREAS.split())})(?:/[a-z0-9_<>]+)+")
 WRITERS = ("controller", "observability", "recorder", "trainer")

@@ -293,7 +293,8 @@ class Core:
             sample = group.samples[result.key.index]
             discount = sample.discount if sample and group.purpose == "train" else 1.0
             reward = float(result.reward) * discount
-            self.state.record(events.SampleScored(group.group_id, result.key.index, reward))
+            index, metrics = result.key.index, result.metrics
+            self.state.record(events.SampleScored(group.group_id, index, reward, metrics))
             if group.is_scored:
                 followed = self._complete(group, result.answer)
         return followed + self._advance(now)

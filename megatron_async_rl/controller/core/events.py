@@ -61,6 +61,7 @@ class SampleScored(JournalEvent, frozen=True):
     group_id: int
     index: int
     reward: float
+    metrics: dict[str, float] = {}  # of the reward function
 
 
 class BatchSelected(JournalEvent, frozen=True):

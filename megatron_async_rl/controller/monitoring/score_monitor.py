@@ -18,12 +18,14 @@ from megatron_async_rl.controller.core.events import (
     BatchSelected,
     GroupDropped,
     JournalEvent,
+    SampleReturned,
     SampleScored,
 )
 from megatron_async_rl.controller.core.groups import FAILURES, DropReason
 from megatron_async_rl.errors import Error
 from megatron_async_rl.observability.error_log import ErrorLog
 from megatron_async_rl.protocol.messages import GenerateFailed, Message, ScoreResult
+from megatron_async_rl.protocol.user_metrics import MAX_NAMES
 
 logger = logging.getLogger(__name__)
 RIGHT, WRONG = 1.0, 0.0  # a sample is right with a reward of at least 1, wrong with at most 0
@@ -42,9 +44,14 @@ class ScoreMonitor:
         self._groups: list[list[float]] = []  # rewards of the groups that were scored completely
         self._seconds: list[float] = []  # of each score
         self._num_errors = 0
+        self._user_names: set[str] = set()
+        self._user_values: dict[str, list[float]] = {}  # since the last step
 
     def saw(self, event: JournalEvent) -> None:
-        if isinstance(event, SampleScored):
+        if isinstance(event, SampleReturned):
+            self._add_metrics(event.sample.metrics)
+        elif isinstance(event, SampleScored):
+            self._add_metrics(event.metrics)
             rewards = self._open.setdefault(event.group_id, [])
             rewards.append(event.reward)
             if len(rewards) == self._samples_per_prompt:
@@ -79,6 +86,15 @@ class ScoreMonitor:
         self._last_error = f"{where}: {error}"
         self._errors.log(where, error)
 
+    def _add_metrics(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            if name not in self._user_names:
+                if len(self._user_names) == MAX_NAMES:
+                    self._errors.log("user metrics", f"more than {MAX_NAMES} names in this run")
+                    continue
+                self._user_names.add(name)
+            self._user_values.setdefault(name, []).append(value)
+
     def step(self) -> dict[str, float]:
         """Returns the statistics since the last call, for TensorBoard."""
         stats: dict[str, float] = {"reward/scoring_errors": self._num_errors}
@@ -95,5 +111,8 @@ class ScoreMonitor:
         if self._seconds:
             stats["reward/scoring_s_mean"] = float(np.mean(self._seconds))
             stats["reward/scoring_s_max"] = max(self._seconds)
+        for name, values in self._user_values.items():
+            stats[f"user/{name}"] = float(np.mean(values))
+        self._user_values = {}
         self._groups, self._seconds, self._num_errors = [], [], 0
         return stats
