@@ -8,7 +8,8 @@ tests/process/test_sandbox.py switches each one off to show that it works on its
                 an empty /proc
     limits      memory, CPU time, threads, open files, file size
     landlock    files below `readable` can be read; nothing can be written, created or executed
-    seccomp     only the system calls in ALLOWED; no new process, no socket, no signal to others
+    seccomp     only the system calls in ALLOWED; no new process, no socket but a pair that is
+                connected to itself, no signal to others
 
 zygote.py imports it in the programs' interpreter: standard library only, Python 3.9 or newer.
 """
@@ -79,8 +80,15 @@ FATAL = {
 }
 # fmt: on
 CLONE, CLONE3, IOCTL, FCNTL, PRLIMIT = 56, 435, 16, 72, 302
-IOCTLS = (0x5401, 0x5413, 0x5450, 0x5451, 0x541B)  # TCGETS, TIOCGWINSZ, FIONCLEX, FIOCLEX, FIONREAD
+IOCTLS = (0x5401, 0x5413, 0x5450, 0x5451, 0x541B, 0x5421)
+# TCGETS, TIOCGWINSZ, FIONCLEX, FIOCLEX, FIONREAD, FIONBIO
 FCNTLS = (0, 1, 2, 3, 1030)  # duplicate, descriptor and status flags; not F_SETOWN (signals)
+
+# A connected pair of stream sockets, for asyncio's wake-ups: a pipe in both directions. Its ends
+# have no name, can get none (no bind, no connect) and pass no descriptors (no sendmsg).
+SOCKETPAIR, SENDTO, RECVFROM = 53, 44, 45
+AF_UNIX = 1
+STREAMS = (0x1, 0x801, 0x80001, 0x80801)  # with SOCK_NONBLOCK and SOCK_CLOEXEC
 
 
 def is_supported() -> bool:
@@ -253,6 +261,16 @@ def filter_program() -> list[_Step]:
         for command in commands:
             block += [(_EQUAL, 0, 1, command), _ALLOW]
         program += _if_number(number, [*block, _EPERM])
+    pairs = [_load_argument(0), (_EQUAL, 1, 0, AF_UNIX), _EPERM]
+    pairs += [_load_argument(2), (_EQUAL, 1, 0, 0), _EPERM, _load_argument(1)]
+    for kind in STREAMS:
+        pairs += [(_EQUAL, 0, 1, kind), _ALLOW]
+    program += _if_number(SOCKETPAIR, [*pairs, _EPERM])
+    # no flags, such as out-of-band data, and no address
+    plain = [_load_argument(3), (_EQUAL, 0, 5, 0), _load_argument(4), (_EQUAL, 0, 3, 0)]
+    plain += [_load_argument(4, high=True), (_EQUAL, 0, 1, 0), _ALLOW, _EPERM]
+    for number in (SENDTO, RECVFROM):
+        program += _if_number(number, plain)
     # prlimit only on itself (pid 0) and only to read (no new limits, a null pointer)
     read_own_limits = [_load_argument(0), (_EQUAL, 0, 5, 0)]
     read_own_limits += [_load_argument(2), (_EQUAL, 0, 3, 0)]

@@ -113,6 +113,59 @@ SCRIPTS = {  # all reverse their input
     "its own source": "import inspect\ndef f(): return 1\n"
     "assert 'return 1' in inspect.getsource(f)\n"
     "print(input()[::-1])",
+    "asyncio": "import asyncio\nasync def main():\n    await asyncio.sleep(0.01)\n"
+    "    print(input()[::-1])\nasyncio.run(main())",
+    "asyncio tasks and a queue": "import asyncio\nasync def put(q):\n    for c in input():\n"
+    "        await q.put(c)\n    await q.put(None)\nasync def main():\n"
+    "    q, s = asyncio.Queue(1), ''\n    task = asyncio.create_task(put(q))\n"
+    "    while (c := await q.get()) is not None: s = c + s\n"
+    "    await asyncio.gather(task)\n    print(s)\nasyncio.run(main())",
+    "asyncio with a thread": "import asyncio\nasync def main():\n"
+    "    s = await asyncio.get_running_loop().run_in_executor(None, input)\n"
+    "    print(s[::-1])\nasyncio.run(main())",
+    "asyncio's older calls": "import asyncio\nasync def f(): print(input()[::-1])\n"
+    "loop = asyncio.new_event_loop()\nloop.run_until_complete(asyncio.wait_for(f(), 5))\n"
+    "loop.close()",
+    "a pool of multiprocessing's threads": "from multiprocessing.pool import ThreadPool\n"
+    "with ThreadPool(2) as pool: print(''.join(pool.map(str, input()))[::-1])",
+    "multiprocessing refused": "import multiprocessing as mp\ns = input()\n"
+    "try:\n    with mp.Pool(2) as pool: pool.map(str, s)\n"
+    "except OSError: print(s[::-1])",
+    "a process refused": "import os, subprocess\n"
+    "for call in (os.fork, lambda: subprocess.run(['ls']), lambda: os.popen('ls')):\n"
+    "    try: call()\n    except OSError: pass\n    else: 1 / 0\n"
+    "print(input()[::-1])",
+    "a file that is not there": "import sys\ntry: sys.stdin = open('input.txt')\n"
+    "except OSError: pass\ntry: sys.stdout = open('output.txt', 'w')\n"
+    "except OSError: pass\nprint(input()[::-1])",
+    "detached streams": "import io, sys\nsys.stdin = io.TextIOWrapper(sys.stdin.detach())\n"
+    "sys.stdout = io.TextIOWrapper(sys.stdout.detach(), 'utf-8')\nprint(input()[::-1])",
+    "a path of a stream": "from pathlib import Path\n"
+    "print(Path('/dev/stdin').read_text().strip()[::-1])",
+    "a finalizer with weakref": "import weakref\nclass A: pass\na = A()\n"
+    "weakref.finalize(a, print, input()[::-1])",
+    "a command loop": "import cmd\nclass C(cmd.Cmd):\n    prompt, use_rawinput = '', False\n"
+    "    def default(self, line):\n        if line == 'EOF': return True\n"
+    "        print(line[::-1])\nC().cmdloop()",
+    "unittest's main": "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n"
+    "        self.assertEqual(1, 1)\nprint(input()[::-1])\nunittest.main()",
+    "doctest": "import doctest\ndef f(s):\n    '''\n    >>> f('ab')\n    'ba'\n    '''\n"
+    "    return s[::-1]\nassert doctest.testmod().attempted == 1\nprint(f(input()))",
+    "end of input": "lines = []\nwhile 1:\n    try: lines.append(input())\n"
+    "    except EOFError: break\nprint(lines[0][::-1])",
+    "deep recursion in a thread": "import sys, threading\nsys.setrecursionlimit(1 << 25)\n"
+    "threading.stack_size(1 << 28)\ndef f(n): return n and 1 + f(n - 1)\n"
+    "def main(): assert f(60000) == 60000; print(input()[::-1])\n"
+    "threading.Thread(target=main).start()",
+    "recursion without end": "def f(n): return f(n + 1)\ntry: f(0)\n"
+    "except RecursionError: print(input()[::-1])",
+    "lines that end in CRLF": "def f():\r\n    print(input()[::-1])\r\nf()\r\n",
+    "a database in memory": "import sqlite3\nc = sqlite3.connect(':memory:')\n"
+    "c.execute('create table t (x)')\nc.execute('insert into t values (?)', [input()])\n"
+    "print(c.execute('select x from t').fetchone()[0][::-1])",
+    "a memory stream put in place of stdout": "import io, os, sys\nout = io.BytesIO()\n"
+    "sys.stdout = io.TextIOWrapper(out, write_through=True)\nprint(input()[::-1])\n"
+    "os.write(1, out.getvalue())",
     "a byte order mark": "\ufeffprint(input()[::-1])",
 }
 
@@ -200,6 +253,36 @@ FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "    os.write(1, b'debug'); sys.stdout.reconfigure(line_buffering=True)\n    return x",
         call(5, 5),
     ),
+    "LeetCode's nodes": (
+        "class Solution:\n    def f(self, n: int, head: Optional[ListNode] = None,\n"
+        "          root: TreeNode = None) -> int:\n"
+        "        return ListNode(n, TreeNode(2)).next.val + n",
+        call(5, 3),
+    ),
+    "asyncio in a function": (
+        "import asyncio\nasync def g(n): return n\ndef f(n): return asyncio.run(g(n))",
+        call(5, 5),
+    ),
+    "threads in a function": (
+        "from concurrent.futures import ThreadPoolExecutor\ndef f(a):\n"
+        "    with ThreadPoolExecutor(2) as pool: return list(pool.map(str, a))",
+        call(["1", "2"], [1, 2]),
+    ),
+    "a subclass of a base": (
+        "class Base:\n    def f(self, x): return x * 3\nclass Solution(Base): pass",
+        call(9, 3),
+    ),
+    "tests of its own below": (
+        "class Solution:\n    def f(self, x): return x * 3\n"
+        "if __name__ == '__main__':\n    print(Solution().f(int(input())))",
+        call(9, 3),
+    ),
+    "a function by name": ("from functools import partial\nf = partial(max, 3)", call(9, 9)),
+    "nested named tuples": (
+        "from collections import namedtuple, defaultdict\nP = namedtuple('P', 'x y')\n"
+        "def f(n):\n    d = defaultdict(list)\n    d[n].append(P(n, 1))\n    return d",
+        call({"2": [[2, 1]]}, 2),
+    ),
     "stdin is empty": ("import sys\nlines = sys.stdin.read()\ndef f(x): return lines", call("", 1)),
 }
 
@@ -234,6 +317,21 @@ def test_each_test_has_a_new_solution(sandbox: Sandbox) -> None:
         ("class L(list): pass\ndef f(x): return L([x])", call([3], 3)),
         ("class Solution:\n    def accumulate(self, x): return x", call(3, 3)),
         ("import sys\ndef f(x): return x\nsys.exit(1)", call(3, 3)),
+        (
+            "import asyncio\nasync def m(): print(7); 1 / 0\nasyncio.run(m())",
+            {"tests": [{"input": "", "output": "7"}]},
+        ),
+        (
+            "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.fail()\n"
+            "print(7)\nunittest.main()",
+            {"tests": [{"input": "", "output": "7"}]},
+        ),
+        ("async def f(x): return x", call(3, 3)),
+        ("def f(x): return ListNode(x)", call(3, 3)),
+        (
+            "import multiprocessing as mp\nwith mp.Pool(2) as pool: print(pool.map(str, [7])[0])",
+            {"tests": [{"input": "", "output": "7"}]},
+        ),
     ],
 )
 def test_wrong_neighbors_get_nothing(sandbox: Sandbox, program: str, row: dict[str, Any]) -> None:

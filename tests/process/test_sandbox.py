@@ -203,6 +203,37 @@ def test_namespaces_keep_a_datagram_in_without_seccomp(sandbox: Sandbox) -> None
         assert server.recv(10) == b"x"
 
 
+SENDS_BY_PATH = """
+import socket
+for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+    try: one, other = socket.socketpair(socket.AF_UNIX, kind)
+    except OSError: continue
+    try: print(one.sendto(b"x", {path!r}))
+    except OSError: pass
+"""
+
+
+def test_pair_of_sockets_reaches_no_server_of_the_host(sandbox: Sandbox, canary: Path) -> None:
+    """Without seccomp a datagram of one end would reach every socket that its user may write to."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server,
+    ):
+        path = f"{folder}/socket"
+        server.bind(path)
+        server.settimeout(0.3)
+        Path(folder).chmod(0o755)
+        Path(path).chmod(0o777)
+        program = SENDS_BY_PATH.format(path=path)
+        assert sandbox.run(program, b"", PATIENT).output == b""
+        with pytest.raises(TimeoutError):
+            server.recv(10)
+        layers = ("seccomp", "landlock")
+        with Sandbox(SandboxSettings(SANDBOX_PYTHON, "landlock", disabled_layers=layers)) as s:
+            assert s.run(program, b"", PATIENT).output == b"1\n"
+        assert server.recv(10) == b"x"
+
+
 def test_programs_run_without_root_and_see_no_other_process(sandbox: Sandbox) -> None:
     skip_without_namespaces(sandbox)
     uid, pid, parent = sandbox.run(
@@ -305,6 +336,7 @@ UPROBES = {335, 336}  # no filter stops them; they do nothing without a probe
 def test_kernel_allows_only_the_declared_system_calls(sandbox: Sandbox) -> None:
     """Tries each number with zero arguments: FATAL ones end the program, others fail with EPERM."""
     special = {jail.CLONE, jail.CLONE3, jail.IOCTL, jail.FCNTL, jail.PRLIMIT}
+    special |= {jail.SOCKETPAIR, jail.SENDTO, jail.RECVFROM}
     allowed, fatal = set(jail.ALLOWED.values()), set(jail.FATAL.values())
     others = set(range(463)) - allowed - fatal - special - UPROBES
     assert not allowed & fatal

@@ -314,6 +314,97 @@ socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9))
 got('socket')
 """,
     "a socket by its number": "r = kernel(41, 2, 1, 0)\nif r >= 0: got('socket')",
+    "a pair of datagram sockets": """
+import socket
+pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); got("datagrams")
+pair[0].sendto(b"x", CANARY + "/socket")
+""",
+    "a pair of packet sockets": """
+import socket
+socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET); got("packets")
+""",
+    "pairs of other families": """
+import ctypes
+for family in range(46):
+    for kind in (1, 2, 3, 5):
+        for protocol in (0, 1, 6, 17):
+            if (family, kind, protocol) == (1, 1, 0): continue
+            if kernel(53, family, kind, protocol, ctypes.create_string_buffer(8)) >= 0:
+                got((family, kind, protocol))
+""",
+    "a pair with unknown flags": """
+import ctypes
+for bit in range(4, 31):
+    if bit in (11, 19): continue
+    if kernel(53, 1, 1 | 1 << bit, 0, ctypes.create_string_buffer(8)) >= 0: got(bit)
+""",
+    "an address for one of a pair": """
+import socket
+one, other = socket.socketpair()
+for address in ("\\0canary", CANARY + "/socket", CANARY + "/new"):
+    for call in (one.connect, one.bind, lambda to: one.sendto(b"x", to),
+                 lambda to: one.sendmsg([b"x"], [], 0, to)):
+        try: call(address)
+        except OSError: continue
+        got(address)
+""",
+    "an address by system calls": """
+import ctypes, socket
+one, other = socket.socketpair()
+name = b"\\1\\0" + (CANARY + "/socket").encode() + b"\\0"
+for number, arguments in ((42, (name, len(name))), (49, (name, len(name))),
+                          (44, (b"x", 1, 0, name, len(name)))):
+    if kernel(number, one.fileno(), *arguments) >= 0: got(number)
+""",
+    "a pair that listens": """
+import socket
+one, other = socket.socketpair()
+for call in (one.listen, one.accept):
+    try: call()
+    except OSError: continue
+    got("listens")
+""",
+    "descriptors through a pair": """
+import array, socket
+one, other = socket.socketpair()
+try:
+    one.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1]))])
+    got("sent")
+except OSError: pass
+try:
+    one.send(b"x"); other.recvmsg(1, 64); got("received")
+except OSError: pass
+""",
+    "out-of-band data and other flags of a pair": """
+import socket
+one, other = socket.socketpair()
+for bit in range(31):
+    for call in (lambda: one.send(b"x", 1 << bit), lambda: other.recv(1, 1 << bit)):
+        other.setblocking(False)
+        try: call()
+        except BlockingIOError: got("waits")
+        except OSError: continue
+        got(bit)
+""",
+    "who is at the other end of a pair": """
+import socket, struct
+one, other = socket.socketpair()
+for option in (16, 17, 59, 77):
+    try: got(one.getsockopt(socket.SOL_SOCKET, option, 64))
+    except OSError: pass
+try: one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20); got("an option")
+except OSError: pass
+""",
+    "interfaces and signals by a pair": """
+import fcntl, socket
+one, other = socket.socketpair()
+for request in (0x8901, 0x8902, 0x8903, 0x8904, 0x8910, 0x8912, 0x8927, 0x5452, 0x89E2, 0x89E0):
+    try: fcntl.ioctl(one, request, bytearray(128)); got(hex(request))
+    except OSError: pass
+for command in (4, 8, 10, 15, 1024, 1026, 1033):
+    try: fcntl.fcntl(one, command, 1); got(command)
+    except OSError: pass
+""",
     "an abstract socket": """
 import socket
 s = socket.socket(socket.AF_UNIX); s.connect('\\0canary'); got('socket')
@@ -434,7 +525,19 @@ os.open('/tmp', os.O_TMPFILE | os.O_RDWR, 0o600); got('tmpfile')
     "keys": "if kernel(250, 0, -3, 0) > 0: got('keyctl')",
     "System V shared memory": "if kernel(29, 1234, 4096, 0o1666) >= 0: got('shmget')",
     "a message queue": "if kernel(68, 1234, 0o1666) >= 0: got('msgget')",
-    "a pair of sockets": "import socket\nsocket.socketpair(); got('socketpair')",
+    "pairs of sockets without end, and full": """
+import socket
+kept = []
+while True:
+    try:
+        pair = socket.socketpair()
+        kept.append(pair)
+        for one in pair: one.setblocking(False)
+        while True: pair[0].send(b"x" * 65536)
+    except OSError as e:
+        if e.errno == 24: break
+print("0" * 100)
+""",
     "other processors": "os.sched_setaffinity(0, {0}); got('affinity')",
     "a higher priority": "os.setpriority(os.PRIO_PROCESS, 0, -5); got('priority')",
     "a pidfd of the parent": "os.pidfd_open(os.getppid()); got('pidfd')",

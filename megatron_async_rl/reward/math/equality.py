@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from fractions import Fraction
 
 from megatron_async_rl.reward.math import normal_form, number_equality, relations, structure
 from megatron_async_rl.reward.math.evaluation import TooLarge, Unreadable, value
@@ -36,6 +37,7 @@ _LABELLED = re.compile(r"\(?[A-J][).:]")
 _LETTERS = re.compile(r"[A-J]{2,}")
 _LETTER_LIST = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|and|&|,\s*and)\s*\(?[A-J]\)?)+")
 _COORDINATE = re.compile(r"([xyz])\s*=")
+_CONSTANT = re.compile(r"\+\s*[CcKk]$")  # of integration
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _AND = re.compile(r"\band\b|,")
 
@@ -48,6 +50,8 @@ def equal(expected: str, answer: str) -> bool | None:
             return chosen == choice[1]
         if _LABELLED.match(text):
             return False  # A) E, or several
+    if (constant := _CONSTANT.search(expected)) and (other := _CONSTANT.search(answer)):
+        expected, answer = expected[: constant.start()], answer[: other.start()]
     try:
         gold = structure.read(expected)
     except (Unreadable, TooLarge, ArithmeticError, RecursionError):
@@ -61,8 +65,8 @@ def equal(expected: str, answer: str) -> bool | None:
     except relations.Contradiction:
         return False
     except (Unreadable, TooLarge, ArithmeticError, RecursionError):
-        # words never equal what cannot be read, and a formula with an open brace is cut off
-        return False if isinstance(gold, Words) or not _has_balanced_braces(answer) else None
+        # words never equal what cannot be read
+        return False if isinstance(gold, Words) or _is_cut_off(answer) else None
     if _names_other_coordinate(expected, answer):
         return False
     try:
@@ -79,13 +83,16 @@ def _only_one_is_huge(gold: Part, given: Part) -> bool:
     return number_equality.is_huge(gold.node) != number_equality.is_huge(given.node)
 
 
-def _has_balanced_braces(text: str) -> bool:
+def _is_cut_off(text: str) -> bool:
+    """True for an open brace, and for an operator at the end."""
+    if text[-1] in "+-*/=^_":
+        return True
     depth = 0
     for match in _BRACE.finditer(text):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth < 0:
-            return False
-    return depth == 0
+            return True
+    return depth != 0
 
 
 def _chosen(text: str) -> str:
@@ -160,6 +167,8 @@ def _equal_items(gold: Part, given: Part) -> bool | None:
     assert isinstance(items, Items)
     if items.kind == "list" and isinstance(other, Sequence):
         return _equal_bare_tuple(items, other)
+    if isinstance(other, Number) and items is given and items.kind == "list":
+        return _all(_equal(other, item) for item in items.items)  # one value in several forms
     if len(items.items) == 1:
         return _equal(items.items[0], other) if items is gold else _equal(other, items.items[0])
     if items is gold and items.kind == "list" and isinstance(other, Words | Clock):
@@ -263,8 +272,10 @@ def _equal_ratios(gold: Part, given: Part) -> bool | None:
     for part in (gold, given):
         if isinstance(part, Ratio):
             terms.append([term.node for term in part.terms])
+        elif isinstance(part, Clock) and not part.half:  # 9:12
+            terms.append([("number", Fraction(number)) for number in part.numbers])
         elif isinstance(part, Number) and not is_infinite(part):
-            terms.append([part.node, ("number", number_equality.ONE)])
+            terms.append([part.node, ("number", Fraction(1))])
         else:
             return False
     return number_equality.same_ratio(*terms)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from megatron_async_rl.data.math_rows import EMPTY_BOX, boxed_answer
 from megatron_async_rl.data.thinking import after_thinking
+from megatron_async_rl.reward.math.numerals import MONTHS
 
 MAX_TEXT_CHARS = 64 * 1024  # only this much of a response's end is searched
 _MAX_TAIL_CHARS = 2_000  # of an answer that is not boxed: its statement is in the last sentences
@@ -40,6 +41,11 @@ _SENTENCE_END = re.compile(
 )
 _JOINED = re.compile(r"[\s,;]*(?:\b(?:and|or|maybe|perhaps|possibly|either)\b[\s,;]*)*", re.I)
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z][A-Za-z'\u2019-]*")
+_OPTION = re.compile(
+    r"\b(?:option|choice|answer)\s*\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)", re.IGNORECASE
+)
+_CHOICE_LINE = re.compile(r"\(([A-J])\)")
+_ELLIPSIS = re.compile(r"(?<=\d)\.{3}(?!\d)")
 _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc ln log exp sqrt pi lim max min gcd lcm mod infinity inf".split()
 )
@@ -70,6 +76,10 @@ def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
 
 
 def _stated_answer(text: str) -> str:
+    if "..." in text:
+        text = _ELLIPSIS.sub(r"\\ldots ", text)
+    if options := _OPTION.findall(text):
+        return options[-1]
     for match in reversed(list(_STATEMENT.finditer(text))):
         stated = text[match.end() :].strip()
         is_hash = match[0] == "####"
@@ -88,8 +98,9 @@ def _first_formula(text: str) -> str:
         return _unwrap(bold[2])
     sentence = _SENTENCE_END.split(text.strip(), 1)[0]
     sentence = sentence.strip().split("\n", 1)[0]
-    sentence = _EXPLANATION.sub("", sentence)
-    return _unwrap(sentence.rstrip("!"))  # 42! is a factorial within a formula only
+    if not text.lstrip().startswith(f"{sentence}."):
+        sentence = sentence.rstrip("!")  # 42! is a factorial within a sentence only
+    return _unwrap(_EXPLANATION.sub("", sentence))
 
 
 def _join_spans(text: str, match: re.Match[str]) -> str:
@@ -114,11 +125,11 @@ def _join_spans(text: str, match: re.Match[str]) -> str:
 
 
 def _inner(match: re.Match[str]) -> str:
-    return (
-        next(match[name] for name in "abcde" if match[name] is not None)
-        .lstrip(_LEADING)
-        .rstrip(_TRAILING)
-    )
+    text = next(match[name] for name in "abcde" if match[name] is not None)
+    if match["e"] is not None or "{aligned}" in text:  # the last line of a derivation
+        text = re.sub(r"\\(?:begin|end)\{aligned\}|&", "", text)
+        text = [line for line in text.split("\\\\") if line.strip()][-1].lstrip(" \n=")
+    return text.lstrip(_LEADING).rstrip(_TRAILING)
 
 
 def _unwrap(text: str) -> str:
@@ -138,11 +149,15 @@ def _last_formula(text: str) -> str:
     spans = list(_DELIMITED.finditer(text))
     last = spans[-1] if spans else None
     tail = text if last is None else text[last.end() :]
+    if choice := _CHOICE_LINE.fullmatch(tail.strip().rpartition("\n")[2]):
+        return choice[1]
+    bold = list(_BOLD.finditer(tail))
+    if bold and not re.search(r"\d", tail[bold[-1].end() :]):
+        return bold[-1][2]
     if bare := _last_bare(tail):
         return bare
     if last is None:
-        bold = [m[2] for m in _BOLD.finditer(text)]
-        return bold[-1] if bold else ""
+        return ""
     # spans that `and`, `or` or a comma join are one answer
     first = len(spans) - 1
     while first and _joins(text[spans[first - 1].end() : spans[first].start()]):
@@ -169,7 +184,7 @@ def _last_bare(text: str) -> str:
         word = match[0]
         if len(word) == 1 and word not in "aI":
             continue
-        if word in _FUNCTIONS or word in ("and", "or"):
+        if word in _FUNCTIONS or word in ("and", "or") or word.casefold() in MONTHS:
             continue
         if line[match.start() - 1 : match.start()] in "{_" and match.start():
             continue  # inside \text{...} or \begin{...}
@@ -182,6 +197,6 @@ def _last_bare(text: str) -> str:
             break
     run = line[begin:end]
     run = re.split(r"[.!?;:](?=\s)(?=.*\d)|[:;]\s", run)[-1]
-    run = re.sub(r"^(?:[\s,;:!*_)\]]|\.(?!\d))*(?:\b(?:and|or)\b[\s,]*)*", "", run)
+    run = re.sub(r"^(?:[\s,;:!*_)\]=>]|\.(?!\d))*(?:\b(?:and|or)\b[\s,]*)*", "", run)
     run = re.sub(r"[\s,;:(]*(?:\b(?:and|or)\b[\s,]*)*$", "", run)
     return run.rstrip(_TRAILING)

@@ -17,11 +17,15 @@ _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "01234567
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ⁽⁾]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+")
 _ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[A-Za-zπ])|(?=[({\\]))")
-_DEGREE = re.compile(r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})\s*\.?")
+_DEGREE = re.compile(
+    r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})\s*\.?|"
+    r"(?<=\d)\s*\^\s*(?:o(?![A-Za-z])|\{\s*o\s*\})"
+)
 _DEGREE_WORD = re.compile(r"(?<=[\d})])\s*(?:\\text\s*\{\s*)?degrees?\b(?:\s*\})?")
 _PHANTOM = re.compile(r"\\[hv]?(?:phantom|space|skip|mskip)\*?\s*(?:\{[^{}]*\}|[^\s{\\])")
 _COLOR = re.compile(r"\\(?:text)?color(?:box)?\s*(?:\[\w*\])?\s*\{[\w!]*\}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{(?:aligned|align|gathered|split|equation)\*?\}|&")
+_CASES = re.compile(r"\\begin\s*\{cases\}(.*?)\\end\s*\{cases\}", re.DOTALL)
 _INFIX = re.compile(r"\{([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}")
 _INFIX_COMMANDS = {"over": "frac", "choose": "binom"}
 _SLASHED = re.compile(r"\^\{?(\d+)\}?\s*/\s*_\{?(\d+)\}?")  # ^3/_7
@@ -81,12 +85,13 @@ def _rewrite(text: str) -> str:
         text = _LOWERED.sub(lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
     if "," in text or "\\" in text:
         text = _THOUSANDS.sub("", text)
+    text = text.replace("\\text{:}", ":").replace("{:}", ":")
     if "^" in text:
         text = _TIMES_TEN.sub("\\\\cdot ", _SLASHED.sub(r"\\frac{\1}{\2}", text))
     if "\\" in text:
         text = _rewrite_layout(text)
     text = _TOKEN.sub(_token, text).replace("+/-", "\\pm ")
-    if "circ" in text:
+    if "circ" in text or "o" in text:
         text = _DEGREE.sub(r"^\\circ ", text)
     if "degree" in text:
         text = _DEGREE_WORD.sub(r"^\\circ ", text)
@@ -104,8 +109,15 @@ def _rewrite_layout(text: str) -> str:
     if "\\begin" in text:
         text = text.replace("smallmatrix", "matrix")
         if "matrix" not in text and "array" not in text:
-            text = _ENVIRONMENT.sub("", text)
+            text = _ENVIRONMENT.sub("", _CASES.sub(_join_cases, text))
     return text
+
+
+def _join_cases(match: re.Match[str]) -> str:
+    """Returns the equations of a system as a list; a function by cases stays as it is."""
+    lines = match[1].split("\\\\")
+    is_system = "&" not in match[1] and all("=" in line for line in lines)
+    return ", ".join(lines) if is_system else match[0]
 
 
 def _token(match: re.Match[str]) -> str:

@@ -15,7 +15,6 @@ from megatron_async_rl.reward.math.evaluation import (
 )
 from megatron_async_rl.reward.math.parts import Number, is_infinite
 
-ONE = Fraction(1)
 _RELATIVE = 1e-9  # of values in double precision
 _MIN_ROUNDED_DIGITS = 6  # and places, of a decimal that rounds a fraction or root
 _UNIT_POWER = re.compile(r"\^\s*\{?\s*(-?\d)")

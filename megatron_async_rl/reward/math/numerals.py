@@ -22,7 +22,7 @@ from megatron_async_rl.reward.math.parts import (
 
 _BASE = re.compile(
     r"(-?)(?:\(\s*([0-9A-Za-z]+)\s*\)|\\overline\s*\{([0-9A-Za-z]+)\}|([0-9A-Fa-f]+|[0-9A-Z]+))"
-    r"\s*_\s*(?:\{\s*\(?\s*(\w+)\s*\)?\s*\}|(\d+))"
+    r"\s*_\s*(?:\{\s*\(?\s*(\w+)\s*\)?\s*\}|(\d+|[a-z]{3,6}))"
 )
 _BASE_WORDS = re.compile(r"(-?)([0-9A-F]+)\s*\(?\s*(?:in\s+)?base\s*[-_]?\s*(\w+)\s*\)?", re.I)
 _BASE_PREFIX = re.compile(r"(-?)0([bxo])([0-9A-F]+)", re.IGNORECASE)
@@ -36,10 +36,12 @@ _BASE_NAMES = {
 _CLOCK = re.compile(
     r"(\d+(?:\s*:\s*\d+)+)\s*(?:([ap])\.?\s*m\.?)?|(\d+)\s*([ap])(?:\.\s*m|m)\b\.?", re.IGNORECASE
 )
+_SPACED_COLON = re.compile(r"\s*:\s*")
 _TIME = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 _RATIO_WORD = re.compile(r"(\d+(?:\.\d+)?)\s+to\s+(\d+(?:\.\d+)?)")
 _MONTHS = "january february march april may june july august september october november december"
 _MONTH_NUMBERS = {name: number for number, name in enumerate(_MONTHS.split(), start=1)}
+MONTHS = frozenset(_MONTH_NUMBERS)
 _MONTH_NUMBERS |= {name[:3]: number for name, number in _MONTH_NUMBERS.items()} | {"sept": 9}
 _MONTH = rf"(?P<month>{'|'.join(sorted(_MONTH_NUMBERS, key=len, reverse=True))})\.?"
 _DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?"
@@ -104,6 +106,7 @@ def read_based(text: str) -> BasedNumber | None:
 
 def read_time_or_ratio(text: str) -> Clock | Ratio | None:
     """Reads 10:30 a.m., 3 pm, 3:4, 3 to 4 and x:2x."""
+    text = _SPACED_COLON.sub(":", text)
     clock = _CLOCK.fullmatch(text)
     half = "" if clock is None else (clock[2] or clock[4] or "").lower()
     if clock and (half or _TIME.fullmatch(text)):
@@ -184,7 +187,7 @@ def _repeated_end(digits: str) -> str | None:
     """Returns the digits that repeat at the end of 0.1666..., None if none are seen to repeat."""
     for size in range(1, len(digits) // 2 + 1):
         cycle = digits[-size:]
-        if digits.endswith(cycle * (3 if size == 1 else 2)):
+        if digits.endswith(cycle * (3 if size == 1 and len(digits) > 4 else 2)):
             return cycle
     return None
 

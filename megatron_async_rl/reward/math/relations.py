@@ -48,8 +48,10 @@ def read_inequality(text: str, depth: int, read: Reader) -> Part:
     pieces = COMPARISON.split(text)
     sides = [side.strip() for side in pieces[::2]]
     signs = [{"<=": "\\le", ">=": "\\ge"}.get(sign, sign) for sign in pieces[1::2]]
-    if len(signs) > 2 or not all(sides):
+    if len(signs) > 2:
         raise Unreadable
+    if not all(sides):
+        raise Contradiction
     if len(sides) == 2 and not any(ch.isalpha() for ch in re.sub(r"\\[A-Za-z]+", "", text)):
         raise Contradiction  # 3 < 4 and 42 \ne 41 are no answers
     if all(sign in (">", "\\ge") for sign in signs) and not _ABSOLUTE.fullmatch(sides[0]):

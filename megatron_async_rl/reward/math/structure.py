@@ -40,9 +40,13 @@ _CONGRUENCE = re.compile(
     r"(?:[^=<>]{1,40}?\\equiv(?![A-Za-z])\s*)?(?P<residue>[^=<>]{1,80}?)\s*"
     r"(?:\\pmod|\\?\(\s*\\?b?mod|\\b?mod|mod|modulo)\s*\{?\s*(?P<modulus>\d{1,12})\s*\}?\s*\)?"
 )
-_ELEMENT = re.compile(r"\(?[A-Za-z](?:\s*,\s*[A-Za-z])*\)?\s*\\in(?![A-Za-z])\s*")
+_ELEMENT = re.compile(r"^\(?[A-Za-z](?:\s*,\s*[A-Za-z])*\)?\s*\\in(?![A-Za-z])\s*")
+_OF_REALS = re.compile(r"(?:,\s*|\s+for\s+)[A-Za-z]\s*\\in\s*\\mathbb\s*\{?\s*R\s*\}?$")
+_HOLES = re.compile(r"([A-Za-z])\s*\\ne(?![A-Za-z])\s*(.+)")
+_FUNCTION = re.compile(r"^(?:[A-Za-z]\s*\\mapsto\s*|[fghpFGHP]\s*\(\s*[a-z]\s*\)\s*=)")
+_NEGATIVE = re.compile(r"^(?:negative|minus)\s+(?=[\d\\])", re.IGNORECASE)
 _REALS = re.compile(
-    r"\\mathbb\s*\{?\s*R\s*\}?|all real numbers|\(?-\\infty\s*<\s*[a-z]\s*<\s*\\infty\)?"
+    r"\\mathbb\s*\{?\s*R\s*\}?|(?i:(?:all|any)\s+reals?(?:\s+numbers?)?)|\(?-\\infty\s*<\s*[a-z]\s*<\s*\\infty\)?"
 )
 _WITHOUT = re.compile(
     r"\(-\\infty,\\infty\)\s*(?:\\(?:setminus|backslash|smallsetminus)(?![A-Za-z])|-|"
@@ -72,10 +76,13 @@ def read(text: str) -> Part:
         raise Unreadable
     if text[0].isalpha():
         text = _POINT.sub("", _LEAD.sub("", text, count=1), count=1)
+        text = _NEGATIVE.sub("-", text)
+        if "y" not in text:
+            text = _FUNCTION.sub("y=", text)
     if "U" in text:
         text = _UNION_LETTER.sub(r"\\cup ", text)
     if "\\in" in text:
-        text = _ELEMENT.sub("", text, count=1)
+        text = _ELEMENT.sub("", _OF_REALS.sub("", text))
     if text.endswith(")"):
         text = _COMMENT.sub("", text)
     if "_" in text or "'" in text:
@@ -111,6 +118,9 @@ def _read(text: str, depth: int) -> Part:
         return Items("union", _read_all(re.split(r"\\cup(?![A-Za-z])", text), depth))
     if without := _WITHOUT.fullmatch(text):
         return relations.reals_without(_read(without[1], depth + 1))
+    if "\\ne" in text and (holes := _HOLES.fullmatch(text)):
+        listed = re.sub(rf"\b{holes[1]}\s*\\ne(?![A-Za-z])", "", holes[2])
+        return relations.reals_without(_read(listed, depth + 1))
     if " and " in text or " or " in text or ";" in text:
         parts = [part for part in _SPLIT_WORDS.split(_JOIN.sub(", ", text)) if part.strip()]
         parts = [piece for part in parts for piece in _split_commas(part)]
@@ -141,7 +151,8 @@ def _words(text: str) -> Words | None:
     letters = sum(map(str.isalpha, _AND_OR.sub("", text)))
     # BC is not CB, whatever they name
     is_pair = len(text) == 2 and text.isupper() and text.isalpha()
-    if (letters < 3 and not is_pair) or text in ("pi", "sin", "cos", "tan", "log"):
+    is_short = letters < 3 and not is_pair and text.casefold() != "no"
+    if is_short or text in ("pi", "sin", "cos", "tan", "log"):
         return None
     return Words(fold_words(text))
 

@@ -24,6 +24,7 @@ _UNIT = re.compile(
 )
 _UNIT_SYMBOL = re.compile(r"(?<=\d)\s*\\(?:Omega|mu\s*[A-Za-z]{1,3}|AA)$")
 _ANGLE_FUNCTION = re.compile(r"sin|cos|tan|cot|sec|csc|cis")
+_ORDINAL = re.compile(r"(?<=\d)\s*\^\s*\{?\s*(?:st|nd|rd|th)\s*\}?$")
 _UNIT_WORD = re.compile(r"[A-Za-z]+")
 _LEADING = re.compile(
     r"(?:USD|EUR|GBP|INR|CAD|AUD|NZD|CHF|JPY|CNY|HKD|SGD|RMB|Rs\.?|US|(?:about|exactly|around|"
@@ -41,6 +42,8 @@ def strip_unit(text: str) -> tuple[str, str]:
     """
     if text[:1].isalpha():
         text = _LEADING.sub("", text, count=1)
+    if "^" in text and (ordinal := _ORDINAL.search(text)):
+        return text[: ordinal.start()], ""
     if text.endswith("^\\circ") and not _ANGLE_FUNCTION.search(text):
         return text[: -len("^\\circ")].rstrip(), "degrees"
     if not text[-1:].isalnum() and text[-1:] not in ".}":
