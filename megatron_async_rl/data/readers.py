@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS = 1024
 _SUFFIXES = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # as the Hugging Face hub names the files of a split
 
 
@@ -127,8 +128,8 @@ def _saved_files(folder: Path) -> list[Path]:
 def _of_split(files: list[Path], split: str | None, folder: Path) -> list[Path]:
     """Returns the files of the split; without one all files, which must be of the same split."""
     names = [match[1] if (match := _SHARD.fullmatch(f.stem)) else f.stem for f in files]
-    sharded = {name for name, file in zip(names, files, strict=True) if name != file.stem}
-    if split is None and len(sharded) <= 1:
+    splits = {n for n, file in zip(names, files, strict=True) if n != file.stem or n in _SPLITS}
+    if split is None and len(splits) <= 1:
         return files
     chosen = _chosen(split, sorted({*names}), folder)
     return [file for file, name in zip(files, names, strict=True) if name == chosen]

@@ -4,7 +4,9 @@ The source's path is a YAML file with a list of tasks, in reasoning-gym's own na
 
     - {name: basic_arithmetic, size: 2000, seed: 1, config: {max_terms: 2}}
 
-`reward.function: reasoning_gym` makes the same task again from the row and asks its scorer.
+`reward.function: reasoning_gym` makes the same task again from the row and asks its scorer. Six of
+the 105 generators of reasoning-gym 0.1.25 depend on Python's hash seed, so a row also has the task
+itself, as plain data.
 """
 
 from __future__ import annotations
@@ -46,18 +48,28 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read(path: str, source: SourceConfig) -> Iterator[dict[str, Any]]:
-    """Yields a row per task: prompt, answer, and what it takes to make the task again."""
+    """Yields a row per task: prompt, answer, the task, and what it takes to make it again."""
     for task in _read_tasks(Path(path)):
         dataset = task.dataset()
         for index in range(task.size):
             entry = dataset[index]
             yield {
                 "id": f"{task.name}-{task.seed}-{index}",
-                "prompt": entry["question"],
+                "prompt": entry["question"],  # may become a chat
+                "question": entry["question"],
                 "answer": entry["answer"],
                 "task": msgspec.to_builtins(task),
                 "index": index,
+                "entry": _plain(entry),
             }
+
+
+def _plain(entry: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns reasoning-gym's entry as it is after a message, None if it has other objects."""
+    try:
+        return msgspec.json.decode(msgspec.json.encode(entry))  # type: ignore[no-any-return]
+    except TypeError:
+        return None
 
 
 def _read_tasks(path: Path) -> list[Task]:
@@ -66,6 +78,7 @@ def _read_tasks(path: Path) -> list[Task]:
     except OSError as e:
         raise DataError(f"it cannot be read: {e.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, msgspec.ValidationError) as e:
+        problem = " ".join(str(e).split())
         raise DataError(
-            f"it is not a list of tasks with name, size, seed and config: {e}"
+            f"it is not a list of tasks with name, size, seed and config: {problem}"
         ) from None

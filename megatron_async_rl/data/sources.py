@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from megatron_async_rl import hooks
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.sections import SourceConfig, TrainingSource
@@ -25,8 +27,10 @@ class Row(NamedTuple):
 
 
 def training_sources(config: Config) -> list[tuple[str, TrainingSource]]:
-    """Returns the sources of data.train with the names of their settings."""
+    """Returns the sources of data.train with the names of their settings; none without steps."""
     train = config.data.train
+    if not config.run.steps:
+        return []
     if isinstance(train, str):
         return [("data.train", TrainingSource(path=train))]
     return [(f"data.train[{index}].path", source) for index, source in enumerate(train)]
@@ -139,4 +143,8 @@ def _checked(fields: dict[str, Any], reward_function: str) -> dict[str, Any]:
         if isinstance(tests := fields.get("tests"), str):  # Parquet cannot hold values of any type
             fields = fields | {"tests": readers.decode_json(tests.encode())}
         read_tests(fields)
+    try:
+        msgspec.msgpack.encode(fields)
+    except (OverflowError, UnicodeEncodeError) as e:  # else the controller would fail in mid-run
+        raise DataError(f"no message can carry it: {e}", "write such values as texts") from None
     return fields

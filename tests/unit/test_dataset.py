@@ -204,6 +204,15 @@ def test_unreadable_bytes_are_one_line_with_the_row(
         check_source(str(path), "data.train", settings)
 
 
+def test_number_that_no_message_can_carry_is_refused(settings: Config, tmp_path: Path) -> None:
+    row = {"prompt": "1", "answer": "1", "extra": [2**64]}
+    with pytest.raises(
+        DataError, match=r"row 1: no message can carry it: .*; write such values as"
+    ):
+        read(settings, tmp_path / "d.jsonl", row)
+    assert read(settings, tmp_path / "d.jsonl", row | {"extra": [2**64 - 1, -(2**63)]})
+
+
 def test_null_id_is_no_id(settings: Config, tmp_path: Path) -> None:
     row = {"prompt": "1", "answer": "1", "id": None}
     prompts = read(settings, tmp_path / "d.jsonl", row, row)

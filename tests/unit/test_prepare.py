@@ -247,9 +247,19 @@ def test_published_parquet_with_nested_columns_is_read(kind: str, tmp_path: Path
             {"input_output": '{"fn_name": "f", "inputs": [[{"1": 2}]], "outputs": [1]}'},
             "arguments with integer keys",
         ),
+        (
+            "apps",
+            {"input_output": f'{{"fn_name": "f", "inputs": [[1]], "outputs": [{2**70}]}}'},
+            "numbers of more than 64 bits",
+        ),
         ("taco", {"picture_num": "2"}, "needs an image"),
         ("deepcoder", {"tests": '[{"input": 1, "output": 2}]'}, "tests of another form"),
         ("deepcoder", {"tests": '["1"]'}, "tests of another form"),
+        (
+            "deepcoder",
+            {"tests": '[{"input": "1", "output": "2", "testtype": "functional"}]'},
+            "tests call a function without a name",
+        ),
         ("codecontests", {"input_file": "a.in"}, "reads or writes a file"),
         (
             "codecontests",
@@ -395,6 +405,40 @@ def test_output_is_deterministic_and_described_by_its_report(tmp_path: Path) -> 
     prepare("gsm8k", tmp_path, *rows[::-1], num_validation=10)
     again = {row["prompt"] for row in rows_in(tmp_path / "out.val.jsonl")}
     assert again == {row["prompt"] for row in validation}
+
+
+@pytest.mark.parametrize(
+    ("tests", "expected"),
+    [
+        (  # PrimeIntellect: typed, arguments as lists, each result in its own list
+            [{"type": "function_call", "fn_name": "f", "input": [[1, 2]], "output": [3]}],
+            {"function": "f", "tests": [{"input": [[1, 2]], "output": 3}]},
+        ),
+        (  # LiveCodeBench: a JSON text per argument
+            [{"input": "[1]\n2", "output": "[3]", "testtype": "functional"}],
+            {"function": "g", "tests": [{"input": [[1], 2], "output": [3]}]},
+        ),
+        (  # TACO: as published by it
+            {"inputs": [["a"], ["b"]], "outputs": [["x", "y"], ["z"]], "fn_name": "h"},
+            {
+                "function": "h",
+                "tests": [
+                    {"input": ["a"], "output": ["x", "y"]},
+                    {"input": ["b"], "output": ["z"]},
+                ],
+            },
+        ),
+        ({"inputs": ["1\n"], "outputs": ["2\n"]}, {"tests": [{"input": "1\n", "output": "2\n"}]}),
+    ],
+)
+def test_tests_of_deepcoder_are_read_in_each_of_their_forms(
+    tests: Any, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    row = {"problem": "p", "tests": json.dumps(tests), "metadata": '{"func_name": "g"}'}
+    prepare("deepcoder", tmp_path, row)
+    [made] = rows_in(tmp_path / "out.jsonl")
+    assert {name: made[name] for name in expected} == expected
+    assert ("function" in made) == ("function" in expected)
 
 
 def test_tests_beyond_the_limit_are_left_out_and_counted(tmp_path: Path) -> None:

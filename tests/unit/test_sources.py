@@ -207,6 +207,7 @@ def test_prompts_outside_the_limits_are_left_out_and_counted(model: Path, tmp_pa
         ({"path": "dict", "split": "dev"}, "dict has no split 'dev'"),
         ({"path": "torn"}, "data-00000-of-00001.arrow is missing"),
         ({"path": "shards"}, "shards has several splits; set `split` to one of test, train"),
+        ({"path": "named"}, "named has several splits; set `split` to one of test, train"),
     ],
 )
 def test_unusable_source_error_is_one_line_with_file_and_remedy(
@@ -226,9 +227,11 @@ def test_unusable_source_error_is_one_line_with_file_and_remedy(
     for split in ("train", "test"):
         write_arrow(Path("dict") / split, ROWS)
     (write_arrow(Path("torn"), ROWS) / "data-00000-of-00001.arrow").unlink()
-    Path("shards").mkdir()
+    for name in ("shards", "named"):
+        Path(name).mkdir()
     for split in ("train", "test"):
         write_parquet(Path(f"shards/{split}-00000-of-00001.parquet"), ROWS)
+        write_jsonl(Path(f"named/{split}.jsonl"), ROWS)
     config = make_config(model, [source])
     with pytest.raises(DataError, match=problem) as error:
         check_source(config.data.train[0], "data.train[0].path", config)  # type: ignore[arg-type]

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from megatron_async_rl.data.code_tests import read_tests
 from megatron_async_rl.data.prepare.columns import Unusable, from_json, metadata, statement, text
 from megatron_async_rl.errors import DataError
@@ -41,12 +43,11 @@ def deepcoder(row: dict[str, Any]) -> dict[str, Any]:
     """DeepCoder: `tests` is JSON, as in APPS or a list of {input, output} that may be typed."""
     prompt = statement(row, "problem", "question")
     cases = from_json(row.get("tests") or [])
-    details = from_json(row.get("metadata") or {})
     if isinstance(cases, dict):
         function = cases.get("fn_name") or ""
         tests = pairs(cases.get("inputs"), cases.get("outputs"), function)
     else:
-        function = _function_of(cases, details)
+        function = _function_of(cases, row.get("metadata"))
         tests = listed(cases, function)
     return code_row(
         prompt,
@@ -122,8 +123,11 @@ def code_row(
         row["function"] = function
     try:
         read_tests(row)
+        msgspec.msgpack.encode(row)
     except DataError:
         raise Unusable("tests of another form") from None
+    except OverflowError:  # which no message can carry
+        raise Unusable("numbers of more than 64 bits") from None
     return row
 
 
@@ -179,11 +183,16 @@ def _arguments(value: Any) -> list[Any]:
 
 
 def _function_of(cases: Any, details: Any) -> str:
-    """Returns the name of the function that typed tests call, "" for programs."""
+    """Returns the name of the function that typed tests call, "" for programs. Raises Unusable."""
     first = cases[0] if isinstance(cases, list) and cases and isinstance(cases[0], dict) else {}
-    names = [first.get("fn_name"), first.get("func_name")]
-    names += [d.get("func_name") for d in (first.get("metadata"), details) if isinstance(d, dict)]
-    kinds = (first.get("type"), first.get("testtype"))
-    if "stdin_stdout" in kinds or "stdin" in kinds:
+    kinds = {first.get("type"), first.get("testtype")}
+    if kinds & {"stdin", "stdin_stdout"}:
         return ""
-    return next((name for name in names if name), "")
+    names = [first.get("fn_name"), first.get("func_name")]
+    for value in (first.get("metadata"), details):
+        found = from_json(value) if isinstance(value, str) and value.startswith("{") else value
+        names.append(found.get("func_name") if isinstance(found, dict) else None)
+    name = next((name for name in names if name), "")
+    if not name and kinds & {"functional", "function_call"}:
+        raise Unusable("tests call a function without a name")
+    return name
