@@ -122,6 +122,11 @@ def _check_data(config: Config) -> None:
 
 def _check_evaluation(config: Config) -> None:
     evaluation, servers = config.evaluation, config.rollout.servers
+    if config.run.steps == 0 and config.has_trainer:
+        raise ConfigError(
+            "run.steps = 0 trains nothing",
+            "raise it; to evaluate without training, use the command eval",
+        )
     for name, chosen in evaluation.sets.items():
         setting = f"evaluation.sets.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):

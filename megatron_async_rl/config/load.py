@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 import msgspec
 import yaml
 
-from megatron_async_rl.config import documentation
+from megatron_async_rl.config import documentation, passed_on
 from megatron_async_rl.config.checks import cross_check
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.sections import EvaluationSet
@@ -147,6 +147,7 @@ def _explain(message: str, tree: dict[str, Any]) -> str:
         names = [field.encode_name for field in msgspec.structs.fields(_section_at(path))]
         nearest = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.0)[0]
         key, suggestion = (f"{path}.{name}".lstrip(".") for name in (unknown[1], nearest))
+        suggestion = _place_of(unknown[1]) or suggestion
         known = ", ".join(names)
         return f"{key} is not a setting; did you mean {suggestion}? Known here: {known}"
     if missing := re.fullmatch(r"Object missing required field `(.*)`", rule):
@@ -161,6 +162,16 @@ def _explain(message: str, tree: dict[str, Any]) -> str:
         problem = f"{key} = {_value_at(tree, key)!r}: {rule[0].lower() + rule[1:]}"
     override = "" if "[" in key else f" or with {key}=VALUE"
     return f"{problem}. {_description(key)} Set it in the YAML{override}"
+
+
+def _place_of(name: str) -> str:
+    """Returns the setting of that meaning or name in another section, "" if there is none."""
+    sections = (
+        f"{section.encode_name}.{name}"
+        for section in msgspec.structs.fields(Config)
+        if name in getattr(section.type, "__struct_fields__", ())
+    )
+    return passed_on.elsewhere("megatron", name) or next(sections, "")
 
 
 def _value_at(tree: Any, key: str) -> Any:

@@ -94,6 +94,7 @@ _ELSEWHERE = {
         "beta1": "megatron.adam_beta1",
         "beta2": "megatron.adam_beta2",
         "epsilon": "megatron.adam_eps",
+        "wd": "megatron.weight_decay",
         "tensor_parallel_size": "megatron.tensor_model_parallel_size",
         "tp_size": "megatron.tensor_model_parallel_size",
         "tp": "megatron.tensor_model_parallel_size",
@@ -194,9 +195,16 @@ def _fits(value: Any, types: list[str], strict: bool) -> bool:
     return True
 
 
+def elsewhere(section: str, name: str) -> str:
+    """Returns the setting that other projects call `name`, or that has this name, "" if none."""
+    names = _ELSEWHERE[section]
+    same = (setting for setting in names.values() if setting == f"{section}.{name}")
+    return names.get(name) or next(same, "")
+
+
 def _nearest(section: str, key: str, known: Collection[str]) -> str:
-    if elsewhere := _ELSEWHERE[section].get(key):
-        return elsewhere
+    if found := elsewhere(section, key):
+        return found
     longer = sorted(name for name in known if name.startswith(key))
     near = longer or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"{section}.{near[0]}"

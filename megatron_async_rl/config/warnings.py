@@ -21,16 +21,23 @@ Rule = tuple[str, bool, str]
 
 
 def warnings(config: Config) -> list[str]:
-    """Returns a text for each setting without effect, and for settings that cost much speed."""
+    """Returns a text for each setting without effect, and for settings that cost much speed.
+
+    None for an evaluation alone (run.steps = 0), which uses the configuration of a training run.
+    """
+    if config.run.steps == 0:
+        return []
     rules = [*_algorithm(config), *_processes(config)]
-    rules += _trainer(config) if config.has_trainer else _no_trainer(config)
+    rules += _trainer(config) if config.has_trainer else []
     texts = [
         f"{key} = {_show(_value(config, key))} has no effect: {reason}"
         for keys, has_effect, reason in rules
         for key in keys.split()
         if not has_effect and _value(config, key) != _default(key)
     ]
-    texts += [text for text in (cross_host_parallelism_warning(config),) if text]
+    texts += [
+        text for text in (_no_trainer(config), cross_host_parallelism_warning(config)) if text
+    ]
     return [*texts, *_megatron(config), *_engine(config)]
 
 
@@ -162,13 +169,21 @@ def _trainer(config: Config) -> Iterator[Rule]:
     )
 
 
-def _no_trainer(config: Config) -> Iterator[Rule]:
-    reason = "run.mode = rollout_only trains nothing"
-    for name in ("trainer", "checkpoint", "weights", "critic"):
-        section = type(getattr(config, name))
-        keys = (f"{name}.{field.name}" for field in msgspec.structs.fields(section))
-        yield " ".join(keys), False, reason
-    yield "run.export_every evaluation.after evaluation.every", False, reason
+def _no_trainer(config: Config) -> str:
+    """Returns one text for all settings that only a trainer uses, "" if there is one."""
+    sections = {name: type(getattr(config, name)) for name in ("trainer", "checkpoint", "critic")}
+    keys = [
+        f"{name}.{field.name}"
+        for name, section in sections.items()
+        for field in msgspec.structs.fields(section)
+        if field.name != "start_timeout_s"  # `join` waits for the controller as long
+    ]
+    keys += ["run.export_every", "evaluation.after", "evaluation.every"]
+    keys += [f"weights.{name}" for name in ("bucket_bytes verify_every transport dtype").split()]
+    found = [key for key in keys if _value(config, key) != _default(key)]
+    if config.has_trainer or not found:
+        return ""
+    return f"without effect, because run.mode = rollout_only trains nothing: {', '.join(found)}"
 
 
 def _megatron(config: Config) -> Iterator[str]:

@@ -28,7 +28,12 @@ from megatron_async_rl.hooks import custom_hooks
 from megatron_async_rl.installed import Say
 from megatron_async_rl.launcher import gpus, roles
 from megatron_async_rl.launcher.checks.disk import check_disk, size_text
-from megatron_async_rl.launcher.checks.settings import check_hooks, check_megatron, check_sglang
+from megatron_async_rl.launcher.checks.settings import (
+    check_hooks,
+    check_megatron,
+    check_sglang,
+    check_weight_type,
+)
 from megatron_async_rl.model import layout, memory
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.layout import Layout
@@ -81,6 +86,8 @@ def config_checks(config: Config, say: Say) -> Iterator[Check]:
             yield check("trainer layout", _trainer_layout)
             yield check("engine layout", _engine_layout)
             yield check("context", _context)
+            if config.has_trainer:
+                yield check("weights type", check_weight_type)
             yield check("disk", check_disk)
             if not config.on_cpu:
                 yield check("GPU memory", lambda _: "; ".join(memory.summary(config)))

@@ -92,3 +92,30 @@ def test_reward_function_that_always_raises_ends_the_run_with_its_traceback(tmp_
     assert "evaluation of version 0, held_out: no sample has a score" in log
     assert log.count("ValueError: no answer in the row") < 20
     assert watch.left() == []
+
+
+@needs_engine
+def test_run_in_which_no_group_passes_the_filters_ends_with_the_reason(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    path = make_run_inputs(tmp_path).config(
+        run_dir,
+        run={"steps": 5000, "export_every": 0},
+        evaluation={"sets": {}},
+        reward={"function": "loop_reward:constant"},
+        algorithm={
+            "prompts_per_step": 4,
+            "samples_per_prompt": 2,
+            "filters": {"drop_equal_rewards": True},
+        },
+        faults={"max_filtered_groups": 64},
+        megatron={"tensor_model_parallel_size": 1},
+    )
+    child = start_run(path)
+    watch = Descendants(child.pid)
+    output, errors = child.communicate(timeout=240)
+    found = "groups in a row (equal_rewards 100%; mean reward 1.000) and none passed"
+    assert child.returncode == 2
+    assert f"error: algorithm.filters dropped 64 {found}" in errors
+    assert f"warning: algorithm.filters dropped 4 {found}; the run ends at 64" in output
+    assert "dropped 4 groups in a row" in status_text(run_dir)
+    assert watch.left() == []

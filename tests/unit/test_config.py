@@ -113,6 +113,21 @@ def test_unknown_key_error_suggests_the_nearest_key(key: str, nearest: str) -> N
     assert error_text(**{key: 1}).startswith(f"{key} is not a setting; did you mean {nearest}?")
 
 
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        ("rollout.steps", "run.steps"),
+        ("trainer.learning_rate", "megatron.lr"),
+        ("algorithm.lr", "megatron.lr"),
+        ("algorithm.max_grad_norm", "megatron.clip_grad"),
+        ("rollout.chat_template", "data.chat_template"),
+        ("trainer.weight_decay", "megatron.weight_decay"),
+    ],
+)
+def test_unknown_key_error_names_the_section_that_has_it(key: str, place: str) -> None:
+    assert error_text(**{key: 1}).startswith(f"{key} is not a setting; did you mean {place}?")
+
+
 def test_unknown_key_without_a_near_one_lists_known_keys() -> None:
     text = error_text(**{"staleness.qqq": 1})
     assert text.startswith("staleness.qqq is not a setting;")
@@ -221,6 +236,44 @@ def test_integer_setting_accepts_only_integers(value: Any) -> None:
             ["weights.kv_cache = keep", "sglang.disable_overlap_schedule = true"],
         ),
         (
+            {"model.context_tokens": 16384},
+            ["context_tokens = 16384", "trainer.max_tokens_per_microbatch = 8192", "micro-batch"],
+        ),
+        ({"sglang.max_total_tokens": 130}, ["max_total_tokens = 130", "context_tokens = 128"]),
+        (
+            {
+                "algorithm.samples_per_prompt": 1,
+                "algorithm.filters.drop_equal_rewards": True,
+                "algorithm.advantage.estimator": "reinforce_pp",
+            },
+            ["drop_equal_rewards = true", "samples_per_prompt = 1"],
+        ),
+        (
+            {
+                "algorithm.samples_per_prompt": 1,
+                "algorithm.prompts_per_step": 1,
+                "algorithm.advantage.estimator": "reinforce_pp",
+            },
+            ["trains nothing", "batch of one sample"],
+        ),
+        (
+            {
+                "algorithm.filters.success_rate_min": 0.9,
+                "algorithm.filters.success_rate_max": 0.1,
+            },
+            ["success_rate_min = 0.9", "success_rate_max = 0.1"],
+        ),
+        (
+            {"algorithm.staleness_correction.behavior_weight_floor": 6.0},
+            ["behavior_weight_floor = 6", "behavior_weight_cap = 5", "no ratio"],
+        ),
+        ({"faults.min_servers": 2}, ["faults.min_servers = 2", "rollout.servers = 1"]),
+        ({"megatron.bf16": True}, ["megatron.bf16", "trainer.precision"]),
+        ({"megatron.num_layers": 3}, ["megatron.num_layers", "config.json"]),
+        ({"sglang.dp_size": 2}, ["sglang.dp_size = 2", "rollout.servers"]),
+        ({"sglang.context_length": 64}, ["sglang.context_length", "model.context_tokens"]),
+        ({"sglang.api_key": "x"}, ["sglang.api_key", "remove the key"]),
+        (
             {"megatron.tensor_model_parallel_size": 0},
             ["megatron.tensor_model_parallel_size = 0", "integer >= 1"],
         ),
@@ -238,6 +291,9 @@ def test_contradicting_settings_error_names_both(changes: dict[str, Any], words:
 def test_settings_at_the_limit_of_a_rule_are_allowed() -> None:
     load.from_tree(config_tree(**{"rollout.max_new_tokens": 127}))
     load.from_tree(config_tree(**{"algorithm.samples_per_prompt": 256}))
+    load.from_tree(config_tree(**{"model.context_tokens": 8192}))
+    load.from_tree(config_tree(**{"sglang.max_total_tokens": 136, "sglang.dp_size": 1}))
+    load.from_tree(config_tree(**{"faults.min_servers": 2, "rollout.servers": 2}))
     load.from_tree(
         config_tree(**{"weights.kv_cache": "keep", "sglang.disable_overlap_schedule": True})
     )

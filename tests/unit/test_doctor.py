@@ -33,6 +33,7 @@ MODEL = {
 
 ENGINE_SETTINGS = {
     "device": {"types": ["str"]},
+    "dtype": {"types": ["str"]},
     "tp_size": {"types": ["int"]},
     "tensor_parallel_size": {"types": ["int"], "alias_of": "tp_size"},
     "port": {"types": ["int"]},
@@ -484,6 +485,26 @@ def test_disk_too_small_for_the_checkpoints_is_found_before_the_start() -> None:
     write_model(hidden_size=1 << 22, intermediate_size=1 << 22, head_dim=16)
     with pytest.raises(ConfigError, match=r"GiB free, .* GiB needed .*checkpoint.keep"):
         preflight(config)
+
+
+@pytest.mark.parametrize(
+    ("stored", "changes", "words"),
+    [
+        ("bfloat16", {"trainer": {"precision": "fp32"}}, "servers store bfloat16 .*sends float32"),
+        ("float32", {}, "servers store float16 .*auto.*weights.dtype=float16"),
+        ("bfloat16", {"sglang": {"dtype": "half"}}, "servers store float16 .*sends bfloat16"),
+        ("bfloat16", {"weights": {"dtype": "bfloat16"}, "trainer": {"precision": "fp32"}}, ""),
+        ("float32", {"sglang": {"dtype": "bfloat16"}}, ""),
+    ],
+)
+def test_servers_must_store_the_type_that_the_trainer_sends(
+    stored: str, changes: dict, words: str
+) -> None:
+    write_model(dtype=stored)
+    if not words:
+        return preflight(make_config(**changes))
+    with pytest.raises(ConfigError, match=words):
+        preflight(make_config(**changes))
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])

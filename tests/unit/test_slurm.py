@@ -285,6 +285,62 @@ def test_task_reads_its_node_and_job_attempt(
         allocation(tmp_path, monkeypatch, STEP_NODELIST="n[1-3]")
 
 
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"STEP_NUM_TASKS": None}, "SLURM_STEP_NUM_TASKS is not set"),
+        ({"STEP_NODELIST": None}, "SLURM_STEP_NODELIST is not set"),
+        ({"GPUS_ON_NODE": "gpu:many"}, "SLURM_GPUS_ON_NODE = 'gpu:many': expected a number"),
+    ],
+)
+def test_wrong_variable_of_slurm_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str | None],
+    words: str,
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        allocation(tmp_path, monkeypatch, **environment)
+
+
+@pytest.mark.parametrize("value", ["8", "gpu:8", "gpu:h100:8"])
+def test_number_of_gpus_is_read_in_each_form_of_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    assert allocation(tmp_path, monkeypatch, GPUS_ON_NODE=value).gpus_per_node == 8
+
+
+@pytest.mark.parametrize(
+    ("environment", "refused"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # a batch script
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, True),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, True),
+    ],
+)
+def test_run_that_srun_starts_several_times_is_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], refused: bool
+) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if not refused:
+        return slurm.check_started_once()
+    with pytest.raises(ConfigError, match=r"task \d of the 4 that srun started.*`slurm CONFIG`"):
+        slurm.check_started_once()
+
+
+def test_run_on_one_of_several_nodes_warns_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    assert slurm.idle_nodes_warning() == ""
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
+    assert "the job has 4 nodes" in slurm.idle_nodes_warning()
+
+
 def test_assignment_of_an_earlier_job_attempt_is_ignored(tmp_path: Path) -> None:
     settings = make_config(
         run={"dir": str(tmp_path / "run"), "steps": 1}, trainer={"start_timeout_s": 0.3}

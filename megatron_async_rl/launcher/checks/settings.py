@@ -18,6 +18,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.errors import ConfigError, Error
 from megatron_async_rl.installed import Say
+from megatron_async_rl.model.config_json import HfConfig
 
 HOOK_TIMEOUT_S = 120.0
 _LOAD_HOOKS = """
@@ -60,6 +61,36 @@ def check_sglang(config: Config, say: Say) -> str:
         return f"not checked: {e}"
     passed_on.check("sglang", config.sglang, known)
     return f"{len(config.sglang)} set, all known to {known.library}"
+
+
+def check_weight_type(config: Config) -> str:
+    """Raises ConfigError if the servers store another element type than the trainer sends.
+
+    The digests of trainer and engine would differ at every update.
+    """
+    types = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    sent: str = config.weights.dtype
+    sent = types[config.trainer.precision] if sent == "as_trained" else sent
+    stored = {"half": "float16", "float": "float32"}.get(name := _engine_dtype(config), name)
+    if stored not in (sent, ""):
+        chosen = config.sglang.get("dtype", "auto")
+        raise ConfigError(
+            f"the servers store {stored} (sglang.dtype = {chosen}), but the trainer sends {sent} "
+            f"(weights.dtype = {config.weights.dtype}, trainer.precision = "
+            f"{config.trainer.precision})",
+            f"set weights.dtype={stored}, or sglang.dtype={sent}",
+        )
+    return sent
+
+
+def _engine_dtype(config: Config) -> str:
+    """Returns the engine's element type, "" if it is not known. `auto` is that of the model, but
+    float16 for float32."""
+    chosen = config.sglang.get("dtype", "auto")
+    if chosen != "auto":
+        return str(chosen)
+    stored = HfConfig(config.model.path).dtype_name or ""
+    return "float16" if stored == "float32" else stored
 
 
 def check_hooks(config: Config) -> str:
