@@ -1,14 +1,16 @@
-r"""Pre-trains a tiny model with a chat template for configs/python_tool.yaml or reasoning_gym.yaml.
+r"""Pre-trains a tiny model with a chat template for one of three configurations in configs/.
 
     python tools/make_task_model.py TASK OUT_DIR [--seed 0]
 
-OUT_DIR becomes a Hugging Face folder, in a minute or two of CPU time. TASK python_tool also writes
-OUT_DIR/train.jsonl and eval.jsonl. As with make_tiny_model.py, the text that the model imitates is
-careless on purpose, and RL has to find out from the reward which habit pays off:
+OUT_DIR becomes a Hugging Face folder, in a minute or two of CPU time, with the rows train.jsonl
+beside it (reasoning_gym has its own). As with make_tiny_model.py, the text that the model imitates
+is careless on purpose, and RL has to find out from the reward which habit pays off:
 
-    python_tool     "47*85=": one author in three calls Python and copies its output into the box,
-                    the others write random digits.
-    reasoning_gym   "Calculate 3 + 9.": two answers in five are right, the others are random.
+    multi_turn_math  "13+9=": two answers in five are right, the others are random; after "Wrong."
+                     three in five are right.
+    python_tool      "47*85=": one author in three calls Python and copies its output into the box,
+                     the others write random digits.
+    reasoning_gym    "Calculate 3 + 9.": two answers in five are right, the others are random.
 
 Training stops when, for REACH_SHARE of held-out problems, no token of the careful solution is less
 likely than REACH_PROBABILITY.
@@ -104,6 +106,26 @@ def draw_sum(rng: random.Random) -> Problem:
     return Problem(f"Calculate {' + '.join(map(str, terms))}.", str(sum(terms)))
 
 
+def draw_pair(rng: random.Random) -> Problem:
+    a, b = rng.randint(0, 20), rng.randint(0, 20)
+    return Problem(f"{a}+{b}=", str(a + b))
+
+
+def box_sum(problem: Problem) -> Pieces:
+    return [(f"\\boxed{{{problem.answer}}}{END}", True)]
+
+
+def try_twice(problem: Problem, rng: random.Random) -> Pieces:
+    wrong, other = rng.randint(0, 40), rng.randint(0, 40)
+    feedback = f"\n{START}user\nWrong.{END}\n{START}assistant\n"
+    second = problem.answer if rng.random() < 0.6 else other
+    return [
+        (f"\\boxed{{{wrong}}}{END}", True),
+        (feedback, False),
+        (f"\\boxed{{{second}}}{END}", True),
+    ]
+
+
 def answer_sum(problem: Problem) -> Pieces:
     return [(f"<answer>{problem.answer}</answer>{END}", True)]
 
@@ -113,6 +135,7 @@ def guess_sum(problem: Problem, rng: random.Random) -> Pieces:
 
 
 TASKS = {
+    "multi_turn_math": Task(False, draw_pair, box_sum, try_twice, 0.4),
     "python_tool": Task(True, draw_product, call_python, guess_product, 0.33),
     "reasoning_gym": Task(False, draw_sum, answer_sum, guess_sum, 0.4),
 }
@@ -230,9 +253,8 @@ def main() -> None:
     pretrain(model, tokenizer, task, args.seed)
     model.save_pretrained(args.out_dir)
     tokenizer.save_pretrained(args.out_dir)
-    if args.task == "python_tool":
+    if args.task != "reasoning_gym":
         write_rows(args.out_dir / "train.jsonl", task, 2000, 100)
-        write_rows(args.out_dir / "eval.jsonl", task, 200, 101)
 
 
 if __name__ == "__main__":
