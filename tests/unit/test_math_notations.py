@@ -8,6 +8,8 @@ math-verify.
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from megatron_async_rl.reward import math_answer
@@ -876,3 +878,23 @@ def test_stated_answer_is_found(text: str, gold: str) -> None:
 @pytest.mark.parametrize(("text", "gold"), cases(WRONG_TEXTS))
 def test_stated_answer_counts_as_a_whole(text: str, gold: str) -> None:
     assert decision(WORK + text, gold) is False
+
+
+PIECES = (
+    r"x 5 % ( ) [ ] { } \{ \} , ; : = < \le \ne \pm \cup \frac ^ _ ! | \sqrt \circ \text{cm} "
+    r"and or \infty - \pmod 0.\overline{3} ... \log i \begin{pmatrix} \end{pmatrix} & \\ am May C "
+    r"\setminus \mathbb{R} \in \approx ' ½ ° 1/0 \binom \equiv ** base"
+).split()
+
+
+def test_no_pair_of_answers_raises() -> None:
+    """An exception would end the reward worker."""
+    rng = random.Random(0)
+    pool = [text for table in (RIGHT, WRONG) for pair in cases(table) for text in pair]
+    for _ in range(1500):
+        gold, answer = rng.choice(pool), rng.choice(pool)
+        place = rng.randrange(len(answer) + 1)
+        broken = answer[:place] + " ".join(rng.choices(PIECES, k=rng.randrange(4))) + answer[place:]
+        for one in (answer, broken):
+            assert decision(f"\\boxed{{{one}}}", gold) in (True, False, None)
+            assert decision(f"The answer is {one}", gold) in (True, False, None)

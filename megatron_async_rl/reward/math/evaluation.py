@@ -69,11 +69,14 @@ def points(names: frozenset[str]) -> list[dict[str, Fraction]]:
 
 
 def value(node: Node, at: dict[str, Fraction], angle: bool = False) -> Value:
-    """Returns the value at a point. Raises TooLarge, ZeroDivisionError.
+    """Returns the value at a point. Raises TooLarge, ZeroDivisionError, and Unreadable for infinity
+    and for variables that the point has not.
 
     `angle`: inside of a trigonometric function, where degrees are converted.
     """
     kind = node[0]
+    if kind == "infinity" or (kind == "variable" and node[1] not in at):
+        raise Unreadable
     if kind == "number":
         return node[1]
     if kind == "variable":

@@ -69,13 +69,9 @@ def _decimal_logs(node: Node) -> Node:
 
 def _equal_percent(gold: Number, given: Number) -> bool:
     """50% is 50 as well as 1/2: questions ask for either."""
-    a, b = value(gold.node, {}), value(given.node, {})
-    if _same_value(a, b):
-        return True
-    hundred = Fraction(100)
-    if given.percent:
-        return _same_value(a, value(("/", given.node, ("number", hundred)), {}))
-    return _same_value(value(("/", gold.node, ("number", hundred)), {}), b)
+    plain, percent = (gold.node, given.node) if given.percent else (given.node, gold.node)
+    hundredth: Node = ("/", percent, ("number", Fraction(100)))
+    return _same_values(plain, percent) or _same_values(plain, hundredth)
 
 
 def _same_value(a: Value, b: Value) -> bool:

@@ -103,9 +103,9 @@ def _read_commands(text: str) -> str:
 
 
 def _read(text: str, depth: int) -> Part:
+    text = text.strip()
     if depth > _MAX_DEPTH or not text:
         raise Unreadable
-    text = text.strip()
     if words := _words(text) or numerals.read_date(text) or numerals.read_quantity(text):
         return words
     if "\\begin" in text and (matrix := _MATRIX.fullmatch(text)):
