@@ -168,13 +168,18 @@ def _patches() -> Check:
 
 def _gpus() -> list[str]:
     """Returns names such as `NVIDIA H100 80GB HBM3 (81559 MiB)`; none if nvidia-smi finds none."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    text = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    lines = [line for line in text.splitlines() if line.count(", ") == 1]
+    return ["{} ({})".format(*line.split(", ")) for line in lines]
+
+
+def _output(*command: str) -> str:
+    """Returns what a program prints, "" if it is missing or fails."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return []
-    lines = [] if answer.returncode else answer.stdout.splitlines()
-    return ["{} ({})".format(*line.split(", ")) for line in lines if line.count(", ") == 1]
+        return ""
+    return "" if answer.returncode else answer.stdout
 
 
 def _cores() -> Check:
@@ -215,9 +220,9 @@ def _disk() -> Check:
 
 
 def _run_gpus(config: Config) -> Check:
-    """Checks the GPUs of this host, unless Slurm may give the run others."""
+    """Checks the GPUs of this host, unless it belongs to a Slurm cluster that has others."""
     check = check_gpus(config, roles.names(config))
-    if check.ok or shutil.which("sbatch") is None:
+    if check.ok or "gpu" not in _output("sinfo", "--noheader", "--format=%G"):
         return check
     return Check("GPUs", True, f"{check.detail}; `slurm CONFIG --plan` shows the nodes of a job")
 

@@ -472,6 +472,28 @@ def test_too_few_visible_gpus_are_found_before_the_start(
     preflight(make_config(sglang={"device": "cpu"}))
 
 
+def test_doctor_accepts_a_login_node_of_a_cluster_with_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    sinfo = tmp_path / "bin" / "sinfo"
+    sinfo.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{sinfo.parent}:/bin")
+    for resources, ok in (("(null)", False), ("gpu:h100:8", True)):
+        sinfo.write_text(f"#!/bin/sh\necho '{resources}'\n")
+        sinfo.chmod(0o755)
+        check = result("GPUs", make_config())
+        assert check.ok == ok and "needs 2 GPUs on this host, which has 0" in check.detail
+
+
+def test_every_hook_that_cannot_be_loaded_is_named() -> None:
+    changes = {"reward": {"function": "none:f"}, "rollout": {"workflow": "json:dumps"}}
+    with pytest.raises(
+        ConfigError, match=r"reward\.function = 'none:f'.*rollout\.workflow = 'json"
+    ):
+        preflight(make_config(**changes))
+
+
 def test_disk_too_small_for_the_checkpoints_is_found_before_the_start() -> None:
     config = make_config(
         run={"steps": 1000, "export_every": 1},

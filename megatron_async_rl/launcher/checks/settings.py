@@ -26,13 +26,13 @@ import json, sys
 from megatron_async_rl import hooks
 from megatron_async_rl.errors import ConfigError
 custom, workflow, options = json.loads(sys.argv[1])
+calls = [(hooks.load, item) for item in custom.items() if item[0] != "rollout.workflow"]
 problems = []
-try:
-    for setting, value in custom.items():
-        hooks.load(setting, value)
-    hooks.workflow(workflow, options)
-except ConfigError as e:
-    problems.append([e.problem, e.remedy])
+for function, arguments in [*calls, (hooks.workflow, (workflow, options))]:
+    try:
+        function(*arguments)
+    except ConfigError as e:
+        problems.append([e.problem, e.remedy])
 print()
 print(json.dumps(problems))
 """
@@ -118,6 +118,5 @@ def check_hooks(config: Config) -> str:
             "correct the module; python -c 'import MODULE' shows more",
         ) from None
     if problems:
-        problem, remedy = problems[0]
-        raise ConfigError(problem, remedy)
+        raise ConfigError("; ".join(problem for problem, _ in problems), problems[0][1])
     return f"{names} can be imported"
