@@ -39,6 +39,7 @@ def test_outputs_of_calls_are_the_context_of_the_next_turn(tokenizer: Tokenizer)
     parts = [tokenizer.decode_all(sample.ids[a:b].tolist()) for a, b in sample.turns()]
     assert parts == [first, fence, f"\\boxed{{42}}{END}"]
     assert (sample.text, sample.stop) == ("\\boxed{42}", "stop")
+    assert sample.metrics == {"tool_calls": 3}
     text = tokenizer.decode_all(sample.ids.tolist())
     assert f"{END}\n{START}user\n<tool_response>\n42\n</tool_response>{END}" in text
     assert "ZeroDivisionError: division by zero\n</tool_response>" in text

@@ -51,7 +51,7 @@ def test_wrong_answers_get_feedback_in_the_chat_template(tokenizer: Tokenizer) -
     assert texts_of_turns(sample, tokenizer) == [f"5{END}", f"7{END}", f"4{END}"]
     assert (sample.text, sample.stop, sample.discount) == ("4", "stop", pytest.approx(0.81))
     assert [version for version, _ in sample.version_runs()] == [1, 2, 3]
-    assert script.scored == ["5", "7", "4"]
+    assert script.scored == ["5", "7", "4"] and sample.metrics == {"turns": 3}
     assert_inputs_continue_the_sample(script, sample)
 
 

@@ -42,6 +42,7 @@ class MultiTurnMath:
             turn = await policy.generate(episode.ids, sampling)
             episode.add_turn(turn)
             text = policy.tokenizer.decode(turn.ids)
+            episode.metrics["turns"] = number
             if number == self._max_turns or turn.stop == "length":
                 break
             if await policy.score(text) >= self._success:

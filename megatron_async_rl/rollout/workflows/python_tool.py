@@ -57,6 +57,7 @@ class PythonTool:
 
     async def run(self, prompt: Prompt, policy: Policy, sampling: Sampling) -> Sample:
         episode = Episode(prompt.ids)
+        episode.metrics["tool_calls"] = 0
         for number in range(1, self._max_turns + 1):
             turn = await policy.generate(episode.ids, sampling)
             episode.add_turn(turn)
@@ -65,6 +66,7 @@ class PythonTool:
             if not calls or turn.stop == "length" or number == self._max_turns:
                 break
             messages = [await self._answer(call, policy.config.sandbox) for call in calls]
+            episode.metrics["tool_calls"] += len(calls)
             context = policy.next_turn(prompt, turn, messages)
             if not episode.has_room(context, policy.config.model.context_tokens):
                 return episode.sample("length", text)
