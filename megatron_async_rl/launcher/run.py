@@ -113,7 +113,8 @@ def run(
             raise Error(session.failure_text())
         show(console, panel.summary(read_status(run_dir)))
         result = "policy" if config.has_trainer else "batches"
-        show(console, f"{result}: {run_dir / result}")
+        if config.run.steps:
+            show(console, f"{result}: {run_dir / result}")
         show(console, f"metrics: {program()} tensorboard {run_dir}")
         return 0
 

@@ -6,6 +6,7 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
+from typing import get_origin
 
 import msgspec
 import pytest
@@ -14,6 +15,7 @@ from paths import ROOT
 from source_files import PACKAGE, relative_path
 
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.documentation import item_section
 from megatron_async_rl.config.sections import Section
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -119,6 +121,9 @@ def setting_exists(key: str) -> bool:
     for name in names:
         if section in PASSED_THROUGH:
             return True
+        if get_origin(node) is dict and (entry := item_section(node)):
+            node = entry  # `name` is the user's name of an entry
+            continue
         if not (isinstance(node, type) and issubclass(node, Section)):
             return False
         below = {field.name: field.type for field in msgspec.structs.fields(node)}

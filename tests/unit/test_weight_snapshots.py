@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from config_builders import config_tree
-from core_builders import make_core
+from core_builders import evaluation_tasks, make_core
 from snapshot_builders import write_part
 from tiny_model import make_model
 
@@ -345,5 +345,61 @@ def test_network_update_writes_its_snapshot_after_serving(tmp_path: Path, model:
         cluster.log.clear()
         await publisher.finish()  # the error is logged and the trainer continues
         assert cluster.sent(Published) == ["trainer-0", "trainer-1"]
+
+    in_loop(body)
+
+
+def test_held_server_is_left_out_of_updates_and_catches_up_when_released(
+    tmp_path: Path, model: Path
+) -> None:
+    cluster = Cluster(tmp_path, model)
+    core, fleet = cluster.core, cluster.core.fleet.rollout
+
+    async def body() -> None:
+        await cluster.publish(1)
+        core.state.version = 1
+        for name in SERVERS:
+            core.handle(inputs.ServerUpdated(name, version=1), 0.0)
+        core.handle(inputs.EvaluationRequested(1, "held_server", evaluation_tasks(1)), 0.0)
+        assert fleet["rollout-0"].is_held
+        await cluster.publish(2)
+        core.state.version = 2
+        core.handle(inputs.ServerUpdated("rollout-1", version=2), 0.0)
+        assert [server.name for server in cluster.updates._available()] == ["rollout-1"]
+        cluster.log.clear()
+        cluster.catch_up.start(others=())
+        assert not cluster.catch_up.is_busy() and fleet["rollout-0"].version == 1
+        core.handle(inputs.EvaluationAbandoned("the test ends it"), 0.0)
+        cluster.catch_up.start(others=())
+        await cluster.settle()
+        assert cluster.sent(LoadSnapshot) == ["rollout-0"]
+        assert fleet["rollout-0"].is_serving and fleet["rollout-0"].version == 2
+
+    in_loop(body)
+
+
+def test_restarted_server_takes_over_an_evaluation_from_its_snapshot(
+    tmp_path: Path, model: Path
+) -> None:
+    cluster = Cluster(tmp_path, model)
+    core, fleet = cluster.core, cluster.core.fleet.rollout
+
+    async def body() -> None:
+        for version in (1, 2):
+            await cluster.publish(version)
+        core.state.version = 2
+        core.handle(inputs.ServerUpdated("rollout-0", version=1), 0.0)
+        core.handle(inputs.ServerUpdated("rollout-1", version=2), 0.0)
+        core.handle(inputs.EvaluationRequested(1, "held_server", evaluation_tasks(1)), 0.0)
+        core.handle(inputs.WorkerLost("rollout-0"), 0.0)
+        core.handle(inputs.RolloutJoined("rollout-0", 4), 0.0)
+        assert not core.evaluation.has_server()
+        cluster.log.clear()
+        cluster.catch_up.wanted = cluster.catch_up.snapshot_of(1)
+        cluster.catch_up.start(others=())
+        await cluster.settle()
+        assert fleet["rollout-0"].is_held and fleet["rollout-0"].version == 1
+        assert cluster.catch_up.wanted is None
+        assert cluster.sent(LoadSnapshot) == ["rollout-0"]
 
     in_loop(body)

@@ -109,6 +109,9 @@ class Evaluations:
         num_samples = len(finished) + len(tasks)
         self._running = _Running(version, mode, file, num_samples, time.monotonic())
         self._idle.clear()
+        if version in (0, self._config.run.steps) and mode == "pause":
+            self._context.progress.state = "evaluating"  # nothing else is going on
+        self._show(self._running)
         if snapshot := self._catch_up.snapshot_of(version):
             self._snapshot.enter_context(self._catch_up.keeping(snapshot))
         kept = f", {len(finished)} of them from an earlier start" if finished else ""
