@@ -20,7 +20,7 @@ from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.protocol.transport import free_port
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-WINDOW = "1500,1330"
+WINDOW = "1500,1095"
 START_S, DRAW_S = 120, 60
 
 

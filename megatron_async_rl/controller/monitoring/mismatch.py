@@ -56,12 +56,16 @@ class MismatchMonitor:
             return None
         random = np.random.default_rng((self._seed, version))
         windows = []
-        for index, number in enumerate(random.choice(len(samples), count, replace=False)):
+        for number in random.choice(len(samples), count, replace=False):
             sample = samples[number]
             generated = np.flatnonzero(sample.versions != NOT_GENERATED)
+            if not generated.size:
+                continue  # padding of a batch
             first, end = int(generated[0]), int(generated[-1]) + 1
             start = int(random.integers(first, max(first, end - PROBE_TOKENS) + 1))
-            samples[number] = msgspec.structs.replace(sample, probe_index=index, probe_start=start)
+            samples[number] = msgspec.structs.replace(
+                sample, probe_index=len(windows), probe_start=start
+            )
             windows.append(ProbeWindow(sample.ids[: min(end, start + PROBE_TOKENS)], start))
         return names[version % len(names)], ProbeRequest(version, windows)
 
