@@ -38,7 +38,7 @@ def warnings(config: Config) -> list[str]:
     texts += [
         text for text in (_no_trainer(config), cross_host_parallelism_warning(config)) if text
     ]
-    return [*texts, *_megatron(config), *_engine(config)]
+    return [*texts, *_megatron(config), *_engine(config), *_deadlines(config)]
 
 
 def _algorithm(config: Config) -> Iterator[Rule]:
@@ -222,6 +222,20 @@ def _engine(config: Config) -> Iterator[str]:
                 f"sglang.{key} = {size} is less than rollout.max_concurrent_samples = {samples}: "
                 "larger batches decode without CUDA graphs, at about a third of the speed; remove "
                 "it, and the graphs hold all samples"
+            )
+
+
+def _deadlines(config: Config) -> Iterator[str]:
+    """Yields texts for deadlines that a shorter one around them cuts off."""
+    inner = ["reward.timeout_s rollout.lease_timeout_s"]
+    if config.reward.function == "code":
+        inner.append("sandbox.test_timeout_s reward.timeout_s")
+    for pair in inner:
+        (short, short_s), (long, long_s) = ((key, _value(config, key)) for key in pair.split())
+        if short_s > long_s:
+            yield (
+                f"{short} = {short_s:g} is longer than {long} = {long_s:g}, which ends the "
+                "attempt before; lower the first or raise the second"
             )
 
 

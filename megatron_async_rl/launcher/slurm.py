@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from rich.console import Console
 from megatron_async_rl import addresses, processes
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.warnings import warnings
 from megatron_async_rl.errors import ConfigError, DataError, Error, Preempted
 from megatron_async_rl.launcher import gpus, placement
 from megatron_async_rl.launcher import join as join_command
@@ -81,7 +83,7 @@ class Allocation:
                 "--ntasks-per-node=1"
             )
         restarts = env.get("SLURM_RESTART_COUNT", "0")
-        has_count = "SLURM_GPUS_ON_NODE" in env
+        has_count = bool(env.get("SLURM_GPUS_ON_NODE"))
         return cls(
             attempt=f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}.{restarts}",
             nodes=_scontrol("show", "hostnames", _variable("SLURM_STEP_NODELIST")).split(),
@@ -122,12 +124,12 @@ def _variable(name: str) -> str:
 
 
 def _count(name: str) -> int:
-    """Returns a number such as 8, or that of gpu:8."""
+    """Returns a number such as 8, or that of gpu:8 and gpu:h100:8(S:0-1)."""
     value = _variable(name)
-    number = value.rpartition(":")[2]
-    if not number.isdigit():
+    number = re.fullmatch(r"(?:[\w:-]+:)?(\d+)(?:\(.*\))?", value)
+    if number is None:
         raise ConfigError(f"{name} = {value!r}: expected a number", "unset it, or correct it")
-    return int(number)
+    return int(number[1])
 
 
 def run(path: str, overrides: Sequence[str]) -> int:
@@ -162,6 +164,8 @@ def show(
         show_line(console, line)
     command = f"sbatch --nodes={num_nodes} --gpus-per-node={gpus_per_node} launchers/slurm.sbatch"
     show_line(console, "\n" + " ".join([command, path, *overrides]))
+    for warning in warnings(config):
+        show_line(console, f"warning: {warning}")
     return 0
 
 

@@ -43,7 +43,8 @@ class HfConfig:
 
     def __init__(self, model_path: str | Path) -> None:
         self._key = f"model.path = {model_path}"
-        file = Path(model_path) / "config.json"
+        self._folder = Path(model_path)
+        file = self._folder / "config.json"
         try:
             self.raw: dict[str, Any] = json.loads(file.read_bytes())
         except OSError:
@@ -133,13 +134,18 @@ class HfConfig:
         )
 
     def _check_unquantized(self) -> None:
+        remedy = "use the folder of the same model in bfloat16, float16 or float32"
+        for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
+            if (self._folder / name).exists():
+                problem = f"{self._key}: {name} is in it, and quantized weights cannot be trained"
+                raise DataError(problem, remedy)
         for key in ("quantization_config", "compression_config", "quantization"):
             if stated := self.raw.get(key):
                 method = stated.get("quant_method") if isinstance(stated, dict) else stated
                 raise DataError(
                     f"{self._key}: config.json has {key} ({method or 'no quant_method'}), and "
                     "quantized weights cannot be trained",
-                    "use the folder of the same model in bfloat16, float16 or float32",
+                    remedy,
                 )
 
     @property

@@ -535,6 +535,10 @@ def test_quantized_model_is_refused_for_training(key: str) -> None:
     with pytest.raises(DataError, match=rf"{key} \(fp8\).*use the folder of the same model in bf"):
         preflight(make_config())
     preflight(make_config(run={"mode": "rollout_only"}))
+    write_model()
+    (Path("model") / "quantize_config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"quantize_config\.json is in it, and quantized weights"):
+        preflight(make_config())
 
 
 def test_doctor_takes_overrides_and_shows_settings_without_effect(

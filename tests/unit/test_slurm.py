@@ -303,7 +303,7 @@ def test_wrong_variable_of_slurm_is_one_line(
         allocation(tmp_path, monkeypatch, **environment)
 
 
-@pytest.mark.parametrize("value", ["8", "gpu:8", "gpu:h100:8"])
+@pytest.mark.parametrize("value", ["8", "gpu:8", "gpu:h100:8", "gpu:h100-80g:8(S:0-1)"])
 def test_number_of_gpus_is_read_in_each_form_of_slurm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:

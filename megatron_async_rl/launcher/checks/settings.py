@@ -54,7 +54,7 @@ def check_sglang(config: Config, say: Say) -> str:
     """Raises ConfigError for a key under sglang: that the engine's version refuses."""
     python = engine_python()
     if not config.sglang or python is None:
-        return "none set"
+        return "none set" if python else "not checked: there is no engine"
     try:
         known = installed.engine_settings(python, say)
     except Error as e:
