@@ -67,7 +67,7 @@ def read(path: str, source: SourceConfig) -> Iterator[dict[str, Any]]:
 def _plain(entry: dict[str, Any]) -> dict[str, Any] | None:
     """Returns reasoning-gym's entry as it is after a message, None if it has other objects."""
     try:
-        return msgspec.json.decode(msgspec.json.encode(entry))  # type: ignore[no-any-return]
+        return msgspec.json.decode(msgspec.json.encode(entry))
     except TypeError:
         return None
 
