@@ -251,7 +251,7 @@ def test_row_without_valid_tests_is_refused(
     config = code_config(tmp_path, STDIO, FUNCTION, row)
     with pytest.raises(DataError, match=f"row 3: {re.escape(words)}"):
         read_source(config.data.train, "data.train", config, Tokenizer(config.model.path))
-    [check] = [check for check in config_checks(config) if check.name == "dataset train"]
+    [check] = [check for check in config_checks(config, print) if check.name == "dataset train"]
     assert not check.ok and f"row 3: {words}" in check.detail
 
 
@@ -268,7 +268,7 @@ def test_preflight_checks_the_sandbox(python: str, ok: bool, words: str, tmp_pat
         STDIO["tests"],
         FUNCTION["tests"],
     ]
-    [check] = [check for check in config_checks(config) if check.name == "sandbox"]
+    [check] = [check for check in config_checks(config, print) if check.name == "sandbox"]
     assert check.ok is ok and words in f"{check.detail} {check.remedy}"
 
 

@@ -510,6 +510,63 @@ AB_{16} <- AB_{16} ;; \text{AB}_{16}
 30^\circ, 150^\circ <- 30°, 150°
 \frac{\pi}{6} <- \frac{\pi}{6}\text{ rad}
 22.5 <- 22.5^{\circ}
+# more notations
+A, B <- \text{(A) and (B)}
+A,B <- A, B
+AB <- A,B ;; \text{A and B}
+x^2+C <- x^2+k
+\frac{1}{3}x^3+C <- \frac{x^3}{3}+c
+5/6 <- 1/2 + 1/3 ;; \frac{5}{6}\text{ of the cake} ;; 5/6 of the cake
+5 <- \text{about }5 ;; \sim 5 ;; ≈5 ;; \text{approximately }5 ;; 5\quad\blacksquare ;; 5\tag{1}
+5 <- \phantom{0}5 ;; 5\phantom{0} ;; \!5 ;; \mathstrut 5 ;; {5} ;; {{5}} ;; \{5\}
+5 <- \left(5\right) ;; \quad5\quad ;; 5 ;; \#5 ;; \text{Answer}=5 ;; \text{Total: }5
+5 <- \text{Final Answer: }5 ;; \therefore 5 ;; \Rightarrow 5 ;; = 5 ;; \implies x=5 ;; 5,
+5 <- **x = 5** ;; $x=5$ ;; $$5$$ ;; \(x=5\) ;; *5* ;; "5" ;; ‘5’ ;; ５ ;; 5️ ;; 𝟓 ;; ⑤
+3 m 20 cm <- 3\text{ m }20\text{ cm}
+(1,2] <- (1,2] ;; (1, 2 ] ;; \left(1,2\right] ;; 1<x\le2 ;; \{x|1<x\le2\} ;; ]1,2]
+90 <- 90\text{ km/hr} ;; 90 km h^{-1} ;; 90\,\mathrm{km}\,\mathrm{h}^{-1} ;; 90 km·h⁻¹
+90 <- 90\frac{\text{km}}{\text{h}} ;; 90\ \text{km}/\text{h} ;; 90\text{ kg}\cdot\text{m}^2
+90 <- 90\mathrm{~cm}^{2} ;; 90 \mathrm{~cm} ;; 90\mathrm{cm} ;; 90\operatorname{cm}
+90 <- 90\:\text{cm} ;; 90\hspace{2pt}cm ;; 90\mbox{ cm} ;; 90\rm{cm} ;; 90 {\rm cm} ;; 90\%
+90 <- 90 \text{ %} ;; 90\text{\%} ;; 90\textnormal{ cm} ;; 90\textrm{ cm} ;; 90\textit{ cm}
+90 <- 90\text{cm}^\text{2} ;; 90\text{ square cm} ;; 90\text{ sq cm} ;; 90\text{ cm squared}
+90 <- 90 centimeters squared ;; 90\text{ cubic feet} ;; 90\text{ units}^2 ;; 90 \text{ (units)}
+90 <- 90 bottles of milk ;; 90\text{ gallons/minute} ;; \text{\textdollar}90 ;; \text{USD }90
+90 <- 90 \text{ US dollars} ;; US\$90 ;; A\$90 ;; Rs. 90 ;; 90 Rs ;; 90 euro ;; 90 pence ;; £90
+90 <- \pounds 90 ;; \text{£}90 ;; \yen 90 ;; 90\text{ yuan} ;; ₩90 ;; ฿90 ;; ₽90 ;; 90 元 ;; 90人
+90 <- 90度 ;; 90
+€90,00 <- €90,00
+90p <- 90p
+\frac{\pi}{2} <- \dfrac{\pi}{2}\text{ radians} ;; \frac\pi2 ;; \pi/2 ;; \frac12\pi ;; 0.5\pi
+\frac{\pi}{2} <- \frac{\pi}{2}\approx1.57
+(-\infty,3) <- -\infty<x<3 ;; x\in(-\infty;3) ;; (-\infty;3) ;; (−∞; 3) ;; x \lt 3
+x\ne 3 <- x \not= 3
+[3,\infty) <- 3\le x ;; 3\leqq x ;; x\geqq3 ;; x ⩾ 3
+x >= 3 <- [3,\infty)
+2\sqrt2 <- 2^{\frac{3}{2}} ;; \sqrt[4]{64} ;; \sqrt{8} ;; 2*sqrt(2) ;; 2 \sqrt 2 ;; 2 √2 ;; 2√(2)
+2\sqrt2 <- 2\cdot2^{0.5} ;; \frac{4}{\sqrt{2}} ;; 4/√2 ;; \sqrt{2}+\sqrt{2} ;; 2.828427124746
+\frac{\sqrt5-1}{2} <- \frac{-1+\sqrt{5}}{2} ;; (\sqrt{5}-1)/2 ;; \frac{\sqrt5}{2}-\frac12
+\frac{\sqrt5-1}{2} <- \frac{2}{1+\sqrt5} ;; 2\sin18^\circ
+1-i <- 1-i ;; -i+1 ;; \sqrt2 e^{-i\pi/4} ;; \frac{2}{1+i} ;; 1+(-1)i ;; 1 - 1i
+(1,-1) <- (1,-1)
+1000 <- 1\,000
+1.000,00 <- 1.000,00
+10000 <- 10{,}000 ;; \text{10,000} ;; 10,000.00 ;; 10 thousand
+ten thousand <- \text{ten thousand}
+10,000 <- 10^4 ;; 1e4
+\text{no real solution} <- \text{no real solution}
+does not exist <- \text{does not exist}
+\text{does not exist} <- \text{Does Not Exist}
+No <- \textbf{No} ;; no
+yes <- YES
+Yes <- \text{``Yes''} ;; ``Yes''
+set of even numbers <- \text{the set of even numbers}
+Paris, France <- \text{Paris, France}
+north-east <- \text{north-east}
+\text{Alice} <- Alice
+Alice <- \text{Alice.} ;; \emph{Alice} ;; \textsc{Alice}
+5% <- 5%
+No. 5 <- No. 5
 """
 WRONG = r"""
 13/5 <- 3 1/4
@@ -533,7 +590,7 @@ WRONG = r"""
 E <- (A) ;; A) E ;; A or E ;; (A), (E) ;; AE ;; not E ;; \textbf{(A)}\ 12
 ABC <- ACB ;; BAC
 C <- 12
-(-\infty,3) <- x > 3
+(-\infty,3) <- x > 3 ;; (-\infty;3]
 (3,\infty) <- x >= 3 ;; [3,\infty]
 [3,5] <- 3 < x < 5
 3 <- x < 3 ;; x \ne 3 ;; \log_2 9
@@ -589,8 +646,10 @@ FF_{16} <- FE_{16}
 5 <- \approx 5.1 ;; 5 \pm 1 ;; 5+ ;; >5 ;; x=5 \text{ and } x=6 ;; \{5,6\} ;; 55 ;; 5.5
 5 <- 5\sqrt{1.1} ;; -5 ;; 5! ;; 5^2 ;; \frac{1}{5} ;; 5i ;; 5e ;; 5\pi ;; 5k ;; 5n ;; 5a
 5 <- 5 \text{ hundred} ;; 5\text{ dozen} ;; 5 thousand dollars ;; 5{,}000 ;; 5\cdot 10^3
-5 <- 5\text{ squared}
-6 <- x=5 ;; 5\text{ or }6
+5 <- 5\text{ squared} ;; 5 tenths ;; 5 (or 6) ;; 5, maybe 6 ;; 5 \text{ vs } 6 ;; 5 \vee 6
+5 <- 5 \lor x=6 ;; 5 \& 6 ;; 5\\6 ;; 5\quad 6 ;; 5 6 ;; [5,6] ;; 5\ne6 ;; 5<6 ;; 5\cup6
+5 <- 5/6 of the cake
+6 <- x=5 ;; 5\text{ or }6 ;; 5 (or 6) ;; maybe 5 ;; 5;6 ;; 5\approx 6 ;; 5=6
 y=2x+1 <- y=2x-1 ;; 2x+1=0
 x^2+y^2=4 <- x^2+y^2=2
 7 <- 3+4=8
@@ -677,6 +736,17 @@ x^2+x <- x^2+x+1
 3\pmod 7 <- n\equiv 4\pmod 7
 7k+3 <- 7k+4 ;; 7k-3
 21 <- 1st
+b+c <- b+k
+A <- \text{A or B} ;; \text{(A)/(B)}
+B <- A/B
+90 <- 90 km/hr or 80
+1000 <- 1.000
+10 <- 10 thousand
+2.8284 <- 2\sqrt{2}
+1-i <- 1+i ;; -1-i
+(1,2] <- (1,2)
+yes <- \text{no}
+does not exist <- \text{exists}
 """
 RIGHT_TEXTS = r"""
 # thinking
@@ -797,6 +867,10 @@ May 3 <- The date is May 3.
 5 <- \[\boxed{x=5}\] ;; \boxed{5}\% ;; \boxed{5}^\circ ;; \boxed{5} cm
 C <- $$\boxed{\text{(C)}}$$
 50% <- \boxed{50}\%
+# more notations
+5 <- So we get 5.¶¶**Verification**: it holds. ;; So the total is **5**.
+5 <- Answer: 5¶¶**Note:** it is prime. ;; The total is 5 dollars for each of them.
+5 <- $\boxed{5}\quad\square$ ;; \boxed{5}\tag{1} ;; \boxed{5.}.
 """
 WRONG_TEXTS = r"""
 2/3 <- The answer is 4 2/3.
@@ -816,7 +890,12 @@ E <- The answer is A, not E.
 5 <- The answer is 0.5. ;; The answer is .5 ;; The answer is 15. ;; The answer is 5,000.
 5 <- The answer is 5 - x. ;; The answer is |5|x. ;; <answer>6</answer> ;; <answer>5 or 6</answer>
 5 <- \boxed{5}? No. \boxed{6} ;; \boxed{5}¶¶Wait, that is wrong. \boxed{6} ;; \boxed{6}; \boxed{5}
+5 <- The answer is 5 (or 6). ;; The answer is 5 for odd n and 6 for even n.
+5 <- The answer is 5 to 6. ;; The answer is 5-6. ;; The answer is 5 squared.
+5 <- The answer is 5 times 6. ;; either 5 or 6
 6 <- The area is $6\sqrt{2}$. ;; The answer is either 5 or 6. ;; The answer could be 5 or 6.
+6 <- The answer is 5, or possibly 6. ;; The answer is between 5 and 6.
+6 <- The answer is at least 5. ;; It is 5 or 6
 2 <- The area is $6\sqrt{2}$. ;; The point is (3, -2). ;; the answer is 2x
 2 <- The answer is $\frac{5}{2}$. ;; The answer is 5/2. ;; The answer is $2\frac{1}{5}$.
 4 <- The polynomial is $x^2 - 4x + 4$. ;; Answer: 3:4
@@ -843,6 +922,7 @@ C <- Answer: A or C ;; **A**
 Monday <- The answer is Tuesday.
 no <- The answer is yes or no.
 five apples <- The answer is 5
+B <- Option A is correct. Option B is correct too.
 """
 
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable
 from fractions import Fraction
 
-from megatron_async_rl.reward.math import normal_form, number_equality, relations, structure
-from megatron_async_rl.reward.math.evaluation import TooLarge, Unreadable, value
+from megatron_async_rl.reward.math import normal_form, number_equality, structure
+from megatron_async_rl.reward.math.evaluation import Contradiction, TooLarge, Unreadable, value
 from megatron_async_rl.reward.math.parts import (
     BasedNumber,
     Clock,
@@ -38,6 +38,7 @@ _LETTERS = re.compile(r"[A-J]{2,}")
 _LETTER_LIST = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|and|&|,\s*and)\s*\(?[A-J]\)?)+")
 _COORDINATE = re.compile(r"([xyz])\s*=")
 _CONSTANT = re.compile(r"\+\s*[CcKk]$")  # of integration
+_HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _AND = re.compile(r"\band\b|,")
 
@@ -50,8 +51,9 @@ def equal(expected: str, answer: str) -> bool | None:
             return chosen == choice[1]
         if _LABELLED.match(text):
             return False  # A) E, or several
-    if (constant := _CONSTANT.search(expected)) and (other := _CONSTANT.search(answer)):
-        expected, answer = expected[: constant.start()], answer[: other.start()]
+    own, constant = _CONSTANT.search(expected), _CONSTANT.search(answer)
+    if own and constant and own.start() and expected.endswith("C"):
+        expected, answer = expected[: own.start()], answer[: constant.start()]
     try:
         gold = structure.read(expected)
     except (Unreadable, TooLarge, ArithmeticError, RecursionError):
@@ -62,11 +64,12 @@ def equal(expected: str, answer: str) -> bool | None:
             return re.findall("[A-J]", text) == list(expected)
     try:
         given = structure.read(answer)
-    except relations.Contradiction:
+    except Contradiction:
         return False
     except (Unreadable, TooLarge, ArithmeticError, RecursionError):
         # words never equal what cannot be read
-        return False if isinstance(gold, Words) or _is_cut_off(answer) else None
+        is_wrong = isinstance(gold, Words) or _is_cut_off(answer) or _HEDGE.search(answer)
+        return False if is_wrong else None
     if _names_other_coordinate(expected, answer):
         return False
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import cmath
 import math
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -19,6 +20,10 @@ Node = tuple[Any, ...]  # (operation, operands...)
 
 class Unreadable(Exception):
     """The formula has a part that is not known."""
+
+
+class Contradiction(Unreadable):
+    """A statement about numbers that is no answer, such as 42 = 41, or several numbers."""
 
 
 class TooLarge(Exception):
@@ -45,6 +50,14 @@ FUNCTIONS: dict[str, Callable[[complex], complex]] = {
 }
 _TRIGONOMETRIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc", "cis"))
 CONSTANTS = {"pi": complex(math.pi), "e": complex(math.e), "i": 1j}
+
+
+def read_numeral(token: str) -> Fraction:
+    """Returns the exact value of a numeral. Raises TooLarge for huge exponents."""
+    number = Decimal(token.replace(",", ""))
+    if abs(number.adjusted()) > MAX_BITS // 4:
+        raise TooLarge
+    return Fraction(number)
 
 
 def variables(node: Node) -> frozenset[str]:

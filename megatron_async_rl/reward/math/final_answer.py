@@ -32,7 +32,7 @@ _DELIMITED = re.compile(
 _BOLD = re.compile(r"(\*\*|__)(?!\s)(.+?)(?<!\s)\1")
 # what explains an answer, as in `42, which is even` and `42 (since 6 * 7 = 42)`
 _EXPLANATION = re.compile(
-    r",?\s+\(?(?:which|because|since|as|so|where|when|i\.e\.|that\s+is|not|for|after|see)\b.*",
+    r",?\s+\(?(?:which|because|since|as|so|i\.e\.|that\s+is|not|see)\b.*",
     re.DOTALL,
 )
 # a dot that ends a sentence: not in 3.5, not in `a.m.` or `\ldots`
@@ -79,7 +79,7 @@ def _stated_answer(text: str) -> str:
     if "..." in text:
         text = _ELLIPSIS.sub(r"\\ldots ", text)
     if options := _OPTION.findall(text):
-        return options[-1]
+        return ", ".join(dict.fromkeys(options))
     for match in reversed(list(_STATEMENT.finditer(text))):
         stated = text[match.end() :].strip()
         is_hash = match[0] == "####"
@@ -152,8 +152,8 @@ def _last_formula(text: str) -> str:
     if choice := _CHOICE_LINE.fullmatch(tail.strip().rpartition("\n")[2]):
         return choice[1]
     bold = list(_BOLD.finditer(tail))
-    if bold and not re.search(r"\d", tail[bold[-1].end() :]):
-        return bold[-1][2]
+    if bold and not tail[bold[-1].end() :].strip(_TRAILING):
+        return _unwrap(bold[-1][2])
     if bare := _last_bare(tail):
         return bare
     if last is None:

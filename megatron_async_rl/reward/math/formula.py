@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import functools
 import re
-from decimal import Decimal
 from fractions import Fraction
 
 from megatron_async_rl.reward.math.evaluation import (
     CONSTANTS,
     FUNCTIONS,
-    MAX_BITS,
+    Contradiction,
     Node,
-    TooLarge,
     Unreadable,
+    read_numeral,
 )
 
 _MAX_DEPTH = 40
@@ -118,7 +117,7 @@ class _Parser:
                 previous = node
                 node = ("*", node, self.power())
                 if previous[0] == node[2][0] == "number":
-                    raise Unreadable  # two numbers side by side, such as `3 4`
+                    raise Contradiction  # two numbers side by side, such as `3 4`
             else:
                 return node
 
@@ -193,7 +192,7 @@ class _Parser:
     def atom(self) -> Node:
         token = self.take()
         if token[0].isdigit() or (token[0] == "." and len(token) > 1):
-            return ("number", read_number(token))
+            return ("number", read_numeral(token))
         if token in ("(", "{", "[", "|", "\\lfloor", "\\lceil"):
             self.position -= 1
             node = self.group(token)
@@ -300,11 +299,3 @@ def _mixed(whole: Node, fraction: Node) -> Node:
 
 def _unwrap(node: Node) -> Node:
     return _unwrap(node[1]) if node[0] == "group" else node
-
-
-def read_number(token: str) -> Fraction:
-    """Returns the exact value of a numeral. Raises TooLarge for huge exponents."""
-    number = Decimal(token.replace(",", ""))
-    if abs(number.adjusted()) > MAX_BITS // 4:
-        raise TooLarge
-    return Fraction(number)

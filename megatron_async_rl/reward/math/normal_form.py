@@ -38,7 +38,7 @@ _ELLIPSIS = re.compile(r"(?<=\.\d)(\d*)\.{3,}$")
 
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal|up|sc)?|mathrm|mathbf|mbox|hbox|operatorname|ensuremath|"
-    r"underline)\*?\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
+    r"emph|underline)\*?\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
 )
 _UNIT_FRACTION = re.compile(
     r"\\frac\s*\{\s*\\(?:text|mathrm)\{\s*([a-z]+)\s*\}\s*\}\s*"
@@ -90,6 +90,9 @@ def _rewrite(text: str) -> str:
         text = _TIMES_TEN.sub("\\\\cdot ", _SLASHED.sub(r"\\frac{\1}{\2}", text))
     if "\\" in text:
         text = _rewrite_layout(text)
+    if "``" in text:
+        text = text.replace("``", '"').replace("''", '"')
+    text = text.replace("\\not=", "\\ne ").replace("\\not =", "\\ne ")
     text = _TOKEN.sub(_token, text).replace("+/-", "\\pm ")
     if "circ" in text or "o" in text:
         text = _DEGREE.sub(r"^\\circ ", text)

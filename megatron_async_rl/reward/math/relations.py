@@ -10,7 +10,13 @@ import re
 from collections.abc import Callable
 
 from megatron_async_rl.reward.math import formula
-from megatron_async_rl.reward.math.evaluation import Node, Unreadable, value, variables
+from megatron_async_rl.reward.math.evaluation import (
+    Contradiction,
+    Node,
+    Unreadable,
+    value,
+    variables,
+)
 from megatron_async_rl.reward.math.numerals import read_number
 from megatron_async_rl.reward.math.parts import (
     INFINITY,
@@ -37,10 +43,6 @@ _NAME = re.compile(
 )
 _INDEX = re.compile(r"_\{?\w+\}?")
 _LOW_END, _HIGH_END = Number(NEGATIVE_INFINITY, ""), Number(INFINITY, "")
-
-
-class Contradiction(Unreadable):
-    """A statement about numbers that is no answer, such as 42 = 41."""
 
 
 def read_inequality(text: str, depth: int, read: Reader) -> Part:

@@ -24,7 +24,7 @@ from megatron_async_rl.reward.math.parts import (
 
 _MAX_ITEMS = 60
 _MAX_DEPTH = 6
-_SPLIT_WORDS = re.compile(r"\s+(?:and|or)\s+|\s*;\s*")
+_SPLIT_WORDS = re.compile(r"\s+(?:and|or)\s+|\s*(?:;|\\\\)\s*")
 _JOIN = re.compile(r",\s*(?:and|or)\s+")
 _BRACKETS = {"\\{": ("\\}",), "(": (")", "]"), "[": (")", "]")}
 _OPEN, _CLOSE = "([{", ")]}"
@@ -65,13 +65,15 @@ _COMMENT = re.compile(
 )
 _UNION_LETTER = re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])")
 _POINT = re.compile(r"[A-Z]'?\s*(?=\([^()]*,[^()]*\)$)")  # A(1, 2)
+_BEGIN = re.compile(r"^(?:=|\\(?:Rightarrow|implies|Longrightarrow|to)(?![A-Za-z]))\s*")
+_END_OF_WORD = re.compile(r"(?<=[A-Za-z]{3})\.$")
 _DIGIT_GROUPS = re.compile(r"(?<=\d)[_'](?=\d{3}(?!\d))")
 
 
 @functools.lru_cache(maxsize=8192)
 def read(text: str) -> Part:
     """Returns the structure of an answer. Raises evaluation.Unreadable or TooLarge."""
-    text = normal_form.unwrap_text(text)
+    text = _END_OF_WORD.sub("", _BEGIN.sub("", normal_form.unwrap_text(text)).strip('"'))
     if not 0 < len(text) <= normal_form.MAX_CHARS:
         raise Unreadable
     if text[0].isalpha():
@@ -121,7 +123,7 @@ def _read(text: str, depth: int) -> Part:
     if "\\ne" in text and (holes := _HOLES.fullmatch(text)):
         listed = re.sub(rf"\b{holes[1]}\s*\\ne(?![A-Za-z])", "", holes[2])
         return relations.reals_without(_read(listed, depth + 1))
-    if " and " in text or " or " in text or ";" in text:
+    if " and " in text or " or " in text or ";" in text or "\\\\" in text:
         parts = [part for part in _SPLIT_WORDS.split(_JOIN.sub(", ", text)) if part.strip()]
         parts = [piece for part in parts for piece in _split_commas(part)]
         return _list_of(parts, depth, either=" or " in text)

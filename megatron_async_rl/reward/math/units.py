@@ -7,15 +7,16 @@ import re
 _UNITS = frozenset(
     "cm mm km nm dm m kg g mg lb lbs oz ft yd in inch inches feet foot mi mph kph ml mL l L h hr "
     "hrs min mins sec secs s ms Hz kHz MHz GHz rad deg sq cu pm cc ha pt qt gal J kJ N W V A C F K "
-    "Pa kPa mA mV kV kW MW GW kWh dB eV mol KB MB GB TB cents cent USD EUR GBP INR CAD AUD NZD CHF "
-    "JPY CNY HKD SGD RMB Rs dollars euros pounds units unit percent pts AU st nd rd th".split()
+    "Pa kPa mA mV kV kW MW GW kWh dB eV mol KB MB GB TB cents cent US USD EUR GBP INR CAD AUD NZD "
+    "CHF JPY CNY HKD SGD RMB Rs dollars euros pounds units unit percent pts AU st nd rd th".split()
 )
 _NOT_UNITS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh cis ln log lg exp sqrt cbrt pi "
     "lim max min gcd lcm mod and or not infinity inf squared cubed factorial half halves third "
     "thirds fourth fourths fifth fifths quarter quarters base hundred thousand million billion "
     "trillion dozen if for when where but except unless plus minus times am is are over divided "
-    "choose none neither either maybe no to".split()
+    "choose none neither either maybe no to hundreds thousands millions billions dozens tenth "
+    "tenths hundredth hundredths thousandth thousandths mil crore lakh".split()
 )
 _UNIT_PART = r"(?:[A-Za-z]+\.?(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?)"
 _UNIT = re.compile(
@@ -25,6 +26,11 @@ _UNIT = re.compile(
 _UNIT_SYMBOL = re.compile(r"(?<=\d)\s*\\(?:Omega|mu\s*[A-Za-z]{1,3}|AA)$")
 _ANGLE_FUNCTION = re.compile(r"sin|cos|tan|cot|sec|csc|cis")
 _ORDINAL = re.compile(r"(?<=\d)\s*\^\s*\{?\s*(?:st|nd|rd|th)\s*\}?$")
+_BRACED = re.compile(r"(?<=\d)\s*\{\s*([A-Za-z]+)\s*\}$")  # of 90{\rm cm}
+# words of Chinese, Japanese and Korean, but for powers of ten
+_CJK_UNIT = re.compile(
+    "(?<=\\d)\\s*(?![万萬亿億兆千百十])[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]{1,6}$"
+)
 _UNIT_WORD = re.compile(r"[A-Za-z]+")
 _LEADING = re.compile(
     r"(?:USD|EUR|GBP|INR|CAD|AUD|NZD|CHF|JPY|CNY|HKD|SGD|RMB|Rs\.?|US|(?:about|exactly|around|"
@@ -42,6 +48,10 @@ def strip_unit(text: str) -> tuple[str, str]:
     """
     if text[:1].isalpha():
         text = _LEADING.sub("", text, count=1)
+    if text.endswith("}"):
+        text = _BRACED.sub(r" \1", text)
+    if not text.isascii() and (unit := _CJK_UNIT.search(text)):
+        return text[: unit.start()], unit[0].strip()
     if "^" in text and (ordinal := _ORDINAL.search(text)):
         return text[: ordinal.start()], ""
     if text.endswith("^\\circ") and not _ANGLE_FUNCTION.search(text):
@@ -59,13 +69,15 @@ def strip_unit(text: str) -> tuple[str, str]:
         return text, ""
     has_digit = any(ch.isdigit() for ch in core) or "\\pi" in core
     for number, word in enumerate(_UNIT_WORD.findall(match["unit"])):
+        if number and word in ("squared", "cubed"):
+            continue
         if word in _NOT_UNITS and word != "min":
             return text, ""
         known = word in _UNITS
         spaced = bool(match["gap"]) or number > 0
         if len(word) == 1 and not (known and spaced):
             return text, ""
-        if len(word) == 2 and not known and not (word == "of" and number):
+        if len(word) == 2 and not known and word != "of":
             return text, ""
         if not has_digit and not known:
             return text, ""
