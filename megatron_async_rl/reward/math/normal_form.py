@@ -23,6 +23,7 @@ _DEGREE = re.compile(
 )
 _DEGREE_WORD = re.compile(r"(?<=[\d})])\s*(?:\\text\s*\{\s*)?degrees?\b(?:\s*\})?")
 _PHANTOM = re.compile(r"\\[hv]?(?:phantom|space|skip|mskip)\*?\s*(?:\{[^{}]*\}|[^\s{\\])")
+_BARE_FONT = re.compile(r"\\(?:mathrm|text|textbf)\s+(?=[A-Za-z\d](?![A-Za-z]))")  # \mathrm e
 _COLOR = re.compile(r"\\(?:text)?color(?:box)?\s*(?:\[\w*\])?\s*\{[\w!]*\}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{(?:aligned|align|gathered|split|equation)\*?\}|&")
 _CASES = re.compile(r"\\begin\s*\{cases\}(.*?)\\end\s*\{cases\}", re.DOTALL)
@@ -105,6 +106,7 @@ def _rewrite_layout(text: str) -> str:
     """Removes invisible parts, colors and environments; writes \\over and \\choose as usual."""
     if "phantom" in text or "space" in text or "skip" in text:
         text = _PHANTOM.sub(" ", text)
+    text = _BARE_FONT.sub("", text)
     if "color" in text:
         text = _COLOR.sub("", text)
     if "\\over" in text or "\\choose" in text:

@@ -21,7 +21,7 @@ from megatron_async_rl.reward.math.parts import (
 )
 
 _BASE = re.compile(
-    r"(-?)(?:\(\s*([0-9A-Za-z]+)\s*\)|\\overline\s*\{([0-9A-Za-z]+)\}|([0-9A-Fa-f]+|[0-9A-Z]+))"
+    r"(-?)(?:[(\[]\s*([0-9A-Za-z]+)\s*[)\]]|\\overline\s*\{([0-9A-Za-z]+)\}|([0-9A-Fa-f]+|[0-9A-Z]+))"
     r"\s*_\s*(?:\{\s*\(?\s*(\w+)\s*\)?\s*\}|(\d+|[a-z]{3,6}))"
 )
 _BASE_WORDS = re.compile(r"(-?)([0-9A-F]+)\s*\(?\s*(?:in\s+)?base\s*[-_]?\s*(\w+)\s*\)?", re.I)
