@@ -25,6 +25,8 @@ before anything is started, with the setting, its value, the rule and the remedy
 configuration is kept as `config.yaml` in `run.dir`.
 
 `megatron` and `sglang` pass the settings of Megatron-Core and SGLang through under their own names.
+`run` and `doctor` compare them with the installed versions before anything is started: unknown
+names, abbreviations, wrong types, and keys that this package sets itself are rejected.
 
 This page is generated: `python -m megatron_async_rl.config.documentation > docs/configuration.md`.
 """
