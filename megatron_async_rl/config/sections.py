@@ -372,6 +372,9 @@ class MonitorConfig(Section, frozen=True, kw_only=True):
     logprob_mismatch_alarm: PositiveFloat | None = 0.05
     """Warn when the mean absolute difference between engine and trainer logprobs exceeds this. Null
     disables it."""
+    trace_steps: tuple[NonNegativeInt, ...] = ()
+    """Versions in training whose step is written as a timeline of all processes, a Chrome trace, to
+    run.dir/trace. https://ui.perfetto.dev shows it."""
     mismatch_probe_samples: Annotated[int, msgspec.Meta(ge=0, le=256)] = 4
     """Samples of each step of which 256 tokens are also scored by a server with the weights under
     training, and compared with the trainer. Needs rollout.temperature = 1. 0 disables it."""

@@ -12,7 +12,7 @@ or a worker. A task that needs a decision submits an event and waits until it is
     _receive        waits for: a message, and room in the queue
     _tick           waits for: a second, and its Tick      writes status.json, looks for stalls
     _conduct        waits for: all workers, then the trainer's offers of weights
-                    runs: first update, evaluation; each update; last update, evaluation
+                    runs: each update; the evaluations that are due, with or without waiting
     _drain          waits for: SIGTERM, then the trainer's checkpoint; ends the run as preempted
     _stop_at_once   waits for: SIGINT; ends the run as preempted
     delivery.run    waits for: a selected batch, then the journal on disk; sends the batch
@@ -65,6 +65,7 @@ from megatron_async_rl.controller.monitoring.mismatch import MismatchMonitor
 from megatron_async_rl.controller.monitoring.progress import Progress
 from megatron_async_rl.controller.monitoring.score_monitor import ScoreMonitor
 from megatron_async_rl.controller.monitoring.signal_monitor import SignalMonitor
+from megatron_async_rl.controller.monitoring.timeline import Timeline
 from megatron_async_rl.controller.saving import CheckpointCommitter
 from megatron_async_rl.controller.weight_sync.catch_up import CatchUp
 from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinator
@@ -96,7 +97,8 @@ class Controller:
         self.config = config
         self.journal = journal
         self.queue = EventQueue()
-        self.workers = Workers(hub)
+        timeline = Timeline(config.run_dir, config.monitor.trace_steps)
+        self.workers = Workers(hub, timeline)
         stream = PromptStream(prompts, config.run.seed)
         filters = filter_rules(config.algorithm.filters)
         self.core = Core(core_settings(config, filters), stream.next, epoch=0)
@@ -143,6 +145,7 @@ class Controller:
             ledger = self.core.ledger.table(self.core.pending)
             self.progress.resumed(self.core.version, ledger, self.core.state.in_batch)
             self.progress.begin_training()
+        self.workers.timeline.begin(self.core.version)
 
     async def run(self) -> None:
         """Runs to the end and tells all workers. Raises Error if the run fails."""

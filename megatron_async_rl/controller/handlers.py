@@ -95,6 +95,7 @@ class MessageHandlers:
             return await self._refuse(peer, name, f"{name} sent {reason}")
         if problem := rules.problem(message, hello, limits):
             return await self._refuse(peer, name, f"{name} sent {problem}")
+        self._workers.timeline.received(name, message)
         return self._handlers[type(message)](name, message)
 
     async def _refuse(self, peer: Peer, name: str | None, reason: str) -> list[CoreEvent]:

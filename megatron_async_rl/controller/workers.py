@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.controller.monitoring.timeline import Timeline
 from megatron_async_rl.errors import Error
 from megatron_async_rl.protocol.messages import Hello, Message
 from megatron_async_rl.protocol.transport import Hub, Peer
@@ -31,8 +32,9 @@ class Worker:
 class Workers:
     """The newest incarnation of every worker that ever said hello."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, timeline: Timeline) -> None:
         self.hub = hub
+        self.timeline = timeline
         self._by_name: dict[str, Worker] = {}
         self._names: dict[Peer, str] = {}
         self._refused: dict[Peer, str] = {}  # socket -> why its process must end
@@ -89,6 +91,7 @@ class Workers:
         return [worker for worker in self._connected() if worker.hello.leader >= 0]
 
     async def send(self, name: str, message: Message) -> None:
+        self.timeline.sent(name, message)
         worker = self._by_name.get(name)
         reachable = worker is not None and worker.peer not in self._refused
         if worker is None or not reachable or not await self.hub.send(worker.peer, message):

@@ -39,7 +39,7 @@ pytestmark = needs_engine
 @pytest.fixture(scope="module")
 def run(run_inputs: RunInputs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FinishedRun]:
     folder = tmp_path_factory.mktemp("loop") / "run"
-    child = start_run(run_inputs.config(folder))
+    child = start_run(run_inputs.config(folder, monitor={"trace_steps": [2]}))
     output, errors = child.communicate(timeout=500)
     assert child.returncode == 0, output[-3000:] + errors[-3000:]
     yield FinishedRun(folder, output)
@@ -238,6 +238,24 @@ def test_every_step_has_a_mismatch_probe_or_no_figure(run: FinishedRun) -> None:
     current = {e.step: e.value for e in events.Scalars("train/current_version_fraction")}
     compared = {event.step for event in events.Scalars("train/logprob_diff_mean")}
     assert compared <= {step for step, fraction in current.items() if fraction > 0}
+
+
+def test_trace_of_a_step_shows_all_processes(run: FinishedRun) -> None:
+    [path] = (run.folder / "trace").iterdir()
+    assert path.name == "v2.json"
+    events = json.loads(path.read_text())["traceEvents"]
+    processes = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    seconds: dict[tuple[str, str], float] = {}
+    for event in (event for event in events if event["ph"] == "X"):
+        kind = processes[event["pid"]], event["name"].split()[0]
+        seconds[kind] = seconds.get(kind, 0.0) + event["dur"] / 1e6
+    for kind in (
+        ("rollout-0", "generate"), ("rollout-0", "update"), ("rollout-0", "load"),
+        ("reward-0", "reward"), ("trainer-0", "wait"), ("trainer-0", "step"),
+        ("trainer-0", "train"), ("trainer-0", "proximal"), ("trainer-0", "send"),
+    ):  # fmt: skip
+        assert seconds.get(kind, 0.0) > 0, kind
+    assert seconds["trainer-0", "train"] < seconds["trainer-0", "step"]
 
 
 def test_keys_are_private_and_in_no_log(run: FinishedRun) -> None:
