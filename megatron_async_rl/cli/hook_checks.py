@@ -15,7 +15,6 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller import advantage
 from megatron_async_rl.errors import ConfigError, HookFailed
 
-NUM_GROUPS = 5
 MAX_TOKENS = 50
 TOLERANCE = 1e-9
 
@@ -48,7 +47,7 @@ def advantage_checks(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
     Ends at a problem that makes the following checks meaningless.
     """
     rng = np.random.default_rng(0)
-    shape = (NUM_GROUPS, algorithm.samples_per_prompt)
+    shape = (algorithm.prompts_per_step, algorithm.samples_per_prompt)
     rewards_GS, tokens_GS = rng.random(shape), rng.integers(1, MAX_TOKENS + 1, shape)
 
     def estimated(rewards_GS: np.ndarray, tokens_GS: np.ndarray) -> advantage.Advantages:
@@ -76,7 +75,7 @@ def advantage_checks(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
         )
         return
     yield "repeatable", ""
-    order = rng.permutation(NUM_GROUPS)
+    order = rng.permutation(shape[0])
     permuted = estimated(rewards_GS[order], tokens_GS[order])
     is_same = _are_close(permuted, [want[g] for g in order], TOLERANCE)
     problem = "the advantages of a group depend on its place in the batch"

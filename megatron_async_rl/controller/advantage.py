@@ -72,8 +72,8 @@ def sample_advantages(
 
 
 def check_estimator(algorithm: AlgorithmConfig) -> None:
-    """Calls the estimator with two small groups. Raises ConfigError or HookFailed if it fails."""
-    tokens_GS = np.full((2, algorithm.samples_per_prompt), 3)
+    """Calls the estimator with a batch. Raises ConfigError or HookFailed if it fails."""
+    tokens_GS = np.full((algorithm.prompts_per_step, algorithm.samples_per_prompt), 3)
     rewards_GS = np.zeros(tokens_GS.shape)
     rewards_GS[0, 0] = 1.0
     sample_advantages(rewards_GS, tokens_GS, algorithm, max_new_tokens=8)

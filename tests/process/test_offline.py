@@ -80,9 +80,14 @@ def test_own_objective_trains_a_batch_and_its_metrics_are_reported(
 ) -> None:
     (tmp_path / "our_offline.py").write_text(OWN)
     batches.save(tmp_path / "v4.npz", 4, make_train_samples(16))
-    changes = ["--config", str(run_dir / "config.yaml"), "--set"]
-    changes += ["algorithm.loss.objective=our_offline:objective"]
-    done = command("replay", str(tmp_path / "v4.npz"), *changes, modules=tmp_path)
+    changes = [
+        "algorithm.loss.objective=our_offline:objective",
+        "megatron.tensor_model_parallel_size=1",
+        "megatron.sequence_parallel=false",
+        "megatron.pipeline_model_parallel_size=2",  # the first stage computes no loss
+    ]
+    config = ["--config", str(run_dir / "config.yaml")]
+    done = command("replay", str(tmp_path / "v4.npz"), *changes, *config, modules=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = dict(line.split() for line in done.stdout.splitlines()[1:])
     generated = [s.advantages[s.versions >= 0] for s in make_train_samples(16)]

@@ -130,7 +130,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def algorithm(**settings: object) -> AlgorithmConfig:
-    return algorithm_config(prompts_per_step=1, samples_per_prompt=4, **settings)
+    return algorithm_config(prompts_per_step=5, samples_per_prompt=4, **settings)
 
 
 def problems(name: str, **settings: object) -> dict[str, str]:
