@@ -148,7 +148,10 @@ class Controller:
         self.workers.timeline.begin(self.core.version)
 
     async def run(self) -> None:
-        """Runs to the end and tells all workers. Raises Error if the run fails."""
+        """Runs to the end and tells all workers. Raises Error if the run fails.
+
+        Any other exception is a crash: as after a kill, the workers join the next start.
+        """
         preempted = asyncio.Event()
         interrupted = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, preempted.set)
@@ -158,24 +161,26 @@ class Controller:
             self.delivery.run(), self.saving.run(), self._stop_at_once(interrupted),
         )  # fmt: skip
         tasks = [asyncio.create_task(body) for body in bodies]
-        reason = "the run is complete"
+        reason: str | None = None
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # _conduct returned, or one of them failed
+            reason = "the run is complete"
         except Preempted as e:
             reason = str(e)
             self.progress.end("stopped", reason)
             raise
-        except BaseException as e:
+        except Error as e:
             reason = f"the controller stops: {e}"
             self.progress.end("failed", str(e))
             raise
         finally:
             for task in tasks:
                 task.cancel()
-            for worker in self.workers:
-                await self._hub.send(worker.peer, Shutdown(reason))
+            if reason:
+                for worker in self.workers:
+                    await self._hub.send(worker.peer, Shutdown(reason))
 
     # ---- the loop
 

@@ -295,3 +295,26 @@ def test_second_hello_of_a_trainer_withdraws_its_offer(
             judge.close()
 
     with_controller(model_and_dataset, tmp_path, test)
+
+
+def test_crash_of_the_controller_ends_no_worker(
+    model_and_dataset: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer that is told to shut down would end in order and would not be started again."""
+
+    async def test(controller: Controller, link: Link) -> None:
+        trainer = hello_of(model_and_dataset, "trainer", "trainer-0", leader=0, stage=0)
+        assert isinstance(await ask(link, trainer), Welcome)
+        crashed = asyncio.Event()
+
+        def crash(*arguments: object) -> None:
+            crashed.set()
+            raise KeyError("a bug")
+
+        monkeypatch.setattr(controller.core, "handle", crash)
+        await link.send(Heartbeat())
+        await asyncio.wait_for(crashed.wait(), 10)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(link._receive(), 1.0)
+
+    with_controller(model_and_dataset, tmp_path, test)
