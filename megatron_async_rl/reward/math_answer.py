@@ -3,7 +3,7 @@
 `read_answers` finds both answers and writes them in one notation, `compare_plain` decides all that
 reward/math can read, `compare_latex` uses math-verify for the rest. The first two take bounded time
 on any text and run in the reward worker. The third may never end on an answer such as
-9^{9^{9^{9}}}, so it runs in a scoring process that can be killed (worker.py).
+9^{9^{9^{9}}} + 1, so it runs in a scoring process that can be killed (worker.py).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A failed scoring attempt is reward None with an error, never a reward of 0: an exception, a result
 that is not a finite number, a dead scoring process, a lost sandbox. Deadlines differ by function:
 
-    math      reward 0 with error "timeout": the response caused it (9^{9^{9^{9}}} in a box)
+    math      reward 0 with error "timeout": the response caused it (9^{9^{9^{9}}} + 1)
     code      the sandbox limits the program itself (reward 0); a scoring process that exceeds
               that limit by CODE_MARGIN_S is an infrastructure error
     custom    an infrastructure error: the function may be waiting for a server

@@ -24,7 +24,7 @@ from megatron_async_rl.protocol.messages import (
 from megatron_async_rl.protocol.transport import Hub, Peer
 from megatron_async_rl.protocol.types import SampleKey
 
-SLOW_ANSWER = r"\boxed{9^{9^{9^{9}}}}"  # would be evaluated for hours
+SLOW_ANSWER = r"\boxed{9^{9^{9^{9}}} + 1}"  # would be evaluated for hours
 
 
 def score_request(response: str, answer: Any = "42", index: int = 0, **row: Any) -> ScoreRequest:

@@ -428,7 +428,7 @@ C <- C: x=3
 1 <- \tan 45^\circ
 \frac{\pi}{4} <- \arctan 1
 \frac{\pi}{3} <- \cos^{-1}\frac12
-e <- e
+e <- e ;; \mathrm e
 e^2 <- \mathrm{e}^2
 2i <- 2\,\mathrm{i}
 i <- \sqrt{-1}
@@ -498,7 +498,8 @@ March 14 <- Mar 14 ;; Tuesday, March 14
 5 feet 3 inches <- 5 ft 3 in
 1101_{2} <- 1101_2
 1101_2 <- 1101_{\mathrm{two}} ;; 1101_{(2)} ;; (1101)_2 ;; 1101\text{ base }2
-1101_2 <- 1101\text{ in base 2} ;; 1101_\text{two} ;; 0b1101 ;; \texttt{1101}_2 ;; 1\,101_2
+1101_2 <- 1101\text{ in base 2} ;; 1101_\text{two} ;; [1101]_2 ;; 0b1101 ;; \texttt{1101}_2
+1101_2 <- 1\,101_2
 A3_{12} <- A3_{12} ;; a3_{12}
 AB_{16} <- AB_{16} ;; \text{AB}_{16}
 0.0000005 <- 5\cdot10^{-7} ;; 5 * 10^-7 ;; 5\times{10}^{-7} ;; \frac{1}{2\cdot10^6}
@@ -647,11 +648,11 @@ FF_{16} <- FE_{16}
 5 <- 5\sqrt{1.1} ;; -5 ;; 5! ;; 5^2 ;; \frac{1}{5} ;; 5i ;; 5e ;; 5\pi ;; 5k ;; 5n ;; 5a
 5 <- 5 \text{ hundred} ;; 5\text{ dozen} ;; 5 thousand dollars ;; 5{,}000 ;; 5\cdot 10^3
 5 <- 5\text{ squared} ;; 5 tenths ;; 5 (or 6) ;; 5, maybe 6 ;; 5 \text{ vs } 6 ;; 5 \vee 6
-5 <- 5 \lor x=6 ;; 5 \& 6 ;; 5\\6 ;; 5\quad 6 ;; 5 6 ;; [5,6] ;; 5\ne6 ;; 5<6 ;; 5\cup6
-5 <- 5/6 of the cake
+5 <- 5 \lor x=6 ;; 5 \& 6 ;; 5\\6 ;; 5\quad 6 ;; 5 6 ;; [5,6] ;; 5\Rightarrow6 ;; 5\ne6 ;; 5<6
+5 <- 5\cup6 ;; 5/6 of the cake
 6 <- x=5 ;; 5\text{ or }6 ;; 5 (or 6) ;; maybe 5 ;; 5;6 ;; 5\approx 6 ;; 5=6
 y=2x+1 <- y=2x-1 ;; 2x+1=0
-x^2+y^2=4 <- x^2+y^2=2
+x^2+y^2=4 <- x^2+y^2=2 ;; 4
 7 <- 3+4=8
 x = 2 <- y = 2
 n=7 <- m=5
@@ -747,6 +748,7 @@ B <- A/B
 (1,2] <- (1,2)
 yes <- \text{no}
 does not exist <- \text{exists}
+2x+3y=6 <- 6
 """
 RIGHT_TEXTS = r"""
 # thinking
@@ -871,13 +873,29 @@ C <- $$\boxed{\text{(C)}}$$
 5 <- So we get 5.¶¶**Verification**: it holds. ;; So the total is **5**.
 5 <- Answer: 5¶¶**Note:** it is prime. ;; The total is 5 dollars for each of them.
 5 <- $\boxed{5}\quad\square$ ;; \boxed{5}\tag{1} ;; \boxed{5.}.
+7 <- Therefore $m+n = 3+4 = 7$.
+36 <- $\angle FAJ = 180^\circ - \angle AFJ - 72^\circ = 36^\circ.$
+9/256 <- So the area is $\frac{3}{4} \left( \frac{\sqrt{3}}{8} \right)^2 = \frac{9}{256}.$
+3\sqrt{13} <- $\sqrt{117} = 3\sqrt{13}$
+3\sqrt{13} <- \begin{align*}d &= \sqrt{36+81}\\ &= \sqrt{117} = 3\sqrt{13}.\end{align*}
+180 <- Thus $(a,b,c)=(3,5,12)\Longrightarrow abc=180$.
+14 <- \[x = 7 \implies 2x = 14\]
+26 <- \[a_4=14\] \[a_5=26\]
+16 <- So the answer to the problem is just $16$.
+748 <- Thus $k=748$ is the smallest possible value of $k$.
+2\sqrt5 <- Hence $2c = 2\sqrt{5}.$
+331 <- Therefore $f(1) + f(2) + \dots + f(1985) = 331.$
+(3,4] <- The set is $\lambda \in (3,4].$
+17 <- So $36 - 7 - 2 - 10 = 17 = x$.
+\begin{pmatrix}-2\\-14\end{pmatrix} <- \[\mathbf{A} v = \begin{pmatrix} -2 \\ -14 \end{pmatrix}.\]
+9 <- $\equiv 9 \pmod{11}$
 """
 WRONG_TEXTS = r"""
 2/3 <- The answer is 4 2/3.
 3 <- The answer is 4 2/3. ;; The volume is 36π cm^3. ;; Hence $x=\frac{5}{3}$. ;; x = -3 or x = 3
 3 <- Answer: 3:4 ;; The answer is 1.5e3 ;; Answer: 7 cm^3 ;; $3!$ ;; Therefore, $x = 5$.
 E <- The answer is A, not E.
-36 <- The volume is 36π cm^3.
+36 <- The volume is 36π cm^3. ;; So $36 - 7 - 2 - 10 = 17 = x$.
 5 <- Hence $x=\frac{5}{3}$. ;; The interval is $[0, 5)$. ;; Therefore x is 2^5.
 5 <- The answer is 5/8. ;; Therefore, $x = -5$. ;; The answer is $5x$. ;; The answer is 5 or 6.
 5 <- The answer is not 5. ;; I don't know. ;; The answer is $\frac{5}{2}$.
@@ -901,7 +919,7 @@ E <- The answer is A, not E.
 4 <- The polynomial is $x^2 - 4x + 4$. ;; Answer: 3:4
 -2 <- The point is (3, -2).
 13 <- So it takes 3 days for 12 men.
-8 <- The answer is 5/8.
+8 <- The answer is 5/8. ;; Therefore $m+n = 3+4 = 8$.
 30 <- It is 10:30 am.
 120x <- The answer is 5!
 11 <- The answer is 10%.
@@ -923,6 +941,10 @@ Monday <- The answer is Tuesday.
 no <- The answer is yes or no.
 five apples <- The answer is 5
 B <- Option A is correct. Option B is correct too.
+7 <- \[x = 7 \implies 2x = 14\]
+14 <- \[a_4=14\] \[a_5=26\]
+749 <- Thus $k=748$ is the smallest possible value of $k$.
+3\sqrt{14} <- $\sqrt{117} = 3\sqrt{14}$
 """
 
 

@@ -9,8 +9,14 @@ import re
 from collections.abc import Iterable
 from fractions import Fraction
 
-from megatron_async_rl.reward.math import normal_form, number_equality, structure
-from megatron_async_rl.reward.math.evaluation import Contradiction, TooLarge, Unreadable, value
+from megatron_async_rl.reward.math import choices, normal_form, number_equality, structure
+from megatron_async_rl.reward.math.evaluation import (
+    Contradiction,
+    TooLarge,
+    Unreadable,
+    value,
+    variables,
+)
 from megatron_async_rl.reward.math.parts import (
     BasedNumber,
     Clock,
@@ -26,16 +32,6 @@ from megatron_async_rl.reward.math.parts import (
     is_infinite,
 )
 
-_CHOICE = re.compile(r"\(?\s*([A-J])\s*\)?")
-_CHOSEN = re.compile(
-    r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?:?\s*)?"
-    r"(?:\{?\(\s*([A-J])\s*\)\}?|([A-J])(?=\s*[).:]|\s*$|\s+-\s))[\s).:,-]*(.*)",
-    re.IGNORECASE | re.DOTALL,
-)
-_OTHER_CHOICE = re.compile(r"\([A-J]\)|\b(?:or|and)\b|^[A-J]\b")
-_LABELLED = re.compile(r"\(?[A-J][).:]")
-_LETTERS = re.compile(r"[A-J]{2,}")
-_LETTER_LIST = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|and|&|,\s*and)\s*\(?[A-J]\)?)+")
 _COORDINATE = re.compile(r"([xyz])\s*=")
 _CONSTANT = re.compile(r"\+\s*[CcKk]$")  # of integration
 _HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b")
@@ -45,12 +41,8 @@ _AND = re.compile(r"\band\b|,")
 
 def equal(expected: str, answer: str) -> bool | None:
     """Returns whether two normalized answers are equal, None where math-verify has to decide."""
-    if len(expected) < 12 and (choice := _CHOICE.fullmatch(normal_form.unwrap_text(expected))):
-        text = normal_form.unwrap_text(answer)
-        if chosen := _chosen(text):
-            return chosen == choice[1]
-        if _LABELLED.match(text):
-            return False  # A) E, or several
+    if (chosen := choices.equal(expected, answer)) is not None:
+        return chosen
     own, constant = _CONSTANT.search(expected), _CONSTANT.search(answer)
     if own and constant and own.start() and expected.endswith("C"):
         expected, answer = expected[: own.start()], answer[: constant.start()]
@@ -58,10 +50,6 @@ def equal(expected: str, answer: str) -> bool | None:
         gold = structure.read(expected)
     except (Unreadable, TooLarge, ArithmeticError, RecursionError):
         return _equal_texts(expected, answer)
-    if isinstance(gold, Words) and _LETTERS.fullmatch(expected):
-        text = normal_form.unwrap_text(answer)
-        if _LETTER_LIST.fullmatch(text):  # B, C for BC, in its order
-            return re.findall("[A-J]", text) == list(expected)
     try:
         given = structure.read(answer)
     except Contradiction:
@@ -97,13 +85,6 @@ def _is_cut_off(text: str) -> bool:
         if depth < 0:
             return True
     return depth != 0
-
-
-def _chosen(text: str) -> str:
-    match = _CHOSEN.fullmatch(text)
-    if match is None or _OTHER_CHOICE.search(match[3]):
-        return ""
-    return (match[1] or match[2]).upper()
 
 
 def _equal_texts(expected: str, answer: str) -> bool | None:
@@ -169,10 +150,10 @@ def _equal_items(gold: Part, given: Part) -> bool | None:
         return _match_all(gold.items, given.items)
     items, other = (gold, given) if isinstance(gold, Items) else (given, gold)
     assert isinstance(items, Items)
+    if items is given and all(_equal(other, item) for item in items.items):
+        return True  # one value in several forms
     if items.kind == "list" and isinstance(other, Sequence):
         return _equal_bare_tuple(items, other)
-    if isinstance(other, Number) and items is given and items.kind == "list":
-        return _all(_equal(other, item) for item in items.items)  # one value in several forms
     if len(items.items) == 1:
         return _equal(items.items[0], other) if items is gold else _equal(other, items.items[0])
     if items is gold and items.kind == "list" and isinstance(other, Words | Clock):
@@ -244,7 +225,9 @@ def _equal_equations(gold: Part, given: Part) -> bool | None:
     assert isinstance(equation, Equation)
     if not isinstance(other, Number):
         return False
-    return equation.name and _equal(equation.right_part, other)
+    # a + b = 7 says 7, but 7 does not say a + b = 7
+    is_value = equation.name or (equation is given and not variables(equation.right))
+    return is_value and _equal(equation.right_part, other)
 
 
 def _equal_matrices(gold: Part, given: Part) -> bool | None:

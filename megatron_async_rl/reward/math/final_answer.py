@@ -30,6 +30,12 @@ _DELIMITED = re.compile(
     re.DOTALL,
 )
 _BOLD = re.compile(r"(\*\*|__)(?!\s)(.+?)(?<!\s)\1")
+_ADVERB = re.compile(
+    r"^(?:just|simply|exactly|then|therefore|thus|only|equal\s+to|equals|given\s+by|precisely|indeed|"
+    r"also|now|clearly|found\s+to\s+be)[\s:,]+",
+    re.IGNORECASE,
+)
+_BARE_NAME = re.compile(r"\\?[a-z]+(?:_\{?\w+\}?)?|(?:\\(?:triangle|angle)\s*)?[A-Z]{2,4}")
 # what explains an answer, as in `42, which is even` and `42 (since 6 * 7 = 42)`
 _EXPLANATION = re.compile(
     r",?\s+\(?(?:which|because|since|as|so|i\.e\.|that\s+is|not|see)\b.*",
@@ -39,7 +45,9 @@ _EXPLANATION = re.compile(
 _SENTENCE_END = re.compile(
     r"(?<![ap]\.m)(?<!\b[A-Za-z])\.(?=\s+[A-Z\\$]|\s*$)|\n\s*\n|[!?](?=\s+[A-Z])"
 )
-_JOINED = re.compile(r"[\s,;]*(?:\b(?:and|or|maybe|perhaps|possibly|either)\b[\s,;]*)*", re.I)
+_JOINED = re.compile(
+    r"(?=\s*[,;a-z])[\s,;]*(?:\b(?:and|or|maybe|perhaps|possibly|either)\b[\s,;]*)*", re.I
+)
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z][A-Za-z'\u2019-]*")
 _OPTION = re.compile(
     r"\b(?:option|choice|answer)\s*\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)", re.IGNORECASE
@@ -90,6 +98,7 @@ def _stated_answer(text: str) -> str:
 
 def _first_formula(text: str) -> str:
     """Returns the formula, number or words that a statement such as `the answer is` names."""
+    text = _ADVERB.sub("", text)
     match = _DELIMITED.search(text)
     if match and not re.search(r"[\dA-Za-z]", text[: match.start()]):
         return _join_spans(text, match)
@@ -127,8 +136,12 @@ def _join_spans(text: str, match: re.Match[str]) -> str:
 def _inner(match: re.Match[str]) -> str:
     text = next(match[name] for name in "abcde" if match[name] is not None)
     if match["e"] is not None or "{aligned}" in text:  # the last line of a derivation
-        text = re.sub(r"\\(?:begin|end)\{aligned\}|&", "", text)
-        text = [line for line in text.split("\\\\") if line.strip()][-1].lstrip(" \n=")
+        text = re.sub(r"\\(?:begin|end)\{aligned\}", "", text)
+        if "matrix" in text:
+            text = text.rpartition("=")[2]
+        else:
+            lines = [line for line in text.replace("&", "").split("\\\\") if line.strip()]
+            text = lines[-1].lstrip(" \n=") if lines else ""
     return text.lstrip(_LEADING).rstrip(_TRAILING)
 
 
@@ -160,6 +173,8 @@ def _last_formula(text: str) -> str:
         return ""
     # spans that `and`, `or` or a comma join are one answer
     first = len(spans) - 1
+    while first and _BARE_NAME.fullmatch(_inner(spans[first])):
+        first -= 1  # in `$k = 7$ is the least value of $k$` the name is not the answer
     while first and _joins(text[spans[first - 1].end() : spans[first].start()]):
         first -= 1
     return _join_spans(text, spans[first])

@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Callable
 
-from megatron_async_rl.reward.math import formula
+from megatron_async_rl.reward.math import formula, number_equality
 from megatron_async_rl.reward.math.evaluation import (
     Contradiction,
     Node,
@@ -145,34 +145,42 @@ def read_equation(text: str, depth: int, read: Reader) -> Part:
         sides.reverse()
     while len(sides) > 2 and all(map(_NAME.fullmatch, sides[:2])):
         del sides[0]  # x = q = 3
+    if len(sides) > 2 and _NAME.fullmatch(sides[-1]):
+        sides = [sides[-1], *sides[:-1]]  # 3 + 4 = 7 = x
     left = sides[0]
     name = _is_name(left)
     if len(sides) > 2 or not name:
-        # a chain of equal numbers, such as m+n = 3+4 = 7, is its last one
-        chain = [read_number(side) for side in (sides[1:] if name else sides)]
-        if not any(variables(number.node) for number in chain):
-            values = {value(number.node, {}) for number in chain}
-            if len(values) > 1:
-                raise Contradiction
-            return chain[-1]
-        if len(sides) > 2:
-            raise Unreadable
+        # a chain, such as m+n = 3+4 = 7, is its last one; numbers in it have to be equal
+        chain = [number for side in sides if (number := _read_plain(side))]
+        if any(not number_equality.equal_numbers(number, chain[-1]) for number in chain):
+            raise Contradiction
+        if len(sides) > 2 or len(chain) == 2:
+            return read(sides[-1], depth + 1)
     right = read(sides[1], depth + 1)
     if name and not (isinstance(right, Number) and variables(right.node)):
         return right
     if not isinstance(right, Number):
         raise Unreadable
-    return Equation(_left_node(left, name), right.node, name, right)
+    return Equation(_left_node(left), right.node, name, right)
 
 
 def _is_name(side: str) -> bool:
     return _NAME.fullmatch(side) is not None or not re.search(r"\d", _INDEX.sub("", side))
 
 
-def _left_node(left: str, name: bool) -> Node:
+def _read_plain(side: str) -> Number | None:
+    """Returns a number without variables, None if this side is none."""
+    try:
+        number = read_number(side)
+    except Unreadable:
+        return None
+    return None if is_infinite(number) or variables(number.node) else number
+
+
+def _left_node(left: str) -> Node:
     try:
         return formula.parse(left)
     except Unreadable:
-        if not name:
+        if not any(ch.isalpha() for ch in left):
             raise
         return ("variable", left)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 
-from megatron_async_rl.reward.math import normal_form, numerals, relations
+from megatron_async_rl.reward.math import numerals, phrasing, relations
 from megatron_async_rl.reward.math.evaluation import Unreadable
 from megatron_async_rl.reward.math.parts import (
     Congruence,
@@ -28,7 +28,6 @@ _SPLIT_WORDS = re.compile(r"\s+(?:and|or)\s+|\s*(?:;|\\\\)\s*")
 _JOIN = re.compile(r",\s*(?:and|or)\s+")
 _BRACKETS = {"\\{": ("\\}",), "(": (")", "]"), "[": (")", "]")}
 _OPEN, _CLOSE = "([{", ")]}"
-_OUTWARD = re.compile(r"([\[\]])([^\[\]()]*,[^\[\]()]*)([\[\]])")  # ]1,2[ is (1,2)
 _WORD_TEXT = re.compile(r"[^\W\d_][^\W\d_'.-]*(?:[ ,'-]+[^\W\d_'.-]+)*")
 _MATRIX = re.compile(
     r"(?P<factor>[^&]{0,40}?)(?:"
@@ -40,68 +39,18 @@ _CONGRUENCE = re.compile(
     r"(?:[^=<>]{1,40}?\\equiv(?![A-Za-z])\s*)?(?P<residue>[^=<>]{1,80}?)\s*"
     r"(?:\\pmod|\\?\(\s*\\?b?mod|\\b?mod|mod|modulo)\s*\{?\s*(?P<modulus>\d{1,12})\s*\}?\s*\)?"
 )
-_ELEMENT = re.compile(r"^\(?[A-Za-z](?:\s*,\s*[A-Za-z])*\)?\s*\\in(?![A-Za-z])\s*")
-_OF_REALS = re.compile(r"(?:,\s*|\s+for\s+)[A-Za-z]\s*\\in\s*\\mathbb\s*\{?\s*R\s*\}?$")
 _HOLES = re.compile(r"([A-Za-z])\s*\\ne(?![A-Za-z])\s*(.+)")
-_FUNCTION = re.compile(r"^(?:[A-Za-z]\s*\\mapsto\s*|[fghpFGHP]\s*\(\s*[a-z]\s*\)\s*=)")
-_NEGATIVE = re.compile(r"^(?:negative|minus)\s+(?=[\d\\])", re.IGNORECASE)
-_REALS = re.compile(
-    r"\\mathbb\s*\{?\s*R\s*\}?|(?i:(?:all|any)\s+reals?(?:\s+numbers?)?)|\(?-\\infty\s*<\s*[a-z]\s*<\s*\\infty\)?"
-)
 _WITHOUT = re.compile(
     r"\(-\\infty,\\infty\)\s*(?:\\(?:setminus|backslash|smallsetminus)(?![A-Za-z])|-|"
     r"except(?:\s+for)?)\s*(.+)"
 )
-_APPROXIMATELY = re.compile(r"\\(?:approx|simeq|sim)(?![A-Za-z])")
-_BARE_NAME = re.compile(r"\s*\\?[A-Za-z]*\s*")
 _AND_OR = re.compile(r"\b(?:and|or)\b")
-_LEAD = re.compile(
-    r"(?:the\s+)?(?:final\s+)?(?:answer|area|length|value|volume|sum|total|result|probability|price|"
-    r"cost|number|perimeter)(?:\s+is|\s*[=:])\s*(?:equal to\s+)?",
-    re.IGNORECASE,
-)
-_COMMENT = re.compile(
-    r"(?<=[\d}%\])])\s+\((?=[^()]*[A-Za-z]{4})[A-Za-z][A-Za-z'-]*(?:[\s,.]+[A-Za-z'-]+){0,8}\.?\)$"
-)
-_UNION_LETTER = re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])")
-_POINT = re.compile(r"[A-Z]'?\s*(?=\([^()]*,[^()]*\)$)")  # A(1, 2)
-_BEGIN = re.compile(r"^(?:=|\\(?:Rightarrow|implies|Longrightarrow|to)(?![A-Za-z]))\s*")
-_END_OF_WORD = re.compile(r"(?<=[A-Za-z]{3})\.$")
-_DIGIT_GROUPS = re.compile(r"(?<=\d)[_'](?=\d{3}(?!\d))")
 
 
 @functools.lru_cache(maxsize=8192)
 def read(text: str) -> Part:
     """Returns the structure of an answer. Raises evaluation.Unreadable or TooLarge."""
-    text = _END_OF_WORD.sub("", _BEGIN.sub("", normal_form.unwrap_text(text)).strip('"'))
-    if not 0 < len(text) <= normal_form.MAX_CHARS:
-        raise Unreadable
-    if text[0].isalpha():
-        text = _POINT.sub("", _LEAD.sub("", text, count=1), count=1)
-        text = _NEGATIVE.sub("-", text)
-        if "y" not in text:
-            text = _FUNCTION.sub("y=", text)
-    if "U" in text:
-        text = _UNION_LETTER.sub(r"\\cup ", text)
-    if "\\in" in text:
-        text = _ELEMENT.sub("", _OF_REALS.sub("", text))
-    if text.endswith(")"):
-        text = _COMMENT.sub("", text)
-    if "_" in text or "'" in text:
-        text = _DIGIT_GROUPS.sub("", text)
-    if "\\" in text:
-        text = _read_commands(text)
-    text = _REALS.sub(r"(-\\infty,\\infty)", text)
-    if outward := _OUTWARD.fullmatch(text):
-        text = f"{'[('[outward[1] == ']']}{outward[2]}{'])'[outward[3] == '[']}"
-    return _read(text.strip(), depth=0)
-
-
-def _read_commands(text: str) -> str:
-    if "approx" in text or "sim" in text:  # the exact value comes first
-        sides = _APPROXIMATELY.split(text)
-        text = next((side for side in sides if not _BARE_NAME.fullmatch(side)), text)
-    return text.replace("\\langle", "(").replace("\\rangle", ")")
+    return _read(phrasing.bare(text), depth=0)
 
 
 def _read(text: str, depth: int) -> Part:
@@ -110,6 +59,8 @@ def _read(text: str, depth: int) -> Part:
         raise Unreadable
     if words := _words(text) or numerals.read_date(text) or numerals.read_quantity(text):
         return words
+    if "\\begin" in text and "=" in text:
+        return _read(text.rpartition("=")[2], depth + 1)
     if "\\begin" in text and (matrix := _MATRIX.fullmatch(text)):
         return _read_matrix(matrix, depth)
     if sequence := _read_brackets(text, depth):

@@ -39,7 +39,7 @@ COMMANDS = {
     "\\emptyset": "\\emptyset ",
     "\\varnothing": "\\emptyset ",
     **{f"\\{name}": "\\ldots " for name in ("ldots", "dots", "cdots", "dotsc")},
-    **{f"\\{name}": "" for name in ("checkmark", "blacksquare", "therefore", "centering")},
+    **{f"\\{name}": "" for name in ("checkmark", "blacksquare", "centering")},
     "\\bigcup": "\\cup ",
     "\\deg": "^\\circ ",
     "\\&": " and ",
