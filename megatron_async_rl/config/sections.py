@@ -107,7 +107,7 @@ class DataConfig(Section, frozen=True, kw_only=True):
     """Training prompts: the path of a dataset, or a list of sources. A row has `prompt`, and
     `answer` or `tests`."""
     reader: str | None = None
-    """Your own reader of sources, `package.module:function`, or `reasoning_gym` (docs/workflows.md).
+    """Reader of the sources: package.module:function, or `reasoning_gym` (docs/workflows.md).
     Null uses the built-in readers."""
     filter: DataFilterConfig = DataFilterConfig()
     chat_template: bool = False
@@ -186,7 +186,7 @@ class RolloutConfig(Section, frozen=True, kw_only=True):
     workflow_options: dict[str, Any] = msgspec.field(default_factory=dict)
     """Keyword arguments of the workflow's constructor, such as `max_turns: 3`."""
     agent: str | None = None
-    """package.module:function(row, client), an agent that talks to OpenAI's or Anthropic's API; each
+    """package.module:function(row, client): an agent that uses OpenAI's or Anthropic's API. Each
     sample is an episode of it, instead of `workflow` (docs/agents.md)."""
     agent_command: str | None = None
     """A command that is an agent, in any language: gets the row as JSON on stdin."""

@@ -25,7 +25,7 @@ _RULE = (
 def are_valid(metrics: Mapping[str, float]) -> bool:
     """Tells whether names, values and their number are within bounds."""
     return len(metrics) <= MAX_NAMES and all(
-        _NAME.fullmatch(name) and abs(value) <= MAX_VALUE for name, value in metrics.items()
+        _NAME.fullmatch(name) and abs(float(value)) <= MAX_VALUE for name, value in metrics.items()
     )
 
 

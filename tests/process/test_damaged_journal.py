@@ -1,4 +1,4 @@
-"""`run` with a damaged journal ends at once: one error, exit code 2, no restart of the controller."""
+"""`run` with a damaged journal ends at once: one error, exit code 2, no second controller."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class MismatchMonitor:
         if not count or not names:
             return None
         random = np.random.default_rng((self._seed, version))
-        windows = []
+        windows: list[ProbeWindow] = []
         for number in random.choice(len(samples), count, replace=False):
             sample = samples[number]
             generated = np.flatnonzero(sample.versions != NOT_GENERATED)
