@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from core_builders import LEASE_S, evaluation_tasks, generated, make_core, messages_of
 from core_machine import CoreMachine
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import invariant
 
 from megatron_async_rl.controller.core import inputs
-from megatron_async_rl.controller.core.fleet import Fleet, ServerState
+from megatron_async_rl.controller.core.fleet import MIXED_SHARE, Fleet, ServerState
 from megatron_async_rl.controller.core.groups import GroupState
 from megatron_async_rl.controller.core.index import LazyHeap
 from megatron_async_rl.protocol.messages import Generate
@@ -65,6 +67,34 @@ def test_lazy_heap_does_not_grow_with_changes() -> None:
     for number in range(10_000):
         heap.put(number % 4, number)
     assert len(heap._entries) < 200
+
+
+CHANGES = st.one_of(
+    st.tuples(st.sampled_from(["load", "eval_load"]), st.integers(0, 9)),
+    st.tuples(st.just("version"), st.integers(0, 2)),
+    st.tuples(st.just("state"), st.sampled_from([ServerState.SERVING, ServerState.UPDATING])),
+    st.tuples(st.just("is_held"), st.booleans()),
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), CHANGES)))
+def test_evaluation_finds_servers_as_a_scan_would(changes: list[tuple]) -> None:
+    fleet = Fleet()
+    workers = [
+        fleet.join_rollout(f"rollout-{n}", capacity, 0.0) for n, capacity in enumerate([1, 4, 8, 8])
+    ]
+    for number, (attribute, value) in changes:
+        setattr(workers[number], attribute, value)
+        free = [w for w in workers if w.is_serving and w.total_load < w.capacity]
+        shares = [w for w in free if w.eval_load < max(1, w.capacity // MIXED_SHARE)]
+        found = fleet.rollout.free_for_evaluation(lambda line: line.has_share)
+        assert found is min(shares, key=lambda w: (w.total_load, w.name), default=None)
+        for wanted in itertools.product(range(3), (False, True)):
+            exact = [w for w in free if (w.version, w.is_held) == wanted]
+            found = fleet.rollout.free_for_evaluation(
+                lambda line, wanted=wanted: (line.version, line.is_held) == wanted
+            )
+            assert found is min(exact, key=lambda w: (w.total_load, w.name), default=None)
 
 
 def test_lost_worker_object_does_not_return_to_the_pool() -> None:

@@ -2,7 +2,7 @@
 
     pause         every server of exactly that version; no training group is leased meanwhile
     held_server   one of these, which is held at the version and gets no training group
-    mixed         every server, at most a share MIXED_SHARE of its capacity, behind training
+    mixed         every server, at most a share of its capacity (MIXED_SHARE), behind training
 
 Each sample is a group of its own, outside of ledger and journal, and its load is counted apart from
 that of training (`eval_load`): in the last two modes training is admitted, leased and selected as
@@ -14,13 +14,11 @@ from __future__ import annotations
 
 from megatron_async_rl.controller.core import actions
 from megatron_async_rl.controller.core.actions import Action
-from megatron_async_rl.controller.core.fleet import Fleet, RolloutWorker
+from megatron_async_rl.controller.core.fleet import EvalLine, Fleet, RolloutWorker
 from megatron_async_rl.controller.core.groups import EvaluationMode, Group, GroupState
 from megatron_async_rl.controller.core.inputs import EvaluationRequested
 from megatron_async_rl.controller.core.leases import Leases
 from megatron_async_rl.controller.core.state import ControllerState
-
-MIXED_SHARE = 4  # 1 / MIXED_SHARE of a server's capacity, and at least one sample
 
 
 class Evaluation:
@@ -74,12 +72,9 @@ class Evaluation:
         """Leases queued samples, in order, as far as servers are free."""
         sends: list[Action] = []
         while group := self._state.queued.next(1, "eval"):
-            free = [w for w in self._fleet.rollout.values() if self._may_use(w) and _has_room(w)]
-            if self.mode == "mixed":
-                free = [w for w in free if w.eval_load < max(1, w.capacity // MIXED_SHARE)]
-            if not free:
+            server = self._fleet.rollout.free_for_evaluation(self._fits)
+            if server is None:
                 break
-            server = min(free, key=lambda w: (w.load + w.eval_load, w.name))
             sends.append(self._leases.lease_to(server, group, now))
         return sends
 
@@ -110,6 +105,12 @@ class Evaluation:
         self.mode = None
         return [actions.FinishEvaluation(self.version, abandoned)]
 
+    def _fits(self, line: EvalLine) -> bool:
+        if self.mode == "mixed":
+            return line.has_share
+        held = self.mode == "held_server"
+        return line.version == self.version and line.is_held == held
+
     def _may_use(self, server: RolloutWorker) -> bool:
         if not server.is_serving:
             return False
@@ -117,7 +118,3 @@ class Evaluation:
             return True
         held = self.mode == "held_server"
         return server.version == self.version and server.is_held == held
-
-
-def _has_room(server: RolloutWorker) -> bool:
-    return server.load + server.eval_load < server.capacity

@@ -9,8 +9,11 @@ from __future__ import annotations
 import bisect
 import enum
 from collections import UserDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+MIXED_SHARE = 4  # 1 / MIXED_SHARE of a server's capacity is for evaluation in its mode `mixed`
 
 
 class ServerState(enum.Enum):
@@ -24,7 +27,9 @@ class ServerState(enum.Enum):
 class Worker:
     """A worker. Its pool sees every change of the attributes by which it is found."""
 
-    _INDEXED: ClassVar[frozenset[str]] = frozenset({"load", "state", "version", "is_held"})
+    _INDEXED: ClassVar[frozenset[str]] = frozenset(
+        {"load", "eval_load", "state", "version", "is_held"}
+    )
 
     name: str
     capacity: int
@@ -38,9 +43,18 @@ class Worker:
             self.pool.changed(self)
 
     @property
-    def served_version(self) -> int | None:
-        """The version of the weights that work is done with; None if it gets no work."""
-        return 0
+    def line(self) -> Line | None:
+        """Where it waits for work; None if it gets none."""
+        return Line(self.capacity, 0)
+
+    @property
+    def eval_line(self) -> EvalLine | None:
+        """Where it waits for samples of an evaluation."""
+        return None
+
+    @property
+    def total_load(self) -> int:
+        return self.load
 
 
 @dataclass
@@ -61,25 +75,81 @@ class RolloutWorker(Worker):
         return self.state is ServerState.FENCED
 
     @property
-    def served_version(self) -> int | None:
-        return self.version if self.is_serving and not self.is_held else None
+    def line(self) -> Line | None:
+        serves = self.is_serving and not self.is_held
+        return Line(self.capacity, self.version) if serves else None
+
+    @property
+    def eval_line(self) -> EvalLine | None:
+        has_share = self.eval_load < max(1, self.capacity // MIXED_SHARE)
+        line = EvalLine(self.capacity, self.version, self.is_held, has_share)
+        return line if self.is_serving else None
+
+    @property
+    def total_load(self) -> int:
+        return self.load + self.eval_load
+
+
+class Line(NamedTuple):
+    capacity: int
+    version: int  # of the weights that are served
+
+
+class EvalLine(NamedTuple):
+    capacity: int
+    version: int
+    is_held: bool
+    has_share: bool  # of mode `mixed`
 
 
 AnyWorker = TypeVar("AnyWorker", bound=Worker)
-_Line = tuple[int, int]  # (capacity, served version)
+AnyLine = TypeVar("AnyLine", Line, EvalLine)
 
 
-class WorkerPool(UserDict[str, AnyWorker]):
-    """Workers by name; finds the least loaded one without a scan.
+class Lines(Generic[AnyLine]):
+    """Names in lines of equal workers, ordered by load and then by name.
 
-    Workers of equal capacity and version are in one line, ordered by load and then by name. There
-    are few lines: one per version that is served, times the different capacities.
+    There are few lines: one per version that is served, times the different capacities.
     """
 
     def __init__(self) -> None:
+        self._lines: dict[AnyLine, list[tuple[int, str]]] = {}
+        self._places: dict[str, tuple[AnyLine, int]] = {}  # line and load of each name
+
+    def move(self, name: str, line: AnyLine | None, load: int) -> None:
+        """Moves a name into a line, or out of all."""
+        if name in self._places:
+            left, earlier_load = self._places.pop(name)
+            waiting = self._lines[left]
+            del waiting[bisect.bisect_left(waiting, (earlier_load, name))]
+            if not waiting:
+                del self._lines[left]
+        if line is not None:
+            bisect.insort(self._lines.setdefault(line, []), (load, name))
+            self._places[name] = line, load
+
+    def first(self, room: int, fits: Callable[[AnyLine], bool]) -> str | None:
+        """Returns the least loaded name that has room, of the lines that fit."""
+        free = [
+            waiting[0]
+            for line, waiting in self._lines.items()
+            if waiting[0][0] + room <= line.capacity and fits(line)
+        ]
+        return min(free)[1] if free else None
+
+    def max_room(self, fits: Callable[[AnyLine], bool]) -> int:
+        """Returns the largest free room of the lines that fit; -1 if none does."""
+        rooms = [line.capacity - w[0][0] for line, w in self._lines.items() if fits(line)]
+        return max(rooms, default=-1)
+
+
+class WorkerPool(UserDict[str, AnyWorker]):
+    """Workers by name; finds the least loaded one without a scan."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self._lines: dict[_Line, list[tuple[int, str]]] = {}
-        self._places: dict[str, tuple[_Line, int]] = {}  # line and load of each worker in a line
+        self._lines: Lines[Line] = Lines()
+        self._eval_lines: Lines[EvalLine] = Lines()
 
     def __setitem__(self, name: str, worker: AnyWorker) -> None:
         if name in self:
@@ -90,42 +160,28 @@ class WorkerPool(UserDict[str, AnyWorker]):
 
     def __delitem__(self, name: str) -> None:
         self[name].pool = None
-        self._leave(name)
+        self._lines.move(name, None, 0)
+        self._eval_lines.move(name, None, 0)
         super().__delitem__(name)
 
     def changed(self, worker: Worker) -> None:
         """Moves the worker to the place of its present version and load."""
-        self._leave(worker.name)
-        if (version := worker.served_version) is not None:
-            line = (worker.capacity, version)
-            bisect.insort(self._lines.setdefault(line, []), (worker.load, worker.name))
-            self._places[worker.name] = line, worker.load
+        self._lines.move(worker.name, worker.line, worker.load)
+        self._eval_lines.move(worker.name, worker.eval_line, worker.total_load)
 
     def max_room(self, oldest_version: int) -> int:
         """Returns the largest free room of a worker of this version or newer; -1 if none is."""
-        rooms = [
-            capacity - waiting[0][0]
-            for (capacity, version), waiting in self._lines.items()
-            if version >= oldest_version
-        ]
-        return max(rooms, default=-1)
+        return self._lines.max_room(lambda line: line.version >= oldest_version)
 
     def least_loaded(self, room: int, oldest_version: int) -> AnyWorker | None:
         """Returns the least loaded worker of this version or newer that has room."""
-        free = [
-            waiting[0]
-            for (capacity, version), waiting in self._lines.items()
-            if version >= oldest_version and waiting[0][0] + room <= capacity
-        ]
-        return self[min(free)[1]] if free else None
+        name = self._lines.first(room, lambda line: line.version >= oldest_version)
+        return None if name is None else self[name]
 
-    def _leave(self, name: str) -> None:
-        if name in self._places:
-            line, load = self._places.pop(name)
-            waiting = self._lines[line]
-            del waiting[bisect.bisect_left(waiting, (load, name))]
-            if not waiting:
-                del self._lines[line]
+    def free_for_evaluation(self, fits: Callable[[EvalLine], bool]) -> AnyWorker | None:
+        """Returns the worker with the least total load that has room for one more sample."""
+        name = self._eval_lines.first(1, fits)
+        return None if name is None else self[name]
 
 
 @dataclass
