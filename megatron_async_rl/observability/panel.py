@@ -116,6 +116,8 @@ def log_line(status: RunStatus) -> str:
         parts.append(f"update {status.update_s:.2f} s")
     if dropped := _dropped(status.ledger):
         parts.append(f"{sum(dropped.values()):,} groups dropped ({_counts(dropped)})")
+    if status.evaluating:
+        parts.append(f"evaluating {status.evaluating}")
     for name, text in courses(status.evals, most=1).items():
         parts.append(f"eval {name} {text}")
     if status.eta_s is not None and status.state not in FINAL_STATES:

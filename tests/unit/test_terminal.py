@@ -109,6 +109,14 @@ def test_summary_gives_evaluation_before_and_after() -> None:
     )
 
 
+def test_running_evaluation_is_shown() -> None:
+    status = make_status(evaluating="version 20, on rollout-1: 12 of 60 samples")
+    assert "running: version 20, on rollout-1: 12 of 60 samples" in draw(status, 100)
+    line = panel.log_line(status)
+    assert "evaluating version 20, on rollout-1: 12 of 60 samples" in line
+    assert "eval aime 65.5% (v37), 256 problems" in line
+
+
 def test_summary_of_a_failed_run_gives_the_reason() -> None:
     text = panel.summary(
         RunStatus(state="failed", message="server rollout-0 did not start", steps=60)
