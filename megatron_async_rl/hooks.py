@@ -36,6 +36,8 @@ class Hook:
     """Name -> package.module:name; "" if the process that uses it has its own code for it."""
     is_class: bool = False
     """A class with the method `run`, whose constructor's arguments have defaults."""
+    may_be_async: bool = False
+    """The function's result is awaited if it is a coroutine."""
 
     @property
     def signature(self) -> str:
@@ -77,7 +79,7 @@ HOOKS = {
         },
         is_class=True,
     ),
-    "rollout.agent": Hook(("row", "client")),
+    "rollout.agent": Hook(("row", "client"), may_be_async=True),
     "data.reader": Hook(
         ("path", "source"), {"reasoning_gym": "megatron_async_rl.data.reasoning_gym_rows:read"}
     ),
@@ -238,6 +240,8 @@ def _signature_problem(loaded: Any, hook: Hook) -> str:
             return "its constructor needs arguments"
         if not callable(function := getattr(loaded, "run", None)):
             return "it has no method `run`"
+    elif inspect.iscoroutinefunction(loaded) and not hook.may_be_async:
+        return "it is async, and nothing awaits its result: write a function without async"
     count = len(hook.parameters) + hook.is_class  # and `self`
     if not _accepts(function, count):
         return f"its parameters {inspect.signature(function)} are not {hook.parameters}"

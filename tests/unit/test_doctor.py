@@ -439,6 +439,11 @@ def test_key_that_the_installed_version_does_not_have_is_refused_before_the_star
         ("", {"reward": {"function": "mine:f"}}, ["has no attribute 'f'", "PYTHONPATH"]),
         ("def f(a): pass", {"reward": {"function": "mine:f"}}, ["parameters (a)"]),
         ("f = 3", {"reward": {"function": "mine:f"}}, ["it is a int"]),
+        (
+            "async def f(prompt, response, row): pass",
+            {"reward": {"function": "mine:f"}},
+            ["it is async"],
+        ),
         ("1 / 0", {"rollout": {"workflow": "mine:W"}}, ["ZeroDivisionError", "mine.py, line 1"]),
         ("class W: pass", {"rollout": {"workflow": "mine:W"}}, ["it has no method `run`"]),
         ("import os; os._exit(3)", {"reward": {"function": "mine:f"}}, ["ended: exit code 3"]),
