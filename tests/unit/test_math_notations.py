@@ -1,4 +1,4 @@
-# ruff: noqa: RUF001, E501 - answers with unicode characters
+# ruff: noqa: RUF001 - answers with unicode characters
 r"""The built-in `math` reward on many notations of each kind of answer, and their wrong twins.
 
 A line is `gold <- answer ;; answer`. The answers of RIGHT and WRONG stand in a box, those of
