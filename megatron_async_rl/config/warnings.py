@@ -117,9 +117,14 @@ def _processes(config: Config) -> Iterator[Rule]:
         f"reward.function = {config.reward.function} runs no programs",
     )
     yield (
+        "rollout.agent_timeout_s rollout.agent_max_requests rollout.agent_host",
+        config.has_agent,
+        "neither rollout.agent nor rollout.agent_command is set",
+    )
+    yield (
         "reward.thinking_tags",
-        config.reward.function == "math",
-        f"only reward.function = math reads them, not {config.reward.function}",
+        config.reward.function in ("math", "code"),
+        f"reward.function = {config.reward.function} gets the whole response",
     )
     yield (
         "data.add_bos",
