@@ -90,7 +90,7 @@ class Controller:
     def __init__(self, config: Config, hub: Hub, run_log: RunLog, journal: Journal) -> None:
         if changed := changed_data(config.run_dir, config):
             raise ConfigError(changed)
-        tokenizer = Tokenizer(config.model.path)
+        tokenizer = Tokenizer(config.model.path, config.reward.thinking_tags)
         self.progress = Progress(run_log, config)
         prompts = read_training(config, tokenizer, self.progress.warn)
         eval_prompts = read_evaluation(config, tokenizer, self.progress.warn)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ def fingerprint(model_path: str | Path) -> str:
 class Tokenizer:
     """Converts text to token ids and back; knows the tokens that end a response.
 
-    Raises ConfigError if the model folder has no fast tokenizer or names no eos token.
+    `kept_tokens`: special tokens that stay in a decoded text, such as reward.thinking_tags. Raises
+    ConfigError if the model folder has no fast tokenizer or names no eos token.
     """
 
-    def __init__(self, model_path: str | Path) -> None:
+    def __init__(self, model_path: str | Path, kept_tokens: Collection[str] = ()) -> None:
         folder = Path(model_path)
         if not (folder / "tokenizer.json").exists():
             raise ConfigError(
@@ -53,6 +55,11 @@ class Tokenizer:
         settings = _read_json(folder / "tokenizer_config.json")
         self.templates = chat_template.read_templates(folder, settings)
         self._special_tokens = chat_template.read_special_tokens(folder, settings)
+        self._kept = {
+            number: token.content
+            for number, token in self._backend.get_added_tokens_decoder().items()
+            if token.special and token.content in kept_tokens
+        }
         self.vocab_size: int = self._backend.get_vocab_size()
         self.bos_id = self._special_id("bos_token")
         self._adds_bos = settings.get("add_bos_token") is not False and self._starts_with_bos()
@@ -75,7 +82,17 @@ class Tokenizer:
         return np.asarray(ids, np.int32)
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        """Leaves out special tokens, but for `kept_tokens`."""
+        numbers = [int(i) for i in ids]
+        parts: list[str] = []
+        begin = 0
+        for place in (i for i, number in enumerate(numbers) if number in self._kept):
+            parts += [self._decode(numbers[begin:place]), self._kept[numbers[place]]]
+            begin = place + 1
+        return "".join([*parts, self._decode(numbers[begin:])])
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=True)
 
     def decode_all(self, ids: list[int]) -> str:
         """Decodes special tokens too."""

@@ -64,7 +64,7 @@ class RolloutWorker:
         self._workflow = workflow
         self.gate = Gate()
         self.updates = WeightUpdates(config, link, server.client, self.gate, server.started_from)
-        tokenizer = Tokenizer(config.model.path)
+        tokenizer = Tokenizer(config.model.path, config.reward.thinking_tags)
         self.generator = Generator(
             server.client,
             self.gate,

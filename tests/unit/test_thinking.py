@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 from core_builders import core_settings, generated, join_workers, messages_of, prompt_stream
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.data import thinking
+from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.protocol.messages import ScoreRequest
 from megatron_async_rl.protocol.types import SampleKey
 from megatron_async_rl.reward.worker import RewardWorker
@@ -73,6 +78,19 @@ def test_thinking_that_the_prompt_opens_is_no_answer(
     request = ScoreRequest(SampleKey(1, 2, 3, 4), response, {"answer": "5"}, opening_tag=tag)
     scored = worker.score_inline(request)
     assert scored is not None and scored.reward == reward
+
+
+def test_tags_that_are_special_tokens_stay_in_the_text(tmp_path: Path) -> None:
+    words = ["<unk>", "<s>", "[T]", "[/T]", "five", "six"]
+    backend = Backend(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<s>", "[T]", "[/T]"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
+    ids = [2, 4, 4, 3, 5, 1]
+    assert Tokenizer(tmp_path).decode(ids) == "five five six"
+    assert Tokenizer(tmp_path, TAGS).decode(ids) == "[T]five five[/T]six"
+    assert Tokenizer(tmp_path, TAGS).decode([4, 5]) == "five six"
 
 
 def test_score_requests_carry_the_prompts_opening_tag() -> None:
