@@ -151,8 +151,11 @@ def test_row_without_answer_error_names_the_row(row: dict[str, Any]) -> None:
         r"\frac{" * 100_000,
         r"\boxed{" + r"\text{" * 10_000 + "}" * 10_001,
         r"\boxed{" + "a b " * 15_000 + "}",
+        "</answer>" + "<answer>" * 100_000,
+        r"\boxed{" + r"\text{a{}" * 10_000 + "}" * 10_000 + "}",
+        r"\boxed{" + r"{a\over " * 200 + "}" * 200 + "}",
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_no_text_delays_the_check_without_deadline(text: str) -> None:
     started = time.perf_counter()

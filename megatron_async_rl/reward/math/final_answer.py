@@ -18,7 +18,6 @@ from megatron_async_rl.reward.math.numerals import MONTHS
 MAX_TEXT_CHARS = 64 * 1024  # only this much of a response's end is searched
 _MAX_TAIL_CHARS = 2_000  # of an answer that is not boxed: its statement is in the last sentences
 
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _STATEMENT = re.compile(
     r"####|\b(?:final\s+)?(?:answer|result|solution|option|choice|ans)\b(?:[^\n.:=]{0,60}?)\s*"
     r"(?:\*\*|__)?\s*(?::|\bis\b|\bare\b|=(?!=))\s*(?:\*\*(?=[\s:]))?:?",
@@ -77,8 +76,9 @@ def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
     if boxed is not None:
         return boxed
     text = EMPTY_BOX.sub("", text)
-    if "</answer>" in text and (tagged := _ANSWER_TAG.findall(text)):
-        return _unwrap(tagged[-1])
+    close = text.rfind("</answer>")
+    if close >= 0 and (begin := text.rfind("<answer>", 0, close)) >= 0:
+        return _unwrap(text[begin + len("<answer>") : close])
     unclosed = text.find("\\boxed")  # cut off: its answer may go on
     return _stated_answer((text if unclosed < 0 else text[:unclosed])[-_MAX_TAIL_CHARS:])
 
