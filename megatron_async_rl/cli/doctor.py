@@ -28,6 +28,7 @@ from megatron_async_rl.errors import Error
 from megatron_async_rl.installed import Say
 from megatron_async_rl.launcher import roles
 from megatron_async_rl.launcher.checks.disk import GIB, size_text
+from megatron_async_rl.launcher.checks.settings import check_megatron_together
 from megatron_async_rl.launcher.gpus import visible_gpus
 from megatron_async_rl.launcher.preflight import (
     SETUP,
@@ -45,6 +46,10 @@ VERSIONS = dict.fromkeys(
 )
 PYTHON_VERSIONS = ">=3.11,<3.13"
 
+# Checks without which Megatron-Core's configuration cannot be made.
+NEEDED_BY_MEGATRON = {
+    *("torch", "megatron-core", "model", "architecture", "trainer layout", "megatron settings")
+}
 MIN_CORES, MIN_MEMORY_BYTES, MIN_DISK_BYTES = 2, 4 * GIB, GIB
 MIN_SHM_BYTES = {"CPU": 64 << 20, "GPU": GIB}  # gloo needs little of /dev/shm, NCCL much
 
@@ -53,7 +58,7 @@ def checks(config: Config | None, say: Say = print) -> list[Check]:
     """Returns the checks of this host and, with a config, those of the run."""
     gpus = _gpus() if visible_gpus() else []
     versions = (GPU_VERSIONS if gpus else CPU_VERSIONS) | VERSIONS
-    return [
+    found = [
         _python(),
         *(_distribution(name, supported) for name, supported in versions.items()),
         _pyzmq(),
@@ -68,6 +73,10 @@ def checks(config: Config | None, say: Say = print) -> list[Check]:
         _loopback(),
         *([_disk()] if config is None else [_run_gpus(config), *config_checks(config, say)]),
     ]
+    failed = {check.name for check in found if not check.ok}
+    if config and config.has_trainer and config.megatron and not failed & NEEDED_BY_MEGATRON:
+        found.append(_megatron_together(config, say))
+    return found
 
 
 def run(
@@ -98,6 +107,13 @@ def run(
     problems = f"{len(failed)} problem{'s' * (len(failed) > 1)}: {', '.join(failed)}"
     console.print(f"\n{problems}" if failed else "\nno problems", highlight=False)
     return int(bool(failed))
+
+
+def _megatron_together(config: Config, say: Say) -> Check:
+    try:
+        return Check("megatron together", True, check_megatron_together(config, say))
+    except Error as e:
+        return Check("megatron together", False, e.problem, e.remedy)
 
 
 def _python() -> Check:

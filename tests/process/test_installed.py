@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_model
+from config_builders import config_tree
 from needs import needs_engine
 
 from megatron_async_rl import installed
@@ -13,6 +15,7 @@ from megatron_async_rl.config import load, passed_on
 from megatron_async_rl.config.passed_on import KnownSettings
 from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.launcher.checks.settings import check_megatron_together
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -78,3 +81,13 @@ def test_other_forms_of_a_value_are_accepted(known: dict[str, KnownSettings]) ->
     passed_on.check("megatron", {"lr": "1e-6", "adam_beta2": 1}, known["megatron"])
     engine = {"cuda_graph_bs_decode": [1, 2], "mem_fraction_static": None, "port": 30000}
     passed_on.check("sglang", engine, known["sglang"])
+
+
+def test_settings_that_megatron_refuses_together_are_found(tmp_path: Path) -> None:
+    path = tiny_model.make_model(tmp_path / "model")
+    tree = {"model.path": str(path), "megatron.recompute_granularity": "full"}
+    with pytest.raises(ConfigError, match=r"megatron\.core refuses .*recompute_method"):
+        check_megatron_together(load.from_tree(config_tree(**tree)), print)
+    tree |= {"megatron.recompute_method": "uniform", "megatron.recompute_num_layers": 1}
+    found = check_megatron_together(load.from_tree(config_tree(**tree)), print)
+    assert found == "Megatron-Core accepts them together"

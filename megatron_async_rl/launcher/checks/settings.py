@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import msgspec
 
 from megatron_async_rl import hooks, installed, processes
+from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config import passed_on
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.engine_env import engine_python
@@ -48,6 +51,26 @@ def check_megatron(config: Config, say: Say) -> str:
         return f"not checked: {e}"
     passed_on.check("megatron", config.megatron, known)
     return f"{len(config.megatron)} set, all known to {known.library}"
+
+
+def check_megatron_together(config: Config, say: Say) -> str:
+    """Raises ConfigError for keys under megatron: that Megatron-Core refuses together."""
+    say("making Megatron-Core's configuration of the trainer (some seconds)")
+    module = "megatron_async_rl.trainer.known_settings"
+    env = os.environ | {"PYTHONPATH": processes.python_path()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(configuration.dump(config))
+        command = [sys.executable, "-m", module, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    if done.returncode == 0:
+        return "Megatron-Core accepts them together"
+    last_line = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    if done.returncode != processes.EXIT_ERROR:
+        return f"not checked: {last_line}"
+    raise ConfigError(
+        last_line.removeprefix("error: "), "change one of the settings that the message names"
+    )
 
 
 def check_sglang(config: Config, say: Say) -> str:
