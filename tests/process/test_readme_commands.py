@@ -19,7 +19,7 @@ from megatron_async_rl.observability.run_log import RunLog
 SCRIPT = "launchers/megatron-async-rl"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TYPED = re.compile(rf"^[^\n#|]*?{SCRIPT} ([^`#\n]+(?:\n[^`#\n]+(?=`))?)", re.MULTILINE)
-NAMES = "run join slurm doctor status tensorboard audit plan-weights selftest replay".split()
+NAMES = "run eval join slurm doctor status tensorboard audit plan-weights selftest replay".split()
 
 
 def commands(page: Path) -> list[str]:
