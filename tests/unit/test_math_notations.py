@@ -26,7 +26,7 @@ RIGHT = r"""
 1\frac{1}{2} <- \frac{3}{2}
 1.5 <- 1\dfrac{1}{2} ;; 1½
 \frac32 <- 1 \frac{1}{2}
-19/8 <- 2 3/8 inches
+19/8 <- 2 3/8 inches ;; 2 and 3/8 ;; 2\text{ and }\frac{3}{8}
 -2.5 <- -2 1/2
 \frac{14}{3} <- 4\ \frac{2}{3}
 \frac12 <- 1-1/2
@@ -570,6 +570,8 @@ Alice <- \text{Alice.} ;; \emph{Alice} ;; \textsc{Alice}
 No. 5 <- No. 5
 """
 WRONG = r"""
+3/8 <- 2 and 3/8
+2 <- 2 and 3/8
 13/5 <- 3 1/4
 3/4 <- 3 1/4 ;; 3\frac{1}{4}
 3 1/4 <- 31/4

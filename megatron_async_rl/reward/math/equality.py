@@ -152,6 +152,8 @@ def _equal_items(gold: Part, given: Part) -> bool | None:
     assert isinstance(items, Items)
     if items is given and all(_equal(other, item) for item in items.items):
         return True  # one value in several forms
+    if items is given and _is_mixed_number(items) and (total := number_equality.rational(other)):
+        return total == sum(number_equality.rational(item) or 0 for item in items.items)
     if items.kind == "list" and isinstance(other, Sequence):
         return _equal_bare_tuple(items, other)
     if len(items.items) == 1:
@@ -159,6 +161,14 @@ def _equal_items(gold: Part, given: Part) -> bool | None:
     if items is gold and items.kind == "list" and isinstance(other, Words | Clock):
         return None
     return False
+
+
+def _is_mixed_number(items: Items) -> bool:
+    """True for 2 and 1/2."""
+    values = [number_equality.rational(item) for item in items.items]
+    if len(values) != 2 or values[0] is None or values[1] is None:
+        return False
+    return values[0].denominator == 1 and 0 < values[1] < 1
 
 
 def _equal_bare_tuple(items: Items, other: Sequence) -> bool | None:
@@ -205,10 +215,10 @@ def _equal_congruences(gold: Part, given: Part) -> bool | None:
     if isinstance(gold, Congruence) and isinstance(given, Congruence):
         if gold.modulus != given.modulus:
             return False
-        if isinstance(gold.residue, Number) and isinstance(given.residue, Number):
-            difference = number_equality.difference(gold.residue, given.residue)
-            return difference is not None and difference % gold.modulus == 0
-        return _equal(gold.residue, given.residue)
+        a, b = (number_equality.rational(one.residue) for one in (gold, given))
+        if a is None or b is None:
+            return _equal(gold.residue, given.residue)
+        return (a - b) % gold.modulus == 0
     if isinstance(gold, Congruence):
         return _equal(gold.residue, given)
     assert isinstance(given, Congruence)

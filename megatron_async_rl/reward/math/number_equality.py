@@ -13,7 +13,7 @@ from megatron_async_rl.reward.math.evaluation import (
     value,
     variables,
 )
-from megatron_async_rl.reward.math.parts import Number, is_infinite
+from megatron_async_rl.reward.math.parts import Number, Part, is_infinite
 
 _RELATIVE = 1e-9  # of values in double precision
 _MIN_ROUNDED_DIGITS = 6  # and places, of a decimal that rounds a fraction or root
@@ -107,12 +107,12 @@ def _terminates(number: Value) -> bool:
     return below == 1
 
 
-def difference(a: Number, b: Number) -> Fraction | None:
-    """Returns a - b if both are rational numbers."""
-    if variables(a.node) or variables(b.node):
+def rational(part: Part) -> Fraction | None:
+    """Returns the value of a rational number without variables."""
+    if not isinstance(part, Number) or is_infinite(part) or variables(part.node):
         return None
-    left, right = value(a.node, {}), value(b.node, {})
-    return left - right if isinstance(left, Fraction) and isinstance(right, Fraction) else None
+    number = value(part.node, {})
+    return number if isinstance(number, Fraction) else None
 
 
 def proportional(a: Node, b: Node) -> bool:
