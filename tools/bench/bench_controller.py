@@ -95,6 +95,7 @@ def make_config(folder: Path, tokens: int, clients: int) -> Config:
         {
             "run": {"dir": str(folder / "run"), "steps": 10**6},
             "model": {"path": str(model), "context_tokens": tokens + 8},
+            "trainer": {"max_tokens_per_microbatch": tokens + 8},
             "data": {"train": str(folder / "train.jsonl")},
             "rollout": {"max_new_tokens": tokens, "servers": clients, "max_concurrent_samples": 64},
             "reward": {"workers": 1},
