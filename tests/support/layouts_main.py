@@ -83,7 +83,7 @@ def make_config(
     return configuration.from_tree(
         {
             "run": {"dir": str(folder.parent.parent / "run"), "steps": 10},
-            "model": {"path": str(folder), "context_tokens": 64},
+            "model": {"path": str(folder), "context_tokens": 40},
             "data": {"train": "unused"},
             "rollout": {"max_new_tokens": 32, "temperature": TEMPERATURE},
             "algorithm": algorithm_tree(
