@@ -93,9 +93,9 @@ class RewardWorker:
         started = time.perf_counter()
         try:
             answers = self._answers(request)
-        except DataError as e:
-            return _result(request, Outcome(None, f"DataError: {e}"), started)
-        is_right = math_answer.compare_plain(*answers)
+            is_right = math_answer.compare_plain(*answers)
+        except Exception as e:  # of the row; any other failure must not end the worker either
+            return _result(request, Outcome(None, f"{type(e).__name__}: {e}"), started)
         if is_right is None:
             return None
         return _result(request, Outcome(float(is_right)), started, answers[1])
