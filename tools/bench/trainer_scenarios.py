@@ -148,19 +148,20 @@ def make_config(shape: dict[str, Any], s: dict[str, str], folder: Path) -> Confi
     elif s["recompute"] != "none":
         megatron |= {"recompute_granularity": "full", "recompute_method": "block"}
         megatron["recompute_num_layers"] = int(s["recompute"])
+    budget = int(s["budget"])  # the longest sequence, too
     return configuration.from_tree(
         {
             "run": {"dir": "unused", "steps": 1000},
-            "model": {"path": str(folder), "context_tokens": 40960, "random_init": True},
+            "model": {"path": str(folder), "context_tokens": budget, "random_init": True},
             "data": {"train": "unused"},
-            "rollout": {"max_new_tokens": 40000},
+            "rollout": {"max_new_tokens": budget - 1},
             "algorithm": {
                 "prompts_per_step": 64,
                 "samples_per_prompt": 8,
                 "minibatches": int(s["minibatches"]),
             },
             "trainer": {
-                "max_tokens_per_microbatch": int(s["budget"]),
+                "max_tokens_per_microbatch": budget,
                 "precision": "bf16" if torch.cuda.is_available() else "fp32",
             },
             "megatron": megatron,
