@@ -753,6 +753,18 @@ does not exist <- \text{exists}
 2x+3y=6 <- 6
 """
 RIGHT_TEXTS = r"""
+# calculations in the last sentence
+540 <- So, Sunny earned $150 + $390 = $540 for two days.
+120 <- So he makes 60*2=$120 in 2 weeks ;; So he makes 60 * 2 = 120 dollars in 2 weeks.
+440 <- All together, he will make $320+$120=$440 for the day.
+5 <- So on Tuesday 4 inches + 1 = 5 inches ;; It falls to 50 minutes / 10 = 5 minutes.
+2 <- Thus, the vendor sold each for $100/$50 = $2 each. ;; So it is $5 - $3 = $2.
+18000 <- The annual payment is $1500/month * 12 months/year = $18,000/year
+9500 <- So, it is $409 500 - $400 000 = $9500 more than the budget.
+8 <- It takes 1 + 3 + 1/2 + 1 1/2 + 2 = 8 hours in all.
+11232 <- The total cost will be $864 + $2,592 + $432 + $7,344 = $11,232.
+25% <- The difference of both is 50% - 25% = 25%.
+12 <- Thus, Clyde will pay $6.50 + $5.50 = $12 for 5 apples and 5 oranges.
 # thinking
 4 <- <think>¶Is it \boxed{3}? yes</think>¶¶\boxed{4}
 3.5 <- reasoning </think> The answer is $\frac{7}{2}$.
@@ -893,6 +905,10 @@ C <- $$\boxed{\text{(C)}}$$
 9 <- $\equiv 9 \pmod{11}$
 """
 WRONG_TEXTS = r"""
+540 <- So, Sunny earned $150 + $390 = $550 for two days.
+2 <- So he makes 60*2=$120 in 2 weeks
+7 <- So it is = 7^3 in 2 weeks. ;; So n = 7 million in 2 weeks. ;; So it is 3 + 4 = 7 or 8 of them.
+5 <- So on Tuesday 4 inches + 1 = 6 inches ;; So it is 4 < 5
 2/3 <- The answer is 4 2/3.
 3 <- The answer is 4 2/3. ;; The volume is 36π cm^3. ;; Hence $x=\frac{5}{3}$. ;; x = -3 or x = 3
 3 <- Answer: 3:4 ;; The answer is 1.5e3 ;; Answer: 7 cm^3 ;; $3!$ ;; Therefore, $x = 5$.

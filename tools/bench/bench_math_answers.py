@@ -38,8 +38,9 @@ SIZES = {  # answers per class
     "hedged": 491,
     "unfinished thinking": 264,
     "same": 4000,
+    "solution": 2000,  # of the data set, without its box or its line with ####
 }
-REFUSED = ("equivalent", "unboxed right", "same")  # classes of right answers
+REFUSED = ("equivalent", "unboxed right", "same", "solution")  # classes of right answers
 LIMIT_S = 5  # of one comparison by math-verify, which then counts as wrong
 
 
@@ -59,6 +60,7 @@ DECIMAL = re.compile(r"-?\d*\.\d+")
 PAIR = re.compile(r"([\[(])\s*([^,()\[\]]+),\s*([^,()\[\]]+)([\])])")
 BASE = re.compile(r"(\d+)_\{?(\d+)\}?")
 RELATION = re.compile(r"[=<>]|\\(?:le|ge|ne|in|equiv)")
+BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}(?!.*\\boxed)", re.DOTALL)
 DEGREES = re.compile(r"(-?\d+)\^\{?\\circ\}?")
 UNITS = (
     "cm",
@@ -332,20 +334,39 @@ THINKING = {
 
 def read_golds(folder: Path) -> Iterator[str]:
     """Yields the golds of all files, without those that this benchmark cannot rewrite safely."""
+    for row in read_rows(folder):
+        answer = str(row.get("answer", ""))
+        if "####" in answer:
+            answer = answer.rpartition("####")[2]
+        answer = boxed_answer(answer) or answer
+        if answer := answer.strip().removesuffix(".0"):
+            yield answer
+
+
+def read_solutions(folder: Path) -> Iterator[Case]:
+    """Yields the worked solutions of GSM8K and of MATH, whose end states the answer unboxed."""
+    for row in read_rows(folder):
+        text, mark, gold = str(row.get("answer", "")).rpartition("####")
+        if mark:
+            text = re.sub(r"<<[^<>]*>>", "", text).strip()
+            yield Case("solution", "GSM8K", text, gold.strip(), True)
+        elif "subject" in row and (box := BOX.search(row["solution"])):
+            text = row["solution"][: box.start()] + box[1] + row["solution"][box.end() :]
+            yield Case("solution", "MATH", text, box[1], True)
+
+
+def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.json")]):
         text = path.read_text()
-        rows = json.loads(text) if path.suffix == ".json" else map(json.loads, text.splitlines())
-        for row in rows:
-            answer = str(row.get("answer", ""))
-            if "####" in answer:
-                answer = answer.rpartition("####")[2]
-            answer = boxed_answer(answer) or answer
-            if answer := answer.strip().removesuffix(".0"):
-                yield answer
+        yield from (
+            json.loads(text) if path.suffix == ".json" else map(json.loads, text.splitlines())
+        )
 
 
-def make_cases(golds: list[str], scale: float, rng: random.Random) -> list[Case]:
-    classes: dict[str, list[Case]] = {name: [] for name in SIZES}
+def make_cases(
+    golds: list[str], solutions: list[Case], scale: float, rng: random.Random
+) -> list[Case]:
+    classes: dict[str, list[Case]] = {name: [] for name in SIZES} | {"solution": solutions}
     for gold in golds:
         classes["same"].append(Case("same", "same", f"So it is $\\boxed{{{gold}}}$.", gold, True))
         for rule, rewrite in EQUIVALENT.items():
@@ -508,7 +529,7 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     golds = sorted(set(read_golds(arguments.data)))
     rng.shuffle(golds)
-    cases = make_cases(golds, arguments.scale, rng)
+    cases = make_cases(golds, [*read_solutions(arguments.data)], arguments.scale, rng)
     math_answer.load_math_verify()
     print(f"{len(golds)} golds, {len(cases)} cases")
     measure("built-in", ours, cases, arguments.show)

@@ -23,8 +23,10 @@ _STATEMENT = re.compile(
     r"(?:\*\*|__)?\s*(?::|\bis\b|\bare\b|=(?!=))\s*(?:\*\*(?=[\s:]))?:?",
     re.IGNORECASE,
 )
+# a dollar sign before a digit is money if the next one ends no formula: in $5 + $3 = $8
 _DELIMITED = re.compile(
-    r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:[^$\\\n]|\\.)+)(?<!\\)\$|\\\((?P<c>.+?)\\\)"
+    r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?!\d[^$\n]{0,200}[\s+*/=\u2212-]\$)(?P<b>(?:[^$\\\n]|\\.)+)(?<!\\)\$(?!\d)"
+    r"|\\\((?P<c>.+?)\\\)"
     r"|\\\[(?P<d>.+?)\\\]|\\begin\{(?P<env>equation|align|gather)\*?\}(?P<e>.+?)\\end\{(?P=env)\*?\}",
     re.DOTALL,
 )
@@ -48,6 +50,14 @@ _JOINED = re.compile(
     r"(?=\s*[,;a-z])[\s,;]*(?:\b(?:and|or|maybe|perhaps|possibly|either)\b[\s,;]*)*", re.I
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z][A-Za-z'\u2019-]*")
+# the result of a calculation, with what it counts: the 26 of `13 * 2 = 26 inches in 13 years`
+_RESULT = re.compile(
+    r"=\s*\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?=\s+(?:in|for|at|on|a|per|by|of|to|each)\b|"
+    r"\s+(?!and\b|but\b|hundred|thousand|million|billion|trillion|dozen|squared|cubed|percent|sqrt)[a-z]{3})"
+)
+_FURTHER = re.compile(
+    r"[,;=]|\.\s|\b(?:so|thus|therefore|hence|or|but|leaving|which|means|is|are|was|were)\b"
+)
 _OPTION = re.compile(
     r"\b(?:option|choice|answer)\s*\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)", re.IGNORECASE
 )
@@ -193,6 +203,8 @@ def _last_bare(text: str) -> str:
     if not lines:
         return ""
     line = lines[-1]
+    if (results := list(_RESULT.finditer(line))) and not _FURTHER.search(line[results[-1].end() :]):
+        line = line[: results[-1].end()]
     last_digit = max(m.end() for m in re.finditer(r"\d", line))
     begin, end = 0, len(line)
     for match in _WORD.finditer(line):
@@ -213,5 +225,8 @@ def _last_bare(text: str) -> str:
     run = line[begin:end]
     run = re.split(r"[.!?;:](?=\s)(?=.*\d)|[:;]\s", run)[-1]
     run = re.sub(r"^(?:[\s,;:!*_)\]=>]|\.(?!\d))*(?:\b(?:and|or)\b[\s,]*)*", "", run)
-    run = re.sub(r"[\s,;:(]*(?:\b(?:and|or)\b[\s,]*)*$", "", run)
-    return run.rstrip(_TRAILING)
+    run = re.sub(r"[\s,;:(/]*(?:\b(?:and|or)\b[\s,]*)*$", "", run)
+    left, equals, right = run.rpartition("=")
+    if equals and not re.search(r"[A-Za-z]", left):
+        run = right  # words have cut the calculation off: of 4 inches + 1 = 5, its end
+    return run.strip().rstrip(_TRAILING)

@@ -73,14 +73,14 @@ _QUANTITY_UNITS = {  # of quantities in two units, such as 5 feet 3 inches
 _UNIT_NAMES = {name: unit for unit, names in _QUANTITY_UNITS.items() for name in names.split()}
 _QUANTITY = re.compile(r"(\d+)\s*([a-z]+)\.?,?\s*(?:and\s+)?(\d+)\s*([a-z]+)\.?", re.IGNORECASE)
 _DECIMAL = re.compile(r"[-+]?\s*(?:\d[\d,]*)?\.(\d+)")
-_MIXED = re.compile(r"([-+]?\s*\d+)\s+(\d+)\s*/\s*(\d+)")
+_MIXED = re.compile(r"(?<![\d./}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
 _REPEATING = re.compile(
     r"(?P<whole>[-+]?\d*)\.(?P<fixed>\d*)(?:"
     r"\\(?:overline|bar|dot)\s*(?:\{(?P<a>\d+)\}|(?P<b>\d))|\((?P<c>\d+)\)|"
     r"(?P<d>\\dot\s*\{?\d\}?\d*\\dot\s*\{?\d\}?))(?:\\ldots)?"
 )
 _ELLIPSIS = re.compile(r"([-+]?\d*)\.(\d+)\s*\\ldots")
-_SPACED_NUMBER = re.compile(r"\d{1,3}(?: \d{3})+(?:\.\d+)?")
+_SPACED_NUMBER = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])")
 _SCALE = re.compile(r"([-+]?[\d.,]*\d)\s*(hundred|thousand|million|billion|trillion|dozen)\b", re.I)
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _SCALES |= {"trillion": 10**12, "dozen": 12}
@@ -149,10 +149,10 @@ def read_number(text: str) -> Number:
         raise Unreadable
     if infinity := _read_infinity(text):
         return Number(infinity, text)
-    if _SPACED_NUMBER.fullmatch(text):
-        text = text.replace(" ", "")
-    if mixed := _MIXED.fullmatch(text):
-        text = f"{mixed[1]}\\frac{{{mixed[2]}}}{{{mixed[3]}}}"
+    if " " in text:
+        text = _SPACED_NUMBER.sub(lambda match: match[0].replace(" ", ""), text)
+    if "/" in text:
+        text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     if scale := _SCALE.fullmatch(text):
         text = f"{scale[1]}\\cdot {_SCALES[scale[2].lower()]}"
     if "\\" in text or "(" in text:
