@@ -15,8 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_async_rl.config.load import load
-from megatron_async_rl.controller.core import events
-from megatron_async_rl.controller.journal import reader
+from megatron_async_rl.controller.journal import events, reader
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.observability.sample_log import SAMPLES_FILE, SampleLine, read_samples

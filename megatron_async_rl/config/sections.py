@@ -377,5 +377,5 @@ class MonitorConfig(Section, frozen=True, kw_only=True):
     run.dir/trace. https://ui.perfetto.dev shows it."""
     mismatch_probe_samples: Annotated[int, msgspec.Meta(ge=0, le=256)] = 4
     """Samples of each step of which 256 tokens are also scored by a server with the weights under
-    training, and compared with the trainer. Needs rollout.temperature = 1. 0 disables it. Each probe
+    training, and compared with the trainer. Needs rollout.temperature = 1. 0 disables it. A probe
     takes a number from the server's random generator (sglang.random_seed)."""

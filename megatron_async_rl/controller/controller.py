@@ -49,7 +49,7 @@ import time
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.context import Context, EventQueue, MessageArrived
-from megatron_async_rl.controller.core import actions, events, inputs
+from megatron_async_rl.controller.core import actions, inputs
 from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.core.groups import DropReason
 from megatron_async_rl.controller.core.settings import core_settings
@@ -57,6 +57,7 @@ from megatron_async_rl.controller.delivery import BatchDelivery
 from megatron_async_rl.controller.evaluation.evaluation import Evaluations
 from megatron_async_rl.controller.filters import filter_rules
 from megatron_async_rl.controller.handlers import MessageHandlers
+from megatron_async_rl.controller.journal import events
 from megatron_async_rl.controller.journal.journal import Journal
 from megatron_async_rl.controller.monitoring import watchdog
 from megatron_async_rl.controller.monitoring.engine_monitor import EngineMonitor

@@ -7,7 +7,7 @@ import asyncio
 import logging
 
 from megatron_async_rl.controller.context import Context
-from megatron_async_rl.controller.core import events
+from megatron_async_rl.controller.journal import events
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.messages import CheckpointSaved
 from megatron_async_rl.storage import checkpoints

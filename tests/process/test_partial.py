@@ -20,7 +20,7 @@ from whole_runs import make_run_inputs, start_run, wait_for_version
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.config import load
-from megatron_async_rl.controller.core.events import (
+from megatron_async_rl.controller.journal.events import (
     AnyEvent,
     BatchTrained,
     ControllerStarted,

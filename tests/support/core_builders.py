@@ -10,9 +10,9 @@ import numpy as np
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, Send
 from megatron_async_rl.controller.core.core import Core
-from megatron_async_rl.controller.core.events import JournalEvent
 from megatron_async_rl.controller.core.groups import EvaluationTask
 from megatron_async_rl.controller.core.settings import CoreSettings
+from megatron_async_rl.controller.journal.events import JournalEvent
 from megatron_async_rl.protocol.messages import Generate, Generated, ScoreRequest, ScoreResult
 from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Prompt, Sample
 

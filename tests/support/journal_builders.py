@@ -10,7 +10,7 @@ from core_builders import finish_lease, generated, join_workers, make_core, make
 
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import SendBatch
-from megatron_async_rl.controller.core.events import BatchSelected, JournalEvent, SampleReturned
+from megatron_async_rl.controller.journal.events import BatchSelected, JournalEvent, SampleReturned
 from megatron_async_rl.controller.journal.journal import Journal
 from megatron_async_rl.observability import sample_log
 from megatron_async_rl.observability.sample_log import TrainedGroup

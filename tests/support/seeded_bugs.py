@@ -14,7 +14,13 @@ import pytest
 from megatron_async_rl.controller.core.actions import Action
 from megatron_async_rl.controller.core.batch_selection import BatchSelector
 from megatron_async_rl.controller.core.core import Core
-from megatron_async_rl.controller.core.events import (
+from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState
+from megatron_async_rl.controller.core.index import RunningGroups
+from megatron_async_rl.controller.core.inputs import BatchRequested
+from megatron_async_rl.controller.core.leases import Leases
+from megatron_async_rl.controller.core.scoring import ScoringQueue
+from megatron_async_rl.controller.core.state import ControllerState
+from megatron_async_rl.controller.journal.events import (
     AnyEvent,
     BatchSelected,
     BatchTrained,
@@ -23,12 +29,6 @@ from megatron_async_rl.controller.core.events import (
     SampleReturned,
     SampleScored,
 )
-from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState
-from megatron_async_rl.controller.core.index import RunningGroups
-from megatron_async_rl.controller.core.inputs import BatchRequested
-from megatron_async_rl.controller.core.leases import Leases
-from megatron_async_rl.controller.core.scoring import ScoringQueue
-from megatron_async_rl.controller.core.state import ControllerState
 from megatron_async_rl.protocol.messages import Generated, StepDone
 from megatron_async_rl.protocol.types import Prompt, Sample
 

@@ -22,7 +22,11 @@ from megatron_async_rl.config.algorithm import FilterConfig
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, ResendBatch, Send, SendBatch
 from megatron_async_rl.controller.core.core import Core
-from megatron_async_rl.controller.core.events import (
+from megatron_async_rl.controller.core.fleet import ServerState
+from megatron_async_rl.controller.core.groups import Group, GroupState
+from megatron_async_rl.controller.core.settings import CoreSettings
+from megatron_async_rl.controller.filters import filter_rules
+from megatron_async_rl.controller.journal.events import (
     BatchSelected,
     BatchTrained,
     GroupAdmitted,
@@ -30,10 +34,6 @@ from megatron_async_rl.controller.core.events import (
     JournalEvent,
     SampleReturned,
 )
-from megatron_async_rl.controller.core.fleet import ServerState
-from megatron_async_rl.controller.core.groups import Group, GroupState
-from megatron_async_rl.controller.core.settings import CoreSettings
-from megatron_async_rl.controller.filters import filter_rules
 from megatron_async_rl.protocol.messages import (
     Generate,
     Generated,

@@ -21,11 +21,11 @@ from core_builders import core_settings, make_sample
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, ResendBatch, Send, SendBatch
 from megatron_async_rl.controller.core.core import Core
-from megatron_async_rl.controller.core.events import (
+from megatron_async_rl.controller.core.groups import Group, GroupState
+from megatron_async_rl.controller.journal.events import (
     BatchSelected,
     JournalEvent,
 )
-from megatron_async_rl.controller.core.groups import Group, GroupState
 from megatron_async_rl.protocol.messages import (
     Generate,
     Generated,

@@ -16,7 +16,7 @@ from needs import needs_network_namespaces
 from paths import ROOT, TOOLS
 
 from megatron_async_rl.cli import audit
-from megatron_async_rl.controller.core.events import GroupAdmitted, GroupDropped
+from megatron_async_rl.controller.journal.events import GroupAdmitted, GroupDropped
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal, last_seq
 
 

@@ -29,7 +29,7 @@ from whole_runs import (
     start_run,
 )
 
-from megatron_async_rl.controller.core.events import PartialSaved
+from megatron_async_rl.controller.journal.events import PartialSaved
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
 from megatron_async_rl.observability.sample_log import SampleLine, read_samples
 

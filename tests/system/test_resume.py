@@ -20,7 +20,7 @@ from whole_runs import RunInputs, assert_no_process_left, start_run, wait_for_ve
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.config import load
-from megatron_async_rl.controller.core.events import GroupAdmitted
+from megatron_async_rl.controller.journal.events import GroupAdmitted
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
 from megatron_async_rl.data.dataset import read_training
 from megatron_async_rl.data.order import PromptStream

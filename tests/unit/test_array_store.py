@@ -15,9 +15,9 @@ import pytest
 from journal_builders import NUM_TOKENS, sample_returned
 from paths import python_environment
 
-from megatron_async_rl.controller.core.events import AnyEvent, SampleReturned
 from megatron_async_rl.controller.journal import array_store
 from megatron_async_rl.controller.journal import journal as journal_module
+from megatron_async_rl.controller.journal.events import AnyEvent, SampleReturned
 from megatron_async_rl.controller.journal.journal import ARRAYS_FOLDER, Journal, read_events
 from megatron_async_rl.errors import DataError
 

@@ -11,8 +11,8 @@ import pytest
 from journal_builders import journal_events, write_run_folder
 
 from megatron_async_rl.cli import audit
-from megatron_async_rl.controller.core.events import AnyEvent
 from megatron_async_rl.controller.journal import journal as journal_module
+from megatron_async_rl.controller.journal.events import AnyEvent
 from megatron_async_rl.controller.journal.journal import Journal, last_seq, read_events
 from megatron_async_rl.controller.journal.mark import MARK_FILE
 from megatron_async_rl.errors import DataError

@@ -20,8 +20,8 @@ from core_builders import (
 from journal_builders import journal_events, write_checkpoint
 
 from megatron_async_rl.cli import audit
-from megatron_async_rl.controller.core.events import GroupAdmitted, JournalEvent
 from megatron_async_rl.controller.journal import journal as journal_module
+from megatron_async_rl.controller.journal.events import GroupAdmitted, JournalEvent
 from megatron_async_rl.controller.journal.journal import Journal, read_events
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.storage import checkpoints
@@ -119,7 +119,7 @@ def test_process_killed_while_writing_leaves_a_prefix(tmp_path: Path) -> None:
         """
         import sys
         from pathlib import Path
-        from megatron_async_rl.controller.core.events import GroupAdmitted
+        from megatron_async_rl.controller.journal.events import GroupAdmitted
         from megatron_async_rl.controller.journal.journal import Journal
         journal = Journal(Path(sys.argv[1]))
         for number in range(10**9):

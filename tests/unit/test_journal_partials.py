@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_async_rl.controller.core.events import GroupDropped, JournalEvent, PartialSaved
 from megatron_async_rl.controller.journal import journal as journal_module
+from megatron_async_rl.controller.journal.events import GroupDropped, JournalEvent, PartialSaved
 from megatron_async_rl.controller.journal.journal import ARRAYS_FOLDER, Journal, read_events
 from megatron_async_rl.protocol.types import Partial
 

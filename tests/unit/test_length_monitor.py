@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_async_rl.controller.core.events import (
+from megatron_async_rl.controller.journal.events import (
     BatchSelected,
     GroupDropped,
     JournalEvent,

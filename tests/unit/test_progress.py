@@ -12,9 +12,9 @@ import pytest
 from run_log_builders import log_config, read_tensorboard, sample_of_versions
 
 from megatron_async_rl.controller.core.actions import SendBatch
-from megatron_async_rl.controller.core.events import AnyEvent, StepReported
 from megatron_async_rl.controller.core.fleet import Fleet
 from megatron_async_rl.controller.core.groups import Group
+from megatron_async_rl.controller.journal.events import AnyEvent, StepReported
 from megatron_async_rl.controller.monitoring.progress import Progress
 from megatron_async_rl.controller.weight_sync.session import Outcome
 from megatron_async_rl.observability import panel

@@ -21,14 +21,14 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, ReportStep, ResendBatch, SendBatch
-from megatron_async_rl.controller.core.events import (
+from megatron_async_rl.controller.core.groups import GroupState
+from megatron_async_rl.controller.journal.events import (
     BatchSelected,
     BatchTrained,
     GroupAdmitted,
     GroupDropped,
     JournalEvent,
 )
-from megatron_async_rl.controller.core.groups import GroupState
 from megatron_async_rl.protocol.messages import Generate, GenerateFailed, PartialSample, StepDone
 from megatron_async_rl.protocol.types import NOT_GENERATED
 

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from megatron_async_rl.controller.core.events import BatchSelected, GroupDropped, SampleScored
+from megatron_async_rl.controller.journal.events import BatchSelected, GroupDropped, SampleScored
 from megatron_async_rl.controller.monitoring.score_monitor import ScoreMonitor
 from megatron_async_rl.errors import Error
 from megatron_async_rl.observability.error_log import ErrorLog, user_error

@@ -6,7 +6,7 @@ import pytest
 from config_builders import config_tree
 
 from megatron_async_rl.config import load
-from megatron_async_rl.controller.core.events import BatchSelected, GroupDropped, SampleScored
+from megatron_async_rl.controller.journal.events import BatchSelected, GroupDropped, SampleScored
 from megatron_async_rl.controller.monitoring.signal_monitor import SignalMonitor
 from megatron_async_rl.errors import Error
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from state_search import search
 
-from megatron_async_rl.controller.core.events import AnyEvent, SampleReturned
 from megatron_async_rl.controller.core.state import ControllerState
+from megatron_async_rl.controller.journal.events import AnyEvent, SampleReturned
 from megatron_async_rl.errors import LedgerError
 
 

@@ -18,8 +18,9 @@ from core_builders import (
     restart_core,
 )
 
-from megatron_async_rl.controller.core import events, inputs
+from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import ReportError
+from megatron_async_rl.controller.journal import events
 from megatron_async_rl.protocol.messages import (
     Generate,
     Generated,

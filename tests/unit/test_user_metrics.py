@@ -10,7 +10,7 @@ from core_builders import core_settings, join_workers, make_core, make_sample, m
 
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.core import Core
-from megatron_async_rl.controller.core.events import AnyEvent, SampleScored
+from megatron_async_rl.controller.journal.events import AnyEvent, SampleScored
 from megatron_async_rl.controller.monitoring.score_monitor import ScoreMonitor
 from megatron_async_rl.protocol.messages import Generated, ScoreRequest, ScoreResult
 from megatron_async_rl.protocol.types import Segment

@@ -14,10 +14,10 @@ ResendBatch), which changes nothing in the ledger, and ends up with the same wei
 from __future__ import annotations
 
 from megatron_async_rl.controller.core.actions import ResendBatch, SendBatch
-from megatron_async_rl.controller.core.events import BatchSelected
 from megatron_async_rl.controller.core.groups import Group, GroupState
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
+from megatron_async_rl.controller.journal.events import BatchSelected
 
 
 class BatchSelector:

@@ -21,7 +21,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from megatron_async_rl.controller.core import actions, events, inputs
+from megatron_async_rl.controller.core import actions, inputs
 from megatron_async_rl.controller.core.actions import Action
 from megatron_async_rl.controller.core.batch_selection import BatchSelector
 from megatron_async_rl.controller.core.evaluation import Evaluation
@@ -32,6 +32,7 @@ from megatron_async_rl.controller.core.scoring import ScoringQueue, ScoringTask,
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
 from megatron_async_rl.controller.core.tokens import MAX_REWARD, token_fault
+from megatron_async_rl.controller.journal import events
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.types import Prompt
 

@@ -13,12 +13,12 @@ with another epoch, attempt or worker changes nothing (fencing).
 from __future__ import annotations
 
 from megatron_async_rl.controller.core.actions import Send
-from megatron_async_rl.controller.core.events import LeaseFailed, LeaseGranted
 from megatron_async_rl.controller.core.fleet import Fleet, RolloutWorker
 from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
 from megatron_async_rl.controller.core.tokens import token_fault
+from megatron_async_rl.controller.journal.events import LeaseFailed, LeaseGranted
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.types import Partial, Sample
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from megatron_async_rl.controller.core import events
 from megatron_async_rl.controller.core.groups import (
     DropReason,
     EvaluationTask,
@@ -17,6 +16,7 @@ from megatron_async_rl.controller.core.groups import (
     Ledger,
 )
 from megatron_async_rl.controller.core.index import GroupIndex, QueuedGroups, RunningGroups
+from megatron_async_rl.controller.journal import events
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import Prompt, Purpose
 

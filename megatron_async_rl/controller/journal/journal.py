@@ -25,7 +25,8 @@ from pathlib import Path
 
 import msgspec
 
-from megatron_async_rl.controller.core.events import (
+from megatron_async_rl.controller.journal.array_store import ArrayStore
+from megatron_async_rl.controller.journal.events import (
     AnyEvent,
     BatchSelected,
     GroupAdmitted,
@@ -33,7 +34,6 @@ from megatron_async_rl.controller.core.events import (
     SampleReturned,
     SampleScored,
 )
-from megatron_async_rl.controller.journal.array_store import ArrayStore
 from megatron_async_rl.controller.journal.mark import MARK_FILE, Mark
 from megatron_async_rl.controller.journal.partials import Partials, PartialTail, StoredEvent
 from megatron_async_rl.controller.journal.reader import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from megatron_async_rl.controller.core.events import (
+from megatron_async_rl.controller.journal.events import (
     AnyEvent,
     BatchSelected,
     GroupDropped,

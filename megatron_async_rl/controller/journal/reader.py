@@ -16,8 +16,8 @@ from urllib.parse import quote
 
 import msgspec
 
-from megatron_async_rl.controller.core.events import AnyEvent
 from megatron_async_rl.controller.journal.array_store import ArrayLocation, ArrayReader
+from megatron_async_rl.controller.journal.events import AnyEvent
 from megatron_async_rl.controller.journal.mark import MARK_FILE, read_mark
 from megatron_async_rl.controller.journal.partials import Partials, StoredEvent
 from megatron_async_rl.errors import DataError, ProtocolError

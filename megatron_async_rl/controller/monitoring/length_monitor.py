@@ -20,14 +20,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_async_rl.controller.core.events import (
+from megatron_async_rl.controller.core.groups import DropReason
+from megatron_async_rl.controller.journal.events import (
     BatchSelected,
     GroupDropped,
     JournalEvent,
     PartialSaved,
     SampleReturned,
 )
-from megatron_async_rl.controller.core.groups import DropReason
 
 WINDOW = 128  # most recent trained and dropped groups that are compared
 MIN_GROUPS = 16  # trained groups that a comparison needs

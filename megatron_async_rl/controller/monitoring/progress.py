@@ -13,9 +13,9 @@ import numpy as np
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.core.actions import SendBatch
-from megatron_async_rl.controller.core.events import StepReported
 from megatron_async_rl.controller.core.fleet import Fleet, RolloutWorker
 from megatron_async_rl.controller.core.groups import FAILURES, DropReason, Group
+from megatron_async_rl.controller.journal.events import StepReported
 from megatron_async_rl.controller.weight_sync.session import Outcome
 from megatron_async_rl.observability.evaluation_table import evaluation_table
 from megatron_async_rl.observability.run_log import RunLog

@@ -14,14 +14,14 @@ import logging
 
 import numpy as np
 
-from megatron_async_rl.controller.core.events import (
+from megatron_async_rl.controller.core.groups import FAILURES, DropReason
+from megatron_async_rl.controller.journal.events import (
     BatchSelected,
     GroupDropped,
     JournalEvent,
     SampleReturned,
     SampleScored,
 )
-from megatron_async_rl.controller.core.groups import FAILURES, DropReason
 from megatron_async_rl.errors import Error
 from megatron_async_rl.observability.error_log import ErrorLog
 from megatron_async_rl.protocol.messages import GenerateFailed, Message, ScoreResult

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Callable
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.controller.core.events import (
+from megatron_async_rl.controller.core.groups import DropReason
+from megatron_async_rl.controller.journal.events import (
     BatchSelected,
     GroupDropped,
     JournalEvent,
     SampleScored,
 )
-from megatron_async_rl.controller.core.groups import DropReason
 from megatron_async_rl.errors import Error
 
 FILTERS = {

@@ -17,7 +17,11 @@ import psutil
 from chaos_parts.job import Job
 from chaos_parts.namespaces import HOST_A, HOST_B
 from megatron_async_rl import processes
-from megatron_async_rl.controller.core.events import ControllerStarted, SampleReturned, SampleScored
+from megatron_async_rl.controller.journal.events import (
+    ControllerStarted,
+    SampleReturned,
+    SampleScored,
+)
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
 from megatron_async_rl.errors import ProtocolError
 from megatron_async_rl.observability.status import read_status
