@@ -15,15 +15,17 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import multiprocessing
 import random
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pebble import ProcessPool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -41,7 +43,7 @@ SIZES = {  # answers per class
     "solution": 2000,  # of the data set, without its box or its line with ####
 }
 REFUSED = ("equivalent", "unboxed right", "same", "solution")  # classes of right answers
-LIMIT_S = 5  # of one comparison by math-verify, which then counts as wrong
+LIMIT_S = 5.0  # of one score, which then counts as refused
 
 
 class Case(NamedTuple):
@@ -452,14 +454,6 @@ def _balanced(cases: list[Case], limit: int) -> list[Case]:
     return chosen
 
 
-class _Slow(Exception):
-    pass
-
-
-def _on_alarm(*_: Any) -> None:
-    raise _Slow
-
-
 def ours(case: Case) -> tuple[bool, str]:
     """Returns (accepted, which step decided)."""
     expected, answer = math_answer.read_answers(case.response, {"answer": case.gold})
@@ -479,27 +473,36 @@ def math_verify(case: Case) -> tuple[bool, str]:
     return accepted, "by math-verify"
 
 
+def timed(score: Callable[[Case], tuple[bool, str]], case: Case) -> tuple[bool, str, float]:
+    """Returns (accepted, which step decided, CPU seconds)."""
+    started = time.process_time()
+    try:
+        accepted, step = score(case)
+    except Exception:
+        accepted, step = False, "by math-verify"
+    return accepted, step, time.process_time() - started
+
+
 def measure(
     name: str, score: Callable[[Case], tuple[bool, str]], cases: list[Case], show: int
 ) -> None:
-    signal.signal(signal.SIGALRM, _on_alarm)
+    """Prints wrong decisions and CPU times; a score that takes LIMIT_S is killed."""
     total: collections.Counter[str] = collections.Counter()
     errors: dict[str, list[Case]] = collections.defaultdict(list)
     cpu_s: dict[str, list[float]] = collections.defaultdict(list)
-    for case in cases:
-        started = time.process_time()
-        step = "by math-verify"
-        signal.alarm(LIMIT_S)
+    pool = ProcessPool(max_workers=1, context=multiprocessing.get_context("fork"))
+    scored = [pool.schedule(timed, (score, case), timeout=LIMIT_S) for case in cases]
+    for case, future in zip(cases, scored, strict=True):
         try:
-            accepted, step = score(case)
-        except Exception:
-            accepted = False
-        finally:
-            signal.alarm(0)
-        cpu_s[step].append(time.process_time() - started)
+            accepted, step, taken_s = future.result()
+        except TimeoutError:
+            accepted, step, taken_s = False, "by math-verify", LIMIT_S
+        cpu_s[step].append(taken_s)
         total[case.kind] += 1
         if accepted != case.right:
             errors[case.kind].append(case)
+    pool.close()
+    pool.join()
     for kind, count in total.items():
         wrong = len(errors[kind])
         verb = "refused" if kind in REFUSED else "accepted"
