@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 from needs import needs_engine
+from tiny_model import CPU_ENGINE
 from whole_runs import (
     RUN_MAX_STALENESS,
     RUN_STEPS,
@@ -296,13 +297,13 @@ def test_engine_failure_at_startup_is_one_clear_error(
     run_inputs: RunInputs, tmp_path: Path
 ) -> None:
     child = start_run(
-        run_inputs.config(tmp_path / "run", sglang={"attention_backend": "no_such_backend"})
-    )
+        run_inputs.config(tmp_path / "run", sglang=CPU_ENGINE | {"attention_backend": "fa3"})
+    )  # a choice that SGLang knows and refuses on a CPU
     _, errors = child.communicate(timeout=240)
     assert child.returncode == 2
     assert (
         errors.startswith("error: the SGLang server ended with exit code")
-        and "no_such_backend" in errors
+        and "FlashAttention v3 Backend requires" in errors
     )
     assert_no_process_left(tmp_path / "run")
 
