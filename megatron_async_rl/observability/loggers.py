@@ -128,7 +128,8 @@ class Mlflow:
             self._client.set_tag(self._run_id, f"config.{name}", str(section)[:5000])
 
     def scalars(self, version: int, values: dict[str, float]) -> None:
-        now_ms = int(time.time() * 1000)
+        wall_time = time.time()
+        now_ms = int(1000 * wall_time)
         metrics = [self._metric(tag, float(v), now_ms, version) for tag, v in values.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 

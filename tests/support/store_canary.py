@@ -6,7 +6,6 @@ torchrun's own c10d rendezvous unpickles what it finds in its store: there the c
 from __future__ import annotations
 
 import base64
-import pickle
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -15,16 +14,6 @@ import psutil
 import torch.distributed as dist
 
 CONNECT_S, STORE_S = 0.5, 2.0
-
-
-class Canary:
-    """Creates a file where it is unpickled."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self._file,)
 
 
 def network_addresses() -> list[str]:
@@ -46,8 +35,12 @@ def is_reachable(address: str, port: int) -> bool:
 
 
 def write(address: str, port: int, run_id: str, file: Path) -> bool:
-    """Returns whether a store there took the canary as the state of a torchrun rendezvous."""
-    value = base64.b64encode(pickle.dumps(Canary(file)))
+    """Returns whether a store there took the canary as the state of a torchrun rendezvous.
+
+    It makes the folder `file` where it is unpickled.
+    """
+    # what os.mkdir(file) is in the first version of the format
+    value = base64.b64encode(f"cos\nmkdir\n(V{file}\ntR.".encode())
     try:
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_S))
         store.set(f"torch.rendezvous.{run_id}", value)

@@ -6,7 +6,7 @@ may interrupt a request and the tokens are known to be final only at its end.
 
 from __future__ import annotations
 
-import time
+import secrets
 from typing import Any
 
 from megatron_async_rl.data.tokenizer import Tokenizer
@@ -14,6 +14,7 @@ from megatron_async_rl.rollout.agents.fields import Fields
 from megatron_async_rl.rollout.agents.session import ChatRequest, Reply, RequestError
 
 MODEL = "policy"
+CREATED = 0  # a time that clients show and decide nothing by
 
 
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
@@ -165,8 +166,8 @@ def _logprobs(reply: Reply, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _head(prefix: str, kind: str) -> dict[str, Any]:
-    return {"id": new_id(prefix), "object": kind, "created": int(time.time()), "model": MODEL}
+    return {"id": new_id(prefix), "object": kind, "created": CREATED, "model": MODEL}
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{time.time_ns():x}"
+    return f"{prefix}-{secrets.token_hex(12)}"

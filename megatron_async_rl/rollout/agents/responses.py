@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from megatron_async_rl.rollout.agents import chat
@@ -64,7 +63,7 @@ def response(request: ChatRequest, reply: Reply, session: Session) -> dict[str, 
     return {
         "id": identity,
         "object": "response",
-        "created_at": int(time.time()),
+        "created_at": chat.CREATED,
         "model": chat.MODEL,
         "status": "completed" if reply.finish != "length" else "incomplete",
         "incomplete_details": {"reason": "max_output_tokens"} if reply.finish == "length" else None,

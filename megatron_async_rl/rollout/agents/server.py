@@ -111,7 +111,12 @@ class Endpoint:
 
     async def _models(self, request: web.Request) -> web.Response:
         self._session(request)
-        model = {"id": chat.MODEL, "object": "model", "created": 0, "owned_by": "megatron_async_rl"}
+        model = {
+            "id": chat.MODEL,
+            "object": "model",
+            "created": chat.CREATED,
+            "owned_by": "megatron_async_rl",
+        }
         return web.json_response({"object": "list", "data": [model]})
 
     @web.middleware
