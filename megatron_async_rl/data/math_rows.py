@@ -1,7 +1,7 @@
 """The answer in a dataset row, for reward.function = math.
 
 The dataset reader checks every row with `read_answer`; a reward worker reads the answer with the
-same function. `boxed_answer` also reads responses (reward/math/final_answer.py).
+same function. `boxed_answer` also reads responses (reward/final_answer.py).
 """
 
 from __future__ import annotations

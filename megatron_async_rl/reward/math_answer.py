@@ -18,7 +18,8 @@ from typing import Any
 
 from megatron_async_rl.data import math_rows
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.reward.math import equality, final_answer, normal_form
+from megatron_async_rl.reward import final_answer
+from megatron_async_rl.reward.math import equality, normal_form
 
 THINKING_TAGS = ("<think>", "</think>")
 _DECIMAL = re.compile(r"[-+]?\d{1,60}(?:\.\d{1,60})?")
