@@ -1,1 +1,1 @@
-"""Parts of the built-in `math` reward (reward/math_answer.py): find, normalize, compare."""
+"""Parts of the built-in `math` reward (reward/math_answer.py): normalize, read, compare."""
