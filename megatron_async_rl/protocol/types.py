@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 NOT_GENERATED = -1
+MAX_REWARD = 1e9  # of either sign; a larger one, or NaN, is no reward
 PROBE_TOKENS = 256  # at most, of each sample of a mismatch probe
 
 StopReason = Literal["stop", "length"]

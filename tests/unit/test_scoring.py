@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import math
 
-from core_builders import LEASE_S, join_workers, make_core, messages_of
+import msgspec
+import pytest
+from core_builders import (
+    LEASE_S,
+    join_workers,
+    make_core,
+    make_sample,
+    messages_of,
+    restart_core,
+)
 
 from megatron_async_rl.controller.core import inputs
-from megatron_async_rl.protocol.messages import Generate, GenerateFailed, ScoreRequest, ScoreResult
+from megatron_async_rl.controller.core.groups import GroupState
+from megatron_async_rl.controller.journal.events import SampleScored
+from megatron_async_rl.protocol.messages import (
+    Generate,
+    Generated,
+    GenerateFailed,
+    ScoreRequest,
+    ScoreResult,
+)
 
 
 def ask(lease: Generate, index: int = 0, number: int = 1) -> ScoreRequest:
@@ -83,3 +100,23 @@ def test_score_request_of_an_ended_lease_is_rejected() -> None:
         core.handle(inputs.Received("rollout-0", ask(lease, number=2)), 4), ScoreResult
     )
     assert answer.call == 2 and "has ended" in answer.error and core.num_fenced_messages == 1
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+def test_reward_that_an_agent_gave_is_recorded_and_not_computed(crashed: bool) -> None:
+    core = make_core(single_turn=False, max_sequences=64)
+    lease = join_workers(core)[0]
+    recorded = core.take_events()
+    for index, reward in zip(lease.indices, (0.25, 0.75), strict=True):
+        sample = msgspec.structs.replace(make_sample(0), reward=reward)
+        reply = Generated(lease.key(index), sample)
+        actions = core.handle(inputs.Received("rollout-0", reply), 0.0)
+        assert not messages_of(actions, ScoreRequest)
+        recorded += core.take_events()
+    if crashed:  # just before the rewards were recorded
+        recorded = [event for event in recorded if not isinstance(event, SampleScored)]
+    else:
+        assert sum(isinstance(event, SampleScored) for event in recorded) == 2
+    restored = restart_core(core, recorded)
+    group = restored.groups[lease.group_id]
+    assert group.rewards == [0.25, 0.75] and group.state is GroupState.READY

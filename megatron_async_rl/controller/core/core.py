@@ -31,10 +31,10 @@ from megatron_async_rl.controller.core.leases import Leases
 from megatron_async_rl.controller.core.scoring import ScoringQueue, ScoringTask, refusal
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
-from megatron_async_rl.controller.core.tokens import MAX_REWARD, token_fault
+from megatron_async_rl.controller.core.tokens import token_fault
 from megatron_async_rl.controller.journal import events
 from megatron_async_rl.protocol import messages
-from megatron_async_rl.protocol.types import Prompt
+from megatron_async_rl.protocol.types import MAX_REWARD, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,8 @@ class Core:
                     self.state.move(group, GroupState.QUEUED)
                     group.worker = ""
                 self.scoring.enqueue_unscored(group)
+                if group.is_scored:  # by an agent; the crash came before that was recorded
+                    self._complete(group)
         self.check()
 
     def _skip_faulty_partials(self) -> None:
@@ -235,11 +237,8 @@ class Core:
             return [error, *self._release(group), *self._advance(now)]
         self.state.record(events.SampleReturned(group.group_id, reply.key.index, reply.sample))
         self.leases.unload(group)
-        completed: list[Action] = []
-        if reply.sample.reward is None:
-            self.scoring.enqueue_sample(group, reply.key.index)
-        elif group.is_scored:
-            completed = self._complete(group)
+        self.scoring.enqueue_sample(group, reply.key.index)
+        completed = self._complete(group) if group.is_scored else []
         return [actions.ReportSample(reply.sample), *completed, *self._advance(now)]
 
     def _partial_sample(

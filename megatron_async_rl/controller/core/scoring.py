@@ -25,6 +25,7 @@ from megatron_async_rl.controller.core.groups import Group
 from megatron_async_rl.controller.core.leases import Leases
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
+from megatron_async_rl.controller.journal.events import SampleScored
 from megatron_async_rl.protocol.messages import ScoreRequest, ScoreResult
 from megatron_async_rl.protocol.types import SampleKey
 
@@ -53,10 +54,13 @@ class ScoringQueue:
         self.assigned: dict[tuple[SampleKey, int], ScoringTask] = {}
 
     def enqueue_sample(self, group: Group, index: int) -> None:
-        """Queues the reward of a finished sample."""
+        """Queues the reward of a finished sample; records the one that an agent gave itself."""
         key = SampleKey(self._state.epoch, group.group_id, group.attempt, index)
         sample = group.samples[index]
         assert sample is not None
+        if sample.reward is not None:
+            self._state.record(SampleScored(group.group_id, index, sample.reward))
+            return
         prompt = group.prompt
         request = ScoreRequest(key, sample.text, prompt.row, opening_tag=prompt.opening_tag)
         self._enqueue(ScoringTask(request, is_evaluation=group.purpose == "eval"))

@@ -162,15 +162,10 @@ class ControllerState:
                     group.oldest_returned = oldest
                 group.partials.pop(event.index, None)
                 self._by_state[group.state].changed(group)
-                if event.sample.reward is not None:
-                    self._apply_reward(group, event.index, event.sample.reward)
             case events.SampleScored():
-                self._apply_reward(group, event.index, event.reward)
-
-    def _apply_reward(self, group: Group, index: int, reward: float) -> None:
-        group.rewards[index] = reward
-        if group.is_scored:
-            self.move(group, GroupState.READY)
+                group.rewards[event.index] = event.reward
+                if group.is_scored:
+                    self.move(group, GroupState.READY)
 
     def _admit(self, group_id: int, prompt: Prompt) -> Group:
         self.ledger.admitted += 1

@@ -13,9 +13,14 @@ import math
 import numpy as np
 
 from megatron_async_rl.controller.core.settings import CoreSettings
-from megatron_async_rl.protocol.types import NOT_GENERATED, Partial, Prompt, Sample
+from megatron_async_rl.protocol.types import (
+    MAX_REWARD,
+    NOT_GENERATED,
+    Partial,
+    Prompt,
+    Sample,
+)
 
-MAX_REWARD = 1e9  # a larger one, or NaN, is an infrastructure error
 MAX_LOGPROB = 0.01  # 0, and room for rounding in the engine
 _DTYPES = {"ids": np.int32, "logprobs": np.float32, "versions": np.int32}
 

@@ -17,13 +17,13 @@ from typing import Any
 from aiohttp import web
 
 from megatron_async_rl.observability.error_log import ErrorLog, user_error
+from megatron_async_rl.protocol.types import MAX_REWARD
 from megatron_async_rl.rollout.agents import anthropic, chat, responses
 from megatron_async_rl.rollout.agents.fields import Fields
 from megatron_async_rl.rollout.agents.session import RequestError, Session
 
 logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 << 20
-MAX_REWARD = 1e9
 
 Handler = Callable[[Session, dict[str, Any]], Awaitable[tuple[Any, Iterable[Any] | None]]]
 
