@@ -79,7 +79,7 @@ from megatron_async_rl.data.order import PromptStream
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ConfigError, Error, Preempted
 from megatron_async_rl.observability.run_log import RunLog
-from megatron_async_rl.protocol.messages import Hello, Republish, Shutdown
+from megatron_async_rl.protocol.messages import Hello, ProbeResult, Republish, Shutdown
 from megatron_async_rl.protocol.transport import Hub
 
 logger = logging.getLogger(__name__)
@@ -205,6 +205,8 @@ class Controller:
             self.scores.received(event.worker, event.message)
             self.mismatch.received(event.message)
             self.engines.received(event.worker, event.message)
+            if isinstance(event.message, ProbeResult):
+                self._report_late_probe(event.message.version)
         followed = self.core.handle(event, time.monotonic())
         recorded = self.core.take_events()
         self.journal.append(recorded)
@@ -253,6 +255,12 @@ class Controller:
             self.lengths.check(self.progress.warn)
             self.signal.check_step(stats, self.progress.warn)
             self.mismatch.check(step.version, stats, self.progress.warn)
+
+    def _report_late_probe(self, version: int) -> None:
+        """Records the figures of a probe whose step is reported already."""
+        if stats := self.mismatch.step(version):
+            self.progress.record(version + 1, stats)
+            self.mismatch.check(version + 1, stats, self.progress.warn)
 
     async def _request_weights(self) -> None:
         """Gives weights to servers that joined between updates, from a snapshot or the trainer."""

@@ -83,11 +83,11 @@ class BatchDelivery:
         ]
         probe = self._mismatch.choose(batch.version, samples, self._fleet.rollout.values())
         shares = balanced_shares(samples, self._config.num_leaders)
+        if probe:  # before the batch: after a short step the server has other weights
+            await self._workers.send(*probe)
         for worker in self._workers.leaders:
             share = TrainBatch(batch.version, shares[worker.hello.leader])
             await self._workers.send(worker.name, share)
-        if probe:
-            await self._workers.send(*probe)
         return rewards, token_means(advantages)
 
     async def _resend(self, version: int) -> None:

@@ -202,6 +202,10 @@ class Progress:
         )  # fmt: skip
         return StepReported(version, reward_mean, step_s)
 
+    def record(self, version: int, stats: dict[str, float]) -> None:
+        """Writes figures of a step that is reported already."""
+        self._record(self._log.write_scalars, version, stats)
+
     def published(self, outcome: Outcome) -> None:
         self.last_progress = time.monotonic()
         self._updating_s += outcome.seconds["total"]
