@@ -64,6 +64,8 @@ setup(
             "reasoning-gym",
             "openai",
             "anthropic",
+            "smolagents",
+            "schemathesis",
         ],
         "reasoning_gym": ["reasoning-gym"],
         "gpu": ["transformer-engine[pytorch]"],
