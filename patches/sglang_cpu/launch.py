@@ -18,9 +18,12 @@ multiprocessing.set_start_method = lambda method, force=False: _set_start_method
 gc.disable()  # collections during the imports find nothing and take a sixth of the time
 import batched_attention
 import sglang.srt.entrypoints.http_server  # noqa: F401
+import sglang.srt.mem_cache.pool_host.common as host_memory
 
 gc.freeze()  # children share these pages
 gc.enable()
 
 batched_attention.register()
+# the buffer of enable_return_routed_experts is registered with CUDA, also on a CPU
+host_memory._cuda_host_register = lambda buffer, granularity=None: None
 runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
