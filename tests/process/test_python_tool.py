@@ -12,7 +12,8 @@ from chat_model import END, START, Script, make_chat_tokenizer
 
 from megatron_async_rl.config.sections import SandboxConfig
 from megatron_async_rl.data.tokenizer import Tokenizer
-from megatron_async_rl.rollout.workflows.python_tool import Call, PythonTool
+from megatron_async_rl.rollout.python_runner import PythonRunner
+from megatron_async_rl.rollout.workflows.python_tool import PythonTool
 
 SETTINGS = {"data.chat_template": True, "rollout.workflow": "python_tool"}
 
@@ -27,8 +28,9 @@ def call(code: str) -> str:
     return f"<tool_call>\n{json.dumps(arguments)}\n</tool_call>"
 
 
-def output(tool: PythonTool, code: str, **settings: float) -> str:
-    return asyncio.run(tool._answer(Call(code), SandboxConfig(**settings)))["content"]  # type: ignore[arg-type]
+def output(code: str, **settings: float) -> str:
+    runner = PythonRunner(SandboxConfig(**settings), processes=1, max_output_chars=200)  # type: ignore[arg-type]
+    return asyncio.run(runner.run(code))
 
 
 def test_outputs_of_calls_are_the_context_of_the_next_turn(tokenizer: Tokenizer) -> None:
@@ -55,31 +57,31 @@ def test_call_in_the_last_turn_is_not_run(tokenizer: Tokenizer) -> None:
 
 
 def test_program_is_limited_and_confined(tmp_path: Path) -> None:
-    tool, secret = PythonTool(max_output_chars=200, processes=1), tmp_path / "key"
+    secret = tmp_path / "key"
     secret.write_text("key")
-    assert output(tool, "while True: pass", test_timeout_s=0.5).endswith("took too long")
-    assert "MemoryError" in output(tool, "x = 'a' * (1 << 40)")
-    assert "Permission denied" in output(tool, f"print(open({str(secret)!r}).read())")
-    assert "PermissionError" in output(tool, "import socket; socket.socket()")
-    assert "characters left out" in output(tool, "print('x' * 5000)")
-    assert output(tool, "import sys; print('bad', file=sys.stderr); sys.exit(3)") == "bad"
-    assert output(tool, "x = 1") == "(no output: print the result)"
-    assert "SyntaxError" in output(tool, "print(")
-    assert output(tool, "print('\\'\"\"\"', '{}')") == '\'""" {}'
+    assert output("while True: pass", test_timeout_s=0.5).endswith("took too long")
+    assert "MemoryError" in output("x = 'a' * (1 << 40)")
+    assert "Permission denied" in output(f"print(open({str(secret)!r}).read())")
+    assert "PermissionError" in output("import socket; socket.socket()")
+    assert "characters left out" in output("print('x' * 5000)")
+    assert output("import sys; print('bad', file=sys.stderr); sys.exit(3)") == "bad"
+    assert output("x = 1") == "(no output: print the result)"
+    assert "SyntaxError" in output("print(")
+    assert output("print('\\'\"\"\"', '{}')") == '\'""" {}'
 
 
 def test_event_loop_goes_on_while_programs_run() -> None:
-    tool, settings = PythonTool(processes=2), SandboxConfig()
-    slow = Call("import time\ntime.sleep(0.5)\nprint(1)")
+    python = PythonRunner(SandboxConfig(), processes=2)
+    slow = "import time\ntime.sleep(0.5)\nprint(1)"
 
     async def run() -> tuple[list[str], float]:
-        await asyncio.gather(*(tool._answer(Call("print(0)"), settings) for _ in range(2)))
-        calls = [asyncio.create_task(tool._answer(slow, settings)) for _ in range(2)]
+        await asyncio.gather(*(python.run("print(0)") for _ in range(2)))
+        calls = [asyncio.create_task(python.run(slow)) for _ in range(2)]
         longest, last = 0.0, time.monotonic()
         while not all(task.done() for task in calls):
             await asyncio.sleep(0.005)
             longest, last = max(longest, time.monotonic() - last), time.monotonic()
-        return [task.result()["content"] for task in calls], longest
+        return [task.result() for task in calls], longest
 
     outputs, longest_pause_s = asyncio.run(run())
     assert outputs == ["1", "1"] and longest_pause_s < 0.4

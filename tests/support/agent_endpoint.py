@@ -10,15 +10,19 @@ from typing import Any
 import anthropic
 import openai
 
+from megatron_async_rl.config.sections import SandboxConfig
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import EngineError
 from megatron_async_rl.protocol.types import Sample, Segment
+from megatron_async_rl.rollout.agents.history import ChatTemplate
 from megatron_async_rl.rollout.agents.server import Endpoint
-from megatron_async_rl.rollout.agents.session import ChatTemplate, Session
+from megatron_async_rl.rollout.agents.session import Session, SessionSettings
 from megatron_async_rl.rollout.engine_client import Sampling
+from megatron_async_rl.rollout.python_runner import PythonRunner
 from megatron_async_rl.rollout.workflow import Completion
 
 END = 0
+CONTEXT_TOKENS = 4096
 
 
 class ScriptedPolicy:
@@ -34,6 +38,8 @@ class ScriptedPolicy:
         await asyncio.sleep(0)
         if self.fails:
             raise EngineError("the server died")
+        if len(ids) >= CONTEXT_TOKENS:
+            return Completion([], "length")
         text = self.texts.pop(0) if self.texts else "ok"
         sampled = [*self.tokenizer.encode(text).tolist(), END][: sampling.max_new_tokens]
         stop = "stop" if sampled[-1] == END else "length"
@@ -47,9 +53,16 @@ class Served:
 
     def __init__(self, endpoint: Endpoint, policy: ScriptedPolicy, max_requests: int) -> None:
         self.policy, self.endpoint = policy, endpoint
-        template = ChatTemplate(None, {}, None)
-        self.session = Session(policy, Sampling(256, 1.0, [END]), template, max_requests)  # type: ignore[arg-type]
-        endpoint.open(self.session)
+        self._settings = SessionSettings(
+            ChatTemplate(None, {}, None), max_requests, PythonRunner(SandboxConfig(), processes=1)
+        )
+        self.session = self.another()
+
+    def another(self) -> Session:
+        """Opens one more session, of the same policy."""
+        session = Session(self.policy, Sampling(256, 1.0, [END]), self._settings)  # type: ignore[arg-type]
+        self.endpoint.open(session)
+        return session
 
     @property
     def openai(self) -> openai.AsyncOpenAI:
@@ -69,7 +82,7 @@ class Served:
         )
 
     def sample(self) -> Sample:
-        return self.session.transcript.sample("stop", None)
+        return self.session.transcript.sample("stop", self.session.rewards)
 
 
 @asynccontextmanager

@@ -193,7 +193,18 @@ def test_several_completions_are_branches_of_one_prompt(tokenizer: Tokenizer) ->
         ("chat/completions", {"messages": [{"role": 1}]}, 400, "role"),
         ("chat/completions", {"messages": [user("a")], "n": 99}, 400, "n = 99"),
         ("chat/completions", {"messages": [user("a")], "max_tokens": 0}, 400, "max_tokens"),
-        ("chat/completions", {"messages": [user("a")], "tool_choice": "required"}, 400, "auto"),
+        ("chat/completions", {"messages": [user("a")], "tool_choice": "any"}, 400, "auto"),
+        ("chat/completions", {"messages": [user("a")], "tools": [{"type": "x"}]}, 400, "function"),
+        (
+            "chat/completions",
+            {
+                "messages": [user("a")],
+                "tools": [{"type": "python"}, {"function": {"name": "python"}}],
+            },
+            400,
+            "beside the tool of type python",
+        ),
+        ("completions", b'{"prompt": "\xed\xa0\x80"}', 400, "Unicode"),
         (
             "chat/completions",
             {"messages": [user("a")], "response_format": {"type": "json_object"}},
@@ -226,7 +237,7 @@ def test_wrong_request_is_an_error_that_names_the_field(
             ) as reply:
                 error = (await reply.json())["error"]
                 assert reply.status == status and text in error["message"], error
-            assert not served.session.transcript.turns and served.session.reward is None
+            assert not served.session.transcript.turns and not served.session.rewards
 
     asyncio.run(ask())
 

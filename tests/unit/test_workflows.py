@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from core_builders import join_workers, make_core, make_sample, messages_of, sco
 
 from megatron_async_rl import hooks
 from megatron_async_rl.config import load
+from megatron_async_rl.config.sections import SandboxConfig
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.protocol import rules
 from megatron_async_rl.protocol.messages import Generated, Hello, ScoreRequest
 from megatron_async_rl.protocol.types import NOT_GENERATED, Sample
+from megatron_async_rl.rollout.python_runner import PythonRunner, shortened
+from megatron_async_rl.rollout.tool_calls import BadCall, ToolCall
 from megatron_async_rl.rollout.workflows.multi_turn_math import FEEDBACK, MultiTurnMath
-from megatron_async_rl.rollout.workflows.python_tool import find_calls, shortened
+from megatron_async_rl.rollout.workflows.python_tool import find_calls
 
 CHAT = {"data.chat_template": True}
 
@@ -134,8 +138,8 @@ def test_tool_prompt_and_tool_message_follow_the_template(tokenizer: Tokenizer) 
     ],
 )
 def test_calls_are_found_in_the_response(text: str, codes: list[str]) -> None:
-    calls = find_calls(text)
-    assert [call.code for call in calls] == codes and not any(call.error for call in calls)
+    programs = [c.arguments["code"] if isinstance(c, ToolCall) else c for c in find_calls(text)]
+    assert programs == codes
 
 
 @pytest.mark.parametrize(
@@ -143,7 +147,8 @@ def test_calls_are_found_in_the_response(text: str, codes: list[str]) -> None:
     [
         ("print(1)", "a call is JSON of the form"),
         ("[1]", "a call is JSON of the form"),
-        ('{"name": "python"}', "a call is JSON of the form"),
+        ('{"name": "python"}', "`code` must be a text, it is a NoneType"),
+        ('{"name": "python", "arguments": [1]}', "a call is JSON of the form"),
         ("[" * 100_000, "a call is JSON of the form"),
         ('{"name": "search", "arguments": {"code": "1"}}', "no tool 'search'"),
         ('{"name": "python", "arguments": {"code": 1}}', "`code` must be a text"),
@@ -151,7 +156,10 @@ def test_calls_are_found_in_the_response(text: str, codes: list[str]) -> None:
 )
 def test_call_that_cannot_be_read_is_an_error_message_to_the_policy(call: str, error: str) -> None:
     [found] = find_calls(f"<tool_call>{call}</tool_call>")
-    assert error in found.error
+    if isinstance(found, ToolCall):
+        assert error in asyncio.run(PythonRunner(SandboxConfig()).answer(found))
+    else:
+        assert isinstance(found, BadCall) and error in found.error
 
 
 def test_long_output_is_shortened_in_its_middle() -> None:

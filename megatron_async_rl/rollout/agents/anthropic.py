@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_async_rl.rollout.agents.chat import MODEL, new_id
 from megatron_async_rl.rollout.agents.fields import Fields
-from megatron_async_rl.rollout.agents.session import ChatRequest, Reply, RequestError
+from megatron_async_rl.rollout.agents.request import PYTHON, ChatRequest, Reply, RequestError
 
 
 def parse_messages(body: dict[str, Any]) -> ChatRequest:
@@ -21,12 +21,8 @@ def parse_messages(body: dict[str, Any]) -> ChatRequest:
         messages += _messages(Fields(message), message.get("content"))
     choice = body.get("tool_choice") or {"type": "auto"}
     kind = choice.get("type") if isinstance(choice, dict) else choice
-    if kind not in ("auto", "none"):
-        raise RequestError(
-            400,
-            f"tool_choice = {kind!r} is not supported: a forced call would be sampled from "
-            "another distribution than the one that is trained; use auto or none",
-        )
+    if kind not in ("auto", "none", "any", "tool"):
+        raise RequestError(400, "tool_choice must be of type auto, none, any or tool")
     return ChatRequest(
         messages=messages,
         tools=[] if kind == "none" else [_tool(tool) for tool in fields.objects("tools")],
@@ -105,6 +101,8 @@ def _texts(blocks: list[dict[str, Any]]) -> str:
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     """Returns a tool in OpenAI's form, which chat templates take."""
+    if tool.get("type") == PYTHON["type"]:
+        return PYTHON
     fields = Fields(tool)
     function = {
         "name": fields.text("name"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.rollout.agents.fields import Fields
-from megatron_async_rl.rollout.agents.session import ChatRequest, Reply, RequestError
+from megatron_async_rl.rollout.agents.request import PYTHON, ChatRequest, Reply, RequestError
 
 MODEL = "policy"
 CREATED = 0  # a time that clients show and decide nothing by
@@ -20,14 +20,10 @@ CREATED = 0  # a time that clients show and decide nothing by
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
     """Returns the request of /v1/chat/completions. Raises RequestError."""
     fields = Fields(body)
-    tools = fields.objects("tools")
     choice = body.get("tool_choice", "auto")
-    if choice not in ("auto", "none", None):
-        raise RequestError(
-            400,
-            f"tool_choice = {choice!r} is not supported: a forced call would be sampled from "
-            "another distribution than the one that is trained; use auto or none",
-        )
+    if not isinstance(choice, dict) and choice not in ("auto", "none", "required", None):
+        raise RequestError(400, "tool_choice must be auto, none, required or an object")
+    tools = [_tool(tool) for tool in fields.objects("tools")]
     response_format = body.get("response_format")
     if response_format and fields.object("response_format").get("type") != "text":
         raise RequestError(
@@ -141,6 +137,13 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
         if isinstance(message.get(name), str):
             kept[name] = message[name]
     return kept
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    if tool.get("type") == PYTHON["type"]:
+        return PYTHON
+    Fields(Fields(tool).object("function")).text("name")
+    return tool
 
 
 def _tool_call(call: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,23 @@
-"""Reads the fields of a JSON request; a wrong one is an error that names it."""
+"""Reads a JSON request and its fields; a wrong one is an error that names it."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from megatron_async_rl.rollout.agents.session import RequestError
+from megatron_async_rl.rollout.agents.request import RequestError
+
+
+def read_json(text: str | bytes) -> Any:
+    """Raises ValueError unless the text is JSON in Unicode, of a depth that can be read."""
+    try:
+        text = text if isinstance(text, str) else text.decode()
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
+    except RecursionError:
+        raise ValueError("too deep") from None
+    return value
 
 
 class Fields:
@@ -35,9 +47,9 @@ class Fields:
         value = self._body.get(name) or {}
         if isinstance(value, str):
             try:
-                value = json.loads(value)
+                value = read_json(value)
             except ValueError:
-                raise RequestError(400, f"{name} is not JSON") from None
+                raise RequestError(400, f"{name} is not JSON in Unicode") from None
         if not isinstance(value, dict):
             raise RequestError(400, f"{name} must be a JSON object")
         return value

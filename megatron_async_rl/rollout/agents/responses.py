@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_async_rl.rollout.agents import chat
 from megatron_async_rl.rollout.agents.fields import Fields
-from megatron_async_rl.rollout.agents.session import ChatRequest, Reply, RequestError, Session
+from megatron_async_rl.rollout.agents.request import PYTHON, ChatRequest, Reply, RequestError
+from megatron_async_rl.rollout.agents.session import Session
 
 
 def parse(body: dict[str, Any], session: Session) -> ChatRequest:
@@ -39,11 +40,8 @@ def parse(body: dict[str, Any], session: Session) -> ChatRequest:
 def response(request: ChatRequest, reply: Reply, session: Session) -> dict[str, Any]:
     """Returns the reply; the session keeps its conversation for `previous_response_id`."""
     identity = chat.new_id("resp")
-    answer: dict[str, Any] = {"role": "assistant", "content": reply.content}
-    if reply.calls:
-        answer["tool_calls"] = [call.as_openai() for call in reply.calls]
     kept = [message for message in request.messages if message["role"] != "system"]
-    session.earlier[identity] = [*kept, answer]
+    session.earlier[identity] = [*kept, reply.as_message()]
     output: list[dict[str, Any]] = []
     if reply.content or not reply.calls:
         text = {"type": "output_text", "text": reply.content, "annotations": []}
@@ -120,6 +118,8 @@ def _message(item: dict[str, Any]) -> dict[str, Any]:
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(tool)
+    if tool.get("type") == PYTHON["type"]:
+        return PYTHON
     if tool.get("type") != "function":
         raise RequestError(400, f"tools of type {tool.get('type')!r} are not supported")
     parameters = tool.get("parameters") or {"type": "object", "properties": {}}

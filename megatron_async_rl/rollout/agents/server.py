@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
@@ -17,10 +16,10 @@ from typing import Any
 from aiohttp import web
 
 from megatron_async_rl.observability.error_log import ErrorLog, user_error
-from megatron_async_rl.protocol.types import MAX_REWARD
 from megatron_async_rl.rollout.agents import anthropic, chat, responses
-from megatron_async_rl.rollout.agents.fields import Fields
-from megatron_async_rl.rollout.agents.session import RequestError, Session
+from megatron_async_rl.rollout.agents.fields import read_json
+from megatron_async_rl.rollout.agents.request import RequestError
+from megatron_async_rl.rollout.agents.session import Session
 
 logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 << 20
@@ -81,7 +80,7 @@ class Endpoint:
     def _route(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
             session = self._session(request)
-            body = _read_json(await request.read())
+            body = _read_object(await request.read())
             task = asyncio.create_task(_run(handler, session, body))
             self._tasks.get(session.key, set()).add(task)
             try:
@@ -134,12 +133,10 @@ class Endpoint:
             return _error(request, RequestError(500, f"{type(e).__name__}: {e}", "api_error"))
 
 
-def _read_json(data: bytes) -> dict[str, Any]:
+def _read_object(data: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(data)
-        if b"\\u" in data:
-            json.dumps(body, ensure_ascii=False).encode()  # no half of a surrogate pair
-    except (ValueError, RecursionError):
+        body = read_json(data)
+    except ValueError:
         raise RequestError(400, "the body is not JSON in Unicode") from None
     if not isinstance(body, dict):
         raise RequestError(400, "the body must be a JSON object")
@@ -178,15 +175,8 @@ async def _message(session: Session, body: dict[str, Any]) -> tuple[Any, Iterabl
 
 
 async def _reward(session: Session, body: dict[str, Any]) -> tuple[Any, Iterable[Any] | None]:
-    """Takes the episode's reward: {"reward": number}. The last one counts."""
-    Fields(body)
-    reward = body.get("reward")
-    if isinstance(reward, bool) or not isinstance(reward, int | float):
-        raise RequestError(400, "reward must be a number")
-    if not (math.isfinite(reward) and abs(reward) <= MAX_REWARD):
-        raise RequestError(400, f"reward = {reward}, must be finite and at most {MAX_REWARD:g}")
-    session.reward = float(reward)
-    return {"reward": session.reward}, None
+    """Takes the reward of a turn, by default of the last one: {"reward": number, "turn": 0}."""
+    return session.rewards.post(body, len(session.transcript.turns)), None
 
 
 async def _send_events(request: web.Request, stream: Iterable[Any]) -> web.StreamResponse:

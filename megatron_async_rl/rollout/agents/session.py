@@ -8,88 +8,54 @@ the run, not of the request: the trainer needs the distribution that was sampled
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from megatron_async_rl.config.config import MAX_SEQUENCES
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import DataError, EngineError
 from megatron_async_rl.observability.error_log import ErrorLog
-from megatron_async_rl.rollout.agents import tool_calls
-from megatron_async_rl.rollout.agents.tool_calls import ToolCall
+from megatron_async_rl.rollout import tool_calls
+from megatron_async_rl.rollout.agents.history import ChatTemplate, History, Place
+from megatron_async_rl.rollout.agents.request import ChatRequest, FinishReason, Reply, RequestError
+from megatron_async_rl.rollout.agents.rewards import TurnRewards
 from megatron_async_rl.rollout.agents.transcript import Transcript, Turn
 from megatron_async_rl.rollout.engine_client import Sampling
+from megatron_async_rl.rollout.python_runner import PythonRunner
+from megatron_async_rl.rollout.tool_calls import ToolCall
 from megatron_async_rl.rollout.workflow import Policy
+from megatron_async_rl.sandbox.sandbox import SandboxError, SandboxLost
 
 logger = logging.getLogger(__name__)
 MAX_CONCURRENT = 16  # requests of one session in the engine; more wait
 MAX_COMPLETIONS = 8  # `n` of a request
 
-FinishReason = Literal["stop", "length", "tool_calls"]
-
-
-class RequestError(Exception):
-    """A request that is answered with an error. `kind` is the type that the APIs name."""
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error") -> None:
-        super().__init__(message)
-        self.status, self.message, self.kind = status, message, kind
-
 
 @dataclass(frozen=True)
-class ChatRequest:
-    """A request of any of the APIs, in OpenAI's terms. `prompt`: a completion without messages."""
+class SessionSettings:
+    """Shared by all sessions of a rollout worker."""
 
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    prompt: str | list[int] | None = None
-    tools: list[dict[str, Any]] = field(default_factory=list)
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    n: int = 1
-    stream: bool = False
-    logprobs: bool = False
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One completion: what the client reads, and the tokens behind it."""
-
-    content: str
-    calls: list[ToolCall]
-    finish: FinishReason
-    ids: list[int]
-    logprobs: list[float]
-    num_prompt: int
-    stop_text: str | None = None  # of `stop`, if it ended the completion
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """The settings of data.* that decide how messages become text."""
-
-    name: str | None
-    variables: dict[str, Any]
-    add_bos: bool | None
+    template: ChatTemplate
+    max_requests: int
+    python: PythonRunner
+    breaks: ErrorLog = field(default_factory=lambda: ErrorLog(logger))  # of prefixes
 
 
 class Session:
-    def __init__(
-        self, policy: Policy, sampling: Sampling, template: ChatTemplate, max_requests: int
-    ) -> None:
+    def __init__(self, policy: Policy, sampling: Sampling, settings: SessionSettings) -> None:
         self.key = f"sk-{secrets.token_urlsafe(24)}"
         self.transcript = Transcript()
-        self.error: EngineError | None = None  # the server failed: so does the sample
-        self.reward: float | None = None
+        self.error: Exception | None = None  # the server or the sandbox failed: so does the sample
+        self.rewards = TurnRewards()
         self.earlier: dict[str, list[dict[str, Any]]] = {}  # messages by id of a response
         self.num_requests = 0
-        self._policy, self._sampling = policy, sampling
-        self._template, self._max_requests = template, max_requests
+        self._policy, self._sampling, self._settings = policy, sampling, settings
         self._slots = asyncio.Semaphore(MAX_CONCURRENT)
-        self._errors = ErrorLog(logger)
-        self._sent: dict[str, Turn] = {}  # assistant message as sent -> its turn
+        self._history = History(
+            policy.tokenizer, settings.template, self.transcript, settings.breaks
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -97,56 +63,73 @@ class Session:
 
     async def complete(self, request: ChatRequest) -> list[Reply]:
         """Returns request.n completions. Raises RequestError."""
-        self.num_requests += 1
-        if self.num_requests > self._max_requests:
+        if not self._admit():
             raise RequestError(
                 429,
-                f"this episode has made its rollout.agent_max_requests = {self._max_requests} "
-                "requests",
+                "this episode has made its rollout.agent_max_requests = "
+                f"{self._settings.max_requests} requests",
                 "rate_limit_error",
             )
+        if self.error:
+            raise self._failed(self.error)
         if not 1 <= request.n <= MAX_COMPLETIONS:
             raise RequestError(400, f"n = {request.n}, must be 1 to {MAX_COMPLETIONS}")
-        text, ids, parent = self._input(request)
-        sampling = self._sampling_of(request, len(ids))
-        turns = [self._generate(text, ids, parent, sampling) for _ in range(request.n)]
-        return [self._reply(turn, request) for turn in await asyncio.gather(*turns)]
+        place = await self._history.place(request)
+        sampling = self._sampling_of(request, len(place.ids))
+        answers = [self._answer(request, place, sampling) for _ in range(request.n)]
+        return await asyncio.gather(*answers)
 
     # ---- inside
 
-    def _input(self, request: ChatRequest) -> tuple[str, list[int], Turn | None]:
-        """Returns text and ids of the prompt, and the turn that it continues."""
-        if isinstance(request.prompt, list):
-            ids = request.prompt
-            return self.tokenizer.decode_all(ids), ids, None
-        text = request.prompt if request.prompt is not None else self._render(request)
-        if parent := self.transcript.continued(text):
-            added = self.tokenizer.encode(text[len(parent.text) :]).tolist()
-            return text, parent.ids + added, parent
-        if request.prompt is None:
-            self._log_break(text, request)
-        add_bos = self._template.add_bos if request.prompt is not None else False
-        return text, self.tokenizer.encode(text, add_bos).tolist(), None
+    def _admit(self) -> bool:
+        self.num_requests += 1
+        return self.num_requests <= self._settings.max_requests
 
-    def _render(self, request: ChatRequest, count: int | None = None) -> str:
-        """Renders the messages; those that this session has sent with exactly their sampled text.
+    async def _answer(self, request: ChatRequest, place: Place, sampling: Sampling) -> Reply:
+        """Generates turns until one calls no `python`, and returns the last one as a reply."""
+        turn = await self._generate(place, sampling)
+        if turn is None:
+            raise RequestError(
+                400,
+                f"the prompt has {len(place.ids)} tokens, which leaves no room in "
+                "model.context_tokens",
+            )
+        since: list[dict[str, Any]] = []  # the request's messages: turns and outputs
+        while True:
+            reply = self._reply(turn, request)
+            since.append({"role": "assistant", "content": turn.raw})
+            programs = [c for c in reply.calls if request.runs_python and c.name == "python"]
+            if not programs:
+                break
+            since += [await self._run(call) for call in programs]
+            own = [call for call in reply.calls if call not in programs]
+            if own:  # the client answers them
+                reply = replace(reply, calls=own)
+                break
+            messages = [*request.messages, *since]
+            place = await self._history.place(replace(request, messages=messages))
+            following = await self._generate(place, sampling) if self._admit() else None
+            if following is None:  # no room, or too many requests: the program was not answered
+                del since[-len(programs) :]
+                reply = replace(reply, content=turn.raw, calls=[], finish="length")
+                break
+            turn = following
+        self._history.remember(request, reply.as_message(), since)
+        return reply
 
-        With `count`, renders the first messages only, without the start of a response.
-        """
-        messages = [self._as_sampled(message) for message in request.messages[:count]]
-        variables = self._template.variables | ({"tools": request.tools} if request.tools else {})
-        if count is not None:
-            variables = variables | {"add_generation_prompt": False}
+    async def _run(self, call: ToolCall) -> dict[str, Any]:
+        """Runs a program of the policy; returns its output as a message. Raises RequestError."""
         try:
-            return self.tokenizer.render_chat(messages, self._template.name, variables)
-        except DataError as e:
-            raise RequestError(400, str(e)) from None
+            output = await self._settings.python.answer(call)
+        except (SandboxError, SandboxLost) as e:
+            raise self._failed(e) from None
+        return {"role": "tool", "name": "python", "tool_call_id": call.id, "content": output}
 
-    def _as_sampled(self, message: dict[str, Any]) -> dict[str, Any]:
-        if message.get("role") != "assistant":
-            return message
-        turn = self._sent.get(_sent_key(message.get("content"), message.get("tool_calls")))
-        return {"role": "assistant", "content": turn.raw} if turn else message
+    def _failed(self, error: Exception) -> RequestError:
+        """Marks the sample as failed, by a fault that is not the agent's."""
+        self.error = error
+        what = "server" if isinstance(error, EngineError) else "sandbox"
+        return RequestError(503, f"the {what} failed: {error}", "api_error")
 
     def _sampling_of(self, request: ChatRequest, num_prompt: int) -> Sampling:
         limit = self._sampling.max_new_tokens
@@ -160,9 +143,9 @@ class Session:
             self._sampling, max_new_tokens=limit, stop=(*self._sampling.stop, *request.stop)
         )
 
-    async def _generate(
-        self, text: str, ids: list[int], parent: Turn | None, sampling: Sampling
-    ) -> Turn:
+    async def _generate(self, place: Place, sampling: Sampling) -> Turn | None:
+        """Returns a turn, or None if model.context_tokens has no room for one."""
+        text, ids, parent = place.text, place.ids, place.parent
         is_leaf = parent is not None and not parent.num_children
         if self.transcript.num_sequences >= MAX_SEQUENCES and not is_leaf:
             raise RequestError(
@@ -172,15 +155,11 @@ class Session:
             try:
                 completion = await self._policy.generate(ids, sampling)
             except EngineError as e:
-                self.error = e
-                raise RequestError(503, f"the server failed: {e}", "api_error") from None
+                raise self._failed(e) from None
             except DataError as e:
                 raise RequestError(400, str(e)) from None
         if not completion.ids:
-            raise RequestError(
-                400,
-                f"the prompt has {len(ids)} tokens, which leaves no room in model.context_tokens",
-            )
+            return None
         sampled, end = completion.ids, None
         if completion.stop == "stop" and sampled[-1] in sampling.stop_token_ids:
             sampled, end = sampled[:-1], sampled[-1:]
@@ -195,43 +174,10 @@ class Session:
         for stop in request.stop:
             if turn.completion.stop == "stop" and content.endswith(stop):
                 content, stop_text = content.removesuffix(stop), stop
-        content, calls = tool_calls.parse(content) if request.tools else (content, [])
-        self._sent[_sent_key(content, [call.as_openai() for call in calls])] = turn
+        content, calls = tool_calls.split(content) if request.tools else (content, [])
         finish: FinishReason = "tool_calls" if calls else turn.completion.stop
         segments = turn.completion.segments
         logprobs = [logprob for segment in segments for logprob in segment.logprobs]
         return Reply(
             content, calls, finish, turn.completion.ids, logprobs, turn.num_prompt, stop_text
         )
-
-    def _log_break(self, text: str, request: ChatRequest) -> None:
-        """Names the message and the first token in which a request leaves what was sampled."""
-        found = self.transcript.nearest_break(text)
-        if found is None or not any(m.get("role") == "assistant" for m in request.messages):
-            return
-        number = next(
-            (n for n in range(len(request.messages)) if self._reaches(request, n, found.offset)),
-            len(request.messages) - 1,
-        )
-        old, new = (
-            self.tokenizer.decode_all(self.tokenizer.encode(whole[found.offset :])[:1].tolist())
-            for whole in (found.turn.text, text)
-        )
-        self._errors.log(
-            f"message {number} ({request.messages[number].get('role')}) does not continue the "
-            "episode, so it starts another training sequence",
-            f"the first token that differs is {new!r}, was {old!r}",
-        )
-
-    def _reaches(self, request: ChatRequest, number: int, offset: int) -> bool:
-        """Tells whether the text of the messages up to `number` is longer than `offset`."""
-        try:
-            return len(self._render(request, number + 1)) > offset
-        except RequestError:  # some templates reject a part of a conversation
-            return False
-
-
-def _sent_key(content: Any, calls: Any) -> str:
-    """Returns what identifies an assistant message; clients may add fields of their own."""
-    calls = [(c.get("id"), c.get("function", {}).get("name")) for c in calls or []]
-    return json.dumps([content or "", calls])

@@ -10,10 +10,12 @@ from megatron_async_rl.errors import HookFailed
 from megatron_async_rl.protocol.types import Prompt, Sample
 from megatron_async_rl.rollout.agents import chat
 from megatron_async_rl.rollout.agents.client import ClientSettings
+from megatron_async_rl.rollout.agents.history import ChatTemplate
 from megatron_async_rl.rollout.agents.runner import CommandRunner, FunctionRunner
 from megatron_async_rl.rollout.agents.server import Endpoint
-from megatron_async_rl.rollout.agents.session import ChatTemplate, Session
+from megatron_async_rl.rollout.agents.session import Session, SessionSettings
 from megatron_async_rl.rollout.engine_client import Sampling
+from megatron_async_rl.rollout.python_runner import PythonRunner
 from megatron_async_rl.rollout.workflow import Policy
 
 
@@ -22,9 +24,10 @@ class AgentWorkflow:
 
     def __init__(self, config: Config, log: Path) -> None:
         data, rollout = config.data, config.rollout
-        self._timeout_s, self._max_requests = rollout.agent_timeout_s, rollout.agent_max_requests
-        self._template = ChatTemplate(
-            data.chat_template_name, data.chat_template_kwargs, data.add_bos
+        self._timeout_s = rollout.agent_timeout_s
+        template = ChatTemplate(data.chat_template_name, data.chat_template_kwargs, data.add_bos)
+        self._settings = SessionSettings(
+            template, rollout.agent_max_requests, PythonRunner(config.sandbox)
         )
         self._endpoint = Endpoint(rollout.agent_host)
         self._runner: FunctionRunner | CommandRunner
@@ -36,19 +39,20 @@ class AgentWorkflow:
         self._starting = asyncio.Lock()
 
     async def run(self, prompt: Prompt, policy: Policy, sampling: Sampling) -> Sample:
-        """Raises HookFailed if the agent fails or misses its deadline, EngineError if the server
-        fails, DataError if the agent makes no request."""
+        """Raises HookFailed if the agent fails or misses its deadline, EngineError, SandboxError or
+        SandboxLost if these fail, DataError if the agent makes no request."""
         async with self._starting:
             if not self._endpoint.port:
                 await self._endpoint.start()
-        session = Session(policy, sampling, self._template, self._max_requests)
+        session = Session(policy, sampling, self._settings)
         self._endpoint.open(session)
         try:
             async with asyncio.timeout(self._timeout_s):
-                reward = await self._runner.run(prompt.row, self._client(session))
+                returned = await self._runner.run(prompt.row, self._client(session))
         except TimeoutError:
             raise session.error or HookFailed(
-                f"the agent did not end within rollout.agent_timeout_s = {self._timeout_s:g}"
+                f"the agent did not end within rollout.agent_timeout_s = {self._timeout_s:g}",
+                "raise it if episodes take longer",
             ) from None
         except HookFailed as e:
             raise session.error or e from None
@@ -58,7 +62,8 @@ class AgentWorkflow:
             raise session.error
         turns = session.transcript.turns
         stop = turns[-1].completion.stop if turns else "stop"
-        return session.transcript.sample(stop, session.reward if reward is None else reward)
+        session.rewards.give(returned, len(turns))
+        return session.transcript.sample(stop, session.rewards)
 
     def _client(self, session: Session) -> ClientSettings:
         url = self._endpoint.url

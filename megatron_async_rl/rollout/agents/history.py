@@ -1,0 +1,156 @@
+"""Finds the exact tokens of a request's messages: what was sampled comes back as it was sampled.
+
+A client returns a reply as a message, with the text and the tool calls that were read from it. The
+history puts the sampled text in its place before it renders the chat, so that the rendering begins
+with the text of an earlier turn, whose ids are taken as they are (transcript.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_async_rl.data.chat_template import PYTHON_TOOL
+from megatron_async_rl.data.tokenizer import Tokenizer
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.observability.error_log import ErrorLog
+from megatron_async_rl.rollout.agents.request import PYTHON, ChatRequest, RequestError
+from megatron_async_rl.rollout.agents.transcript import Transcript, Turn
+
+LONG_TEXT = 1 << 16  # characters that are tokenized beside the event loop
+BREAK_CHARS = 200  # of which the first token is logged
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The settings of data.* that decide how messages become text."""
+
+    name: str | None
+    variables: dict[str, Any]
+    add_bos: bool | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A prompt in the transcript: its text, its ids, and the turn that it continues."""
+
+    text: str
+    ids: list[int]
+    parent: Turn | None
+
+
+class History:
+    """`breaks` logs the requests that do not continue the episode."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        transcript: Transcript,
+        breaks: ErrorLog,
+    ) -> None:
+        self._tokenizer, self._template = tokenizer, template
+        self._transcript, self._breaks = transcript, breaks
+        self._sampled: dict[str, str] = {}  # a reply as sent -> its text as sampled
+        # a conversation up to a reply -> the messages that stand for the reply: turns that call
+        # `python`, the outputs, and the last turn
+        self._replaced: dict[str, list[Message]] = {}
+
+    async def place(self, request: ChatRequest) -> Place:
+        """Raises RequestError if the chat template rejects the messages."""
+        if isinstance(request.prompt, list):
+            return Place(self._tokenizer.decode_all(request.prompt), request.prompt, None)
+        text = request.prompt if request.prompt is not None else self._render(request)
+        if parent := self._transcript.continued(text):
+            return Place(text, parent.ids + await self._encode(text[len(parent.text) :]), parent)
+        if request.prompt is None:
+            self._log_break(text, request)
+        add_bos = self._template.add_bos if request.prompt is not None else False
+        return Place(text, await self._encode(text, add_bos), None)
+
+    def remember(self, request: ChatRequest, reply: Message, sampled: list[Message]) -> None:
+        """Keeps the messages that stand for a reply, for requests that continue it."""
+        if len(sampled) > 1:
+            self._replaced[_conversation_key([*request.messages, reply])] = sampled
+        else:
+            self._sampled[_reply_key(reply)] = sampled[0]["content"]
+
+    # ---- inside
+
+    async def _encode(self, text: str, add_bos: bool | None = False) -> list[int]:
+        if len(text) < LONG_TEXT:
+            return self._tokenizer.encode(text, add_bos).tolist()
+        return (await asyncio.to_thread(self._tokenizer.encode, text, add_bos)).tolist()
+
+    def _render(self, request: ChatRequest, count: int | None = None) -> str:
+        """With `count`, renders the first messages only, without the start of a response."""
+        variables = self._template.variables
+        if request.tools:
+            tools = [PYTHON_TOOL if tool == PYTHON else tool for tool in request.tools]
+            variables = variables | {"tools": tools}
+        if count is not None:
+            variables = variables | {"add_generation_prompt": False}
+        messages = self._as_sampled(request.messages[:count])
+        try:
+            return self._tokenizer.render_chat(messages, self._template.name, variables)
+        except DataError as e:
+            raise RequestError(400, str(e)) from None
+
+    def _as_sampled(self, messages: list[Message]) -> list[Message]:
+        """Returns the messages with those of this session's replies exactly as sampled."""
+        found: list[Message] = []
+        for number, message in enumerate(messages, 1):
+            replacing = None
+            if message.get("role") == "assistant" and self._replaced:
+                replacing = self._replaced.get(_conversation_key(messages[:number]))
+            if replacing is None and message.get("role") == "assistant":
+                raw = self._sampled.get(_reply_key(message))
+                replacing = None if raw is None else [{"role": "assistant", "content": raw}]
+            found += [message] if replacing is None else replacing
+        return found
+
+    def _log_break(self, text: str, request: ChatRequest) -> None:
+        """Names the message and the first token in which a request leaves what was sampled."""
+        found = self._transcript.nearest_break(text)
+        if found is None or not any(m.get("role") == "assistant" for m in request.messages):
+            return
+        number = next(
+            (n for n in range(len(request.messages)) if self._reaches(request, n, found.offset)),
+            len(request.messages) - 1,
+        )
+        old, new = (
+            self._tokenizer.decode_all(self._tokenizer.encode(rest)[:1].tolist())
+            for rest in (whole[found.offset :][:BREAK_CHARS] for whole in (found.turn.text, text))
+        )
+        self._breaks.log(
+            f"message {number} ({request.messages[number].get('role')}) does not continue the "
+            "episode, so it starts another training sequence",
+            f"the first token that differs is {new!r}, was {old!r}",
+        )
+
+    def _reaches(self, request: ChatRequest, number: int, offset: int) -> bool:
+        """Tells whether the text of the messages up to `number` is longer than `offset`."""
+        try:
+            return len(self._render(request, number + 1)) > offset
+        except RequestError:  # some templates reject a part of a conversation
+            return False
+
+
+def _reply_key(message: Message) -> str:
+    """Returns what identifies an assistant message; clients may add fields of their own."""
+    calls = [
+        (call.get("id"), call.get("function", {}).get("name"))
+        for call in message.get("tool_calls") or []
+    ]
+    return json.dumps([message.get("content") or "", calls])
+
+
+def _conversation_key(messages: list[Message]) -> str:
+    """Returns what identifies the last of these messages and all before it."""
+    parts = [[m.get("role"), m.get("tool_call_id"), _reply_key(m)] for m in messages]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,67 @@
+"""Finds tool calls in sampled text: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+
+This is the form of Hermes' and of Qwen's chat templates. Agents (agents/session.py) and the
+workflow python_tool read calls here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+FORM = '{"name": "...", "arguments": {...}}'
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+    def as_openai(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": json.dumps(self.arguments)}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(frozen=True)
+class BadCall:
+    """A text between the tags of a call that is no call."""
+
+    error: str
+
+
+def find(text: str) -> list[ToolCall | BadCall]:
+    """Returns what stands between the tags of calls, in order."""
+    return [_read(match[1]) for match in _CALL.finditer(text)]
+
+
+def split(text: str) -> tuple[str, list[ToolCall]]:
+    """Returns the text without the calls in it, and the calls. A bad call stays in the text."""
+    calls: list[ToolCall] = []
+
+    def take(match: re.Match[str]) -> str:
+        call = _read(match[1])
+        if isinstance(call, BadCall):
+            return match[0]
+        calls.append(call)
+        return ""
+
+    content = _CALL.sub(take, text)
+    return (content.strip() if calls else text), calls
+
+
+def _read(text: str) -> ToolCall | BadCall:
+    try:
+        call = json.loads(text, strict=False)  # newlines in a text need no escape
+        name, arguments = call["name"], call.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments, strict=False)
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise TypeError("the name is not a text, or the arguments are not an object")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        return BadCall(f"error: a call is JSON of the form {FORM} ({type(e).__name__}: {e})")
+    return ToolCall(f"call_{secrets.token_hex(12)}", name, arguments)
