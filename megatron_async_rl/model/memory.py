@@ -63,9 +63,9 @@ def server_memory(config: Config, hf: HfConfig) -> ServerMemory:
     number."""
     shape, tp = hf.shape(), config.engine_tp
     num_bytes = 4 if config.sglang.get("dtype") == "float32" else 2
-    dense, experts = _layer_parameters(shape)
+    dense, experts = layer_parameters(shape)
     per_layer = dense + experts * shape.num_experts
-    parameters = shape.num_layers * per_layer + _vocabulary(shape) * (1 if shape.tied else 2)
+    parameters = shape.num_layers * per_layer + vocabulary_parameters(shape) * (1 if shape.tied else 2)
     kv_heads = max(1, shape.num_query_groups / tp)
     kv = 2 * shape.num_layers * kv_heads * shape.kv_channels * num_bytes
     return ServerMemory(parameters / tp * num_bytes, kv)
@@ -102,9 +102,9 @@ def _stage(
 ) -> TrainerMemory:
     num_layers = shape.num_layers // layout.pp
     is_last = stage == layout.pp - 1
-    dense, experts = _layer_parameters(shape)
+    dense, experts = layer_parameters(shape)
     num_vocabulary = (stage == 0) + (is_last and not (shape.tied and layout.pp == 1))
-    split = (num_layers * dense + num_vocabulary * _vocabulary(shape)) / layout.tp
+    split = (num_layers * dense + num_vocabulary * vocabulary_parameters(shape)) / layout.tp
     expert = num_layers * experts * shape.num_experts / (layout.ep * layout.etp)
     parameters = split + expert
     stage_ranks = layout.tp * layout.cp * layout.dp
@@ -116,7 +116,7 @@ def _stage(
     tokens = config.trainer.max_tokens_per_microbatch / layout.cp
     logits = 2 * num_bytes * tokens * shape.vocab_size / layout.tp if is_last else 0.0
     others = parameters * num_bytes if config.algorithm.kl.coef else 0.0
-    if config.algorithm.advantage.estimator == "gae":
+    if config.algorithm.advantage.uses_critic:
         others += parameters * (num_bytes + _GRADIENT) + sharded * state
     return TrainerMemory(
         weights=parameters * num_bytes,
@@ -137,7 +137,8 @@ def _activations(
     (Korthikanti et al., arXiv 2205.05198, section 4.2.3).
     """
     num_layers = shape.num_layers // layout.pp
-    boundary = shape.hidden_size / (layout.tp if config.megatron.get("sequence_parallel") else 1)
+    splits_sequence = config.megatron.get("sequence_parallel") or shape.num_experts
+    boundary = shape.hidden_size / (layout.tp if splits_sequence else 1)
     dims = shape.dims
     if shape.num_experts:
         top_k = hf.architecture().router_top_k
@@ -162,7 +163,7 @@ def _activations(
     return per_microbatch * in_flight + (0 if is_last else working * saved)
 
 
-def _layer_parameters(shape: ModelShape) -> tuple[int, int]:
+def layer_parameters(shape: ModelShape) -> tuple[int, int]:
     """Returns a layer's parameters without its experts, and those of one expert; norms are small.
 
     Without experts the second is 0.
@@ -174,5 +175,5 @@ def _layer_parameters(shape: ModelShape) -> tuple[int, int]:
     return attention + 3 * hidden * shape.ffn_hidden_size, 0
 
 
-def _vocabulary(shape: ModelShape) -> int:
+def vocabulary_parameters(shape: ModelShape) -> int:
     return shape.vocab_size * shape.hidden_size

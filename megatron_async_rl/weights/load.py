@@ -73,7 +73,8 @@ class SafetensorsFolder:
 def load_folder(modules: Modules, model_path: str | Path, shape: ModelShape) -> None:
     """Loads this rank's shards. Raises DataError if a tensor is missing or has another shape."""
     folder = SafetensorsFolder(model_path)
-    for name, parameter in global_parameters(modules):
+    for local in global_parameters(modules):
+        name = local.name
         for hf, size in map_parameter(name, shape).pieces:
             stored = folder.tensor_shape(hf)
             if stored != size:
@@ -82,7 +83,7 @@ def load_folder(modules: Modules, model_path: str | Path, shape: ModelShape) -> 
                     "config.json",
                     "download the model again",
                 )
-        parameter.copy_(from_hf(name, folder.read, shape, *tensor_parallel(name)))
+        local.data.copy_(from_hf(name, folder.read, shape, *tensor_parallel(name)))
 
 
 @torch.no_grad()
@@ -92,14 +93,15 @@ def fill_random(modules: Modules, shape: ModelShape, seed: int) -> None:
     Each Hugging Face tensor is drawn whole from its own generator and then sliced, so all layouts
     get the same weights on the same kind of device.
     """
-    for name, parameter in global_parameters(modules):
+    for local in global_parameters(modules):
+        name = local.name
         if name.endswith(("norm.weight", "norm_weight")):
             continue
-        sizes, device = dict(map_parameter(name, shape).pieces), parameter.device
+        sizes, device = dict(map_parameter(name, shape).pieces), local.parameter.device
 
         def draw(hf: str, index: Index, sizes: Any = sizes, device: Any = device) -> Tensor:
             generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {hf}".encode()))
             whole = torch.randn(sizes[hf], generator=generator, device=device)
             return (whole * _RANDOM_STD)[index]
 
-        parameter.copy_(from_hf(name, draw, shape, *tensor_parallel(name)))
+        local.data.copy_(from_hf(name, draw, shape, *tensor_parallel(name)))

@@ -1,29 +1,72 @@
-"""This rank's parameters under global names, and its place in the groups that split them."""
+"""This rank's parameters under global names, and its place in the groups that split them.
+
+Experts are named `local_experts.N` with N counted over all expert-parallel ranks, however Megatron
+stores them: as modules (SequentialMLP), as numbered weights of one module (Transformer Engine's
+GroupedLinear), or stacked in one parameter (trainer/model/experts.py).
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import nn
+from torch import Tensor, nn
 
 Modules = Sequence[GPTModel]
 """A pipeline stage's part of the model: one module, or the chunks of an interleaved pipeline."""
-_LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+_EXPERT_MODULE = re.compile(r"\.local_experts\.(?P<number>\d+)(?P<rest>\..*)")
+_GROUPED_EXPERT = re.compile(r"(?<=\.experts)(?P<rest>\.linear_fc[12]\.weight)(?P<number>\d*)")
 
 
-def global_parameters(modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields this rank's parameters in a fixed order, with global layer and expert numbers."""
+@dataclass(frozen=True, slots=True)
+class LocalParameter:
+    """A parameter of this rank, or the part of one expert of a parameter that stacks them."""
+
+    name: str
+    """With global layer and expert numbers."""
+    parameter: nn.Parameter
+    row: int | None = None
+    """The expert's position in the stack."""
+
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """Returns the part of the parameter's data, gradient or other state of its shape."""
+        return tensor if self.row is None else tensor[self.row]
+
+    @property
+    def data(self) -> Tensor:
+        return self.part_of(self.parameter.data)
+
+
+def global_parameters(modules: Modules) -> Iterator[LocalParameter]:
+    """Yields this rank's parameters in a fixed order."""
     for module in modules:
         offset = get_transformer_layer_offset(module.config, vp_stage=module.vp_stage)
+        experts = (module.config.num_moe_experts or 0) // mpu.get_expert_model_parallel_world_size()
+        first = experts * mpu.get_expert_model_parallel_rank()
         for name, parameter in module.named_parameters():
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = str(int(parts[2]) + offset)
-            yield _global_expert(".".join(parts), module), parameter
+            for canonical, row in expert_names(".".join(parts), experts, first):
+                yield LocalParameter(canonical, parameter, row)
+
+
+def expert_names(name: str, experts: int, first: int) -> list[tuple[str, int | None]]:
+    """Returns the global names in a local parameter, with their rows in a stack, else None.
+
+    `experts`: number on this rank; `first`: global number of its first.
+    """
+    found = _EXPERT_MODULE.search(name) or _GROUPED_EXPERT.search(name)
+    if not found:
+        return [(name, None)]
+    head, rest, number = name[: found.start()], found["rest"], found["number"]
+    if number:
+        return [(f"{head}.local_experts.{int(number) + first}{rest}", None)]
+    return [(f"{head}.local_experts.{first + row}{rest}", row) for row in range(experts)]
 
 
 def is_expert(name: str) -> bool:
@@ -35,11 +78,3 @@ def tensor_parallel(name: str) -> tuple[int, int]:
     if is_expert(name):
         return mpu.get_expert_tensor_parallel_rank(), mpu.get_expert_tensor_parallel_world_size()
     return mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-
-
-def _global_expert(name: str, module: GPTModel) -> str:
-    if not is_expert(name):
-        return name
-    local = module.config.num_moe_experts // mpu.get_expert_model_parallel_world_size()
-    first = local * mpu.get_expert_model_parallel_rank()
-    return _LOCAL_EXPERT.sub(lambda match: f".local_experts.{int(match[1]) + first}.", name)

@@ -26,7 +26,12 @@ from torch import Tensor, nn
 
 from megatron_async_rl.model.families import ModelShape, map_parameter
 from megatron_async_rl.weights.mapping import to_hf
-from megatron_async_rl.weights.parameters import Modules, global_parameters, is_expert
+from megatron_async_rl.weights.parameters import (
+    LocalParameter,
+    Modules,
+    global_parameters,
+    is_expert,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +89,10 @@ def own_tensor_infos(
 ) -> list[TensorInfo]:
     """Returns the tensors that own_tensors will yield on this rank, without moving data."""
     return [
-        TensorInfo(hf, size, dtype or parameter.dtype, name)
-        for name, parameter in _sent_parameters(modules, shape)
-        if (_is_expert_owner() if is_expert(name) else is_first_of_stage())
-        for hf, size in map_parameter(name, shape).pieces
+        TensorInfo(hf, size, dtype or p.parameter.dtype, p.name)
+        for p in _sent_parameters(modules, shape)
+        if (_is_expert_owner() if is_expert(p.name) else is_first_of_stage())
+        for hf, size in map_parameter(p.name, shape).pieces
     ]
 
 
@@ -101,14 +106,15 @@ def own_tensors(
     yields nothing. A tensor may share memory with the parameter: send or copy it before the next
     optimizer step.
     """
-    for name, parameter in _sent_parameters(modules, shape):
+    for parameter in _sent_parameters(modules, shape):
+        name = parameter.name
         if is_expert(name):
             gathers, sends = mpu.get_expert_data_parallel_rank() == 0, _is_expert_owner()
         else:
             gathers, sends = is_first_replica(), is_first_of_stage()
         if not gathers:
             continue
-        local = parameter.data.to(dtype or parameter.dtype).contiguous()
+        local = parameter.data.to(dtype or parameter.data.dtype).contiguous()
         rule = map_parameter(name, shape).rule
         shards = local[None] if rule.split is None else _gather(local, _split_group(name))
         if rule.split == 0 and rule.join == "one":
@@ -131,11 +137,12 @@ def hf_tensors(
     Collective as own_tensors. Use the result of the first replica; with expert parallelism other
     ranks yield the experts alone. `get` selects the tensor to gather, such as main_grad.
     """
-    for local_name, parameter in _sent_parameters(modules, shape):
+    for parameter in _sent_parameters(modules, shape):
+        local_name = parameter.name
         skips_dense = only_experts or (num_expert_owners() > 1 and not is_first_replica())
         if skips_dense and not is_expert(local_name):
             continue
-        local = get(parameter)
+        local = parameter.part_of(get(parameter.parameter))
         local = local.to(dtype or local.dtype).contiguous()
         names = _names_on_all_ranks(local_name, shape)
         is_split = map_parameter(local_name, shape).rule.split is not None
@@ -154,15 +161,17 @@ def _is_expert_owner() -> bool:
     return mpu.get_expert_data_parallel_rank() == 0 and mpu.get_expert_tensor_parallel_rank() == 0
 
 
-def _sent_parameters(modules: Modules, shape: ModelShape) -> list[tuple[str, nn.Parameter]]:
+def _sent_parameters(modules: Modules, shape: ModelShape) -> list[LocalParameter]:
     """Returns the parameters of this stage that are sent, experts last.
 
     The last stage's copy of a tied embedding is left out: the first stage sends it.
     """
     named = [
-        p for p in global_parameters(modules) if not (shape.tied and p[0] == "output_layer.weight")
+        p
+        for p in global_parameters(modules)
+        if not (shape.tied and p.name == "output_layer.weight")
     ]
-    return sorted(named, key=lambda pair: is_expert(pair[0]))
+    return sorted(named, key=lambda p: is_expert(p.name))
 
 
 def _names_on_all_ranks(name: str, shape: ModelShape) -> list[str]:

@@ -43,7 +43,6 @@ def test_unknown_megatron_key_suggests_the_nearest() -> None:
         ("num_layers", 3, "config.json"),
         ("bf16", True, "trainer.precision"),
         ("hidden_dropout", 0.1, "without dropout"),
-        ("moe_grouped_gemm", True, "its own parameters"),
     ],
 )
 def test_key_owned_by_another_setting_is_rejected(key: str, value: object, remedy: str) -> None:

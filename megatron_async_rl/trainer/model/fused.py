@@ -125,6 +125,44 @@ def _swiglu_backward(dy_TF: Tensor, x_TD: Tensor) -> Tensor:
     return torch.cat([dy * up * s * (1 + gate * (1 - s)), dy * gate * s], 1).to(x_TD.dtype)
 
 
+def weighted_swiglu(x_TD: Tensor, weight_T: Tensor) -> Tensor:
+    """Returns silu(gate) * up of the two halves (gate, up) of each row, times the row's weight."""
+    return _WeightedSwiGLU.apply(x_TD, weight_T)
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_T: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_T)
+        return _weighted_swiglu_forward(x_TD, weight_T)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor, Tensor]:
+        return _weighted_swiglu_backward(dy_TF.contiguous(), *ctx.saved_tensors)
+
+
+@gpu_compiled
+def _weighted_swiglu_forward(x_TD: Tensor, weight_T: Tensor) -> Tensor:
+    gate, up = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)).chunk(2, 1)
+    return (gate * gate.sigmoid() * up * weight_T[:, None]).to(x_TD.dtype)
+
+
+@gpu_compiled
+def _weighted_swiglu_backward(
+    dy_TF: Tensor, x_TD: Tensor, weight_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns ((dgate, dup) as one tensor, dweight), with s = sigmoid(gate) and g = dy * weight.
+
+    dgate = g * up * s * (1 + gate * (1 - s)),  dup = g * gate * s
+    dweight = sum over F of dy * gate * s * up
+    """
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    (gate, up), dy = x_TD.to(wide).chunk(2, 1), dy_TF.to(wide)
+    s, g = gate.sigmoid(), dy * weight_T[:, None]
+    dx = torch.cat([g * up * s * (1 + gate * (1 - s)), g * gate * s], 1).to(x_TD.dtype)
+    return dx, (dy * gate * s * up).sum(1).to(weight_T.dtype)
+
+
 def rotate(query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:
     """Applies the rotary position embedding to query [T, H, D] and key [T, G, D].
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.trainer.model.attention import PackedAttention
+from megatron_async_rl.trainer.model.experts import GroupedExperts
 from megatron_async_rl.trainer.model.fused import rms_norm, swiglu
 from megatron_async_rl.trainer.model.overlap import (
     OverlappedRowParallelLinear,
@@ -59,7 +60,9 @@ def block_spec(
                 "Transformer Engine's layers; remove the key, or uninstall transformer-engine"
             )
         return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=experts, qk_layernorm=config.qk_layernorm
+            num_experts=experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
         )
     layer = get_gpt_layer_local_spec(
         num_experts=experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
@@ -73,16 +76,19 @@ def block_spec(
     attention.linear_proj = OverlappedRowParallelLinear
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    mlp = parts.mlp
+    is_partial = isinstance(mlp, partial)  # megatron-core 0.19
+    submodules = mlp.keywords["submodules"] if is_partial else mlp.submodules
     if not experts:
-        mlp = parts.mlp
-        if isinstance(mlp, partial):  # megatron-core 0.19
-            dense = mlp.keywords["submodules"]
+        if is_partial:
             parts.mlp = partial(SwiGLUMLP.as_mlp_submodule, **mlp.keywords)
         else:
-            dense = mlp.submodules
-            parts.mlp = ModuleSpec(SwiGLUMLP, submodules=dense)
+            parts.mlp = ModuleSpec(SwiGLUMLP, submodules=submodules)
             logging.getLogger(transformer_layer.__name__).addFilter(_is_no_mlp_warning)
-        dense.linear_fc1, dense.linear_fc2 = NormedColumnParallelLinear, OverlappedRowParallelLinear
+        submodules.linear_fc1 = NormedColumnParallelLinear
+        submodules.linear_fc2 = OverlappedRowParallelLinear
+    elif config.moe_grouped_gemm:
+        submodules.experts = GroupedExperts
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 

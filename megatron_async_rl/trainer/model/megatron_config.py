@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_async_rl.config import passed_on
@@ -83,9 +84,10 @@ def _chosen(cls: type, config: Config) -> dict[str, Any]:
 def _make(cls: type, **fields: Any) -> Any:
     try:
         return cls(**fields)
-    except (ValueError, AssertionError, NotImplementedError) as e:
+    except (ValueError, AssertionError, NotImplementedError, ImportError) as e:
         raise ConfigError(
-            f"megatron.core refuses the settings under megatron: ({cls.__name__}: {e})"
+            f"megatron.core refuses the settings under megatron: ({cls.__name__}: {e})",
+            "change the setting that it names",
         ) from e
 
 
@@ -110,6 +112,11 @@ def padded_vocab_multiple(config: Config) -> int:
 def _param_dtype(config: Config) -> torch.dtype:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return dtypes[config.trainer.precision]
+
+
+def _has_fused_permutation() -> bool:
+    """Returns whether Transformer Engine's kernels sort tokens by expert."""
+    return torch.cuda.is_available() and getattr(moe_utils, "fused_permute", None) is not None
 
 
 def _keep(parameter: torch.Tensor) -> torch.Tensor:
@@ -170,10 +177,19 @@ def transformer_config(
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
             "moe_aux_loss_coeff": 0.0,
+            "moe_grouped_gemm": True,
+            "moe_permute_fusion": _has_fused_permutation(),
+            "sequence_parallel": True,  # Megatron's experts need it under tensor parallelism
         }
     chosen = _chosen(TransformerConfig, config)
     if config.parallel_size("tensor_model") == 1:
         chosen["sequence_parallel"] = False  # Megatron refuses True at size 1
+    elif shape.num_experts and chosen.get("sequence_parallel") is False:
+        raise ConfigError(
+            "megatron.sequence_parallel = false with tensor_model_parallel_size = "
+            f"{config.parallel_size('tensor_model')} and a model of experts: megatron.core does "
+            "not train that; remove the key"
+        )
     if config.parallel_size("virtual_pipeline_model") == 1:
         # Megatron takes 1 for an interleaved pipeline.
         chosen.pop("virtual_pipeline_model_parallel_size", None)
