@@ -72,7 +72,9 @@ def trainer_settings(say: Say = lambda text: None) -> KnownSettings:
     try:
         library = f"megatron-core {importlib.metadata.version('megatron-core')}"
     except importlib.metadata.PackageNotFoundError as e:
-        raise Error(f"megatron-core is not installed in {sys.executable}") from e
+        raise Error(
+            f"megatron-core is not installed in {sys.executable}", "run bash tools/setup_env.sh"
+        ) from e
     module = "megatron_async_rl.trainer.known_settings"
     source = Path(__file__).with_name("trainer") / "model" / "megatron_config.py"
     identity = f"{sys.executable} {library} {files.digest(source)}"
@@ -91,7 +93,9 @@ def _cached(library: str, identity: str, command: list[str], say: Say) -> KnownS
     try:
         settings = msgspec.json.decode(last_line, type=dict[str, KnownSetting])
     except msgspec.DecodeError as e:
-        raise Error(f"{library} gave no list of its settings: {e}") from e
+        raise Error(
+            f"{library} gave no list of its settings: {e}", "install a supported version"
+        ) from e
     known = KnownSettings(library, settings)
     with contextlib.suppress(OSError):  # asked again the next time
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +110,7 @@ def _output(command: list[str]) -> str:
             command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=env
         )
     except (OSError, subprocess.TimeoutExpired) as e:
-        raise Error(f"{command[0]} does not run: {e}") from e
+        raise Error(f"{command[0]} does not run: {e}", "install the environment again") from e
     if done.returncode:
         raise Error((done.stderr.strip().splitlines() or ["no output"])[-1])
     return done.stdout

@@ -64,7 +64,7 @@ def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Co
     try:
         tree = _read_yaml(text) or {}
     except yaml.YAMLError as e:
-        raise ConfigError(f"{path} is not YAML: {e}") from e
+        raise ConfigError(f"{path} is not YAML: {e}", "correct the file") from e
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, got {type(tree).__name__}")
     for override in overrides or []:
@@ -92,18 +92,24 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(
-            f"override {override!r} is not of the form key=value, such as staleness.max_staleness=0"
+            f"override {override!r} is not of the form key=value",
+            "write it as staleness.max_staleness=0",
         )
     try:
         value = _read_yaml(text)
     except yaml.YAMLError as e:
-        raise ConfigError(f"the value of override {override!r} is not YAML: {e}") from e
+        raise ConfigError(
+            f"the value of override {override!r} is not YAML: {e}", "correct it, or quote it"
+        ) from e
     *parents, last = key.split(".")
     node = tree
     for part in parents:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
+            raise ConfigError(
+                f"override {override!r}: {part} is a value, not a section",
+                "name a setting of docs/configuration.md",
+            )
     node[last] = value
 
 

@@ -110,7 +110,10 @@ def render(
             **({"add_generation_prompt": True} | special_tokens | variables),
         )
     except Exception as e:  # a template is the model author's program and may raise anything
-        raise DataError(f"the chat template rejects this prompt: {e or type(e).__name__}") from None
+        raise DataError(
+            f"the chat template rejects this prompt: {e or type(e).__name__}",
+            "correct the messages, the template, or data.chat_template_kwargs",
+        ) from None
     return rendered[0][0]
 
 

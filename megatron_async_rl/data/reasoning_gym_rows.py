@@ -44,7 +44,7 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 self.name, size=self.size, seed=self.seed, **self.config
             )
         except (ValueError, TypeError, AssertionError) as e:
-            raise DataError(f"task {self.name}: {e}") from None
+            raise DataError(f"task {self.name}: {e}", "correct its config") from None
 
 
 def read(path: str, source: SourceConfig) -> Iterator[dict[str, Any]]:
@@ -76,9 +76,10 @@ def _read_tasks(path: Path) -> list[Task]:
     try:
         return msgspec.convert(yaml.safe_load(path.read_text()), list[Task])
     except OSError as e:
-        raise DataError(f"it cannot be read: {e.strerror}") from None
+        raise DataError(f"it cannot be read: {e.strerror}", "give a file of tasks") from None
     except (yaml.YAMLError, UnicodeDecodeError, msgspec.ValidationError) as e:
         problem = " ".join(str(e).split())
         raise DataError(
-            f"it is not a list of tasks with name, size, seed and config: {problem}"
+            f"it is not a list of tasks with name, size, seed and config: {problem}",
+            "correct the file",
         ) from None

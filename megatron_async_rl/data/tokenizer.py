@@ -125,7 +125,10 @@ class Tokenizer:
         text = self.render_chat([*before, *messages], template_name, variables)
         _, found, after = text.rpartition(_RESPONSE)
         if not found:
-            raise DataError("the chat template leaves out a response before the last message")
+            raise DataError(
+                "the chat template leaves out a response before the last message",
+                "set data.chat_template_name to one that keeps it, or use a workflow of one turn",
+            )
         return after
 
     def _starts_with_bos(self) -> bool:

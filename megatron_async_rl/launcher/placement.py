@@ -77,7 +77,7 @@ class _Demand:
 def assign_nodes(config: Config, num_nodes: int, gpus_per_node: int) -> Placement:
     """Raises ConfigError, with the sums and the remedy, if the run does not fit."""
     if num_nodes < 1:
-        raise ConfigError(f"a run needs at least 1 node, not {num_nodes}")
+        raise ConfigError(f"a run needs at least 1 node, not {num_nodes}", "give --nodes")
     hosts = config.trainer.hosts if config.has_trainer else 1
     if config.has_trainer and not config.on_cpu:
         hosts = trainer_hosts(config, gpus_per_node)

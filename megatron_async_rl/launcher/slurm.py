@@ -71,7 +71,7 @@ class Allocation:
         """Raises ConfigError outside a step of a Slurm job with one task per node."""
         env = os.environ
         if "SLURM_JOB_ID" not in env:
-            raise ConfigError(f"SLURM_JOB_ID is not set: this is not a Slurm job; {_USAGE}")
+            raise ConfigError("SLURM_JOB_ID is not set: this is not a Slurm job", _USAGE)
         if "SLURM_STEP_ID" not in env:
             raise ConfigError(
                 "SLURM_STEP_ID is not set: start `slurm` with srun, one task per node"
@@ -156,7 +156,9 @@ def show(
 ) -> int:
     """Prints the placement, warnings and the sbatch command."""
     if num_nodes is None or gpus_per_node is None:
-        raise ConfigError("--plan needs the size of the job, such as --nodes 4 --gpus-per-node 8")
+        raise ConfigError(
+            "--plan needs the size of the job, such as --nodes 4 --gpus-per-node 8", "give both"
+        )
     config = configuration.load(path, list(overrides))
     console = Console()
     _print_placement(console, placement.assign_nodes(config, num_nodes, gpus_per_node))

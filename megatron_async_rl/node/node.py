@@ -108,7 +108,9 @@ class Node:
         """
         owner = self._claims.owner(self._name)
         if owner != self._owner:
-            raise Error(f"{self._name} was taken over by {owner}")
+            raise Error(
+                f"{self._name} was taken over by {owner}", "to have it back, join here again"
+            )
         if controller_key(self._run_dir) != self._controller_key:
             self._over_since = -math.inf  # the controller restarted: our launcher restarts us
             return
@@ -149,7 +151,8 @@ class Node:
                     return text
             if time.monotonic() > deadline:
                 raise Error(
-                    f"{self._name} waited trainer.start_timeout_s = {limit_s:g} s for a controller"
+                    f"{self._name} waited trainer.start_timeout_s = {limit_s:g} s for a controller",
+                    "start it with `run` on the first host",
                 )
             time.sleep(POLL_S)
 

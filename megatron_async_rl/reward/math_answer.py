@@ -35,7 +35,9 @@ def read_answers(
     try:
         expected = _normalize_gold(math_rows.read_answer(row))
     except DataError as e:
-        raise DataError(f"row {row.get('id', '(without id)')!r} has no answer: {e}") from None
+        raise DataError(
+            f"row {row.get('id', '(without id)')!r} has no answer: {e}", "correct the row"
+        ) from None
     answer = final_answer.final_answer(response, thinking_tags)
     return expected, normal_form.normalize(answer)
 
@@ -71,7 +73,10 @@ def compare_latex(expected: str, answer: str) -> bool:
     parse, verify = load_math_verify()
     parsed = parse(f"\\boxed{{{expected}}}", parsing_timeout=None)
     if not parsed:
-        raise DataError(f"math-verify cannot read the row's `answer` {expected!r}")
+        raise DataError(
+            f"math-verify cannot read the row's `answer` {expected!r}",
+            "write it as a number or as LaTeX",
+        )
     parsed_answer = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
     return bool(verify(parsed, parsed_answer, timeout_seconds=None))
 

@@ -48,7 +48,7 @@ def step(model: TrainerModel, norm: float, version: int) -> tuple[float, bool]:
     if not model.config.fp16:
         raise NonFiniteStep(
             f"training step {version}: the optimizer found non-finite gradients; the weights are "
-            "unchanged"
+            "unchanged; lower megatron.lr"
         )
     if scale <= _smallest_scale(model.optimizer):
         raise NonFiniteStep(
