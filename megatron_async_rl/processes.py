@@ -21,9 +21,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -169,6 +170,41 @@ def stop(children: Iterable[subprocess.Popen[bytes]], grace_s: float) -> None:
     for child in children:
         _signal_group(child, signal.SIGKILL)
         child.wait()
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Makes a folder for temporary files of children; it is removed even if this process is killed.
+
+    torchrun, multiprocessing and SGLang leave folders and sockets in TMPDIR. run.dir is no place
+    for them: the path of a socket has at most 107 bytes, and a shared disk may refuse sockets.
+    """
+    folder = tempfile.mkdtemp(prefix="marl-")
+    # The pipe closes when this process ends. Processes that die with it may still write.
+    script = 'trap "" INT TERM HUP; cat; rm -rf "$0" || { sleep 1; rm -rf "$0"; }'
+    remover = subprocess.Popen(
+        ["/bin/sh", "-c", script, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield Path(folder)
+    finally:
+        remover.communicate()
+
+
+def temporary_environment(folder: Path) -> dict[str, str]:
+    """Returns the variables with which a child writes its temporary files into `folder`.
+
+    The cache of torch.compile stays where later runs find it.
+    """
+    cache = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+    return {
+        "TMPDIR": str(folder),
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(cache)),
+    }
 
 
 def python_path() -> str:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny_model import make_dataset, make_model
 from whole_runs import RunInputs, make_run_inputs
+
+from megatron_async_rl import processes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Removes the temporary files of all processes that tests start, also of those they kill."""
+    tmp_path_factory.getbasetemp()  # stays where it is
+    with processes.temporary_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        folder.chmod(0o711)  # tests of the sandbox run as another user
+        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -43,10 +43,10 @@ def join(run_dir: Path, names: Sequence[str], ignore_more_sigterms: bool = False
     _wait_for_run(run_dir, config, console)
     supervisor = Supervisor(run_dir, config.faults, lambda text: show(console, text))
     session = Session(run_dir, supervisor, config.faults.shutdown_grace_s, ignore_more_sigterms)
-    with session.handle_signals():
+    with processes.temporary_folder() as temporary, session.handle_signals():
         try:
             key = controller_key(run_dir)
-            session.start(config, names)
+            session.start(config, names, temporary)
             show(console, f"started {', '.join(names)} for the run in {run_dir}")
             while not session.poll():
                 if controller_key(run_dir) != key:
@@ -54,7 +54,7 @@ def join(run_dir: Path, names: Sequence[str], ignore_more_sigterms: bool = False
                     show(console, "`run` was started again: restarting the processes here")
                     processes.stop(supervisor.processes, STOP_GRACE_S)
                     left = [name for name in names if not supervisor.children[name].given_up]
-                    session.start(config, left)
+                    session.start(config, left, temporary)
                 limit_s = config.run.no_progress_timeout_s
                 if supervisor.status_age_s > limit_s:
                     raise Error(
@@ -95,7 +95,10 @@ def _wait_for_run(run_dir: Path, config: Config, console: Console) -> None:
         show(console, f"waiting for a running controller in {run_dir}")
     while not _is_running(run_dir):
         if _has_finished(run_dir):
-            raise Error(f"the run in {run_dir} is complete: there is nothing to join")
+            raise Error(
+                f"the run in {run_dir} is complete: there is nothing to join",
+                "to continue it, use `run` with more run.steps",
+            )
         if time.monotonic() > deadline:
             raise Error(
                 f"no running controller in {run_dir} within trainer.start_timeout_s = "

@@ -94,10 +94,10 @@ def run(
             on_owned()
         supervisor = Supervisor(run_dir, config.faults, lambda text: show(console, text))
         session = Session(run_dir, supervisor, config.faults.shutdown_grace_s, ignore_more_sigterms)
-        with session.handle_signals():
+        with processes.temporary_folder() as temporary, session.handle_signals():
             try:
                 here = [name for name in roles.names(config) if name not in elsewhere]
-                session.start(config, here)
+                session.start(config, here, temporary)
                 _follow(session, console)
                 session.wait_for_workers()
             finally:

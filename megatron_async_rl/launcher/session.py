@@ -43,13 +43,15 @@ class Session:
     def preempted(self) -> bool:
         return self.preempted_at is not None
 
-    def start(self, config: Config, names: Collection[str]) -> None:
+    def start(self, config: Config, names: Collection[str], temporary: Path) -> None:
+        """Starts processes, with their temporary files in `temporary`."""
+        variables = processes.temporary_environment(temporary)
         for name, command in roles.commands(config, self.run_dir, names).items():
             start = partial(
                 processes.start,
                 command.arguments,
                 self.log_path(name),
-                command.env,
+                command.env | variables,
                 sigterm_blocked=command.sigterm_blocked,
             )
             self.supervisor.start(name, start)
