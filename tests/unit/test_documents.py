@@ -11,12 +11,15 @@ from typing import get_origin
 import msgspec
 import pytest
 from import_graph import package_modules
+from packaging.specifiers import SpecifierSet
 from paths import ROOT
 from source_files import PACKAGE, relative_path
 
+from megatron_async_rl.cli.doctor import GPU_VERSIONS
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.documentation import item_section
 from megatron_async_rl.config.sections import Section
+from megatron_async_rl.launcher.preflight import SGLANG_VERSIONS
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -179,6 +182,14 @@ def test_the_way_of_one_sample_names_files_and_their_definitions() -> None:
     assert len(steps) >= 5
     assert [step for step in steps if not DEFINED_IN.search(step)] == []
     assert [error for step in steps for error in undefined_names(step)] == []
+
+
+@pytest.mark.parametrize("name", ["docs/installation.md", "launchers/Containerfile"])
+def test_versions_to_install_on_a_gpu_host_are_supported(name: str) -> None:
+    found = dict(re.findall(r"([\w-]+)==([\d.]+)", (ROOT / name).read_text()))
+    assert found.keys() == {*GPU_VERSIONS, "sglang"}
+    for package, versions in (GPU_VERSIONS | {"sglang": SGLANG_VERSIONS}).items():
+        assert SpecifierSet(versions).contains(found[package]), package
 
 
 def test_missing_names_are_found() -> None:
