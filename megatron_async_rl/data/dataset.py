@@ -98,24 +98,32 @@ def read_source(
         end = tokenizer.decode(ids[-_MAX_TAG_TOKENS:])
         opening_tag = thinking.opened_by(end, config.reward.thinking_tags)
         prompts.append(Prompt(prompt_id, ids, fields | {"prompt": prompt}, opening_tag))
-    total = len(prompts) + left_out.total()
-    for reason, count in left_out.items():
-        text = f"{count:,} of {total:,} prompts of {setting} = {source.path} {reason}"
-        if not prompts:
-            raise DataError(f"{text}: none is left", "change these settings, or the dataset")
-        report(text)
+    _report_left_out(left_out, len(prompts), f"{setting} = {source.path}", report)
     return prompts
 
 
-def check_source(source: SourceConfig | str, setting: str, config: Config) -> int:
+def _report_left_out(left_out: Counter[str], num_left: int, name: str, report: Report) -> None:
+    """Reports each reason with its number of prompts. Raises DataError if no prompt is left."""
+    total = num_left + left_out.total()
+    for reason, count in left_out.items():
+        text = f"{count:,} of {total:,} prompts of {name} {reason}"
+        if not num_left:
+            raise DataError(f"{text}: none is left", "change these settings, or the dataset")
+        report(text)
+
+
+def check_source(
+    source: SourceConfig | str, setting: str, config: Config, report: Report = logger.warning
+) -> int:
     """Returns the number of rows, for preflight: all rows are read, and the first chat is rendered.
 
-    Raises ConfigError or DataError as `read_source`, but tokenizes only rows that may be too long:
-    a tokenizer makes at most one token of a byte.
+    Raises ConfigError or DataError and reports as `read_source`, but tokenizes only rows that may
+    be too long: a tokenizer makes at most one token of a byte.
     """
     if isinstance(source, str):
         source = SourceConfig(path=source)
     count, rendered = 0, False
+    left_out: Counter[str] = Counter()
     tokenizer: Tokenizer | None = None
     for place, _, fields in read_rows(source, setting, config):
         count += 1
@@ -129,8 +137,12 @@ def check_source(source: SourceConfig | str, setting: str, config: Config) -> in
         if len(str(prompt).encode(errors="replace")) > _max_tokens(config):
             tokenizer = tokenizer or Tokenizer(config.model.path)
             num_tokens = len(_tokenize(fields["prompt"], source, config, tokenizer)[0])
-            if not _left_out(num_tokens, source, config):
+            if reason := _left_out(num_tokens, source, config):
+                left_out[reason] += 1
+            else:
                 _check_length(num_tokens, place, config)
+    name = f"{setting} = {source.path}"
+    _report_left_out(left_out, count - left_out.total(), name, report)
     return count
 
 

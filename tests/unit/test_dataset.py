@@ -260,9 +260,13 @@ def test_overlong_prompts_are_dropped_and_counted(settings: Config, tmp_path: Pa
     tokenizer = Tokenizer(settings.model.path)
     prompts = read_source(str(path), "data.train", config, tokenizer, reports.append)
     assert [len(prompt.ids) for prompt in prompts] == [10, 1]
-    assert check_source(str(path), "data.train", config) == 4
-    [report] = reports
+    assert check_source(str(path), "data.train", config, reports.append) == 4
+    [report, checked] = reports
+    assert checked == report
     assert report.startswith(f"2 of 4 prompts of data.train = {path} have more than 10 tokens")
     path.write_text(path.read_text().splitlines(keepends=True)[0])
-    with pytest.raises(DataError, match=r"1 of 1 prompts .*data\.overlong = drop\): none is left"):
+    none_is_left = r"1 of 1 prompts .*data\.overlong = drop\): none is left"
+    with pytest.raises(DataError, match=none_is_left):
         read_source(str(path), "data.train", config, tokenizer, reports.append)
+    with pytest.raises(DataError, match=none_is_left):
+        check_source(str(path), "data.train", config)
