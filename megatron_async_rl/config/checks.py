@@ -39,6 +39,7 @@ def cross_check(config: Config) -> None:
     _check_algorithm(config)
     _check_weights(config)
     _check_servers(config)
+    _check_routing(config)
     _check_parallel_sizes(config)
 
 
@@ -209,7 +210,21 @@ def _check_hooks(config: Config) -> None:
 def _check_algorithm(config: Config) -> None:
     algorithm, advantage = config.algorithm, config.algorithm.advantage
     single = algorithm.samples_per_prompt == 1
-    if single and advantage.estimator == "grpo" and advantage.group_normalize:
+    if advantage.estimator == "gae" and advantage.gamma == 0:
+        raise ConfigError(
+            "algorithm.advantage.gamma = 0 with algorithm.advantage.estimator = gae credits a "
+            "reward to its last token alone",
+            "set gamma to more than 0, or the estimator to turn_gae, which discounts per turn",
+        )
+    single_turn = config.rollout.workflow == "single_turn" and not config.has_agent
+    if single_turn and advantage.estimator in ("turn_grpo", "turn_gae"):
+        raise ConfigError(
+            f"algorithm.advantage.estimator = {advantage.estimator} needs several turns, but "
+            "rollout.workflow = single_turn gives one",
+            "set rollout.agent or another workflow, or algorithm.advantage.estimator="
+            f"{advantage.estimator.removeprefix('turn_')}",
+        )
+    if single and advantage.estimator in ("grpo", "turn_grpo") and advantage.group_normalize:
         raise ConfigError(
             "algorithm.advantage.group_normalize = true needs algorithm.samples_per_prompt >= 2: "
             "one sample has no standard deviation",
@@ -313,6 +328,20 @@ def _check_servers(config: Config) -> None:
             f"rollout.servers = {config.rollout.servers}",
             "leave it out: each server then chooses a free port",
         )
+
+
+def _check_routing(config: Config) -> None:
+    if not config.rollout.routing_replay:
+        return
+    for key, refused, reason in (
+        ("moe_router_fusion", True, "the fused router takes no choice from outside"),
+        ("moe_router_load_balancing_type", "sinkhorn", "its router takes no choice from outside"),
+    ):
+        if config.megatron.get(key) == refused:
+            raise ConfigError(
+                f"rollout.routing_replay = true with megatron.{key} = {refused}: {reason}",
+                "remove one of them",
+            )
 
 
 def _check_agent(config: Config) -> None:

@@ -178,8 +178,15 @@ class RolloutConfig(Section, frozen=True, kw_only=True):
     stop: Annotated[tuple[Text, ...], msgspec.Meta(max_length=32)] = ()
     """Texts that end a response. The tokens of the text are part of the response: they are trained,
     and the reward function sees them."""
+    routing_replay: bool = False
+    """Train each token with the experts that the engine chose for it, instead of those that the
+    trainer's router would choose. For models with experts; `top_k` bytes per token and layer."""
     max_concurrent_samples: PositiveInt = 256
     """Maximum number of samples in flight per server."""
+    kv_lease_limit: PositiveFloat | None = 0.9
+    """A server gets samples until the tokens that they are expected to hold, by the lengths of
+    earlier samples, reach this fraction of its KV cache. Null leaves it to `max_concurrent_samples`
+    alone: what does not fit then queues in the server."""
     workflow: str = "single_turn"
     """`single_turn`, `multi_turn_math`, `python_tool`, or package.module:Class of a user-defined
     workflow (docs/workflows.md)."""

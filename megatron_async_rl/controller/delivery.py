@@ -12,9 +12,12 @@ import time
 
 import numpy as np
 
+from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.advantage import (
     Advantages,
     check_estimator,
+    needs_turns,
+    reward_scale,
     sample_advantages,
     token_means,
 )
@@ -22,6 +25,7 @@ from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.core.actions import ResendBatch, SendBatch
 from megatron_async_rl.controller.core.groups import Group
 from megatron_async_rl.controller.monitoring.mismatch import MismatchMonitor
+from megatron_async_rl.controller.turns import rewards_at_ends, shaped_turns, turns_of
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.messages import Refused, TrainBatch
 from megatron_async_rl.protocol.types import Sample, TrainSample
@@ -73,14 +77,7 @@ class BatchDelivery:
             self.awaited_since = None
 
     async def _send(self, batch: SendBatch) -> tuple[np.ndarray, np.ndarray]:
-        rewards, advantages = self._advantages(batch.groups)
-        samples = [
-            sequence
-            for g, group in enumerate(batch.groups)
-            for s, sample in enumerate(group.samples)
-            if sample is not None
-            for sequence in train_samples(sample, advantages[g][s])
-        ]
+        rewards, advantages, samples = training_batch(batch.groups, self._config)
         probe = self._mismatch.choose(batch.version, samples, self._fleet.rollout.values())
         shares = balanced_shares(samples, self._config.num_leaders)
         if probe:  # before the batch: after a short step the server has other weights
@@ -88,7 +85,7 @@ class BatchDelivery:
         for worker in self._workers.leaders:
             share = TrainBatch(batch.version, shares[worker.hello.leader])
             await self._workers.send(worker.name, share)
-        return rewards, token_means(advantages)
+        return rewards, advantages
 
     async def _resend(self, version: int) -> None:
         """Sends a recorded batch; refuses a trainer that asks for one that is not recorded."""
@@ -114,16 +111,46 @@ class BatchDelivery:
             groups[event.group_id].samples[event.index] = event.sample
         for score in scored:
             groups[score.group_id].rewards[score.index] = score.reward
+            groups[score.group_id].turn_rewards[score.index] = score.turn_rewards
         return SendBatch(version, list(groups.values()))
 
-    def _advantages(self, groups: list[Group]) -> tuple[np.ndarray, Advantages]:
-        """Returns rewards [groups, samples] and advantages."""
-        rewards = np.asarray([group.rewards for group in groups], np.float64)
-        tokens = np.asarray(
-            [[sample.num_generated for sample in group.samples if sample] for group in groups]
-        )
-        algorithm, max_new_tokens = self._config.algorithm, self._config.rollout.max_new_tokens
-        return rewards, sample_advantages(rewards, tokens, algorithm, max_new_tokens)
+
+def training_batch(
+    groups: list[Group], config: Config
+) -> tuple[np.ndarray, np.ndarray, list[TrainSample]]:
+    """Returns (rewards [groups, samples], mean advantages [groups, samples], what is trained).
+
+    It depends on the recorded samples and rewards alone, so a batch that is sent again is the same.
+    """
+    algorithm = config.algorithm
+    samples = [[sample for sample in group.samples if sample] for group in groups]
+    rewards = np.asarray([group.rewards for group in groups], np.float64)
+    tokens = np.asarray([[sample.num_generated for sample in row] for row in samples])
+    turns = None
+    if needs_turns(algorithm.advantage):
+        turns = [
+            [
+                turns_of(sample, rewards[g, s], group.turn_rewards.get(s, ()))
+                for s, sample in enumerate(samples[g])
+            ]
+            for g, group in enumerate(groups)
+        ]
+    advantages = sample_advantages(rewards, tokens, algorithm, config.rollout.max_new_tokens, turns)
+    values: Advantages = advantages  # what the trainer gets
+    if turns and algorithm.advantage.uses_critic:
+        assert isinstance(advantages, np.ndarray)
+        shaped = shaped_turns(turns, advantages, reward_scale(algorithm))
+        values = [
+            [rewards_at_ends(*pair) for pair in zip(*row, strict=True)]
+            for row in zip(samples, shaped, strict=True)
+        ]
+    trained = [
+        sequence
+        for row, values_S in zip(samples, values, strict=True)
+        for sample, value in zip(row, values_S, strict=True)
+        for sequence in train_samples(sample, value)
+    ]
+    return rewards, token_means(advantages), trained
 
 
 def balanced_shares(samples: list[TrainSample], num_shares: int) -> list[list[TrainSample]]:
@@ -145,14 +172,22 @@ def balanced_shares(samples: list[TrainSample], num_shares: int) -> list[list[Tr
 def train_samples(sample: Sample, advantage: float | np.ndarray) -> list[TrainSample]:
     """Returns the training sequences of a sample as the trainer takes them.
 
-    `advantage`: one for all tokens, or an array with one entry per generated token.
+    `advantage`: one for all tokens, or an array with one entry per generated token. With a critic:
+    the rewards.
     """
     if np.ndim(advantage):
         advantages = np.zeros(len(sample.ids), np.float32)
         advantages[sample.generated] = advantage
     else:
         advantages = np.full(len(sample.ids), advantage, np.float32)
+    width = len(sample.experts) // len(sample.ids)  # per token
     return [
-        TrainSample(sample.ids[s], sample.logprobs[s], sample.versions[s], advantages[s])
+        TrainSample(
+            sample.ids[s],
+            sample.logprobs[s],
+            sample.versions[s],
+            advantages[s],
+            experts=sample.experts[s.start * width : s.stop * width],
+        )
         for s in sample.sequences()
     ]

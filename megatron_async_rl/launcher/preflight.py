@@ -37,6 +37,7 @@ from megatron_async_rl.launcher.checks.settings import (
 from megatron_async_rl.model import layout, memory
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.layout import Layout
+from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.observability.loggers import check_installed
 from megatron_async_rl.sandbox.sandbox import Sandbox, SandboxError, SandboxSettings
 
@@ -85,6 +86,8 @@ def config_checks(config: Config, say: Say) -> Iterator[Check]:
         if architecture.ok:
             yield check("trainer layout", _trainer_layout)
             yield check("engine layout", _engine_layout)
+            if config.rollout.routing_replay:
+                yield check("routing replay", _routing)
             yield check("context", _context)
             if config.has_trainer:
                 yield check("weights type", check_weight_type)
@@ -196,6 +199,12 @@ def _engine_layout(config: Config) -> str:
     return f"{config.rollout.servers} servers, tensor {config.engine_tp} each"
 
 
+def _routing(config: Config) -> str:
+    routing = replayed_routing(config)
+    assert routing
+    return f"{routing.width * routing.dtype.itemsize} bytes per token"
+
+
 def _context(config: Config) -> str:
     tokens, limit = config.model.context_tokens, HfConfig(config.model.path).max_positions
     if limit is not None and tokens > limit:
@@ -222,7 +231,9 @@ def _evaluation_data(config: Config) -> str:
 
 
 def _dataset(setting: str, source: SourceConfig, config: Config) -> str:
-    return f"{source.path}: {check_source(source, setting, config):,} rows"
+    left_out: list[str] = []
+    count = check_source(source, setting, config, left_out.append)
+    return "; ".join([f"{source.path}: {count:,} rows", *left_out])
 
 
 def _success_rates(config: Config) -> str:

@@ -4,7 +4,7 @@ controller/handlers.py calls `hello_problem` for each Hello and `problem` for ea
 before any other code reads it. A message with a problem costs its sender the connection and changes
 nothing. Leases and the state of an update are checked later, where they are kept: a message that
 does not fit them may be late, which is no fault of its sender. The tokens of samples are checked in
-controller/core/tokens.py.
+controller/tokens.py.
 
 RULES: message type -> senders that may send it, and a check of its fields together.
 FIELDS: name of a field, in any message and in the structs that it contains -> its range.
@@ -117,7 +117,9 @@ def hello_problem(hello: Hello, limits: Limits) -> str:
 def _score_requested(request: messages.ScoreRequest, hello: Hello, limits: Limits) -> str:
     if request.call < 1:
         return f"call = {request.call}: that of a finished sample"
-    return "a row, which the controller adds" if request.row else ""
+    if request.row:
+        return "a row, which the controller adds"
+    return "text_ends, which the controller adds" if request.text_ends else ""
 
 
 def _step_done(step: messages.StepDone, hello: Hello, limits: Limits) -> str:
@@ -261,6 +263,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "folder": _anything,
     "row": _anything,
     "reward": _anything,
+    "turn_rewards": _anything,
     # of types that have no wrong values
     "backend": _anything,
     "flattened": _anything,
@@ -270,11 +273,14 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "opening_tag": _anything,  # the controller replaces it
     "answer": lambda answer: len(answer) <= messages.MAX_ANSWER,
     "text": _anything,
-    # tokens, see controller/core/tokens.py
+    # tokens, see controller/tokens.py
     "ids": _anything,
     "logprobs": _anything,
     "versions": _anything,
+    "experts": _anything,
     "starts": _anything,
+    "turn_starts": _anything,
+    "text_ends": _anything,
     "discount": lambda discount: 0 <= discount <= 1,
 }
 

@@ -3,6 +3,10 @@
 A sample is flat arrays over prompt and response together. `versions[t]` is the weight version that
 sampled token t, or NOT_GENERATED for a token that the policy did not sample (prompt, tool output).
 The loss covers the generated tokens; a token's staleness is the trainer's version less its own.
+
+A turn is one call of the policy: a run of generated tokens, or a part of one if no context lies
+between two calls. The turns of a sample are numbered from 0 in the order of the calls, which agents
+with several sequences may mix.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ import numpy as np
 
 NOT_GENERATED = -1
 MAX_REWARD = 1e9  # of either sign; a larger one, or NaN, is no reward
+TURN_BREAK = "\n\n"  # between the texts of the turns in Sample.text
 PROBE_TOKENS = 256  # at most, of each sample of a mismatch probe
+NO_EXPERTS = np.empty(0, np.uint8)
 
 StopReason = Literal["stop", "length"]
 Purpose = Literal["train", "eval"]
@@ -61,8 +67,15 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_interrupts: int = 0  # weight updates during generation
     discount: float = 1.0  # 0 to 1; the reward in training is the score of `text` times this
     starts: list[int] = []  # of the training sequences in the arrays, 0 first; empty: one sequence
-    reward: float | None = None  # given by the agent; None: the reward function scores `text`
+    reward: float | None = None  # of the last turn; None: the reward function scores `text`
+    turn_rewards: list[float] = []  # one per turn, beside `reward`; empty: all are 0
+    turn_starts: list[int] = []  # first token of each turn; empty: of each run of generated tokens
+    text_ends: list[
+        int
+    ] = []  # of the turns in `text`, see turn_texts; empty: `text` is not divided
     metrics: dict[str, float] = {}  # of the workflow, by name; their means are user/NAME
+    experts: np.ndarray = NO_EXPERTS
+    """[num_tokens * layers * top_k] uint8 or uint16, see model/routing.py; empty: not recorded."""
 
     @property
     def generated(self) -> np.ndarray:
@@ -79,9 +92,12 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [slice(start, end) for start, end in itertools.pairwise(edges)]
 
     def turns(self) -> list[list[int]]:
-        """Returns [[start, end], ...] of the runs of generated tokens."""
-        edges = np.flatnonzero(np.diff(self.generated, prepend=False, append=False)).tolist()
-        return [list(turn) for turn in zip(edges[::2], edges[1::2], strict=True)]
+        """Returns [[start, end], ...] of the tokens of each turn, in the order of the calls."""
+        runs = generated_runs(self.versions)
+        if not self.turn_starts:
+            return runs
+        next_cut = dict(itertools.pairwise(sorted({*self.turn_starts, *(end for _, end in runs)})))
+        return [[start, next_cut[start]] for start in self.turn_starts]
 
     @property
     def oldest_version(self) -> int:
@@ -116,6 +132,7 @@ class Partial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ids: np.ndarray  # [num_tokens] int32
     logprobs: np.ndarray  # [num_tokens] float32
     versions: np.ndarray  # [num_tokens] int32, NOT_GENERATED for the input
+    experts: np.ndarray = NO_EXPERTS  # as of a Sample
 
     @property
     def num_input(self) -> int:
@@ -158,6 +175,7 @@ class TrainSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     advantages: np.ndarray  # [num_tokens] float32; undefined where not generated
     probe_index: int = -1  # number of the sample in the step's mismatch probe; -1: not part of it
     probe_start: int = 0  # first of its PROBE_TOKENS tokens that the probe compares
+    experts: np.ndarray = NO_EXPERTS  # as of a Sample
 
     def probe_slots(self) -> np.ndarray:
         """Returns [num_tokens] int32: 1 + the place of a token in the probe; 0: not part of it."""
@@ -166,6 +184,19 @@ class TrainSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             tokens = slots[self.probe_start : self.probe_start + PROBE_TOKENS]
             tokens[:] = np.arange(len(tokens)) + self.probe_index * PROBE_TOKENS + 1
         return slots
+
+
+def generated_runs(versions: np.ndarray) -> list[list[int]]:
+    """Returns [[start, end], ...] of the runs of generated tokens."""
+    generated = versions != NOT_GENERATED
+    edges = np.flatnonzero(np.diff(generated, prepend=False, append=False)).tolist()
+    return [list(run) for run in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def turn_texts(text: str, ends: list[int]) -> list[str]:
+    """Returns the texts of the turns that `text` joins by TURN_BREAK; `ends`: Sample.text_ends."""
+    starts = [0, *(end + len(TURN_BREAK) for end in ends)]
+    return [text[a:b] for a, b in zip(starts, ends or [len(text)], strict=False)]
 
 
 def _oldest(versions: np.ndarray) -> int:

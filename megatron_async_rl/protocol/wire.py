@@ -21,13 +21,14 @@ from megatron_async_rl.errors import ProtocolError
 from megatron_async_rl.protocol.messages import AnyMessage
 
 Frame = bytes | memoryview
-_DTYPES = {"<i4": np.dtype("<i4"), "<f4": np.dtype("<f4")}  # the only element types
+_DTYPES = {name: np.dtype(name) for name in ("<i4", "<f4", "|u1", "<u2")}  # of elements
 _RUNS = " runs"  # follows the element type of a run-length encoded array
+_RUN_BYTES = 4  # per element of a run-length encoded array
 _MIN_LENGTH, _MIN_MEAN_RUN = 256, 16  # of an array worth encoding
 MAX_LENGTH = 1 << 24  # of a run-length array, decoded: a small frame must not become a huge one
 MAX_DECODED_BYTES = 1 << 32  # of all run-length arrays of a message
 _LOOK_AT = 64  # first elements, which rule out most arrays of many runs
-ENCODING = 2  # increase when the frames change
+ENCODING = 3  # increase when the frames change
 
 
 class Codec:
@@ -80,9 +81,9 @@ class Codec:
         if not isinstance(value, np.ndarray) or value.dtype.str not in _DTYPES or value.ndim != 1:
             raise ProtocolError(
                 f"cannot encode {type(value).__name__} {getattr(value, 'dtype', '')}; only 1-D "
-                "int32 and float32 arrays"
+                f"arrays of {', '.join(map(str, _DTYPES.values()))}"
             )
-        runs = _as_runs(value)
+        runs = _as_runs(value) if value.itemsize == _RUN_BYTES else None
         if runs is not None:
             self._frames.append(runs.view(np.uint8).data)
             return (value.dtype.str + _RUNS, len(self._frames) - 1)
@@ -102,6 +103,8 @@ class Codec:
         self._num_read += 1
         frame = self._frames[index]
         if as_runs:
+            if _DTYPES[dtype].itemsize != _RUN_BYTES:
+                raise ValueError(f"runs of elements of type {dtype!r}")
             return self._from_runs(np.frombuffer(frame, "<i4"), _DTYPES[dtype])
         return np.frombuffer(frame, _DTYPES[dtype]) if len(frame) else np.empty(0, _DTYPES[dtype])
 

@@ -12,12 +12,14 @@ Any call raises EngineError, and EngineTimeout at its deadline.
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import aiohttp
 import msgspec
+import numpy as np
 
 from megatron_async_rl.errors import EngineError, EngineTimeout
 from megatron_async_rl.protocol.messages import Bucket, JoinGroup
@@ -32,6 +34,7 @@ _LOAD = {  # metric -> the field of a scheduler's load
     "running_requests": "num_running_reqs",
     "queued_requests": "num_waiting_reqs",
     "kv_use_fraction": "token_usage",
+    "kv_capacity_tokens": "max_total_num_tokens",
     "cache_hit_fraction": "cache_hit_rate",
     "decode_tokens_per_s": "gen_throughput",
 }
@@ -44,6 +47,7 @@ class RequestOutput:
     segments: list[Segment]
     stop: Literal["stop", "length", "abort"]
     num_cached: int = 0  # input tokens found in the prefix cache
+    experts: np.ndarray | None = None  # [positions * layers * top_k] int32, see `generate`
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class EngineClient:
                 name: sum(float(load[key]) for load in loads)
                 / (len(loads) if "fraction" in name else 1)
                 for name, key in _LOAD.items()
+                if all(key in load for load in loads)  # not every version has each
             }
         except (EngineError, KeyError, TypeError, ValueError, ZeroDivisionError):
             return {}
@@ -119,12 +124,18 @@ class EngineClient:
     # ---- generation
 
     async def generate(
-        self, ids: list[int], sampling: Sampling, cache_key: str | None = None
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        cache_key: str | None = None,
+        experts_from: int | None = None,
     ) -> RequestOutput:
         """Returns tokens, their logprobs under softmax(logits / temperature), and their versions.
 
         The logprobs are of all tokens, also if top_p, top_k or min_p left some out of the sampling.
-        Cached prefixes are shared only among requests of the same `cache_key`.
+        Cached prefixes are shared only among requests of the same `cache_key`. `experts_from`: also
+        return the experts chosen for the tokens from this position on, but the last; a request that
+        was aborted in the queue has none.
         """
         request: dict[str, Any] = {
             "input_ids": ids,
@@ -143,8 +154,16 @@ class EngineClient:
             request["sampling_params"]["stop"] = list(sampling.stop)
         if cache_key is not None:
             request["extra_key"] = cache_key
+        if experts_from is not None:
+            request |= {"return_routed_experts": True, "routed_experts_start_len": experts_from}
         reply = await self._call("POST", "/generate", request, self._api, self._generate_timeout_s)
-        return self._output(reply)
+        output = self._output(reply)
+        if experts_from is not None and output.experts is None and output.stop != "abort":
+            raise EngineError(
+                "the server returned no experts, which rollout.routing_replay needs; install a "
+                "newer SGLang in its environment"
+            )
+        return output
 
     async def input_logprobs(
         self, ids: list[int], start: int, cache_key: str | None = None
@@ -193,7 +212,10 @@ class EngineClient:
             Segment(version, ids[start:end], logprobs[start:end])
             for version, start, end in self._version_spans(meta, len(ids))
         ]
-        return RequestOutput(segments, reason["type"], meta.get("cached_tokens", 0))
+        experts = meta.get("routed_experts")
+        if experts is not None:
+            experts = np.frombuffer(base64.b64decode(experts), "<i4")
+        return RequestOutput(segments, reason["type"], meta.get("cached_tokens", 0), experts)
 
     def _version_spans(self, meta: dict[str, Any], num_tokens: int) -> list[tuple[int, int, int]]:
         """Returns (version, start, end) over the output tokens, as the reply labels them."""

@@ -152,6 +152,7 @@ class SGLangServer:
             "tokenizer_path": self._config.model.path,
             "log_level": "warning",  # at info, SGLang logs its keys
             "grammar_backend": "none",
+            "enable_return_routed_experts": self._config.rollout.routing_replay,
             # SGLang keeps the last tokens of its context free; ours are filled to the last one
             "context_length": self._config.model.context_tokens + ENGINE_SPARE_TOKENS,
             **self._graph_size(),

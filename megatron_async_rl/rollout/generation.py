@@ -20,6 +20,7 @@ from megatron_async_rl.errors import DataError, EngineTimeout
 from megatron_async_rl.protocol.types import Segment
 from megatron_async_rl.rollout.engine_client import EngineClient, RequestOutput, Sampling
 from megatron_async_rl.rollout.gate import Gate
+from megatron_async_rl.rollout.routing import CallExperts
 from megatron_async_rl.rollout.workflow import Completion
 
 SaveProgress = Callable[[list[Segment], bool], Awaitable[None]]  # segments so far, interrupted
@@ -50,13 +51,15 @@ class Generator:
         sampling: Sampling,
         resumed: Iterable[Segment] = (),
         save: SaveProgress | None = None,
+        experts: CallExperts | None = None,
     ) -> Completion:
         """Generates to the end across any number of weight updates: one segment per version.
 
         `resumed`: tokens that an earlier, interrupted call with the same `ids` has sampled.
-        `save` is awaited after each request. Stops at model.context_tokens, and with the first
-        token that completes a text of `sampling.stop`. Raises DataError for ids outside the
-        vocabulary, which would crash the server, and EngineError.
+        `save` is awaited after each request. `experts` gets those of all positions. Stops at
+        model.context_tokens, and with the first token that completes a text of `sampling.stop`.
+        Raises DataError for ids outside the vocabulary, which would crash the server, and
+        EngineError.
         """
         self._check(ids)
         segments = list(resumed)
@@ -68,11 +71,13 @@ class Generator:
             if len(tokens) >= end:
                 return Completion(segments, "length")
             output = await self._request(
-                tokens, dataclasses.replace(sampling, max_new_tokens=end - len(tokens))
+                tokens, dataclasses.replace(sampling, max_new_tokens=end - len(tokens)), experts
             )
             for segment in output.segments:
                 tokens += segment.ids
                 self.num_tokens += len(segment.ids)
+            if experts and output.segments:
+                experts.add(output.experts, len(tokens))
             segments = _merge_versions([*segments, *output.segments])
             num_new = sum(len(segment.ids) for segment in output.segments)
             kept = num_tokens_to_stop(tokens[len(ids) :], num_new, sampling.stop, self._decode)
@@ -83,10 +88,13 @@ class Generator:
             if output.stop != "abort":
                 return Completion(segments, output.stop)
 
-    async def _request(self, tokens: list[int], sampling: Sampling) -> RequestOutput:
+    async def _request(
+        self, tokens: list[int], sampling: Sampling, experts: CallExperts | None
+    ) -> RequestOutput:
+        first = experts.num_known if experts else None
         try:
             async with self._gate.request():
-                return await self._client.generate(tokens, sampling, self._cache_key())
+                return await self._client.generate(tokens, sampling, self._cache_key(), first)
         except EngineTimeout:
             self.timed_out.set()
             raise

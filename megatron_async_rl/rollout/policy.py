@@ -13,6 +13,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.data import chat_template
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ScoreUnavailable
+from megatron_async_rl.model.routing import Routing
 from megatron_async_rl.protocol.messages import (
     Generate,
     Message,
@@ -20,10 +21,19 @@ from megatron_async_rl.protocol.messages import (
     ScoreRequest,
     ScoreResult,
 )
-from megatron_async_rl.protocol.types import Partial, Prompt, SampleKey, Segment, join_segments
+from megatron_async_rl.protocol.types import (
+    NO_EXPERTS,
+    Partial,
+    Prompt,
+    Sample,
+    SampleKey,
+    Segment,
+    join_segments,
+)
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.generation import Generator
 from megatron_async_rl.rollout.partials import PartialStore
+from megatron_async_rl.rollout.routing import CallExperts, SampleExperts
 from megatron_async_rl.rollout.workflow import Completion
 
 Send = Callable[[Message], Awaitable[None]]  # to the controller
@@ -72,6 +82,7 @@ class PolicyServices:
     partials: PartialStore
     scores: ScoreClient
     send: Send
+    routing: Routing | None = None  # with rollout.routing_replay
 
 
 class SamplePolicy:
@@ -92,16 +103,25 @@ class SamplePolicy:
         self._resumable = lease.purpose == "train"
         self._num_scored = 0
         self._partial = services.partials.longest(self._sample_id, partial, lease.floor_version)
+        routing = services.routing if self._resumable else None
+        self._experts = SampleExperts(routing) if routing else None
 
     async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
         generator = self._services.generator
         if not self._resumable:
             return await generator.generate(ids, sampling)
 
-        async def save(segments: list[Segment], interrupted: bool) -> None:
-            await self._save(ids, segments, interrupted)
+        partial = self._resumed(ids)
+        experts = self._experts.begin(ids, partial) if self._experts else None
 
-        return await generator.generate(ids, sampling, self._resumed(ids), save)
+        async def save(segments: list[Segment], interrupted: bool) -> None:
+            await self._save(ids, segments, interrupted, experts)
+
+        resumed = partial.segments() if partial else []
+        completion = await generator.generate(ids, sampling, resumed, save, experts)
+        if self._experts and experts:
+            self._experts.end([*ids, *completion.ids], experts)
+        return completion
 
     async def score(self, text: str) -> float:
         self._num_scored += 1
@@ -121,17 +141,28 @@ class SamplePolicy:
         # the template ends the turn with the token that the policy may have sampled itself
         return ids[1:] if turn.ids and ids[:1].tolist() == turn.ids[-1:] else ids
 
-    def _resumed(self, ids: list[int]) -> list[Segment]:
+    def with_experts(self, sample: Sample) -> Sample:
+        """Returns the workflow's sample with the experts of its tokens (rollout.routing_replay)."""
+        return self._experts.added_to(sample) if self._experts else sample
+
+    def _resumed(self, ids: list[int]) -> Partial | None:
         partial = self._partial
         if partial is None or partial.ids[: partial.num_input].tolist() != ids:
-            return []
+            return None
         self._partial = None  # another call with this input samples by itself
-        return partial.segments()
+        return partial
 
-    async def _save(self, ids: list[int], segments: list[Segment], interrupted: bool) -> None:
+    async def _save(
+        self,
+        ids: list[int],
+        segments: list[Segment],
+        interrupted: bool,
+        experts: CallExperts | None,
+    ) -> None:
         """Keeps the tokens so far; those of an interrupted call go to the controller too."""
         tokens = join_segments(np.asarray(ids, np.int32), segments, "length", "")
-        partial = Partial(tokens.ids, tokens.logprobs, tokens.versions)
+        chosen = experts.of_tokens(len(tokens.ids)) if experts else NO_EXPERTS
+        partial = Partial(tokens.ids, tokens.logprobs, tokens.versions, chosen)
         self._services.partials.keep(self._sample_id, partial)
         if interrupted:
             await self._services.send(PartialSample(self._key, partial))

@@ -30,6 +30,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import Tokenizer, fingerprint
 from megatron_async_rl.errors import DataError, EngineError, Error, Preempted, ProtocolError
 from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.observability.error_log import ErrorLog, user_error
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.transport import Link
@@ -80,6 +81,7 @@ class RolloutWorker:
             partials=PartialStore(),
             scores=ScoreClient(link.send, config.rollout.lease_timeout_s),
             send=link.send,
+            routing=replayed_routing(config),
         )
         self._fingerprint = fingerprint(config.model.path)
         self._errors = ErrorLog(logger)
@@ -212,6 +214,7 @@ class RolloutWorker:
         try:
             sample = await self._workflow.run(lease.prompt, policy, sampling)
             self._check(sample)
+            sample = policy.with_experts(sample)
         except EngineError as e:
             await asyncio.sleep(FAILURE_PAUSE_S)
             await self._link.send(messages.GenerateFailed(key, error=str(e)))

@@ -1,7 +1,8 @@
 """The batch of one training step as a file, for `replay` and for run.mode = rollout_only.
 
 An .npz of plain arrays: the samples' tokens one after another, the samples' lengths, and the
-version that trains on them.
+version that trains on them. With rollout.routing_replay also the experts, and how many numbers of
+them each sample has.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.protocol.types import TrainSample
+from megatron_async_rl.protocol.types import NO_EXPERTS, TrainSample
 
 _FIELDS = {"ids": np.int32, "logprobs": np.float32, "versions": np.int32, "advantages": np.float32}
 
@@ -25,6 +26,9 @@ def save(path: Path, version: int, samples: list[TrainSample]) -> None:
     arrays: dict[str, Any] = {"version": np.int64(version), "lengths": lengths}
     for name, dtype in _FIELDS.items():
         arrays[name] = np.concatenate([np.empty(0, dtype), *(getattr(s, name) for s in samples)])
+    if experts := [s.experts for s in samples if len(s.experts)]:
+        arrays["experts"] = np.concatenate(experts)
+        arrays["num_experts"] = np.array([len(s.experts) for s in samples], np.int64)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         np.savez(file, **arrays)
@@ -38,12 +42,15 @@ def load(path: Path) -> tuple[int, list[TrainSample]]:
         with np.load(path, allow_pickle=False) as file:
             version, lengths = int(file["version"]), file["lengths"]
             flat = {name: file[name].astype(dtype, casting="no") for name, dtype in _FIELDS.items()}
+            experts = file.get("experts", NO_EXPERTS)
+            num_experts = file.get("num_experts", np.zeros(len(lengths), np.int64))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
         raise DataError(f"{path} is not a saved batch: {e}", remedy) from e
-    if lengths.ndim != 1 or any(len(array) != lengths.sum() for array in flat.values()):
+    sizes = [(array, lengths) for array in flat.values()] + [(experts, num_experts)]
+    if lengths.shape != num_experts.shape or any(len(a) != n.sum() for a, n in sizes):
         raise DataError(f"{path} is not a saved batch: arrays and lengths do not match", remedy)
-    ends = np.cumsum(lengths)
+    parts = {name: np.split(array, np.cumsum(lengths)[:-1]) for name, array in flat.items()}
+    parts["experts"] = np.split(experts, np.cumsum(num_experts)[:-1])
     return version, [
-        TrainSample(**{name: array[end - length : end] for name, array in flat.items()})
-        for length, end in zip(lengths, ends, strict=True)
+        TrainSample(**{name: part[n] for name, part in parts.items()}) for n in range(len(lengths))
     ]

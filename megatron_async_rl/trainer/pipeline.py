@@ -8,6 +8,7 @@ takes (iterator of micro-batches, chunk) and returns (output, function of the ou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ def run(
 
     Returns the results of `step`'s functions for each micro-batch on the last stage, else [].
     """
+    if model.replay:
+        model.replay.clear()
     several = len(model.chunks) > 1
     iterators = [iter(microbatches) for _ in model.chunks]
     return get_forward_backward_func()(
@@ -73,10 +76,12 @@ def forward(model: TrainerModel, chunk: torch.nn.Module, microbatch: Microbatch)
     positions_T = microbatch.sequences.positions_T
     assert positions_T is not None
     options = {"fp32_output": False} if model.config.bf16 or model.config.fp16 else {}
-    return chunk(
-        microbatch.ids_T[None],
-        positions_T[None],
-        None,
-        packed_seq_params=microbatch.sequences,
-        **options,
-    )
+    replay = model.replay.of(microbatch.experts_TLK) if model.replay else nullcontext()
+    with replay:
+        return chunk(
+            microbatch.ids_T[None],
+            positions_T[None],
+            None,
+            packed_seq_params=microbatch.sequences,
+            **options,
+        )

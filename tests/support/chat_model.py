@@ -85,7 +85,7 @@ class Script:
         return asyncio.run(workflow.run(row, policy, sampling))
 
     async def generate(
-        self, ids: list[int], sampling: Sampling, cache_key: str | None
+        self, ids: list[int], sampling: Sampling, cache_key: str | None, experts_from: None
     ) -> RequestOutput:
         """Answers like EngineClient.generate."""
         self.inputs.append(list(ids))

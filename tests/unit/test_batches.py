@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from train_samples import make_train_samples
@@ -24,10 +25,17 @@ def equal_samples(got: list[TrainSample], want: list[TrainSample]) -> bool:
 
 
 @pytest.mark.parametrize("count", [0, 1, 16])
-def test_saved_batch_is_read_back(tmp_path: Path, count: int) -> None:
-    batches.save(tmp_path / "new" / "b.npz", 7, make_train_samples(count))
+@pytest.mark.parametrize("dtype", [None, np.uint8, np.uint16])
+def test_saved_batch_is_read_back(tmp_path: Path, count: int, dtype: type | None) -> None:
+    samples = make_train_samples(count)
+    if dtype:  # all but the first have the experts that the engine chose
+        samples[1:] = [
+            msgspec.structs.replace(s, experts=np.arange(6 * len(s.ids), dtype=dtype))
+            for s in samples[1:]
+        ]
+    batches.save(tmp_path / "new" / "b.npz", 7, samples)
     version, got = batches.load(tmp_path / "new" / "b.npz")
-    assert version == 7 and equal_samples(got, make_train_samples(count))
+    assert version == 7 and equal_samples(got, samples)
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["b.npz"]
 
 

@@ -18,7 +18,9 @@ STEP = 4000  # tokens between two updates
 
 def saved(num_steps: int, index: int = 0, first_id: int = 0) -> PartialSaved:
     ids = np.random.default_rng(first_id).permutation(10 * STEP)[: num_steps * STEP].astype("<i4")
-    return PartialSaved(3, index, Partial(ids, -np.sqrt(ids).astype("<f4"), ids // STEP))
+    experts = np.repeat(ids, 4).astype(np.uint8)
+    partial = Partial(ids, -np.sqrt(ids).astype("<f4"), ids // STEP, experts)
+    return PartialSaved(3, index, partial)
 
 
 def check(path: Path, events: list[JournalEvent]) -> None:
@@ -27,7 +29,7 @@ def check(path: Path, events: list[JournalEvent]) -> None:
     for event, expected in zip(found, events, strict=True):
         if isinstance(event, PartialSaved) and isinstance(expected, PartialSaved):
             assert (event.group_id, event.index) == (expected.group_id, expected.index)
-            for name in ("ids", "logprobs", "versions"):
+            for name in ("ids", "logprobs", "versions", "experts"):
                 assert np.array_equal(getattr(event.partial, name), getattr(expected.partial, name))
 
 
@@ -44,7 +46,7 @@ def test_repeated_interrupts_store_only_new_tokens(tmp_path: Path) -> None:
     journal.append(events[7:])
     journal.close()
     check(path, events)
-    assert stored_bytes(path) < 1.05 * 2 * 12 * 8 * STEP  # 12 bytes a token, of two samples
+    assert stored_bytes(path) < 1.05 * 2 * 16 * 8 * STEP  # 16 bytes a token, of two samples
 
 
 def test_sample_that_starts_over_is_stored_whole(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def a_batch() -> TrainBatch:
             logprobs=np.zeros(n, np.float32),
             versions=np.full(n, 7, np.int32),
             advantages=np.ones(n, np.float32),
+            experts=np.arange(6 * n, dtype=np.uint16),
         )
         for n in (3, 5)
     ]
@@ -269,6 +270,7 @@ SAMPLE = {
     "logprobs": ("<f4", 1),
     "versions": ("<i4", 2),
     "advantages": ("<f4", 3),
+    "experts": ("<u2", 4),
 }
 for name, array in {
     "array of 64-bit numbers": ("<i8", 0),
@@ -282,7 +284,9 @@ for name, array in {
     "array null": None,
 }.items():
     fields = {"type": "TrainBatch", "version": 1, "samples": [{**SAMPLE, "ids": array}]}
-    MALFORMED[name] = [packed(fields), *BATCH[1:5]]
+    MALFORMED[name] = [packed(fields), *BATCH[1:6]]
+fields = {"type": "TrainBatch", "version": 1, "samples": [SAMPLE | {"experts": ("<u2 runs", 4)}]}
+MALFORMED["runs of small numbers"] = [packed(fields), *BATCH[1:6]]
 
 
 @pytest.mark.parametrize("frames", MALFORMED.values(), ids=MALFORMED.keys())

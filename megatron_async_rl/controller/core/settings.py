@@ -9,6 +9,7 @@ from typing import Any
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.core.groups import DropReason
 from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.routing import Routing, replayed_routing
 
 FilterRule = tuple[DropReason, Callable[[list[float], list[int], dict[str, Any]], bool]]
 """Drops a group for the reason unless (its rewards, generated tokens by sample, row) is true."""
@@ -35,6 +36,8 @@ class CoreSettings:
     single_turn: bool = True  # a sample is the prompt and one response
     max_sequences: int = 1  # of one sample; more than 1 with agents
     truncation: dict[str, Any] = field(default_factory=dict)  # top_p, top_k, min_p (rollout_only)
+    routing: Routing | None = None  # of the experts that samples have
+    kv_lease_limit: float | None = None  # None: leases by the number of samples alone
 
 
 def core_settings(config: Config, filter_rules: tuple[FilterRule, ...] = ()) -> CoreSettings:
@@ -59,4 +62,6 @@ def core_settings(config: Config, filter_rules: tuple[FilterRule, ...] = ()) -> 
         single_turn=config.rollout.workflow == "single_turn" and not config.has_agent,
         max_sequences=config.max_sequences,
         truncation={name: getattr(config.rollout, name) for name in ("top_p", "top_k", "min_p")},
+        routing=replayed_routing(config),
+        kv_lease_limit=config.rollout.kv_lease_limit,
     )

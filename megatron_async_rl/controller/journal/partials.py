@@ -81,7 +81,7 @@ class Partials:
             raise DataError(f"the first {stored.num_kept} tokens of a partial sample are missing")
         arrays = {
             name: np.concatenate([getattr(before, name), getattr(stored.tail, name)])
-            for name in _ARRAYS
+            for name in (*_ARRAYS, "experts")
         }
         return PartialSaved(stored.group_id, stored.index, Partial(**arrays))
 
@@ -93,5 +93,13 @@ def _shorten(event: PartialSaved, before: Partial | None) -> PartialSaved | Part
     for name in _ARRAYS:
         if not np.array_equal(getattr(before, name), getattr(after, name)[:num_kept]):
             return event  # sampled again from the start
-    tail = Partial(**{name: getattr(after, name)[num_kept:] for name in _ARRAYS})
+    num_experts = len(before.experts)
+    if num_experts * len(after.ids) != len(after.experts) * num_kept or not np.array_equal(
+        before.experts, after.experts[:num_experts]
+    ):
+        return event
+    tail = Partial(
+        **{name: getattr(after, name)[num_kept:] for name in _ARRAYS},
+        experts=after.experts[num_experts:],
+    )
     return PartialTail(event.group_id, event.index, num_kept, tail)

@@ -75,14 +75,20 @@ def check_megatron_together(config: Config, say: Say) -> str:
 
 def check_sglang(config: Config, say: Say) -> str:
     """Raises ConfigError for a key under sglang: that the engine's version refuses."""
-    python = engine_python()
-    if not config.sglang or python is None:
+    python, replays = engine_python(), config.rollout.routing_replay
+    if python is None or not (config.sglang or replays):
         return "none set" if python else "not checked: there is no engine"
     try:
         known = installed.engine_settings(python, say)
     except Error as e:
         return f"not checked: {e}"
     passed_on.check("sglang", config.sglang, known)
+    if replays and "enable_return_routed_experts" not in known.settings:
+        raise ConfigError(
+            f"rollout.routing_replay = true, but {known.library} does not return the experts that "
+            "it chose",
+            "install a newer SGLang in the engine's environment, or remove rollout.routing_replay",
+        )
     return f"{len(config.sglang)} set, all known to {known.library}"
 
 

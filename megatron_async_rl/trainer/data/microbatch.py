@@ -20,6 +20,7 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.model.routing import Routing
 from megatron_async_rl.protocol.types import NOT_GENERATED, TrainSample
 from megatron_async_rl.trainer.data import packing as bins
 from megatron_async_rl.trainer.data.sample_index import SampleIndex
@@ -56,6 +57,9 @@ class Microbatch:
     probe_T: Tensor | None = None  # int32: 1 + place in the mismatch probe, 0 if not part of it
     values_T: Tensor | None = None  # float32: the critic's prediction before this step
     returns_T: Tensor | None = None  # float32: the critic's target
+    experts_TLK: Tensor | None = None
+    """Experts to replay at each position, [T, layers, top_k] uint8 or int16 on the CPU; a position
+    or layer with one expert several times has none."""
 
     def gather_context_parallel(self) -> Microbatch:
         """Returns the micro-batch with the tensors of the whole pack; collective over CP ranks.
@@ -98,6 +102,8 @@ class Packing:
     """Micro-batches have equal cost (Karmarkar-Karp); False: first fit decreasing."""
     attention_length: float = math.inf
     """Parameter of the cost: see packing.py."""
+    routing: Routing | None = None
+    """With rollout.routing_replay."""
 
     @classmethod
     def of(cls, model: TrainerModel, config: Config) -> Packing:
@@ -116,6 +122,7 @@ class Packing:
             count_multiple=multiple,
             balanced=config.trainer.packing == "karmarkar_karp",
             attention_length=bins.attention_length_of(model.shape),
+            routing=model.replay.routing if model.replay else None,
         )
 
     @property
@@ -204,4 +211,28 @@ def pack(samples: Sequence[TrainSample], version: int, packing: Packing) -> Micr
         probe_T=joined([next_of(s.probe_slots()) for s in samples], torch.int32)
         if is_probed
         else None,
+        experts_TLK=_experts(samples, lengths, sequences, packing.routing)
+        if packing.routing
+        else None,
     )
+
+
+def _experts(
+    samples: Sequence[TrainSample],
+    lengths: list[int],
+    sequences: PackedSequences,
+    routing: Routing,
+) -> Tensor:
+    """Returns [T, layers, top_k]: the experts at each position that this rank holds."""
+    # torch computes little with uint16
+    dtype = np.uint8 if routing.dtype == np.uint8 else np.int16
+    experts = np.zeros((sum(lengths), routing.width), dtype)
+    start = 0
+    for sample, length in zip(samples, lengths, strict=False):
+        if len(sample.experts):  # else begun without rollout.routing_replay
+            beside = sample.experts.reshape(len(sample.ids), -1)
+            experts[start : start + len(beside) - 1] = beside[1:]
+        start += length
+    whole, held = torch.from_numpy(experts), sequences.shard_index_T
+    here = whole if held is None else whole[held.cpu()]
+    return here.view(-1, routing.num_layers, routing.top_k)

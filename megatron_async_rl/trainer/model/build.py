@@ -21,8 +21,10 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model.config_json import Architecture, HfConfig
 from megatron_async_rl.model.families import ModelShape
+from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.trainer import parallel
 from megatron_async_rl.trainer.model import layers, megatron_config
+from megatron_async_rl.trainer.model.routing import RoutingReplay
 from megatron_async_rl.trainer.model.value_head import ValueHead
 from megatron_async_rl.weights.load import fill_random, load_folder
 
@@ -45,6 +47,8 @@ class TrainerModel:
     device: torch.device
     critic: TrainerModel | None = None
     """With algorithm.advantage.estimator = gae; has the same layout."""
+    replay: RoutingReplay | None = None
+    """With rollout.routing_replay."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Returns the parameters of all modules, in order."""
@@ -57,7 +61,9 @@ def build(config: Config) -> TrainerModel:
     Call parallel.init_parallel first. Raises ConfigError, DataError.
     """
     critic = _build_critic(config) if config.algorithm.advantage.uses_critic else None
-    return _for_training(config, *build_modules(config), critic=critic)
+    model = _for_training(config, *build_modules(config), critic=critic)
+    routing = replayed_routing(config)
+    return replace(model, replay=RoutingReplay(model.modules, routing)) if routing else model
 
 
 def _build_critic(config: Config) -> TrainerModel:
