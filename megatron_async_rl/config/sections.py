@@ -260,7 +260,7 @@ class SandboxConfig(Section, frozen=True, kw_only=True):
 
 
 class CriticConfig(Section, frozen=True, kw_only=True):
-    """The value model of `algorithm.advantage.estimator: gae`."""
+    """The value model of `algorithm.advantage.estimator: gae` and `turn_gae`."""
 
     path: str | None = None
     """Hugging Face folder that initialises the critic's body; it must share the vocabulary. Null

@@ -13,7 +13,13 @@ from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, Send, SendBatch
 from megatron_async_rl.controller.core.groups import GroupState
 from megatron_async_rl.controller.filters import filter_rules
-from megatron_async_rl.protocol.messages import Generate, GenerateFailed, ScoreRequest, StepDone
+from megatron_async_rl.protocol.messages import (
+    Generate,
+    GenerateFailed,
+    Heartbeat,
+    ScoreRequest,
+    StepDone,
+)
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -23,14 +29,18 @@ class CoreMachine(RuleBasedStateMachine):
         max_staleness=st.integers(0, 3),
         wait=st.booleans(),
         equal=st.booleans(),
+        kv_lease_limit=st.sampled_from([None, 0.5, 1.0]),
         seed=st.integers(0, 1 << 20),
     )
-    def begin(self, max_staleness: int, wait: bool, equal: bool, seed: int) -> None:
+    def begin(
+        self, max_staleness: int, wait: bool, equal: bool, kv_lease_limit: float | None, seed: int
+    ) -> None:
         self.core = make_core(
             max_staleness=max_staleness,
             wait_for_stragglers=wait,
             filter_rules=filter_rules(FilterConfig(drop_equal_rewards=equal)),
             lease_timeout_s=30.0,
+            kv_lease_limit=kv_lease_limit,
         )
         self.random = random.Random(seed)
         self.now = 0.0
@@ -80,6 +90,14 @@ class CoreMachine(RuleBasedStateMachine):
             [inputs.WorkerLost(name), inputs.ServerFenced(name, reason="bad digest")]
         )
         self.take(self.core.handle(event, self.now))
+
+    @precondition(lambda self: self.core.fleet.rollout)
+    @rule(capacity=st.integers(0, 60), use=st.sampled_from([0.0, 0.6, 1.0]), queued=st.booleans())
+    def report_kv_cache(self, capacity: int, use: float, queued: bool) -> None:
+        name = self.random.choice(list(self.core.fleet.rollout))
+        engine = {"kv_capacity_tokens": capacity, "kv_use_fraction": use}
+        heartbeat = Heartbeat(engine=engine | {"queued_requests": float(queued)})
+        self.take(self.core.handle(inputs.Received(name, heartbeat), self.now))
 
     @precondition(lambda self: self.leases)
     @rule(times=st.integers(1, 2), spans_versions=st.booleans())
@@ -161,3 +179,11 @@ class CoreMachine(RuleBasedStateMachine):
                     if g.worker == name and g.state is GroupState.RUNNING
                 ]
                 assert worker.load == sum(len(group.missing) for group in running)
+                prompts = [len(group.prompt.ids) for group in running if group.missing]
+                assert worker.prompt_tokens == sum(prompts)
+
+    @invariant()
+    def idle_server_has_room(self) -> None:
+        if hasattr(self, "core"):
+            for worker in self.core.fleet.rollout.values():
+                assert worker.load or not worker.is_full

@@ -38,6 +38,7 @@ from megatron_async_rl.protocol.messages import (
     Generate,
     Generated,
     GenerateFailed,
+    Heartbeat,
     PartialSample,
     ScoreRequest,
     ScoreResult,
@@ -106,6 +107,8 @@ class SimulatedRun:
         equal_rewards = filter_rules(FilterConfig(drop_equal_rewards=True))
         if self.settings.samples_per_prompt > 1 and r.random() < 0.5:
             self.settings = replace(self.settings, filter_rules=equal_rewards)
+        self.kv_random = random.Random(-seed)  # apart, so that a seed's other draws stay the same
+        self.settings = replace(self.settings, kv_lease_limit=self.kv_random.choice([None, 0.9]))
         self.restore_events = restore or (lambda events: events)
         self.fault_rate = r.choice([0.0, 0.02, 0.05, 0.1])
         self.now, self.num_events, self.num_faults, self.num_crashes = 0.0, 0, 0, 0
@@ -287,9 +290,11 @@ class SimulatedRun:
             self.core.fleet.heard(worker.name, self.now)
         for server in self.servers.values():
             if server.alive:
-                self.core.fleet.heard(server.name, self.now)
+                self.act(self.core.handle(self.heartbeat(server), self.now))
         self.act(self.core.handle(inputs.Tick(), self.now))
         self.check_deadlines()
+        for worker in self.core.fleet.rollout.values():
+            expect(worker.load > 0 or not worker.is_full, f"{worker.name} starves")
         if self.random.random() < 0.3:
             self.flush()
         stale = [
@@ -305,6 +310,16 @@ class SimulatedRun:
             self.crash_trainer()
         if self.has_fault(0.6):
             self.crash_server(self.random.choice(list(self.servers.values())))
+
+    def heartbeat(self, server: Server) -> inputs.Received:
+        """Reports a KV cache of 10 to 60 tokens, of which any part may be in use."""
+        r = self.kv_random
+        engine = {
+            "kv_capacity_tokens": float(r.randint(10, 60)),
+            "kv_use_fraction": r.choice([0.2, 0.7, 1.0]),
+            "queued_requests": float(r.randint(0, 1)),
+        }
+        return inputs.Received(server.name, Heartbeat(engine=engine))
 
     def check_deadlines(self) -> None:
         """Every lease and every scoring request ends in bounded time."""

@@ -39,7 +39,10 @@ class IndexMachine(CoreMachine):
                 free = [
                     (w.load, w.name)
                     for w in fleet.rollout.values()
-                    if w.is_serving and w.version >= version and w.load + room <= w.capacity
+                    if w.is_serving
+                    and w.version >= version
+                    and w.load + room <= w.capacity
+                    and not w.is_full
                 ]
                 server = fleet.free_server(room, version)
                 assert (server and server.name) == (min(free)[1] if free else None)

@@ -132,13 +132,16 @@ class RecoveringMachine(CoreMachine):
         max_staleness=st.integers(0, 3),
         wait=st.booleans(),
         equal=st.booleans(),
+        kv_lease_limit=st.sampled_from([None, 0.5, 1.0]),
         seed=st.integers(0, 1 << 20),
     )
-    def begin(self, max_staleness: int, wait: bool, equal: bool, seed: int) -> None:
+    def begin(
+        self, max_staleness: int, wait: bool, equal: bool, kv_lease_limit: float | None, seed: int
+    ) -> None:
         self.disk: list[JournalEvent] = []
         self.unwritten: list[JournalEvent] = []
         self.steps_done = 0  # by the trainer
-        super().begin(max_staleness, wait, equal, seed)
+        super().begin(max_staleness, wait, equal, kv_lease_limit, seed)
 
     def take(self, actions: list[Action]) -> None:
         self.unwritten += self.core.take_events()

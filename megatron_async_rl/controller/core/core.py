@@ -28,11 +28,11 @@ from megatron_async_rl.controller.core.evaluation import Evaluation
 from megatron_async_rl.controller.core.fleet import Fleet, RolloutWorker, ServerState, Worker
 from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState, Ledger
 from megatron_async_rl.controller.core.leases import Leases
-from megatron_async_rl.controller.core.scoring import ScoringQueue, ScoringTask, refusal
+from megatron_async_rl.controller.core.scoring import ScoringQueue, ScoringTask, credited, refusal
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
-from megatron_async_rl.controller.core.tokens import token_fault
 from megatron_async_rl.controller.journal import events
+from megatron_async_rl.controller.tokens import token_fault
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.types import MAX_REWARD, Prompt
 
@@ -45,7 +45,7 @@ class Core:
     ) -> None:
         self.settings = settings
         self.fleet = Fleet()
-        self.state = ControllerState(settings.samples_per_prompt, next_prompt, epoch)
+        self.state = ControllerState(settings, next_prompt, epoch)
         self.leases = Leases(settings, self.state, self.fleet)
         self.scoring = ScoringQueue(settings, self.state, self.leases, self.fleet)
         self.batch_selector = BatchSelector(settings, self.state)
@@ -75,6 +75,7 @@ class Core:
             inputs.RunEnded: self._run_ended,
         }
         self._message_handlers: dict[type, Callable[[str, Any, float], list[Action]]] = {
+            messages.Heartbeat: self._heartbeat,
             messages.Generated: self._generated,
             messages.PartialSample: self._partial_sample,
             messages.GenerateFailed: self._generate_failed,
@@ -190,6 +191,11 @@ class Core:
         handler = self._message_handlers.get(type(event.message))
         return handler(event.worker, event.message, now) if handler else []
 
+    def _heartbeat(self, worker: str, heartbeat: messages.Heartbeat, now: float) -> list[Action]:
+        server = self.fleet.rollout.get(worker)
+        has_room = server and self.leases.kv_limit.report(server, heartbeat.engine)
+        return self._advance(now) if has_room else []
+
     # ---- weights of the servers
 
     def _server(self, event: inputs.ServerEvent) -> RolloutWorker | None:
@@ -236,7 +242,7 @@ class Core:
             # like a failure: another server may do better
             return [error, *self._release(group), *self._advance(now)]
         self.state.record(events.SampleReturned(group.group_id, reply.key.index, reply.sample))
-        self.leases.unload(group)
+        self.leases.sample_returned(group)
         self.scoring.enqueue_sample(group, reply.key.index)
         completed = self._complete(group) if group.is_scored else []
         return [actions.ReportSample(reply.sample), *completed, *self._advance(now)]
@@ -283,18 +289,31 @@ class Core:
         task = self.scoring.complete(worker, result)
         if task is None:
             return self._fence()
-        if result.reward is None or not abs(result.reward) <= MAX_REWARD:
-            error = result.error or f"the reward is {result.reward}"
-            return self._scoring_failed(task, error) + self._advance(now)
+        if result.reward is None:
+            return self._scoring_failed(task, result.error) + self._advance(now)
+        for reward in (result.reward, *result.turn_rewards):
+            if not abs(reward) <= MAX_REWARD:
+                error = f"the reward is {reward}"
+                return self._scoring_failed(task, error) + self._advance(now)
         if task.requester:
             return [actions.Send(task.requester, result), *self._advance(now)]
         followed: list[Action] = []
         if group := self.groups.get(result.key.group_id):
-            sample = group.samples[result.key.index]
-            discount = sample.discount if sample and group.purpose == "train" else 1.0
-            reward = float(result.reward) * discount
-            index, metrics = result.key.index, result.metrics
-            self.state.record(events.SampleScored(group.group_id, index, reward, metrics))
+            index = result.key.index
+            sample = group.samples[index]
+            assert sample is not None
+            discount = sample.discount if group.purpose == "train" else 1.0
+            try:
+                given = credited(sample, float(result.reward), result.turn_rewards, discount)
+            except ValueError:
+                error = (
+                    f"the reward function returned {len(result.turn_rewards)} rewards for a sample "
+                    f"of {len(sample.turns())} turns; return a number, or one per turn"
+                )
+                return self._scoring_failed(task, error) + self._advance(now)
+            self.state.record(
+                events.SampleScored(group.group_id, index, given[0], result.metrics, given[1])
+            )
             if group.is_scored:
                 followed = self._complete(group, result.answer)
         return followed + self._advance(now)
@@ -407,7 +426,7 @@ class Core:
 
     def _drop(self, group: Group, reason: DropReason) -> list[Action]:
         if group.state is GroupState.RUNNING:
-            self.leases.unload(group, len(group.missing))  # later replies are fenced
+            self.leases.unload(group)  # later replies are fenced
         self.state.record(events.GroupDropped(group.group_id, reason.value))
         if group.purpose == "eval":
             return self.evaluation.sample_ended(group)

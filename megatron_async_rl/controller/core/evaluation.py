@@ -94,7 +94,7 @@ class Evaluation:
         for group_id in self._open:
             group = self._state.groups[group_id]
             if group.state is GroupState.RUNNING:
-                self._leases.unload(group, len(group.missing))
+                self._leases.unload(group)
             self._state.forget(group)
         self._open.clear()
         return self._finish(reason)

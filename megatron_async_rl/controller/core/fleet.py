@@ -28,7 +28,7 @@ class Worker:
     """A worker. Its pool sees every change of the attributes by which it is found."""
 
     _INDEXED: ClassVar[frozenset[str]] = frozenset(
-        {"load", "eval_load", "state", "version", "is_held"}
+        {"load", "eval_load", "state", "version", "is_held", "is_full", "is_full_for_evaluation"}
     )
 
     name: str
@@ -65,6 +65,13 @@ class RolloutWorker(Worker):
     fenced_because: str = ""
     is_held: bool = False  # stays at its version for an evaluation: no training, no update
     eval_load: int = 0  # running samples of an evaluation, which `load` does not count
+    # its KV cache (kv_cache.py)
+    kv_tokens: float | None = None  # that samples may hold; None: not known
+    prompt_tokens: int = 0  # of the groups that run
+    eval_prompt_tokens: int = 0
+    has_pressure: bool = False
+    is_full: bool = False
+    is_full_for_evaluation: bool = False
 
     @property
     def is_serving(self) -> bool:
@@ -76,14 +83,14 @@ class RolloutWorker(Worker):
 
     @property
     def line(self) -> Line | None:
-        serves = self.is_serving and not self.is_held
+        serves = self.is_serving and not self.is_held and not self.is_full
         return Line(self.capacity, self.version) if serves else None
 
     @property
     def eval_line(self) -> EvalLine | None:
         has_share = self.eval_load < max(1, self.capacity // MIXED_SHARE)
         line = EvalLine(self.capacity, self.version, self.is_held, has_share)
-        return line if self.is_serving else None
+        return line if self.is_serving and not self.is_full_for_evaluation else None
 
     @property
     def total_load(self) -> int:

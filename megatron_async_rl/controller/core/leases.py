@@ -6,6 +6,9 @@ at step N // B at the latest if order is kept. The server's version counts; the 
 ahead during an update. This alone does not bound the staleness of stragglers; batch_selection.py
 does.
 
+A server gets samples up to max_concurrent_samples and, by the KV cache that they are expected to
+need, until it is full (kv_cache.py).
+
 A lease is one attempt at the missing samples of a group, by one worker, until a deadline. A reply
 with another epoch, attempt or worker changes nothing (fencing).
 """
@@ -15,10 +18,11 @@ from __future__ import annotations
 from megatron_async_rl.controller.core.actions import Send
 from megatron_async_rl.controller.core.fleet import Fleet, RolloutWorker
 from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState
+from megatron_async_rl.controller.core.kv_cache import KvLimit
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
-from megatron_async_rl.controller.core.tokens import token_fault
 from megatron_async_rl.controller.journal.events import LeaseFailed, LeaseGranted
+from megatron_async_rl.controller.tokens import token_fault
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.types import Partial, Sample
 
@@ -32,6 +36,7 @@ class Leases:
         self._settings = settings
         self._state = state
         self._fleet = fleet
+        self.kv_limit = KvLimit(settings, state.lengths)
 
     @property
     def next_step(self) -> int:
@@ -72,10 +77,8 @@ class Leases:
             LeaseGranted(group.group_id, group.attempt + 1, server.name, floor_version)
         )
         self._state.running.set_deadline(group.group_id, now + settings.lease_timeout_s)
-        if task := group.task:
-            server.eval_load += len(missing)
-        else:
-            server.load += len(missing)
+        task = group.task
+        self._load(server, group, len(missing), len(group.prompt.ids))
         lease = messages.Generate(
             epoch=self._state.epoch,
             group_id=group.group_id,
@@ -106,13 +109,30 @@ class Leases:
         newest = self._state.version if group.exact_version is None else group.exact_version
         return token_fault(tokens, group.prompt, group.floor_version, newest, self._settings)
 
-    def unload(self, group: Group, count: int = 1) -> None:
-        """Reduces the load of the group's server, if it is still there."""
+    def sample_returned(self, group: Group) -> None:
+        """Reduces the load of the group's server by a sample that has just been recorded."""
+        self._unload(group, 1, is_last=not group.missing)
+
+    def unload(self, group: Group) -> None:
+        """Reduces the load of the group's server by all missing samples, which it gives up."""
+        if count := len(group.missing):
+            self._unload(group, count, is_last=True)
+
+    def _unload(self, group: Group, count: int, is_last: bool) -> None:
         if server := self._fleet.rollout.get(group.worker):
-            if group.purpose == "eval":
-                server.eval_load -= count
-            else:
-                server.load -= count
+            self._load(server, group, -count, -len(group.prompt.ids) if is_last else 0)
+
+    def _load(
+        self, server: RolloutWorker, group: Group, num_samples: int, prompt_tokens: int
+    ) -> None:
+        """Changes the load of a server by samples of a group, and by its prompt."""
+        if group.purpose == "eval":
+            server.eval_prompt_tokens += prompt_tokens
+            server.eval_load += num_samples
+        else:
+            server.prompt_tokens += prompt_tokens
+            server.load += num_samples
+        self.kv_limit.update(server)
 
     def held_by(self, worker: str) -> list[Group]:
         return [group for group in self._state.running.of(worker) if group.missing]
@@ -122,7 +142,7 @@ class Leases:
 
         Returns a reason to drop the group instead after max_attempts failed leases.
         """
-        self.unload(group, len(group.missing))
+        self.unload(group)
         self._state.record(LeaseFailed(group.group_id, group.worker))
         if len(group.failed_on) < self._settings.max_attempts:
             return None

@@ -14,7 +14,9 @@ restart of the controller, which queues every sample without a reward again.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -27,7 +29,7 @@ from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
 from megatron_async_rl.controller.journal.events import SampleScored
 from megatron_async_rl.protocol.messages import ScoreRequest, ScoreResult
-from megatron_async_rl.protocol.types import SampleKey
+from megatron_async_rl.protocol.types import Sample, SampleKey
 
 
 @dataclass
@@ -54,15 +56,23 @@ class ScoringQueue:
         self.assigned: dict[tuple[SampleKey, int], ScoringTask] = {}
 
     def enqueue_sample(self, group: Group, index: int) -> None:
-        """Queues the reward of a finished sample; records the one that an agent gave itself."""
+        """Queues the reward of a finished sample; records the one that it brings along."""
         key = SampleKey(self._state.epoch, group.group_id, group.attempt, index)
         sample = group.samples[index]
         assert sample is not None
         if sample.reward is not None:
-            self._state.record(SampleScored(group.group_id, index, sample.reward))
+            reward, turn_rewards = credited(sample, sample.reward)
+            event = SampleScored(group.group_id, index, reward, turn_rewards=turn_rewards)
+            self._state.record(event)
             return
         prompt = group.prompt
-        request = ScoreRequest(key, sample.text, prompt.row, opening_tag=prompt.opening_tag)
+        request = ScoreRequest(
+            key,
+            sample.text,
+            prompt.row,
+            opening_tag=prompt.opening_tag,
+            text_ends=sample.text_ends,
+        )
         self._enqueue(ScoringTask(request, is_evaluation=group.purpose == "eval"))
 
     def enqueue_unscored(self, group: Group) -> None:
@@ -141,6 +151,24 @@ class ScoringQueue:
         if task.requester:
             return self._leases.group_of(task.requester, task.request) is not None
         return task.request.key.group_id in self._state.groups
+
+
+def credited(
+    sample: Sample, score: float, turn_scores: Sequence[float] = (), discount: float = 1.0
+) -> tuple[float, list[float]]:
+    """Returns (reward, rewards of the turns, empty if only the last one has a reward).
+
+    To the rewards that the sample brings along it adds the scores of the turns or, without these,
+    the score of the whole, which is the last turn's; scores are multiplied by `discount`. The
+    reward is the sum. Raises ValueError unless there is one score per turn.
+    """
+    if not turn_scores and not sample.turn_rewards:
+        return score * discount, []
+    num_turns = len(sample.turns())
+    turn_scores = turn_scores or [*[0.0] * (num_turns - 1), score]
+    given = sample.turn_rewards or [0.0] * num_turns
+    rewards = [r + discount * s for r, s in zip(given, turn_scores, strict=True)]
+    return math.fsum(rewards), rewards
 
 
 def refusal(requester: str, request: ScoreRequest, error: str) -> Send:

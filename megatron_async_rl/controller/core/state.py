@@ -16,6 +16,8 @@ from megatron_async_rl.controller.core.groups import (
     Ledger,
 )
 from megatron_async_rl.controller.core.index import GroupIndex, QueuedGroups, RunningGroups
+from megatron_async_rl.controller.core.kv_cache import ResponseLengths
+from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.journal import events
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import Prompt, Purpose
@@ -23,7 +25,7 @@ from megatron_async_rl.protocol.types import Prompt, Purpose
 
 class ControllerState:
     def __init__(
-        self, samples_per_prompt: int, next_prompt: Callable[[], Prompt], epoch: int
+        self, settings: CoreSettings, next_prompt: Callable[[], Prompt], epoch: int
     ) -> None:
         self.epoch = epoch
         self.version = 0  # of the trainer's weights
@@ -38,7 +40,8 @@ class ControllerState:
         }
         self.in_batch: list[Group] = []  # being trained
         self.recorded: list[events.JournalEvent] = []  # not yet taken to the journal
-        self._samples_per_prompt = samples_per_prompt
+        self.lengths = ResponseLengths(settings.max_new_tokens / 2)
+        self._samples_per_prompt = settings.samples_per_prompt
         self._next_prompt = next_prompt
         self._next_group_id = 0
 
@@ -161,9 +164,13 @@ class ControllerState:
                 if group.oldest_returned is None or oldest < group.oldest_returned:
                     group.oldest_returned = oldest
                 group.partials.pop(event.index, None)
+                if group.purpose == "train":
+                    self.lengths.add(group.prompt, event.sample)
                 self._by_state[group.state].changed(group)
             case events.SampleScored():
                 group.rewards[event.index] = event.reward
+                if event.turn_rewards:
+                    group.turn_rewards[event.index] = event.turn_rewards
                 if group.is_scored:
                     self.move(group, GroupState.READY)
 

@@ -1,6 +1,6 @@
 """Checks the tokens of samples and partial samples before they are recorded.
 
-Called by leases.py for each reply, and by core.py for partial samples of a restored
+Called by core/leases.py for each reply, and by core/core.py for partial samples of a restored
 journal. Tokens that pass cannot make the controller or the trainer fail, nor break the staleness
 bound.
 """
@@ -16,9 +16,11 @@ from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.protocol.types import (
     MAX_REWARD,
     NOT_GENERATED,
+    TURN_BREAK,
     Partial,
     Prompt,
     Sample,
+    generated_runs,
 )
 
 MAX_LOGPROB = 0.01  # 0, and room for rounding in the engine
@@ -48,6 +50,7 @@ def token_fault(
         or ("" if math.isfinite(logprobs.sum()) else "logprobs that are not finite")
         or ("" if logprobs.max() <= MAX_LOGPROB else f"a logprob of {logprobs.max():g}, above 0")
         or _reward_fault(tokens, settings)
+        or _experts_fault(tokens, settings)
     )
 
 
@@ -66,12 +69,47 @@ def _length_fault(tokens: Sample | Partial, settings: CoreSettings) -> str:
 
 
 def _reward_fault(tokens: Sample | Partial, settings: CoreSettings) -> str:
-    """An agent's reward is taken only where agents run."""
-    if isinstance(tokens, Partial) or tokens.reward is None:
+    """Checks the turns and their rewards; a single turn is scored by the reward function only."""
+    if isinstance(tokens, Partial):
         return ""
-    if settings.max_sequences == 1:
-        return "a reward, but rollout.agent is not set"
-    return "" if abs(tokens.reward) <= MAX_REWARD else f"a reward of {tokens.reward:g}"
+    if settings.single_turn and (tokens.reward is not None or tokens.turn_rewards):
+        return "a reward, but rollout.workflow = single_turn gives none"
+    starts, runs = set(tokens.turn_starts), generated_runs(tokens.versions)
+    if starts and not (
+        len(starts) == len(tokens.turn_starts)
+        and starts.issuperset(start for start, _ in runs)
+        and starts.issubset(np.flatnonzero(tokens.generated).tolist())
+    ):
+        return f"turns at {tokens.turn_starts[:3]}..., which are not those of the generated tokens"
+    num_turns, ends = len(starts) or len(runs), tokens.text_ends
+    if ends and not (
+        len(ends) == num_turns
+        and ends[0] >= 0
+        and ends[-1] == len(tokens.text)
+        and all(a + len(TURN_BREAK) <= b for a, b in itertools.pairwise(ends))
+    ):
+        return f"texts that end at {ends[:3]}... for {num_turns} turns"
+    if tokens.turn_rewards and len(tokens.turn_rewards) != num_turns:
+        return f"{len(tokens.turn_rewards)} rewards for {num_turns} turns"
+    rewards = [*tokens.turn_rewards, tokens.reward or 0.0]
+    wrong = [r for r in (*rewards, sum(rewards)) if not abs(r) <= MAX_REWARD]
+    return f"a reward of {wrong[0]:g}, the limit is {MAX_REWARD:g}" if wrong else ""
+
+
+def _experts_fault(tokens: Sample | Partial, settings: CoreSettings) -> str:
+    """Evaluations and samples begun without rollout.routing_replay have no experts."""
+    experts, routing = tokens.experts, settings.routing
+    if not len(experts):
+        return ""
+    if routing is None:
+        return "experts, but rollout.routing_replay is not set"
+    if experts.dtype != routing.dtype or len(experts) != len(tokens.ids) * routing.width:
+        return (
+            f"{len(experts)} experts of {experts.dtype}, not {routing.width} of "
+            f"{routing.dtype} for each of {len(tokens.ids)} tokens"
+        )
+    highest = int(experts.max())
+    return "" if highest < routing.num_experts else f"expert {highest} of {routing.num_experts}"
 
 
 def _version_fault(tokens: Sample | Partial, oldest: int, newest: int) -> str:
