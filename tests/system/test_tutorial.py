@@ -35,7 +35,7 @@ def test_tutorial_leads_to_an_own_run(tmp_path: Path) -> None:
     for name, text in re.findall(r"```\w+ (my_project/\S+)\n(.*?)```", page, re.DOTALL):
         (tmp_path / name).write_text(text)
     commands = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
-    assert len(commands) == 4
+    assert len(commands) == 5
 
     environment = os.environ | {"MEGATRON_ASYNC_RL_PYTHON": sys.executable}
     environment.pop("PYTHONPATH", None)
