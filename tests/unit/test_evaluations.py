@@ -125,6 +125,17 @@ def test_result_is_written_and_the_evaluation_is_not_repeated(tmp_path: Path) ->
     assert not Shell(tmp_path).evaluations.is_due(0)
 
 
+def test_problems_with_the_longest_answers_are_evaluated_first(tmp_path: Path) -> None:
+    problems = [{"prompt_id": "p0", "tokens": [3, 5]}, {"prompt_id": "p1", "tokens": [9, 7]}]
+    result = {"version": 3, "sets": {"aime": {"metrics": {}, "problems": problems}}}
+    (tmp_path / "evaluations").mkdir()
+    records.write_result(tmp_path, 3, result)
+    for _ in range(2):  # the order is that of a restarted controller too
+        shell = Shell(tmp_path, every=4, mode="mixed")
+        in_loop(lambda shell=shell: shell.evaluations.begin(4))  # type: ignore[misc]
+        assert [lease.prompt.prompt_id for lease in shell.leases] == ["p1", "p1"]
+
+
 def test_evaluation_that_is_due_while_one_runs_is_skipped_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

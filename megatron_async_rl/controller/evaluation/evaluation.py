@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from typing import Any
 
@@ -255,6 +256,10 @@ class Evaluations:
     # ---- samples
 
     def _tasks(self) -> list[EvaluationTask]:
+        """Returns all samples, those first whose problem had the longest responses last time.
+
+        A long response that starts last would leave all servers but one idle at the end.
+        """
         tasks = []
         for name, prompts in self._prompts.items():
             chosen = self._settings.sets[name]
@@ -265,7 +270,12 @@ class Evaluations:
                 for prompt in prompts
                 for index in range(chosen.samples)
             ]
-        return tasks
+        tokens = records.mean_tokens(self._config.run_dir, max(self._done, default=-1))
+
+        def known_tokens(task: EvaluationTask) -> float:
+            return tokens.get((task.set_name, task.prompt.prompt_id), math.inf)
+
+        return sorted(tasks, key=known_tokens, reverse=True)
 
     def _header(self) -> dict[str, Any]:
         """Returns what the samples depend on besides the version."""

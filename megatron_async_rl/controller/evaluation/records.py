@@ -24,8 +24,14 @@ FOLDER = "evaluations"
 Key = tuple[str, str, int]  # set, prompt id, index of the sample
 
 
+class _Problem(msgspec.Struct):
+    prompt_id: str
+    tokens: list[int] = []
+
+
 class _SetResult(msgspec.Struct):
     metrics: dict[str, float]
+    problems: list[_Problem] = []
 
 
 class _Result(msgspec.Struct):
@@ -69,6 +75,21 @@ def read_results(run_dir: Path) -> list[tuple[int, list[EvaluationResult]]]:
         sets = [EvaluationResult(result.version, n, s.metrics) for n, s in result.sets.items()]
         found.append((result.version, sets))
     return sorted(found, key=lambda entry: entry[0])
+
+
+def mean_tokens(run_dir: Path, version: int) -> dict[tuple[str, str], float]:
+    """Returns the mean tokens of a response by (set, prompt id); empty if it cannot be read."""
+    try:
+        content = result_path(run_dir, version).read_bytes()
+        result = msgspec.json.decode(content, type=_Result)
+    except (OSError, msgspec.DecodeError):
+        return {}
+    return {
+        (name, problem.prompt_id): sum(problem.tokens) / len(problem.tokens)
+        for name, results in result.sets.items()
+        for problem in results.problems
+        if problem.tokens
+    }
 
 
 def by_problem(name: str, samples: list[EvaluatedSample]) -> list[dict[str, Any]]:
