@@ -38,6 +38,8 @@ class Hook:
     """A class with the method `run`, whose constructor's arguments have defaults."""
     may_be_async: bool = False
     """The function's result is awaited if it is a coroutine."""
+    optional: str = ""
+    """One more parameter, which a function gets if it has one of this name."""
 
     @property
     def signature(self) -> str:
@@ -54,8 +56,9 @@ HOOKS = {
         ("rewards", "lengths", "config"),
         {
             name: f"{_ADVANTAGES}:{name}"
-            for name in ("grpo", "dr_grpo", "rloo", "reinforce_pp", "gae")
+            for name in ("grpo", "dr_grpo", "rloo", "reinforce_pp", "gae", "turn_grpo", "turn_gae")
         },
+        optional="turns",
     ),
     "algorithm.loss.objective": Hook(
         ("inputs", "config"),
@@ -69,6 +72,7 @@ HOOKS = {
             "code": "",
             "reasoning_gym": "megatron_async_rl.reward.reasoning_gym_answer:score",
         },
+        optional="turns",
     ),
     "rollout.workflow": Hook(
         ("prompt", "policy", "sampling"),
@@ -243,7 +247,8 @@ def _signature_problem(loaded: Any, hook: Hook) -> str:
     elif inspect.iscoroutinefunction(loaded) and not hook.may_be_async:
         return "it is async, and nothing awaits its result: write a function without async"
     count = len(hook.parameters) + hook.is_class  # and `self`
-    if not _accepts(function, count):
+    named = dict.fromkeys([hook.optional] if takes(function, hook.optional) else [])
+    if not _accepts(function, count, **named):
         return f"its parameters {inspect.signature(function)} are not {hook.parameters}"
     names = tuple(inspect.signature(function).parameters)[hook.is_class : count]
     if names != hook.parameters and sorted(names) == sorted(hook.parameters):
@@ -251,10 +256,18 @@ def _signature_problem(loaded: Any, hook: Hook) -> str:
     return ""
 
 
-def _accepts(function: Callable[..., Any], count: int) -> bool:
-    """Tells whether a function can be called with this many positional arguments."""
+def takes(function: Callable[..., Any], parameter: str) -> bool:
+    """Tells whether a function has this parameter, such as the optional one of its hook."""
     try:
-        inspect.signature(function).bind(*range(count))
+        return parameter in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin without a signature, or no function
+        return False
+
+
+def _accepts(function: Callable[..., Any], count: int, **named: None) -> bool:
+    """Tells whether a function can be called with this many positional arguments, and these."""
+    try:
+        inspect.signature(function).bind(*range(count), **named)
     except TypeError:
         return False
     except ValueError:  # a builtin without a signature: the call will tell

@@ -13,6 +13,7 @@ from megatron_async_rl import hooks
 from megatron_async_rl.config.algorithm import AlgorithmConfig
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller import advantage
+from megatron_async_rl.controller.turns import Turns
 from megatron_async_rl.errors import ConfigError, HookFailed
 
 MAX_TOKENS = 50
@@ -51,7 +52,11 @@ def advantage_checks(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
     rewards_GS, tokens_GS = rng.random(shape), rng.integers(1, MAX_TOKENS + 1, shape)
 
     def estimated(rewards_GS: np.ndarray, tokens_GS: np.ndarray) -> advantage.Advantages:
-        return advantage.sample_advantages(rewards_GS, tokens_GS, algorithm, MAX_TOKENS)
+        turns_GS = [
+            [_split(r, n) for r, n in zip(*row, strict=True)]
+            for row in zip(rewards_GS, tokens_GS, strict=True)
+        ]
+        return advantage.sample_advantages(rewards_GS, tokens_GS, algorithm, MAX_TOKENS, turns_GS)
 
     batches = {
         "rewards": rewards_GS,
@@ -80,6 +85,14 @@ def advantage_checks(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
     is_same = _are_close(permuted, [want[g] for g in order], TOLERANCE)
     problem = "the advantages of a group depend on its place in the batch"
     yield "order of groups", "" if is_same else problem
+
+
+def _split(reward: float, num_tokens: int) -> Turns:
+    """Returns a sample of one to four turns; how many depends on its length."""
+    lengths = [len(part) for part in np.array_split(np.arange(num_tokens), 1 + num_tokens % 4)]
+    lengths_K = np.array([length for length in lengths if length])
+    shares_K = np.arange(1, len(lengths_K) + 1) / np.arange(1, len(lengths_K) + 1).sum()
+    return Turns(reward * shares_K, lengths_K.cumsum() - lengths_K, lengths_K)
 
 
 def _are_close(

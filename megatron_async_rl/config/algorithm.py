@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -25,23 +25,25 @@ class AdvantageConfig(Section, frozen=True, kw_only=True):
     """`grpo` centers rewards in the group and divides by their standard deviation; `dr_grpo` only
     centers; `rloo` subtracts the mean of the other samples; `reinforce_pp` uses no group and
     normalises over the batch; `gae` estimates advantages per token with a critic that is trained
-    beside the policy; or package.module:function with the signature (rewards, lengths, config) ->
-    advantages."""
+    beside the policy; `turn_grpo` and `turn_gae` estimate them per turn, from the rewards of turns;
+    or package.module:function with the signature (rewards, lengths, config) -> advantages."""
     group_normalize: bool = True
-    """With `grpo`: if false, the shaped reward itself is the advantage."""
+    """With `grpo`: if false, the shaped reward itself is the advantage. With `turn_grpo`: if false,
+    the discounted rewards from the turn on are."""
     batch_normalize: bool = False
     """Normalise advantages over all generated tokens of the batch."""
-    gamma: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    """With `gae`: discount factor per token."""
+    gamma: Fraction = 1.0
+    """Discount factor: with `gae` per token, with `turn_grpo` and `turn_gae` per turn. `turn_grpo`
+    with 0 credits a turn with its own reward alone."""
     gae_lambda: Fraction = 1.0
-    """With `gae`: lambda. 1 uses the observed return, 0 the critic's next value."""
+    """With `gae` and `turn_gae`: lambda. 1 uses the observed return, 0 the critic's next value."""
     options: dict[str, Any] = msgspec.field(default_factory=dict)
     """Values for a function of your own, which reads them as `config.options`."""
 
     @property
     def uses_critic(self) -> bool:
         """True if a critic in the trainer turns the shaped rewards into advantages."""
-        return self.estimator == "gae"
+        return self.estimator in ("gae", "turn_gae")
 
 
 class LossConfig(Section, frozen=True, kw_only=True):

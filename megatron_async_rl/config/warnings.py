@@ -50,13 +50,14 @@ def _algorithm(config: Config) -> Iterator[Rule]:
     estimator = f"algorithm.advantage.estimator = {advantage.estimator}"
     gae = advantage.uses_critic
     yield (
-        "algorithm.advantage.gamma algorithm.advantage.gae_lambda",
-        gae or own_estimator,
+        "algorithm.advantage.gamma",
+        gae or advantage.estimator == "turn_grpo" or own_estimator,
         f"{estimator} does not discount",
     )
+    yield "algorithm.advantage.gae_lambda", gae or own_estimator, f"{estimator} has no critic"
     yield (
         "algorithm.advantage.group_normalize",
-        advantage.estimator == "grpo" or own_estimator,
+        advantage.estimator in ("grpo", "turn_grpo") or own_estimator,
         f"{estimator} does not divide by the standard deviation of a group",
     )
     yield (

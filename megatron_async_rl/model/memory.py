@@ -65,7 +65,9 @@ def server_memory(config: Config, hf: HfConfig) -> ServerMemory:
     num_bytes = 4 if config.sglang.get("dtype") == "float32" else 2
     dense, experts = layer_parameters(shape)
     per_layer = dense + experts * shape.num_experts
-    parameters = shape.num_layers * per_layer + vocabulary_parameters(shape) * (1 if shape.tied else 2)
+    parameters = shape.num_layers * per_layer + vocabulary_parameters(shape) * (
+        1 if shape.tied else 2
+    )
     kv_heads = max(1, shape.num_query_groups / tp)
     kv = 2 * shape.num_layers * kv_heads * shape.kv_channels * num_bytes
     return ServerMemory(parameters / tp * num_bytes, kv)

@@ -33,8 +33,9 @@ class TrainedGroup(msgspec.Struct, frozen=True):
     group_id: int
     prompt_id: str
     samples: list[Sample]
-    rewards: list[float]  # one per sample, as the reward function returned it
-    advantages: list[float]  # one per sample
+    rewards: list[float]  # one per sample: the sum over its turns
+    advantages: list[float]  # one per sample: the mean over its tokens
+    turn_rewards: dict[int, list[float]] = {}  # by index; of the others the last turn has it all
 
 
 class SampleLine(
@@ -56,7 +57,8 @@ class SampleLine(
     text: str
     ids_bytes: bytes
     logprobs_bytes: bytes
-    turns: list[list[int]] = []  # [[start, end], ...] of the generated tokens in `ids`
+    turns: list[list[int]] = []  # [[start, end], ...] of their tokens in `ids`, in order of calls
+    turn_rewards: list[float] = []  # one per turn; empty: `reward` is the last turn's
     starts: list[int] = []  # of the training sequences in `ids`; empty: one sequence
 
     @property
@@ -125,6 +127,7 @@ def sample_line(version: int, group: TrainedGroup, index: int, with_tokens: bool
         ids_bytes=sample.ids.astype("<i4", copy=False).tobytes() if with_tokens else b"",
         logprobs_bytes=logprobs.tobytes() if with_tokens else b"",
         turns=sample.turns(),
+        turn_rewards=group.turn_rewards.get(index, []),
         starts=sample.starts,
     )
 

@@ -157,6 +157,7 @@ class ScoreRequest(Message, frozen=True):
     row: dict[str, Any] = {}  # of the dataset
     call: int = 0  # 0: reward of the finished sample; n: n-th request of its workflow, from 1
     opening_tag: str = ""  # the prompt's, if the response begins within thinking
+    text_ends: list[int] = []  # of the turns in the response of a finished sample
 
 
 class ScoreResult(Message, frozen=True):
@@ -170,6 +171,7 @@ class ScoreResult(Message, frozen=True):
     call: int = 0  # that of the ScoreRequest
     answer: str = ""  # extracted from the response, for majority votes; empty if there is none
     metrics: dict[str, float] = {}  # of the reward function, by name; their means are user/NAME
+    turn_rewards: list[float] = []  # if the function scores each turn; `reward` is their sum
 
 
 # ---- training

@@ -18,6 +18,7 @@ from megatron_async_rl import hooks, processes
 from megatron_async_rl.data.code_tests import CodeTests
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.observability.error_log import user_error
+from megatron_async_rl.protocol.types import turn_texts
 from megatron_async_rl.reward import code_answer, math_answer
 from megatron_async_rl.sandbox.sandbox import (
     Limits,
@@ -36,9 +37,10 @@ class Outcome(NamedTuple):
     reward: float | None
     error: str = ""
     metrics: dict[str, float] = {}  # noqa: RUF012
+    turn_rewards: list[float] = []  # noqa: RUF012
 
 
-_function: Callable[[str, str, dict[str, Any]], Any] | None = None
+_function: Callable[..., Any] | None = None
 _load_error = ""
 _sandbox: Sandbox | None = None
 
@@ -89,27 +91,35 @@ def score_code(response: str, tests: CodeTests, limits: Limits, timeout_s: float
     return Outcome(float(passes), reason)
 
 
-def score_custom(prompt: str, response: str, row: dict[str, Any]) -> Outcome:
-    """Calls the user's function, which returns a number, or (number, dict of metrics)."""
+def score_custom(prompt: str, response: str, row: dict[str, Any], text_ends: list[int]) -> Outcome:
+    """Calls the user's function, which returns a number, or a list of one per turn, and with it
+    perhaps a dict of metrics."""
     if _function is None:
         return Outcome(None, _load_error)
+    optional = {}
+    if hooks.takes(_function, "turns"):
+        optional["turns"] = turn_texts(response, text_ends)
     try:
-        value = _function(prompt, response, row)
+        value = _function(prompt, response, row, **optional)
     except (Exception, SystemExit) as e:  # as text: some exceptions cannot be pickled
         return Outcome(None, user_error(e))
     metrics: Any = {}
     if isinstance(value, tuple) and len(value) == 2:
         value, metrics = value
-    if not isinstance(value, numbers.Real) or not isinstance(metrics, Mapping):
+    given = value if isinstance(value, list) else [value]
+    if not all(isinstance(n, numbers.Real) for n in given) or not isinstance(metrics, Mapping):
         found = type(value if metrics == {} else metrics).__name__
-        wanted = "a number, or a number and a dict of metrics"
+        wanted = "a number or a list of numbers, or one of these and a dict of metrics"
         return Outcome(None, f"the reward function returned a {found}, must be {wanted}")
-    reward = float(value)
-    if not math.isfinite(reward):
-        return Outcome(None, f"the reward function returned {reward}")
+    rewards = [float(number) for number in given]
+    for reward in rewards:
+        if not math.isfinite(reward):
+            return Outcome(None, f"the reward function returned {reward}")
+    if not rewards:
+        return Outcome(None, "the reward function returned an empty list")
     # plain and few, so that the result can be sent; the worker leaves out what is no metric
     plain = {
         str(name)[:100]: float(number) if isinstance(number, numbers.Real) else math.nan
         for name, number in itertools.islice(metrics.items(), 100)
     }
-    return Outcome(reward, "", plain)
+    return Outcome(math.fsum(rewards), "", plain, rewards if isinstance(value, list) else [])

@@ -139,7 +139,8 @@ class RewardWorker:
                 limits,
                 self._config.timeout_s,
             )
-        return scoring_process.score_custom, (row.get("prompt", ""), response, row)
+        prompt = row.get("prompt", "")
+        return scoring_process.score_custom, (prompt, response, row, request.text_ends)
 
     def _answers(self, request: ScoreRequest) -> tuple[str, str]:
         response = request.opening_tag + request.response
@@ -215,4 +216,5 @@ def _result(
         request.call,
         answer[:MAX_ANSWER],
         outcome.metrics,
+        outcome.turn_rewards,
     )

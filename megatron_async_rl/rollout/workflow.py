@@ -18,7 +18,14 @@ import numpy as np
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.protocol.types import Prompt, Sample, Segment, StopReason, join_segments
+from megatron_async_rl.protocol.types import (
+    Prompt,
+    Sample,
+    Segment,
+    StopReason,
+    generated_runs,
+    join_segments,
+)
 from megatron_async_rl.rollout.engine_client import Sampling
 
 
@@ -77,10 +84,20 @@ class Episode:
         self.ids: list[int] = prompt_ids.tolist()
         self._num_context = len(self.ids)  # since the last turn
         self._turns: list[Sample] = []
+        self._starts: list[int] = []  # of the turns
+        self._rewards: list[float] = []
         self.metrics: dict[str, float] = {}  # yours, by name; their means are shown as user/NAME
 
-    def add_turn(self, turn: Completion) -> None:
-        """Appends the result of `policy.generate(episode.ids, ...)`."""
+    def add_turn(self, turn: Completion, reward: float = 0.0) -> None:
+        """Appends the result of `policy.generate(episode.ids, ...)`, with its own reward.
+
+        The reward of a turn without a token is added to that of the turn before it.
+        """
+        if turn.ids:
+            self._starts.append(len(self.ids))
+            self._rewards.append(reward)
+        elif self._rewards:
+            self._rewards[-1] += reward
         context = np.asarray(self.ids[len(self.ids) - self._num_context :], np.int32)
         self._turns.append(join_segments(context, turn.segments, turn.stop, ""))
         self.ids += turn.ids
@@ -96,20 +113,31 @@ class Episode:
         self.ids += context
         self._num_context += len(context)
 
-    def sample(self, stop: StopReason, text: str, discount: float = 1.0) -> Sample:
+    def sample(
+        self, stop: StopReason, text: str, discount: float = 1.0, reward: float | None = None
+    ) -> Sample:
         """Returns the tokens up to the last turn. Raises DataError if there was no turn.
 
-        The sample's reward is the score of `text` times `discount`.
+        The last turn's reward is `reward`, or without it the score of `text` times `discount`, and
+        the one given to `add_turn`. The sample's reward is the sum over its turns.
         """
         if not (turns := self._turns):
-            raise DataError("an episode without a turn: nothing was sampled")
+            raise DataError(
+                "an episode without a turn: nothing was sampled",
+                "call policy.generate and add_turn before sample",
+            )
+        versions = np.concatenate([turn.versions for turn in turns])
+        are_apart = self._starts == [start for start, _ in generated_runs(versions)]
         return Sample(
             ids=np.concatenate([turn.ids for turn in turns]),
             logprobs=np.concatenate([turn.logprobs for turn in turns]),
-            versions=np.concatenate([turn.versions for turn in turns]),
+            versions=versions,
             stop=stop,
             text=text,
             num_interrupts=sum(turn.num_interrupts for turn in turns),
             discount=discount,
             metrics=self.metrics,
+            reward=reward,
+            turn_rewards=self._rewards if any(self._rewards) else [],
+            turn_starts=[] if are_apart else self._starts,
         )

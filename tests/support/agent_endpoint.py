@@ -32,10 +32,18 @@ class ScriptedPolicy:
         self.tokenizer, self.texts = tokenizer, texts
         self.asked: list[list[int]] = []  # ids of each call
         self.fails = False
+        self.gate = asyncio.Event()  # cleared, it holds all calls
+        self.gate.set()
+        self.num_cancelled = 0
 
     async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
         self.asked.append(ids)
-        await asyncio.sleep(0)
+        try:
+            await asyncio.sleep(0)
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
         if self.fails:
             raise EngineError("the server died")
         if len(ids) >= CONTEXT_TOKENS:
@@ -51,10 +59,16 @@ class ScriptedPolicy:
 class Served:
     """A session behind a running endpoint, with the policy that it talks to."""
 
-    def __init__(self, endpoint: Endpoint, policy: ScriptedPolicy, max_requests: int) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        policy: ScriptedPolicy,
+        max_requests: int,
+        sandbox: SandboxConfig,
+    ) -> None:
         self.policy, self.endpoint = policy, endpoint
         self._settings = SessionSettings(
-            ChatTemplate(None, {}, None), max_requests, PythonRunner(SandboxConfig(), processes=1)
+            ChatTemplate(None, {}, None), max_requests, PythonRunner(sandbox, processes=1)
         )
         self.session = self.another()
 
@@ -64,11 +78,14 @@ class Served:
         self.endpoint.open(session)
         return session
 
+    def client(self, session: Session) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=f"{self.endpoint.url}/v1", api_key=session.key, max_retries=0
+        )
+
     @property
     def openai(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(
-            base_url=f"{self.endpoint.url}/v1", api_key=self.session.key, max_retries=0
-        )
+        return self.client(self.session)
 
     @property
     def anthropic(self) -> anthropic.AsyncAnthropic:
@@ -87,11 +104,15 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    tokenizer: Tokenizer, *texts: str, max_requests: int = 100
+    tokenizer: Tokenizer,
+    *texts: str,
+    max_requests: int = 100,
+    sandbox: SandboxConfig | None = None,
 ) -> AsyncIterator[Served]:
     endpoint = Endpoint("127.0.0.1")
     await endpoint.start()
     try:
-        yield Served(endpoint, ScriptedPolicy(tokenizer, list(texts)), max_requests)
+        policy = ScriptedPolicy(tokenizer, list(texts))
+        yield Served(endpoint, policy, max_requests, sandbox or SandboxConfig())
     finally:
         await endpoint.stop()

@@ -97,7 +97,7 @@ def cloned(core: Core) -> Core:
             list(group.rewards),
             list(group.failed_on),
         )
-        twin.partials = dict(group.partials)
+        twin.partials, twin.turn_rewards = dict(group.partials), dict(group.turn_rewards)
     state.in_batch = [state.groups[group.group_id] for group in was.in_batch]
     new.scoring.waiting = deque(shallow_copy(task) for task in core.scoring.waiting)
     new.scoring.assigned = {key: shallow_copy(task) for key, task in core.scoring.assigned.items()}

@@ -132,21 +132,25 @@ def fresh_logprobs(run_dir: Path, version: int, line: SampleLine) -> np.ndarray:
     with torch.no_grad():
         logits = load_policy(run_dir, version)(input_ids=ids[None]).logits[0, :-1]
     logprobs = torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[:, 0].numpy()
-    return np.concatenate([logprobs[start - 1 : end - 1] for start, end in line.turns])
+    return np.concatenate([logprobs[start - 1 : end - 1] for start, end in sorted(line.turns)])
 
 
 START_TIMEOUT_S = 240
 
 
 def wait_for_version(
-    run_dir: Path, version: int, states: tuple[str, ...] = ("training", "finished")
+    run_dir: Path,
+    version: int,
+    states: tuple[str, ...] = ("training", "finished"),
+    child: subprocess.Popen[str] | None = None,
 ) -> None:
-    """Waits until the status shows the version and one of the states."""
+    """Waits until the status shows the version and one of the states; `child` must not end."""
     deadline = time.monotonic() + START_TIMEOUT_S
     path = run_dir / "status.json"
     while True:
         status = json.loads(path.read_text()) if path.exists() else {"version": -1, "state": ""}
         if status["version"] >= version and status["state"] in states:
             return
+        assert child is None or child.poll() is None, child.communicate()
         assert time.monotonic() < deadline, status
         time.sleep(0.05)

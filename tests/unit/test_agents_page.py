@@ -15,9 +15,11 @@ from paths import ROOT
 
 from megatron_async_rl.config import load
 from megatron_async_rl.data.tokenizer import Tokenizer
+from megatron_async_rl.protocol.types import Sample, turn_texts
 from megatron_async_rl.rollout.agents import chat
 from megatron_async_rl.rollout.agents.client import ClientSettings
 from megatron_async_rl.rollout.agents.runner import FunctionRunner
+from megatron_async_rl.rollout.agents.transcript import Returned
 
 PAGE = (ROOT / "docs" / "agents.md").read_text()
 
@@ -27,26 +29,32 @@ def blocks(language: str) -> list[str]:
 
 
 def test_agent_of_the_page_converses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [code] = blocks("python")
-    (tmp_path / "my_agent.py").write_text(code)
+    (tmp_path / "my_agent.py").write_text("\n".join(blocks("python")))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     tokenizer = Tokenizer(make_chat_folder(tmp_path / "model"))
 
-    async def run() -> list[str]:
-        async with serving(tokenizer, "five", "5") as served:
-            runner = FunctionRunner("my_agent:solve", tmp_path / "log")
+    async def run(agent: str, row: dict[str, str], *texts: str) -> tuple[Returned, Sample]:
+        async with serving(tokenizer, *texts) as served:
+            runner = FunctionRunner(f"my_agent:{agent}", tmp_path / "log")
             url = served.endpoint.url
             client = ClientSettings(f"{url}/v1", served.session.key, url, chat.MODEL)
-            assert await runner.run({"prompt": "2+3"}, client) is None
+            returned = await runner.run(row, client)
             await runner.stop()
-            assert not served.sample().starts
-            return [turn.raw for turn in served.session.transcript.turns]
+            served.session.rewards.give(returned, len(served.session.transcript.turns))
+            return returned, served.sample()
 
-    assert asyncio.run(run()) == ["five", "5"]
+    returned, sample = asyncio.run(run("solve", {"prompt": "2+3"}, "five", "5"))
+    assert returned is sample.reward is None and not sample.starts
+    assert turn_texts(sample.text, sample.text_ends) == ["five", "5"]
+    returned, sample = asyncio.run(run("play", {"answer": "7"}, "50", "60", "7"))
+    assert returned == [0.1, 0.0, 1.0]
+    assert (sample.turn_rewards, sample.reward) == ([0.1, 0.0, 0.0], 1.0)
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_configuration_of_the_page_is_valid(text: str) -> None:
     tree = config_tree()
-    config = load.from_tree(tree | {"rollout": tree["rollout"] | yaml.safe_load(text)["rollout"]})
+    for section, values in yaml.safe_load(text).items():
+        tree[section] |= values
+    config = load.from_tree(tree)
     assert config.has_agent and config.max_sequences > 1

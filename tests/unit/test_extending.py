@@ -49,7 +49,7 @@ def test_page_has_an_example_of_each_hook_and_its_signature() -> None:
         assert rows[setting] == ", ".join(hooks.HOOKS[setting].parameters), setting
 
 
-@pytest.mark.parametrize("function", ["median_centered", "discounted"])
+@pytest.mark.parametrize("function", ["median_centered", "centered_turns", "discounted"])
 def test_advantages(function: str) -> None:
     changes = {"estimator": f"my_advantages:{function}", "options": {"gamma": 0.99}}
     config = config_with(**{"algorithm.advantage": changes})

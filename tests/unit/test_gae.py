@@ -10,7 +10,6 @@ from torch import Tensor
 
 from megatron_async_rl.trainer.algorithms.gae import (
     discounted_sums,
-    final_rewards,
     generalized_advantages,
     value_loss,
 )
@@ -65,14 +64,73 @@ def test_advantages_and_returns_match_the_formula(
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def runs_of(mask: list[bool]) -> list[list[int]]:
+    """Returns the turns: the runs of True."""
+    runs: list[list[int]] = []
+    for n, taken in enumerate(mask):
+        if taken and n and mask[n - 1]:
+            runs[-1].append(n)
+        elif taken:
+            runs.append([n])
+    return runs
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    masks=st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=6),
+    gamma=st.sampled_from([1.0, 0.9, 0.0]),
+    lam=st.sampled_from([1.0, 0.95, 0.0]),
+    seed=st.integers(0, 99),
+)
+def test_turns_as_actions_match_the_formula(
+    masks: list[list[bool]], gamma: float, lam: float, seed: int
+) -> None:
+    """Turns of one token give the same as tokens, so the formula's turns are cut to one token."""
+    mask_T, owners = packed(masks)
+    g = torch.Generator().manual_seed(seed)
+    values_T, rewards_T = torch.randn(2, len(mask_T), generator=g, dtype=torch.float64)
+    got = generalized_advantages(values_T, rewards_T, mask_T, owners, gamma, lam, of_turns=True)
+    start, short, runs, rewards = 0, [], [], torch.zeros_like(rewards_T)
+    for mask in masks:
+        short.append([taken and not (n and mask[n - 1]) for n, taken in enumerate(mask)])
+        for run in runs_of(mask):
+            runs.append([start + n for n in run])
+            rewards[runs[-1][0]] = sum(rewards_T[n] for n in runs[-1])
+        start += len(mask)
+    want = by_the_formula(short, values_T, rewards, gamma, lam)
+    for a_T, b_T in zip(got, want, strict=True):
+        for run in runs:
+            b_T[run] = b_T[run[0]].clone()
+        torch.testing.assert_close(a_T, b_T, rtol=1e-12, atol=1e-12)
+
+
+def test_turns_of_one_token_are_tokens() -> None:
+    mask_T, owners = packed([[True, False, True, False, True], [False, True]])
+    values_T, rewards_T = torch.randn(2, 7, dtype=torch.float64)
+    arguments = (values_T, rewards_T, mask_T, owners, 0.9, 0.8)
+    of_tokens = generalized_advantages(*arguments)
+    of_turns = generalized_advantages(*arguments, of_turns=True)
+    assert all(torch.equal(a, b) for a, b in zip(of_tokens, of_turns, strict=True))
+
+
+def test_turns_without_critic_get_the_rewards_to_go() -> None:
+    mask_T, owners = packed([[False, True, True, False, True], [True, True]])
+    rewards_T = torch.tensor([0.0, 0, 1, 0, 4, 0, 8], dtype=torch.float64)
+    arguments = (torch.zeros(7), rewards_T, mask_T, owners)
+    advantages_T, _ = generalized_advantages(*arguments, 1.0, 1.0, of_turns=True)
+    assert advantages_T.tolist() == [0, 5, 5, 0, 4, 8, 8]
+    advantages_T, _ = generalized_advantages(*arguments, 0.5, 1.0, of_turns=True)
+    assert advantages_T.tolist() == [0, 3, 3, 0, 4, 8, 8]  # discounted per turn
+    advantages_T, _ = generalized_advantages(*arguments, 0.0, 1.0, of_turns=True)
+    assert advantages_T.tolist() == [0, 1, 1, 0, 4, 8, 8]
+
+
 def test_without_critic_every_token_gets_the_reward() -> None:
     """gamma = lambda = 1 and V = 0, as with the estimators without a critic."""
     mask_T, owners = packed(
         [[False, True, True, True, False], [True], [False, False], [True, False, True]]
     )
-    given_T = torch.tensor([5.0] * 5 + [-5.0] + [7.0] * 2 + [2.0] * 3, dtype=torch.float64)
-    rewards_T = final_rewards(given_T, mask_T, owners)
-    assert rewards_T.tolist() == [0, 0, 0, 5, 0, -5, 0, 0, 0, 0, 2]
+    rewards_T = torch.tensor([0.0, 0, 0, 5, 0, -5, 0, 0, 0, 0, 2], dtype=torch.float64)
     advantages_T, returns_T = generalized_advantages(
         torch.zeros(11), rewards_T, mask_T, owners, 1.0, 1.0
     )
@@ -81,7 +139,7 @@ def test_without_critic_every_token_gets_the_reward() -> None:
 
 def test_perfect_critic_gives_zero_advantage() -> None:
     mask_T, owners = packed([[True] * 5, [True] * 3])
-    rewards_T = final_rewards(torch.tensor([1.0] * 5 + [-2.0] * 3), mask_T, owners)
+    rewards_T = torch.tensor([0.0] * 4 + [1.0] + [0.0] * 2 + [-2.0])
     values_T = torch.tensor(
         [0.9**4, 0.9**3, 0.9**2, 0.9, 1.0, -2 * 0.81, -2 * 0.9, -2.0], dtype=torch.float64
     )
@@ -118,7 +176,6 @@ def test_empty_input_gives_empty_output() -> None:
         torch.ones(2), torch.ones(2), mask_T, owners, 1.0, 1.0
     )
     assert advantages_T.tolist() == returns_T.tolist() == [0, 0]
-    assert final_rewards(torch.ones(2), mask_T, owners).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("clip_eps", [EPS, None])

@@ -102,6 +102,7 @@ WRONG: list[tuple[m.Message, m.Hello, str]] = [
     (m.GenerateFailed(SampleKey(-1, 0, 0, 0), ""), ROLLOUT, "epoch = -1"),
     (m.ScoreRequest(KEY, "1"), ROLLOUT, "call = 0"),
     (m.ScoreRequest(KEY, "1", {"answer": "1"}, 1), ROLLOUT, "a row"),
+    (m.ScoreRequest(KEY, "1", call=1, text_ends=[1]), ROLLOUT, "text_ends"),
     (m.ScoreResult(KEY, 1.0, seconds=float("nan")), REWARD, "seconds = nan"),
     (m.ScoreResult(KEY, 1.0, metrics={"x": float("inf")}), REWARD, "metrics"),
     (m.ScoreResult(KEY, 1.0, metrics={"a/b": 1.0}), REWARD, "metrics"),

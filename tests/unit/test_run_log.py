@@ -157,7 +157,7 @@ def test_every_trained_sample_becomes_one_json_line(tmp_path: Path) -> None:
         "num_prompt": 3, "num_generated": 20, "versions": [[3, 12], [4, 8]],
         "stop": "stop", "num_interrupts": 1,
         "text": "1+1=2", "ids": first["ids"], "logprobs": first["logprobs"],
-        "turns": [[3, 23]], "starts": [], "crc32": first["crc32"],
+        "turns": [[3, 23]], "turn_rewards": [], "starts": [], "crc32": first["crc32"],
     }  # fmt: skip
     assert np.frombuffer(base64.b64decode(first["ids"]), "<i4").tolist() == [1, 2, 3] + [7] * 20
     assert np.frombuffer(base64.b64decode(first["logprobs"]), "<f4").tolist() == [-0.5] * 20

@@ -62,6 +62,7 @@ class SampleScored(JournalEvent, frozen=True):
     index: int
     reward: float
     metrics: dict[str, float] = {}  # of the reward function
+    turn_rewards: list[float] = []  # `reward` is their sum; empty: it is the last turn's
 
 
 class BatchSelected(JournalEvent, frozen=True):

@@ -121,6 +121,7 @@ class Progress:
                 prompt_id=group.prompt.prompt_id,
                 samples=[sample for sample in group.samples if sample is not None],
                 rewards=rewards[g].tolist(),
+                turn_rewards=group.turn_rewards,
                 advantages=advantages[g].tolist(),
             )
             for g, group in enumerate(batch.groups)

@@ -66,7 +66,7 @@ def needed_bytes(config: Config) -> dict[str, int]:
         count = min(
             saves, config.checkpoint.keep + 1
         )  # the oldest goes when the newest is complete
-        models = 2 if config.algorithm.advantage.estimator == "gae" else 1
+        models = 2 if config.algorithm.advantage.uses_critic else 1
         size = parameters * models * CHECKPOINT_BYTES[config.trainer.precision]
         parts[f"for {count} checkpoints (checkpoint.keep = {config.checkpoint.keep})"] = (
             count * size

@@ -64,6 +64,9 @@ class History:
     async def place(self, request: ChatRequest) -> Place:
         """Raises RequestError if the chat template rejects the messages."""
         if isinstance(request.prompt, list):
+            limit = self._tokenizer.vocab_size
+            if not all(0 <= token < limit for token in request.prompt):
+                raise RequestError(400, f"prompt has a token that is not from 0 to {limit - 1}")
             return Place(self._tokenizer.decode_all(request.prompt), request.prompt, None)
         text = request.prompt if request.prompt is not None else self._render(request)
         if parent := self._transcript.continued(text):

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import shlex
 import signal
@@ -21,6 +20,7 @@ from typing import Any
 from megatron_async_rl import processes
 from megatron_async_rl.errors import HookFailed
 from megatron_async_rl.rollout.agents.client import ClientSettings
+from megatron_async_rl.rollout.agents.transcript import Returned, checked_rewards
 
 LINE_LIMIT = 64 << 20  # bytes of an answer
 OUTPUT_LIMIT = 1 << 20  # bytes of a command's output that are looked at
@@ -37,7 +37,7 @@ class FunctionRunner:
         self._starting = asyncio.Lock()
         self._next_id = 0
 
-    async def run(self, row: dict[str, Any], client: ClientSettings) -> float | None:
+    async def run(self, row: dict[str, Any], client: ClientSettings) -> Returned:
         host = await self._started()
         self._next_id += 1
         number, answered = self._next_id, asyncio.get_running_loop().create_future()
@@ -52,8 +52,8 @@ class FunctionRunner:
         finally:
             del self._waiting[number]
         if "error" in answer:
-            raise HookFailed(f"rollout.agent = {self._agent} failed: {answer['error']}")
-        return checked_reward(answer["reward"], f"rollout.agent = {self._agent} returned")
+            raise HookFailed(f"rollout.agent = {self._agent} failed; correct it: {answer['error']}")
+        return checked_rewards(answer["reward"], f"rollout.agent = {self._agent} returned")
 
     async def stop(self) -> None:
         if self._host and self._host.returncode is None:
@@ -105,7 +105,7 @@ class CommandRunner:
     def __init__(self, command: str, log: Path) -> None:
         self._command, self._log = command, log
 
-    async def run(self, row: dict[str, Any], client: ClientSettings) -> float | None:
+    async def run(self, row: dict[str, Any], client: ClientSettings) -> Returned:
         name = f"rollout.agent_command = {self._command!r}"
         with self._log.open("ab") as log:
             try:
@@ -118,7 +118,9 @@ class CommandRunner:
                     preexec_fn=_in_new_group,
                 )
             except OSError as e:
-                raise HookFailed(f"{name} cannot be started: {e}") from None
+                raise HookFailed(
+                    f"{name} cannot be started: {e}", "set rollout.agent_command to a program"
+                ) from None
         try:
             output, _ = await process.communicate(json.dumps(row).encode())
         finally:
@@ -133,20 +135,10 @@ class CommandRunner:
         except ValueError:
             return None
         reward = answer.get("reward") if isinstance(answer, dict) else None
-        return checked_reward(reward, f"{name} wrote")
+        return checked_rewards(reward, f"{name} wrote")
 
     async def stop(self) -> None:
         pass
-
-
-def checked_reward(reward: Any, where: str) -> float | None:
-    """Raises HookFailed unless the reward is a finite number or None."""
-    if reward is None:
-        return None
-    is_number = isinstance(reward, int | float) and not isinstance(reward, bool)
-    if not is_number or not math.isfinite(reward):
-        raise HookFailed(f"{where} {reward!r}; a reward is a finite number, or None for no reward")
-    return float(reward)
 
 
 def _in_new_group() -> None:

@@ -20,8 +20,7 @@ from megatron_async_rl.observability.error_log import ErrorLog
 from megatron_async_rl.rollout import tool_calls
 from megatron_async_rl.rollout.agents.history import ChatTemplate, History, Place
 from megatron_async_rl.rollout.agents.request import ChatRequest, FinishReason, Reply, RequestError
-from megatron_async_rl.rollout.agents.rewards import TurnRewards
-from megatron_async_rl.rollout.agents.transcript import Transcript, Turn
+from megatron_async_rl.rollout.agents.transcript import Transcript, Turn, TurnRewards
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.python_runner import PythonRunner
 from megatron_async_rl.rollout.tool_calls import ToolCall

@@ -6,18 +6,34 @@ are the turn's ids, as sampled, and then those of the new text. Nothing that was
 tokenized again. A request that begins otherwise, as after a compaction of the history, by a
 sub-agent or as a retry, starts a branch.
 
+Turns are numbered from 0 in the order of their ends; the agent may give each a reward, posted
+during the episode or returned. Of several for one turn the last counts.
+
 Each leaf is trained as one sequence. The turns that several leaves share are trained in the first
 of them and are context in the others.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from megatron_async_rl.errors import DataError
-from megatron_async_rl.protocol.types import NOT_GENERATED, Sample, StopReason
+from megatron_async_rl.errors import DataError, HookFailed
+from megatron_async_rl.protocol.types import (
+    MAX_REWARD,
+    NOT_GENERATED,
+    TURN_BREAK,
+    Sample,
+    StopReason,
+    generated_runs,
+)
+from megatron_async_rl.rollout.agents.fields import Fields
+from megatron_async_rl.rollout.agents.request import RequestError
 from megatron_async_rl.rollout.workflow import Completion
 
 
@@ -70,40 +86,63 @@ class Transcript:
     def num_sequences(self) -> int:
         return sum(not turn.num_children for turn in self.turns)
 
-    def sample(self, stop: StopReason, reward: float | None) -> Sample:
+    def sample(self, stop: StopReason, rewards: Mapping[int, float]) -> Sample:
         """Returns the episode as one sample of several sequences. Raises DataError without turns.
 
-        The text is that of all turns in order, for the reward function.
+        The text is that of all turns in order. `rewards`: of turns, by number; without any the
+        reward function scores the text.
         """
         if not self.turns:
-            raise DataError("the agent made no request that was answered: nothing was sampled")
-        trained: set[int] = set()
-        sequences = [_sequence(turn, trained) for turn in self.turns if not turn.num_children]
+            raise DataError(
+                "the agent made no request that was answered: nothing was sampled",
+                "have it use the address and key that it is given",
+            )
+        starts: dict[int, int] = {}
+        sequences, edges = [], [0]
+        for turn in self.turns:
+            if not turn.num_children:
+                sequences.append(_sequence(turn, starts, edges[-1]))
+                edges.append(edges[-1] + len(turn.ids))
         ids, logprobs, versions = (
             np.concatenate(arrays) for arrays in zip(*sequences, strict=True)
         )
-        ends = np.cumsum([len(sequence[0]) for sequence in sequences])
+        turn_starts = [starts[turn.number] for turn in self.turns]
+        in_order = turn_starts == [start for start, _ in generated_runs(versions)]
+        *before, final = [rewards.get(turn.number, 0.0) for turn in self.turns]
         return Sample(
             ids=ids,
             logprobs=logprobs,
             versions=versions,
             stop=stop,
-            text="\n\n".join(turn.raw for turn in self.turns),
+            text=TURN_BREAK.join(turn.raw for turn in self.turns),
             num_interrupts=sum(max(0, len(t.completion.segments) - 1) for t in self.turns),
-            starts=[0, *ends[:-1].tolist()] if len(sequences) > 1 else [],
-            reward=reward,
+            starts=edges[:-1] if len(sequences) > 1 else [],
+            reward=final if rewards else None,
+            turn_rewards=[*before, 0.0] if any(before) else [],
+            turn_starts=[] if in_order else turn_starts,
+            text_ends=self._text_ends() if before else [],
         )
 
+    def _text_ends(self) -> list[int]:
+        lengths = [len(turn.raw) + len(TURN_BREAK) for turn in self.turns]
+        return [end - len(TURN_BREAK) for end in itertools.accumulate(lengths)]
 
-def _sequence(leaf: Turn, trained: set[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns ids, logprobs and versions of the path to a leaf; marks its turns as trained."""
+
+def _sequence(
+    leaf: Turn, starts: dict[int, int], offset: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns ids, logprobs and versions of the path to a leaf, which begins at `offset`.
+
+    Turns that are in `starts` are context; those that are trained here are added, by number, with
+    the place of their first token.
+    """
     ids = np.asarray(leaf.ids, np.int32)
     logprobs = np.zeros(len(ids), np.float32)
     versions = np.full(len(ids), NOT_GENERATED, np.int32)
     turn: Turn | None = leaf
     while turn:
-        if turn.number not in trained:
-            trained.add(turn.number)
+        if turn.number not in starts:
+            starts[turn.number] = offset + turn.num_prompt
             position = turn.num_prompt
             for segment in turn.completion.segments:
                 end = position + len(segment.ids)
@@ -121,3 +160,77 @@ def _num_common(a: str, b: str) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
     return low
+
+
+# ---- the rewards that the agent gives
+
+Returned = float | list[float] | dict[int, float] | None
+"""The reward of the last turn, of every turn, of some turns by number, or none."""
+
+
+class TurnRewards(dict[int, float]):
+    """By the number of the turn; empty if the agent gave none."""
+
+    def post(self, body: dict[str, Any], num_turns: int) -> dict[str, Any]:
+        """Takes the body of /v1/reward; returns the answer. Raises RequestError."""
+        reward, turn = body.get("reward"), Fields(body).integer("turn", num_turns - 1)
+        if not _is_number(reward):
+            raise RequestError(400, "reward must be a number")
+        if not _is_allowed(reward):
+            raise RequestError(400, f"reward = {reward}, must be finite and at most {MAX_REWARD:g}")
+        if not num_turns:
+            raise RequestError(400, "no request was answered yet, so there is no turn to reward")
+        assert turn is not None
+        if not 0 <= turn < num_turns:
+            raise RequestError(400, f"turn = {turn}, must be 0 to {num_turns - 1}")
+        self[turn] = float(reward)
+        return {"reward": self[turn], "turn": turn}
+
+    def give(self, returned: Returned, num_turns: int) -> None:
+        """Takes what the agent returned. Raises HookFailed if it does not fit the turns."""
+        if isinstance(returned, list):
+            if len(returned) != num_turns:
+                raise HookFailed(
+                    f"the agent returned {len(returned)} rewards for an episode of {num_turns} "
+                    "turns",
+                    "return one for each answer of the policy, a number, or {turn: reward}",
+                )
+            self.update(enumerate(returned))
+        elif isinstance(returned, dict):
+            if wrong := [turn for turn in returned if not 0 <= turn < num_turns]:
+                raise HookFailed(
+                    f"the agent returned a reward for turn {wrong[0]} of an episode of {num_turns} "
+                    "turns",
+                    "turns are numbered from 0",
+                )
+            self.update(returned)
+        elif returned is not None and num_turns:
+            self[num_turns - 1] = returned
+
+
+def checked_rewards(value: Any, where: str) -> Returned:
+    """Returns what an agent returned, as JSON. Raises HookFailed if these are no rewards."""
+    numbers = value
+    if isinstance(value, dict):
+        numbers = list(value.values())
+        if not all(str(turn).isdecimal() for turn in value):
+            numbers = [None]
+    if value is None:
+        return None
+    numbers = numbers if isinstance(numbers, list) else [numbers]
+    if not all(_is_number(number) and _is_allowed(number) for number in numbers):
+        raise HookFailed(
+            f"{where} {value!r}; must be a finite number, a list of one per turn, a mapping "
+            "{turn: number}, or None for no reward"
+        )
+    if isinstance(value, dict):
+        return {int(turn): float(number) for turn, number in value.items()}
+    return [float(number) for number in value] if isinstance(value, list) else float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_allowed(reward: float) -> bool:
+    return math.isfinite(reward) and abs(reward) <= MAX_REWARD

@@ -65,6 +65,11 @@ class AgentWorkflow:
         session.rewards.give(returned, len(turns))
         return session.transcript.sample(stop, session.rewards)
 
+    async def stop(self) -> None:
+        """Answers the requests in flight, and ends all agents."""
+        await self._endpoint.stop()
+        await self._runner.stop()
+
     def _client(self, session: Session) -> ClientSettings:
         url = self._endpoint.url
         return ClientSettings(f"{url}/v1", session.key, url, chat.MODEL)

@@ -1,4 +1,4 @@
-"""PPO's critic: predicts a sample's final reward; its weights are never sent to the servers.
+"""PPO's critic: predicts the rewards of the rest of a sample; never sent to the servers.
 
 It has the policy's architecture and parallel layout, weights from critic.path (else model.path), a
 value head instead of the output layer, and its own optimizer and learning rate. In each training
@@ -33,7 +33,7 @@ ADVANTAGE_EPS = 1e-5  # as in controller/advantage.py
 def add_advantages(critic: TrainerModel, minibatches: Minibatches, config: Config) -> Minibatches:
     """Returns the minibatches with values, returns and advantages (last pipeline stage only).
 
-    Until then their advantages_T holds the rewards. Collective.
+    Until then their advantages_T holds the rewards of the tokens. Collective.
     """
     flat = [microbatch for minibatch in minibatches for microbatch in minibatch]
     values = pipeline.evaluate(critic, flat, partial(_value_step, critic))
@@ -84,7 +84,7 @@ def _estimated(microbatch: Microbatch, values_T: Tensor, algorithm: AlgorithmCon
     microbatch = replace(microbatch, values_T=values_T)
     pack = microbatch.gather_context_parallel()
     assert pack.values_T is not None
-    rewards_W = gae.final_rewards(pack.advantages_T, pack.mask_T, pack.sample_index)
+    rewards_W = pack.advantages_T
     if algorithm.kl.coef and algorithm.kl.apply_to == "reward":
         assert pack.reference_T is not None
         kl_W = pack.behavior_T - pack.reference_T
@@ -96,6 +96,7 @@ def _estimated(microbatch: Microbatch, values_T: Tensor, algorithm: AlgorithmCon
         pack.sample_index,
         algorithm.advantage.gamma,
         algorithm.advantage.gae_lambda,
+        of_turns=algorithm.advantage.estimator == "turn_gae",
     )
     advantages_T, returns_T = (microbatch.sequences.shard(x_W).float() for x_W in estimates)
     return replace(microbatch, advantages_T=advantages_T, returns_T=returns_T)

@@ -1,7 +1,7 @@
-"""Generalized advantage estimation over the generated tokens of packed samples; the value loss.
+"""Generalized advantage estimation over the tokens or turns of packed samples; the value loss.
 
 Suffixes: T positions of a micro-batch, each aligned with the token that it predicts; K generated
-tokens only.
+tokens only; A actions (tokens or turns).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def generalized_advantages(
     sample_index: SampleIndex,
     gamma: float,
     gae_lambda: float,
+    of_turns: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Returns (advantages [T], returns [T]) in float64, 0 where the mask is False.
 
@@ -33,31 +34,29 @@ def generalized_advantages(
 
     With V = 0 and gamma = lambda = 1, A_t is the sum of the rewards from t on. A truncated sample
     is not bootstrapped. Source: J. Schulman et al., arXiv 1506.02438, eq. 11-16.
+
+    `of_turns`: the actions are the runs of adjacent masked tokens. Then V_t is the value before the
+    first token of turn t, r_t the sum of the rewards of its tokens, and all its tokens have A_t and
+    R_t. Source: turn-PPO, J. Li et al., arXiv 2512.17008.
     """
     taken = mask_T.nonzero()[:, 0]
     advantages_T = torch.zeros_like(values_T, dtype=torch.float64)
     if not len(taken):
         return advantages_T, advantages_T.clone()
-    values_K, rewards_K = values_T[taken].double(), rewards_T[taken].double()
     sample_K = sample_index.sample_T[taken]
-    next_values_K = torch.where(is_last(sample_K), 0.0, values_K.roll(-1))
-    delta_K = rewards_K + gamma * next_values_K - values_K
-    advantages_K = discounted_sums(delta_K, sample_K, gamma * gae_lambda)
+    first_K = torch.ones_like(taken, dtype=torch.bool)  # of an action
+    if of_turns:
+        first_K[1:] = (taken.diff() > 1) | (sample_K.diff() != 0)
+    action_K = first_K.cumsum(0) - 1
+    values_A, sample_A = values_T[taken][first_K].double(), sample_K[first_K]
+    rewards_A = torch.zeros_like(values_A).index_add(0, action_K, rewards_T[taken].double())
+    next_values_A = torch.where(is_last(sample_A), 0.0, values_A.roll(-1))
+    delta_A = rewards_A + gamma * next_values_A - values_A
+    advantages_A = discounted_sums(delta_A, sample_A, gamma * gae_lambda)
     returns_T = advantages_T.clone()
-    advantages_T[taken], returns_T[taken] = advantages_K, advantages_K + values_K
+    advantages_T[taken] = advantages_A[action_K]
+    returns_T[taken] = (advantages_A + values_A)[action_K]
     return advantages_T, returns_T
-
-
-def final_rewards(sample_rewards_T: Tensor, mask_T: Tensor, sample_index: SampleIndex) -> Tensor:
-    """Returns each sample's reward at its last masked token and 0 elsewhere [T].
-
-    `sample_rewards_T` has the sample's reward at all of its tokens.
-    """
-    taken = mask_T.nonzero()[:, 0]
-    last = taken[is_last(sample_index.sample_T[taken])]
-    rewards_T = torch.zeros_like(sample_rewards_T)
-    rewards_T[last] = sample_rewards_T[last]
-    return rewards_T
 
 
 def is_last(sample_K: Tensor) -> Tensor:
