@@ -132,18 +132,35 @@ def _parser() -> argparse.ArgumentParser:
     audit.set_defaults(command=_audit)
 
     plan = commands.add_parser(
-        "plan-weights", help="print how each parameter maps from trainer shards to engine shards"
+        "plan", help="predict step time and throughput on N GPUs, and the best split; needs no GPU"
     )
     _add_config(plan, "YAML file; of model.path only config.json is needed")
-    plan.add_argument("--json", metavar="FILE", type=Path, help="write every route to this file")
     plan.add_argument(
+        "--gpus", metavar="N", type=int, help="to split; default: predict the split of CONFIG"
+    )
+    plan.add_argument("--gpu", metavar="NAME", default="h100", help="h100 (default), h200 or h800")
+    plan.add_argument(
+        "--mean-tokens", metavar="M", type=int, help="mean response; default: a third of the limit"
+    )
+    plan.add_argument("--prompt-tokens", metavar="P", type=int, help="mean prompt")
+    plan.add_argument(
+        "--calibrate", metavar="RUN_DIR", type=Path, help="take costs and lengths from this run"
+    )
+    plan.set_defaults(command=_plan)
+
+    routes = commands.add_parser(
+        "plan-weights", help="print how each parameter maps from trainer shards to engine shards"
+    )
+    _add_config(routes, "YAML file; of model.path only config.json is needed")
+    routes.add_argument("--json", metavar="FILE", type=Path, help="write every route to this file")
+    routes.add_argument(
         "--link-gb-s",
         metavar="RATE",
         type=float,
         default=50.0,
         help="bandwidth of a source's link in 10^9 bytes/s (default 50)",
     )
-    plan.set_defaults(command=_plan_weights)
+    routes.set_defaults(command=_plan_weights)
 
     prepare = commands.add_parser("prepare", help="turn a published dataset into rows to train on")
     prepare.add_argument("kind", metavar="KIND", help="its format, see docs/data.md, such as gsm8k")
@@ -189,6 +206,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config(selftest)
     selftest.set_defaults(command=_selftest)
+
+    compare = commands.add_parser(
+        "compare-logprobs",
+        help="find the first operation of the model in which engine and trainer differ",
+    )
+    _add_config(compare)
+    compare.add_argument("--prompts", metavar="N", type=int, default=4, help="default: 4")
+    compare.add_argument(
+        "--tokens", metavar="N", type=int, default=16, help="sampled for each prompt; default: 16"
+    )
+    compare.set_defaults(command=_compare_logprobs)
     return parser
 
 
@@ -277,6 +305,20 @@ def _audit(args: argparse.Namespace) -> int:
     return audit.run(args.run_dir)
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from megatron_async_rl.cli import plan
+    from megatron_async_rl.config.load import load
+
+    options = plan.Options(
+        num_gpus=args.gpus,
+        gpu=args.gpu,
+        mean_tokens=args.mean_tokens,
+        prompt_tokens=args.prompt_tokens,
+        calibrate=args.calibrate,
+    )
+    return plan.run(load(args.config, args.overrides), options)
+
+
 def _plan_weights(args: argparse.Namespace) -> int:
     from megatron_async_rl.cli import plan_weights
     from megatron_async_rl.config.load import load
@@ -315,6 +357,13 @@ def _selftest(args: argparse.Namespace) -> int:
     from megatron_async_rl.config.load import load
 
     return offline.selftest(load(args.config, args.overrides))
+
+
+def _compare_logprobs(args: argparse.Namespace) -> int:
+    from megatron_async_rl.cli import compare_logprobs
+    from megatron_async_rl.config.load import load
+
+    return compare_logprobs.run(load(args.config, args.overrides), args.prompts, args.tokens)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,190 @@
+"""Takes costs and lengths from the records of a run: TensorBoard, samples.jsonl, config.yaml.
+
+A run measures its trainer and its weight updates itself. Decode costs are a straight line through
+the steps' means of samples in flight and tokens/s of the servers, so they hold near the load of
+that run. Prefill is the servers' busy time that decoding does not explain.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.load import load
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.observability.sample_log import SAMPLES_FILE, read_samples
+from megatron_async_rl.planning.costs import Costs, DecodeCosts, PrefillCosts, TrainCosts
+from megatron_async_rl.planning.lengths import Lengths
+from megatron_async_rl.planning.predict import Load, Prediction, average, workload_of
+from megatron_async_rl.planning.simulation import Simulation
+
+WARM_UP_STEPS = 2  # kernels are compiled, update groups are made
+LEAST_STEPS = 3  # after these
+NO_LIMIT = 1e12  # tokens of a KV cache that was never used
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Costs of a run, and what it measured itself in the same steps."""
+
+    config: Config
+    costs: Costs
+    load: Load
+    step_s: float
+    trained_tokens_per_s: float
+
+    def costs_of(self, config: Config) -> Costs:
+        """Returns the costs with another number of replicas of the same layout."""
+        replicas = config.trainer.data_parallel_size
+        return replace(self.costs, train=replace(self.costs.train, replicas=replicas))
+
+    def predict_itself(self) -> Prediction:
+        """Simulates the run from its first to its last step and averages the measured steps."""
+        steps = list(Simulation(workload_of(self.config, self.load), self.costs).steps())
+        return average(steps[WARM_UP_STEPS:])
+
+
+def read(run_dir: Path) -> Calibration:
+    """Raises DataError if the run has too few steps or lacks a record."""
+    for name in ("config.yaml", SAMPLES_FILE, "tensorboard"):
+        if not (run_dir / name).exists():
+            raise DataError(
+                f"--calibrate = {run_dir} has no {name}", "give the run.dir of a run that trained"
+            )
+    config = load(run_dir / "config.yaml")
+    scalars = _Scalars(run_dir)
+    samples = list(read_samples(run_dir))
+    prompt = np.array([line.num_prompt for line in samples], np.int64)
+    response = np.array([line.num_generated for line in samples], np.int64)
+    lengths = Lengths(prompt, response)
+    trained_groups = len({line.group_id for line in samples})
+    filtered_groups = sum(scalars.all("drops/filtered_groups", optional=True))
+    decode = _decode(scalars, config.rollout.servers)
+    recomputed = sum(_interrupted_tokens(line.num_prompt, line.versions) for line in samples)
+    prefilled = prompt.sum() / config.algorithm.samples_per_prompt + recomputed
+    step_s = scalars.counted("perf/time/step_s")
+    trained = scalars.counted("train/tokens")
+    score_s = scalars.counted("reward/scoring_s_mean", optional=True)
+    return Calibration(
+        config=config,
+        costs=Costs(
+            decode=decode,
+            prefill=_prefill(scalars, config.rollout.servers, float(prefilled)),
+            train=_train(scalars, config),
+            update_s=statistics.fmean(scalars.counted("sync/total_s")),
+            kv_tokens=_kv_tokens(scalars, config, lengths),
+            score_s=statistics.fmean(score_s) if score_s else 0.0,
+            between_steps_s=_between_steps_s(scalars),
+        ),
+        load=Load(lengths, filtered_groups / (filtered_groups + trained_groups)),
+        step_s=statistics.fmean(step_s),
+        trained_tokens_per_s=sum(trained) / sum(step_s),
+    )
+
+
+class _Scalars:
+    """The TensorBoard scalars of a run."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        self._run_dir = run_dir
+        self._events = EventAccumulator(str(run_dir / "tensorboard"), {"scalars": 0}).Reload()
+        self._tags = set(self._events.Tags()["scalars"])
+        if (found := len(self.counted("perf/time/step_s"))) < LEAST_STEPS:
+            raise DataError(
+                f"--calibrate = {run_dir} has {found} steps after the first {WARM_UP_STEPS}, and "
+                f"{LEAST_STEPS} are needed",
+                "give a longer run",
+            )
+
+    def all(self, tag: str, first: int = 0, optional: bool = False) -> list[float]:
+        """Returns the values from version `first` on. Raises DataError if the tag is missing."""
+        if tag in self._tags:
+            return [s.value for s in self._events.Scalars(tag) if s.step >= first]
+        if optional:
+            return []
+        raise DataError(
+            f"--calibrate = {self._run_dir} has no {tag} in TensorBoard",
+            "give a run with monitor.loggers: [tensorboard] and an SGLang that reports its load "
+            "(0.5.21)",
+        )
+
+    def counted(self, tag: str, optional: bool = False) -> list[float]:
+        return self.all(tag, WARM_UP_STEPS + 1, optional)
+
+
+def _decode(scalars: _Scalars, servers: int) -> DecodeCosts:
+    """Fits seconds of a decode step = a + b * running samples to the steps, neither negative."""
+    pairs = zip(
+        scalars.counted("engine/running_requests"),
+        scalars.counted("engine/decode_tokens_per_s"),
+        strict=False,
+    )
+    points = [(running / servers, running / rate) for running, rate in pairs if rate > 0]
+    if not points:
+        raise DataError("the servers of the run reported no decoding", "give a longer run")
+    running, seconds = (np.array(column) for column in zip(*points, strict=True))
+    slope = 0.0
+    if running.std() > 0:
+        slope = float(np.cov(running, seconds, bias=True)[0, 1] / running.var())
+    slope = min(max(slope, 0.0), float(seconds.mean() / running.mean()))
+    return DecodeCosts(float(seconds.mean() - slope * running.mean()), slope, 0.0)
+
+
+def _prefill(scalars: _Scalars, servers: int, num_tokens: float) -> PrefillCosts:
+    """Returns the busy time of the servers beyond decoding, for each prefilled token."""
+    step_s = scalars.all("perf/time/step_s")
+    idle = scalars.all("perf/engine_idle_fraction")
+    generated = scalars.all("perf/generate_tokens_per_s")
+    rates = [rate for rate in scalars.counted("engine/decode_tokens_per_s") if rate > 0]
+    counted = list(zip(step_s, idle, generated, strict=False))[WARM_UP_STEPS:]
+    busy_s = servers * sum(seconds * (1 - share) for seconds, share, _ in counted)
+    decode_s = servers * sum(seconds * rate for seconds, _, rate in counted)
+    decode_s /= statistics.fmean(rates)
+    share = sum(seconds for seconds, _, _ in counted) / sum(step_s)
+    return PrefillCosts(max(0.0, busy_s - decode_s) / (share * num_tokens))
+
+
+def _train(scalars: _Scalars, config: Config) -> TrainCosts:
+    train_s = sum(scalars.counted("perf/time/train_s"))
+    proximal_s = sum(scalars.counted("perf/time/proximal_s"))
+    tokens = sum(scalars.counted("train/packed_tokens"))
+    replicas = config.trainer.data_parallel_size
+    return TrainCosts(
+        token_s=train_s * replicas / tokens,
+        forward_passes=3 * proximal_s / train_s,
+        replicas=replicas,
+    )
+
+
+def _between_steps_s(scalars: _Scalars) -> float:
+    """Returns what is left of a step beside waiting, training and the update."""
+    parts = ("wait_for_batch_s", "proximal_s", "train_s")
+    known = sum(sum(scalars.counted(f"perf/time/{part}")) for part in parts)
+    steps = scalars.counted("perf/time/step_s")
+    return max(0.0, (sum(steps) - known) / len(steps) - _mean(scalars.counted("sync/total_s")))
+
+
+def _kv_tokens(scalars: _Scalars, config: Config, lengths: Lengths) -> float:
+    """Returns the KV cache of a server: as set, or from its use by the samples in flight."""
+    if isinstance(limit := config.sglang.get("max_total_tokens"), int):
+        return float(limit)
+    use = _mean(scalars.counted("engine/kv_use_fraction"))
+    running = _mean(scalars.counted("engine/running_requests")) / config.rollout.servers
+    return running * lengths.mean_context / use if use > 0 else NO_LIMIT
+
+
+def _interrupted_tokens(num_prompt: int, versions: list[list[int]]) -> int:
+    """Returns the tokens that a sample's weight updates made the engine prefill again."""
+    counts = itertools.accumulate(count for _, count in versions[:-1])
+    return sum(num_prompt + before for before in counts)
+
+
+def _mean(values: list[float]) -> float:
+    return statistics.fmean(values) if values else 0.0
