@@ -14,7 +14,8 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.core.settings import core_settings
 from megatron_async_rl.planning.costs import Costs
 from megatron_async_rl.planning.lengths import Lengths
-from megatron_async_rl.planning.simulation import Simulation, Step, Workload
+from megatron_async_rl.planning.simulation import Simulation, Workload
+from megatron_async_rl.planning.steps import Step
 
 MAX_SAMPLES = 10_000  # of one simulation
 COUNTED_STEPS = 6

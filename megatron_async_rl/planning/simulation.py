@@ -23,6 +23,7 @@ from megatron_async_rl.errors import Error
 from megatron_async_rl.planning.costs import Costs
 from megatron_async_rl.planning.lengths import Lengths
 from megatron_async_rl.planning.server import Request, Server
+from megatron_async_rl.planning.steps import Step, StepMeter
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.types import NOT_GENERATED, Prompt, Sample
 
@@ -47,23 +48,6 @@ class Workload:
     seed: int = 1
 
 
-@dataclass(frozen=True)
-class Step:
-    """One training step, from the end of the step before it."""
-
-    seconds: float
-    wait_s: float
-    proximal_s: float
-    train_s: float
-    trained_tokens: int
-    generated_tokens: float
-    mean_staleness: float  # over the trained tokens
-    max_staleness: int
-    server_idle: float  # fraction of the servers' time
-    running: float  # mean over the servers, at the end of the step
-    kv_use: float  # the same
-
-
 class Simulation:
     def __init__(self, workload: Workload, costs: Costs) -> None:
         self.workload, self.costs = workload, costs
@@ -81,13 +65,13 @@ class Simulation:
         self._waiting_since = 0.0
         self._is_ticking = False
         self._steps: list[Step] = []
-        self._last = _Totals()
         self.core = Core(self._core_settings(), self._next_prompt)
         settings = workload.settings
         self.servers = {
             name: Server(name, costs, workload.max_running, settings.max_new_tokens)
             for name in (f"rollout-{n}" for n in range(workload.servers))
         }
+        self._meter = StepMeter(list(self.servers.values()))
 
     def steps(self) -> Iterator[Step]:
         """Yields the training steps as they end, up to settings.steps of the workload."""
@@ -243,39 +227,18 @@ class Simulation:
 
     def _train(self, groups: list[Group]) -> None:
         requests = [request for group in groups for request in self._finished[group.group_id]]
-        version = self.core.version
-        runs = [(version - v, tokens) for r in requests for v, tokens in r.versions]
-        trained = sum(r.response_tokens for r in requests)
-        lengths = [r.prompt_tokens + r.response_tokens for r in requests]
-        proximal_s, train_s = self.costs.train.seconds(lengths)
-        wait_s = self.now - self._waiting_since
+        version, wait_s = self.core.version, self.now - self._waiting_since
+        lengths = [request.prompt_tokens + request.response_tokens for request in requests]
+        train_s = self.costs.train.seconds(lengths)
         for group in groups:
             self._forget(group)
 
         def trained_step() -> None:
             self._handle(inputs.Received("trainer", messages.StepDone(version + 1, {})))
-            before, self._last = self._last, self._totals()
-            seconds = self._last.now - before.now
-            busy_s = self._last.busy_s - before.busy_s
-            servers = list(self.servers.values())
-            self._steps.append(
-                Step(
-                    seconds=seconds,
-                    wait_s=wait_s,
-                    proximal_s=proximal_s,
-                    train_s=train_s,
-                    trained_tokens=trained,
-                    generated_tokens=self._last.generated_tokens - before.generated_tokens,
-                    mean_staleness=sum(lag * tokens for lag, tokens in runs) / trained,
-                    max_staleness=max(lag for lag, _ in runs),
-                    server_idle=1 - busy_s / (seconds * len(servers)),
-                    running=sum(s.num_running for s in servers) / len(servers),
-                    kv_use=sum(s.kv_use for s in servers) / len(servers),
-                )
-            )
+            self._steps.append(self._meter.end_step(self.now, requests, version, wait_s, train_s))
             self._at(self.costs.between_steps_s, self._update)
 
-        self._at(proximal_s + train_s, trained_step)
+        self._at(sum(train_s), trained_step)
 
     def _update(self) -> None:
         """Begins a weight update of all servers; with `finish` each one ends its samples first."""
@@ -301,25 +264,9 @@ class Simulation:
             self._handle(inputs.ServerUpdated(server.name, version=self.core.version))
         self._request_batch()
 
-    def _totals(self) -> _Totals:
-        for server in self.servers.values():
-            server.advance(self.now)
-        return _Totals(
-            self.now,
-            sum(server.busy_s for server in self.servers.values()),
-            sum(server.generated_tokens for server in self.servers.values()),
-        )
-
     def _forget(self, group: Group) -> None:
         self._finished.pop(group.group_id, None)
         del self._prompts[group.group_id]
-
-
-@dataclass(frozen=True)
-class _Totals:
-    now: float = 0.0
-    busy_s: float = 0.0
-    generated_tokens: float = 0.0
 
 
 _ZEROS = np.zeros(1 << 20, np.int32)

@@ -11,7 +11,8 @@ from core_builders import core_settings
 from megatron_async_rl.planning.costs import Costs, DecodeCosts, PrefillCosts, TrainCosts
 from megatron_async_rl.planning.lengths import Lengths
 from megatron_async_rl.planning.predict import average
-from megatron_async_rl.planning.simulation import Simulation, Step, Workload
+from megatron_async_rl.planning.simulation import Simulation, Workload
+from megatron_async_rl.planning.steps import Step
 
 DECODE_S, TOKEN_S = 0.1, 0.01
 EQUAL = Lengths(np.array([2]), np.array([10]))
