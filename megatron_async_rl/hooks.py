@@ -149,9 +149,9 @@ def guarded(setting: str, value: str) -> Callable[..., Any]:
         return function
 
     @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         try:
-            return function(*arguments)
+            return function(*arguments, **named)
         except (Exception, SystemExit) as e:
             raise HookFailed(f"{setting} = {value} failed: {user_error(e)}") from e
 

@@ -17,6 +17,7 @@ from whole_runs import (
     start_run,
 )
 
+from megatron_async_rl.controller.advantage import GROUP_EPS
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.errors import DataError
@@ -77,7 +78,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
             "max_concurrent_samples": 2 * SAMPLES,
         },
         megatron={"tensor_model_parallel_size": 1},
-        algorithm={"prompts_per_step": GROUPS, "samples_per_prompt": SAMPLES},
+        algorithm={
+            "prompts_per_step": GROUPS,
+            "samples_per_prompt": SAMPLES,
+            "advantage": {"estimator": "turn_grpo", "gamma": 0.5},
+        },
     )
     child = start_run(config)
     output, errors = child.communicate(timeout=300)
@@ -104,10 +109,24 @@ def test_every_turn_is_scored_by_the_reward_function(run: FinishedRun) -> None:
     for line in run.samples:
         turns = [turn.rpartition(" => ") for turn in line.text.split("\n")]
         assert len(turns) == NUM_TURNS
-        assert [float(reward) for *_, reward in turns] == [
-            even_digits("", text, {}) for text, *_ in turns
-        ]
-        assert line.reward == even_digits("", line.text, {})  # of the whole sample
+        rewards = [float(reward) for *_, reward in turns]
+        assert rewards == [even_digits("", text, {}) for text, *_ in turns]
+        rewards[-1] += even_digits("", line.text, {})  # the score of the whole
+        assert (line.turn_rewards or [0.0, 0.0, line.reward]) == pytest.approx(rewards)
+        assert line.reward == pytest.approx(sum(rewards))
+
+
+def test_advantages_are_those_of_the_turns(run: FinishedRun) -> None:
+    for _, lines in itertools.groupby(run.samples, lambda line: line.group_id):
+        group = list(lines)
+        rewards = [line.turn_rewards or [0.0, 0.0, line.reward] for line in group]
+        # the shaped rewards, discounted from each turn to the end
+        shaped = [[2 * a, 2 * b, 2 * c - 1] for a, b, c in rewards]
+        returns = np.array([[a + b / 2 + c / 4, b + c / 2, c] for a, b, c in shaped])
+        advantages = (returns - returns.mean(0)) / (returns.std(0) + GROUP_EPS)
+        for line, by_turn in zip(group, advantages, strict=True):
+            lengths = [end - start for start, end in line.turns]
+            assert line.advantage == pytest.approx(np.average(by_turn, weights=lengths), abs=1e-6)
 
 
 def test_too_long_sample_is_refused_and_its_group_accounted_for(

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from reward_process import SLOW_ANSWER, score_request
 
@@ -108,11 +109,17 @@ def judge(prompt, response, row):
         case "text": return "1.0"
         case "none": return None
         case "true": return True
-        case "list": return [1.0]
+        case "list": return ["1.0"]
+        case "empty": return []
+        case "nan in list": return [1.0, float("nan")]
         case "metrics": return 0.75, {"format": True, "lines": 3, "bad": float("nan"), 5: "x"}
         case "three": return 1.0, {}, 2
         case "no dict": return 1.0, [2.0]
     return 0.5 if (prompt, row["answer"]) == ("2+2=", "4") else 0.25
+
+def each_turn(prompt, response, row, turns):
+    rewards = [float(len(turn)) for turn in turns]
+    return (rewards, {"turns": len(turns)}) if turns[0] else rewards
 
 number = 3
 """
@@ -139,6 +146,8 @@ def test_broken_reward_function_is_an_infrastructure_error(custom: str) -> None:
             "text": "returned a str",
             "none": "returned a NoneType",
             "list": "returned a list",
+            "empty": "returned an empty list",
+            "nan in list": "returned nan",
             "three": "returned a tuple",
             "no dict": "returned a list",
             "die": "died",
@@ -152,6 +161,18 @@ def test_broken_reward_function_is_an_infrastructure_error(custom: str) -> None:
         assert (await worker.score(good)).reward == 0.5
 
     with_worker(test, function=custom, timeout_s=1.0)
+
+
+def test_reward_function_scores_each_turn(custom: str) -> None:
+    async def test(worker: RewardWorker) -> None:
+        request = score_request("one\n\n\n\nthree")
+        scored = await worker.score(msgspec.structs.replace(request, text_ends=[3, 5, 12]))
+        assert (scored.reward, scored.turn_rewards) == (8.0, [3.0, 0.0, 5.0])
+        assert scored.metrics == {"turns": 3.0}
+        scored = await worker.score(score_request(""))
+        assert (scored.reward, scored.turn_rewards, scored.metrics) == (0.0, [0.0], {})
+
+    with_worker(test, function="our_rewards:each_turn")
 
 
 def test_metrics_of_a_reward_function_are_returned(

@@ -62,11 +62,19 @@ def global_batch() -> list[TrainSample]:
                 logprobs=(-4 + rng.normal(size=length)).astype(np.float32),
                 versions=versions.astype(np.int32),
                 advantages=np.full(length, rng.normal(), np.float32),
+                experts=random_experts(length, number),
                 probe_index=PROBED.index(number) if number in PROBED else -1,
                 probe_start=prompt + (number == PROBED[1]),
             )
         )
     return samples
+
+
+def random_experts(length: int, seed: int) -> np.ndarray:
+    """Returns two of four experts for each token and each of four layers, as the engine's choice;
+    models without rollout.routing_replay do not use them."""
+    order = np.random.default_rng(seed).random((length, 4, 4)).argsort(-1)
+    return order[:, :, :2].astype(np.uint8).reshape(-1)
 
 
 def make_config(
@@ -78,6 +86,7 @@ def make_config(
     algorithm: dict[str, Any] | None = None,
     packing: str = "ffd",
     precision: str = "fp32",
+    replay: bool = False,
     **megatron: Any,
 ) -> Any:
     return configuration.from_tree(
@@ -85,7 +94,11 @@ def make_config(
             "run": {"dir": str(folder.parent.parent / "run"), "steps": 10},
             "model": {"path": str(folder), "context_tokens": 40},
             "data": {"train": "unused"},
-            "rollout": {"max_new_tokens": 32, "temperature": TEMPERATURE},
+            "rollout": {
+                "max_new_tokens": 32,
+                "temperature": TEMPERATURE,
+                "routing_replay": replay,
+            },
             "algorithm": algorithm_tree(
                 prompts_per_step=8,
                 samples_per_prompt=2,
@@ -118,13 +131,19 @@ def start(config: Any) -> TrainerModel:
     """
     sizes = [
         config.parallel_size(name)
-        for name in ("tensor_model", "pipeline_model", "context", "virtual_pipeline_model")
+        for name in (
+            *("tensor_model", "pipeline_model", "context", "virtual_pipeline_model"),
+            "expert_model",
+        )
     ]
+    sizes.append(config.megatron.get("expert_tensor_parallel_size", sizes[0]))
     if not dist.is_initialized() or sizes != [
         mpu.get_tensor_model_parallel_world_size(),
         mpu.get_pipeline_model_parallel_world_size(),
         mpu.get_context_parallel_world_size(),
         mpu.get_virtual_pipeline_model_parallel_world_size() or 1,
+        mpu.get_expert_model_parallel_world_size(),
+        mpu.get_expert_tensor_parallel_world_size(),
     ]:
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
@@ -134,6 +153,14 @@ def start(config: Any) -> TrainerModel:
 
 def share() -> list[TrainSample]:
     return global_batch()[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+
+
+def critic_share() -> list[TrainSample]:
+    """Returns the share with rewards for a critic: each at the last token of its sample."""
+    samples = share()
+    for sample in samples:
+        sample.advantages[:-1] = 0.0
+    return samples
 
 
 def uneven_share() -> list[TrainSample]:
@@ -197,6 +224,7 @@ def logits_of(model: TrainerModel, config: Any) -> torch.Tensor | None:
 
 def run(folders: Path, out: Path) -> dict[str, Any]:
     qwen3 = folders / "qwen3"
+    moe, ep2 = folders / "qwen3_moe", {"expert_model_parallel_size": 2}
     results: dict[str, Any] = {"totals": {}, "metrics": {}, "probe": {}}
     layouts = {  # equal sizes together
         "tp1": make_config(qwen3, 1, 1),
@@ -255,6 +283,40 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         "pp2 vpp2 small microbatches": make_config(
             qwen3, 2, 2, budget=40, virtual_pipeline_model_parallel_size=2
         ),
+        "moe": make_config(moe, 1, 1),
+        "moe cp2 ep2": make_config(moe, 1, 1, context_parallel_size=2, **ep2),
+        "moe pp2 ep2 recompute": make_config(
+            moe,
+            1,
+            2,
+            recompute_granularity="full",
+            recompute_method="uniform",
+            recompute_num_layers=1,
+            **ep2,
+        ),
+        "moe tp2 ep2 etp2": make_config(moe, 2, 1, budget=40, **ep2),
+        "moe tp2 ep4 etp1": make_config(
+            moe, 2, 1, expert_model_parallel_size=4, expert_tensor_parallel_size=1
+        ),
+        "moe tp2 etp1": make_config(moe, 2, 1, expert_tensor_parallel_size=1),
+        "replay": make_config(moe, 1, 1, replay=True),
+        "replay tp2 cp2 ep2": make_config(
+            moe, 2, 1, budget=40, replay=True, context_parallel_size=2, **ep2
+        ),
+        "replay pp2 vpp2 recompute": make_config(
+            moe,
+            1,
+            2,
+            budget=40,
+            replay=True,
+            virtual_pipeline_model_parallel_size=2,
+            recompute_granularity="full",
+            recompute_method="uniform",
+            recompute_num_layers=1,
+        ),
+        "moe sequential tp2 pp2 ep2": make_config(
+            moe, 2, 2, expert_tensor_parallel_size=1, moe_grouped_gemm=False, **ep2
+        ),
     }
     for name, config in layouts.items():
         # With the distributed optimizer each rank holds part of the gradient; without it, all.
@@ -270,6 +332,8 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         results["metrics"][name] = step.train_step(model, share(), VERSION, config, probe)
         results["probe"][name] = probe.logprobs().tolist()
         save_merged(model, out / f"weights {name}.pt")
+
+    results["moe checkpoint"] = moe_checkpoint(moe)
 
     # Two minibatches need the proximal pass; with one minibatch it must change nothing.
     config = make_config(qwen3, 2, 2, minibatches=2)
@@ -368,15 +432,17 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         plain.megatron["use_distributed_optimizer"] = False
         model = start(plain)
         with_values(model)
-        results["totals"][name] = gradient_of(model, plain, share())
+        results["totals"][name] = gradient_of(model, plain, critic_share())
         save_merged(model, out / f"gradient {name}.pt", get=lambda p: p.main_grad)
         save_merged(model.critic, out / f"critic gradient {name}.pt", get=lambda p: p.main_grad)
         model = start(config)
-        results[name] = [step.train_step(model, share(), VERSION + n, config) for n in range(3)]
+        results[name] = [
+            step.train_step(model, critic_share(), VERSION + n, config) for n in range(3)
+        ]
         save_merged(model, out / f"weights {name}.pt")
         save_merged(model.critic, out / f"critic {name}.pt")
     config = make_config(qwen3, 2, 2, algorithm=GAE, minibatches=2)
-    results["gae two minibatches"] = step.train_step(start(config), share(), VERSION, config)
+    results["gae two minibatches"] = step.train_step(start(config), critic_share(), VERSION, config)
     return results
 
 
@@ -388,6 +454,33 @@ GAE = {
     "entropy_coef": 0.0,
 }
 GAE |= {"kl_coef": 0.05, "kl_in": "reward"}
+
+
+def moe_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:
+    """Saves after a step in one layout of experts; returns the next step there and in another."""
+    layouts = {
+        "saved": make_config(folder, 2, 1, expert_model_parallel_size=2),
+        "loaded": make_config(folder, 1, 2, expert_model_parallel_size=2),
+    }
+    steps = {}
+    saved: list[tuple[int, str]] = []
+    for name, config in layouts.items():
+        config = configuration.from_tree(
+            to_tree(config) | {"checkpoint": {"every": 1, "asynchronous": False}}
+        )
+        model, run_dir = start(config), folder.parent.parent / "moe run"
+        saver = Checkpointer(model, config, run_dir, lambda *told: saved.append(told))
+        if name == "saved":
+            step.train_step(model, share(), VERSION, config)
+            saver.save(1)
+            if dist.get_rank() == 0:
+                checkpoints.commit(run_dir, *saved[0], 0, 0)
+            dist.barrier()
+        else:
+            assert saver.load() == 1
+        steps[name] = step.train_step(model, share(), VERSION + 1, config)
+        saver.close()
+    return steps
 
 
 def fp16(folder: Path, out: Path, shard: bool) -> dict[str, Any]:

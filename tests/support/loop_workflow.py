@@ -28,7 +28,7 @@ async def wait_for_update(policy: Policy, ids: list[int], version: int) -> None:
 
 
 class ThreeTurns:
-    """Scores each turn and adds given tokens between turns; every third prompt ends badly.
+    """Scores and rewards each turn, adds given tokens between turns; every third prompt ends badly.
 
     The first sample of a worker waits after its first turn for a weight update, so that one falls
     within a sample on every machine.
@@ -47,12 +47,20 @@ class ThreeTurns:
             turn = await policy.generate(
                 episode.ids, Sampling(TURN_TOKENS, sampling.temperature, sampling.stop_token_ids)
             )
-            episode.add_turn(turn)
+            text = policy.tokenizer.decode(turn.ids)
+            score = await policy.score(text)
+            texts.append(f"{text} => {score}")
+            episode.add_turn(turn, score)
             if waits and not number:
                 await wait_for_update(policy, episode.ids, turn.segments[-1].version)
-            text = policy.tokenizer.decode(turn.ids)
-            texts.append(f"{text} => {await policy.score(text)}")
         if is_bad(prompt):  # a faulty workflow: more tokens than model.context_tokens
             episode.add_context(given * CONTEXT_TOKENS)
             episode.add_turn(await policy.generate(episode.ids, sampling))
         return episode.sample(turn.stop, "\n".join(texts))
+
+
+class Broken:
+    """Fails on every sample."""
+
+    async def run(self, prompt: Prompt, policy: Policy, sampling: Sampling) -> Sample:
+        raise ValueError("no tool in the row")

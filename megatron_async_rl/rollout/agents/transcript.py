@@ -16,7 +16,6 @@ of them and are context in the others.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -210,15 +209,13 @@ class TurnRewards(dict[int, float]):
 
 def checked_rewards(value: Any, where: str) -> Returned:
     """Returns what an agent returned, as JSON. Raises HookFailed if these are no rewards."""
-    numbers = value
-    if isinstance(value, dict):
-        numbers = list(value.values())
-        if not all(str(turn).isdecimal() for turn in value):
-            numbers = [None]
     if value is None:
         return None
-    numbers = numbers if isinstance(numbers, list) else [numbers]
-    if not all(_is_number(number) and _is_allowed(number) for number in numbers):
+    numbers, turns = value if isinstance(value, list) else [value], []
+    if isinstance(value, dict):
+        numbers, turns = list(value.values()), list(value)
+    are_turns = all(turn.isdecimal() for turn in turns)
+    if not are_turns or not all(_is_number(number) and _is_allowed(number) for number in numbers):
         raise HookFailed(
             f"{where} {value!r}; must be a finite number, a list of one per turn, a mapping "
             "{turn: number}, or None for no reward"
@@ -233,4 +230,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_allowed(reward: float) -> bool:
-    return math.isfinite(reward) and abs(reward) <= MAX_REWARD
+    return abs(reward) <= MAX_REWARD  # which is false for NaN
