@@ -9,6 +9,7 @@ Call `install()` before the first import of megatron.core.
 | torch_cuda  | torch.cuda.{current_device, Stream, ...}, Tensor.cuda answer for CPU | no CUDA   |
 | rng_tracker | the CUDA RNG tracker forks torch's CPU generator                     | no CUDA   |
 | moe_splits  | split sizes of the MoE all-to-all become numpy on a CPU too          | no CUDA   |
+| uneven_tp   | gathers and scatters unevenly split tokens of expert TP over gloo    | no CUDA   |
 | retarget    | constants 'cuda', 'torch.cuda.FloatTensor' of listed functions       | no CUDA   |
 
 Each patch checks that the code it replaces is still there and raises DriftError otherwise, so a new
@@ -60,6 +61,7 @@ def install() -> None:
         _torch_cuda()
         _rng_tracker()
         _moe_splits()
+        _uneven_tp()
         _retarget()
     _installed = True
 
@@ -192,6 +194,36 @@ def _moe_splits() -> None:
         )
 
     dispatcher.maybe_move_tensor_to_cpu = to_numpy
+
+
+def _uneven_tp() -> None:
+    """gloo needs equal sizes on all ranks; with expert TP each has another number of tokens."""
+    mappings = core_module("tensor_parallel.mappings")
+    require(mappings, "_gather_along_first_dim", "_reduce_scatter_along_first_dim")
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(
+        x: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(x, group, None, use_global_buffer)
+        padded = x.new_zeros(max(output_split_sizes), *x.shape[1:])
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:n] for part, n in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter_uneven(
+        x: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(x, group, None, use_global_buffer)
+        summed = x.clone()
+        torch.distributed.all_reduce(summed, group=group)
+        return summed.split(input_split_sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = scatter_uneven
 
 
 _CPU_CONSTANTS = {"cuda": "cpu"} | {

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import numpy as np
 import pytest
 import torch
 from layouts_main import PROBED, TEMPERATURE, VOCAB, global_batch
+from model_shapes import make_model_folder
 from paths import ROOT, SUPPORT
+from safetensors.torch import load_file
 
 from megatron_async_rl.config.algorithm import AlgorithmConfig
+from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.storage import batches
 
 SIZES: dict[str, Any] = {
@@ -59,6 +63,14 @@ LAYOUTS = {  # layout -> the layout with the same results
     "pp2 vpp2": "tp1",
     "pp2 vpp2 small microbatches": "tp1",
     "tied tp2 pp2 vpp2 sp": "tied",
+    "moe cp2 ep2": "moe",
+    "moe pp2 ep2 recompute": "moe",
+    "moe tp2 ep2 etp2": "moe",
+    "moe tp2 ep4 etp1": "moe",
+    "moe tp2 etp1": "moe",
+    "moe sequential tp2 pp2 ep2": "moe",
+    "replay tp2 cp2 ep2": "replay",
+    "replay pp2 vpp2 recompute": "replay",
 }
 GAE_LAYOUTS = ["gae tp2 pp2 sp", "gae pp2 vpp2", "gae cp2", "gae tp2 cp2 sp"]
 
@@ -96,6 +108,7 @@ def make_models(folder: Path) -> None:
                 p.copy_(torch.randn(p.shape, generator=g) * 0.08 + (1.0 if "norm" in key else 0.0))
         model.save_pretrained(folder / name)
         (folder / name / "tokenizer.json").write_text("{}")
+    make_model_folder(folder / "qwen3_moe", "qwen3_moe", scale=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -152,18 +165,60 @@ def hf_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def with_stacked_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Joins the tensors of single experts as transformers holds them."""
+    out: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        head, _, number = name.partition(".experts.")
+        if not number:
+            out[name] = tensor
+            continue
+        expert, leaf, _ = number.split(".")
+        fused = "down_proj" if leaf == "down_proj" else "gate_up_proj"
+        out.setdefault(f"{head}.experts.{fused}", {})[int(expert), leaf] = tensor
+    for name, parts in out.items():
+        if isinstance(parts, dict):  # gate_proj sorts before up_proj
+            experts = 1 + max(expert for expert, _ in parts)
+            out[name] = torch.stack(
+                [
+                    torch.cat([parts[part] for part in sorted(parts) if part[0] == expert])
+                    for expert in range(experts)
+                ]
+            )
+    return out
+
+
+def replay_experts(model: Any, sample: TrainSample) -> None:
+    """Has the routers of transformers choose the sample's experts; at its last token their own."""
+    experts = torch.from_numpy(sample.experts).long().view(len(sample.ids), 4, 2)
+
+    def chosen(layer: int, gate: Any, hidden: tuple[torch.Tensor], out: Any) -> Any:
+        logits = out[0]
+        index = torch.cat([experts[1:, layer], logits[-1:].topk(2).indices])
+        return logits, logits.gather(1, index).softmax(-1), index
+
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.gate._forward_hooks.clear()
+        layer.mlp.gate.register_forward_hook(partial(chosen, number))
+
+
+@pytest.mark.parametrize(
+    "family, layout", [("qwen3", "tp1"), ("qwen3_moe", "moe"), ("qwen3_moe", "replay")]
+)
 def test_loss_and_gradient_match_transformers_and_the_formula(
-    layout_folder: Path, results: dict[str, Any]
+    layout_folder: Path, results: dict[str, Any], family: str, layout: str
 ) -> None:
     """Against an independent computation.
 
     One sample at a time, log_softmax over the full vocabulary, the formula of the paper as it is.
     """
-    model = hf_model(layout_folder / "models" / "qwen3")
+    model = hf_model(layout_folder / "models" / family)
     algorithm = AlgorithmConfig(prompts_per_step=1, samples_per_prompt=2)
     total, count = torch.zeros(()), 0
     for sample in global_batch():
         ids = torch.from_numpy(sample.ids).long()
+        if layout == "replay":
+            replay_experts(model, sample)
         full = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1] / TEMPERATURE, -1)
         logp = full.gather(1, ids[1:, None])[:, 0]
         m = torch.from_numpy(sample.versions[1:] != -1)
@@ -177,11 +232,12 @@ def test_loss_and_gradient_match_transformers_and_the_formula(
         total = total + (loss - 0.01 * -(full.exp() * full).sum(-1))[m].sum()
         count += int(m.sum())
     (total / count).backward()
-    totals = results["totals"]["tp1"]
+    totals = results["totals"][layout]
     assert totals["tokens"] == count
     assert totals["loss"] == pytest.approx(total.item(), rel=1e-5)
     want = {n: p.grad for n, p in model.named_parameters()}
-    difference, name = largest_difference(load(layout_folder / "gradient tp1.pt"), want, want)
+    got = with_stacked_experts(load(layout_folder / f"gradient {layout}.pt"))
+    difference, name = largest_difference(got, want, want)
     assert difference < 1e-4, name
 
 
@@ -222,9 +278,10 @@ def test_weights_after_a_step_do_not_depend_on_the_layout(
     layout_folder: Path, results: dict[str, Any], layout: str
 ) -> None:
     want = load(layout_folder / f"weights {LAYOUTS[layout]}.pt")
-    before = hf_model(
-        layout_folder / "models" / ("qwen2" if "tied" in layout else "qwen3")
-    ).state_dict()
+    family = {"tied": "qwen2", "moe": "qwen3_moe", "replay": "qwen3_moe"}.get(
+        LAYOUTS[layout], "qwen3"
+    )
+    before = load_file(layout_folder / "models" / family / "model.safetensors")
     moved = {n: want[n] - before[n] for n in want}
     assert min(m.abs().max().item() for m in moved.values()) > 0
     difference, name = largest_difference(load(layout_folder / f"weights {layout}.pt"), want, moved)
@@ -344,6 +401,13 @@ def test_m2po_masks_tokens_by_the_whole_batch(results: dict[str, Any]) -> None:
     layouts = ("m2po", "m2po tp2 pp2 sp", "m2po cp2")
     fractions = [results["metrics"][name]["train/masked_by_cap_fraction"] for name in layouts]
     assert 0 < fractions[0] < 0.5 and len(set(fractions)) == 1
+
+
+def test_checkpoint_of_grouped_experts_resumes_in_another_layout(results: dict[str, Any]) -> None:
+    """With Adam's moments: TP 2 and EP 2, then PP 2 and EP 2."""
+    saved, loaded = results["moe checkpoint"]["saved"], results["moe checkpoint"]["loaded"]
+    for key in ("train/loss", "train/grad_norm", "train/entropy"):
+        assert loaded[key] == pytest.approx(saved[key], rel=1e-4), key
 
 
 def test_whole_samples_are_masked_under_context_parallelism(

@@ -3,11 +3,14 @@
     bench=tools/bench/bench_trainer.py
     torchrun --nproc-per-node 1 $bench model=8b,layers=12 model=1.7b,mix=8k,recompute=full
     torchrun --nproc-per-node 2 $bench model=8b,mix=32k        # TP=2 with sequence parallelism
+    experts=model=30b-a3b,layers=4,mix=8k,tokens=65536,budget=16384
+    torchrun --nproc-per-node 1 $bench $experts $experts,experts=loop
 
-Models are Qwen3 shapes with random weights; TP is the number of processes. Each argument is one
-scenario. Its keys:
+Models are Qwen3 shapes with random weights; TP, and EP of a model with experts, is the number of
+processes. Each argument is one scenario. Its keys:
 
-    model       0.6b, 1.7b, 8b (shapes of Qwen3), or tiny (for a try on the CPU)
+    model       0.6b, 1.7b, 8b, 30b-a3b (shapes of Qwen3), or tiny, tiny-moe (to try it on a CPU)
+    experts     grouped: one matrix product for all experts; loop: expert by expert
     layers      a smaller number of layers than the model has
     mix         8k: log-normal lengths with mean 2k, at most 8k tokens; 32k: mean 8k, at most 32k;
                 even32k: all 32k; MEAN-LONGEST: another log-normal mix
@@ -23,10 +26,11 @@ scenario. Its keys:
     steps       timed steps, after one warm-up step
     profile     a file name: also writes a profile of one step
 
-Model FLOPs: 6 per token and weight of a matrix product (not of the embedding), plus
-6 * length^2 * heads * head size per sequence and layer for causal attention. Recomputation does not
-count. Utilization is relative to the measured rate of a bf16 8192 x 8192 x 8192 product of random
-data. A step includes packing, forward, backward, clipping and the optimizer.
+Model FLOPs: 6 per token and weight of a matrix product (not of the embedding; of the experts, those
+chosen for the token), plus 6 * length^2 * heads * head size per sequence and layer for causal
+attention. Recomputation does not count. Utilization is relative to the measured rate of a bf16
+8192 x 8192 x 8192 product of random data. A step includes packing, forward, backward, clipping and
+the optimizer.
 """
 
 from __future__ import annotations
@@ -170,7 +174,7 @@ def profile(once: Any, path: Path) -> None:
 
 
 COLUMNS = (
-    "model | layers | TP | mix | budget | recompute | cutting | tokens/step | step s "
+    "model | experts | layers | TP | mix | budget | recompute | cutting | tokens/step | step s "
     "| tokens/s/GPU | TFLOP/s/GPU | of matrix rate | packed | proximal s | peak GiB"
 )
 
@@ -178,6 +182,7 @@ COLUMNS = (
 def row(r: dict[str, Any]) -> str:
     cells = [
         r["model"],
+        r["experts"] if "num_experts" in SHAPES[r["model"]] else "",
         r["layers"],
         r["tp"],
         r["mix"],

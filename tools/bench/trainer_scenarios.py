@@ -40,6 +40,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": True,
     },
+    "30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    },
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -49,6 +61,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "vocab_size": 1001,
     },
+}
+SHAPES["tiny-moe"] = SHAPES["tiny"] | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
 }
 COMMON = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -76,6 +95,7 @@ DEFAULTS = {
     "recompute": "none",
 }
 DEFAULTS |= {"cutting": "dynamic", "minibatches": "1", "overlap": "no", "steps": "2", "profile": ""}
+DEFAULTS |= {"experts": "grouped"}
 
 
 def scenario(text: str) -> dict[str, str]:
@@ -120,10 +140,12 @@ def samples_of(mix: str, tokens: int, vocab: int) -> list[TrainSample]:
 
 
 def model_flops(shape: dict[str, Any], lengths: list[int]) -> float:
-    h, f, heads, d = (
-        shape[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
-    )
-    layer = h * d * (2 * heads + 2 * shape["num_key_value_heads"]) + 3 * h * f
+    h, heads, d = (shape[k] for k in ("hidden_size", "num_attention_heads", "head_dim"))
+    if experts := shape.get("num_experts", 0):
+        mlp = 3 * h * shape["num_experts_per_tok"] * shape["moe_intermediate_size"] + h * experts
+    else:
+        mlp = 3 * h * shape["intermediate_size"]
+    layer = h * d * (2 * heads + 2 * shape["num_key_value_heads"]) + mlp
     weights = shape["num_hidden_layers"] * layer + h * shape["vocab_size"]
     attention = 6 * shape["num_hidden_layers"] * heads * d * sum(n * n for n in lengths)
     return 6.0 * weights * sum(lengths) + attention
@@ -137,6 +159,9 @@ def make_config(shape: dict[str, Any], s: dict[str, str], folder: Path) -> Confi
         "sequence_parallel": tp > 1,
         "lr": 1e-6,
     }
+    if "num_experts" in shape:
+        megatron |= {"moe_grouped_gemm": s["experts"] == "grouped"}
+        megatron |= {"expert_model_parallel_size": tp, "expert_tensor_parallel_size": 1}
     if s["overlap"] == "yes":
         megatron["tp_comm_overlap"] = True
     if s["recompute"] == "full":
