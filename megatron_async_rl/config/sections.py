@@ -246,7 +246,7 @@ class RewardConfig(Section, frozen=True, kw_only=True):
 
 
 class SandboxConfig(Section, frozen=True, kw_only=True):
-    """How `reward.function: code` and `rollout.workflow: python_tool` run programs."""
+    """How `reward.function: code`, `rollout.workflow: python_tool` and agents run programs."""
 
     python: str = "/usr/bin/python3"
     """Python interpreter that runs the programs, version 3.9 or newer."""
@@ -379,6 +379,9 @@ class MonitorConfig(Section, frozen=True, kw_only=True):
     logprob_mismatch_alarm: PositiveFloat | None = 0.05
     """Warn when the mean absolute difference between engine and trainer logprobs exceeds this. Null
     disables it."""
+    matrix_tflops: PositiveFloat | None = None
+    """Measured rate of large bf16 matrix products on a trainer's GPU, in TFLOP/s, of which
+    `perf/mfu_of_matrix_rate` is a fraction (docs/metrics.md). Null leaves that metric out."""
     trace_steps: tuple[NonNegativeInt, ...] = ()
     """Versions in training whose step is written as a timeline of all processes, a Chrome trace, to
     run.dir/trace. https://ui.perfetto.dev shows it."""

@@ -71,6 +71,16 @@ PAGES: dict[str, dict[str, dict[str, str]]] = {
             "wire": "sync/wire_s",
             "pause": "sync/pause_s",
         },
+        "share of the GPU's matrix rate": {
+            "nominal": "perf/mfu",
+            "measured": "perf/mfu_of_matrix_rate",
+        },
+        "GiB of a trainer's GPU": {
+            "peak": "perf/trainer_peak_memory_gib",
+        },
+        "decoded tokens per second": {
+            "all servers": "engine/decode_tokens_per_s",
+        },
         "requests in the servers": {
             "running": "engine/running_requests",
             "queued": "engine/queued_requests",

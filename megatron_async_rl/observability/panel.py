@@ -45,6 +45,8 @@ def render(status: RunStatus, now_unix: float | None = None) -> Panel:
         rows.add_row("weights", _weights(status))
     if status.step_s is not None:
         rows.add_row("time", _step_time(status))
+    if status.trainer_memory_gib is not None:
+        rows.add_row("trainer", _trainer(status))
     if status.ledger:
         rows.add_row("groups", _groups(status.ledger))
     if status.fleet:
@@ -98,8 +100,10 @@ def summary(status: RunStatus) -> str:
 
 
 def log_line(status: RunStatus) -> str:
+    dropped = _dropped(status.ledger)
+    drops = f"{sum(dropped.values()):,} groups dropped ({_counts(dropped)})" if dropped else ""
     if status.state == "failed":
-        return f"failed: {status.message}"
+        return f"failed{f' | {drops}' if drops else ''}: {status.message}"
     parts: list[str] = [status.state]
     if status.message:
         parts.append(status.message)
@@ -114,8 +118,8 @@ def log_line(status: RunStatus) -> str:
         parts.append(f"staleness max {status.staleness_max}, {worst}")
     if status.update_s is not None:
         parts.append(f"update {status.update_s:.2f} s")
-    if dropped := _dropped(status.ledger):
-        parts.append(f"{sum(dropped.values()):,} groups dropped ({_counts(dropped)})")
+    if drops:
+        parts.append(drops)
     if status.evaluating:
         parts.append(f"evaluating {status.evaluating}")
     for name, text in courses(status.evals, most=1).items():
@@ -197,6 +201,13 @@ def _step_time(status: RunStatus) -> Text:
     return text
 
 
+def _trainer(status: RunStatus) -> Text:
+    text = Text.assemble("peak memory ", (f"{status.trainer_memory_gib:.1f} GiB", "bold"))
+    if status.mfu is not None:
+        text.append(f"   MFU {status.mfu:.1%}")
+    return text
+
+
 def _groups(ledger: dict[str, int]) -> Text:
     """admitted = trained + pending + dropped; red if the sum does not match."""
     reasons = _dropped(ledger)
@@ -234,7 +245,7 @@ def _fleet(fleet: list[ServerStatus]) -> RenderableType:
         return Text(f"{len(fleet)} servers, {running:,} samples running:  {counts}")
     columns = ["server", "state", "weights", "running"]
     if has_figures := any(server.queued is not None for server in fleet):
-        columns += ["queued", "KV use", "tokens/s"]
+        columns += ["queue", "KV", "hits", "tok/s"]
     table = Table(*columns, box=None, pad_edge=False)
     table.header_style = "dim"
     for column in table.columns[2:]:
@@ -245,7 +256,8 @@ def _fleet(fleet: list[ServerStatus]) -> RenderableType:
         if has_figures:
             row += [
                 _number(server.queued, 0),
-                "-" if server.kv_use is None else f"{server.kv_use:.0%}",
+                _share(server.kv_use),
+                _share(server.cache_hits),
                 _number(server.tokens_per_s, 0),
             ]
         table.add_row(*row)
@@ -270,6 +282,10 @@ def _spark(values: list[float]) -> str:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _seconds(value: float | None) -> str:

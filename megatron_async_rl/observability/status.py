@@ -30,6 +30,7 @@ class ServerStatus(msgspec.Struct):
     # of the server itself, at the last heartbeat; None: not known
     queued: int | None = None  # requests
     kv_use: float | None = None  # fraction of the KV cache
+    cache_hits: float | None = None  # fraction of the last prefill's input tokens
     tokens_per_s: float | None = None  # decoded
 
 
@@ -66,6 +67,8 @@ class RunStatus(msgspec.Struct):
     update_s: float | None = None  # the last weight update
     update_fraction: float | None = None  # share of the wall time spent in weight updates
     step_s: float | None = None
+    mfu: float | None = None  # of the last step; None on a CPU, or with a GPU of unknown rate
+    trainer_memory_gib: float | None = None  # peak of the last step, the largest of all ranks
     train_wait_fraction: float | None = None  # share of the step that the trainer waited for data
     ledger: dict[str, int] = {}  # admitted, trained, pending, dropped.<reason>: in groups
     fleet: list[ServerStatus] = []

@@ -1,11 +1,17 @@
-"""Metrics of a training step, from sums and maxima over its minibatches."""
+"""Metrics of a training step: from sums and maxima over its minibatches, and of the GPUs."""
 
 from __future__ import annotations
 
 import math
 
+import torch
+import torch.distributed as dist
+
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.model.flops import nominal_tflops
 from megatron_async_rl.trainer.algorithms.loss import MAXIMA, SUMS, USER
 from megatron_async_rl.trainer.data.microbatch import Microbatch
+from megatron_async_rl.trainer.model.build import TrainerModel
 
 PACKING_SUMS = ("packed", "budget", "least_budget", "cost", "microbatches")
 
@@ -66,3 +72,39 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
         ),
         **{f"train/user/{name.removeprefix(USER)}": total[name] / tokens for name in user},
     }
+
+
+def utilization(
+    model: TrainerModel, cost: float, seconds: float, config: Config
+) -> dict[str, float]:
+    """Returns the rate of the model's FLOPs per rank, and its share of the GPU's.
+
+    `cost`: of all packed sequences, in FLOPs of a token without attention.
+    """
+    flops = 6.0 * model.flops.weights * cost
+    tflops = flops / max(seconds, 1e-9) / dist.get_world_size() / 1e12
+    stats = {"perf/train_tflops_per_gpu": tflops}
+    is_half = model.device.type == "cuda" and config.trainer.precision != "fp32"
+    name = torch.cuda.get_device_name(model.device) if is_half else ""
+    if nominal := nominal_tflops(name):
+        stats["perf/mfu"] = tflops / nominal
+    if measured := config.monitor.matrix_tflops:
+        stats["perf/mfu_of_matrix_rate"] = tflops / measured
+    return stats
+
+
+def begin_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Returns the largest memory that a rank's tensors took since `begin_peak_memory`; collective.
+
+    Empty on a CPU.
+    """
+    if device.type != "cuda":
+        return {}
+    peak = torch.tensor(torch.cuda.max_memory_allocated(device), dtype=torch.float64, device=device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return {"perf/trainer_peak_memory_gib": float(peak) / 2**30}

@@ -48,6 +48,7 @@ def train_step(
     weights.
     """
     started = time.monotonic()
+    report.begin_peak_memory(model.device)
     minibatches = make_minibatches(samples, version, Packing.of(model, config), config)
     minibatches = passes.add_reference_logprobs(model, minibatches, config)
     if model.critic:
@@ -61,17 +62,20 @@ def train_step(
         ]
     except NonFiniteStep as e:
         raise NonFiniteStep(f"{e}. {_save_refused_batch(samples, version, config)}") from None
+    train_s = time.monotonic() - passes_ended
     learning_rate = model.optimizer.param_groups[0]["lr"]
     model.scheduler.step(increment=1)
     metrics = report.summary([policy for policy, _ in steps])
     if model.critic:
         model.critic.scheduler.step(increment=1)
         metrics |= critics.summary([critic for _, critic in steps])
+    cost = sum(policy["cost"] for policy, _ in steps)
+    metrics |= report.utilization(model, cost, train_s, config) | report.peak_memory(model.device)
     return metrics | {
         "train/lr": float(learning_rate),
         "train/loss_scale": float(model.optimizer.get_loss_scale()) if model.config.fp16 else 1.0,
         "perf/time/proximal_s": passes_ended - started,
-        "perf/time/train_s": time.monotonic() - passes_ended,
+        "perf/time/train_s": train_s,
     }
 
 

@@ -33,6 +33,8 @@ def make_status(**changes: object) -> RunStatus:
         update_s=0.113,
         update_fraction=0.006,
         step_s=4.21,
+        mfu=0.523,
+        trainer_memory_gib=71.34,
         train_wait_fraction=0.03,
         ledger={
             "admitted": 1220,
@@ -42,7 +44,7 @@ def make_status(**changes: object) -> RunStatus:
             "pending": 33,
         },
         fleet=[
-            ServerStatus("rollout-0", "serving", 37, 61),
+            ServerStatus("rollout-0", "serving", 37, 61, 3, 0.87, 0.42, 5123.0),
             ServerStatus("rollout-1", "updating", 36, 64),
         ],
         evals=[
@@ -69,7 +71,8 @@ def test_panel_shows_the_main_figures_and_fits(width: int) -> None:
     for part in (
         "training", "37/60", "4:12 elapsed, 1:12 left", "0.710", "▁", "█", "12,345 generated",
         "8,910 trained", "mean 0.83   max 2   worst so far 3 of 4", "0.11 s", "0.6% of the time",
-        "waited for samples 3%", "rollout-1  updating",
+        "waited for samples 3%", "rollout-1  updating", "87%   42%  5,123",
+        "peak memory 71.3 GiB   MFU 52.3%",
         "aime  31.2% (v0) -> 50.0% (v20) -> 65.5% (v37)",
         "1,220 admitted = 1,184 trained + 33 pending + 3 dropped",
     ):  # fmt: skip

@@ -168,6 +168,8 @@ class Progress:
         status.train_wait_fraction = self._waited_s / step_s
         status.generate_tokens_per_s = self._generated_tokens / step_s
         status.reward_all_mean = stats.get("reward/all_mean")
+        status.mfu = stats.get("perf/mfu")
+        status.trainer_memory_gib = stats.get("perf/trainer_peak_memory_gib")
         self._step_stats |= stats
         self._step_stats["perf/time/step_s"] = step_s
         self._step_stats["perf/generate_tokens_per_s"] = status.generate_tokens_per_s
@@ -288,5 +290,6 @@ def _server_status(worker: RolloutWorker, engine: dict[str, float]) -> ServerSta
         worker.load,
         None if queued is None else int(queued),
         engine.get("kv_use_fraction"),
+        engine.get("cache_hit_fraction"),
         engine.get("decode_tokens_per_s"),
     )

@@ -121,7 +121,7 @@ class Packing:
             cp_rank=mpu.get_context_parallel_rank(),
             count_multiple=multiple,
             balanced=config.trainer.packing == "karmarkar_karp",
-            attention_length=bins.attention_length_of(model.shape),
+            attention_length=model.flops.attention_length,
             routing=model.replay.routing if model.replay else None,
         )
 

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.model.families import ModelShape
 
 _MAX_SEARCHED = 512  # sequences; with more, the one bin that a search may save is under 0.5 percent
 _SEARCH_STEPS = 1 << 14  # for all bins together: about 20 ms
@@ -108,17 +107,11 @@ def first_fit_decreasing(
 
 
 def cost(length: int, attention_length: float) -> float:
-    """Returns the FLOPs of a sequence in units of one token without attention."""
+    """Returns the FLOPs of a sequence in units of one token without attention.
+
+    `attention_length`: the length at which attention doubles them (model/flops.py).
+    """
     return length * (1 + length / attention_length)
-
-
-def attention_length_of(shape: ModelShape) -> float:
-    """Returns the sequence length at which attention takes as many FLOPs as the linear layers."""
-    heads = shape.num_attention_heads
-    layer = shape.hidden_size * shape.kv_channels * 2 * (heads + shape.num_query_groups)
-    layer += 3 * shape.hidden_size * shape.ffn_hidden_size
-    weights = shape.num_layers * layer + shape.hidden_size * shape.vocab_size
-    return weights / (shape.num_layers * heads * shape.kv_channels)
 
 
 def karmarkar_karp(costs: Sequence[float], bins: int) -> list[list[int]]:

@@ -21,6 +21,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model.config_json import Architecture, HfConfig
 from megatron_async_rl.model.families import ModelShape
+from megatron_async_rl.model.flops import ModelFlops
 from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.trainer import parallel
 from megatron_async_rl.trainer.model import layers, megatron_config
@@ -49,6 +50,12 @@ class TrainerModel:
     """With algorithm.advantage.estimator = gae; has the same layout."""
     replay: RoutingReplay | None = None
     """With rollout.routing_replay."""
+
+    @property
+    def flops(self) -> ModelFlops:
+        return ModelFlops.of(
+            self.shape, self.config.moe_router_topk if self.shape.num_experts else 0
+        )
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Returns the parameters of all modules, in order."""
