@@ -172,7 +172,8 @@ class TurnRewards(dict[int, float]):
 
     def post(self, body: dict[str, Any], num_turns: int) -> dict[str, Any]:
         """Takes the body of /v1/reward; returns the answer. Raises RequestError."""
-        reward, turn = body.get("reward"), Fields(body).integer("turn", num_turns - 1)
+        reward: Any = body.get("reward")
+        turn = Fields(body).integer("turn", num_turns - 1)
         if not _is_number(reward):
             raise RequestError(400, "reward must be a number")
         if not _is_allowed(reward):
