@@ -69,6 +69,7 @@ def run(config: Config, options: Options) -> int:
     console = Console(soft_wrap=True, highlight=False)
     console.width = max(console.width, MIN_WIDTH)
     gpu = None if config.on_cpu else hardware.gpu(options.gpu)
+    costs_of: Callable[[Config], Costs]
     if options.calibrate is not None:
         measured = calibration.read(options.calibrate)
         _check_same(config, measured.config)

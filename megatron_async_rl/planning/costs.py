@@ -52,7 +52,7 @@ class TrainCosts:
     minibatches: int = 1
     minibatch_s: float = 0.0  # gradients and optimizer
     forward_passes: float = 0.0  # before training: proximal, reference
-    replicas: int = 1
+    replicas: float = 1  # less than 1 in a simulation of a part
     pipeline_stages: float = 1.0  # over the chunks of a stage
 
     def seconds(self, lengths: Sequence[int]) -> tuple[float, float]:

@@ -58,7 +58,7 @@ class Simulation:
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order, self._numbers = itertools.count(), itertools.count()
         self._wakes: dict[str, int] = {}  # the valid wake of each server
-        self._prompts: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # lengths, by group
+        self._prompts: dict[int, tuple[int, np.ndarray]] = {}  # lengths, by group
         self._finished: dict[int, list[Request]] = {}  # by group
         self._pressure: dict[str, tuple[bool, bool]] = {}
         self._draining: set[str] = set()
