@@ -371,6 +371,11 @@ class MonitorConfig(Section, frozen=True, kw_only=True):
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where metrics are written: `tensorboard` (run.dir/tensorboard), `wandb` (run.dir/wandb) and
     `mlflow` (run.dir/mlflow.db), the last two offline and with the package's extra of that name."""
+    prometheus_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+    """Port at which the controller serves the newest metrics to Prometheus, as /metrics, without
+    authentication. Null serves none."""
+    prometheus_host: Text = "127.0.0.1"
+    """Address of that port. 0.0.0.0 serves other hosts too."""
     sample_texts: NonNegativeInt = 2
     """Number of samples shown as text in TensorBoard at each step."""
     sample_tokens: NonNegativeInt = 16

@@ -18,6 +18,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.observability import sample_log
 from megatron_async_rl.observability.loggers import ScalarLogger, make_logger
+from megatron_async_rl.observability.prometheus import Prometheus
 from megatron_async_rl.observability.sample_log import SampleLine, TrainedGroup
 from megatron_async_rl.observability.status import STATUS_FILE, RunStatus, read_status
 from megatron_async_rl.observability.tensorboard import TensorBoard
@@ -41,6 +42,8 @@ class RunLog:
         ]
         if self._board:
             self._loggers.insert(0, self._board)
+        if port := config.monitor.prometheus_port:
+            self._loggers.append(Prometheus(config.monitor.prometheus_host, port))
         samples = run_dir / sample_log.SAMPLES_FILE
         sample_log.cut_torn_line(samples)
         self._last_version = sample_log.last_version(samples)

@@ -33,6 +33,7 @@ from megatron_async_rl.protocol.transport import free_port
 
 pytestmark = needs_engine
 OTHER_USER = 65534
+PROMETHEUS_PORT = free_port()
 
 
 @dataclass
@@ -91,7 +92,12 @@ def watched_run(run_inputs: RunInputs) -> Iterator[Listeners]:
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     run_dir = folder / "run"
-    path = run_inputs.config(run_dir, run={"steps": 2, "export_every": 0}, evaluation={"sets": {}})
+    path = run_inputs.config(
+        run_dir,
+        run={"steps": 2, "export_every": 0},
+        evaluation={"sets": {}},
+        monitor={"prometheus_port": PROMETHEUS_PORT},
+    )
     child = start_run(path)
     listeners = Listeners(run_dir, child.pid)
     try:
@@ -118,6 +124,11 @@ def test_processes_of_a_local_run_listen_on_loopback_only(watched_run: Listeners
 @pytest.mark.parametrize("part", ["megatron_async_rl.controller", "sglang"])
 def test_the_watch_sees_the_listeners_of_a_run(watched_run: Listeners, part: str) -> None:
     assert any(part in command for command in watched_run.found.values())
+
+
+def test_prometheus_is_served_by_the_controller(watched_run: Listeners) -> None:
+    command = watched_run.found["127.0.0.1", str(PROMETHEUS_PORT)]
+    assert "megatron_async_rl.controller" in command
 
 
 def test_no_store_of_the_run_takes_a_write_from_the_network(watched_run: Listeners) -> None:

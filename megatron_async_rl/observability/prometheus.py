@@ -1,0 +1,87 @@
+"""Serves the newest scalars to Prometheus, with `monitor.prometheus_port`.
+
+One request at a time, in a thread of its own: the controller's loop does not wait for it. The text
+format is version 0.0.4 (https://prometheus.io/docs/instrumenting/exposition_formats/); each tag is
+a gauge, `train/loss` is megatron_async_rl_train_loss.
+"""
+
+from __future__ import annotations
+
+import http.server
+import math
+import re
+import threading
+
+from megatron_async_rl.errors import ConfigError
+
+PREFIX = "megatron_async_rl"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+POLL_S = 0.1  # until the thread sees that it is to end
+CLIENT_S = 5.0  # for a request; a silent client must not keep out the others
+
+
+class Prometheus:
+    """A ScalarLogger (loggers.py). Raises ConfigError if it cannot listen there."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._gauges: dict[str, float] = {}
+        handler = type("Handler", (_Handler,), {"gauges": self._gauges})
+        try:
+            self._server = http.server.HTTPServer((host, port), handler)
+        except OSError as e:
+            raise ConfigError(
+                f"monitor.prometheus_port = {port} cannot be used at {host}: {e.strerror}",
+                "choose another port, or an address of this host as monitor.prometheus_host",
+            ) from None
+        self.port: int = self._server.server_port
+        self._thread = threading.Thread(
+            target=lambda: self._server.serve_forever(POLL_S), name="prometheus", daemon=True
+        )
+        self._thread.start()
+
+    def scalars(self, version: int, values: dict[str, float]) -> None:
+        newest = {metric_name(tag): float(value) for tag, value in values.items()}
+        self._gauges.update(newest, **{f"{PREFIX}_version": float(version)})
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    gauges: dict[str, float]
+    timeout = CLIENT_S
+    server_version, sys_version = PREFIX, ""
+
+    def do_GET(self) -> None:
+        if self.path.partition("?")[0] != "/metrics":
+            self.send_error(404, "metrics are at /metrics")
+            return
+        body = exposition(dict(self.gauges)).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", CONTENT_TYPE)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Logs nothing: Prometheus asks every few seconds."""
+
+
+def metric_name(tag: str) -> str:
+    """Returns the name of a tag; what Prometheus does not allow in names becomes `_`."""
+    return f"{PREFIX}_{re.sub(r'[^a-zA-Z0-9_]', '_', tag)}"
+
+
+def exposition(gauges: dict[str, float]) -> str:
+    """Returns the text format of gauges by name."""
+    return "".join(
+        f"# TYPE {name} gauge\n{name} {_value(value)}\n" for name, value in sorted(gauges.items())
+    )
+
+
+def _value(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    return repr(value) if math.isfinite(value) else "+Inf" if value > 0 else "-Inf"
