@@ -72,6 +72,10 @@ def _reward_fault(tokens: Sample | Partial, settings: CoreSettings) -> str:
     """Checks the turns and their rewards; a single turn is scored by the reward function only."""
     if isinstance(tokens, Partial):
         return ""
+    if tokens.reward is None and not (
+        tokens.turn_rewards or tokens.turn_starts or tokens.text_ends
+    ):
+        return ""  # of most samples: their turns need not be found
     if settings.single_turn and (tokens.reward is not None or tokens.turn_rewards):
         return "a reward, but rollout.workflow = single_turn gives none"
     starts, runs = set(tokens.turn_starts), generated_runs(tokens.versions)

@@ -38,7 +38,9 @@ class ResponseLengths:
 
     def add(self, prompt: Prompt, sample: Sample) -> None:
         """Counts the longest sequence of a sample that ended, tool results included."""
-        longest = max(part.stop - part.start for part in sample.sequences())
+        longest = len(sample.ids)
+        if sample.starts:
+            longest = max(part.stop - part.start for part in sample.sequences())
         tokens = max(longest - len(prompt.ids), 1)
         self._count = min(self._count + 1, WINDOW)
         self._mean += (tokens - self._mean) / self._count
