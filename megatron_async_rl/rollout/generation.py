@@ -20,7 +20,7 @@ from megatron_async_rl.errors import DataError, EngineTimeout
 from megatron_async_rl.protocol.types import Segment
 from megatron_async_rl.rollout.engine_client import EngineClient, RequestOutput, Sampling
 from megatron_async_rl.rollout.gate import Gate
-from megatron_async_rl.rollout.routing import CallExperts
+from megatron_async_rl.rollout.samples.routing import CallExperts
 from megatron_async_rl.rollout.workflow import Completion
 
 SaveProgress = Callable[[list[Segment], bool], Awaitable[None]]  # segments so far, interrupted

@@ -32,8 +32,8 @@ from megatron_async_rl.protocol.types import (
 )
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.generation import Generator
-from megatron_async_rl.rollout.partials import PartialStore
-from megatron_async_rl.rollout.routing import CallExperts, SampleExperts
+from megatron_async_rl.rollout.samples.partials import PartialStore
+from megatron_async_rl.rollout.samples.routing import CallExperts, SampleExperts
 from megatron_async_rl.rollout.workflow import Completion
 
 Send = Callable[[Message], Awaitable[None]]  # to the controller

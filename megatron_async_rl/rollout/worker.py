@@ -41,9 +41,9 @@ from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.gate import Gate
 from megatron_async_rl.rollout.generation import Generator
 from megatron_async_rl.rollout.interruption import ABORT_INTERVAL_S
-from megatron_async_rl.rollout.partials import PartialStore
 from megatron_async_rl.rollout.policy import PolicyServices, SamplePolicy, ScoreClient
 from megatron_async_rl.rollout.probe import score_windows
+from megatron_async_rl.rollout.samples.partials import PartialStore
 from megatron_async_rl.rollout.weight_update import UpdateStep, WeightUpdates
 from megatron_async_rl.rollout.workflow import Workflow
 

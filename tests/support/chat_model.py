@@ -19,8 +19,8 @@ from megatron_async_rl.protocol.types import Prompt, Sample, Segment
 from megatron_async_rl.rollout.engine_client import RequestOutput, Sampling
 from megatron_async_rl.rollout.gate import Gate
 from megatron_async_rl.rollout.generation import Generator
-from megatron_async_rl.rollout.partials import PartialStore
 from megatron_async_rl.rollout.policy import PolicyServices, SamplePolicy, ScoreClient
+from megatron_async_rl.rollout.samples.partials import PartialStore
 from megatron_async_rl.rollout.workflow import Workflow
 
 START, END = "<|im_start|>", "<|im_end|>"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,18 +18,22 @@ from megatron_async_rl.patches import prepare_megatron
 
 prepare_megatron()
 
+from config_builders import config_tree
 from core_builders import core_settings, make_partial, prompt_stream
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+from model_shapes import DENSE_32B, MOE_235B
 from msgspec.structs import replace
 
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.tokens import token_fault
-from megatron_async_rl.errors import EngineError
-from megatron_async_rl.model.routing import Routing
+from megatron_async_rl.errors import ConfigError, EngineError
+from megatron_async_rl.model.routing import Routing, replayed_routing
 from megatron_async_rl.protocol.types import Partial, Sample, Segment, TrainSample
 from megatron_async_rl.rollout.engine_client import RequestOutput, Sampling
 from megatron_async_rl.rollout.gate import Gate
 from megatron_async_rl.rollout.generation import Generator
-from megatron_async_rl.rollout.routing import CallExperts, SampleExperts
+from megatron_async_rl.rollout.samples.routing import CallExperts, SampleExperts
 from megatron_async_rl.trainer.data.microbatch import Packing, pack
 from megatron_async_rl.trainer.model.routing import RouterReplay
 
@@ -273,3 +279,45 @@ def test_recomputation_repeats_the_experts_of_its_own_forward_pass() -> None:
     assert len(maps) == 4 and not replay.recomputed
     assert torch.equal(maps[2], maps[0]) and torch.equal(maps[3], maps[1])
     assert not torch.equal(maps[0], maps[1])
+
+
+def replaying(folder: Path, model: dict[str, Any], **changes: Any) -> Config:
+    (folder / "config.json").write_text(json.dumps(model))
+    settings = {"model.path": str(folder), "rollout.routing_replay": True} | changes
+    return configuration.from_tree(config_tree(**settings))
+
+
+def test_published_models_take_a_byte_per_layer_and_expert(tmp_path: Path) -> None:
+    found = replayed_routing(replaying(tmp_path, MOE_235B | {"num_experts_per_tok": 8}))
+    assert found == Routing(94, 8, 128)
+    assert found.width * found.dtype.itemsize == 752
+    assert Routing(61, 8, 384).dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        (DENSE_32B, "Qwen3ForCausalLM\\) has no experts"),
+        (MOE_235B | {"num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
+    ],
+)
+def test_model_without_a_choice_is_refused_by_name(
+    tmp_path: Path, model: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"rollout.routing_replay = true.*{problem}"):
+        replayed_routing(replaying(tmp_path, model))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("megatron.moe_router_fusion", True),
+        ("megatron.moe_router_load_balancing_type", "sinkhorn"),
+        ("sglang.enable_return_routed_experts", True),
+    ],
+)
+def test_settings_that_exclude_replay_are_refused_by_name(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    with pytest.raises(ConfigError, match=key):
+        replaying(tmp_path, MOE_235B, **{key: value})

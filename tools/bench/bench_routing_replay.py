@@ -40,7 +40,7 @@ from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.protocol.types import TrainSample, join_segments
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.engine_process import SGLangServer
-from megatron_async_rl.rollout.routing import CallExperts
+from megatron_async_rl.rollout.samples.routing import CallExperts
 from megatron_async_rl.trainer import parallel, step
 from megatron_async_rl.trainer.data.microbatch import Packing, pack
 from megatron_async_rl.trainer.model import build
