@@ -46,7 +46,7 @@ SWEEP = {0: 128_700, 1: 269_300, 2: 356_600, 4: 356_600, 8: 371_700, 16: 382_400
 # Table 1 has 41.0 h (eta 0) and 14.8 h (eta 8) for 250 steps: 2.77, the ratio 356,600 / 128,700 of
 # figure 5c, so both are the same runs, and a step of 590 s at 128,700 tokens/s trains 8,192 samples
 # of 9,270 tokens. The spread of lengths is not published: log-normal with sigma 1.
-SWEEP_MEAN, SWEEP_LONGEST, SWEEP_PROMPT, SWEEP_SAMPLES = 9270, 27648, 150, 40_000
+SWEEP_MEAN, SWEEP_LONGEST, SWEEP_PROMPT = 9270, 27648, 150
 DISTILL_QWEN = {
     "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 1536,
     "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
@@ -245,7 +245,7 @@ def sweep(folder: Path) -> tuple[list[Figure], list[Figure]]:
     for eta in SWEEP:
         config = sweep_config(folder, eta)
         costs = analytic.costs(config, hf, hardware.gpu("h800"), hardware.OLDER_ENGINE)
-        found[eta] = predict(config, costs, load, SWEEP_SAMPLES)
+        found[eta] = predict(config, costs, load)
     rates = {eta: predicted.trained_tokens_per_s for eta, predicted in found.items()}
     absolute = [
         Figure(f"eta {eta}", "trained tokens/s", SWEEP[eta], rate, 0) for eta, rate in rates.items()
