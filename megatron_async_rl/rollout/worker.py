@@ -3,7 +3,7 @@
 Weight updates interrupt samples, which resume under the new weights (generation.py). Each
 interrupted sample goes to the controller as a partial sample, for its next lease if this worker is
 lost. When the controller restarts, all leases are void: their samples end, and their tokens are
-kept here for the leases to come (partials.py). Loops, and when each one proceeds:
+kept here for the leases to come (samples/partials.py). Loops, and when each one proceeds:
 
     _receive          at a message: samples and update steps run as tasks; ends at Shutdown
     _send_heartbeats  every HEARTBEAT_S

@@ -1,0 +1,1 @@
+"""What a rollout worker keeps of samples while they grow."""
