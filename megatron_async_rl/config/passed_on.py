@@ -62,7 +62,7 @@ SGLANG_RESERVED = {
     "model_path": "set model.path instead",
     "tokenizer_path": "set model.path instead",
     "context_length": "set model.context_tokens instead",
-    "skip_tokenizer_init": "rollout.stop decides it; remove the key",
+    "skip_tokenizer_init": "rollout.stop and agents decide it; remove the key",
     "weight_version": "weights are labelled with the version of the run; remove the key",
     "enable_return_routed_experts": "set rollout.routing_replay instead",
     "config": "write the settings of SGLang under sglang: instead",

@@ -111,7 +111,8 @@ def _processes(config: Config) -> Iterator[Rule]:
         config.staleness.straggler_policy == "wait",
         "staleness.straggler_policy = drop does not wait",
     )
-    programs = config.reward.function == "code" or config.rollout.workflow != "single_turn"
+    has_programs = config.has_agent or config.rollout.workflow != "single_turn"
+    programs = has_programs or config.reward.function == "code"
     yield (
         "sandbox.python sandbox.isolation sandbox.memory_mb sandbox.test_timeout_s",
         programs,

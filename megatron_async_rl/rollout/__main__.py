@@ -31,6 +31,8 @@ async def _serve(run_dir: Path, name: str) -> None:
         finally:
             link.close()
     finally:
+        if isinstance(workflow, AgentWorkflow):
+            await workflow.stop()
         await server.stop()
 
 

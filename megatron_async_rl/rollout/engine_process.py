@@ -147,8 +147,9 @@ class SGLangServer:
             "host": host,
             "port": port,
             "config": str(self._keys),
-            # only stop texts need the server's tokenizer; snapshots have none
-            "skip_tokenizer_init": not self._config.rollout.stop,
+            # only stop texts need the server's tokenizer, of the run or of an agent's requests;
+            # snapshots have none
+            "skip_tokenizer_init": not (self._config.rollout.stop or self._config.has_agent),
             "tokenizer_path": self._config.model.path,
             "log_level": "warning",  # at info, SGLang logs its keys
             "grammar_backend": "none",

@@ -14,6 +14,8 @@ from megatron_async_rl.config.sections import SandboxConfig
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import EngineError
 from megatron_async_rl.protocol.types import Sample, Segment
+from megatron_async_rl.rollout.agents import chat
+from megatron_async_rl.rollout.agents.client import ClientSettings
 from megatron_async_rl.rollout.agents.history import ChatTemplate
 from megatron_async_rl.rollout.agents.server import Endpoint
 from megatron_async_rl.rollout.agents.session import Session, SessionSettings
@@ -86,6 +88,10 @@ class Served:
     @property
     def openai(self) -> openai.AsyncOpenAI:
         return self.client(self.session)
+
+    def client_settings(self) -> ClientSettings:
+        url = self.endpoint.url
+        return ClientSettings(f"{url}/v1", self.session.key, url, chat.MODEL)
 
     @property
     def anthropic(self) -> anthropic.AsyncAnthropic:

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import loop_agent
 import numpy as np
 import openai
 import psutil
 import pytest
-from agent_endpoint import serving
+from agent_endpoint import ScriptedPolicy, Served, serving
 from char_tokenizer import make_chat_folder
+from config_builders import config_tree
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from megatron_async_rl.config import load
+from megatron_async_rl.config.sections import SandboxConfig
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import EngineError, HookFailed
-from megatron_async_rl.protocol.types import Sample
+from megatron_async_rl.protocol.types import Prompt, Sample
 from megatron_async_rl.rollout.agents.client import ClientSettings
 from megatron_async_rl.rollout.agents.runner import CommandRunner, FunctionRunner
+from megatron_async_rl.rollout.agents.workflow import AgentWorkflow
+from megatron_async_rl.rollout.engine_client import Sampling
+from megatron_async_rl.sandbox.sandbox import SandboxError
 
 TOOLS = [
     {
@@ -37,7 +46,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(make_chat_folder(tmp_path_factory.mktemp("model")))
 
 
-def user(text: str) -> dict[str, Any]:
+def user(text: Any) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
@@ -119,6 +128,109 @@ def test_tool_calls_come_back_as_they_were_sampled(tokenizer: Tokenizer) -> None
     asyncio.run(call_tool())
 
 
+def python_call(code: str) -> str:
+    return f'<tool_call>{{"name": "python",  "arguments": {{"code": "{code}"}}}}</tool_call>'
+
+
+def test_python_runs_in_the_sandbox_within_one_request(tokenizer: Tokenizer) -> None:
+    """The client sees the last turn; all are one sequence, also after the next request."""
+
+    async def ask() -> None:
+        texts = [python_call("print(6*7)"), "it is 42", "bye"]
+        async with serving(tokenizer, *texts) as served:
+            messages: list[Any] = [user("6*7")]
+            first = await served.chat(messages, tools=[{"type": "python"}])
+            assert first.choices[0].message.content == "it is 42"
+            assert first.choices[0].finish_reason == "stop"
+            assert not first.choices[0].message.tool_calls
+            messages += [first.choices[0].message, user("thanks")]
+            await served.chat(messages, tools=[{"type": "python"}])
+            sample = served.sample()
+            [part] = sample.sequences()
+            assert trained_text(tokenizer, sample, part).partition("6*7")[2] == (
+                f"<|end|><|assistant|>{texts[0].upper()}<|END|><|tool|>42<|end|><|assistant|>"
+                "IT IS 42<|END|><|user|>thanks<|end|><|assistant|>BYE<|END|>"
+            )
+            assert served.session.num_requests == 3
+            # the same words behind another history are the client's own
+            messages[0] = user("7*6")
+            await served.chat(messages, tools=[{"type": "python"}])
+            assert "print" not in served.session.transcript.turns[-1].text
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("api", ["chat", "responses", "messages"])
+def test_own_tools_are_the_clients_beside_python(tokenizer: Tokenizer, api: str) -> None:
+    async def ask() -> None:
+        both = python_call("print(1)") + '<tool_call>{"name": "add"}</tool_call>'
+        async with serving(tokenizer, both, "two") as served:
+            parameters: dict[str, Any] = {"type": "object", "properties": {}}
+            result: Any
+            if api == "chat":
+                messages: list[Any] = [user("a")]
+                tools: list[Any] = [{"type": "python"}, *TOOLS]
+                message = (await served.chat(messages, tools=tools)).choices[0].message
+                [call] = message.tool_calls
+                result = {"role": "tool", "tool_call_id": call.id, "content": "3"}
+                await served.chat([*messages, message, result], tools=tools)
+            elif api == "responses":
+                tools = [{"type": "python"}, {"type": "function", "name": "add"}]
+                create = served.openai.responses.create
+                first = await create(model="policy", input="a", tools=tools)
+                [call] = first.output
+                result = {"type": "function_call_output", "call_id": call.id, "output": "3"}
+                await create(
+                    model="policy", input=[result], tools=tools, previous_response_id=first.id
+                )
+            else:
+                messages = [user("a")]
+                tools = [{"type": "python"}, {"name": "add", "input_schema": parameters}]
+                options: dict[str, Any] = {"model": "policy", "max_tokens": 256, "tools": tools}
+                reply = await served.anthropic.messages.create(messages=messages, **options)
+                [block] = reply.content
+                result = {"type": "tool_result", "tool_use_id": block.id, "content": "3"}
+                messages += [{"role": "assistant", "content": reply.content}, user([result])]
+                await served.anthropic.messages.create(messages=messages, **options)
+            sample = served.sample()
+            [part] = sample.sequences()
+            text = tokenizer.decode_all(sample.ids[part].tolist())
+            assert f"{both}<|end|><|tool|>1<|end|><|tool|>3<|end|><|assistant|>two" in text
+
+    asyncio.run(ask())
+
+
+def test_call_of_python_that_cannot_be_answered_is_the_end_of_a_reply(
+    tokenizer: Tokenizer,
+) -> None:
+    call = python_call("print('x' * 1500)")
+
+    async def ask() -> None:
+        async with serving(tokenizer, *[call] * 9, max_requests=3) as served:
+            reply = await served.chat([user("a")], tools=[{"type": "python"}])
+            assert reply.choices[0].finish_reason == "length"
+            assert reply.choices[0].message.content == call
+            assert len(served.session.transcript.turns) == 3
+            assert len(served.sample().sequences()) == 1
+        async with serving(tokenizer, *[call] * 9) as served:  # 4,096 tokens hold two outputs
+            reply = await served.chat([user("a")], tools=[{"type": "python"}])
+            assert reply.choices[0].finish_reason == "length"
+            assert len(served.session.transcript.turns) == 3
+
+    asyncio.run(ask())
+
+
+def test_sandbox_that_cannot_start_fails_the_episode(tokenizer: Tokenizer) -> None:
+    async def ask() -> None:
+        settings = SandboxConfig(python="/no/python")
+        async with serving(tokenizer, python_call("1"), sandbox=settings) as served:
+            with pytest.raises(openai.InternalServerError, match="the sandbox failed"):
+                await served.chat([user("a")], tools=[{"type": "python"}])
+            assert isinstance(served.session.error, SandboxError)
+
+    asyncio.run(ask())
+
+
 def test_anthropic_client_converses_with_tools_and_streams(tokenizer: Tokenizer) -> None:
     async def converse() -> None:
         call = '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>'
@@ -164,6 +276,32 @@ def test_openai_streams_completions_and_responses(tokenizer: Tokenizer) -> None:
             assert len(served.sample().sequences()) == 3  # the responses are one conversation
 
     asyncio.run(ask())
+
+
+def test_framework_that_rewrites_its_history_is_trained_in_branches(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """smolagents returns a tool call as words of its own, not as the message that it got."""
+    calls = (
+        '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>',
+        '<tool_call>{"name": "final_answer", "arguments": {"answer": "five"}}</tool_call>',
+    )
+
+    async def run() -> None:
+        async with serving(tokenizer, *calls) as served:
+            for name, value in served.client_settings().environment().items():
+                monkeypatch.setenv(name, value)
+            answer = await asyncio.to_thread(loop_agent.calculator(3, 256).run, "2+3")
+            assert answer == "five"
+            sample = served.sample()
+            first, second = (trained_text(tokenizer, sample, p) for p in sample.sequences())
+            assert first.endswith(f"<|assistant|>{calls[0].upper()}<|END|>")
+            assert "Observation:\n5" in second
+            assert second.endswith(f"<|assistant|>{calls[1].upper()}<|END|>")
+
+    asyncio.run(run())
+    [record] = [r.getMessage() for r in caplog.records if "does not continue" in r.getMessage()]
+    assert "message 2 (assistant)" in record and "'C', was '<'" in record
 
 
 def test_several_completions_are_branches_of_one_prompt(tokenizer: Tokenizer) -> None:
@@ -260,22 +398,111 @@ def test_wrong_ended_and_foreign_keys_change_nothing(tokenizer: Tokenizer) -> No
     asyncio.run(ask())
 
 
-def test_flood_of_requests_is_limited_and_server_failure_fails_the_episode(
-    tokenizer: Tokenizer,
-) -> None:
+def raw_request(served: Served, body: bytes) -> bytes:
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nx-api-key: {served.session.key}\r\n"
+    return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+async def send(served: Served, data: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.endpoint.port)
+    writer.write(data)
+    return reader, writer
+
+
+async def count_statuses(reader: asyncio.StreamReader, count: int) -> Counter[bytes]:
+    statuses: Counter[bytes] = Counter()
+    while statuses.total() < count:
+        line = await reader.readline()
+        assert line
+        statuses.update(re.findall(rb"HTTP/1\.1 (\d+)", line))
+    return statuses
+
+
+def test_flood_of_requests_is_limited_and_other_sessions_go_on(tokenizer: Tokenizer) -> None:
+    body = json.dumps({"messages": [user("a")], "max_tokens": 1}).encode()
+
     async def ask() -> None:
         async with serving(tokenizer, max_requests=20) as served:
-            asked = [served.chat([user("a")]) for _ in range(100)]
-            replies = await asyncio.gather(*asked, return_exceptions=True)
-            limited = [r for r in replies if isinstance(r, openai.RateLimitError)]
-            assert len(limited) == 80 and len(served.session.transcript.turns) == 20
-        async with serving(tokenizer) as served:
-            served.policy.fails = True
-            with pytest.raises(openai.InternalServerError, match="the server died"):
-                await served.chat([user("a")])
-            assert isinstance(served.session.error, EngineError)
+            other = served.client(served.another())
+            flood = [await send(served, raw_request(served, body) * 500) for _ in range(20)]
+            counting = [count_statuses(reader, 500) for reader, _ in flood]
+            answered = asyncio.gather(*counting)
+            reply = await other.chat.completions.create(model="policy", messages=[user("b")])
+            assert reply.choices[0].message.content == "ok"
+            total = sum(await answered, Counter[bytes]())
+            assert total == {b"200": 20, b"429": 9980}
+            assert len(served.session.transcript.turns) == 20
+            for _, writer in flood:
+                writer.close()
 
     asyncio.run(ask())
+
+
+def test_failure_of_the_server_fails_the_episode_at_once(tokenizer: Tokenizer) -> None:
+    async def ask() -> None:
+        async with serving(tokenizer) as served:
+            served.policy.fails = True
+            for _ in range(2):
+                with pytest.raises(openai.InternalServerError, match="the server died"):
+                    stream = await served.chat([user("a")], stream=True)
+                    async for _ in stream:
+                        pass
+            assert isinstance(served.session.error, EngineError)
+            assert len(served.policy.asked) == 1  # the engine is not asked again
+
+    asyncio.run(ask())
+
+
+def test_megabyte_of_text_is_refused_for_its_length(tokenizer: Tokenizer) -> None:
+    async def ask() -> None:
+        async with serving(tokenizer) as served:
+            with pytest.raises(openai.BadRequestError, match="leaves no room"):
+                await served.chat([user("x" * (1 << 20))])
+            reader, writer = await send(served, raw_request(served, b" " * (17 << 20)))
+            assert await count_statuses(reader, 1) == {b"413": 1}
+            writer.close()
+            assert not served.session.transcript.turns
+            assert (await served.chat([user("a")])).choices[0].message.content == "ok"
+
+    asyncio.run(ask())
+
+
+def test_request_whose_client_has_gone_is_no_turn(tokenizer: Tokenizer) -> None:
+    async def ask() -> None:
+        async with serving(tokenizer) as served:
+            served.policy.gate.clear()
+            body = json.dumps({"messages": [user("a")]}).encode()
+            _, writer = await send(served, raw_request(served, body))
+            await wait_until(lambda: len(served.policy.asked) == 1)
+            writer.close()
+            await wait_until(lambda: served.policy.num_cancelled == 1)
+            served.policy.gate.set()
+            await served.chat([user("b")])
+            [turn] = served.session.transcript.turns
+            assert ">b<" in turn.text
+
+    asyncio.run(asyncio.wait_for(ask(), 30))
+
+
+def test_request_in_flight_at_the_end_of_its_episode_gets_401(tokenizer: Tokenizer) -> None:
+    async def ask() -> None:
+        async with serving(tokenizer) as served:
+            served.policy.gate.clear()
+            asked = asyncio.create_task(served.chat([user("a")]))
+            # a request of which the body has not arrived when the episode ends
+            body = json.dumps({"messages": [user("late")]}).encode()
+            late = raw_request(served, body)
+            reader, writer = await send(served, late[:-5])
+            await wait_until(lambda: len(served.policy.asked) == 1)
+            served.endpoint.close(served.session)
+            with pytest.raises(openai.AuthenticationError, match="has ended"):
+                await asked
+            writer.write(late[-5:])
+            assert await count_statuses(reader, 1) == {b"401": 1}
+            writer.close()
+            assert not served.session.transcript.turns and len(served.policy.asked) == 1
+
+    asyncio.run(asyncio.wait_for(ask(), 30))
 
 
 AGENTS = """
@@ -367,6 +594,25 @@ def test_cancelled_agent_leaves_no_process_and_others_go_on(
         await runner.stop()
 
     asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_agent_that_hangs_fails_at_its_deadline(
+    agents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(agents), prepend=":")
+    file = tmp_path / "pid"
+    rollout = {"agent": "my_agents:hangs", "agent_timeout_s": 0.5, "max_new_tokens": 8}
+    config = load.from_tree(config_tree() | {"rollout": rollout})
+    policy = ScriptedPolicy(tokenizer, [])
+
+    async def run() -> None:
+        workflow = AgentWorkflow(config, tmp_path / "log")
+        prompt = Prompt("0", np.zeros(1, np.int32), {"file": str(file)})
+        with pytest.raises(HookFailed, match=r"did not end within rollout.agent_timeout_s = 0\.5"):
+            await workflow.run(prompt, policy, Sampling(8, 1.0, [0]))  # type: ignore[arg-type]
+        await workflow.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 async def wait_until(done: Callable[[], bool]) -> None:

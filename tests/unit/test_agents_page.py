@@ -13,11 +13,10 @@ from char_tokenizer import make_chat_folder
 from config_builders import config_tree
 from paths import ROOT
 
+from megatron_async_rl import hooks
 from megatron_async_rl.config import load
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.protocol.types import Sample, turn_texts
-from megatron_async_rl.rollout.agents import chat
-from megatron_async_rl.rollout.agents.client import ClientSettings
 from megatron_async_rl.rollout.agents.runner import FunctionRunner
 from megatron_async_rl.rollout.agents.transcript import Returned
 
@@ -36,9 +35,7 @@ def test_agent_of_the_page_converses(tmp_path: Path, monkeypatch: pytest.MonkeyP
     async def run(agent: str, row: dict[str, str], *texts: str) -> tuple[Returned, Sample]:
         async with serving(tokenizer, *texts) as served:
             runner = FunctionRunner(f"my_agent:{agent}", tmp_path / "log")
-            url = served.endpoint.url
-            client = ClientSettings(f"{url}/v1", served.session.key, url, chat.MODEL)
-            returned = await runner.run(row, client)
+            returned = await runner.run(row, served.client_settings())
             await runner.stop()
             served.session.rewards.give(returned, len(served.session.transcript.turns))
             return returned, served.sample()
@@ -58,3 +55,27 @@ def test_configuration_of_the_page_is_valid(text: str) -> None:
         tree[section] |= values
     config = load.from_tree(tree)
     assert config.has_agent and config.max_sequences > 1
+
+
+def test_agent_of_the_example_is_told_that_it_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    agent = load.load(ROOT / "configs" / "agent.yaml").rollout.agent
+    assert agent
+    solve = hooks.load("rollout.agent", agent)
+    tokenizer = Tokenizer(make_chat_folder(tmp_path / "model"))
+
+    async def run(*texts: str) -> tuple[float, Sample]:
+        async with serving(tokenizer, *texts) as served:
+            client = served.client_settings()
+            for name, value in client.environment().items():
+                monkeypatch.setenv(name, value)
+            row = {"prompt": "2+3=", "answer": "5"}
+            return await asyncio.to_thread(solve, row, client), served.sample()
+
+    assert asyncio.run(run("\\boxed{5}"))[0] == 1.0
+    reward, sample = asyncio.run(run("\\boxed{4}", "\\boxed{5}"))
+    assert reward == 0.8 and not sample.starts
+    assert "Wrong." in tokenizer.decode_all(sample.ids.tolist())
+    assert asyncio.run(run("4", "5"))[0] == 0.0

@@ -34,13 +34,16 @@ import numpy as np
 from bench_publish_setup import SHAPES, make_config, make_model
 from msgspec import structs
 
+from megatron_async_rl.config.sections import SandboxConfig
 from megatron_async_rl.data.tokenizer import Tokenizer
+from megatron_async_rl.rollout.agents.history import ChatTemplate
 from megatron_async_rl.rollout.agents.server import Endpoint
-from megatron_async_rl.rollout.agents.session import ChatTemplate, Session
+from megatron_async_rl.rollout.agents.session import Session, SessionSettings
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.gate import Gate
 from megatron_async_rl.rollout.generation import Generator
+from megatron_async_rl.rollout.python_runner import PythonRunner
 from megatron_async_rl.rollout.workflow import Completion
 
 SPECIAL = ["<end>", "<pad>", "<unk>", "<user>", "<assistant>"]
@@ -171,8 +174,10 @@ async def through_endpoint(
     await endpoint.start()
     try:
         sampling = Sampling(arguments.new_tokens, 1.0, [])
+        python = PythonRunner(SandboxConfig())
+        settings = SessionSettings(ChatTemplate(None, {}, None), arguments.turns, python)
         sessions = [
-            Session(policy, sampling, ChatTemplate(None, {}, None), arguments.turns)  # type: ignore[arg-type]
+            Session(policy, sampling, settings)  # type: ignore[arg-type]
             for _ in range(arguments.sessions)
         ]
         for session in sessions:

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import inspect
 import json
+import logging
 import os
 import selectors
 import signal
@@ -151,6 +152,8 @@ def main() -> None:
     log = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    for name in ("httpx", "httpx2"):  # a line for each request
+        logging.getLogger(name).setLevel(logging.WARNING)
     agent = hooks.load("rollout.agent", sys.argv[1])
     _load_clients()
     Host(agent, output).serve()

@@ -16,7 +16,7 @@ from typing import Any
 from aiohttp import web
 
 from megatron_async_rl.observability.error_log import ErrorLog, user_error
-from megatron_async_rl.rollout.agents import anthropic, chat, responses
+from megatron_async_rl.rollout.agents import anthropic, chat, openapi, responses
 from megatron_async_rl.rollout.agents.fields import read_json
 from megatron_async_rl.rollout.agents.request import RequestError
 from megatron_async_rl.rollout.agents.session import Session
@@ -55,7 +55,13 @@ class Endpoint:
         for path, handler in handlers.items():
             app.router.add_post(path, self._route(handler))
         app.router.add_get("/v1/models", self._models)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        app.router.add_get("/openapi.json", _describe)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            shutdown_timeout=1.0,
+            handler_cancellation=True,  # a request whose client is gone is not generated
+        )
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, 0)
         await site.start()
@@ -79,16 +85,19 @@ class Endpoint:
 
     def _route(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
-            session = self._session(request)
+            self._session(request)  # before a body without a valid key is read
             body = _read_object(await request.read())
+            session = self._session(request)  # which may have ended meanwhile
             task = asyncio.create_task(_run(handler, session, body))
-            self._tasks.get(session.key, set()).add(task)
+            self._tasks[session.key].add(task)
             try:
                 whole, stream = await task
             except asyncio.CancelledError:
                 if session.key in self._sessions:
                     task.cancel()  # the client has closed the connection
                     raise
+                if session.error:
+                    raise session.fail(session.error) from None
                 raise RequestError(401, "the episode has ended", "authentication_error") from None
             finally:
                 self._tasks.get(session.key, set()).discard(task)
@@ -102,7 +111,7 @@ class Endpoint:
         key = request.headers.get("Authorization", "").removeprefix("Bearer ")
         key = key or request.headers.get("x-api-key", "")
         for known, session in self._sessions.items():
-            if secrets.compare_digest(known.encode(), key.encode()):
+            if secrets.compare_digest(known.encode(), key.encode(errors="surrogateescape")):
                 return session
         raise RequestError(
             401, "the key is unknown, or its episode has ended", "authentication_error"
@@ -131,6 +140,10 @@ class Endpoint:
         except Exception as e:  # a fault of ours: the client gets a JSON error, the log the rest
             self._errors.log(f"a request to {request.path} failed", user_error(e))
             return _error(request, RequestError(500, f"{type(e).__name__}: {e}", "api_error"))
+
+
+async def _describe(_: web.Request) -> web.Response:
+    return web.json_response(openapi.description())
 
 
 def _read_object(data: bytes) -> dict[str, Any]:

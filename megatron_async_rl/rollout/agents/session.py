@@ -70,13 +70,19 @@ class Session:
                 "rate_limit_error",
             )
         if self.error:
-            raise self._failed(self.error)
+            raise self.fail(self.error)
         if not 1 <= request.n <= MAX_COMPLETIONS:
             raise RequestError(400, f"n = {request.n}, must be 1 to {MAX_COMPLETIONS}")
         place = await self._history.place(request)
         sampling = self._sampling_of(request, len(place.ids))
         answers = [self._answer(request, place, sampling) for _ in range(request.n)]
         return await asyncio.gather(*answers)
+
+    def fail(self, error: Exception) -> RequestError:
+        """Marks the sample as failed, not by its agent; returns the answer to its requests."""
+        self.error = error
+        what = "server" if isinstance(error, EngineError) else "sandbox"
+        return RequestError(503, f"the {what} failed: {error}", "api_error")
 
     # ---- inside
 
@@ -121,14 +127,8 @@ class Session:
         try:
             output = await self._settings.python.answer(call)
         except (SandboxError, SandboxLost) as e:
-            raise self._failed(e) from None
+            raise self.fail(e) from None
         return {"role": "tool", "name": "python", "tool_call_id": call.id, "content": output}
-
-    def _failed(self, error: Exception) -> RequestError:
-        """Marks the sample as failed, by a fault that is not the agent's."""
-        self.error = error
-        what = "server" if isinstance(error, EngineError) else "sandbox"
-        return RequestError(503, f"the {what} failed: {error}", "api_error")
 
     def _sampling_of(self, request: ChatRequest, num_prompt: int) -> Sampling:
         limit = self._sampling.max_new_tokens
@@ -154,7 +154,7 @@ class Session:
             try:
                 completion = await self._policy.generate(ids, sampling)
             except EngineError as e:
-                raise self._failed(e) from None
+                raise self.fail(e) from None
             except DataError as e:
                 raise RequestError(400, str(e)) from None
         if not completion.ids:

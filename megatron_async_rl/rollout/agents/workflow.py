@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.errors import HookFailed
+from megatron_async_rl.errors import EngineError, HookFailed
 from megatron_async_rl.protocol.types import Prompt, Sample
 from megatron_async_rl.rollout.agents import chat
 from megatron_async_rl.rollout.agents.client import ClientSettings
@@ -56,6 +56,9 @@ class AgentWorkflow:
             ) from None
         except HookFailed as e:
             raise session.error or e from None
+        except asyncio.CancelledError:  # the worker ends, or has lost its lease
+            session.error = session.error or EngineError("its rollout worker has ended the episode")
+            raise
         finally:
             self._endpoint.close(session)
         if session.error:
