@@ -33,7 +33,7 @@ from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.types import NOT_GENERATED, Prompt, Sample
 
 CAPACITY, NUM_TICKS = 64, 21
-KV_CACHE = {"kv_capacity_tokens": 200.0, "kv_use_fraction": 0.5, "queued_requests": 0.0}
+KV_CACHE = {"kv_capacity_tokens": 190.0, "kv_use_fraction": 0.5, "queued_requests": 0.0}
 PROMPT = np.arange(4, dtype=np.int32)
 VERSIONS = np.array([NOT_GENERATED] * 4 + [0] * 4, np.int32)
 SAMPLE = Sample(np.arange(8, dtype=np.int32), np.zeros(8, np.float32), VERSIONS, "stop", "1")
@@ -52,7 +52,7 @@ class Run:
             max_staleness=max_staleness,
             wait_for_stragglers=True,
             straggler_timeout_s=1e9,
-            max_new_tokens=8,
+            max_new_tokens=4,
             temperature=1.0,
             lease_timeout_s=1e9,
             max_attempts=3,

@@ -127,11 +127,13 @@ class Leases:
     ) -> None:
         """Changes the load of a server by samples of a group, and by its prompt."""
         if group.purpose == "eval":
-            server.eval_prompt_tokens += prompt_tokens
             server.eval_load += num_samples
+            if prompt_tokens:
+                server.eval_prompt_tokens += prompt_tokens
         else:
-            server.prompt_tokens += prompt_tokens
             server.load += num_samples
+            if prompt_tokens:
+                server.prompt_tokens += prompt_tokens
         self.kv_limit.update(server)
 
     def held_by(self, worker: str) -> list[Group]:
