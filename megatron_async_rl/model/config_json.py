@@ -97,7 +97,7 @@ class HfConfig:
             vocab_size=vocab,
             padded_vocab_size=-(-vocab // vocab_multiple) * vocab_multiple,
             tied=bool(self.raw.get("tie_word_embeddings", False)),
-            num_experts=self._integer("num_experts") if family.experts else 0,
+            num_experts=self._num_experts if family.experts else 0,
             expert_ffn_hidden_size=self._integer("moe_intermediate_size") if family.experts else 0,
         )
 
@@ -153,6 +153,11 @@ class HfConfig:
         """Element type of the stored weights, such as bfloat16, where given."""
         name = self.raw.get("dtype") or self.raw.get("torch_dtype")
         return name if isinstance(name, str) else None
+
+    @property
+    def _num_experts(self) -> int:
+        # transformers 5 writes num_local_experts for every family
+        return self._integer("num_experts" if "num_experts" in self.raw else "num_local_experts")
 
     @property
     def _rope(self) -> dict[str, Any]:

@@ -102,6 +102,9 @@ def make_model(folder: Path, steps: int) -> None:
         train_step(model, optimizers, encode(tokenizer, list(islice(problems, 64)), Habits(), rng))
     model.to(torch.bfloat16).save_pretrained(folder)  # both sides load the same numbers
     tokenizer.save_pretrained(folder)
+    path = folder / "config.json"  # the engine's transformers may be older than this one
+    config = json.loads(path.read_text()) | {"num_experts": EXPERTS}
+    path.write_text(json.dumps(config))
 
 
 def make_config(out: Path, engine_dtype: str, precision: str) -> Config:
