@@ -14,7 +14,7 @@ from megatron_async_rl.config.sections import SandboxConfig
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import EngineError
 from megatron_async_rl.protocol.types import Sample, Segment
-from megatron_async_rl.rollout.agents import chat
+from megatron_async_rl.rollout.agents.apis import chat
 from megatron_async_rl.rollout.agents.client import ClientSettings
 from megatron_async_rl.rollout.agents.history import ChatTemplate
 from megatron_async_rl.rollout.agents.server import Endpoint

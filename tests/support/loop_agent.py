@@ -11,9 +11,7 @@ from typing import Any
 import anthropic
 import openai
 import psutil
-import smolagents
-from smolagents import tool
-from smolagents.agents import EMPTY_PROMPT_TEMPLATES
+from framework_agent import calculator
 
 NUM_TURNS = 3
 MAX_STEPS = 2
@@ -67,28 +65,6 @@ def with_anthropic(row: dict[str, Any]) -> str:
 
 def with_smolagents(row: dict[str, Any]) -> str:
     return str(calculator(MAX_STEPS, 24).run(row["prompt"]))
-
-
-def calculator(max_steps: int, max_tokens: int) -> smolagents.ToolCallingAgent:
-    """Returns an agent of the framework, which finds its server in the environment."""
-    return smolagents.ToolCallingAgent(
-        tools=[add],
-        model=smolagents.OpenAIServerModel("policy", max_tokens=max_tokens),
-        prompt_templates=EMPTY_PROMPT_TEMPLATES,
-        max_steps=max_steps,
-        verbosity_level=0,
-    )
-
-
-@tool
-def add(a: int, b: int) -> int:
-    """Adds two numbers.
-
-    Args:
-        a: a number
-        b: a number
-    """
-    return a + b
 
 
 def user(text: str) -> dict[str, Any]:

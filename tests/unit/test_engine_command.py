@@ -16,7 +16,7 @@ from megatron_async_rl.rollout.engine_process import SGLangServer
 
 @pytest.fixture
 def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Returns a function from `sglang:` to the flags, with an engine that has these settings."""
+    """Returns a function from `sglang:` and other settings to the flags of an engine."""
     python = tmp_path / "python"
     known = json.dumps({"cuda_graph_max_bs_decode": {"types": ["int"]}})
     answer = f"case \"$3\" in *ServerArgs*) echo '{known}';; *) echo 1;; esac"
@@ -26,8 +26,9 @@ def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("MEGATRON_ASYNC_RL_CACHE", raising=False)
 
-    def command(**sglang: Any) -> list[str]:
-        tree = config_tree(sglang=sglang, **{"rollout.max_concurrent_samples": 384})
+    def command(settings: dict[str, Any] | None = None, **sglang: Any) -> list[str]:
+        settings = {"rollout.max_concurrent_samples": 384} | (settings or {})
+        tree = config_tree(sglang=sglang, **settings)
         server = SGLangServer(load.from_tree(tree), tmp_path, "rollout-0")
         return server._command("127.0.0.1", 30000)
 
@@ -46,6 +47,12 @@ def test_decode_graphs_hold_all_samples_in_flight(flags: Any) -> None:
     assert value_of(flags(), "--cuda-graph-max-bs-decode") == "384"
     assert value_of(flags(cuda_graph_max_bs_decode=64), "--cuda-graph-max-bs-decode") == "64"
     assert "--cuda-graph-max-bs-decode" not in flags(device="cpu")
+
+
+def test_server_has_a_tokenizer_where_stop_texts_may_come(flags: Any) -> None:
+    assert "--skip-tokenizer-init" in flags(device="cpu")
+    for setting, value in (("rollout.stop", ["x"]), ("rollout.agent", "module:function")):
+        assert "--skip-tokenizer-init" not in flags({setting: value}, device="cpu")
 
 
 def test_values_of_each_type_become_flags(flags: Any) -> None:

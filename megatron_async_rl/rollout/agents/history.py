@@ -17,7 +17,7 @@ from megatron_async_rl.data.chat_template import PYTHON_TOOL
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.observability.error_log import ErrorLog
-from megatron_async_rl.rollout.agents.request import PYTHON, ChatRequest, RequestError
+from megatron_async_rl.rollout.agents.apis.request import PYTHON, ChatRequest, RequestError
 from megatron_async_rl.rollout.agents.transcript import Transcript, Turn
 
 LONG_TEXT = 1 << 16  # characters that are tokenized beside the event loop

@@ -16,9 +16,9 @@ from typing import Any
 from aiohttp import web
 
 from megatron_async_rl.observability.error_log import ErrorLog, user_error
-from megatron_async_rl.rollout.agents import anthropic, chat, openapi, responses
-from megatron_async_rl.rollout.agents.fields import read_json
-from megatron_async_rl.rollout.agents.request import RequestError
+from megatron_async_rl.rollout.agents.apis import anthropic, chat, openapi, responses
+from megatron_async_rl.rollout.agents.apis.fields import read_json
+from megatron_async_rl.rollout.agents.apis.request import RequestError
 from megatron_async_rl.rollout.agents.session import Session
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,13 @@ from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import DataError, EngineError
 from megatron_async_rl.observability.error_log import ErrorLog
 from megatron_async_rl.rollout import tool_calls
+from megatron_async_rl.rollout.agents.apis.request import (
+    ChatRequest,
+    FinishReason,
+    Reply,
+    RequestError,
+)
 from megatron_async_rl.rollout.agents.history import ChatTemplate, History, Place
-from megatron_async_rl.rollout.agents.request import ChatRequest, FinishReason, Reply, RequestError
 from megatron_async_rl.rollout.agents.transcript import Transcript, Turn, TurnRewards
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.python_runner import PythonRunner

@@ -31,8 +31,8 @@ from megatron_async_rl.protocol.types import (
     StopReason,
     generated_runs,
 )
-from megatron_async_rl.rollout.agents.fields import Fields
-from megatron_async_rl.rollout.agents.request import RequestError
+from megatron_async_rl.rollout.agents.apis.fields import Fields
+from megatron_async_rl.rollout.agents.apis.request import RequestError
 from megatron_async_rl.rollout.workflow import Completion
 
 

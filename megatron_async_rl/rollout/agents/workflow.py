@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import EngineError, HookFailed
 from megatron_async_rl.protocol.types import Prompt, Sample
-from megatron_async_rl.rollout.agents import chat
+from megatron_async_rl.rollout.agents.apis import chat
 from megatron_async_rl.rollout.agents.client import ClientSettings
 from megatron_async_rl.rollout.agents.history import ChatTemplate
 from megatron_async_rl.rollout.agents.runner import CommandRunner, FunctionRunner

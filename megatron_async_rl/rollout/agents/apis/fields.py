@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_async_rl.rollout.agents.request import RequestError
+from megatron_async_rl.rollout.agents.apis.request import RequestError
 
 
 def read_json(text: str | bytes) -> Any:

@@ -10,8 +10,8 @@ import secrets
 from typing import Any
 
 from megatron_async_rl.data.tokenizer import Tokenizer
-from megatron_async_rl.rollout.agents.fields import Fields
-from megatron_async_rl.rollout.agents.request import PYTHON, ChatRequest, Reply, RequestError
+from megatron_async_rl.rollout.agents.apis.fields import Fields
+from megatron_async_rl.rollout.agents.apis.request import PYTHON, ChatRequest, Reply, RequestError
 
 MODEL = "policy"
 CREATED = 0  # a time that clients show and decide nothing by

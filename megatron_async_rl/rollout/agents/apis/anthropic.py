@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_async_rl.rollout.agents.chat import MODEL, new_id
-from megatron_async_rl.rollout.agents.fields import Fields
-from megatron_async_rl.rollout.agents.request import PYTHON, ChatRequest, Reply, RequestError
+from megatron_async_rl.rollout.agents.apis.chat import MODEL, new_id
+from megatron_async_rl.rollout.agents.apis.fields import Fields
+from megatron_async_rl.rollout.agents.apis.request import PYTHON, ChatRequest, Reply, RequestError
 
 
 def parse_messages(body: dict[str, Any]) -> ChatRequest:

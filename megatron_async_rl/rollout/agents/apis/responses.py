@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_async_rl.rollout.agents import chat
-from megatron_async_rl.rollout.agents.fields import Fields
-from megatron_async_rl.rollout.agents.request import PYTHON, ChatRequest, Reply, RequestError
+from megatron_async_rl.rollout.agents.apis import chat
+from megatron_async_rl.rollout.agents.apis.fields import Fields
+from megatron_async_rl.rollout.agents.apis.request import PYTHON, ChatRequest, Reply, RequestError
 from megatron_async_rl.rollout.agents.session import Session
 
 

@@ -1,0 +1,1 @@
+"""The APIs that agents talk to: their JSON from and to request.py's ChatRequest and Reply."""
