@@ -64,9 +64,10 @@ def read(run_dir: Path) -> Calibration:
     lengths = Lengths(prompt, response)
     trained_groups = len({line.group_id for line in samples})
     filtered_groups = sum(scalars.all("drops/filtered_groups", optional=True))
-    decode = _decode(scalars, config.rollout.servers)
     recomputed = sum(_interrupted_tokens(line.num_prompt, line.versions) for line in samples)
     prefilled = prompt.sum() / config.algorithm.samples_per_prompt + recomputed
+    prefilled_share = float(prefilled / response.sum())
+    decode, prefill = _generation(scalars, config.rollout.servers, prefilled_share)
     step_s = scalars.counted("perf/time/step_s")
     trained = scalars.counted("train/tokens")
     score_s = scalars.counted("reward/scoring_s_mean", optional=True)
@@ -74,7 +75,7 @@ def read(run_dir: Path) -> Calibration:
         config=config,
         costs=Costs(
             decode=decode,
-            prefill=_prefill(scalars, config.rollout.servers, float(prefilled)),
+            prefill=prefill,
             train=_train(scalars, config),
             update_s=statistics.fmean(scalars.counted("sync/total_s")),
             kv_tokens=_kv_tokens(scalars, config, lengths),
@@ -119,36 +120,43 @@ class _Scalars:
         return self.all(tag, WARM_UP_STEPS + 1, optional)
 
 
-def _decode(scalars: _Scalars, servers: int) -> DecodeCosts:
-    """Fits seconds of a decode step = a + b * running samples to the steps, neither negative."""
-    pairs = zip(
-        scalars.counted("engine/running_requests"),
-        scalars.counted("engine/decode_tokens_per_s"),
-        strict=False,
-    )
-    points = [(running / servers, running / rate) for running, rate in pairs if rate > 0]
-    if not points:
-        raise DataError("the servers of the run reported no decoding", "give a longer run")
-    running, seconds = (np.array(column) for column in zip(*points, strict=True))
+def _generation(
+    scalars: _Scalars, servers: int, prefilled_share: float
+) -> tuple[DecodeCosts, PrefillCosts]:
+    """Returns the costs of decoding and prefill; `prefilled_share`: of the generated tokens.
+
+    On a CPU SGLang reports no rate of decoding. It is then that of all busy time, prefill included.
+    """
+    step_s = np.array(scalars.counted("perf/time/step_s"))
+    busy_s = step_s * (1 - np.array(scalars.counted("perf/engine_idle_fraction")))
+    generated = step_s * np.array(scalars.counted("perf/generate_tokens_per_s"))
+    running = np.array(scalars.counted("engine/running_requests"))
+    rates = np.array(scalars.counted("engine/decode_tokens_per_s"))
+    if len({len(values) for values in (step_s, busy_s, running, rates)}) > 1:
+        raise DataError("some steps of the run lack the servers' figures", "give a longer run")
+    is_reported = bool(rates.any())
+    if not is_reported:
+        rates = generated / busy_s
+    used = (running > 0) & (rates > 0)
+    if not used.any():
+        raise DataError("the servers of the run reported no running samples", "give a longer run")
+    decode = _straight_line(running[used] / servers, (running / rates)[used], step_s[used])
+    if not is_reported:
+        return decode, PrefillCosts(0.0)
+    decode_s = generated.sum() / np.average(rates[used], weights=step_s[used])
+    prefill_s = servers * max(0.0, busy_s.sum() - decode_s)
+    return decode, PrefillCosts(float(prefill_s / (prefilled_share * generated.sum())))
+
+
+def _straight_line(running: np.ndarray, seconds: np.ndarray, weights: np.ndarray) -> DecodeCosts:
+    """Fits seconds of a decode step = a + b * running samples, neither negative."""
+    mean, mean_s = np.average(running, weights=weights), np.average(seconds, weights=weights)
+    spread = np.average((running - mean) ** 2, weights=weights)
     slope = 0.0
-    if running.std() > 0:
-        slope = float(np.cov(running, seconds, bias=True)[0, 1] / running.var())
-    slope = min(max(slope, 0.0), float(seconds.mean() / running.mean()))
-    return DecodeCosts(float(seconds.mean() - slope * running.mean()), slope, 0.0)
-
-
-def _prefill(scalars: _Scalars, servers: int, num_tokens: float) -> PrefillCosts:
-    """Returns the busy time of the servers beyond decoding, for each prefilled token."""
-    step_s = scalars.all("perf/time/step_s")
-    idle = scalars.all("perf/engine_idle_fraction")
-    generated = scalars.all("perf/generate_tokens_per_s")
-    rates = [rate for rate in scalars.counted("engine/decode_tokens_per_s") if rate > 0]
-    counted = list(zip(step_s, idle, generated, strict=False))[WARM_UP_STEPS:]
-    busy_s = servers * sum(seconds * (1 - share) for seconds, share, _ in counted)
-    decode_s = servers * sum(seconds * rate for seconds, _, rate in counted)
-    decode_s /= statistics.fmean(rates)
-    share = sum(seconds for seconds, _, _ in counted) / sum(step_s)
-    return PrefillCosts(max(0.0, busy_s - decode_s) / (share * num_tokens))
+    if spread > 0:
+        slope = np.average((running - mean) * (seconds - mean_s), weights=weights) / spread
+    slope = min(max(slope, 0.0), mean_s / mean)
+    return DecodeCosts(float(mean_s - slope * mean), float(slope), 0.0)
 
 
 def _train(scalars: _Scalars, config: Config) -> TrainCosts:

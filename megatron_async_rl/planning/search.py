@@ -23,7 +23,7 @@ from megatron_async_rl.planning.predict import Load, Prediction, bounds, predict
 NUM_SIMULATED = 5  # splits
 GRAPH_BATCH = 256  # SGLang captures decode graphs up to this batch if cuda_graph_max_bs is not set
 FREE_SHARE = 0.1  # of the trainer's GPU memory: CUDA context, NCCL, fragmentation
-GAIN = 1.01  # a change that gains less is not proposed
+GAIN = 1.01  # of two that differ by less, the one with less staleness is better
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,10 @@ def search(
     load: Load,
     report: Callable[[str], None],
 ) -> list[Candidate]:
-    """Returns simulated candidates, the best first; `report` gets a text before each simulation."""
+    """Returns simulated candidates, the best first; `report` gets a text before each simulation.
+
+    The best has the least staleness of those that train nearly the most tokens/s.
+    """
 
     def rank(config: Config) -> float:
         generation, training = bounds(config, costs_of(config), load)
@@ -118,10 +121,10 @@ def search(
         rollout = replace(best.config.rollout, max_concurrent_samples=concurrent)
         candidates.append(simulated(replace(best.config, rollout=rollout)))
     candidates.sort(key=_rate, reverse=True)
-    first = candidates[0]
-    if first is not best and _rate(first) < GAIN * _rate(best):
-        candidates.remove(best)
-        candidates.insert(0, best)
+    nearly_as_fast = [one for one in candidates if GAIN * _rate(one) >= _rate(candidates[0])]
+    best = min(nearly_as_fast, key=lambda one: one.prediction.mean_staleness)
+    candidates.remove(best)
+    candidates.insert(0, best)
     return candidates
 
 

@@ -183,6 +183,14 @@ def test_costs_are_those_of_the_records(folder: Path) -> None:
     assert double.train.seconds([25] * 16) == pytest.approx((0.05, 0.15))
 
 
+def test_without_a_rate_of_decoding_the_busy_time_counts(folder: Path) -> None:
+    """100 tokens/s in three quarters of the time, whatever the number of samples: a CPU."""
+    measured = calibration.read(write_run(folder, **{"engine/decode_tokens_per_s": 0.0}))
+    for running in (5, 10):
+        rate = SERVERS * measured.costs.decode.tokens_per_s(running, 0)
+        assert rate == pytest.approx(100 / 0.75)
+
+
 def test_filtered_groups_count_as_dropped(folder: Path) -> None:
     run_dir = write_run(folder, **{"drops/filtered_groups": 8.0})
     assert calibration.read(run_dir).load.dropped_fraction == pytest.approx(0.5)
