@@ -191,3 +191,17 @@ def test_logprobs_of_input_tokens_are_those_of_a_prefill(engine: Engine, start: 
         wanted = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         assert version == 0
         np.testing.assert_allclose(logprobs, wanted.numpy()[start - 1 :], atol=1e-3)
+
+
+def test_server_reports_what_leases_and_metrics_need(engine: Engine) -> None:
+    load = engine.runner.run(engine.generator._client.load())
+    assert set(load) == {
+        "running_requests",
+        "queued_requests",
+        "kv_use_fraction",
+        "kv_capacity_tokens",
+        "cache_hit_fraction",
+        "decode_tokens_per_s",
+    }
+    assert load["kv_capacity_tokens"] == CPU_ENGINE["max_total_tokens"]
+    assert 0 <= load["kv_use_fraction"] <= 1 and load["queued_requests"] == 0
