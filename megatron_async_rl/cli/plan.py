@@ -102,14 +102,22 @@ def _analytic(
             "take the costs from a finished run with --calibrate RUN_DIR",
         )
     longest = config.rollout.max_new_tokens
-    mean = options.mean_tokens or longest // DEFAULT_MEAN_SHARE
+    room = config.model.context_tokens - longest
+    mean, prompt = options.mean_tokens, options.prompt_tokens
+    mean = longest // DEFAULT_MEAN_SHARE if mean is None else mean
+    prompt = min(DEFAULT_PROMPT_TOKENS, room) if prompt is None else prompt
     if not 1 <= mean <= longest:
         raise ConfigError(
             f"--mean-tokens = {mean} is not from 1 to rollout.max_new_tokens = {longest}",
             "give the mean length of a response",
         )
-    room = config.model.context_tokens - longest
-    prompt = options.prompt_tokens or min(DEFAULT_PROMPT_TOKENS, room)
+    if not 1 <= prompt <= room:
+        raise ConfigError(
+            f"--prompt-tokens = {prompt} is not from 1 to {room}, the room that "
+            f"rollout.max_new_tokens = {longest} leaves in model.context_tokens = "
+            f"{config.model.context_tokens}",
+            "give the mean length of a prompt",
+        )
     console.print(
         f"{gpu.name}; responses: log-normal, mean {mean}, at most {longest} tokens; prompts: "
         f"{prompt} tokens (--mean-tokens, --prompt-tokens, or --calibrate RUN_DIR)"

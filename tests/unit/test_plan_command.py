@@ -107,6 +107,7 @@ def test_part_of_a_fleet_predicts_the_whole(folder: Path) -> None:
         ),
         (["--gpu", "b200"], {}, ["--gpu = b200", "h100, h200, h800", "--calibrate"]),
         (["--mean-tokens", "65"], {}, ["--mean-tokens = 65", "rollout.max_new_tokens = 64"]),
+        (["--prompt-tokens", "65"], {}, ["--prompt-tokens = 65", "model.context_tokens = 128"]),
         ([], {"sglang.device": "cpu"}, ["sglang.device = cpu", "--calibrate RUN_DIR"]),
         ([], {"run.mode": "rollout_only"}, ["run.mode = rollout_only", "set run.mode=train"]),
         (["--calibrate", "/nowhere"], {}, ["--calibrate = /nowhere", "give the run.dir"]),
