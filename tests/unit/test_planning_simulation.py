@@ -117,6 +117,17 @@ def test_full_kv_cache_makes_samples_wait_and_loses_none() -> None:
     assert all(step.kv_use <= 1 + 1e-6 for step in found)
 
 
+def test_leases_by_kv_cache_retract_less() -> None:
+    retracted = []
+    for limit in (None, 0.9):
+        settings = core_settings(max_staleness=2, steps=20, max_new_tokens=64, kv_lease_limit=limit)
+        costs = replace(COSTS, kv_tokens=100.0)
+        simulation = Simulation(workload(UNEQUAL, settings=settings), costs)
+        assert len(list(simulation.steps())) == 20
+        retracted.append(simulation.servers["rollout-0"].num_retracted)
+    assert retracted[1] < retracted[0] / 2
+
+
 def test_dropped_groups_are_generated_and_not_trained() -> None:
     settings = core_settings(max_staleness=2, steps=60, max_new_tokens=64)
     found = steps(workload(settings=settings, dropped_fraction=0.5))
