@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
@@ -29,7 +30,7 @@ def device() -> torch.device:
 def init_parallel(config: Config) -> None:
     """Joins the other ranks that torchrun started, creates Megatron's groups, seeds all generators.
 
-    After mpu.destroy_model_parallel() a second call creates the groups again. Raises ConfigError if
+    After leave_parallel() a second call creates the groups again. Raises ConfigError if
     the number of ranks is not that of the configured layout.
     """
     torch.set_num_threads(config.trainer.cpu_threads)
@@ -72,6 +73,14 @@ def init_parallel(config: Config) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def leave_parallel() -> None:
+    """Ends Megatron's process groups, with the threads that each of them has; collective."""
+    dist.barrier()
+    mpu.destroy_model_parallel()
+    for group in [group for group in c10d._world.pg_map if group is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
 
 
 def context_parallel_sum(x: Tensor) -> Tensor:

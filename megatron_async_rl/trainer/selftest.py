@@ -83,7 +83,7 @@ def gradients(config: Config) -> tuple[dict[str, float], dict[str, Any]]:
     from megatron_async_rl.weights.reshard import hf_tensors
 
     if mpu.model_parallel_is_initialized():
-        mpu.destroy_model_parallel()
+        parallel.leave_parallel()
     parallel.init_parallel(config)
     policy = build.build(config)
     batch = samples(config.trainer_ranks * _SAMPLES_PER_RANK, config.run.seed)

@@ -10,6 +10,7 @@ Call `install()` before the first import of megatron.core.
 | rng_tracker | the CUDA RNG tracker forks torch's CPU generator                     | no CUDA   |
 | moe_splits  | split sizes of the MoE all-to-all become numpy on a CPU too          | no CUDA   |
 | uneven_tp   | gathers and scatters unevenly split tokens of expert TP over gloo    | no CUDA   |
+| gloo_device | all gloo groups of a process share one device and its thread         | no CUDA   |
 | retarget    | constants 'cuda', 'torch.cuda.FloatTensor' of listed functions       | no CUDA   |
 
 Each patch checks that the code it replaces is still there and raises DriftError otherwise, so a new
@@ -32,6 +33,8 @@ from typing import Any
 
 import torch
 from patch_checks import DriftError, core_module, require
+
+from megatron_cpu import gloo_device
 
 _installed = False
 
@@ -62,6 +65,7 @@ def install() -> None:
         _rng_tracker()
         _moe_splits()
         _uneven_tp()
+        gloo_device.install()
         _retarget()
     _installed = True
 

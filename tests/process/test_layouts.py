@@ -188,6 +188,10 @@ def with_stacked_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return out
 
 
+# Model of the layouts that are compared with this one; of all others qwen3.
+FAMILIES = {"tied": "qwen2", "moe": "qwen3_moe", "replay": "qwen3_moe"}
+
+
 def replay_experts(model: Any, sample: TrainSample) -> None:
     """Has the routers of transformers choose the sample's experts; at its last token their own."""
     experts = torch.from_numpy(sample.experts).long().view(len(sample.ids), 4, 2)
@@ -278,9 +282,7 @@ def test_weights_after_a_step_do_not_depend_on_the_layout(
     layout_folder: Path, results: dict[str, Any], layout: str
 ) -> None:
     want = load(layout_folder / f"weights {LAYOUTS[layout]}.pt")
-    family = {"tied": "qwen2", "moe": "qwen3_moe", "replay": "qwen3_moe"}.get(
-        LAYOUTS[layout], "qwen3"
-    )
+    family = FAMILIES.get(LAYOUTS[layout], "qwen3")
     before = load_file(layout_folder / "models" / family / "model.safetensors")
     moved = {n: want[n] - before[n] for n in want}
     assert min(m.abs().max().item() for m in moved.values()) > 0
@@ -318,10 +320,13 @@ def test_probe_has_the_logprobs_of_the_starting_weights(
 ) -> None:
     batch = global_batch()
     for name, values in results["probe"].items():
-        model = hf_model(layout_folder / "models" / ("qwen2" if "tied" in name else "qwen3"))
+        reference = LAYOUTS.get(name, name)
+        model = hf_model(layout_folder / "models" / FAMILIES.get(reference, "qwen3"))
         want = np.full(len(values), np.nan)
         for sample in (batch[number] for number in PROBED):
             ids, slots = torch.from_numpy(sample.ids).long(), sample.probe_slots()
+            if reference == "replay":
+                replay_experts(model, sample)
             with torch.no_grad():
                 logits = model(input_ids=ids[None]).logits[0] / TEMPERATURE
             logprobs = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0].numpy()

@@ -146,7 +146,7 @@ def start(config: Any) -> TrainerModel:
         mpu.get_expert_tensor_parallel_world_size(),
     ]:
         if mpu.model_parallel_is_initialized():
-            mpu.destroy_model_parallel()
+            parallel.leave_parallel()
         parallel.init_parallel(config)
     return build(config)
 

@@ -30,7 +30,7 @@ if __name__ == "__main__":
     for item in json.loads((run_dir / "work.json").read_text()):
         settings = configuration.from_tree(item["config"])
         if mpu.model_parallel_is_initialized():
-            mpu.destroy_model_parallel()
+            parallel.leave_parallel()
         parallel.init_parallel(settings)
         _, shape, modules = build.build_modules(settings)
         socket = None

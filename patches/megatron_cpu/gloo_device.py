@@ -1,0 +1,33 @@
+"""All gloo process groups of a process share one device, with one thread and one listening socket.
+
+torch gives each group a device of its own, whose thread wakes up 100 times a second to look for
+events. Of 60 groups, about as many as Megatron creates in every rank, that takes 4 % of a core.
+"""
+
+from __future__ import annotations
+
+import functools
+from datetime import timedelta
+from typing import Any
+
+from patch_checks import require
+from torch.distributed import distributed_c10d as c10d
+
+
+def install() -> None:
+    """Replaces the class by which torch.distributed creates gloo groups."""
+    require(c10d, "ProcessGroupGloo")
+    gloo = c10d.ProcessGroupGloo
+    require(gloo, "_Options", "create_default_device")
+    require(gloo._Options, "_devices", "_timeout")
+    device = functools.cache(gloo.create_default_device)
+
+    class SharedDeviceGloo(gloo):  # type: ignore[misc, valid-type]
+        def __init__(
+            self, store: Any, rank: int, size: int, timeout: timedelta = c10d.default_pg_timeout
+        ) -> None:
+            options = gloo._Options()
+            options._timeout, options._devices = timeout, [device()]
+            super().__init__(store, rank, size, options)
+
+    c10d.ProcessGroupGloo = SharedDeviceGloo
