@@ -52,6 +52,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.take(self.core.handle(inputs.RewardJoined("reward-0", 8), 0.0))
 
     def take(self, actions: list[Action]) -> None:
+        self.check_kv_cache(actions)
         for action in actions:
             if isinstance(action, SendBatch):
                 self.check_batch(action)
@@ -59,6 +60,22 @@ class CoreMachine(RuleBasedStateMachine):
                 self.leases.append((action.worker, action.message))
             elif isinstance(action, Send) and isinstance(action.message, ScoreRequest):
                 self.scores.append((action.worker, action.message))
+
+    def check_kv_cache(self, actions: list[Action]) -> None:
+        """The samples of a server with several groups are expected to fit into its KV cache.
+
+        The prompt of the group leased last may exceed it.
+        """
+        sent = [a for a in actions if isinstance(a, Send) and isinstance(a.message, Generate)]
+        for action in sent:
+            server = self.core.fleet.rollout[action.worker]
+            lease = action.message
+            leased = [a.message for a in sent if a.worker == action.worker]
+            if server.kv_tokens is None or server.load == len(leased[0].indices):
+                continue  # not known, or it had no sample
+            tokens = server.load * self.core.state.lengths.running_tokens + server.prompt_tokens
+            assert not server.has_pressure
+            assert tokens - len(lease.prompt.ids) <= server.kv_tokens + 1e-9
 
     def check_batch(self, batch: SendBatch) -> None:
         assert self.batch is None and batch.version == self.core.version

@@ -51,9 +51,8 @@ class Leases:
         sends = []
         oldest_allowed = self._state.version - self._settings.max_staleness
         while group := self._state.queued.next(self._fleet.max_room(oldest_allowed), "train"):
-            server = self._fleet.free_server(len(group.missing), oldest_allowed)
-            assert server, "max_room and free_server differ"
-            sends.append(self.lease_to(server, group, now))
+            if server := self._free_server(len(group.missing), oldest_allowed):
+                sends.append(self.lease_to(server, group, now))
         return sends
 
     def admit(self, now: float) -> list[Send]:
@@ -61,11 +60,19 @@ class Leases:
         settings, sends = self._settings, []
         while self.next_step < settings.steps:
             oldest_allowed = self.next_step - settings.max_staleness
-            server = self._fleet.free_server(settings.samples_per_prompt, oldest_allowed)
+            server = self._free_server(settings.samples_per_prompt, oldest_allowed)
             if server is None:
                 break
             sends.append(self.lease_to(server, self._state.admit(), now))
         return sends
+
+    def _free_server(self, num_samples: int, oldest_allowed: int) -> RolloutWorker | None:
+        """Returns the least loaded server that is not full by the present expectation either."""
+        while server := self._fleet.free_server(num_samples, oldest_allowed):
+            self.kv_limit.update(server)
+            if not server.is_full:
+                return server
+        return None
 
     def lease_to(self, server: RolloutWorker, group: Group, now: float) -> Send:
         """Leases the missing samples of a queued group to a server that has room."""
