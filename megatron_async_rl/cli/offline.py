@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import msgspec
@@ -37,24 +36,24 @@ def replay(paths: list[Path], config_path: Path | None, overrides: list[str]) ->
     sampled = configuration.load(config_path, overrides)
     check_trained_distribution(sampled)
     tree = msgspec.to_builtins(sampled)
-    with tempfile.TemporaryDirectory() as folder:
-        tree["run"]["dir"] = folder  # a step that fails again keeps its batch here
+    with processes.temporary_folder() as folder:
+        tree["run"]["dir"] = str(folder)  # a step that fails again keeps its batch here
         config = configuration.from_tree(tree)
-        return _run_ranks(config, Path(folder), "replay", *(str(path.resolve()) for path in paths))
+        return run_ranks(config, folder, "replay", *(str(path.resolve()) for path in paths))
 
 
 def selftest(config: Config) -> int:
     """Checks the hooks, then compares the layout with TP1 PP1 CP1, on a small model."""
     passed = hook_checks.check_hooks(config, lambda line: print(line, flush=True))
     model = json.dumps(small_model(config))
-    with tempfile.TemporaryDirectory() as folder:
-        model_dir = Path(folder) / "model"
+    with processes.temporary_folder() as folder:
+        model_dir = folder / "model"
         model_dir.mkdir()
         (model_dir / "config.json").write_text(model)
-        return _run_ranks(config, Path(folder), "selftest", str(model_dir)) or int(not passed)
+        return run_ranks(config, folder, "selftest", str(model_dir)) or int(not passed)
 
 
-def _run_ranks(config: Config, folder: Path, module: str, *arguments: str) -> int:
+def run_ranks(config: Config, folder: Path, module: str, *arguments: str) -> int:
     """Runs a module of trainer/ on all ranks; prints their errors, returns torchrun's exit code."""
     path = folder / "config.yaml"
     path.write_text(configuration.dump(config))
@@ -64,6 +63,7 @@ def _run_ranks(config: Config, folder: Path, module: str, *arguments: str) -> in
     env = os.environ | {
         "PYTHONPATH": processes.python_path(),
         "OMP_NUM_THREADS": str(config.trainer.cpu_threads),
+        **processes.temporary_environment(folder),
     }
     done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True)
     errors = dict.fromkeys(re.findall(r"^error: .*(?:\n  .*)*", done.stderr, re.MULTILINE))

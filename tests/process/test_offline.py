@@ -50,15 +50,6 @@ def command(
     )
 
 
-def test_replay_trains_a_saved_batch_without_servers(run_dir: Path) -> None:
-    batches.save(run_dir / "refused" / "v4-replica0.npz", 4, make_train_samples(16))
-    done = command("replay", str(run_dir / "refused" / "v4-replica0.npz"))
-    assert done.returncode == 0, done.stderr
-    figures = dict(line.split() for line in done.stdout.splitlines()[1:])
-    assert float(figures["train/tokens"]) == sum(len(s.ids) - 2 for s in make_train_samples(16))
-    assert float(figures["train/grad_norm"]) > 0
-
-
 OWN = """
 import numpy as np
 
@@ -133,12 +124,6 @@ def test_replay_rejects_batches_of_different_steps(run_dir: Path, tmp_path: Path
         str(run_dir / "config.yaml"),
     )
     assert done.returncode != 0 and "versions [1, 2]" in done.stderr
-
-
-def test_selftest_of_a_layout_agrees_with_one_rank(run_dir: Path) -> None:
-    done = command("selftest", str(run_dir / "config.yaml"), "trainer.data_parallel_size=2")
-    assert done.returncode == 0, done.stderr
-    assert "\n4 ranks" in done.stdout and "25 of 25 gradients agree" in done.stdout
 
 
 def test_selftest_of_an_interleaved_pipeline_agrees(run_dir: Path) -> None:
