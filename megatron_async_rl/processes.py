@@ -216,6 +216,8 @@ def python_path() -> str:
 def _signal_group(child: subprocess.Popen[bytes], signum: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signum)
+        if signum == signal.SIGTERM:
+            os.killpg(child.pid, signal.SIGCONT)  # a suspended process gets it when it continues
 
 
 def _group_is_alive(child: subprocess.Popen[bytes]) -> bool:

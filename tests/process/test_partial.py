@@ -130,7 +130,7 @@ def test_partial_samples_resume_after_a_killed_controller_and_job(
     child = start_run(path)
     watch = Descendants(child.pid)
     try:
-        wait_for_version(run_dir, 0)
+        wait_for_version(run_dir, 0, child=child)
         wait_for_partial_samples(run_dir, start=0)
         controller = next(
             p

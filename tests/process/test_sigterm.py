@@ -123,3 +123,10 @@ def test_rank_ends_by_sigterm_of_its_parent_only() -> None:
         rank.wait(1)
     rank.terminate()
     assert rank.wait(5) == 128 + signal.SIGTERM
+
+
+def test_suspended_process_ends_without_the_grace_period(tmp_path: Path) -> None:
+    child = processes.start(["sleep", "60"], tmp_path / "log")
+    os.kill(child.pid, signal.SIGSTOP)
+    processes.stop([child], 20.0)
+    assert child.returncode == -signal.SIGTERM  # it got the signal; SIGKILL was not needed

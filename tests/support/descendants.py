@@ -29,7 +29,7 @@ class Descendants:
     def _watch(self) -> None:
         while not self._over.is_set():
             self.look()
-            self._over.wait(0.05)
+            self._over.wait(0.2)  # each look reads all of /proc
 
     def look(self) -> set[psutil.Process]:
         try:

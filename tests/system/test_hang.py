@@ -31,7 +31,7 @@ def test_hung_server_is_replaced(tmp_path: Path) -> None:
     watch = Descendants(child.pid)
     log = run_dir / "logs" / "controller.log"
     try:
-        wait_for_version(run_dir, 1)
+        wait_for_version(run_dir, 1, child=child)
         deadline = time.monotonic() + START_TIMEOUT_S
         ours = {p.pid for p in watch.look()}
         named = psutil.process_iter(["cmdline"])
@@ -49,7 +49,7 @@ def test_hung_server_is_replaced(tmp_path: Path) -> None:
             time.sleep(0.1)
         # detected by a probe, or by the timeout of an update
         assert "the SGLang server hangs" in words or "within weights.update_timeout_s" in words
-        wait_for_version(run_dir, at + 8)  # more batches than were buffered
+        wait_for_version(run_dir, at + 8, child=child)  # more batches than were buffered
     finally:
         child.send_signal(signal.SIGINT)
         child.communicate(timeout=60)

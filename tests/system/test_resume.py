@@ -67,7 +67,7 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
         evaluation={"sets": {}},
     )
     child = start_run(path)
-    wait_for_version(run_dir, EVERY + 1)
+    wait_for_version(run_dir, EVERY + 1, child=child)
     while not checkpoints.list_manifests(run_dir):  # it is written while training continues
         assert child.poll() is None
         time.sleep(0.05)
@@ -80,7 +80,7 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     time.sleep(1)
     before = digests(run_dir)
     killed_at = read_status(run_dir).version
-    wait_for_version(run_dir, killed_at + 3)
+    wait_for_version(run_dir, killed_at + 3, child=child)
 
     os.kill(child.pid, signal.SIGKILL)  # the kernel then ends every process of the run
     child.communicate()

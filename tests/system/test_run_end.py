@@ -50,7 +50,7 @@ def test_restart_limit_and_second_sigterm_end_the_run(tmp_path: Path) -> None:
     )
     child = start_run(path)
     watch = Descendants(child.pid)
-    wait_for_version(run_dir, 1)
+    wait_for_version(run_dir, 1, child=child)
     first = kill_one(watch, "reward")
     kill_one(watch, "reward", not_pid=first)
     _, errors = child.communicate(timeout=60)
@@ -61,7 +61,7 @@ def test_restart_limit_and_second_sigterm_end_the_run(tmp_path: Path) -> None:
     trained = read_status(run_dir).version
     child = start_run(path)
     watch = Descendants(child.pid)
-    wait_for_version(run_dir, trained + 1, states=("training",))
+    wait_for_version(run_dir, trained + 1, ("training",), child)
     for process in running_processes(watch, "trainer"):
         process.suspend()  # so that no checkpoint is saved before the second signal
     child.send_signal(signal.SIGTERM)

@@ -29,7 +29,7 @@ def test_stopped_processes_are_one_error_with_all_stacks(tmp_path: Path) -> None
     child = start_run(path)
     watch = Descendants(child.pid)
     try:
-        wait_for_version(run_dir, 2)
+        wait_for_version(run_dir, 2, child=child)
         stopped_at = time.monotonic()
         for process in watch.look():
             if process.is_running() and not {"controller", "trainer.torchrun"} & _words(process):
