@@ -251,6 +251,7 @@ class Controller:
         else:
             stats = step.stats | self.lengths.step() | self.scores.step()
             stats |= self.mismatch.step(step.version - 1) | self.engines.step()
+            stats["rollout/expected_kv_tokens"] = self.core.state.lengths.running_tokens
             self.journal.append([self.progress.step_done(step.version, stats)])
             self.lengths.check(self.progress.warn)
             self.signal.check_step(stats, self.progress.warn)
