@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -82,7 +83,7 @@ def _observed(config: Config, folder: Path) -> Config:
     """Returns the configuration of a server whose operations are written below `folder`."""
     python = engine_python()
     known = installed.engine_settings(python).settings if python else {}
-    own = {key: value for key, value in _OBSERVABLE.items() if key in known}
+    own: dict[str, Any] = {key: value for key, value in _OBSERVABLE.items() if key in known}
     own["debug_tensor_dump_output_folder"] = str(folder / files.ENGINE_FOLDER)
     tree = msgspec.to_builtins(config)
     tree["sglang"] |= {key: value for key, value in own.items() if key not in tree["sglang"]}
