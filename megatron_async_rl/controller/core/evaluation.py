@@ -106,15 +106,11 @@ class Evaluation:
         return [actions.FinishEvaluation(self.version, abandoned)]
 
     def _fits(self, line: EvalLine) -> bool:
-        if self.mode == "mixed":
-            return line.has_share
-        held = self.mode == "held_server"
-        return line.version == self.version and line.is_held == held
+        return line.has_share if self.mode == "mixed" else self._is_chosen(line)
 
     def _may_use(self, server: RolloutWorker) -> bool:
-        if not server.is_serving:
-            return False
-        if self.mode == "mixed":
-            return True
-        held = self.mode == "held_server"
-        return server.version == self.version and server.is_held == held
+        return server.is_serving and (self.mode == "mixed" or self._is_chosen(server))
+
+    def _is_chosen(self, place: EvalLine | RolloutWorker) -> bool:
+        """Whether the samples of an exact version may run there."""
+        return place.version == self.version and place.is_held == (self.mode == "held_server")
