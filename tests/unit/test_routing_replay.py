@@ -289,9 +289,15 @@ def replaying(folder: Path, model: dict[str, Any], **changes: Any) -> Config:
 
 def test_published_models_take_a_byte_per_layer_and_expert(tmp_path: Path) -> None:
     found = replayed_routing(replaying(tmp_path, MOE_235B | {"num_experts_per_tok": 8}))
-    assert found == Routing(94, 8, 128)
-    assert found.width * found.dtype.itemsize == 752
+    assert found == Routing(94, 8, 128) and found.width * found.dtype.itemsize == 752
     assert Routing(61, 8, 384).dtype == np.uint16
+
+
+def test_number_of_experts_is_read_as_transformers_5_writes_it(tmp_path: Path) -> None:
+    written = MOE_235B | {"num_experts_per_tok": 8, "num_local_experts": 64}
+    del written["num_experts"]
+    found = replayed_routing(replaying(tmp_path, written))
+    assert found and found.num_experts == 64
 
 
 @pytest.mark.parametrize(
