@@ -143,7 +143,7 @@ class Controller:
                 self.progress.restore(event)
         if any(isinstance(event, events.GroupAdmitted) for event in recorded):
             self.core.handle(inputs.AdmissionOpened(), time.monotonic())
-            ledger = self.core.ledger.table(self.core.pending)
+            ledger = self._ledger()
             self.progress.resumed(self.core.version, ledger, self.core.state.in_batch)
             self.progress.begin_training()
         self.workers.timeline.begin(self.core.version)
@@ -170,11 +170,11 @@ class Controller:
             reason = "the run is complete"
         except Preempted as e:
             reason = str(e)
-            self.progress.end("stopped", reason)
+            self.progress.end("stopped", reason, self._ledger())
             raise
         except Error as e:
             reason = f"the controller stops: {e}"
-            self.progress.end("failed", str(e))
+            self.progress.end("failed", str(e), self._ledger())
             raise
         finally:
             for task in tasks:
@@ -245,7 +245,7 @@ class Controller:
                 logger.error("%s", action.error)
 
     def _report_step(self, step: actions.ReportStep) -> None:
-        self.progress.ledger = self.core.ledger.table(self.core.pending)
+        self.progress.ledger = self._ledger()
         if step.stats is None:
             self.progress.replayed(step.version, self.core.version)
         else:
@@ -284,7 +284,7 @@ class Controller:
             await self.queue.submit(inputs.Tick())
             self._check_stall()
             await self.evaluations.check()
-            progress.ledger = core.ledger.table(core.pending)
+            progress.ledger = self._ledger()
             names = [worker.name for worker in self.workers]
             progress.lost = [name for name in names if not self.handlers.is_trusted(name)]
             if self.journal.error:
@@ -318,8 +318,7 @@ class Controller:
         await self.queue.submit(inputs.RunEnded())
         await self.saving.finished()
         await self.journal.durable()
-        self.progress.ledger = self.core.ledger.table(self.core.pending)
-        self.progress.end("finished", "")
+        self.progress.end("finished", "", self._ledger())
 
     async def _drain(self, preempted: asyncio.Event) -> None:
         """At SIGTERM lets rollout workers return their tokens and the trainer save.
@@ -344,6 +343,9 @@ class Controller:
         """At SIGINT, which the launcher sends for Ctrl-C, raises Preempted: nothing is awaited."""
         await interrupted.wait()
         raise Preempted("stopped at once; run it again to continue")
+
+    def _ledger(self) -> dict[str, int]:
+        return self.core.ledger.table(self.core.pending)
 
     def _check_stall(self) -> None:
         """Raises Error if nothing was generated or trained for run.no_progress_timeout_s."""

@@ -256,8 +256,8 @@ class Progress:
             status.fleet += [ServerStatus(name, "not connected", -1, 0) for name in missing]
         self._record(self._log.write_status, status)
 
-    def end(self, state: RunState, message: str) -> None:
-        self.state, self.message = state, message
+    def end(self, state: RunState, message: str, ledger: dict[str, int]) -> None:
+        self.state, self.message, self.ledger = state, message, ledger
         self.write(Fleet())
 
     def _record(self, write: Callable[..., None], *values: Any) -> None:
