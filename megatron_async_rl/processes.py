@@ -18,6 +18,7 @@ import faulthandler
 import itertools
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,7 +181,7 @@ def temporary_folder() -> Iterator[Path]:
     for them: the path of a socket has at most 107 bytes, and a shared disk may refuse sockets.
     """
     folder = tempfile.mkdtemp(prefix="marl-")
-    # The pipe closes when this process ends. Processes that die with it may still write.
+    # for a kill of this process, which closes the pipe; others that die with it may still write
     script = 'trap "" INT TERM HUP; cat; rm -rf "$0" || { sleep 1; rm -rf "$0"; }'
     remover = subprocess.Popen(
         ["/bin/sh", "-c", script, folder],
@@ -192,6 +193,8 @@ def temporary_folder() -> Iterator[Path]:
     try:
         yield Path(folder)
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(remover.pid, signal.SIGKILL)  # it may be stopped
         remover.communicate()
 
 
