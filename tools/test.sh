@@ -25,6 +25,7 @@ set_up_python() {
   eval "$environments"
   export MEGATRON_ASYNC_RL_ENGINE_PYTHON
   export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+  unset PYTHONDONTWRITEBYTECODE  # each process would compile the whole package again
   python=$MEGATRON_ASYNC_RL_PYTHON
 }
 
