@@ -45,7 +45,8 @@ from megatron_async_rl.trainer import parallel, step
 from megatron_async_rl.trainer.data.microbatch import Packing, pack
 from megatron_async_rl.trainer.model import build
 
-LAYERS, EXPERTS, TOP_K, NEW_TOKENS = 4, 16, 4, 48
+LAYERS, EXPERTS, NEW_TOKENS = 4, 16, 48
+ROUTER_SCALE = 0.02
 
 
 def main() -> None:
@@ -55,13 +56,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--engine-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--samples", type=int, default=48)
-    parser.add_argument("--train-steps", type=int, default=60)
+    parser.add_argument("--top-k", type=int, default=2, help="of 16 experts")
+    parser.add_argument("--train-steps", type=int, default=120)
     arguments = parser.parse_args()
-    for name, steps in (("random", 0), ("trained", arguments.train_steps)):
+    models = {"random": 0, "trained": arguments.train_steps}
+    models["trained, router too"] = arguments.train_steps
+    for name, steps in models.items():
         out = arguments.out / name
         for folder in ("logs", "keys"):
             (out / folder).mkdir(parents=True)
-        make_model(out / "model", steps)
+        make_model(out / "model", arguments.top_k, steps, frozen="router" not in name)
         config = make_config(out, arguments.engine_dtype, "fp32")
         samples = asyncio.run(sample(config, out, arguments.samples))
         for precision in ("fp32", "bf16"):
@@ -70,8 +74,12 @@ def main() -> None:
                 print(json.dumps(setting | row), flush=True)
 
 
-def make_model(folder: Path, steps: int) -> None:
-    """Writes a model; its weights are random, or trained for some steps."""
+def make_model(folder: Path, top_k: int, steps: int, frozen: bool) -> None:
+    """Writes a model; its weights are random, or trained for some steps.
+
+    frozen: the routers keep their small random weights, so that many experts nearly tie, as they do
+    where a load-balancing loss keeps them even.
+    """
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     model = Qwen3MoeForCausalLM(
@@ -82,7 +90,7 @@ def make_model(folder: Path, steps: int) -> None:
             moe_intermediate_size=64,
             num_hidden_layers=LAYERS,
             num_experts=EXPERTS,
-            num_experts_per_tok=TOP_K,
+            num_experts_per_tok=top_k,
             norm_topk_prob=True,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -96,6 +104,8 @@ def make_model(folder: Path, steps: int) -> None:
             dtype="float32",
         )
     )
+    for layer in model.model.layers if steps and frozen else ():
+        torch.nn.init.normal_(layer.mlp.gate.weight, std=ROUTER_SCALE).requires_grad_(False)
     optimizers, rng = make_optimizers(model), random.Random(0)
     problems = draw_problems("train", 0)
     for _ in range(steps):
@@ -176,7 +186,7 @@ def compare(config: Config, samples: list[TrainSample]) -> list[dict[str, Any]]:
             plain = [TrainSample(s.ids, s.logprobs, s.versions, s.advantages) for s in samples]
             packed = pack(plain, 0, Packing.of(model, config))
         totals = step.accumulate_gradients(model, [packed], config)
-        computed = chosen.any(dim=2).any(dim=1)  # by the engine
+        computed = (chosen != 0).any(dim=2).any(dim=1)  # by the engine
         same = [
             used.gather(1, chosen[:, index].long()).all(dim=1)[computed]
             for index, used in enumerate(maps[:LAYERS])
