@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import psutil
 from chaos_parts import namespaces
-from hosts import Host, wait_until
+from hosts import START_S, Host, wait_until
 from whole_runs import RunInputs
 
 from megatron_async_rl.cli import audit
@@ -73,7 +73,7 @@ class Job:
 
     def wait_for_steps(self, steps: int = 2) -> None:
         now = read_status(self.run_dir).version
-        wait_until(lambda: self.trained(now + steps), 100)
+        wait_until(lambda: self.trained(now + steps))
 
     def incarnations(self) -> list[TrainerIncarnation]:
         files = [self.run_dir / FOLDER / name for name in ("trainer-0", "trainer-1")]
@@ -117,7 +117,7 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         a = job.run()
         c = job.serve()
         b = job.join()
-        wait_until(lambda: job.trained(2), 150)
+        wait_until(lambda: job.trained(2))
         say("training")
         first, second = job.incarnations()
         assert (first.number, first.restarts, second.number, second.restarts) == (1, 0, 1, 0)
@@ -125,7 +125,7 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         old = [rank_of(a), rank_of(b)]
         old[1].kill()
         # both ranks end, though one was killed
-        wait_until(lambda: not any(is_running(rank) for rank in old), 20)
+        wait_until(lambda: not any(is_running(rank) for rank in old))
         job.wait_for_steps()
         say("a rank was killed on the second host")
         # counted as one restart, though both nodes lost a rank
@@ -139,7 +139,7 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         job.wait_for_steps()
         say("the second host was lost and joined again")
         # a node that notices the loss late is one incarnation behind until it has
-        wait_until(lambda: len({n.number for n in job.incarnations()}) == 1, 30)
+        wait_until(lambda: len({n.number for n in job.incarnations()}) == 1)
         assert job.incarnations()[0].number >= 3
         assert not is_running(survivor)
 
@@ -164,7 +164,7 @@ def main(model: Path, dataset: Path, folder: Path) -> None:
         a = job.run(f"run.steps={version + 2}")
         c = job.serve()
         b = job.join()
-        assert [host.process.wait(150) for host in (a, b, c)] == [0, 0, 0], a.log.read_text()[
+        assert [host.process.wait(START_S) for host in (a, b, c)] == [0, 0, 0], a.log.read_text()[
             -2000:
         ]
         status = read_status(job.run_dir)

@@ -53,7 +53,7 @@ def test_restart_limit_and_second_sigterm_end_the_run(tmp_path: Path) -> None:
     wait_for_version(run_dir, 1, child=child)
     first = kill_one(watch, "reward")
     kill_one(watch, "reward", not_pid=first)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=120)
     assert child.returncode == 2
     assert "error: reward-0 died 2 times (faults.max_restarts = 1)" in errors
     assert watch.left() == []
@@ -67,6 +67,6 @@ def test_restart_limit_and_second_sigterm_end_the_run(tmp_path: Path) -> None:
     child.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     child.send_signal(signal.SIGTERM)
-    output, _ = child.communicate(timeout=30)
+    output, _ = child.communicate(timeout=60)
     assert child.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in output
     assert watch.left() == []

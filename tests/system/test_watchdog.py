@@ -34,15 +34,15 @@ def test_stopped_processes_are_one_error_with_all_stacks(tmp_path: Path) -> None
         for process in watch.look():
             if process.is_running() and not {"controller", "trainer.torchrun"} & _words(process):
                 process.suspend()
-        _, errors = child.communicate(timeout=90)
+        _, errors = child.communicate(timeout=180)
         assert child.returncode == 2
-        assert 8 < time.monotonic() - stopped_at < 60
+        assert 8 < time.monotonic() - stopped_at < 120
         said = re.search(
             r"error: nothing was generated or trained for (\d+) s "
             r"\(run.no_progress_timeout_s = 8\): (.*)",
             errors,
         )
-        assert said and 8 <= int(said[1]) < 30, errors
+        assert said and 8 <= int(said[1]) < 60, errors
         assert re.search(
             r"waited for the batch of version \d+ for \d+ s|the controller waits for the trainer",
             said[2],
