@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import aiohttp
 import numpy as np
-from bench_publish_setup import SHAPES, make_config, make_model
+from bench_publish_setup import SHAPES, make_config, make_model, make_parser
 from msgspec import structs
 
 from megatron_async_rl.config.sections import SandboxConfig
@@ -54,21 +54,14 @@ CHAT_TEMPLATE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", choices=sorted(SHAPES), default="8b")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--engine-tp", type=int, default=1)
+    parser = make_parser(__doc__)
     parser.add_argument("--sessions", type=int, default=256)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--user-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--sglang", nargs="+", metavar="KEY=VALUE", default=[])
     parser.add_argument("--client", metavar="URL", help="internal: be the clients' process")
-    parser.set_defaults(trainer_tp=1, no_radix_cache=False, interrupts=[])  # for make_config
+    parser.set_defaults(interrupts=[])  # for make_config
     arguments = parser.parse_args()
     arguments.requests = arguments.sessions
     asyncio.run(run_clients(arguments) if arguments.client else benchmark(arguments))

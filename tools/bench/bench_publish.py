@@ -53,7 +53,7 @@ sys.path.insert(0, str(ROOT))
 
 import bench_publish_roles
 from bench_publish_control import Bench
-from bench_publish_setup import SHAPES, make_config, make_model, model_bytes
+from bench_publish_setup import make_config, make_model, make_parser, model_bytes
 
 from megatron_async_rl import processes
 from megatron_async_rl.config import load as configuration
@@ -114,14 +114,8 @@ def table(rows: list[dict[str, Any]], plain: dict[int, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", choices=sorted(SHAPES), default="8b")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser = make_parser(__doc__)
     parser.add_argument("--trainer-tp", type=int, default=1)
-    parser.add_argument("--engine-tp", type=int, default=1)
     parser.add_argument(
         "--engine-gpu",
         type=int,
@@ -138,9 +132,6 @@ def main() -> None:
     )
     parser.add_argument(
         "--no-radix-cache", action="store_true", help="an engine without prefix cache"
-    )
-    parser.add_argument(
-        "--sglang", nargs="+", metavar="KEY=VALUE", default=[], help="settings of the server"
     )
     parser.add_argument(
         "--updates", type=int, default=7, help="per round; every second one verifies digests"

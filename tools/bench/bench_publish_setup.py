@@ -1,4 +1,4 @@
-"""Model, configuration and rounds of updates for tools/bench/bench_publish.py."""
+"""Arguments, model and configuration of the benchmarks with one server, and rounds of updates."""
 
 from __future__ import annotations
 
@@ -63,6 +63,22 @@ class Round:
     wire: str
     interrupt: str
     gap_s: float  # between updates
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser with the arguments that `make_config` reads."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", choices=sorted(SHAPES), default="8b")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--engine-tp", type=int, default=1)
+    parser.add_argument(
+        "--sglang", nargs="+", metavar="KEY=VALUE", default=[], help="settings of the server"
+    )
+    parser.set_defaults(trainer_tp=1, no_radix_cache=False)
+    return parser
 
 
 def rounds(arguments: argparse.Namespace) -> list[Round]:

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-from bench_publish_setup import PROMPT_TOKENS, SHAPES, make_config, make_model
+from bench_publish_setup import PROMPT_TOKENS, SHAPES, make_config, make_model, make_parser
 
 from megatron_async_rl.rollout.engine_client import EngineClient, Sampling
 from megatron_async_rl.rollout.engine_process import SGLangServer
@@ -39,13 +39,7 @@ MODES: dict[str, Literal["retract", "in_place"]] = {"retract": "retract", "keep"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", choices=sorted(SHAPES), default="8b")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--engine-tp", type=int, default=1)
+    parser = make_parser(__doc__)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=2048)
     parser.add_argument(
@@ -53,10 +47,6 @@ def main() -> None:
     )
     parser.add_argument("--pauses", type=int, default=3)
     parser.add_argument("--gap-s", type=float, default=5.0)
-    parser.add_argument(
-        "--sglang", nargs="+", metavar="KEY=VALUE", default=[], help="settings of the server"
-    )
-    parser.set_defaults(trainer_tp=1, no_radix_cache=False)  # read by make_config
     asyncio.run(benchmark(parser.parse_args()))
 
 
