@@ -21,6 +21,13 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# What a family with a bias in its routers may have, of what its config.json can express.
+_BIASED_ROUTER: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("norm_topk_prob", (True, None)),
+    ("n_group", (1, None)),
+    ("topk_group", (1, None)),
+    ("use_qk_norm", (False, None)),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +43,10 @@ class Architecture:
     router_top_k: int = 0
     router_normalizes: bool = True
     """Scale the weights of the selected experts so that they sum to 1."""
+    router_scale: float = 1.0
+    """Factor of the selected experts' weights."""
+    rotary_percent: float = 1.0
+    """Share of each head's elements that RoPE rotates: the first ones."""
 
 
 class HfConfig:
@@ -97,8 +108,7 @@ class HfConfig:
             vocab_size=vocab,
             padded_vocab_size=-(-vocab // vocab_multiple) * vocab_multiple,
             tied=bool(self.raw.get("tie_word_embeddings", False)),
-            num_experts=self._num_experts if family.experts else 0,
-            expert_ffn_hidden_size=self._integer("moe_intermediate_size") if family.experts else 0,
+            **(self._expert_sizes(family) if family.experts else {}),
         )
 
     def architecture(self) -> Architecture:
@@ -115,6 +125,7 @@ class HfConfig:
             ("use_sliding_window", (False, None)),
             ("decoder_sparse_step", (1, None)),
             ("mlp_only_layers", ([], None)),
+            *(_BIASED_ROUTER if family.router_bias else ()),
         ):
             if raw.get(key) not in allowed:
                 raise DataError(
@@ -131,6 +142,10 @@ class HfConfig:
             max_positions=int(raw.get("max_position_embeddings", 4096)),
             router_top_k=int(raw.get("num_experts_per_tok", 0)) if family.experts else 0,
             router_normalizes=bool(raw.get("norm_topk_prob", False)),
+            router_scale=float(raw.get("routed_scaling_factor", 1.0)),
+            rotary_percent=float(
+                rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+            ),
         )
 
     def _check_unquantized(self) -> None:
@@ -154,10 +169,16 @@ class HfConfig:
         name = self.raw.get("dtype") or self.raw.get("torch_dtype")
         return name if isinstance(name, str) else None
 
-    @property
-    def _num_experts(self) -> int:
-        # transformers 5 writes num_local_experts for every family
-        return self._integer("num_experts" if "num_experts" in self.raw else "num_local_experts")
+    def _expert_sizes(self, family: Family) -> dict[str, int]:
+        # transformers 5 writes num_local_experts for most families
+        names = ("num_experts", "n_routed_experts", "num_local_experts")
+        number = next((name for name in names if name in self.raw), names[0])
+        ffn = self._integer("moe_intermediate_size")
+        sizes = {"num_experts": self._integer(number), "expert_ffn_hidden_size": ffn}
+        if family.dense_layer:
+            sizes["shared_ffn_hidden_size"] = ffn * self._integer("n_shared_experts")
+            sizes["num_dense_layers"] = self._integer("first_k_dense_replace")
+        return sizes
 
     @property
     def _rope(self) -> dict[str, Any]:

@@ -103,11 +103,13 @@ def engine_sizes(shape: ModelShape, tp: int) -> Iterator[tuple[str, list[int]]]:
     heads = shape.num_attention_heads // tp * head
     qkv = heads + 2 * max(1, shape.num_query_groups // tp) * head
     for layer in range(shape.num_layers):
-        for name, size in _layer_sizes(shape, tp, heads, qkv):
+        for name, size in _layer_sizes(shape, layer, tp, heads, qkv):
             yield f"model.layers.{layer}.{name}", [size] * tp
 
 
-def _layer_sizes(shape: ModelShape, tp: int, heads: int, qkv: int) -> Iterator[tuple[str, int]]:
+def _layer_sizes(
+    shape: ModelShape, layer: int, tp: int, heads: int, qkv: int
+) -> Iterator[tuple[str, int]]:
     """Yields a layer's tensors. `heads`, `qkv`: rows of the queries and of q, k, v on a rank."""
     hidden, head = shape.hidden_size, shape.kv_channels
     yield "input_layernorm.weight", hidden
@@ -119,9 +121,15 @@ def _layer_sizes(shape: ModelShape, tp: int, heads: int, qkv: int) -> Iterator[t
     if shape.family.qk_norm:
         yield "self_attn.q_norm.weight", head
         yield "self_attn.k_norm.weight", head
-    if shape.num_experts:
+    if shape.num_experts and layer >= shape.num_dense_layers:
         ffn = shape.num_experts * (shape.expert_ffn_hidden_size // tp) * hidden
         yield "mlp.gate.weight", shape.num_experts * hidden
+        if shape.family.router_bias:
+            yield "mlp.gate.e_score_correction_bias", shape.num_experts
+        if shape.shared_ffn_hidden_size:
+            shared = shape.shared_ffn_hidden_size // tp * hidden
+            yield "mlp.shared_experts.gate_up_proj.weight", 2 * shared
+            yield "mlp.shared_experts.down_proj.weight", shared
         yield "mlp.experts.w13_weight", 2 * ffn
         yield "mlp.experts.w2_weight", ffn
     else:

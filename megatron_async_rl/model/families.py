@@ -31,6 +31,8 @@ class Rule:
     split: int | None = None
     """Dimension that tensor parallelism splits; None: every rank holds the whole parameter."""
     join: Join = "one"
+    fp32: bool = False
+    """Sent in float32, as which the engine holds it, whatever the precision of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,10 @@ class Family:
     qk_norm: bool = False
     qkv_bias: bool = False
     experts: bool = False
+    dense_layer: tuple[Rule, ...] = ()
+    """Rules of the first layers, which have no experts (first_k_dense_replace in config.json)."""
+    router_bias: bool = False
+    """The router adds a bias to the sigmoid scores before it chooses, and weights by the scores."""
 
 
 TOP = (
@@ -89,9 +95,9 @@ MLP = (
     ),
     Rule("mlp.linear_fc2.weight", (("mlp.down_proj.weight", "hidden ffn"),), 1),
 )
+ROUTER = (Rule("mlp.router.weight", (("mlp.gate.weight", "experts hidden"),)),)
 EXPERTS = (
     Rule("pre_mlp_layernorm.weight", (("post_attention_layernorm.weight", "hidden"),)),
-    Rule("mlp.router.weight", (("mlp.gate.weight", "experts hidden"),)),
     Rule(
         "mlp.experts.local_experts.{e}.linear_fc1.weight",
         (
@@ -107,6 +113,27 @@ EXPERTS = (
         1,
     ),
 )
+# Engine and router compute with float32 copies of both.
+BIASED_ROUTER = (
+    Rule("mlp.router.weight", (("mlp.gate.weight", "experts hidden"),), fp32=True),
+    Rule("mlp.router.expert_bias", (("mlp.gate.e_score_correction_bias", "experts"),), fp32=True),
+)
+SHARED_EXPERTS = (
+    Rule(
+        "mlp.shared_experts.linear_fc1.weight",
+        (
+            ("mlp.shared_experts.gate_proj.weight", "shared_ffn hidden"),
+            ("mlp.shared_experts.up_proj.weight", "shared_ffn hidden"),
+        ),
+        0,
+        "stack",
+    ),
+    Rule(
+        "mlp.shared_experts.linear_fc2.weight",
+        (("mlp.shared_experts.down_proj.weight", "hidden shared_ffn"),),
+        1,
+    ),
+)
 
 FAMILIES = (
     Family("llama", "LlamaForCausalLM", ATTENTION + MLP),
@@ -115,9 +142,18 @@ FAMILIES = (
     Family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
-        ATTENTION + QK_NORM + EXPERTS,
+        ATTENTION + QK_NORM + ROUTER + EXPERTS,
         qk_norm=True,
         experts=True,
+    ),
+    Family(
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        ATTENTION + QKV_BIAS + BIASED_ROUTER + SHARED_EXPERTS + EXPERTS,
+        qkv_bias=True,
+        experts=True,
+        dense_layer=ATTENTION + QKV_BIAS + MLP,
+        router_bias=True,
     ),
 )
 
@@ -140,6 +176,14 @@ class ModelShape:
     """lm_head.weight is model.embed_tokens.weight and is not stored separately."""
     num_experts: int = 0
     expert_ffn_hidden_size: int = 0
+    shared_ffn_hidden_size: int = 0
+    """Of all shared experts of a layer together, which every token passes."""
+    num_dense_layers: int = 0
+    """The first layers, which have an MLP instead of experts."""
+
+    def layer_rules(self, layer: int) -> tuple[Rule, ...]:
+        """Returns the rules of the layer with this global number."""
+        return self.family.dense_layer if layer < self.num_dense_layers else self.family.layer
 
     @property
     def dims(self) -> dict[str, int]:
@@ -153,6 +197,7 @@ class ModelShape:
             "kv": self.num_query_groups * self.kv_channels,
             "experts": self.num_experts,
             "expert_ffn": self.expert_ffn_hidden_size,
+            "shared_ffn": self.shared_ffn_hidden_size,
         }
 
 
@@ -180,7 +225,7 @@ def map_parameter(name: str, shape: ModelShape) -> ParameterMapping:
     relative = name[layer.end() :] if layer else name
     if expert:
         relative = relative.replace(f".{expert[1]}.", ".{e}.", 1)
-    rules = shape.family.layer if layer else TOP
+    rules = shape.layer_rules(int(layer[1])) if layer else TOP
     rule = next((rule for rule in rules if rule.megatron == relative), None)
     if rule is None:
         table = f"the {shape.family.name} table of model/families.py"
@@ -201,7 +246,7 @@ def parameter_names(shape: ModelShape) -> Iterator[str]:
         if not (shape.tied and rule.megatron == "output_layer.weight"):
             yield rule.megatron
     for layer in range(shape.num_layers):
-        for rule in shape.family.layer:
+        for rule in shape.layer_rules(layer):
             for expert in range(shape.num_experts) if "{e}" in rule.megatron else (0,):
                 yield f"decoder.layers.{layer}.{rule.megatron}".replace("{e}", str(expert))
 

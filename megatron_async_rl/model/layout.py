@@ -60,8 +60,7 @@ def check_trainer(layout: Layout, shape: ModelShape) -> None:
         "num_attention_heads": shape.num_attention_heads,
         "num_key_value_heads": shape.num_query_groups,
     }
-    if not shape.num_experts:
-        split_by_tp["intermediate_size"] = shape.ffn_hidden_size
+    split_by_tp |= _mlp_sizes(shape)
     _check_divides("megatron.tensor_model_parallel_size", layout.tp, split_by_tp)
     layers = {"num_hidden_layers": shape.num_layers}
     _check_divides("megatron.pipeline_model_parallel_size", layout.pp, layers)
@@ -99,12 +98,10 @@ def check_trainer(layout: Layout, shape: ModelShape) -> None:
 def check_engine(layout: Layout, shape: ModelShape) -> None:
     """Raises ConfigError if SGLang cannot split the model so."""
     heads, kv_heads, tp = shape.num_attention_heads, shape.num_query_groups, layout.engine_tp
-    ffn = "moe_intermediate_size" if shape.num_experts else "intermediate_size"
-    counts = {
-        "num_attention_heads": heads,
-        ffn: shape.expert_ffn_hidden_size if shape.num_experts else shape.ffn_hidden_size,
-        "vocabulary padding": VOCABULARY_MULTIPLE,
-    }
+    counts = {"num_attention_heads": heads, "vocabulary padding": VOCABULARY_MULTIPLE}
+    counts |= _mlp_sizes(shape)
+    if shape.num_experts:
+        counts["moe_intermediate_size"] = shape.expert_ffn_hidden_size
     fitting = [
         size for size in _divisors(*counts.values()) if kv_heads % size == 0 or size % kv_heads == 0
     ]
@@ -115,6 +112,16 @@ def check_engine(layout: Layout, shape: ModelShape) -> None:
             "nor is a multiple of it",
             f"set it to one of {_listed(fitting)}",
         )
+
+
+def _mlp_sizes(shape: ModelShape) -> dict[str, int]:
+    """Returns the sizes that tensor parallelism splits in MLPs, apart from those of experts."""
+    sizes = {}
+    if not shape.num_experts or shape.num_dense_layers:
+        sizes["intermediate_size"] = shape.ffn_hidden_size
+    if shape.shared_ffn_hidden_size:
+        sizes["n_shared_experts * moe_intermediate_size"] = shape.shared_ffn_hidden_size
+    return sizes
 
 
 def _check_divides(

@@ -168,12 +168,14 @@ def _activations(
 def layer_parameters(shape: ModelShape) -> tuple[int, int]:
     """Returns a layer's parameters without its experts, and those of one expert; norms are small.
 
-    Without experts the second is 0.
+    Without experts the second is 0. A few first layers without experts are taken for such with.
     """
     hidden, dims = shape.hidden_size, shape.dims
     attention = 2 * hidden * (dims["q"] + dims["kv"])
     if shape.num_experts:
-        return attention + hidden * shape.num_experts, 3 * hidden * shape.expert_ffn_hidden_size
+        router = hidden * shape.num_experts
+        shared = 3 * hidden * shape.shared_ffn_hidden_size
+        return attention + router + shared, 3 * hidden * shape.expert_ffn_hidden_size
     return attention + 3 * hidden * shape.ffn_hidden_size, 0
 
 

@@ -153,6 +153,10 @@ class SGLangServer:
             "tokenizer_path": self._config.model.path,
             "log_level": "warning",  # at info, SGLang logs its keys
             "grammar_backend": "none",
+            # of kernels, which a CPU has not; it begins with a wait of a second
+            "skip_server_warmup": self._config.on_cpu,
+            # stored among the others, they would have other digests
+            "disable_shared_experts_fusion": True,
             "enable_return_routed_experts": self._config.rollout.routing_replay,
             # SGLang keeps the last tokens of its context free; ours are filled to the last one
             "context_length": self._config.model.context_tokens + ENGINE_SPARE_TOKENS,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import Tensor, nn
+from torch import Tensor
 
 Modules = Sequence[GPTModel]
 """A pipeline stage's part of the model: one module, or the chunks of an interleaved pipeline."""
@@ -24,11 +24,14 @@ _GROUPED_EXPERT = re.compile(r"(?<=\.experts)(?P<rest>\.linear_fc[12]\.weight)(?
 
 @dataclass(frozen=True, slots=True)
 class LocalParameter:
-    """A parameter of this rank, or the part of one expert of a parameter that stacks them."""
+    """A parameter of this rank, or the part of one expert of a parameter that stacks them.
+
+    A router's bias is a buffer: the optimizer does not train it.
+    """
 
     name: str
     """With global layer and expert numbers."""
-    parameter: nn.Parameter
+    parameter: Tensor
     row: int | None = None
     """The expert's position in the stack."""
 
@@ -47,7 +50,8 @@ def global_parameters(modules: Modules) -> Iterator[LocalParameter]:
         offset = get_transformer_layer_offset(module.config, vp_stage=module.vp_stage)
         experts = (module.config.num_moe_experts or 0) // mpu.get_expert_model_parallel_world_size()
         first = experts * mpu.get_expert_model_parallel_rank()
-        for name, parameter in module.named_parameters():
+        biases = ((n, b) for n, b in module.named_buffers() if n.endswith(".router.expert_bias"))
+        for name, parameter in (*module.named_parameters(), *biases):
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = str(int(parts[2]) + offset)

@@ -89,7 +89,7 @@ def own_tensor_infos(
 ) -> list[TensorInfo]:
     """Returns the tensors that own_tensors will yield on this rank, without moving data."""
     return [
-        TensorInfo(hf, size, dtype or p.parameter.dtype, p.name)
+        TensorInfo(hf, size, _sent_dtype(p, shape, dtype), p.name)
         for p in _sent_parameters(modules, shape)
         if (_is_expert_owner() if is_expert(p.name) else is_first_of_stage())
         for hf, size in map_parameter(p.name, shape).pieces
@@ -114,7 +114,7 @@ def own_tensors(
             gathers, sends = is_first_replica(), is_first_of_stage()
         if not gathers:
             continue
-        local = parameter.data.to(dtype or parameter.data.dtype).contiguous()
+        local = parameter.data.to(_sent_dtype(parameter, shape, dtype)).contiguous()
         rule = map_parameter(name, shape).rule
         shards = local[None] if rule.split is None else _gather(local, _split_group(name))
         if rule.split == 0 and rule.join == "one":
@@ -129,21 +129,27 @@ def hf_tensors(
     modules: Modules,
     shape: ModelShape,
     dtype: torch.dtype | None = None,
-    get: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data,
+    get: Callable[[nn.Parameter], Tensor] | None = None,
     only_experts: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields (Hugging Face name, full tensor) of this stage, experts of all ranks included.
 
     Collective as own_tensors. Use the result of the first replica; with expert parallelism other
-    ranks yield the experts alone. `get` selects the tensor to gather, such as main_grad.
+    ranks yield the experts alone. `get` selects another tensor of the parameters to gather, such as
+    main_grad.
     """
     for parameter in _sent_parameters(modules, shape):
         local_name = parameter.name
         skips_dense = only_experts or (num_expert_owners() > 1 and not is_first_replica())
         if skips_dense and not is_expert(local_name):
             continue
-        local = parameter.part_of(get(parameter.parameter))
-        local = local.to(dtype or local.dtype).contiguous()
+        if get is None:
+            local = parameter.data.to(_sent_dtype(parameter, shape, dtype)).contiguous()
+        elif isinstance(parameter.parameter, nn.Parameter):
+            local = parameter.part_of(get(parameter.parameter))
+            local = local.to(dtype or local.dtype).contiguous()
+        else:
+            continue
         names = _names_on_all_ranks(local_name, shape)
         is_split = map_parameter(local_name, shape).rule.split is not None
         if len(names) > 1 and is_split:
@@ -162,7 +168,7 @@ def _is_expert_owner() -> bool:
 
 
 def _sent_parameters(modules: Modules, shape: ModelShape) -> list[LocalParameter]:
-    """Returns the parameters of this stage that are sent, experts last.
+    """Returns the parameters of this stage that are sent, experts last, before them float32.
 
     The last stage's copy of a tied embedding is left out: the first stage sends it.
     """
@@ -171,7 +177,13 @@ def _sent_parameters(modules: Modules, shape: ModelShape) -> list[LocalParameter
         for p in global_parameters(modules)
         if not (shape.tied and p.name == "output_layer.weight")
     ]
-    return sorted(named, key=lambda p: is_expert(p.name))
+    return sorted(named, key=lambda p: (is_expert(p.name), map_parameter(p.name, shape).rule.fp32))
+
+
+def _sent_dtype(p: LocalParameter, shape: ModelShape, dtype: torch.dtype | None) -> torch.dtype:
+    if map_parameter(p.name, shape).rule.fp32:
+        return torch.float32
+    return dtype or p.parameter.dtype
 
 
 def _names_on_all_ranks(name: str, shape: ModelShape) -> list[str]:

@@ -1,4 +1,7 @@
-"""Qwen3-MoE in Megatron, with grouped and with sequential experts, equals that in transformers."""
+"""Models with experts in Megatron, grouped and sequential, equal those in transformers.
+
+Qwen3-MoE; GLM-4.5-Air: shared experts, a dense first layer, a bias in the router, partial RoPE.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ import pytest
 import torch
 from model_shapes import make_model_folder
 from paths import SUPPORT, python_environment
+from safetensors.torch import load_file
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_folder(tmp_path_factory.mktemp("moe") / "model", "qwen3_moe", scale=0.2)
+@pytest.fixture(scope="module", params=["qwen3_moe", "glm4_moe"])
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("moe") / "model", request.param, scale=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +59,23 @@ def test_grouped_and_sequential_experts_have_the_same_gradients(results: dict[st
 
 
 def test_auxiliary_loss_reaches_the_router(results: dict[str, Any]) -> None:
-    router = "model.layers.0.mlp.gate.weight"
+    router = "model.layers.1.mlp.gate.weight"
     without, with_loss = (
         results[name]["gradients"][router] for name in ("grouped", "auxiliary loss")
     )
     assert (with_loss - without).abs().max() > 0.01 * without.abs().max()
     torch.testing.assert_close(results["auxiliary loss"]["logits"], results["grouped"]["logits"])
+
+
+def test_bias_of_a_router_is_kept_in_float32_beside_bf16_weights(
+    folder: Path, results: dict[str, Any]
+) -> None:
+    stored = load_file(folder / "model.safetensors")
+    biases = [name for name in stored if name.endswith("e_score_correction_bias")]
+    assert len(biases) == ("n_routed_experts" in (folder / "config.json").read_text()) * 3
+    for name, tensor in results["bf16"].items():
+        want = stored[name] if name in biases else stored[name].bfloat16()
+        assert torch.equal(tensor.to(want.dtype), want), name
 
 
 def test_checkpoints_of_grouped_and_sequential_experts_are_interchangeable(

@@ -28,6 +28,8 @@ from megatron_async_rl.config import load as configuration
 from megatron_async_rl.controller.weight_sync.session import Outcome
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.errors import PublishError
+from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.families import map_parameter, parameter_names
 from megatron_async_rl.protocol.messages import (
     Shutdown,
 )
@@ -49,6 +51,7 @@ LAYOUTS: list[
     ("qwen3_moe", {"tensor_model": 2, "pipeline_model": 2}, {}),
     ("qwen3_moe", {"pipeline_model": 2, "expert_model": 2, "virtual_pipeline_model": 2}, {}),
     ("qwen3_moe", {"tensor_model": 2, "expert_model": 2, "expert_tensor": 1}, {}),
+    ("glm4_moe", {"tensor_model": 2, "pipeline_model": 2}, {"dtype": "bfloat16"}),
     ("qwen3_moe of tiles", {"tensor_model": 2, "expert_model": 2}, {"bucket_bytes": 200_000}),
 ]
 FAULTS = ["absent", "die:0", "die:1", "die:2", "die:3", "flip", "drop"]
@@ -105,15 +108,23 @@ def test_received_weights_equal_the_folder_bit_for_bit(
 ) -> None:
     family, _, weights = LAYOUTS[number]
     dtype = getattr(torch, weights.get("dtype", "float32"))
+    shape = HfConfig(folders[family]).shape()
+    fp32 = {  # sent in float32 in any case
+        hf
+        for name in parameter_names(shape)
+        for hf, _ in map_parameter(name, shape).pieces
+        if map_parameter(name, shape).rule.fp32
+    }
     want = {
-        name: tensor.to(dtype)
+        name: tensor if name in fp32 else tensor.to(dtype)
         for name, tensor in load_file(folders[family] / "model.safetensors").items()
     }
+    assert bool(fp32) == (family == "glm4_moe")
     for version in (2 * number, 2 * number + 1):  # over the network, through the disk
         got = load_file(arrived / f"rollout-0-v{version}.safetensors")
         assert set(got) == set(want)
         for name, tensor in want.items():
-            assert got[name].dtype == dtype and torch.equal(got[name], tensor), name
+            assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
 
 
 @pytest.mark.parametrize(

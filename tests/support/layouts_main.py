@@ -282,6 +282,8 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         "pp2 vpp2 small microbatches": make_config(
             qwen3, 2, 2, budget=40, virtual_pipeline_model_parallel_size=2
         ),
+        "glm": make_config(folders / "glm4_moe", 1, 1),
+        "glm tp2 pp2": make_config(folders / "glm4_moe", 2, 2),
         "moe": make_config(moe, 1, 1),
         "moe cp2 ep2": make_config(moe, 1, 1, context_parallel_size=2, **ep2),
         "moe pp2 ep2 recompute": make_config(

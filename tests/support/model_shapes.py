@@ -12,7 +12,12 @@ from safetensors.torch import save_file
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.families import Family, ModelShape, map_parameter
+from megatron_async_rl.model.families import (
+    Family,
+    ModelShape,
+    map_parameter,
+    parameter_names,
+)
 
 DENSE_32B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -67,6 +72,8 @@ def tiny_shape(family: Family, tied: bool = False, padded: int = 52) -> ModelSha
         tied=tied,
         num_experts=4 if family.experts else 0,
         expert_ffn_hidden_size=12,
+        shared_ffn_hidden_size=8 if family.dense_layer else 0,
+        num_dense_layers=1 if family.dense_layer else 0,
     )
 
 
@@ -96,6 +103,22 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
+TINY_FAMILIES["glm4_moe"] = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "attention_bias": True,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-5,
+    "routed_scaling_factor": 1.5,
+    "partial_rotary_factor": 0.5,
+    "num_nextn_predict_layers": 0,
+    "num_key_value_heads": 2,
+}
 # Experts of a whole number of hash tiles, as for an engine on a GPU: their digests are summed over
 # the ranks that own them.
 TINY_FAMILIES["qwen3_moe of tiles"] = TINY_FAMILIES["qwen3_moe"] | {
@@ -110,19 +133,12 @@ def make_model_folder(folder: Path, family: str, scale: float = 1.0) -> Path:
     (folder / "config.json").write_text(json.dumps(TINY_SIZES | TINY_FAMILIES[family]))
     shape = HfConfig(folder).shape()
     generator = torch.Generator().manual_seed(0)
-    names = [
-        "embedding.word_embeddings.weight",
-        "decoder.final_layernorm.weight",
-        "output_layer.weight",
-    ]
-    for layer in range(shape.num_layers):
-        for rule in shape.family.layer:
-            experts = range(shape.num_experts) if "{e}" in rule.megatron else [0]
-            names += [
-                f"decoder.layers.{layer}.{rule.megatron}".replace("{e}", str(e)) for e in experts
-            ]
+    names = parameter_names(shape)
     pieces = dict(piece for name in names for piece in map_parameter(name, shape).pieces)
     tensors = {hf: scale * torch.randn(size, generator=generator) for hf, size in pieces.items()}
+    for name in tensors:
+        if name.endswith("e_score_correction_bias"):
+            tensors[name] *= 0.2  # with larger ones no token would choose some experts
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

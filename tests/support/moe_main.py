@@ -1,4 +1,4 @@
-"""Qwen3-MoE on one rank with grouped and with sequential experts; run by test_moe.py.
+"""A model with experts on one rank, with grouped and with sequential experts; run by test_moe.py.
 
 Writes logits of one sequence, gradients of one step, and logits after a checkpoint of grouped
 experts was loaded into sequential ones and back.
@@ -29,8 +29,9 @@ from megatron_async_rl.trainer.model import build
 from megatron_async_rl.weights.reshard import hf_tensors
 
 
-def settings(folder: Path, **megatron: Any) -> Config:
+def settings(folder: Path, precision: str = "fp32", **megatron: Any) -> Config:
     tree = weights_config_tree(folder, {}, {})
+    tree["trainer"]["precision"] = precision
     tree["trainer"]["data_parallel_size"] = 1
     tree["megatron"] |= {"lr": 0.01, "use_distributed_optimizer": False} | megatron
     return configuration.from_tree(tree)
@@ -77,7 +78,11 @@ if __name__ == "__main__":
         ),
     }
     parallel.init_parallel(configs["grouped"])
-    results: dict[str, Any] = {"ids": torch.from_numpy(make_sample().ids)}
+    bf16 = build.build(settings(folder, "bf16"))
+    results: dict[str, Any] = {
+        "bf16": {name: t.clone() for name, t in hf_tensors(bf16.modules, bf16.shape)}
+    }
+    results |= {"ids": torch.from_numpy(make_sample().ids)}
     policies = {name: build.build(config) for name, config in configs.items()}
     for name, policy in policies.items():
         results[name] = {"logits": logits(policy, configs[name])} | trained(policy, configs[name])

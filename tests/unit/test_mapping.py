@@ -14,10 +14,10 @@ from megatron_async_rl.errors import DataError
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.families import (
     FAMILIES,
-    TOP,
     Family,
     ModelShape,
     map_parameter,
+    parameter_names,
     shard_shape,
 )
 from megatron_async_rl.weights.load import SafetensorsFolder
@@ -25,14 +25,7 @@ from megatron_async_rl.weights.mapping import from_hf, to_hf
 
 
 def parameters(shape: ModelShape) -> list[str]:
-    below = [
-        r.megatron.replace("{e}", e)
-        for r in shape.family.layer
-        for e in (("0", "3") if "{e}" in r.megatron else ("",))
-    ]
-    return [r.megatron for r in TOP] + [
-        f"decoder.layers.{n}.{name}" for n in range(shape.num_layers) for name in below
-    ]
+    return list(parameter_names(shape))
 
 
 def shard(name: str, full: torch.Tensor, shape: ModelShape, rank: int, tp: int) -> torch.Tensor:

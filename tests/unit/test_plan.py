@@ -44,6 +44,8 @@ def cases(draw: st.DrawFn) -> tuple[ModelShape, Layout]:
         tied=draw(st.booleans()),
         num_experts=4 if family.experts else 0,
         expert_ffn_hidden_size=16,
+        shared_ffn_hidden_size=32 if family.dense_layer else 0,
+        num_dense_layers=draw(st.integers(0, 2)) if family.dense_layer else 0,
     )
     ep, etp = (
         (draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])))

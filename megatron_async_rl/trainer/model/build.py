@@ -96,7 +96,7 @@ def _for_training(
         DistributedDataParallel(
             transformer,
             ddp,
-            Float16Module(transformer, module) if half else module,
+            _in_half_precision(transformer, module) if half else module,
             # An interleaved pipeline reduces each later chunk's gradient as one bucket.
             disable_bucketing=number > 0,
         )
@@ -115,6 +115,16 @@ def _for_training(
     return TrainerModel(
         transformer, shape, modules, chunks, optimizer, scheduler, parallel.device(), critic
     )
+
+
+def _in_half_precision(transformer: TransformerConfig, module: GPTModel) -> Float16Module:
+    """Converts the parameters; biases of routers stay in float32, in which Megatron uses them."""
+    routers = [part for part in module.modules() if getattr(part, "expert_bias", None) is not None]
+    biases = [router.expert_bias.clone() for router in routers]
+    wrapped = Float16Module(transformer, module)
+    for router, bias in zip(routers, biases, strict=True):
+        router.expert_bias.data = bias
+    return wrapped
 
 
 def build_modules(
@@ -163,6 +173,7 @@ def _build_module(
 ) -> GPTModel:
     chunks = config.virtual_pipeline_model_parallel_size or 1
     first, last = vp_stage in (None, 0), vp_stage in (None, chunks - 1)
+    percent = architecture.rotary_percent
     rotary = {
         "rotary_base": architecture.rotary_base,
         "rope_scaling": architecture.rope_scaling_factor is not None,
@@ -177,11 +188,12 @@ def _build_module(
         post_process=last and mpu.is_pipeline_last_stage(ignore_virtual=True),
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
+        rotary_percent=percent,
         vp_stage=vp_stage,
         **rotary,
     )
     if not layers.has_transformer_engine():
         module.rotary_pos_emb = layers.PackedRotaryEmbedding(
-            config.kv_channels, 1.0, rotary_interleaved=config.rotary_interleaved, **rotary
+            config.kv_channels, percent, rotary_interleaved=config.rotary_interleaved, **rotary
         )
     return module.to(parallel.device())

@@ -167,7 +167,7 @@ def rotate(query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple[
     """Applies the rotary position embedding to query [T, H, D] and key [T, G, D].
 
     The halves (a, b) of D become (a cos - b sin, b cos + a sin). Only the angles are kept for
-    backward, which rotates the other way.
+    backward, which rotates the other way. With fewer than D / 2 angles, elements from 2 F on stay.
     """
     return _Rotate.apply(query, key, cos_TF, sin_TF)
 
@@ -192,9 +192,10 @@ def _rotate(query: Tensor, key: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple
 
 
 def _rotated(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    cos, sin = cos_TF[:, None], sin_TF[:, None]
-    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    cos, sin, end = cos_TF[:, None], sin_TF[:, None], 2 * cos_TF.size(1)
+    a, b = x[..., :end].to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
+    rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return rotated if end == x.size(-1) else torch.cat([rotated, x[..., end:]], -1)
 
 
 rotate_one = gpu_compiled(_rotated)

@@ -16,6 +16,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -28,6 +29,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from megatron_async_rl.errors import ConfigError
@@ -52,18 +54,32 @@ def block_spec(
     config: TransformerConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules | Any:
     """Returns Megatron's specification of the decoder layers; raises ConfigError."""
-    experts = config.num_moe_experts
     if has_transformer_engine():
         if config.tp_comm_overlap:
             raise ConfigError(
                 "megatron.tp_comm_overlap = True needs buffers that are not set up for "
                 "Transformer Engine's layers; remove the key, or uninstall transformer-engine"
             )
+        if isinstance(config.moe_layer_freq, list):
+            return get_gpt_decoder_block_spec(config, True, vp_stage=vp_stage)
         return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=experts,
+            num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    specs = [_layer_spec(config, _num_experts(config, layer)) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+
+def _num_experts(config: TransformerConfig, layer: int) -> int | None:
+    frequency = config.moe_layer_freq
+    is_dense = isinstance(frequency, list) and not frequency[layer]
+    return None if is_dense else config.num_moe_experts
+
+
+def _layer_spec(config: TransformerConfig, experts: int | None) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
         num_experts=experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
@@ -89,8 +105,7 @@ def block_spec(
         submodules.linear_fc2 = OverlappedRowParallelLinear
     elif config.moe_grouped_gemm:
         submodules.experts = GroupedExperts
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return layer
 
 
 def _is_no_mlp_warning(record: logging.LogRecord) -> bool:

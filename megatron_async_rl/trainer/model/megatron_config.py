@@ -181,6 +181,19 @@ def transformer_config(
             "moe_permute_fusion": _has_fused_permutation(),
             "sequence_parallel": True,  # Megatron's experts need it under tensor parallelism
         }
+    if shape.num_dense_layers:
+        fields["moe_layer_freq"] = [
+            int(layer >= shape.num_dense_layers) for layer in range(shape.num_layers)
+        ]
+    if shape.shared_ffn_hidden_size:
+        fields["moe_shared_expert_intermediate_size"] = shape.shared_ffn_hidden_size
+    if architecture.family.router_bias:
+        fields |= {
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": 0.0,  # as the model was trained
+            "moe_router_topk_scaling_factor": architecture.router_scale,
+        }
     chosen = _chosen(TransformerConfig, config)
     if config.parallel_size("tensor_model") == 1:
         chosen["sequence_parallel"] = False  # Megatron refuses True at size 1

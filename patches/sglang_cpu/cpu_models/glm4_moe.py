@@ -1,0 +1,1 @@
+from sglang.srt.models.glm4_moe import EntryClass  # noqa: F401
