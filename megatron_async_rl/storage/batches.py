@@ -49,7 +49,9 @@ def load(path: Path) -> tuple[int, list[TrainSample]]:
     sizes = [(array, lengths) for array in flat.values()] + [(experts, num_experts)]
     if lengths.shape != num_experts.shape or any(len(a) != n.sum() for a, n in sizes):
         raise DataError(f"{path} is not a saved batch: arrays and lengths do not match", remedy)
-    parts = {name: np.split(array, np.cumsum(lengths)[:-1]) for name, array in flat.items()}
+    parts: dict[str, Any] = {
+        name: np.split(array, np.cumsum(lengths)[:-1]) for name, array in flat.items()
+    }
     parts["experts"] = np.split(experts, np.cumsum(num_experts)[:-1])
     return version, [
         TrainSample(**{name: part[n] for name, part in parts.items()}) for n in range(len(lengths))

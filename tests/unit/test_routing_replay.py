@@ -27,7 +27,7 @@ from msgspec.structs import replace
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.tokens import token_fault
-from megatron_async_rl.errors import ConfigError, EngineError
+from megatron_async_rl.errors import ConfigError, DataError, EngineError
 from megatron_async_rl.model.routing import Routing, replayed_routing
 from megatron_async_rl.protocol.types import Partial, Sample, Segment, TrainSample
 from megatron_async_rl.rollout.engine_client import RequestOutput, Sampling
@@ -217,6 +217,16 @@ def test_packed_position_has_the_experts_that_sampled_the_next_token() -> None:
                 own = sample.experts.reshape(-1, WIDTH)[1:]
                 padded[start : start + len(own)] = own
         assert np.array_equal(split.experts_TLK.view(-1, WIDTH).numpy(), padded[positions])
+
+
+@pytest.mark.parametrize("routing", [Routing(3, 2, 100), Routing(4, 2, 200)])
+def test_batch_of_another_model_is_refused(routing: Routing) -> None:
+    sample = replace(routed(4, 0), experts=np.full(4 * WIDTH, 150, np.uint8))
+    packing = Packing(
+        budget=64, tp=1, device=torch.device("cpu"), thd=False, dense=True, routing=routing
+    )
+    with pytest.raises(DataError, match="experts of another model"):
+        pack([sample], 0, packing)
 
 
 ROUTERS: list[dict[str, Any]] = [

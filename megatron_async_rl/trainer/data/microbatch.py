@@ -20,6 +20,7 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.errors import DataError
 from megatron_async_rl.model.routing import Routing
 from megatron_async_rl.protocol.types import NOT_GENERATED, TrainSample
 from megatron_async_rl.trainer.data import packing as bins
@@ -230,6 +231,15 @@ def _experts(
     start = 0
     for sample, length in zip(samples, lengths, strict=False):
         if len(sample.experts):  # else begun without rollout.routing_replay
+            if (
+                len(sample.experts) != len(sample.ids) * routing.width
+                or sample.experts.max() >= routing.num_experts
+            ):
+                raise DataError(
+                    "a batch has experts of another model than model.path, whose tokens have "
+                    f"{routing.width} numbers below {routing.num_experts}",
+                    "set model.path to the one that generated it, or rollout.routing_replay=false",
+                )
             beside = sample.experts.reshape(len(sample.ids), -1)
             experts[start : start + len(beside) - 1] = beside[1:]
         start += length
