@@ -153,7 +153,7 @@ class SGLangServer:
             "tokenizer_path": self._config.model.path,
             "log_level": "warning",  # at info, SGLang logs its keys
             "grammar_backend": "none",
-            # of kernels, which a CPU has not; it begins with a wait of a second
+            # a CPU has no kernels to warm up, and the warm-up begins with a wait of a second
             "skip_server_warmup": self._config.on_cpu,
             # stored among the others, they would have other digests
             "disable_shared_experts_fusion": True,
