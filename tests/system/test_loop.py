@@ -9,8 +9,6 @@ under the weights that the token is labelled with, and under those of neighbouri
 from __future__ import annotations
 
 import json
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +30,7 @@ from whole_runs import (
 
 from megatron_async_rl.controller.journal.events import PartialSaved
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
-from megatron_async_rl.observability.sample_log import SampleLine, read_samples
+from megatron_async_rl.observability.sample_log import SampleLine
 
 pytestmark = needs_engine
 
@@ -139,12 +137,22 @@ def test_requests_may_stay_in_the_engine_during_updates(
 
 
 def test_finish_overlaps_one_step_and_interrupts_nothing(
-    run_inputs: RunInputs, tmp_path: Path
+    run: FinishedRun, run_inputs: RunInputs, tmp_path: Path
 ) -> None:
-    """One-step overlap: a whole batch runs at once, and the servers are one version behind."""
+    """One-step overlap: a whole batch runs at once, and the servers are one version behind.
+
+    Also trains on the prompts alone that an earlier run did not solve too rarely (data.filter).
+    """
+    rewards: dict[str, list[float]] = {}
+    for line in run.samples:
+        rewards.setdefault(line.prompt_id, []).append(line.reward)
+    rates = {prompt: float(np.mean(values)) for prompt, values in rewards.items()}
+    least = float(np.median(list(rates.values())))
+    too_hard = {prompt for prompt, rate in rates.items() if rate < least}
     path = run_inputs.config(
         tmp_path / "run",
         run={"steps": 4, "export_every": 0},
+        data={"filter": {"run": str(run.folder), "min": least}},
         evaluation={"sets": {}},
         rollout={"max_concurrent_samples": 16},
         staleness={"max_staleness": 1},
@@ -153,7 +161,11 @@ def test_finish_overlaps_one_step_and_interrupts_nothing(
     child = start_run(path)
     output, errors = child.communicate(timeout=300)
     assert child.returncode == 0, output[-3000:] + errors[-3000:]
-    run = FinishedRun(tmp_path / "run", output)
+    earlier, run = run, FinishedRun(tmp_path / "run", output)
+    assert too_hard and not too_hard & {line.prompt_id for line in run.samples}
+    counts = f"leaves out {len(too_hard)} prompts with a success rate below {least:g} and 0 above 1"
+    assert f"{counts} of 60 in data.train = {run_inputs.train};" in run.log("controller")
+    assert f"{60 - len(rates)} were not sampled in {earlier.folder}" in run.log("controller")
     assert run.status.ledger["trained"] == 4 * 4
     assert all(len(line.versions) == 1 for line in run.samples)
     assert {line.version - line.versions[0][0] for line in run.samples} == {0, 1}
@@ -265,32 +277,6 @@ def test_keys_are_private_and_in_no_log(run: FinishedRun) -> None:
     keys = yaml.safe_load((run.folder / "keys" / "rollout-0.sglang.yaml").read_text())
     for log in (run.folder / "logs").iterdir():
         assert not any(key in log.read_text() for key in keys.values()), log
-
-
-def test_ctrl_c_stops_all_processes_and_keeps_written_samples(
-    run_inputs: RunInputs, tmp_path: Path
-) -> None:
-    """Also covers max_staleness = 0 and two pipeline stages that each send their weights."""
-    path = run_inputs.config(
-        tmp_path / "run",
-        run={"steps": 500, "export_every": 0},
-        staleness={"max_staleness": 0},
-        megatron={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2},
-    )
-    child = start_run(path)
-    deadline = time.monotonic() + 240
-    status_file = tmp_path / "run" / "status.json"
-    while not (status_file.exists() and json.loads(status_file.read_text())["version"] >= 1):
-        assert child.poll() is None and time.monotonic() < deadline, child.communicate()
-        time.sleep(0.2)
-    in_use = start_run(path)
-    assert in_use.wait(60) == 2 and "is in use by another run" in in_use.communicate()[1]
-    child.send_signal(signal.SIGINT)
-    assert child.wait(60) == 130
-    assert_no_process_left(tmp_path / "run")
-    samples = list(read_samples(tmp_path / "run"))
-    assert len(samples) >= 16
-    assert {line.version - version for line in samples for version, _ in line.versions} == {0}
 
 
 def test_engine_failure_at_startup_is_one_clear_error(
