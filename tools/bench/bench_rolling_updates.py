@@ -2,6 +2,7 @@
 """Simulates weight updates that reach the servers in waves, against one that reaches all at once.
 
     python tools/bench/bench_rolling_updates.py
+    python tools/bench/bench_rolling_updates.py --waves 1 --kv-lease-limit 0    # leases by number
 
 64 servers and a trainer, by the simulation of `plan` (planning/simulation.py), which runs the
 controller's core: 8B on H100, costs by planning/hardware.py, answers log-normal with mean 8k and at
@@ -63,7 +64,7 @@ class RollingUpdates(Simulation):
             self._handle(inputs.ServerUpdated(server.name, version=version))
 
 
-def workload(max_staleness: int, steps: int) -> Workload:
+def workload(max_staleness: int, steps: int, kv_lease_limit: float | None) -> Workload:
     settings = CoreSettings(
         prompts_per_step=128,
         samples_per_prompt=16,
@@ -78,7 +79,7 @@ def workload(max_staleness: int, steps: int) -> Workload:
         heartbeat_timeout_s=1e9,
         steps=steps,
         data_parallel_size=1,
-        kv_lease_limit=0.9,
+        kv_lease_limit=kv_lease_limit,
     )
     return Workload(
         settings=settings,
@@ -97,22 +98,27 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--spread-s", type=float, default=80.0, help="from first to last wave")
+    parser.add_argument("--waves", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--kv-lease-limit", type=float, default=0.9, help="0: none")
     arguments = parser.parse_args()
-    print("| max_staleness | waves | step s | tokens/s | mean staleness | max | trainer waits |")
-    print("|---:|---:|---:|---:|---:|---:|---:|")
+    columns = "step s | tokens/s | mean staleness | max | trainer waits | retracted"
+    print(f"| max_staleness | waves | {columns} |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for max_staleness in (1, 4):
-        for waves in (1, 4, 16):
+        for waves in arguments.waves:
             interval_s = arguments.spread_s / waves
-            run = RollingUpdates(workload(max_staleness, arguments.steps), waves, interval_s)
+            work = workload(max_staleness, arguments.steps, arguments.kv_lease_limit or None)
+            run = RollingUpdates(work, waves, interval_s)
             steps = list(run.steps())[WARM_UP:]
             seconds = sum(step.seconds for step in steps)
             tokens = sum(step.trained_tokens for step in steps)
             staleness = sum(step.mean_staleness for step in steps) / len(steps)
             waited = sum(step.wait_s for step in steps) / seconds
+            retracted = sum(server.num_retracted for server in run.servers.values())
             print(
                 f"| {max_staleness} | {waves} | {seconds / len(steps):.0f} "
                 f"| {tokens / seconds:,.0f} | {staleness:.2f} "
-                f"| {max(step.max_staleness for step in steps)} | {waited:.0%} |",
+                f"| {max(step.max_staleness for step in steps)} | {waited:.0%} | {retracted:,} |",
                 flush=True,
             )
 
