@@ -19,7 +19,7 @@ from schemathesis.checks import CHECKS
 
 from megatron_async_rl.data.tokenizer import Tokenizer
 
-NUM_EXAMPLES = 10  # of each path, and as many that do not fit the description
+NUM_EXAMPLES = 6  # of each path, and as many that do not fit the description
 NUM_OPERATIONS = 6
 TRUE = (
     "not_a_server_error",
