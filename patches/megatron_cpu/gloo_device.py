@@ -7,6 +7,7 @@ events. Of 60 groups, about as many as Megatron creates in every rank, that take
 from __future__ import annotations
 
 import functools
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -18,16 +19,22 @@ def install() -> None:
     """Replaces the class by which torch.distributed creates gloo groups."""
     require(c10d, "ProcessGroupGloo")
     gloo = c10d.ProcessGroupGloo
-    require(gloo, "_Options", "create_default_device")
+    require(gloo, "_Options", "create_default_device", "create_device")
     require(gloo._Options, "_devices", "_timeout")
-    device = functools.cache(gloo.create_default_device)
+
+    @functools.cache
+    def devices() -> list[Any]:
+        """Returns those of GLOO_SOCKET_IFNAME, which torch would use, or the default one."""
+        names = os.environ.get("GLOO_SOCKET_IFNAME", "")
+        made = [gloo.create_device(interface=name) for name in names.split(",") if name]
+        return made or [gloo.create_default_device()]
 
     class SharedDeviceGloo(gloo):  # type: ignore[misc, valid-type]
         def __init__(
             self, store: Any, rank: int, size: int, timeout: timedelta = c10d.default_pg_timeout
         ) -> None:
             options = gloo._Options()
-            options._timeout, options._devices = timeout, [device()]
+            options._timeout, options._devices = timeout, devices()
             super().__init__(store, rank, size, options)
 
     c10d.ProcessGroupGloo = SharedDeviceGloo
