@@ -109,8 +109,8 @@ def make_models(folder: Path) -> None:
                 p.copy_(torch.randn(p.shape, generator=g) * 0.08 + (1.0 if "norm" in key else 0.0))
         model.save_pretrained(folder / name)
         (folder / name / "tokenizer.json").write_text("{}")
-    for family in ("qwen3_moe", "glm4_moe"):
-        make_model_folder(folder / family, family, scale=0.3)
+    for family, scale in (("qwen3_moe", 0.3), ("glm4_moe", 0.5)):  # all experts get tokens
+        make_model_folder(folder / family, family, scale)
 
 
 @pytest.fixture(scope="module")
