@@ -182,6 +182,14 @@ def test_fp16_with_experts_is_rejected() -> None:
         )
 
 
+def test_experts_one_by_one_need_the_layout_of_the_dense_layers() -> None:
+    shape = dataclasses.replace(tiny_shape(QWEN3), num_experts=4, expert_ffn_hidden_size=24)
+    other = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    with pytest.raises(ConfigError, match=r"moe_grouped_gemm = False .* make the two sizes equal"):
+        megatron_config.check_layout(trainer_config("fp32", moe_grouped_gemm=False, **other), shape)
+    megatron_config.check_layout(trainer_config("fp32", **other), shape)
+
+
 def test_number_of_ranks_must_equal_the_product_of_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

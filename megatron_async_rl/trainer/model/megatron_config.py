@@ -100,7 +100,17 @@ def check_layout(config: Config, shape: ModelShape) -> None:
             "other",
             "use bf16",
         )
-    layout.check_trainer(layout.Layout.from_config(config), shape)
+    chosen = layout.Layout.from_config(config)
+    one_by_one = config.megatron.get("moe_grouped_gemm") is False
+    if shape.num_experts and one_by_one and chosen.ep == 1 and chosen.etp != chosen.tp:
+        raise ConfigError(
+            f"megatron.moe_grouped_gemm = False with expert_tensor_parallel_size = {chosen.etp}, "
+            f"tensor_model_parallel_size = {chosen.tp} and expert_model_parallel_size = 1: "
+            "megatron.core reduces the gradients of such experts over the ranks of the dense "
+            "layers, which hold other parts of them",
+            "remove moe_grouped_gemm, or make the two sizes equal",
+        )
+    layout.check_trainer(chosen, shape)
 
 
 def padded_vocab_multiple(config: Config) -> int:
