@@ -28,7 +28,7 @@ _CUSTOM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 @dataclass(frozen=True)
 class Hook:
-    """What a setting may name."""
+    """The functions or classes that a setting may name."""
 
     parameters: tuple[str, ...]
     """Of the function, in order; of `run`, if the hook is a class."""

@@ -167,7 +167,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def encode(
     tokenizer: PreTrainedTokenizerFast, task: Task, texts: list[tuple[Problem, Pieces]]
 ) -> tuple[Tensor, Tensor]:
-    """Returns token ids [batch, length] and labels [batch, length]: only what the model wrote."""
+    """Returns token ids [batch, length] and labels [batch, length]: only the model's own tokens."""
     tools = [{"type": "function", "function": {"name": "python"}}] if task.has_tool else None
     rows = []
     for problem, pieces in texts:

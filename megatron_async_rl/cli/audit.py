@@ -2,7 +2,7 @@
 verifies the checksums of all files that a run continues from.
 
 It shares no code with the controller's core, so that an error there shows here. It changes nothing
-and continues after a damage; every damaged file is named, with what is lost.
+and continues after a damage; every damaged file is named, with its lost content.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Audit:
     lost: int = 0  # groups that are neither trained nor dropped nor pending
     max_staleness: int = 0
     breaches: list[str] = field(default_factory=list)
-    damages: list[str] = field(default_factory=list)  # each names a file and what is lost
+    damages: list[str] = field(default_factory=list)  # each names a file and its lost content
     notes: list[str] = field(default_factory=list)  # unusual, but possible without damage
 
     def line(self, max_staleness: int) -> str:

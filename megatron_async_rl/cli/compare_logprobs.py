@@ -80,7 +80,7 @@ def _check(config: Config, num_prompts: int, num_tokens: int) -> None:
 
 
 def _observed(config: Config, folder: Path) -> Config:
-    """Returns the configuration of a server whose operations are written below `folder`."""
+    """Returns the configuration of a server that writes its operations below `folder`."""
     python = engine_python()
     known = installed.engine_settings(python).settings if python else {}
     own: dict[str, Any] = {key: value for key, value in _OBSERVABLE.items() if key in known}

@@ -190,7 +190,7 @@ def _gpus() -> list[str]:
 
 
 def _output(*command: str) -> str:
-    """Returns what a program prints, "" if it is missing or fails."""
+    """Returns the output of a program, "" if it is missing or fails."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -43,7 +43,7 @@ def check_hooks(config: Config, say: Callable[[str], None]) -> bool:
 
 
 def advantage_checks(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
-    """Yields (what is checked, problem) of the configured estimator, the problem empty if it holds.
+    """Yields (check, problem) of the configured estimator, the problem empty if it holds.
 
     Ends at a problem that makes the following checks meaningless.
     """

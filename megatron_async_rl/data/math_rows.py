@@ -21,7 +21,7 @@ _BOX = (
 _BRACES = re.compile(_BOX + r"\s*(?:\[[^\[\]{}]{0,20}\]\s*){0,2}(\{)?|\\.|[{}]", re.DOTALL)
 _SIMPLE_BOX = re.compile(r"\\boxed\s*\{(\s*[^{}\\$\s][^{}\\$]*)\}")
 _BARE_BOX = re.compile(r"\s*(?:\\[dt]?frac\s*\d\s*\d|\\[A-Za-z]+|[-+]?[\d.,]*\d|[A-Za-z])")
-# what may stand between two boxes of one answer, as in `\boxed{2} or \boxed{3}`
+# the text allowed between two boxes of one answer, as in `\boxed{2} or \boxed{3}`
 _BETWEEN = re.compile(
     r"(?:[\s,;:$.*&]|\\text|\\[()\[\],;]|[{}]|\\quad|\b(?:and|or|either|maybe|perhaps|possibly|"
     r"alternatively|also|otherwise|else|could|might|may|be|it|is|the|answer|even)\b){0,24}",
@@ -32,7 +32,7 @@ _MAX_BOXES = 50  # of one response, from its end
 
 
 def read_answer(row: dict[str, Any]) -> str:
-    """Returns the row's answer as text: the content of its last box, or what follows `####`.
+    """Returns the row's answer as text: the content of its last box, or the text after `####`.
 
     Numbers are taken as text. Raises DataError with the problem of the row.
     """

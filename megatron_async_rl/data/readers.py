@@ -208,7 +208,7 @@ def _read_arrow(path: Path, names: Collection[str]) -> _Rows:
     try:
         with pa.memory_map(str(path)) as file:
             try:
-                reader = pa.ipc.open_stream(file)  # what datasets writes
+                reader = pa.ipc.open_stream(file)  # the format of datasets
                 batches: Iterator[pa.RecordBatch] = iter(reader)
             except pa.ArrowInvalid:
                 reader = pa.ipc.open_file(file)

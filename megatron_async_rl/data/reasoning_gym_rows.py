@@ -48,7 +48,7 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read(path: str, source: SourceConfig) -> Iterator[dict[str, Any]]:
-    """Yields a row per task: prompt, answer, the task, and what it takes to make it again."""
+    """Yields a row per task: prompt, answer, the task, and the fields that reproduce it."""
     for task in _read_tasks(Path(path)):
         dataset = task.dataset()
         for index in range(task.size):

@@ -134,7 +134,7 @@ def _value(columns: dict[str, Any], name: str) -> Any:
 
 
 def _checked(fields: dict[str, Any], reward_function: str) -> dict[str, Any]:
-    """Returns the row if it has what the reward function needs. Raises DataError."""
+    """Returns the row if it has the fields that the reward function needs. Raises DataError."""
     if not isinstance(fields.get("prompt"), str | list) or not fields["prompt"]:
         raise DataError("no `prompt`")
     if reward_function == "math":

@@ -106,7 +106,7 @@ def keep(
 
 
 def prompt_text(prompt: str | list[Any]) -> str:
-    """Returns what identifies a prompt: its text, or its messages without system messages."""
+    """Returns the key of a prompt: its text, or its messages without system messages."""
     if isinstance(prompt, str):
         return prompt
     rest = [m for m in prompt if not (isinstance(m, dict) and m.get("role") == "system")]

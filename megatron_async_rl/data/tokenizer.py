@@ -117,7 +117,7 @@ class Tokenizer:
         template_name: str | None = None,
         variables: dict[str, Any] | None = None,
     ) -> str:
-        """Renders what follows a response: its end, `messages`, and the start of the next response.
+        """Renders the text after a response: its end, `messages`, the start of the next response.
 
         Raises ConfigError and DataError like `render_chat`.
         """

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model import memory
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.families import ModelShape
@@ -24,7 +25,7 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameters of one model, by what a token needs of them."""
+    """Parameter counts of one model, by their use for a token."""
 
     active: float  # that a token is multiplied with; the output layer, not the embedding
     total: float
@@ -146,12 +147,20 @@ def update_s(config: Config, size: ModelSize, gpu: Gpu) -> float:
 
 
 def kv_tokens(config: Config, hf: HfConfig, gpu: Gpu) -> float:
-    """Returns the tokens that fit into a server's KV cache."""
-    if isinstance(limit := config.sglang.get("max_total_tokens"), int):
-        return float(limit)
+    """Returns the tokens that fit into a server's KV cache. Raises ConfigError if none does."""
     server = memory.server_memory(config, hf)
     fraction = float(config.sglang.get("mem_fraction_static", DEFAULT_STATIC_FRACTION))
-    return max(1.0, (fraction * gpu.memory_bytes - server.weights) / server.kv_per_token)
+    room = fraction * gpu.memory_bytes - server.weights
+    if room < server.kv_per_token:
+        raise ConfigError(
+            f"sglang.tp_size = {config.engine_tp} leaves {server.weights / hardware.GIB:.0f} GiB "
+            f"of weights on each GPU of a server, and {gpu.name} has "
+            f"{fraction * gpu.memory_bytes / hardware.GIB:.0f} GiB for weights and KV cache",
+            "raise sglang.tp_size",
+        )
+    if isinstance(limit := config.sglang.get("max_total_tokens"), int):
+        return float(limit)
+    return room / server.kv_per_token
 
 
 def _forward_passes(config: Config) -> float:

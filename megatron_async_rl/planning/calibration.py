@@ -20,7 +20,14 @@ from megatron_async_rl.errors import DataError
 from megatron_async_rl.observability.sample_log import SAMPLES_FILE, read_samples
 from megatron_async_rl.planning.costs import Costs, DecodeCosts, PrefillCosts, TrainCosts
 from megatron_async_rl.planning.lengths import Lengths
-from megatron_async_rl.planning.predict import Load, Prediction, average, workload_of
+from megatron_async_rl.planning.predict import (
+    MAX_SAMPLES,
+    Load,
+    Prediction,
+    average,
+    predict,
+    workload_of,
+)
 from megatron_async_rl.planning.simulation import Simulation
 
 WARM_UP_STEPS = 2  # kernels are compiled, update groups are made
@@ -30,7 +37,7 @@ NO_LIMIT = 1e12  # tokens of a KV cache that was never used
 
 @dataclass(frozen=True)
 class Calibration:
-    """Costs of a run, and what it measured itself in the same steps."""
+    """Costs of a run, and its own measurements in the same steps."""
 
     config: Config
     costs: Costs
@@ -44,7 +51,14 @@ class Calibration:
         return replace(self.costs, train=replace(self.costs.train, replicas=replicas))
 
     def predict_itself(self) -> Prediction:
-        """Simulates the run from its first to its last step and averages the measured steps."""
+        """Simulates the run from its first to its last step and averages the measured steps.
+
+        Of a run of more than MAX_SAMPLES samples only some steps of a part, as `predict` does.
+        """
+        algorithm = self.config.algorithm
+        step_samples = algorithm.prompts_per_step * algorithm.samples_per_prompt
+        if self.config.run.steps * step_samples > MAX_SAMPLES:
+            return predict(self.config, self.costs, self.load)
         steps = list(Simulation(workload_of(self.config, self.load), self.costs).steps())
         return average(steps[WARM_UP_STEPS:])
 
@@ -133,13 +147,18 @@ def _generation(
     running = np.array(scalars.counted("engine/running_requests"))
     rates = np.array(scalars.counted("engine/decode_tokens_per_s"))
     if len({len(values) for values in (step_s, busy_s, running, rates)}) > 1:
-        raise DataError("some steps of the run lack the servers' figures", "give a longer run")
+        raise DataError(
+            "some steps of the run in --calibrate lack the servers' figures (engine/*)",
+            "give a run that was not resumed with other monitor.loggers",
+        )
     is_reported = bool(rates.any())
     if not is_reported:
         rates = generated / busy_s
     used = (running > 0) & (rates > 0)
     if not used.any():
-        raise DataError("the servers of the run reported no running samples", "give a longer run")
+        raise DataError(
+            "the servers of the run in --calibrate reported no running samples", "give a longer run"
+        )
     decode = _straight_line(running[used] / servers, (running / rates)[used], step_s[used])
     if not is_reported:
         return decode, PrefillCosts(0.0)
@@ -172,7 +191,7 @@ def _train(scalars: _Scalars, config: Config) -> TrainCosts:
 
 
 def _between_steps_s(scalars: _Scalars) -> float:
-    """Returns what is left of a step beside waiting, training and the update."""
+    """Returns the mean seconds of a step without waiting, training and the update."""
     parts = ("wait_for_batch_s", "proximal_s", "train_s")
     known = sum(sum(scalars.counted(f"perf/time/{part}")) for part in parts)
     steps = scalars.counted("perf/time/step_s")

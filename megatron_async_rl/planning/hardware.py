@@ -38,7 +38,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Engine:
-    """Efficiencies of decoding, and what a decode step costs beside memory and products."""
+    """Efficiencies of decoding, and the other costs of a decode step."""
 
     layer_s: float = 72e-6  # of each layer, however small the batch
     tensor_parallel_layer_s: float = 5e-6  # more with sglang.tp_size > 1

@@ -35,7 +35,7 @@ class Lengths:
 
 
 def log_normal(mean: float, longest: int, prompt_tokens: int) -> Lengths:
-    """Returns lengths whose mean, after capping at `longest`, is `mean` (at most 0.95 of it)."""
+    """Returns lengths with the given mean after capping; at most 0.95 of `longest`."""
     normal = np.random.default_rng(0).standard_normal(NUM_DRAWN)
     mean = min(mean, 0.95 * longest)
     low, high = 0.0, float(np.log(1000 * longest))

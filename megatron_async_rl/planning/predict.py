@@ -26,7 +26,7 @@ ENDLESS = 1 << 30  # steps: admission does not stop before the end of the simula
 
 @dataclass(frozen=True)
 class Load:
-    """What a run generates, beside its configuration."""
+    """The samples that a run generates: their lengths, and the dropped fraction."""
 
     lengths: Lengths
     dropped_fraction: float = 0.0  # of the groups, by filters
@@ -92,7 +92,7 @@ def average(steps: list[Step], part: float = 1.0) -> Prediction:
 
 
 def workload_of(config: Config, load: Load) -> Workload:
-    """Returns what a simulation of the whole run needs."""
+    """Returns the workload of the whole run."""
     return Workload(
         settings=core_settings(config),
         lengths=load.lengths,

@@ -133,7 +133,7 @@ def _rate(candidate: Candidate) -> float:
 
 
 def _other_loads(config: Config, costs: Costs, load: Load) -> Iterator[int]:
-    """Yields other numbers of samples in flight: what the KV cache holds, half and double."""
+    """Yields other numbers of samples in flight: the KV cache's capacity, half and double."""
     group, now = config.algorithm.samples_per_prompt, config.rollout.max_concurrent_samples
     most = config.sglang.get("max_running_requests") or config.sglang.get("cuda_graph_max_bs")
     most = int(most or GRAPH_BATCH)
@@ -143,7 +143,7 @@ def _other_loads(config: Config, costs: Costs, load: Load) -> Iterator[int]:
 
 
 def _check_memory(config: Config, hf: HfConfig, gpu: Gpu) -> None:
-    """Raises ConfigError if a trainer rank or the server's weights do not fit."""
+    """Raises ConfigError if a trainer rank does not fit."""
     limit, needed = (1 - FREE_SHARE) * gpu.memory_bytes, memory.trainer_memory(config, hf).peak
     if needed > limit:
         raise ConfigError(

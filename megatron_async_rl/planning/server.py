@@ -4,7 +4,7 @@ All running samples get one token per decode step, so a server has one count of 
 ends when that count reaches its own. A step's time is linear in batch and context, so the time of k
 steps has a closed form and the simulation only stops where the batch changes. As in SGLang, prefill
 comes before decoding, and when the KV cache is full the sample with the fewest generated tokens
-waits again and is prefilled anew.
+waits again and is prefilled again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from megatron_async_rl.planning.costs import Costs
 from megatron_async_rl.protocol.messages import Generate
 
-RESERVED_SHARE, RESERVED_TOKENS = 0.1, 4096  # SGLang keeps room for this share of what may follow
+RESERVED_SHARE, RESERVED_TOKENS = 0.1, 4096  # SGLang keeps room for this share of the next tokens
 EPSILON = 1e-6  # tokens; rounding of the count of steps
 
 

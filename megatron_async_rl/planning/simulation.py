@@ -35,7 +35,7 @@ QUEUE_USE = 0.5  # as core/kv_cache.py
 
 @dataclass(frozen=True)
 class Workload:
-    """What is generated and trained, and by how many servers."""
+    """The load of a simulated run, and the servers that generate it."""
 
     settings: CoreSettings
     lengths: Lengths
@@ -196,7 +196,7 @@ class Simulation:
         return Sample(zeros, zeros.view(np.float32), versions, "stop", "")
 
     def _report(self, name: str, kv_use: float, queues: bool) -> None:
-        """Sends what a worker's heartbeat says of the server, when it changes a decision."""
+        """Sends the server's figures as a heartbeat if they change a decision."""
         limit = self.workload.settings.kv_lease_limit
         pressure = limit is not None and kv_use > limit, queues
         if self._pressure.get(name) == pressure:
@@ -273,5 +273,5 @@ _ZEROS = np.zeros(1 << 20, np.int32)
 
 
 def _zeros(count: int) -> np.ndarray:
-    """Returns a view of shared zeros: the core looks at token ids, not at what they are."""
+    """Returns a view of shared zeros: the core counts token ids and never reads their values."""
     return _ZEROS[:count]

@@ -1,4 +1,4 @@
-"""What a simulated training step took, from the end of the step before it."""
+"""Measures of a simulated training step, from the end of the step before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker that sends what it may not send loses its connection; the run continues unchanged."""
+"""A worker that sends a forbidden message loses its connection; the run continues unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer with a chat template, and a policy whose engine answers from a script."""
+"""A tokenizer with a chat template, and a policy with an engine that answers from a script."""
 
 from __future__ import annotations
 

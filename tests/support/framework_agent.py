@@ -1,4 +1,4 @@
-"""An agent of the framework smolagents, whose import takes seconds."""
+"""An agent of the framework smolagents; its import takes seconds."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def is_first(path: Path) -> bool:
 
 
 def kill_server(log: Path) -> None:
-    """Kills the SGLang server while it streams; writes to `log` what the client gets."""
+    """Kills the SGLang server while it streams; writes the client's result to `log`."""
     host = psutil.Process(os.getppid())
     worker = host.parent()
     assert worker

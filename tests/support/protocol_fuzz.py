@@ -172,7 +172,7 @@ class ProtocolFuzz:
     # ---- the controller
 
     async def settle(self, running: asyncio.Task[None]) -> None:
-        """Lets the controller handle what has arrived; then its guarantees must hold."""
+        """Lets the controller handle the arrived messages; then its guarantees must hold."""
         for _ in range(200):
             await asyncio.sleep(0)
             if running.done():
@@ -358,7 +358,7 @@ class ProtocolFuzz:
             self.transmit(peer, frames)
 
     def some_message(self, sender: FuzzWorker) -> m.Message:
-        """Returns what the worker might answer now, or what it said when it joined."""
+        """Returns a possible answer of the worker now, or its message when it joined."""
         if sender.pending and self.random.random() < 0.9:
             saved, answered = sender.version, self.random.choice(sender.pending)
             answers = self.answers(answered, sender)

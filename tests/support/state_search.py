@@ -67,7 +67,7 @@ class Prompts:
 
 
 def shallow_copy(instance: Copied) -> Copied:
-    """Does what copy.copy() does for a plain object, in a fraction of its time."""
+    """Copies a plain object as copy.copy() does, in a fraction of its time."""
     twin = object.__new__(type(instance))
     twin.__dict__.update(instance.__dict__)
     return twin
@@ -284,7 +284,7 @@ def end_step(state: State) -> State:
 
 
 def without_some_samples(wire: tuple) -> set[tuple]:
-    """Returns what may be left on the wire: the killed server had sent any of its samples."""
+    """Returns the possible remainders on the wire: the killed server had sent any of its samples."""
     kept: set[tuple] = {()}
     for message in wire:
         kept = {(*left, message) for left in kept} | (kept if message[0] == "sample" else set())

@@ -1,6 +1,6 @@
 """A harmless canary of another host: writes a pickle into every torch store that it reaches.
 
-torchrun's own c10d rendezvous unpickles what it finds in its store: there the canary runs.
+torchrun's own c10d rendezvous unpickles the values of its store: there the canary runs.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Shell:
         )
 
     def type(self, *words: str | Path, code: int = 0) -> str:
-        """Runs a command to its end and returns what it prints, in one line without frames."""
+        """Runs a command to its end and returns its output, in one line without frames."""
         child = self.start(*words)
         output, errors = child.communicate(timeout=200)
         assert child.returncode == code, output[-3000:] + errors[-3000:]
@@ -236,7 +236,7 @@ def kill(shell: Shell, config: Path, run_dir: Path) -> None:
 
 
 def interrupt(shell: Shell, run_dir: Path) -> None:
-    """Ctrl-C, after a resume: says what it waits for. A joined reward worker ends with the run."""
+    """Ctrl-C, after a resume, prints the reason of its wait. A joined reward worker ends too."""
     config = run_dir / "config.yaml"
     child = shell.start("run", config)
     watch = Descendants(child.pid)

@@ -171,7 +171,7 @@ def test_another_user_reads_no_key_of_the_run(watched_run: Listeners) -> None:
     run_dir = watched_run.run_dir
     keys = sorted(path for path in (run_dir / "keys").rglob("*") if path.is_file())
     assert len(keys) >= 4
-    run_dir.chmod(0o755)  # `run` makes it 0700: here the modes of what is below are tested
+    run_dir.chmod(0o755)  # `run` makes it 0700: here the modes of its content are tested
     run_dir.chmod(0o755)  # the folder of the keys protects itself
     assert "keys" in run_as_other_user("ls", run_dir).stdout.split()
     listed, read = run_as_other_user("ls", run_dir / "keys"), run_as_other_user("cat", *keys)

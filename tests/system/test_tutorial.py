@@ -24,7 +24,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor 
 
 def test_tutorial_leads_to_an_own_run(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "tutorial.md").read_text()
-    # what step 1 makes
+    # the result of step 1
     model = make_model(tmp_path / "runs" / "tiny_model")
     (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (tmp_path / "runs" / "arithmetic").mkdir()

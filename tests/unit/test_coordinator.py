@@ -106,7 +106,7 @@ def test_prefix_cache_is_flushed_with_the_last_bucket_if_idle() -> None:
 
 
 def run_updates(scenario: Any, **weights: Any) -> list[Any]:
-    """Returns what the worker sent in `scenario(updates, engine, gate)`, which may take 5 s."""
+    """Returns the worker's messages in `scenario(updates, engine, gate)`, which may take 5 s."""
 
     async def run() -> list[Any]:
         engine, gate, sent = Engine(0, 5, 21), Gate(), Sent()

@@ -40,7 +40,7 @@ def contents(run_dir: Path) -> tuple:
 
 
 def damage(path: Path, draw: random.Random) -> str:
-    """Flips a bit, truncates, or zeroes a part of the file; returns what it did."""
+    """Flips a bit, truncates, or zeroes a part of the file; returns the name of the damage."""
     data = bytearray(path.read_bytes())
     at = draw.randrange(len(data))
     kind = draw.choice(["flip", "truncate", "zero"])

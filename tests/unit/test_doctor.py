@@ -42,7 +42,7 @@ ENGINE_SETTINGS = {
 
 
 def make_python(path: Path, version: str = "0.5.21") -> Path:
-    """Writes a fake interpreter of an engine environment, which prints what SGLang's would."""
+    """Writes a fake interpreter of an engine environment, which prints the same as SGLang's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = json.dumps(ENGINE_SETTINGS)
     path.write_text(

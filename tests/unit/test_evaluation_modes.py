@@ -77,7 +77,7 @@ def test_sample_of_another_version_is_refused_and_generated_again(
     mode: Literal["pause", "held_server"],
 ) -> None:
     core = core_with_servers(2)
-    core.state.version = 1  # the trainer has made a step, whose weights no server has
+    core.state.version = 1  # the trainer has made a step, and no server has its weights
     event = inputs.EvaluationRequested(0, mode, evaluation_tasks(1))
     [(server, lease)] = leases_of(core.handle(event, 0), "eval")
     actions = core.handle(inputs.Received(server, generated(lease, 0, 0, 1)), 0)

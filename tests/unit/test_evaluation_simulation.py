@@ -56,7 +56,7 @@ class EvaluatedRun(SimulatedRun):
             self.act(self.core.handle(request, self.now))
         elif not evaluation.has_server() and self.mode == "held_server":
             self.act(self.core.handle(inputs.EvaluationAbandoned("no server"), self.now))
-        # what the controller does: training needs the last server
+        # as the controller does: training needs the last server
         serving = [w for w in self.core.fleet.rollout.values() if not (w.is_held or w.is_fenced)]
         if evaluation.held_server() and not serving:
             self.act(self.core.handle(inputs.EvaluationAbandoned("needed"), self.now))

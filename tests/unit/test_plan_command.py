@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import yaml
@@ -128,6 +130,13 @@ def test_trainer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         search.splits(config(tmp_path), hf, 4, H100)
 
 
+def test_server_whose_weights_do_not_fit_is_refused(tmp_path: Path) -> None:
+    hf = model_config("Qwen3-32B", tmp_path)
+    one = config(tmp_path, **{"sglang.mem_fraction_static": 0.5})
+    with pytest.raises(ConfigError, match=r"sglang.tp_size = 1 leaves 61 GiB.*37 GiB"):
+        analytic.costs(one, hf, H100)
+
+
 # ---- calibration
 
 
@@ -201,6 +210,14 @@ def test_calibrated_plan_states_its_error(folder: Path, capsys: pytest.CaptureFi
     assert plan(folder, "--calibrate", str(write_run(folder)), "--gpus", "4") == 0
     text = capsys.readouterr().out
     assert "its step takes" in text and "measured 2.00 s" in text and "best: " in text
+
+
+def test_part_of_a_long_run_is_simulated(folder: Path) -> None:
+    measured = calibration.read(write_run(folder))
+    run = msgspec.structs.replace(measured.config.run, steps=1_000_000)
+    long = replace(measured, config=msgspec.structs.replace(measured.config, run=run))
+    step_s = measured.predict_itself().step_s
+    assert long.predict_itself().step_s == pytest.approx(step_s, rel=0.1)
 
 
 def test_run_of_another_layout_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Who may send which message, and the ranges of its fields."""
+"""Permitted senders of each message, and the ranges of its fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `run` and `join` do with an earlier run in run.dir."""
+"""`run` and `join` with an earlier run in run.dir."""
 
 from __future__ import annotations
 

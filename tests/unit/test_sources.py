@@ -64,7 +64,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def write_arrow(folder: Path, rows: list[dict[str, Any]], num_files: int = 1) -> Path:
-    """Writes what Dataset.save_to_disk writes."""
+    """Writes the files of Dataset.save_to_disk."""
     folder.mkdir(parents=True)
     names = [f"data-{i:05}-of-{num_files:05}.arrow" for i in range(num_files)]
     for i, name in enumerate(names):

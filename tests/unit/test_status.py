@@ -1,4 +1,4 @@
-"""`status` of dead runs: what happened, and how to continue, instead of an old state."""
+"""`status` of dead runs: the cause, and the way to continue, instead of an old state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of reward functions and workflows: what counts, and the means of a step."""
+"""Metrics of reward functions and workflows: accepted values, and the means of a step."""
 
 from __future__ import annotations
 

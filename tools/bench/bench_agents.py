@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures what the HTTP endpoint of agents costs against direct generation on the same server.
+"""Measures the cost of the HTTP endpoint of agents over direct generation on the same server.
 
     python tools/bench/bench_agents.py OUT --model 8b
     python tools/bench/bench_agents.py OUT --model tiny --device cpu --sessions 16 --turns 4

@@ -5,7 +5,7 @@ r"""Counts wrong decisions of the built-in `math` reward on answers made from re
     python tools/bench/bench_math_answers.py DATA_DIR [--scale 1] [--show 20] [--peers]
 
 DATA_DIR holds the golds of MATH, GSM8K, AIME and AMC (`*.jsonl` and `*.json` files with `answer`).
-Rules below rewrite each gold into answers whose correctness is known by construction. SIZES says
+Rules below rewrite each gold into answers that are right or wrong by construction. SIZES says
 how many of each class are scored, `--scale` multiplies it. `--peers` adds math-verify with its
 default extraction, as AReaL and verl call it.
 """

@@ -1,4 +1,4 @@
-"""What the converters of all kinds share: columns of a published row, and reasons to drop it."""
+"""Shared by the converters of all kinds: columns of a published row, and reasons to drop it."""
 
 from __future__ import annotations
 

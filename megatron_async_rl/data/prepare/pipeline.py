@@ -35,7 +35,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     ngram: int = 13
     num_validation: int = 0  # rows to write to their own file instead
     max_tests: int | None = None  # of a row; the first are kept
-    model: str | None = None  # folder of the model whose tokens are counted
+    model: str | None = None  # folder of the model that counts tokens
 
 
 class Contamination(msgspec.Struct, frozen=True):
@@ -45,7 +45,7 @@ class Contamination(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct):
-    """What `prepare` did; written as JSON beside the output."""
+    """Counts of one `prepare`; written as JSON beside the output."""
 
     kind: str
     source: str

@@ -1,4 +1,4 @@
-"""Duplicates, and rows whose problem an evaluation set contains, found by hashes of their words.
+"""Duplicates, and rows with a problem of an evaluation set, found by hashes of their words.
 
 A row is contaminated if it shares n consecutive words with a problem of an evaluation set (n = 13
 as for GPT-3, arXiv 2005.14165, appendix C). A problem of fewer words is found only as a whole.
