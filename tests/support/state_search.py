@@ -284,7 +284,7 @@ def end_step(state: State) -> State:
 
 
 def without_some_samples(wire: tuple) -> set[tuple]:
-    """Returns the possible remainders on the wire: the killed server had sent any of its samples."""
+    """Returns the possible rest of the wire: the killed server had sent any of its samples."""
     kept: set[tuple] = {()}
     for message in wire:
         kept = {(*left, message) for left in kept} | (kept if message[0] == "sample" else set())
