@@ -1,6 +1,7 @@
 """Prompts: the rows of the sources, tokenized, and left out where settings say so.
 
-The controller reads all of them at its start; preflight runs `check_source`, which tokenizes none.
+The controller reads all of them at its start; preflight runs `check_source`, which tokenizes long
+rows only.
 """
 
 from __future__ import annotations
@@ -118,12 +119,16 @@ def check_source(
     """Returns the number of rows, for preflight: all rows are read, and the first chat is rendered.
 
     Raises ConfigError or DataError and reports as `read_source`, but tokenizes only rows that may
-    be too long: a tokenizer makes at most one token of a byte.
+    be too long: a tokenizer makes at most one token of a byte. So it does not count the shorter
+    ones that min_prompt_tokens leaves out.
     """
     if isinstance(source, str):
         source = SourceConfig(path=source)
     count, rendered = 0, False
     left_out: Counter[str] = Counter()
+    longest = _max_tokens(config)
+    if source.max_prompt_tokens is not None:
+        longest = min(longest, source.max_prompt_tokens)
     tokenizer: Tokenizer | None = None
     for place, _, fields in read_rows(source, setting, config):
         count += 1
@@ -134,7 +139,7 @@ def check_source(
                 _render(prompt, config, Tokenizer(config.model.path))
             except (ConfigError, DataError) as e:
                 raise type(e)(f"{place}: {e.problem}", e.remedy) from None
-        if len(str(prompt).encode(errors="replace")) > _max_tokens(config):
+        if len(str(prompt).encode(errors="replace")) > longest:
             tokenizer = tokenizer or Tokenizer(config.model.path)
             num_tokens = len(_tokenize(fields["prompt"], source, config, tokenizer)[0])
             if reason := _left_out(num_tokens, source, config):

@@ -117,7 +117,7 @@ def test_documents_use_one_form() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_command_explains_itself(shell: Shell, name: str) -> None:
+def test_help_names_the_command_as_it_is_typed(shell: Shell, name: str) -> None:
     assert f"{SCRIPT} {name}" in shell.type(name, "--help")
 
 

@@ -419,7 +419,7 @@ async def count_statuses(reader: asyncio.StreamReader, count: int) -> Counter[by
     return statuses
 
 
-def test_flood_of_requests_is_limited_and_other_sessions_go_on(tokenizer: Tokenizer) -> None:
+def test_flood_of_requests_is_limited_and_other_sessions_continue(tokenizer: Tokenizer) -> None:
     body = json.dumps({"messages": [user("a")], "max_tokens": 1}).encode()
 
     async def ask() -> None:

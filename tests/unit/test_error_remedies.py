@@ -112,6 +112,6 @@ def test_every_error_names_its_remedy_or_is_in_troubleshooting() -> None:
         ("§ was taken over by §", False),
     ],
 )
-def test_rule(text: str, expected: bool) -> None:
+def test_remedy_is_recognized_in_a_message(text: str, expected: bool) -> None:
     documented = documented_messages("| `the server ... over: ...` | cause | remedy |")
     assert has_remedy(text, documented) is expected

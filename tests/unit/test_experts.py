@@ -93,7 +93,7 @@ def test_experts_have_the_same_names_in_every_layout(
 @pytest.mark.parametrize(
     "name", ["mlp.router.weight", "mlp.shared_experts.linear_fc1.weight", "mlp.linear_fc2.weight"]
 )
-def test_other_names_stay(name: str) -> None:
+def test_names_of_other_parameters_are_kept(name: str) -> None:
     assert expert_names(name, experts=2, first=4) == [(name, None)]
 
 

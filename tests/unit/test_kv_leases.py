@@ -127,7 +127,7 @@ def served(kv_lease_limit: float | None, sigma: float) -> Totals:
     return KvServer(draw, CAPACITY, kv_lease_limit, GROUP, MAX_NEW).run(900, warm_up=600)
 
 
-def test_server_neither_queues_nor_retracts_nor_starves() -> None:
+def test_kv_limit_avoids_queues_and_most_retractions() -> None:
     by_number, by_kv = served(None, sigma=1.0), served(0.9, sigma=1.0)
     print(f"by number {by_number}, by KV {by_kv}")
     assert by_number.waiting > 100 * by_number.steps  # of up to 256 samples at once

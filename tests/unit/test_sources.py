@@ -190,6 +190,17 @@ def test_prompts_outside_the_limits_are_left_out_and_counted(model: Path, tmp_pa
         training(make_config(model, [{"path": str(path), "min_prompt_tokens": 9}]))
 
 
+def test_preflight_counts_the_prompts_beyond_max_prompt_tokens(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "1" * n, "answer": "1"} for n in (1, 2, 3, 4, 5)]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    config = make_config(model, [{"path": str(path), "max_prompt_tokens": 3}])
+    [source], said = config.data.train, list[str]()
+    assert check_source(source, "data.train[0]", config, said.append) == 5  # type: ignore[arg-type]
+    assert said == [
+        f"2 of 5 prompts of data.train[0] = {path} have more tokens than max_prompt_tokens = 3"
+    ]
+
+
 @pytest.mark.parametrize(
     ("source", "problem"),
     [

@@ -457,7 +457,7 @@ def test_returned_rewards_replace_posted_ones() -> None:
 
 
 @pytest.mark.parametrize("value", ["high", True, math.nan, 2e9, [1, None], {"last": 1}, {"-1": 1}])
-def test_what_is_no_reward_is_refused(value: Any) -> None:
+def test_invalid_reward_is_refused(value: Any) -> None:
     with pytest.raises(HookFailed, match=r"the agent returned .*; must be a finite number"):
         checked_rewards(value, "the agent returned")
 
