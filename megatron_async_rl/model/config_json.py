@@ -27,6 +27,7 @@ _BIASED_ROUTER: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("n_group", (1, None)),
     ("topk_group", (1, None)),
     ("use_qk_norm", (False, None)),
+    ("attention_bias", (True,)),
 )
 
 
@@ -129,7 +130,7 @@ class HfConfig:
         ):
             if raw.get(key) not in allowed:
                 raise DataError(
-                    f"{self._key}: config.json has {key} = {raw[key]!r}; the trainer's "
+                    f"{self._key}: config.json has {key} = {raw.get(key)!r}; the trainer's "
                     f"{family.name} model supports {allowed[0]!r} only",
                     "use another model",
                 )
@@ -144,7 +145,10 @@ class HfConfig:
             router_normalizes=bool(raw.get("norm_topk_prob", False)),
             router_scale=float(raw.get("routed_scaling_factor", 1.0)),
             rotary_percent=float(
-                rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+                rope.get(
+                    "partial_rotary_factor",
+                    raw.get("partial_rotary_factor", family.rotary_percent),
+                )
             ),
         )
 

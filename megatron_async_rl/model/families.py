@@ -48,6 +48,8 @@ class Family:
     """Rules of the first layers, which have no experts (first_k_dense_replace in config.json)."""
     router_bias: bool = False
     """The router adds a bias to the sigmoid scores before it chooses, and weights by the scores."""
+    rotary_percent: float = 1.0
+    """Share of a head's elements that RoPE rotates, if config.json has no partial_rotary_factor."""
 
 
 TOP = (
@@ -154,6 +156,7 @@ FAMILIES = (
         experts=True,
         dense_layer=ATTENTION + QKV_BIAS + MLP,
         router_bias=True,
+        rotary_percent=0.5,
     ),
 )
 

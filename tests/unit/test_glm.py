@@ -82,14 +82,26 @@ def test_map_has_the_tensors_that_transformers_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "key, value", [("n_group", 8), ("use_qk_norm", True), ("norm_topk_prob", False)]
+    "key, value",
+    [
+        ("n_group", 8),
+        ("use_qk_norm", True),
+        ("norm_topk_prob", False),
+        ("attention_bias", False),
+        ("attention_bias", None),
+    ],
 )
-def test_router_that_megatron_would_compute_differently_is_refused(
+def test_model_that_megatron_would_compute_differently_is_refused(
     tmp_path: Path, key: str, value: object
 ) -> None:
     plan_config(tmp_path, AIR | {key: value})
     with pytest.raises(DataError, match=key):
         HfConfig(tmp_path).architecture()
+
+
+def test_missing_share_of_rope_is_that_of_engine_and_transformers(tmp_path: Path) -> None:
+    plan_config(tmp_path, {key: value for key, value in AIR.items() if "rotary" not in key})
+    assert HfConfig(tmp_path).architecture().rotary_percent == 0.5
 
 
 def test_tensor_parallelism_must_divide_the_first_mlp_and_the_shared_experts(
