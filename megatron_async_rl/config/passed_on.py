@@ -38,7 +38,10 @@ MEGATRON_RESERVED = dict.fromkeys(
     (
         "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
         "num_moe_experts moe_ffn_hidden_size moe_router_topk normalization layernorm_epsilon "
-        "qk_layernorm gated_linear_unit activation_func add_bias_linear add_qkv_bias"
+        "qk_layernorm gated_linear_unit activation_func add_bias_linear add_qkv_bias "
+        "moe_layer_freq moe_shared_expert_intermediate_size moe_shared_expert_gate "
+        "moe_router_pre_softmax moe_router_score_function moe_router_enable_expert_bias "
+        "moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk"
     ).split(),
     _MODEL,
 ) | {

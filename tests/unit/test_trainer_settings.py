@@ -41,6 +41,8 @@ def test_unknown_megatron_key_suggests_the_nearest() -> None:
     "key, value, remedy",
     [
         ("num_layers", 3, "config.json"),
+        ("moe_layer_freq", 2, "config.json"),
+        ("moe_router_enable_expert_bias", False, "config.json"),
         ("bf16", True, "trainer.precision"),
         ("hidden_dropout", 0.1, "without dropout"),
     ],
