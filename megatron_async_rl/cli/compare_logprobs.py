@@ -99,6 +99,8 @@ def _trainer_config(config: Config) -> Config:
     if config.parallel_size("context") > 1:
         del tree["megatron"]["context_parallel_size"]
         tree["trainer"]["data_parallel_size"] *= config.parallel_size("context")
+        # the rule for batches, none of which is trained here, then holds as it did before
+        tree["algorithm"]["prompts_per_step"] *= config.parallel_size("context")
     return configuration.from_tree(tree)
 
 

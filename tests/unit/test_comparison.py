@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from config_builders import trainer_config
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_async_rl.cli import compare_logprobs
 from megatron_async_rl.errors import EngineError
 from megatron_async_rl.trainer.comparison.difference import Comparison
 from megatron_async_rl.trainer.comparison.engine_dump import read_passes
@@ -18,6 +20,8 @@ from megatron_async_rl.trainer.comparison.operations import (
     FINAL_NORM,
     LAYER,
     LOOK_AT,
+    ROUTER,
+    ROUTER_BIAS,
     layer_operation,
 )
 
@@ -90,6 +94,24 @@ def test_tokens_with_other_experts_are_counted() -> None:
     compared.add(engine, trainer, 4)
     assert compared.other_experts == {1: [0.25]}
     assert "25.00%" in "\n".join(compared.table())
+
+
+def test_experts_are_those_that_a_bias_in_the_router_chooses() -> None:
+    router, bias = layer_operation(1, ROUTER), layer_operation(1, ROUTER_BIAS)
+    engine = {router: torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 2)}
+    trainer = {router: engine[router].clone(), bias: torch.tensor([0.0, 0.0, 0.0, 5.0])}
+    trainer[router][0] = torch.tensor([3.0, 1.0, 2.0, 0.0])  # 0 and 3, whatever the second is
+    trainer[router][1] = torch.tensor([2.0, 3.0, 1.0, 0.0])  # 1 and 3
+    compared = comparison()
+    compared.add(engine, trainer, 2)
+    assert compared.other_experts == {1: [0.5]}
+
+
+def test_trainer_without_context_parallelism_keeps_the_rule_for_batches() -> None:
+    config = trainer_config(context_parallel_size=32)  # 16 samples per step
+    whole = compare_logprobs._trainer_config(config)
+    assert whole.trainer_ranks == config.trainer_ranks == 32
+    assert whole.trainer.data_parallel_size == 32
 
 
 def write_pass(folder: Path, name: str, ids: list[int]) -> None:

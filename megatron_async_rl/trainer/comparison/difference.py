@@ -14,6 +14,7 @@ from megatron_async_rl.trainer.comparison.operations import (
     FINAL_NORM,
     LAYER,
     ROUTER,
+    ROUTER_BIAS,
     layer_operation,
 )
 
@@ -64,13 +65,16 @@ class Comparison:
                 self.differences.setdefault(name, Difference()).add(theirs, ours)
                 if name.endswith(f": {ROUTER}"):
                     layer = int(name.split()[1].rstrip(":"))
-                    self._compare_experts(layer, theirs, ours)
+                    bias = trainer.get(layer_operation(layer, ROUTER_BIAS))
+                    self._compare_experts(layer, theirs, ours, bias)
 
-    def _compare_experts(self, layer: int, engine: Tensor, trainer: Tensor) -> None:
-        chosen = [
-            logits.topk(self.num_experts_chosen).indices.sort().values
-            for logits in (engine.float(), trainer.float())
-        ]
+    def _compare_experts(
+        self, layer: int, engine: Tensor, trainer: Tensor, bias: Tensor | None
+    ) -> None:
+        scores = [logits.float() for logits in (engine, trainer)]
+        if bias is not None:
+            scores = [logits.sigmoid() + bias for logits in scores]
+        chosen = [each.topk(self.num_experts_chosen).indices.sort().values for each in scores]
         other = (chosen[0] != chosen[1]).any(dim=-1).double().mean()
         self.other_experts.setdefault(layer, []).append(float(other))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 EMBEDDING, FINAL_NORM = "embedding", "final norm"
-ROUTER = "router"
+ROUTER, ROUTER_BIAS = "router", "router's bias"
 
 
 class Held(Enum):

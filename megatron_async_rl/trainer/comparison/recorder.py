@@ -16,6 +16,7 @@ from megatron_async_rl.trainer.comparison.operations import (
     FINAL_NORM,
     LAYER,
     ROUTER,
+    ROUTER_BIAS,
     Held,
     Operation,
     layer_operation,
@@ -31,7 +32,8 @@ class Recorder:
 
     def __init__(self, model: TrainerModel) -> None:
         self.outputs: dict[str, Tensor] = {}
-        """By the name of the operation: [T, columns] of the whole sequence, padding included."""
+        """By the name of the operation: [T, columns] of the whole sequence, padding included. And
+        the biases of routers, with which they choose."""
         self._config = model.config
         self._hooks: list[RemovableHandle] = []
         self._groups = model.shape.num_query_groups
@@ -52,6 +54,9 @@ class Recorder:
                 if part is not None:
                     name = layer_operation(layer.layer_number - 1, operation.name)
                     self._record_operation(name, part, operation)
+                    if operation.name == ROUTER and part.expert_bias is not None:
+                        name = layer_operation(layer.layer_number - 1, ROUTER_BIAS)
+                        self.outputs[name] = part.expert_bias.detach().cpu()
         if "decoder.final_layernorm" in parts:
             self._record(FINAL_NORM, parts["decoder.final_layernorm"], Held.TOKENS)
 
