@@ -243,6 +243,8 @@ class Controller:
                 self.progress.dropped(action.group.group_id, action.reason.value)
             case actions.ReportError():
                 logger.error("%s", action.error)
+            case actions.ReportScoringError():
+                self.scores.failed(action.where, action.error)
 
     def _report_step(self, step: actions.ReportStep) -> None:
         self.progress.ledger = self._ledger()

@@ -111,15 +111,22 @@ def score_custom(prompt: str, response: str, row: dict[str, Any], text_ends: lis
         found = type(value if metrics == {} else metrics).__name__
         wanted = "a number or a list of numbers, or one of these and a dict of metrics"
         return Outcome(None, f"the reward function returned a {found}, must be {wanted}")
-    rewards = [float(number) for number in given]
-    for reward in rewards:
+    rewards = [_as_float(number) for number in given]
+    for reward in (*rewards, sum(rewards)):
         if not math.isfinite(reward):
             return Outcome(None, f"the reward function returned {reward}")
     if not rewards:
         return Outcome(None, "the reward function returned an empty list")
     # plain and few, so that the result can be sent; the worker leaves out what is no metric
     plain = {
-        str(name)[:100]: float(number) if isinstance(number, numbers.Real) else math.nan
+        str(name)[:100]: _as_float(number) if isinstance(number, numbers.Real) else math.nan
         for name, number in itertools.islice(metrics.items(), 100)
     }
     return Outcome(math.fsum(rewards), "", plain, rewards if isinstance(value, list) else [])
+
+
+def _as_float(number: Any) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # of an integer, such as the difference to a long answer
+        return math.inf

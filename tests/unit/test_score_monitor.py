@@ -80,6 +80,14 @@ def test_run_in_which_every_group_fails_ends_with_the_last_error() -> None:
         fail(monitor, 2, "generation_failed")
 
 
+def test_run_ends_with_the_reason_that_the_core_found() -> None:
+    monitor = ScoreMonitor(2, 1)
+    monitor.failed("reward-0: no score for sample 0.0", "the reward is nan")
+    assert monitor.step()["reward/scoring_errors"] == 1
+    with pytest.raises(Error, match="the reward is nan"):
+        fail(monitor, 0)
+
+
 def test_a_scored_group_or_a_drop_for_another_reason_does_not_count() -> None:
     monitor = ScoreMonitor(2, 3)
     for group_id in range(0, 20, 5):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 import pytest
 from core_builders import (
     LEASE_S,
+    generated,
     join_workers,
     make_core,
     make_sample,
@@ -16,6 +18,7 @@ from core_builders import (
 )
 
 from megatron_async_rl.controller.core import inputs
+from megatron_async_rl.controller.core.actions import ReportScoringError
 from megatron_async_rl.controller.core.groups import GroupState
 from megatron_async_rl.controller.journal.events import SampleScored
 from megatron_async_rl.protocol.messages import (
@@ -25,6 +28,7 @@ from megatron_async_rl.protocol.messages import (
     ScoreRequest,
     ScoreResult,
 )
+from megatron_async_rl.reward import scoring_process
 
 
 def ask(lease: Generate, index: int = 0, number: int = 1) -> ScoreRequest:
@@ -76,6 +80,32 @@ def test_non_finite_score_is_an_error() -> None:
     assert messages_of(core.handle(inputs.Received("reward-0", nothing), 2), ScoreResult) == []
     [answer] = messages_of(core.handle(inputs.Received("reward-0", nothing), 3), ScoreResult)
     assert answer.reward is None and "nan" in answer.error
+
+
+def test_failed_attempt_that_no_worker_reported_is_reported_with_its_reason() -> None:
+    core = make_core(heartbeat_timeout_s=1e9)
+    [lease, *_] = join_workers(core)
+    core.handle(inputs.Received("rollout-0", generated(lease, 0, 0)), 0)
+    wrong = [
+        ScoreResult(lease.key(0), math.nan),
+        ScoreResult(lease.key(0), 1.0, turn_rewards=[1.0] * 2),
+    ]
+    reasons = ["the reward is nan", "2 rewards for a sample of 1 turns"]
+    for result, reason in zip(wrong, reasons, strict=True):
+        actions = core.handle(inputs.Received("reward-0", result), 0)
+        [report] = [action for action in actions if isinstance(action, ReportScoringError)]
+        assert reason in report.error and report.where.startswith("reward-0: no score")
+
+
+def test_numbers_that_no_float_holds_are_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    returned: list[Any] = [10**400, [1.0, -(10**400)], [1e308, 1e308], [1.0, math.nan]]
+    for value in returned:
+        monkeypatch.setattr(scoring_process, "_function", lambda p, r, row, value=value: value)
+        outcome = scoring_process.score_custom("", "", {}, [])
+        assert outcome.reward is None and "the reward function returned" in outcome.error
+    monkeypatch.setattr(scoring_process, "_function", lambda p, r, row: (0.5, {"m": 10**400}))
+    outcome = scoring_process.score_custom("", "", {}, [])
+    assert outcome.reward == 0.5 and outcome.metrics == {"m": math.inf}
 
 
 def test_score_request_ends_with_its_lease() -> None:

@@ -84,7 +84,15 @@ class ReportError:
     error: str
 
 
+@dataclass(frozen=True)
+class ReportScoringError:
+    """A score that a reward worker did not report as failed is none. `where`: worker and sample."""
+
+    where: str
+    error: str
+
+
 Action = (
     Send | SendBatch | ResendBatch | ServerLost | ReportEvaluated | FinishEvaluation
-    | ReportSample | ReportStep | ReportDrop | ReportError
+    | ReportSample | ReportStep | ReportDrop | ReportError | ReportScoringError
 )  # fmt: skip

@@ -293,8 +293,7 @@ class Core:
             return self._scoring_failed(task, result.error) + self._advance(now)
         for reward in (result.reward, *result.turn_rewards):
             if not abs(reward) <= MAX_REWARD:
-                error = f"the reward is {reward}"
-                return self._scoring_failed(task, error) + self._advance(now)
+                return self._no_score(task, f"the reward is {reward}") + self._advance(now)
         if task.requester:
             return [actions.Send(task.requester, result), *self._advance(now)]
         followed: list[Action] = []
@@ -310,13 +309,18 @@ class Core:
                     f"the reward function returned {len(result.turn_rewards)} rewards for a sample "
                     f"of {len(sample.turns())} turns; return a number, or one per turn"
                 )
-                return self._scoring_failed(task, error) + self._advance(now)
+                return self._no_score(task, error) + self._advance(now)
             self.state.record(
                 events.SampleScored(group.group_id, index, given[0], result.metrics, given[1])
             )
             if group.is_scored:
                 followed = self._complete(group, result.answer)
         return followed + self._advance(now)
+
+    def _no_score(self, task: ScoringTask, error: str) -> list[Action]:
+        """Ends an attempt whose failure the reward worker does not know of."""
+        where = f"{task.worker}: no score for sample {task.request.key}"
+        return [actions.ReportScoringError(where, error), *self._scoring_failed(task, error)]
 
     def _scoring_failed(self, task: ScoringTask, error: str) -> list[Action]:
         if self.scoring.retry(task):
@@ -374,7 +378,7 @@ class Core:
             followed += self._release(group)
         limit = f"no score within rollout.lease_timeout_s = {self.settings.lease_timeout_s:g}"
         for task in self.scoring.take_expired(now):
-            followed += self._scoring_failed(task, limit)
+            followed += self._no_score(task, limit)
         return followed + self._advance(now)
 
     def _drain_started(self, event: inputs.DrainStarted, now: float) -> list[Action]:

@@ -66,12 +66,16 @@ class ScoreMonitor:
 
     def received(self, worker: str, message: Message) -> None:
         if isinstance(message, GenerateFailed):
-            self._failed(f"{worker}: sample {message.key}", message.error)
+            self._keep(f"{worker}: sample {message.key}", message.error)
         elif isinstance(message, ScoreResult) and message.reward is None:
-            self._num_errors += 1
-            self._failed(f"{worker}: no score for sample {message.key}", message.error)
+            self.failed(f"{worker}: no score for sample {message.key}", message.error)
         elif isinstance(message, ScoreResult):
             self._seconds.append(message.seconds)
+
+    def failed(self, where: str, error: str) -> None:
+        """Counts an attempt to score that failed."""
+        self._num_errors += 1
+        self._keep(where, error)
 
     def check(self) -> None:
         """Raises Error if faults.max_failed_groups groups have failed in a row."""
@@ -82,7 +86,7 @@ class ScoreMonitor:
                 f"the reward function; the last error:\n{self._last_error or 'no reply in time'}"
             )
 
-    def _failed(self, where: str, error: str) -> None:
+    def _keep(self, where: str, error: str) -> None:
         self._last_error = f"{where}: {error}"
         self._errors.log(where, error)
 
