@@ -7,9 +7,11 @@ a gauge, `train/loss` is megatron_async_rl_train_loss.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import math
 import re
+import socket
 import threading
 
 from megatron_async_rl.errors import ConfigError
@@ -17,7 +19,7 @@ from megatron_async_rl.errors import ConfigError
 PREFIX = "megatron_async_rl"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 POLL_S = 0.1  # until the thread sees that it is to end
-CLIENT_S = 5.0  # for a request; a silent client must not keep out the others
+CLIENT_S = 5.0  # for a request; a silent or slow client must not keep out the others
 
 
 class Prometheus:
@@ -51,8 +53,22 @@ class Prometheus:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     gauges: dict[str, float]
-    timeout = CLIENT_S
     server_version, sys_version = PREFIX, ""
+
+    def handle(self) -> None:
+        # not by `timeout`, which a client that sends a byte now and then never reaches
+        limit = threading.Timer(CLIENT_S, self._cut_off)
+        limit.daemon = True
+        limit.start()
+        try:
+            with contextlib.suppress(OSError):  # the client is gone
+                super().handle()
+        finally:
+            limit.cancel()
+
+    def _cut_off(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def do_GET(self) -> None:
         if self.path.partition("?")[0] != "/metrics":

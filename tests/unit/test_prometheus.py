@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import socket
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -33,7 +35,7 @@ def endpoint() -> Iterator[Prometheus]:
 
 
 def fetch(port: int, path: str = "/metrics") -> tuple[str, str]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as reply:
         return reply.read().decode(), reply.headers["Content-Type"]
 
 
@@ -73,11 +75,27 @@ def test_other_paths_are_not_found(endpoint: Prometheus) -> None:
         fetch(endpoint.port, "/")
 
 
-def test_silent_client_is_cut_off(endpoint: Prometheus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prometheus._Handler, "timeout", 0.2)
+@pytest.mark.parametrize("byte", [b"", b"x"])
+def test_silent_or_slow_client_is_cut_off(
+    endpoint: Prometheus, monkeypatch: pytest.MonkeyPatch, byte: bytes
+) -> None:
+    monkeypatch.setattr(prometheus, "CLIENT_S", 0.2)
     endpoint.scalars(1, {"train/loss": 0.5})
-    with socket.create_connection(("127.0.0.1", endpoint.port)):
-        assert "train_loss 0.5" in fetch(endpoint.port)[0]
+    answered = threading.Event()
+
+    def send_slowly(client: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it was cut off
+            while not answered.wait(0.05):
+                client.sendall(byte)
+
+    with socket.create_connection(("127.0.0.1", endpoint.port)) as client:
+        sender = threading.Thread(target=send_slowly, args=[client])
+        sender.start()
+        try:
+            assert "train_loss 0.5" in fetch(endpoint.port)[0]
+        finally:
+            answered.set()
+            sender.join()
 
 
 def test_port_in_use_is_named(endpoint: Prometheus) -> None:
