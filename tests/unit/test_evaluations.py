@@ -136,6 +136,14 @@ def test_problems_with_the_longest_answers_are_evaluated_first(tmp_path: Path) -
         assert [lease.prompt.prompt_id for lease in shell.leases] == ["p1", "p1"]
 
 
+def test_failed_samples_have_no_length(tmp_path: Path) -> None:
+    problems = [{"prompt_id": "p0", "tokens": [0, 6]}, {"prompt_id": "p1", "tokens": [0, 0]}]
+    result = {"version": 3, "sets": {"aime": {"metrics": {}, "problems": problems}}}
+    (tmp_path / "evaluations").mkdir()
+    records.write_result(tmp_path, 3, result)
+    assert records.mean_tokens(tmp_path, 3) == {("aime", "p0"): 6.0}
+
+
 def test_evaluation_that_is_due_while_one_runs_is_skipped_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

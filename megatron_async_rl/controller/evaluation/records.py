@@ -78,17 +78,20 @@ def read_results(run_dir: Path) -> list[tuple[int, list[EvaluationResult]]]:
 
 
 def mean_tokens(run_dir: Path, version: int) -> dict[tuple[str, str], float]:
-    """Returns the mean tokens of a response by (set, prompt id); empty if it cannot be read."""
+    """Returns the mean tokens of a response by (set, prompt id); empty if it cannot be read.
+
+    A problem of failed samples alone is not in it.
+    """
     try:
         content = result_path(run_dir, version).read_bytes()
         result = msgspec.json.decode(content, type=_Result)
     except (OSError, msgspec.DecodeError):
         return {}
     return {
-        (name, problem.prompt_id): sum(problem.tokens) / len(problem.tokens)
+        (name, problem.prompt_id): sum(tokens) / len(tokens)
         for name, results in result.sets.items()
         for problem in results.problems
-        if problem.tokens
+        if (tokens := [number for number in problem.tokens if number])  # a failed sample has 0
     }
 
 
