@@ -113,7 +113,7 @@ def train_costs(config: Config, shape: ModelShape, size: ModelSize, gpu: Gpu) ->
     split = layout.tp * layout.pp * layout.cp
     recomputes = config.megatron.get("recompute_granularity") == "full"
     work = 4 / 3 if recomputes else 1.0
-    work *= 2 if algorithm.advantage.estimator == "gae" else 1  # the critic is as large
+    work *= 2 if algorithm.advantage.uses_critic else 1  # the critic is as large
     token_s = work * _forward_backward_token_s(size, gpu) / split
     if layout.tp > 1:  # gathers and scatters of activations, eight in each layer
         moved = 8 * 2 * size.layer_width * (layout.tp - 1) / layout.tp
