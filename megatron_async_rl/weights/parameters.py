@@ -50,13 +50,17 @@ def global_parameters(modules: Modules) -> Iterator[LocalParameter]:
         offset = get_transformer_layer_offset(module.config, vp_stage=module.vp_stage)
         experts = (module.config.num_moe_experts or 0) // mpu.get_expert_model_parallel_world_size()
         first = experts * mpu.get_expert_model_parallel_rank()
-        biases = ((n, b) for n, b in module.named_buffers() if n.endswith(".router.expert_bias"))
-        for name, parameter in (*module.named_parameters(), *biases):
+        for name, parameter in (*module.named_parameters(), *router_biases(module)):
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = str(int(parts[2]) + offset)
             for canonical, row in expert_names(".".join(parts), experts, first):
                 yield LocalParameter(canonical, parameter, row)
+
+
+def router_biases(module: GPTModel) -> list[tuple[str, Tensor]]:
+    """Returns the buffers that belong to the model's weights, by local name."""
+    return [(n, b) for n, b in module.named_buffers() if n.endswith(".router.expert_bias")]
 
 
 def expert_names(name: str, experts: int, first: int) -> list[tuple[str, int | None]]:
