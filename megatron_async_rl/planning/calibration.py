@@ -133,6 +133,18 @@ class _Scalars:
     def counted(self, tag: str, optional: bool = False) -> list[float]:
         return self.all(tag, WARM_UP_STEPS + 1, optional)
 
+    def aligned(self, *tags: str) -> list[np.ndarray]:
+        """Returns each tag's values in the counted steps that have all of them.
+
+        A step shorter than the time between heartbeats may have no figures of the servers.
+        """
+        found = [dict[int, float]() for _ in tags]
+        for tag, values in zip(tags, found, strict=True):
+            self.counted(tag)  # raises if the tag is missing
+            values |= {s.step: s.value for s in self._events.Scalars(tag)}
+        common = [n for n in sorted(set.intersection(*map(set, found))) if n > WARM_UP_STEPS]
+        return [np.array([values[step] for step in common]) for values in found]
+
 
 def _generation(
     scalars: _Scalars, servers: int, prefilled_share: float
@@ -141,16 +153,14 @@ def _generation(
 
     On a CPU SGLang reports no rate of decoding. It is then that of all busy time, prefill included.
     """
-    step_s = np.array(scalars.counted("perf/time/step_s"))
-    busy_s = step_s * (1 - np.array(scalars.counted("perf/engine_idle_fraction")))
-    generated = step_s * np.array(scalars.counted("perf/generate_tokens_per_s"))
-    running = np.array(scalars.counted("engine/running_requests"))
-    rates = np.array(scalars.counted("engine/decode_tokens_per_s"))
-    if len({len(values) for values in (step_s, busy_s, running, rates)}) > 1:
-        raise DataError(
-            "some steps of the run in --calibrate lack the servers' figures (engine/*)",
-            "give a run that was not resumed with other monitor.loggers",
-        )
+    step_s, idle, generated_per_s, running, rates = scalars.aligned(
+        "perf/time/step_s",
+        "perf/engine_idle_fraction",
+        "perf/generate_tokens_per_s",
+        "engine/running_requests",
+        "engine/decode_tokens_per_s",
+    )
+    busy_s, generated = step_s * (1 - idle), step_s * generated_per_s
     is_reported = bool(rates.any())
     if not is_reported:
         rates = generated / busy_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,9 @@ def test_server_whose_weights_do_not_fit_is_refused(tmp_path: Path) -> None:
 # ---- calibration
 
 
-def write_run(folder: Path, steps: int = 8, **scalars: float) -> Path:
+def write_run(
+    folder: Path, steps: int = 8, unreported: Collection[int] = (), **scalars: float
+) -> Path:
     """Writes the records of a run with a decode step of 10 ms + 1 ms for each sample."""
     run_dir = folder / "run"
     run_dir.mkdir()
@@ -164,7 +167,10 @@ def write_run(folder: Path, steps: int = 8, **scalars: float) -> Path:
             "perf/engine_idle_fraction": 0.25,
             "perf/generate_tokens_per_s": 100.0,
         }
-        board.scalars(version, values | scalars)
+        written = values | scalars
+        if version in unreported:
+            written = {tag: v for tag, v in written.items() if not tag.startswith("engine/")}
+        board.scalars(version, written)
     with (run_dir / "samples.jsonl").open("wb") as file:
         for number in range(16 * steps):
             file.write(encode_line(sample_line(number)))
@@ -191,6 +197,12 @@ def test_costs_are_those_of_the_records(folder: Path) -> None:
     assert measured.trained_tokens_per_s == pytest.approx(160.0)
     double = measured.costs_of(config(folder, **{"trainer.data_parallel_size": 2}))
     assert double.train.seconds([25] * 16) == pytest.approx((0.05, 0.15))
+
+
+def test_steps_without_a_report_of_the_servers_are_left_out(folder: Path) -> None:
+    decode = calibration.read(write_run(folder, unreported=(4, 7))).costs.decode
+    assert decode.step_s == pytest.approx(0.010, rel=1e-3)
+    assert decode.sample_s == pytest.approx(0.001, rel=1e-3)
 
 
 def test_without_a_rate_of_decoding_the_busy_time_counts(folder: Path) -> None:
