@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 FORM = '{"name": "...", "arguments": {...}}'
@@ -54,14 +54,21 @@ def split(text: str) -> tuple[str, list[ToolCall]]:
     return (content.strip() if calls else text), calls
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    """Clients in other languages cannot read NaN and Infinity."""
+    raise ValueError(f"{name} is not JSON")
+
+
 def _read(text: str) -> ToolCall | BadCall:
     try:
-        call = json.loads(text, strict=False)  # newlines in a text need no escape
+        # newlines in a text need no escape
+        call = json.loads(text, strict=False, parse_constant=_refuse_constant)
         name, arguments = call["name"], call.get("arguments", {})
         if isinstance(arguments, str):
-            arguments = json.loads(arguments, strict=False)
+            arguments = json.loads(arguments, strict=False, parse_constant=_refuse_constant)
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise TypeError("the name is not a text, or the arguments are not an object")
+        json.dumps([name, arguments], ensure_ascii=False).encode()  # no half of a surrogate pair
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         return BadCall(f"error: a call is JSON of the form {FORM} ({type(e).__name__}: {e})")
     return ToolCall(f"call_{secrets.token_hex(12)}", name, arguments)

@@ -14,6 +14,7 @@ import array
 import contextlib
 import fcntl
 import json
+import math
 import os
 import select
 import signal
@@ -226,10 +227,8 @@ class Sandbox:
         deadline = time.monotonic() + limits.wall_s + GRACE_S
         is_open = True
         while report is None:
-            sources: list[int | socket.socket] = [self._socket]
-            if is_open:
-                sources.append(read_end)
-            ready = select.select(sources, [], [], max(0.0, deadline - time.monotonic()))[0]
+            sources = [self._socket.fileno(), *([read_end] if is_open else [])]
+            ready = _readable(sources, max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise TimeoutError("the zygote did not report how the program ended")
             if read_end in ready:
@@ -239,11 +238,11 @@ class Sandbox:
                 if len(output) > limits.output_bytes:
                     is_open = False
                     self._socket.send(b"kill")
-            if self._socket in ready:
+            if self._socket.fileno() in ready:
                 report = json.loads(self._socket.recv(1 << 12))
         while is_open and len(output) <= limits.output_bytes:
             # the write end may still be open elsewhere, so never block
-            if not select.select([read_end], [], [], 0)[0]:
+            if not _readable([read_end], 0.0):
                 break
             chunk = os.read(read_end, 1 << 16)
             output += chunk
@@ -256,6 +255,14 @@ class Sandbox:
         self._zygote.kill()
         lines = self._zygote.stderr.read().decode("utf-8", "replace").strip().splitlines()
         return lines[-1][:300] if lines else "no error output"
+
+
+def _readable(descriptors: list[int], timeout_s: float) -> list[int]:
+    """Returns those that can be read. select() would refuse numbers from 1024 on."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(math.ceil(1000 * timeout_s))]
 
 
 def _library_folders(python: str) -> list[str]:

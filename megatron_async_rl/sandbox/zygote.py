@@ -38,7 +38,9 @@ POLL_S = 0.01  # between two counts of a program's threads, where no namespace l
 
 def main() -> None:
     settings = json.loads(sys.argv[2])
-    link = socket.socket(fileno=int(sys.argv[1]))
+    # under a small number: select() refuses those from 1024 on
+    link = socket.socket(fileno=os.dup(int(sys.argv[1])))
+    os.close(int(sys.argv[1]))
     jail.die_with_parent()
     error, has_namespaces = "", False
     if not jail.is_supported() or not jail.landlock_version():

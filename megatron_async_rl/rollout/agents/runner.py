@@ -23,7 +23,10 @@ from megatron_async_rl.rollout.agents.client import ClientSettings
 from megatron_async_rl.rollout.agents.transcript import Returned, checked_rewards
 
 LINE_LIMIT = 64 << 20  # bytes of an answer
+KILLED_S = 1.0  # in which a killed process ends
 OUTPUT_LIMIT = 1 << 20  # bytes of a command's output that are looked at
+
+_Waiting = dict[int, asyncio.Future[dict[str, Any]]]  # by the number of the episode
 
 
 class FunctionRunner:
@@ -33,15 +36,15 @@ class FunctionRunner:
         self._agent, self._log = agent, log
         self._host: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._waiting: _Waiting = {}  # for answers of this host
         self._starting = asyncio.Lock()
         self._next_id = 0
 
     async def run(self, row: dict[str, Any], client: ClientSettings) -> Returned:
-        host = await self._started()
+        host, waiting = await self._started()
         self._next_id += 1
         number, answered = self._next_id, asyncio.get_running_loop().create_future()
-        self._waiting[number] = answered
+        waiting[number] = answered
         try:
             await self._send(host, {"id": number, "row": row, "client": dataclasses.asdict(client)})
             answer = await answered
@@ -50,7 +53,7 @@ class FunctionRunner:
                 await self._send(host, {"kill": number})
             raise
         finally:
-            del self._waiting[number]
+            del waiting[number]
         if "error" in answer:
             raise HookFailed(f"rollout.agent = {self._agent} failed; correct it: {answer['error']}")
         return checked_rewards(answer["reward"], f"rollout.agent = {self._agent} returned")
@@ -58,9 +61,9 @@ class FunctionRunner:
     async def stop(self) -> None:
         if self._host and self._host.returncode is None:
             self._host.kill()
-            await self._host.wait()
+            await _wait_killed(self._host)
 
-    async def _started(self) -> asyncio.subprocess.Process:
+    async def _started(self) -> tuple[asyncio.subprocess.Process, _Waiting]:
         async with self._starting:
             if self._host is None or self._host.returncode is not None:
                 command = ["-m", "megatron_async_rl.rollout.agents.host", self._agent]
@@ -72,25 +75,26 @@ class FunctionRunner:
                     stdout=asyncio.subprocess.PIPE,
                     limit=LINE_LIMIT,
                 )
-                self._reader = asyncio.create_task(self._read(self._host))
-            return self._host
+                self._waiting = {}
+                self._reader = asyncio.create_task(self._read(self._host, self._waiting))
+            return self._host, self._waiting
 
     async def _send(self, host: asyncio.subprocess.Process, request: dict[str, Any]) -> None:
         assert host.stdin
         host.stdin.write(json.dumps(request).encode() + b"\n")
         await host.stdin.drain()
 
-    async def _read(self, host: asyncio.subprocess.Process) -> None:
+    async def _read(self, host: asyncio.subprocess.Process, waiting: _Waiting) -> None:
         assert host.stdout
         while line := await host.stdout.readline():
             answer = json.loads(line)
-            future = self._waiting.get(answer.pop("id"))
+            future = waiting.get(answer.pop("id"))
             if future and not future.done():
                 future.set_result(answer)
         code = await host.wait()
         text = processes.error_text(self._log) if code == processes.EXIT_ERROR else None
         error = text or f"the process that runs agents ended with exit code {code}; see {self._log}"
-        for future in self._waiting.values():
+        for future in waiting.values():
             if not future.done():
                 future.set_result({"error": error})
 
@@ -126,7 +130,7 @@ class CommandRunner:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+            await _wait_killed(process)
         if process.returncode:
             raise HookFailed(f"{name} ended with exit code {process.returncode}; see {self._log}")
         lines = output[-OUTPUT_LIMIT:].decode(errors="replace").strip().splitlines()
@@ -139,6 +143,15 @@ class CommandRunner:
 
     async def stop(self) -> None:
         pass
+
+
+async def _wait_killed(process: asyncio.subprocess.Process) -> None:
+    """Waits until a killed process has ended and its output is closed.
+
+    A process that it started, and that has left its group, may hold the output open for longer.
+    """
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(process.wait(), KILLED_S)
 
 
 def _in_new_group() -> None:

@@ -177,7 +177,7 @@ async def _completion(session: Session, body: dict[str, Any]) -> tuple[Any, Iter
 async def _response(session: Session, body: dict[str, Any]) -> tuple[Any, Iterable[Any] | None]:
     request = responses.parse(body, session)
     [reply] = await session.complete(request)
-    whole = responses.response(request, reply, session)
+    whole = responses.response(body, request, reply, session)
     return (None, responses.events(whole)) if request.stream else (whole, None)
 
 

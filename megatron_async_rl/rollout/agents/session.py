@@ -8,8 +8,10 @@ the run, not of the request: the trainer needs the distribution that was sampled
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +31,7 @@ from megatron_async_rl.rollout.agents.transcript import Transcript, Turn, TurnRe
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.python_runner import PythonRunner
 from megatron_async_rl.rollout.tool_calls import ToolCall
-from megatron_async_rl.rollout.workflow import Policy
+from megatron_async_rl.rollout.workflow import Completion, Policy
 from megatron_async_rl.sandbox.sandbox import SandboxError, SandboxLost
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,8 @@ class Session:
         self.num_requests = 0
         self._policy, self._sampling, self._settings = policy, sampling, settings
         self._slots = asyncio.Semaphore(MAX_CONCURRENT)
+        self._num_starting = 0  # branches whose first turn is not in the transcript yet
+        self._continued: set[int] = set()  # turns without a child that a request continues
         self._history = History(
             policy.tokenizer, settings.template, self.transcript, settings.breaks
         )
@@ -80,8 +84,14 @@ class Session:
             raise RequestError(400, f"n = {request.n}, must be 1 to {MAX_COMPLETIONS}")
         place = await self._history.place(request)
         sampling = self._sampling_of(request, len(place.ids))
-        answers = [self._answer(request, place, sampling) for _ in range(request.n)]
-        return await asyncio.gather(*answers)
+        answers = [
+            asyncio.create_task(self._answer(request, place, sampling)) for _ in range(request.n)
+        ]
+        try:
+            return await asyncio.gather(*answers)
+        finally:
+            for answer in answers:  # one that failed leaves the others running
+                answer.cancel()
 
     def fail(self, error: Exception) -> RequestError:
         """Marks the sample as failed, not by its agent; returns the answer to its requests."""
@@ -149,27 +159,44 @@ class Session:
 
     async def _generate(self, place: Place, sampling: Sampling) -> Turn | None:
         """Returns a turn, or None if model.context_tokens has no room for one."""
-        text, ids, parent = place.text, place.ids, place.parent
-        is_leaf = parent is not None and not parent.num_children
-        if self.transcript.num_sequences >= MAX_SEQUENCES and not is_leaf:
+        with self._counted_branch(place.parent):
+            async with self._slots:
+                try:
+                    completion = await self._policy.generate(place.ids, sampling)
+                except EngineError as e:
+                    raise self.fail(e) from None
+                except DataError as e:
+                    raise RequestError(400, str(e)) from None
+            return self._add(place, completion, sampling) if completion.ids else None
+
+    @contextlib.contextmanager
+    def _counted_branch(self, parent: Turn | None) -> Iterator[None]:
+        """Counts the branch that a request starts, if it does. Raises RequestError at the limit."""
+        if parent and not parent.num_children and parent.number not in self._continued:
+            self._continued.add(parent.number)
+            try:
+                yield
+            finally:
+                self._continued.remove(parent.number)
+            return
+        if self.transcript.num_sequences + self._num_starting >= MAX_SEQUENCES:
             raise RequestError(
                 429, f"this episode has {MAX_SEQUENCES} branches already", "rate_limit_error"
             )
-        async with self._slots:
-            try:
-                completion = await self._policy.generate(ids, sampling)
-            except EngineError as e:
-                raise self.fail(e) from None
-            except DataError as e:
-                raise RequestError(400, str(e)) from None
-        if not completion.ids:
-            return None
+        self._num_starting += 1
+        try:
+            yield
+        finally:
+            self._num_starting -= 1
+
+    def _add(self, place: Place, completion: Completion, sampling: Sampling) -> Turn:
         sampled, end = completion.ids, None
         if completion.stop == "stop" and sampled[-1] in sampling.stop_token_ids:
             sampled, end = sampled[:-1], sampled[-1:]
         raw = self.tokenizer.decode_all(sampled)
         ended = self.tokenizer.decode_all(end) if end else ""
-        turn = Turn(text + raw + ended, [*ids, *completion.ids], completion, parent, raw=raw)
+        text, ids = place.text + raw + ended, [*place.ids, *completion.ids]
+        turn = Turn(text, ids, completion, place.parent, raw=raw)
         self.transcript.add(turn)
         return turn
 

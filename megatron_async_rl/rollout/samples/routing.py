@@ -84,8 +84,13 @@ class SampleExperts:
         return CallExperts(self._routing, known[: len(ids) - 1])
 
     def end(self, ids: list[int], experts: CallExperts) -> None:
-        """Keeps the experts of a call that returned these tokens, input and response."""
-        self._calls.append((np.asarray(ids, np.int32), experts))
+        """Keeps the experts of a call that returned these tokens, input and response.
+
+        Earlier calls that this one continues are dropped: it has their experts too.
+        """
+        tokens = np.asarray(ids, np.int32)
+        self._calls = [call for call in self._calls if _num_common(call[0], tokens) < len(call[0])]
+        self._calls.append((tokens, experts))
 
     def added_to(self, sample: Sample) -> Sample:
         """Returns the sample with the experts of its tokens."""

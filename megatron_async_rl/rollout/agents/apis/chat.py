@@ -34,9 +34,9 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
     return ChatRequest(
         messages=[_message(message) for message in fields.objects("messages", required=True)],
         tools=[] if choice == "none" else tools,
-        max_tokens=fields.integer("max_completion_tokens") or fields.integer("max_tokens"),
+        max_tokens=fields.integer("max_completion_tokens", fields.integer("max_tokens")),
         stop=fields.texts("stop"),
-        n=fields.integer("n", 1) or 1,
+        n=fields.count("n"),
         stream=fields.boolean("stream"),
         logprobs=fields.boolean("logprobs"),
     )
@@ -55,7 +55,7 @@ def parse_completion(body: dict[str, Any]) -> ChatRequest:
         prompt=prompt,
         max_tokens=fields.integer("max_tokens", 16),
         stop=fields.texts("stop"),
-        n=fields.integer("n", 1) or 1,
+        n=fields.count("n"),
         stream=fields.boolean("stream"),
         logprobs=body.get("logprobs") is not None,
     )

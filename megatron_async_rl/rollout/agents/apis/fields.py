@@ -78,6 +78,11 @@ class Fields:
             raise RequestError(400, f"{name} must be an integer")
         return value
 
+    def count(self, name: str) -> int:
+        """Returns 1 if the field is missing."""
+        value = self.integer(name)
+        return 1 if value is None else value
+
     def boolean(self, name: str) -> bool:
         value = self._body.get(name) or False
         if not isinstance(value, bool):

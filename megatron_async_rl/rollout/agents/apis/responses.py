@@ -37,10 +37,15 @@ def parse(body: dict[str, Any], session: Session) -> ChatRequest:
     )
 
 
-def response(request: ChatRequest, reply: Reply, session: Session) -> dict[str, Any]:
-    """Returns the reply; the session keeps its conversation for `previous_response_id`."""
+def response(
+    body: dict[str, Any], request: ChatRequest, reply: Reply, session: Session
+) -> dict[str, Any]:
+    """Returns the reply to `body`; the session keeps its conversation for `previous_response_id`.
+
+    The instructions are not part of it: the next request may bring others.
+    """
     identity = chat.new_id("resp")
-    kept = [message for message in request.messages if message["role"] != "system"]
+    kept = request.messages[1:] if body.get("instructions") else request.messages
     session.earlier[identity] = [*kept, reply.as_message()]
     output: list[dict[str, Any]] = []
     if reply.content or not reply.calls:
