@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +168,14 @@ class Checkpointer:
 
     def _num_bytes(self) -> int:
         """Returns an upper bound of the size of a checkpoint."""
-        own = sum(p.numel() for model in self._models().values() for p in model.parameters())
-        total = torch.tensor([own], dtype=torch.int64, device=self._model.device)
+        own = elements_share(
+            (p for model in self._models().values() for p in model.parameters()),
+            mpu.get_data_parallel_world_size(),
+            mpu.get_expert_data_parallel_world_size(),
+        )
+        total = torch.tensor([own], dtype=torch.float64, device=self._model.device)
         dist.all_reduce(total)
-        return BYTES_PER_PARAMETER * int(total) // mpu.get_data_parallel_world_size() + MARGIN_BYTES
+        return math.ceil(BYTES_PER_PARAMETER * float(total)) + MARGIN_BYTES
 
     def _digest(self) -> None:
         """Writes the digests of this rank's shards and, on rank 0, of the files of no rank."""
@@ -233,6 +238,19 @@ class Checkpointer:
         tensor = torch.tensor([int(flag)], device=self._model.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor)
+
+
+def elements_share(
+    parameters: Iterable[torch.nn.Parameter], replicas: int, expert_replicas: int
+) -> float:
+    """Returns the elements of a rank's parameters, each divided by the ranks that hold it.
+
+    Megatron marks parameters of expert parallelism, which fewer ranks hold, by allreduce = False.
+    """
+    return sum(
+        p.numel() / (replicas if getattr(p, "allreduce", True) else expert_replicas)
+        for p in parameters
+    )
 
 
 def _metadata() -> dict[str, Any]:
