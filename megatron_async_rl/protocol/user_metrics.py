@@ -44,7 +44,7 @@ class MetricFilter:
                 isinstance(name, str)
                 and _NAME.fullmatch(name)
                 and isinstance(value, numbers.Real)
-                and abs(float(value)) <= MAX_VALUE  # False for nan
+                and abs(value) <= MAX_VALUE  # False for nan; no float holds some integers
                 and len(found) < MAX_NAMES
             ):
                 found[name] = float(value)

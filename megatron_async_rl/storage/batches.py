@@ -47,7 +47,7 @@ def load(path: Path) -> tuple[int, list[TrainSample]]:
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
         raise DataError(f"{path} is not a saved batch: {e}", remedy) from e
     sizes = [(array, lengths) for array in flat.values()] + [(experts, num_experts)]
-    if lengths.shape != num_experts.shape or any(len(a) != n.sum() for a, n in sizes):
+    if lengths.shape != num_experts.shape or not all(_divide(*pair) for pair in sizes):
         raise DataError(f"{path} is not a saved batch: arrays and lengths do not match", remedy)
     parts: dict[str, Any] = {
         name: np.split(array, np.cumsum(lengths)[:-1]) for name, array in flat.items()
@@ -56,3 +56,14 @@ def load(path: Path) -> tuple[int, list[TrainSample]]:
     return version, [
         TrainSample(**{name: part[n] for name, part in parts.items()}) for n in range(len(lengths))
     ]
+
+
+def _divide(flat: np.ndarray, lengths: np.ndarray) -> bool:
+    """Tells whether the lengths divide a flat array of numbers completely."""
+    return (
+        flat.ndim == lengths.ndim == 1
+        and flat.dtype.kind in "fiu"
+        and lengths.dtype.kind == "i"
+        and bool((lengths >= 0).all())
+        and len(flat) == lengths.sum()
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -45,7 +46,17 @@ def test_file_that_is_not_a_saved_batch_is_rejected(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     batches.save(tmp_path / "cut.npz", 7, make_train_samples(3))
     with np.load(tmp_path / "cut.npz") as file:
-        np.savez(tmp_path / "cut.npz", **dict(file) | {"lengths": np.array([1, 2, 3])})
+        arrays = dict(file)
+    total = len(arrays["ids"])
+    wrong: dict[str, dict[str, Any]] = {
+        "cut": {"lengths": np.array([1, 2, 3])},
+        "negative": {"lengths": np.array([total, 2, -2])},
+        "fractions": {"lengths": np.array([total - 3.0, 1.5, 1.5])},
+        "number": {"experts": np.uint8(1), "num_experts": np.array([1, 0, 0])},
+        "texts": {"experts": np.array(["a"]), "num_experts": np.array([1, 0, 0])},
+    }
+    for name, changes in wrong.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays | changes)
     for path in [*tmp_path.iterdir(), tmp_path / "missing.npz"]:
         with pytest.raises(DataError, match="is not a saved batch"):
             batches.load(path)
