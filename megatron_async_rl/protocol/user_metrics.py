@@ -44,7 +44,8 @@ class MetricFilter:
                 isinstance(name, str)
                 and _NAME.fullmatch(name)
                 and isinstance(value, numbers.Real)
-                and abs(value) <= MAX_VALUE  # False for nan; no float holds some integers
+                # before a conversion, which fails for large integers; False for nan
+                and abs(value) <= MAX_VALUE  # type: ignore[operator]
                 and len(found) < MAX_NAMES
             ):
                 found[name] = float(value)
