@@ -23,8 +23,11 @@ def install() -> None:
     require(gloo._Options, "_devices", "_timeout")
 
     @functools.cache
-    def devices() -> list[Any]:
-        """Returns those of GLOO_SOCKET_IFNAME, which torch would use, or the default one."""
+    def devices(_pid: int) -> list[Any]:
+        """Returns those of GLOO_SOCKET_IFNAME, which torch would use, or the default one.
+
+        A fork needs its own: it has no copy of the thread.
+        """
         names = os.environ.get("GLOO_SOCKET_IFNAME", "")
         made = [gloo.create_device(interface=name) for name in names.split(",") if name]
         return made or [gloo.create_default_device()]
@@ -34,7 +37,7 @@ def install() -> None:
             self, store: Any, rank: int, size: int, timeout: timedelta = c10d.default_pg_timeout
         ) -> None:
             options = gloo._Options()
-            options._timeout, options._devices = timeout, devices()
+            options._timeout, options._devices = timeout, devices(os.getpid())
             super().__init__(store, rank, size, options)
 
     c10d.ProcessGroupGloo = SharedDeviceGloo

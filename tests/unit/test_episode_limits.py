@@ -205,9 +205,32 @@ def test_cancelled_command_ends_although_a_daemon_holds_its_output(
         episode.cancel()
         done, _ = await asyncio.wait([episode], timeout=5)
         os.kill(int(pid.read_text()), 9)
+        await asyncio.sleep(0.05)  # until the output is closed
         assert done and episode.cancelled()
 
     asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_break_of_a_long_history_is_found_with_few_renderings(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rendered = []
+    render = Tokenizer.render_chat
+    monkeypatch.setattr(
+        Tokenizer, "render_chat", lambda *given: rendered.append(1) or render(*given)
+    )
+
+    async def run() -> None:
+        async with serving(tokenizer) as served:
+            roles = ["user", "assistant"] * 60
+            messages: list[Any] = [{"role": r, "content": str(n)} for n, r in enumerate(roles)]
+            await served.session.complete(ChatRequest(messages=messages))
+            messages[77] = {"role": "assistant", "content": "other"}
+            await served.session.complete(ChatRequest(messages=messages))
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert "message 77 (assistant) does not continue" in caplog.text
+    assert len(rendered) < 12
 
 
 def test_zero_tokens_are_refused_under_both_names(tokenizer: Tokenizer) -> None:

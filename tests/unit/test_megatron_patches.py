@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import types
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import FileStore
+from torch.distributed import distributed_c10d as c10d
 
 from megatron_async_rl.patches import patches_dir, prepare_megatron
 
@@ -44,6 +49,30 @@ def test_constants_are_replaced_in_nested_functions() -> None:
         "cuda:0",
         3,
     )
+
+
+def test_fork_has_a_gloo_device_of_its_own(tmp_path: Path) -> None:
+    """The thread of the parent's device is not in the fork."""
+
+    def summed(name: str, rank: int, size: int) -> float:
+        store = FileStore(str(tmp_path / name), size)
+        group = c10d.ProcessGroupGloo(store, rank, size, timeout=timedelta(seconds=5))
+        tensor = torch.ones(1)
+        group.allreduce([tensor]).wait()
+        return tensor.item()
+
+    assert summed("before", 0, 1) == 1
+    if not (child := os.fork()):
+        code = 1
+        try:
+            code = int(summed("both", 1, 2) != 2)
+        finally:
+            os._exit(code)
+    try:
+        assert summed("both", 0, 2) == 2
+    finally:
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_missing_patch_target_error_names_it() -> None:

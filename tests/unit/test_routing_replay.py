@@ -117,6 +117,27 @@ def test_resumed_sample_continues_the_experts_of_its_partial() -> None:
     assert np.array_equal(beside[5:], chosen(range(4, 6), 1))
 
 
+def test_calls_that_a_later_one_continues_are_not_kept() -> None:
+    """An episode of many turns holds the experts of its branches, not those of every call."""
+    engine, calls, tokens = Engine(2), SampleExperts(ROUTING), [1, 2]
+    for _ in range(4):
+        experts = calls.begin(tokens, None)
+        engine.lengths = [2]
+        tokens = generate(engine, tokens, experts)
+        calls.end(tokens, experts)
+        tokens = [*tokens, 500]
+    other = calls.begin([1, 2, 600], None)
+    engine.lengths = [2]
+    branch = generate(engine, [1, 2, 600], other)
+    calls.end(branch, other)
+    assert [len(ids) for ids, _ in calls._calls] == [len(tokens) - 1, len(branch)]
+    sample = calls.added_to(make_sample([*tokens[:-1], *branch], [0, len(tokens) - 1]))
+    beside = sample.experts.reshape(-1, WIDTH)
+    for turn in range(4):  # the first tokens of turn n are in version n
+        start = 3 * turn + 2
+        assert np.array_equal(beside[start], chosen(range(start - 1, start), turn)[0])
+
+
 def make_sample(ids: list[int], starts: list[int] | None = None) -> Sample:
     zeros = np.zeros(len(ids), np.float32)
     versions = np.zeros(len(ids), np.int32)

@@ -8,6 +8,7 @@ with the text of an earlier turn, whose ids are taken as they are (transcript.py
 from __future__ import annotations
 
 import asyncio
+import bisect
 import hashlib
 import json
 from dataclasses import dataclass
@@ -122,9 +123,9 @@ class History:
         found = self._transcript.nearest_break(text)
         if found is None or not any(m.get("role") == "assistant" for m in request.messages):
             return
-        number = next(
-            (n for n in range(len(request.messages)) if self._reaches(request, n, found.offset)),
-            len(request.messages) - 1,
+        last = len(request.messages) - 1
+        number = bisect.bisect_left(
+            range(last), True, key=lambda n: self._reaches(request, n, found.offset)
         )
         old, new = (
             self._tokenizer.decode_all(self._tokenizer.encode(rest)[:1].tolist())

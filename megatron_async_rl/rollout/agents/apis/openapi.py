@@ -89,13 +89,21 @@ _COMPLETION = _object(
     stream=_FLAG,
     logprobs={"type": ["integer", "null"]},
 )
+_INPUT_PARTS = _list(_object("type text", type=_one_of("input_text", "output_text"), text=_TEXT))
 _RESPONSE = _object(
     "input",
     input=_any_of(
         _TEXT,
         _list(
             _any_of(
-                _object("role content", role=_TEXT, content=_TEXT),
+                _object("role content", role=_TEXT, content=_any_of(_TEXT, _INPUT_PARTS)),
+                _object(
+                    "type call_id name arguments",
+                    type=_one_of("function_call"),
+                    call_id=_TEXT,
+                    name=_TEXT,
+                    arguments=_TEXT,
+                ),
                 _object(
                     "type call_id output",
                     type=_one_of("function_call_output"),
