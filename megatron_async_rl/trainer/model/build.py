@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_async_rl.config.config import Config
@@ -118,12 +119,15 @@ def _for_training(
 
 
 def _in_half_precision(transformer: TransformerConfig, module: GPTModel) -> Float16Module:
-    """Converts the parameters; biases of routers stay in float32, in which Megatron uses them."""
-    routers = [part for part in module.modules() if getattr(part, "expert_bias", None) is not None]
-    biases = [router.expert_bias.clone() for router in routers]
+    """Converts the parameters; buffers of routers stay in float32.
+
+    Megatron uses their biases so, and counts of tokens would no longer grow in bf16.
+    """
+    routers = [part for part in module.modules() if isinstance(part, TopKRouter)]
+    buffers = [(router, n, b.clone()) for router in routers for n, b in router.named_buffers()]
     wrapped = Float16Module(transformer, module)
-    for router, bias in zip(routers, biases, strict=True):
-        router.expert_bias.data = bias
+    for router, name, buffer in buffers:
+        getattr(router, name).data = buffer
     return wrapped
 
 

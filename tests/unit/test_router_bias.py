@@ -1,4 +1,4 @@
-"""The reference policy of the KL term has all weights of model.path, biases of routers too."""
+"""Biases of routers, which are buffers: in the reference policy and in half precision."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from model_shapes import make_model_folder
 
 from megatron_async_rl.trainer import parallel
 from megatron_async_rl.trainer.algorithms.reference import reference_weights
+from megatron_async_rl.trainer.model import build
 from megatron_async_rl.trainer.model.build import TrainerModel, build_modules
 from megatron_async_rl.weights.reshard import own_tensors
 
@@ -63,3 +64,19 @@ def test_reference_has_the_biases_of_the_model_and_leaves_the_trained_ones(tmp_p
     assert reference.keys() == started.keys() == after.keys()
     assert [n for n in started if not torch.equal(reference[n], started[n])] == []
     assert [n for n in started if not torch.equal(after[n], trained[n])] == []
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_bias_and_counts_of_a_router_stay_in_float32(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model", "glm4_moe")
+    config = trainer_config("bf16")
+    config = replace(config, model=replace(config.model, path=str(folder)))
+    parallel.init_parallel(config)
+    transformer, _, [module] = build_modules(config)
+    router = module.decoder.layers[1].mlp.router
+    bias = router.expert_bias.clone()
+    build._in_half_precision(transformer, module)
+    assert torch.equal(router.expert_bias, bias) and router.weight.dtype == torch.bfloat16
+    for _ in range(600):
+        router._apply_expert_bias(torch.ones(1, 4, dtype=torch.bool))
+    assert router.local_tokens_per_expert.tolist() == [600] * 4
