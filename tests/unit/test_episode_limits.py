@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,24 @@ def test_break_of_a_long_history_is_found_with_few_renderings(
     asyncio.run(asyncio.wait_for(run(), 10))
     assert "message 77 (assistant) does not continue" in caplog.text
     assert len(rendered) < 12
+
+
+def test_long_output_of_a_command_is_not_kept(tmp_path: Path) -> None:
+    """It writes before it reads its row, which is larger than a pipe."""
+    script = r"""head -c 20000000 /dev/zero; cat | wc -c >&2; echo; echo {\"reward\": 0.5}"""
+    log = tmp_path / "agents.log"
+
+    async def run() -> Any:
+        runner = CommandRunner(f"sh -c '{script}'", log)
+        return await runner.run({"x": "y" * 500_000}, ClientSettings("u", "k", "a", "m"))
+
+    tracemalloc.start()
+    try:
+        assert asyncio.run(asyncio.wait_for(run(), 10)) == 0.5
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert int(log.read_text()) == 500_009
 
 
 def test_zero_tokens_are_refused_under_both_names(tokenizer: Tokenizer) -> None:

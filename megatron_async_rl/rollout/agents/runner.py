@@ -24,7 +24,7 @@ from megatron_async_rl.rollout.agents.transcript import Returned, checked_reward
 
 LINE_LIMIT = 64 << 20  # bytes of an answer
 KILLED_S = 1.0  # in which a killed process ends
-OUTPUT_LIMIT = 1 << 20  # bytes of a command's output that are looked at
+OUTPUT_LIMIT = 1 << 20  # last bytes of a command's output that are kept
 
 _Waiting = dict[int, asyncio.Future[dict[str, Any]]]  # by the number of the episode
 
@@ -126,14 +126,18 @@ class CommandRunner:
                     f"{name} cannot be started: {e}", "set rollout.agent_command to a program"
                 ) from None
         try:
-            output, _ = await process.communicate(json.dumps(row).encode())
+            sending = asyncio.create_task(_send_row(process, row))
+            try:
+                output = await _last_output(process)
+            finally:
+                sending.cancel()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await _wait_killed(process)
         if process.returncode:
             raise HookFailed(f"{name} ended with exit code {process.returncode}; see {self._log}")
-        lines = output[-OUTPUT_LIMIT:].decode(errors="replace").strip().splitlines()
+        lines = output.decode(errors="replace").strip().splitlines()
         try:
             answer = json.loads(lines[-1]) if lines else None
         except ValueError:
@@ -143,6 +147,24 @@ class CommandRunner:
 
     async def stop(self) -> None:
         pass
+
+
+async def _send_row(process: asyncio.subprocess.Process, row: dict[str, Any]) -> None:
+    assert process.stdin
+    with contextlib.suppress(ConnectionError):  # it need not read the row
+        process.stdin.write(json.dumps(row).encode())
+        await process.stdin.drain()
+    process.stdin.close()
+
+
+async def _last_output(process: asyncio.subprocess.Process) -> bytes:
+    """Waits until the process has ended; returns the last OUTPUT_LIMIT bytes of its output."""
+    assert process.stdout
+    output = b""
+    while chunk := await process.stdout.read(1 << 16):
+        output = (output + chunk)[-OUTPUT_LIMIT:]
+    await process.wait()
+    return output
 
 
 async def _wait_killed(process: asyncio.subprocess.Process) -> None:
