@@ -98,13 +98,13 @@ def test_tokens_with_other_experts_are_counted() -> None:
 
 def test_experts_are_those_that_a_bias_in_the_router_chooses() -> None:
     router, bias = layer_operation(1, ROUTER), layer_operation(1, ROUTER_BIAS)
-    engine = {router: torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 2)}
+    engine = {router: torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 4)}
     trainer = {router: engine[router].clone(), bias: torch.tensor([0.0, 0.0, 0.0, 5.0])}
-    trainer[router][0] = torch.tensor([3.0, 1.0, 2.0, 0.0])  # 0 and 3, whatever the second is
-    trainer[router][1] = torch.tensor([2.0, 3.0, 1.0, 0.0])  # 1 and 3
+    trainer[router][:2] = torch.tensor([3.0, 1.0, 2.0, 0.0])  # 3 and 0, as in the engine
+    trainer[router][2] = torch.tensor([2.0, 3.0, 1.0, 0.0])  # 3 and 1
     compared = comparison()
-    compared.add(engine, trainer, 2)
-    assert compared.other_experts == {1: [0.5]}
+    compared.add(engine, trainer, 4)
+    assert compared.other_experts == {1: [0.25]}
 
 
 def test_trainer_without_context_parallelism_keeps_the_rule_for_batches() -> None:
