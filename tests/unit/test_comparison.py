@@ -72,6 +72,7 @@ def test_infinity_and_nan_differ() -> None:
         compared = comparison()
         compared.add(outputs(), trainer, TOKENS)
         assert compared.first_beyond_rounding() == FINAL_NORM
+        assert compared.differences[FINAL_NORM].largest == float("inf")
 
 
 def test_padding_and_missing_operations_are_left_out() -> None:

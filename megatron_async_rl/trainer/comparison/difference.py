@@ -36,7 +36,8 @@ class Difference:
         difference = trainer.double() - engine.double()
         self.squares += float(difference.square().sum())
         self.reference += float(engine.double().square().sum())
-        self.largest = max(self.largest, float(difference.abs().max()))
+        largest = float(difference.abs().max())
+        self.largest = max(self.largest, math.inf if math.isnan(largest) else largest)
 
     @property
     def relative(self) -> float:
