@@ -170,6 +170,7 @@ class Link:
     """A worker's socket under asyncio."""
 
     def __init__(self, run_dir: Path, timeout_s: float = 60.0) -> None:
+        _raise_descriptor_limit()  # a rollout worker has connections for each sample
         self._context = zmq.asyncio.Context()
         self._socket = _connect(self._context, run_dir, timeout_s)
         self._codec = Codec()

@@ -418,6 +418,36 @@ def test_workers_rejoin_a_restarted_controller_and_repeat_requests(
     assert (tmp_path / "controller.address").read_text() == address
 
 
+LINK_PROGRAM = """
+import asyncio, resource, sys
+from pathlib import Path
+
+from megatron_async_rl.protocol.transport import Link
+
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, min(hard, 4096)))
+
+async def main():
+    link = Link(Path(sys.argv[1]))
+    print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    link.close()
+
+asyncio.run(main())
+"""
+
+
+def test_worker_may_open_as_many_files_as_the_hard_limit_allows(tmp_path: Path) -> None:
+    """It has connections for each sample in flight: to the server, and from its agent."""
+
+    async def link_in_a_process(hub: Hub) -> None:
+        command = [sys.executable, "-c", LINK_PROGRAM, str(tmp_path)]
+        child = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+        output, _ = await child.communicate()
+        assert int(output) == 4096
+
+    run_with_hub(tmp_path, link_in_a_process)
+
+
 HUB_PROGRAM = """
 import asyncio, resource, sys
 from pathlib import Path
