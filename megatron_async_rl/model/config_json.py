@@ -143,7 +143,7 @@ class HfConfig:
             max_positions=int(raw.get("max_position_embeddings", 4096)),
             router_top_k=int(raw.get("num_experts_per_tok", 0)) if family.experts else 0,
             router_normalizes=bool(raw.get("norm_topk_prob", False)),
-            router_scale=float(raw.get("routed_scaling_factor", 1.0)),
+            router_scale=float(raw.get("routed_scaling_factor") or 1.0),
             rotary_percent=float(
                 rope.get(
                     "partial_rotary_factor",
@@ -180,7 +180,14 @@ class HfConfig:
         ffn = self._integer("moe_intermediate_size")
         sizes = {"num_experts": self._integer(number), "expert_ffn_hidden_size": ffn}
         if family.dense_layer:
-            sizes["shared_ffn_hidden_size"] = ffn * self._integer("n_shared_experts")
+            shared = self._integer("n_shared_experts")
+            if not shared:
+                raise DataError(
+                    f"{self._key}: config.json has n_shared_experts = 0; the trainer's "
+                    f"{family.name} model has shared experts",
+                    "use another model",
+                )
+            sizes["shared_ffn_hidden_size"] = ffn * shared
             sizes["num_dense_layers"] = self._integer("first_k_dense_replace")
         return sizes
 

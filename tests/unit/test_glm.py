@@ -99,6 +99,17 @@ def test_model_that_megatron_would_compute_differently_is_refused(
         HfConfig(tmp_path).architecture()
 
 
+def test_model_without_shared_experts_is_refused(tmp_path: Path) -> None:
+    plan_config(tmp_path, AIR | {"n_shared_experts": 0})
+    with pytest.raises(DataError, match=r"n_shared_experts = 0.*use another model"):
+        HfConfig(tmp_path).shape()
+
+
+def test_scaling_factor_of_null_is_none(tmp_path: Path) -> None:
+    plan_config(tmp_path, AIR | {"routed_scaling_factor": None})
+    assert HfConfig(tmp_path).architecture().router_scale == 1.0
+
+
 def test_missing_share_of_rope_is_that_of_engine_and_transformers(tmp_path: Path) -> None:
     plan_config(tmp_path, {key: value for key, value in AIR.items() if "rotary" not in key})
     assert HfConfig(tmp_path).architecture().rotary_percent == 0.5
