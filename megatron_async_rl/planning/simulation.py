@@ -18,6 +18,7 @@ import numpy as np
 from megatron_async_rl.controller.core import actions, inputs
 from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.core.groups import DropReason, Group
+from megatron_async_rl.controller.core.kv_cache import QUEUE_USE
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.errors import Error
 from megatron_async_rl.planning.costs import Costs
@@ -30,7 +31,6 @@ from megatron_async_rl.protocol.types import NOT_GENERATED, Prompt, Sample
 UNITS_PER_SAMPLE = 128  # tokens of the core's samples, on average
 TICK_S = 1.0  # as the controller's
 NO_LIMIT = 1e18
-QUEUE_USE = 0.5  # as core/kv_cache.py
 
 
 @dataclass(frozen=True)

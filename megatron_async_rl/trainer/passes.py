@@ -41,7 +41,7 @@ def add_reference_logprobs(
     if not kl.coef:
         return minibatches
     with reference_weights(model, config):
-        logprobs = _current_logprobs(model, minibatches, config)
+        logprobs = current_logprobs(model, minibatches, config)
     if not logprobs:
         return minibatches
 
@@ -77,7 +77,7 @@ def add_proximal_logprobs(
     if len(minibatches) == 1 and correction.m2_threshold is None:
         return minibatches
     first = 1 if correction.proximal == "reuse_first_minibatch" else 0
-    logprobs = _current_logprobs(model, minibatches[first:], config)
+    logprobs = current_logprobs(model, minibatches[first:], config)
     if not logprobs:
         return minibatches
     return minibatches[:first] + [
@@ -127,9 +127,7 @@ def policy_logprobs(
     )
 
 
-def _current_logprobs(
-    model: TrainerModel, minibatches: Minibatches, config: Config
-) -> list[Tensor]:
+def current_logprobs(model: TrainerModel, minibatches: Minibatches, config: Config) -> list[Tensor]:
     """Returns the logprobs [T] of every micro-batch, in order; empty before the last stage."""
     flat = [microbatch for minibatch in minibatches for microbatch in minibatch]
     return pipeline.evaluate(model, flat, partial(_logprobs_step, model, config))

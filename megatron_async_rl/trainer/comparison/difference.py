@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -84,20 +85,21 @@ class Comparison:
 
         Rounding errors of n operations in a row add up like sqrt(n), as independent ones do.
         """
-        depth = 1 + self._order().index(name)
         eps = torch.finfo(torch.float32).eps
-        return (_ROUNDINGS * self.resolution + _SUMS * eps) * math.sqrt(depth)
+        return (_ROUNDINGS * self.resolution + _SUMS * eps) * math.sqrt(self._depths[name])
 
     def first_beyond_rounding(self) -> str | None:
         """Returns the name of the first operation that differs by more than its bound."""
-        compared = (name for name in self._order() if name in self.differences)
+        compared = (name for name in self._depths if name in self.differences)
         beyond = (n for n in compared if not self.differences[n].relative <= self.bound(n))
         return next(beyond, None)
 
-    def _order(self) -> list[str]:
+    @cached_property
+    def _depths(self) -> dict[str, int]:
+        """Names of the operations in their order, with the number of operations up to each."""
         layers = range(self.num_layers)
         names = [layer_operation(n, operation.name) for n in layers for operation in LAYER]
-        return [EMBEDDING, *names, FINAL_NORM]
+        return {name: n for n, name in enumerate([EMBEDDING, *names, FINAL_NORM], start=1)}
 
     def table(self) -> Iterable[str]:
         """Yields lines: a layer each, with the relative difference of its operations."""

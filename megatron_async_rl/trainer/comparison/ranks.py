@@ -7,7 +7,6 @@ sequences; the first replica's stages write their operations, and rank 0 compare
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,23 +52,15 @@ def _run_sequence(
     from megatron.core import parallel_state as mpu
     from safetensors.torch import save_file
 
-    from megatron_async_rl.trainer import passes, pipeline
+    from megatron_async_rl.trainer import passes
     from megatron_async_rl.trainer.comparison.recorder import Recorder
-    from megatron_async_rl.trainer.data.microbatch import Microbatch, Packing, pack
+    from megatron_async_rl.trainer.data.microbatch import Packing, pack
 
     recorder = Recorder(model)
 
-    def step(data: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-        microbatch = next(data)
-
-        def logprobs(logits: Tensor, non_loss_data: bool) -> Tensor:
-            return passes.policy_logprobs(model, config, microbatch, logits, entropy=False)[0]
-
-        return pipeline.forward(model, chunk, microbatch), logprobs
-
     packing = Packing.of(model, config)
     microbatch = pack([_sample(sequence)], 0, packing)
-    found = pipeline.evaluate(model, [microbatch] * packing.count_multiple, step)
+    found = passes.current_logprobs(model, [[microbatch] * packing.count_multiple], config)
     recorder.remove()
     if mpu.get_data_parallel_rank() or mpu.get_tensor_model_parallel_rank():
         return
