@@ -1,5 +1,7 @@
 """Measures tokens/s, model-FLOPs utilization and peak memory of the product's own train_step.
 
+Beside the peak stands the estimate of `doctor` and `slurm --plan`.
+
     bench=tools/bench/bench_trainer.py
     torchrun --nproc-per-node 1 $bench model=8b,layers=12 model=1.7b,mix=8k,recompute=full
     torchrun --nproc-per-node 2 $bench model=8b,mix=32k        # TP=2 with sequence parallelism
@@ -66,6 +68,8 @@ from trainer_scenarios import (
     scenario,
 )
 
+from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.memory import GIB, trainer_memory
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.trainer import parallel, report, step
 from megatron_async_rl.trainer.data.microbatch import Packing, pack
@@ -116,6 +120,7 @@ def run(s: dict[str, str], rate: float) -> dict[str, Any]:
         shape["num_hidden_layers"] = int(s["layers"])
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(shape, s, Path(folder))
+        estimate = trainer_memory(config, HfConfig(config.model.path)).peak / GIB
         if not mpu.model_parallel_is_initialized():
             parallel.init_parallel(config)
         model = trainer_model(config)
@@ -157,6 +162,7 @@ def run(s: dict[str, str], rate: float) -> dict[str, Any]:
         "imbalance": stats["train/packing_imbalance"],
         "largest_over_mean": stats["train/packing_imbalance"],
         "peak_gib": peak,
+        "estimate_gib": estimate,
     }
 
 
@@ -175,7 +181,7 @@ def profile(once: Any, path: Path) -> None:
 
 COLUMNS = (
     "model | experts | layers | TP | mix | budget | recompute | cutting | tokens/step | step s "
-    "| tokens/s/GPU | TFLOP/s/GPU | of matrix rate | packed | proximal s | peak GiB"
+    "| tokens/s/GPU | TFLOP/s/GPU | of matrix rate | packed | proximal s | peak GiB | estimate GiB"
 )
 
 
@@ -201,6 +207,7 @@ def row(r: dict[str, Any]) -> str:
         f"{r['packing']:.1%}",
         f"{r['proximal_s']:.2f}",
         f"{r['peak_gib']:.1f}",
+        f"{r['estimate_gib']:.1f}",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
