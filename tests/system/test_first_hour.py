@@ -27,7 +27,7 @@ from train_samples import make_train_samples
 from whole_runs import RunInputs, wait_for_version
 
 from megatron_async_rl import processes
-from megatron_async_rl.__main__ import _parser
+from megatron_async_rl.cli.arguments import make_parser
 from megatron_async_rl.observability.sample_log import read_samples
 from megatron_async_rl.storage import batches
 
@@ -35,7 +35,7 @@ SCRIPT = "launchers/megatron-async-rl"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TYPED = re.compile(rf"^[^\n#|]*?{SCRIPT} ([^`#\n]+(?:\n[^`#\n]+(?=`))?)", re.MULTILINE)
 TYPED_ELSEWHERE = {"compare-logprobs"}  # starts servers and ranks of its own, in its own test
-NAMES = list(next(action.choices for action in _parser()._actions if action.choices))
+NAMES = list(next(action.choices for action in make_parser()._actions if action.choices))
 
 
 def commands(page: Path) -> list[str]:
@@ -107,7 +107,7 @@ def test_every_command_is_documented_in_the_readme() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_documented_commands_are_accepted(page: Path) -> None:
     for command in commands(page):
-        _, rest = _parser().parse_known_args(as_arguments(command))
+        _, rest = make_parser().parse_known_args(as_arguments(command))
         assert not [word for word in rest if "=" not in word], command
 
 
