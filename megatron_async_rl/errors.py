@@ -1,26 +1,12 @@
 """The errors that a person may have to act on; their texts are written for the terminal.
 
-Error
-├── ConfigError       a setting is wrong: names the setting, its value, the rule, the remedy
-├── DataError         a dataset row or a model folder cannot be used
-├── EngineError       the SGLang server failed or refused a call
-│   └── EngineTimeout     it did not answer in time
-├── PublishError      a weight update failed on the sender's side
-├── ProtocolError     a peer sent a message that the protocol does not allow
-├── LedgerError       admitted != trained + dropped + pending: the run must stop
-├── HookFailed        a user's function raised or returned a wrong value: has its traceback
-├── ScoreUnavailable  a workflow requested a score, and scoring failed or the lease ended
-├── NonFiniteStep     a training step would have written non-finite weights
-├── SelftestFailed    an objective breaks a rule, or a layout computes another loss or gradient
-└── Preempted         not a failure: a job received SIGTERM and saved its state
-
 A process ends with one `error: ...` line and exit code 2 on any of them, and with 75 on Preempted
 (processes.main).
 """
 
 
 class Error(Exception):
-    """Base of the errors above. The message is for a person: the problem, then the remedy."""
+    """Base of the errors below. The message is for a person: the problem, then the remedy."""
 
     def __init__(self, problem: str = "", remedy: str = "") -> None:
         super().__init__(f"{problem}; {remedy}" if remedy else problem)
@@ -29,48 +15,48 @@ class Error(Exception):
 
 
 class ConfigError(Error):
-    pass
+    """A setting is wrong: names the setting, its value, the rule, the remedy."""
 
 
 class DataError(Error):
-    pass
+    """A dataset row or a model folder cannot be used."""
 
 
 class EngineError(Error):
-    pass
+    """The SGLang server failed or refused a call."""
 
 
 class EngineTimeout(EngineError):
-    pass
+    """The SGLang server did not answer in time."""
 
 
 class PublishError(Error):
-    pass
+    """A weight update failed on the sender's side."""
 
 
 class ProtocolError(Error):
-    pass
+    """A peer sent a message that the protocol does not allow."""
 
 
 class LedgerError(Error):
-    pass
+    """Admitted != trained + dropped + pending: the run must stop."""
 
 
 class HookFailed(Error):
-    pass
+    """A user's function raised or returned a wrong value: has its traceback."""
 
 
 class ScoreUnavailable(Error):
-    pass
+    """A workflow requested a score, and scoring failed or the lease ended."""
 
 
 class NonFiniteStep(Error):
-    pass
+    """A training step would have written non-finite weights."""
 
 
 class SelftestFailed(Error):
-    pass
+    """An objective breaks a rule, or a layout computes another loss or gradient."""
 
 
 class Preempted(Error):
-    pass
+    """Not a failure: a job received SIGTERM and saved its state."""
