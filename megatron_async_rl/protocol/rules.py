@@ -186,10 +186,6 @@ def _matches(pattern: re.Pattern[str]) -> Callable[[Any], bool]:
     return lambda value: bool(pattern.fullmatch(value))
 
 
-def _anything(value: Any) -> bool:
-    return True
-
-
 def _is_seconds(value: Any) -> bool:
     """A duration, or durations by phase, which become names of metrics."""
     if not isinstance(value, dict):
@@ -225,26 +221,27 @@ def _is_names(value: list[str]) -> bool:
     return len(value) <= MAX_ENTRIES and all(map(_TENSOR.fullmatch, value))
 
 
+_COUNTS = (
+    "version running tokens_generated num_interrupts num_interrupted peak_bytes num_bytes "
+    "epoch group_id attempt index call source"
+)
+_UNRESTRICTED = (
+    # checked against the others of the message or of the run
+    "folder row reward turn_rewards "
+    # of types that have no wrong values; the controller replaces `opening_tag`
+    "backend flattened stop error response opening_tag text "
+    # tokens, see controller/tokens.py
+    "ids logprobs versions experts starts turn_starts text_ends"
+)
 FIELDS: dict[str, Callable[[Any], bool]] = {
-    "version": _number(0),
-    "running": _number(0),
-    "tokens_generated": _number(0),
-    "num_interrupts": _number(0),
-    "num_interrupted": _number(0),
-    "peak_bytes": _number(0),
-    "num_bytes": _number(0),
-    "epoch": _number(0),
-    "group_id": _number(0),
-    "attempt": _number(0),
-    "index": _number(0),
-    "call": _number(0),
-    "source": _number(0),
+    **dict.fromkeys(_COUNTS.split(), _number(0)),
+    **dict.fromkeys(_UNRESTRICTED.split(), lambda value: True),
     "num_sources": _number(1, 1 << 16),
     "stage": _number(0, 1 << 16),
     "port": _number(1, 65535),
     "group": _matches(_GROUP),
     "address": _matches(_ADDRESS),
-    "name": lambda name: bool(_TENSOR.fullmatch(name)),  # of a tensor; of a file, see `files`
+    "name": _matches(_TENSOR),  # of a tensor; of a file, see `files`
     "dtype": lambda dtype: dtype in ("float32", "bfloat16", "float16"),
     "shape": _is_shape,
     "tensors": lambda found: _is_names(found) if _are_texts(found) else _is_structs(found),
@@ -259,28 +256,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "stats": _is_metrics,
     "probe_logprobs": _is_probe,
     "metrics": are_valid,
-    # checked against the others of the message or of the run
-    "folder": _anything,
-    "row": _anything,
-    "reward": _anything,
-    "turn_rewards": _anything,
-    # of types that have no wrong values
-    "backend": _anything,
-    "flattened": _anything,
-    "stop": _anything,
-    "error": _anything,
-    "response": _anything,
-    "opening_tag": _anything,  # the controller replaces it
     "answer": lambda answer: len(answer) <= messages.MAX_ANSWER,
-    "text": _anything,
-    # tokens, see controller/tokens.py
-    "ids": _anything,
-    "logprobs": _anything,
-    "versions": _anything,
-    "experts": _anything,
-    "starts": _anything,
-    "turn_starts": _anything,
-    "text_ends": _anything,
     "discount": lambda discount: 0 <= discount <= 1,
 }
 
