@@ -2,7 +2,7 @@
 
     sockets --> _receive --MessageArrived--+
     clock   --> _tick    --Tick------------+--> queue --> _loop: actions = core.handle(event)
-    SIGTERM --> _drain   --DrainStarted----+                     journal.append(core.take_events())
+    SIGTERM --> _drain   --DrainStarted----+                     journal.append(its events)
     updates, catch-up, evaluation          |                     for each action: _carry_out
                 --ServerUpdated, ...-------+
 
@@ -20,12 +20,6 @@ or a worker. A task that needs a decision submits an event and waits until it is
 
 Messages that other processes cannot undo are sent only when the journal is on disk: a batch
 (delivery.py), a weight update (coordinator.py), a checkpoint (saving.py).
-
-One sample's way: its group is admitted and leased (core/leases.py, Generate); it returns
-(handlers.py, Generated), is scored (core/scoring.py, ScoreRequest, ScoreResult), is selected
-(core/batch_selection.py) and sent to the trainer (delivery.py, TrainBatch); the step is done
-(StepDone) and servers get the new weights (weight_sync/coordinator.py); the sample is pruned from
-the journal when no kept checkpoint can request it again (saving.py).
 
 Every process may end and come back. A worker that comes back says hello and has no work at first:
 
@@ -60,12 +54,8 @@ from megatron_async_rl.controller.handlers import MessageHandlers
 from megatron_async_rl.controller.journal import events
 from megatron_async_rl.controller.journal.journal import Journal
 from megatron_async_rl.controller.monitoring import watchdog
-from megatron_async_rl.controller.monitoring.engine_monitor import EngineMonitor
-from megatron_async_rl.controller.monitoring.length_monitor import LengthMonitor
-from megatron_async_rl.controller.monitoring.mismatch import MismatchMonitor
+from megatron_async_rl.controller.monitoring.monitors import Monitors
 from megatron_async_rl.controller.monitoring.progress import Progress
-from megatron_async_rl.controller.monitoring.score_monitor import ScoreMonitor
-from megatron_async_rl.controller.monitoring.signal_monitor import SignalMonitor
 from megatron_async_rl.controller.monitoring.timeline import Timeline
 from megatron_async_rl.controller.saving import CheckpointCommitter
 from megatron_async_rl.controller.weight_sync.catch_up import CatchUp
@@ -79,7 +69,7 @@ from megatron_async_rl.data.order import PromptStream
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ConfigError, Error, Preempted
 from megatron_async_rl.observability.run_log import RunLog
-from megatron_async_rl.protocol.messages import Hello, ProbeResult, Republish, Shutdown
+from megatron_async_rl.protocol.messages import Hello, Republish, Shutdown
 from megatron_async_rl.protocol.transport import Hub
 
 logger = logging.getLogger(__name__)
@@ -114,17 +104,12 @@ class Controller:
         )
         catch_up = CatchUp(context, store)
         self.evaluations = Evaluations(context, eval_prompts, catch_up)
-        self.updates = UpdateCoordinator(context, self.publisher, catch_up)
-        self.updates.allow_update = self.evaluations.allow_update
-        self.mismatch = MismatchMonitor(config)
-        self.engines = EngineMonitor()
-        self.delivery = BatchDelivery(context, self.mismatch)
-        self.saving = CheckpointCommitter(context)
-        self.lengths = LengthMonitor()
-        self.scores = ScoreMonitor(
-            config.algorithm.samples_per_prompt, config.faults.max_failed_groups
+        self.updates = UpdateCoordinator(
+            context, self.publisher, catch_up, self.evaluations.allow_update
         )
-        self.signal = SignalMonitor(config)
+        self.monitors = Monitors(config, self.core.state, self.progress)
+        self.delivery = BatchDelivery(context, self.monitors.mismatch)
+        self.saving = CheckpointCommitter(context)
         self.handlers = MessageHandlers(context, self.updates, self.delivery, self.saving)
         self._hub = hub
         self._restore()
@@ -134,7 +119,7 @@ class Controller:
         self.saving.check_journal()
         recorded = list(self.journal.events())
         self.core.restore(recorded)
-        self.journal.append(self.core.take_events())
+        self.journal.append(self.core.state.take_events())
         self.publisher.start_epoch(self.core.epoch)
         for event in recorded:
             if isinstance(event, events.BatchSelected):
@@ -202,21 +187,13 @@ class Controller:
 
     async def _apply(self, event: inputs.CoreEvent) -> None:
         if isinstance(event, inputs.Received):
-            self.scores.received(event.worker, event.message)
-            self.mismatch.received(event.message)
-            self.engines.received(event.worker, event.message)
-            if isinstance(event.message, ProbeResult):
-                self._report_late_probe(event.message.version)
+            self.monitors.received(event.worker, event.message)
         followed = self.core.handle(event, time.monotonic())
-        recorded = self.core.take_events()
+        recorded = self.core.state.take_events()
         self.journal.append(recorded)
         for entry in recorded:
-            self.lengths.saw(entry)
-            self.scores.saw(entry)
-            self.signal.saw(entry)
             self.saving.saw(entry)
-        self.scores.check()
-        self.signal.check(len(self.core.state.ready), time.monotonic(), self.progress.warn)
+        self.monitors.saw(recorded)
         # before the first await: the restarted server may be in the next update
         for action in followed:
             if isinstance(action, actions.ServerLost):
@@ -244,26 +221,16 @@ class Controller:
             case actions.ReportError():
                 logger.error("%s", action.error)
             case actions.ReportScoringError():
-                self.scores.failed(action.where, action.error)
+                self.monitors.scores.failed(action.where, action.error)
 
     def _report_step(self, step: actions.ReportStep) -> None:
         self.progress.ledger = self._ledger()
         if step.stats is None:
             self.progress.replayed(step.version, self.core.version)
         else:
-            stats = step.stats | self.lengths.step() | self.scores.step()
-            stats |= self.mismatch.step(step.version - 1) | self.engines.step()
-            stats["rollout/expected_kv_tokens"] = self.core.state.lengths.running_tokens
+            stats = self.monitors.step(step.version, step.stats)
             self.journal.append([self.progress.step_done(step.version, stats)])
-            self.lengths.check(self.progress.warn)
-            self.signal.check_step(stats, self.progress.warn)
-            self.mismatch.check(step.version, stats, self.progress.warn)
-
-    def _report_late_probe(self, version: int) -> None:
-        """Records the figures of a probe whose step is reported already."""
-        if stats := self.mismatch.step(version):
-            self.progress.record(version + 1, stats)
-            self.mismatch.check(version + 1, stats, self.progress.warn)
+            self.monitors.check_step(step.version, stats)
 
     async def _request_weights(self) -> None:
         """Gives weights to servers that joined between updates, from a snapshot or the trainer."""
@@ -293,7 +260,7 @@ class Controller:
                 progress.say(f"the journal cannot be written: {self.journal.error}")
             elif progress.training:
                 progress.say("")
-            progress.write(core.fleet, self.engines.newest)
+            progress.write(core.fleet, self.monitors.engines.newest)
 
     async def _conduct(self) -> None:
         version = -1
@@ -347,7 +314,7 @@ class Controller:
         raise Preempted("stopped at once; run it again to continue")
 
     def _ledger(self) -> dict[str, int]:
-        return self.core.ledger.table(self.core.pending)
+        return self.core.state.ledger.table(self.core.state.pending)
 
     def _check_stall(self) -> None:
         """Raises Error if nothing was generated or trained for run.no_progress_timeout_s."""

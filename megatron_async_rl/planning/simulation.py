@@ -90,7 +90,7 @@ class Simulation:
             if not self._queue:
                 raise Error(
                     f"the simulated run stopped at version {self.core.version}: nothing is left to "
-                    f"happen, with {self.core.pending} pending groups",
+                    f"happen, with {self.core.state.pending} pending groups",
                     "report this with the configuration",
                 )
             self.now, _, happen = heapq.heappop(self._queue)
@@ -127,7 +127,7 @@ class Simulation:
 
     def _handle(self, event: inputs.CoreEvent) -> None:
         followed = self.core.handle(event, self.now)
-        self.core.take_events()  # there is no journal
+        self.core.state.take_events()  # there is no journal
         for action in followed:
             self._act(action)
 

@@ -55,7 +55,10 @@ def test_wrong_message_costs_the_connection_and_changes_nothing(
 
     async def test(controller: Controller, link: Link) -> None:
         await ask(link, hello)
-        before = controller.core.version, controller.core.ledger.table(controller.core.pending)
+        before = (
+            controller.core.version,
+            controller.core.state.ledger.table(controller.core.state.pending),
+        )
         for _ in range(3):
             refused = await ask(link, message)
             assert isinstance(refused, m.Refused)
@@ -66,7 +69,7 @@ def test_wrong_message_costs_the_connection_and_changes_nothing(
         assert controller.handlers.num_refused[name_of(role)] == 1
         assert before == (
             controller.core.version,
-            controller.core.ledger.table(controller.core.pending),
+            controller.core.state.ledger.table(controller.core.state.pending),
         )
         again = Link(tmp_path)
         assert isinstance(await ask(again, hello), m.Welcome)  # its next incarnation is welcome

@@ -121,8 +121,8 @@ class CoreMachine(RuleBasedStateMachine):
     def generate(self, times: int, spans_versions: bool) -> None:
         worker, lease = self.random.choice(self.leases)
         first = (
-            self.core.groups[lease.group_id].floor_version
-            if lease.group_id in self.core.groups
+            self.core.state.groups[lease.group_id].floor_version
+            if lease.group_id in self.core.state.groups
             else 0
         )
         versions = sorted({first, self.core.version}) if spans_versions else [first]
@@ -178,11 +178,11 @@ class CoreMachine(RuleBasedStateMachine):
     @invariant()
     def ledger_balances(self) -> None:
         if hasattr(self, "core"):
-            self.core.check()
+            self.core.state.check()
             limit = (
                 self.core.version + self.core.settings.max_staleness + 1
             ) * self.core.settings.prompts_per_step
-            assert self.core.ledger.trained + self.core.pending <= limit, (
+            assert self.core.state.ledger.trained + self.core.state.pending <= limit, (
                 "admitted past max_staleness"
             )
 
@@ -192,7 +192,7 @@ class CoreMachine(RuleBasedStateMachine):
             for name, worker in self.core.fleet.rollout.items():
                 running = [
                     g
-                    for g in self.core.groups.values()
+                    for g in self.core.state.groups.values()
                     if g.worker == name and g.state is GroupState.RUNNING
                 ]
                 assert worker.load == sum(len(group.missing) for group in running)

@@ -41,7 +41,7 @@ def journal_events(num_steps: int = 2) -> list[JournalEvent]:
     core.handle(
         inputs.Received("rollout-0", PartialSample(leases[0].key(1), make_partial(num_steps))), 0
     )
-    return core.take_events()
+    return core.state.take_events()
 
 
 def write_checkpoint(

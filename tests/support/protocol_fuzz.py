@@ -161,12 +161,12 @@ class ProtocolFuzz:
                 await asyncio.gather(running, return_exceptions=True)
             await journal.durable()
             core = self.controller.core
-            core.check()
+            core.state.check()
             self.check_restore(journal)
             return FuzzResult(
                 self.num_messages, self.num_wrong, self.hub.num_malformed,
                 self.controller.handlers.num_refused, core.num_fenced_messages, core.version,
-                self.num_batches, core.ledger.table(core.pending),
+                self.num_batches, core.state.ledger.table(core.state.pending),
             )  # fmt: skip
 
     # ---- the controller
@@ -182,9 +182,11 @@ class ProtocolFuzz:
                 break
         await asyncio.sleep(0.0005)  # the journal's thread writes
         core = self.controller.core
-        core.check()
+        core.state.check()
         limit = (core.version + MAX_STALENESS + 1) * core.settings.prompts_per_step
-        assert core.ledger.trained + core.pending <= limit, "admitted past max_staleness"
+        assert core.state.ledger.trained + core.state.pending <= limit, (
+            "admitted past max_staleness"
+        )
         while self.hub.sent:
             peer, message = self.hub.sent.popleft()
             for worker in self.workers:
@@ -200,8 +202,8 @@ class ProtocolFuzz:
         restored.restore(journal.events())
         core = self.controller.core
         assert restored.version == core.version
-        assert restored.ledger.admitted == core.ledger.admitted
-        assert restored.ledger.trained == core.ledger.trained
+        assert restored.state.ledger.admitted == core.state.ledger.admitted
+        assert restored.state.ledger.trained == core.state.ledger.trained
 
     # ---- honest workers
 

@@ -93,8 +93,8 @@ def counter_not_restored(patch: pytest.MonkeyPatch) -> None:
 
     def restore(self: Core, events: list[AnyEvent]) -> None:
         original(self, events)
-        self.ledger.admitted -= self.ledger.trained
-        self.ledger.trained = 0
+        self.state.ledger.admitted -= self.state.ledger.trained
+        self.state.ledger.trained = 0
 
     patch.setattr(Core, "restore", restore)
 
@@ -104,11 +104,11 @@ def drops_oldest_when_full(patch: pytest.MonkeyPatch) -> None:
     """Bounds the buffer by removing the oldest ready group without a record."""
     original = Core._complete
 
-    def complete(self: Core, group: Group) -> list[Action]:
+    def complete(self: Core, group: Group, answer: str = "") -> list[Action]:
         ready = self.state.in_state(GroupState.READY)
         if len(ready) > self.settings.prompts_per_step:
             self.state.forget(ready[0])
-        return original(self, group)
+        return original(self, group, answer)
 
     patch.setattr(Core, "_complete", complete)
 
@@ -220,7 +220,7 @@ def counts_replayed_steps(patch: pytest.MonkeyPatch) -> None:
 
     def step_done(self: Core, worker: str, step: StepDone, now: float) -> list[Action]:
         if step.version <= self.version:
-            self.ledger.trained += self.settings.prompts_per_step
+            self.state.ledger.trained += self.settings.prompts_per_step
             return []
         return original(self, worker, step, now)
 
@@ -249,7 +249,7 @@ def sample_taken_twice(patch: pytest.MonkeyPatch) -> None:
     original = Core._generated
 
     def generated(self: Core, worker: str, reply: Generated, now: float) -> list[Action]:
-        group = self.groups.get(reply.key.group_id)
+        group = self.state.groups.get(reply.key.group_id)
         if (
             group is not None
             and reply.key.epoch == self.epoch

@@ -171,12 +171,13 @@ class SimulatedRun:
                 self.num_events < MAX_EVENTS,
                 f"no progress: version {self.core.version} after {self.now:.0f} s",
             )
-            self.core.check()
+            self.core.state.check()
             limit = (
                 self.core.version + self.settings.max_staleness + 1
             ) * self.settings.prompts_per_step
             expect(
-                self.core.ledger.trained + self.core.pending <= limit, "admitted past max_staleness"
+                self.core.state.ledger.trained + self.core.state.pending <= limit,
+                "admitted past max_staleness",
             )
         self.act(self.core.handle(inputs.RunEnded(), 0))
         return self.check_end()
@@ -202,7 +203,7 @@ class SimulatedRun:
             "admitted != trained + dropped at the end",
         )
         expect(
-            self.core.ledger.trained == len(trained),
+            self.core.state.ledger.trained == len(trained),
             "the ledger's count of trained groups is wrong",
         )
         prompts = [f.prompt_id for f in events if isinstance(f, GroupAdmitted)]
@@ -226,7 +227,7 @@ class SimulatedRun:
     # ---- the controller's shell
 
     def act(self, actions: list[Action]) -> None:
-        self.buffer += self.core.take_events()
+        self.buffer += self.core.state.take_events()
         for action in actions:
             if isinstance(action, SendBatch):
                 self.flush()
@@ -325,7 +326,7 @@ class SimulatedRun:
         """Every lease and every scoring request ends in bounded time."""
         running = {
             (id(self.core), g.group_id, g.attempt): g
-            for g in self.core.groups.values()
+            for g in self.core.state.groups.values()
             if g.state is RUNNING
         }
         self.since = {key: self.since.get(key, self.now) for key in running}

@@ -88,7 +88,7 @@ def cloned(core: Core) -> Core:
     new.fleet.reward.update(
         (name, shallow_copy(worker)) for name, worker in core.fleet.reward.items()
     )
-    state, ledger = new.state, new.ledger
+    state, ledger = new.state, new.state.ledger
     state.version, state._next_group_id, state.recorded = (
         was.version,
         was._next_group_id,
@@ -148,18 +148,18 @@ class State:
                 len(g.failed_on),
                 tuple(s is not None and s.oldest_version for s in g.samples),
             )
-            for g in core.groups.values()
+            for g in core.state.groups.values()
         )  # fmt: skip
         fleet = tuple((w.state, w.version, w.load) for w in core.fleet.rollout.values())
         scoring = tuple(
             (t.request.key, t.worker, t.num_failed, t.deadline)
             for t in [*core.scoring.assigned.values(), *core.scoring.waiting]
         )
-        dropped = frozenset(core.ledger.dropped.items())
+        dropped = frozenset(core.state.ledger.dropped.items())
         way = tuple((type(f).__name__, getattr(f, "group_id", -1)) for f in self.unwritten)
         return (
-            core.version, core.ledger.admitted, core.ledger.trained, dropped, groups, fleet,
-            core.epoch,
+            core.version, core.state.ledger.admitted, core.state.ledger.trained, dropped,
+            groups, fleet, core.epoch,
             scoring, core.batch_selector.requested_since, tuple(sorted(self.wire)),
             self.steps_done, self.batch, self.weights, way,
         )  # fmt: skip
@@ -172,7 +172,7 @@ def after(state: State, event: object, **changes: object) -> State:
 
 def take(state: State, actions: list[Action]) -> State:
     """Does the actions: events to the journal, messages to the network, a batch to the trainer."""
-    state.unwritten += tuple(state.core.take_events())
+    state.unwritten += tuple(state.core.state.take_events())
     for action in actions:
         if isinstance(action, SendBatch):
             flush(state)
@@ -231,7 +231,7 @@ def successors(state: State) -> Iterator[State]:
         yield take(new, new.core.handle(inputs.BatchRequested(0, new.steps_done), 0.0))
     if state.batch:
         yield end_step(after(state, "step done"))
-    for group in state.core.groups.values():
+    for group in state.core.state.groups.values():
         # If its message is lost, a lease must expire; if it is only slow, expiry is a fault.
         lost = not any(m[2:4] == (group.group_id, group.attempt) for m in state.wire)
         if group.state is GroupState.RUNNING and (lost or state.faults):
@@ -363,7 +363,7 @@ def _search(num_faults: int, limit: int) -> tuple[int, int]:
         moved = False
         for new in successors(state):
             transitions += 1
-            new.core.check()
+            new.core.state.check()
             assert len(set(new.weights)) == len(new.weights), new.trace
             key = hash(new.key())
             moved = moved or (key != own_key and new.faults == state.faults)

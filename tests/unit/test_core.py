@@ -50,7 +50,7 @@ from megatron_async_rl.protocol.types import NOT_GENERATED, SampleKey
 def test_admission_stops_max_staleness_steps_ahead() -> None:
     core = make_core(max_staleness=1)
     assert len(join_workers(core)) == 4  # (version 0 + eta 1 + 1) * 2 groups
-    assert core.next_step == 2
+    assert core.leases.next_step == 2
 
 
 def test_zero_staleness_admits_one_batch_per_version() -> None:
@@ -104,7 +104,7 @@ def test_missing_straggler_is_dropped_as_stale_and_replaced() -> None:
     finish_lease(core, straggler, 0)
     actions = core.handle(inputs.BatchRequested(0, 2), 0)
     assert [a.reason for a in actions if isinstance(a, ReportDrop)] == [DropReason.STALE]
-    core.check()
+    core.state.check()
 
 
 def test_straggler_wait_ends_at_its_deadline() -> None:
@@ -122,14 +122,14 @@ def test_straggler_wait_ends_at_its_deadline() -> None:
     assert not [a for a in core.handle(inputs.BatchRequested(0, 1), 0) if isinstance(a, SendBatch)]
     assert not [a for a in core.handle(inputs.Tick(), STRAGGLER_S) if isinstance(a, SendBatch)]
     assert [a for a in core.handle(inputs.Tick(), STRAGGLER_S + 1) if isinstance(a, SendBatch)]
-    assert core.groups[straggler.group_id].state is GroupState.RUNNING
+    assert core.state.groups[straggler.group_id].state is GroupState.RUNNING
 
 
 def test_late_duplicate_and_foreign_replies_are_only_counted() -> None:
     core = make_core()
     lease, *_ = join_workers(core)
     core.handle(inputs.Received("rollout-0", generated(lease, 0, 0)), 0)
-    before = core.groups[lease.group_id].samples[0]
+    before = core.state.groups[lease.group_id].samples[0]
     for late in (
         ("rollout-0", generated(lease, 0, 5)),  # duplicate
         ("rollout-9", generated(lease, 1, 0)),  # another worker's
@@ -146,8 +146,8 @@ def test_late_duplicate_and_foreign_replies_are_only_counted() -> None:
     ):
         assert core.handle(inputs.Received(*late), 0) == []
     assert core.num_fenced_messages == 6
-    assert core.groups[lease.group_id].samples[0] is before
-    assert core.groups[lease.group_id].samples[1] is None
+    assert core.state.groups[lease.group_id].samples[0] is before
+    assert core.state.groups[lease.group_id].samples[1] is None
 
 
 def test_samples_of_lost_server_are_requeued_and_returned_kept() -> None:
@@ -253,7 +253,7 @@ def test_non_finite_reward_is_an_infrastructure_error(reward: float) -> None:
         core.handle(inputs.Received("reward-0", scored(score, reward)), 0), ScoreRequest
     )
     assert retry.key == score.key
-    assert core.groups[lease.group_id].rewards == [None, None]
+    assert core.state.groups[lease.group_id].rewards == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_impossible_sample_is_never_trained(damage: dict[str, np.ndarray], fault
     error = ReportError(f"rollout-0: sample {lease.group_id}.0 is refused: {fault}")
     assert error in actions
     assert (again.attempt, again.indices) == (lease.attempt + 1, [0, 1])
-    assert core.groups[lease.group_id].samples == [None, None]
+    assert core.state.groups[lease.group_id].samples == [None, None]
 
 
 def test_equal_reward_groups_are_dropped_only_if_configured() -> None:
@@ -313,7 +313,7 @@ def test_fenced_server_loses_its_work_and_gets_none() -> None:
         ReportError("rollout-0 is fenced: digest"),
         Send("rollout-0", Shutdown("fenced: digest")),
     ]
-    assert core.groups[lease.group_id].state is GroupState.QUEUED
+    assert core.state.groups[lease.group_id].state is GroupState.QUEUED
     assert core.fleet.free_server(1, 0) is None
 
 
@@ -330,23 +330,23 @@ def test_evaluation_delays_training_and_returns_every_group() -> None:
     assert [a.reward for a in actions if isinstance(a, ReportEvaluated)] == [1.0] * 3
     assert FinishEvaluation(0, "") in actions
     assert messages_of(actions, Generate)  # admission continues
-    assert core.ledger.admitted == core.pending
+    assert core.state.ledger.admitted == core.state.pending
 
 
 def test_ledger_balances_at_the_end_of_the_run() -> None:
     core = make_core()
     join_workers(core)
     core.handle(inputs.RunEnded(), 0)
-    assert core.pending == 0
-    assert core.ledger.dropped[DropReason.RUN_ENDED] == core.ledger.admitted == 4
+    assert core.state.pending == 0
+    assert core.state.ledger.dropped[DropReason.RUN_ENDED] == core.state.ledger.admitted == 4
 
 
 def test_lost_group_raises_a_ledger_error_by_name() -> None:
     core = make_core()
     join_workers(core)
-    core.groups.pop(next(iter(core.groups)))
+    core.state.groups.pop(next(iter(core.state.groups)))
     with pytest.raises(LedgerError, match="admitted 4"):
-        core.check()
+        core.state.check()
 
 
 TestCoreMachine = CoreMachine.TestCase

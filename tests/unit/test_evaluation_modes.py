@@ -118,7 +118,7 @@ def test_last_server_of_training_is_never_held() -> None:
     core = core_with_servers(1)
     [end] = request(core, "held_server", 3)
     assert isinstance(end, FinishEvaluation) and "two servers" in end.abandoned
-    assert core.groups == {}
+    assert core.state.groups == {}
 
 
 def test_evaluation_moves_to_another_server_of_its_version() -> None:
@@ -152,7 +152,7 @@ def test_abandoned_evaluation_leaves_nothing_behind(
         for action in core.handle(inputs.EvaluationAbandoned("no server"), 0)
         if isinstance(action, FinishEvaluation)
     ]
-    assert end.abandoned == "no server" and core.groups == {}
+    assert end.abandoned == "no server" and core.state.groups == {}
     assert {(w.eval_load, w.is_held) for w in core.fleet.rollout.values()} == {(0, False)}
     server, lease = leases[0]
     assert core.handle(inputs.Received(server, generated(lease, 0, 0)), 0) == []  # fenced

@@ -75,7 +75,7 @@ class Shell:
 
     def finish_one(self) -> None:
         lease = self.leases.pop(0)
-        server = self.core.groups[lease.group_id].worker
+        server = self.core.state.groups[lease.group_id].worker
         version = self.core.fleet.rollout[server].version
         returned = self.core.handle(inputs.Received(server, generated(lease, 0, version)), 0)
         self.carry_out(returned)

@@ -38,9 +38,9 @@ def state(events: list[JournalEvent]) -> tuple:
             g.rewards,
             sorted(g.partials),
         )
-        for g in core.groups.values()
+        for g in core.state.groups.values()
     ]
-    return core.version, core.ledger.table(core.pending), groups
+    return core.version, core.state.ledger.table(core.state.pending), groups
 
 
 def test_every_event_is_read_back_with_its_arrays(tmp_path: Path) -> None:
@@ -69,12 +69,12 @@ def test_every_prefix_of_the_journal_restores_a_valid_state() -> None:
     events = journal_events()
     for count in range(len(events) + 1):
         core = restart_core(make_core(max_staleness=1), events[:count])
-        core.check()
+        core.state.check()
         admitted = sum(isinstance(fact, GroupAdmitted) for fact in events[:count])
-        assert core.ledger.admitted == admitted
+        assert core.state.ledger.admitted == admitted
         join_workers(core)
-        core.check()
-        prompts = [group.prompt.prompt_id for group in core.groups.values()]
+        core.state.check()
+        prompts = [group.prompt.prompt_id for group in core.state.groups.values()]
         assert len(set(prompts)) == len(prompts)
 
 

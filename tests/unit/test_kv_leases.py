@@ -99,7 +99,7 @@ def test_restarted_controller_knows_the_lengths_from_the_journal() -> None:
     core, leases = core_of_one_server(2 * 100)
     for lease in leases:
         finish_lease(core, lease, 0)
-    restarted = restart_core(core, core.take_events())
+    restarted = restart_core(core, core.state.take_events())
     expected = core.state.lengths.running_tokens
     assert restarted.state.lengths.running_tokens == expected != 4
 

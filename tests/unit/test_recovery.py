@@ -38,10 +38,10 @@ def test_finished_and_partial_groups_survive_a_crash() -> None:
     first, second, *_ = join_workers(core)
     finish_lease(core, first, 0)
     core.handle(inputs.Received("rollout-0", generated(second, 0, 0)), 0)
-    again = restart_core(core, core.take_events())
+    again = restart_core(core, core.state.take_events())
     assert again.epoch == core.epoch + 1
-    assert again.groups[first.group_id].state is GroupState.READY
-    assert again.groups[second.group_id].missing == [1]
+    assert again.state.groups[first.group_id].state is GroupState.READY
+    assert again.state.groups[second.group_id].missing == [1]
     leases = join_workers(again)
     # no prompt is repeated or skipped
     assert [lease.group_id for lease in leases] == [
@@ -50,13 +50,13 @@ def test_finished_and_partial_groups_survive_a_crash() -> None:
         3,
     ]
     assert leases[0].indices == [1] and leases[0].attempt == second.attempt + 1
-    assert again.ledger.admitted == core.ledger.admitted == 4
+    assert again.state.ledger.admitted == core.state.ledger.admitted == 4
 
 
 def test_replies_to_leases_of_an_older_epoch_are_fenced() -> None:
     core = make_core()
     lease, *_ = join_workers(core)
-    again = restart_core(core, core.take_events())
+    again = restart_core(core, core.state.take_events())
     join_workers(again)
     assert again.handle(inputs.Received("rollout-0", generated(lease, 0, 0)), 0) == []
     assert again.num_fenced_messages == 1
@@ -67,12 +67,12 @@ def test_restarted_controller_resends_the_same_batch() -> None:
     for lease in join_workers(core):
         finish_lease(core, lease, 0)
     [batch] = core.handle(inputs.BatchRequested(0, 0), 0)
-    again = restart_core(core, core.take_events())
+    again = restart_core(core, core.state.take_events())
     [same] = again.handle(inputs.BatchRequested(0, 0), 0)
     assert isinstance(batch, SendBatch) and isinstance(same, SendBatch)
     assert [g.group_id for g in same.groups] == [g.group_id for g in batch.groups]
     again.handle(inputs.Received("trainer-0", StepDone(1, {})), 0)
-    assert again.ledger.trained == 2
+    assert again.state.ledger.trained == 2
 
 
 def test_trainer_from_a_checkpoint_gets_recorded_batches() -> None:
@@ -85,7 +85,7 @@ def test_trainer_from_a_checkpoint_gets_recorded_batches() -> None:
     assert core.handle(inputs.BatchRequested(0, 0), 0) == [ResendBatch(0)]
     replayed = core.handle(inputs.Received("trainer-0", StepDone(1, {})), 0)
     assert replayed == [ReportStep(1, None)]
-    assert (core.version, core.ledger.trained, core.num_replayed_steps) == (1, 2, 1)
+    assert (core.version, core.state.ledger.trained, core.num_replayed_steps) == (1, 2, 1)
 
 
 def test_next_lease_carries_partial_tokens_unless_too_stale() -> None:
@@ -95,10 +95,10 @@ def test_next_lease_carries_partial_tokens_unless_too_stale() -> None:
         core.handle(
             inputs.Received("rollout-0", PartialSample(lease.key(index), make_partial(0, 0))), 0
         )
-    again = restart_core(core, core.take_events())
+    again = restart_core(core, core.state.take_events())
     renewed, _ = join_workers(again)
     assert [p.versions.tolist() for p in renewed.partials] == [[NOT_GENERATED] * 3 + [0, 0]] * 2
-    assert again.groups[lease.group_id].floor_version == 0
+    assert again.state.groups[lease.group_id].floor_version == 0
     assert other.partials == []
 
 
@@ -118,7 +118,7 @@ def test_prompt_that_fails_on_several_servers_is_dropped_as_poison() -> None:
     core.handle(inputs.ServerUpdated("rollout-1", version=0), 0)
     [again] = messages_of(core.handle(inputs.WorkerLost("rollout-0"), 0), Generate)
     core.handle(inputs.Received("rollout-1", GenerateFailed(again.key(0), "x")), 0)
-    assert core.ledger.table(0)["dropped.poison"] == 1
+    assert core.state.ledger.table(0)["dropped.poison"] == 1
 
 
 class RecoveringMachine(CoreMachine):
@@ -144,7 +144,7 @@ class RecoveringMachine(CoreMachine):
         super().begin(max_staleness, wait, equal, kv_lease_limit, seed)
 
     def take(self, actions: list[Action]) -> None:
-        self.unwritten += self.core.take_events()
+        self.unwritten += self.core.state.take_events()
         if any(isinstance(action, SendBatch) for action in actions):
             self.flush()
         super().take([action for action in actions if not isinstance(action, ResendBatch)])
@@ -185,7 +185,7 @@ class RecoveringMachine(CoreMachine):
     @precondition(lambda self: self.core.version > 0)
     @rule(share=st.floats(0, 1))
     def crash_the_trainer(self, share: float) -> None:
-        state = self.core.ledger.table(self.core.pending)
+        state = self.core.state.ledger.table(self.core.state.pending)
         self.core.handle(inputs.TrainerJoined(0), 0)
         for version in range(int(share * self.core.version), self.core.version):
             assert self.core.handle(inputs.BatchRequested(0, version), self.now) == [
@@ -196,7 +196,7 @@ class RecoveringMachine(CoreMachine):
                 self.core.handle(inputs.Received("trainer-0", StepDone(version + 1, {})), self.now)
                 == []
             )
-        assert self.core.ledger.table(self.core.pending) == state
+        assert self.core.state.ledger.table(self.core.state.pending) == state
 
     @precondition(lambda self: self.batch is not None)
     @rule()
@@ -230,7 +230,7 @@ class RecoveringMachine(CoreMachine):
             for g in f.group_ids
         ]
         closed = [f.group_id for f in events if isinstance(f, GroupDropped)]
-        pending = [g.group_id for g in self.core.groups.values() if g.purpose == "train"]
+        pending = [g.group_id for g in self.core.state.groups.values() if g.purpose == "train"]
         assert sorted(admitted) == sorted(trained + closed + pending)
 
 

@@ -50,7 +50,7 @@ def test_workflow_score_request_is_answered_and_changes_nothing() -> None:
     assert messages_of(actions, ScoreResult) == [reply]
     # free for the next request
     assert [score.key.index for score in messages_of(actions, ScoreRequest)] == [1]
-    assert core.groups[lease.group_id].rewards == [None] * len(lease.indices)
+    assert core.state.groups[lease.group_id].rewards == [None] * len(lease.indices)
     assert (
         messages_of(core.handle(inputs.Received("reward-0", reply), 3), ScoreResult) == []
         and core.num_fenced_messages == 1
@@ -136,17 +136,17 @@ def test_score_request_of_an_ended_lease_is_rejected() -> None:
 def test_reward_that_an_agent_gave_is_recorded_and_not_computed(crashed: bool) -> None:
     core = make_core(single_turn=False, max_sequences=64)
     lease = join_workers(core)[0]
-    recorded = core.take_events()
+    recorded = core.state.take_events()
     for index, reward in zip(lease.indices, (0.25, 0.75), strict=True):
         sample = msgspec.structs.replace(make_sample(0), reward=reward)
         reply = Generated(lease.key(index), sample)
         actions = core.handle(inputs.Received("rollout-0", reply), 0.0)
         assert not messages_of(actions, ScoreRequest)
-        recorded += core.take_events()
+        recorded += core.state.take_events()
     if crashed:  # just before the rewards were recorded
         recorded = [event for event in recorded if not isinstance(event, SampleScored)]
     else:
         assert sum(isinstance(event, SampleScored) for event in recorded) == 2
     restored = restart_core(core, recorded)
-    group = restored.groups[lease.group_id]
+    group = restored.state.groups[lease.group_id]
     assert group.rewards == [0.25, 0.75] and group.state is GroupState.READY

@@ -89,15 +89,15 @@ def test_sample_that_no_server_can_have_generated_is_refused_by_name(
 ) -> None:
     core = make_core(max_staleness=0, **LIMITS)
     lease, *_ = join_workers(core)
-    core.take_events()
+    core.state.take_events()
     reply = Generated(lease.key(0), msgspec.structs.replace(GOOD, **arrays))
     actions = core.handle(inputs.Received("rollout-0", reply), 1)
     [error] = [action.error for action in actions if isinstance(action, ReportError)]
     assert error.startswith(f"rollout-0: sample {lease.key(0)} is refused: ") and fault in error
-    kinds = {type(event) for event in core.take_events()}
+    kinds = {type(event) for event in core.state.take_events()}
     assert kinds == {events.LeaseFailed, events.LeaseGranted}  # leased again, nothing returned
     assert core.num_fenced_messages == 1
-    core.check()
+    core.state.check()
 
 
 @each_fault
@@ -106,16 +106,16 @@ def test_faulty_partial_sample_is_refused_before_it_is_recorded(
 ) -> None:
     core = make_core(max_staleness=0, **LIMITS)
     lease, *_ = join_workers(core)
-    recorded = core.take_events()
+    recorded = core.state.take_events()
     reply = PartialSample(lease.key(0), damaged_partial(arrays))
     [error] = core.handle(inputs.Received("rollout-0", reply), 1)
     assert isinstance(error, ReportError) and fault in error.error
-    assert core.take_events() == [] and core.num_fenced_messages == 1
+    assert core.state.take_events() == [] and core.num_fenced_messages == 1
     # the failure after it leases the sample again, here and after a restart
     failed = GenerateFailed(lease.key(0), "the server died")
     [again] = messages_of(core.handle(inputs.Received("rollout-0", failed), 2), Generate)
     assert again.partials == [] and again.attempt == 2
-    restarted = restart_core(core, recorded + core.take_events())
+    restarted = restart_core(core, recorded + core.state.take_events())
     assert len(join_workers(restarted)) == 2
 
 
@@ -125,7 +125,7 @@ def test_restore_skips_a_faulty_partial_of_the_journal(
 ) -> None:
     core = make_core(max_staleness=0, **LIMITS)
     lease, *_ = join_workers(core)
-    recorded = core.take_events()
+    recorded = core.state.take_events()
     recorded.append(events.PartialSaved(lease.group_id, 0, damaged_partial(arrays)))
     recorded.append(events.PartialSaved(lease.group_id, 1, make_partial(0)))
     with caplog.at_level(logging.ERROR):
@@ -143,7 +143,7 @@ def test_samples_at_the_limits_are_accepted() -> None:
     lease, *_ = join_workers(core)
     rounding = msgspec.structs.replace(GOOD, **with_values("logprobs", 1e-6))
     core.handle(inputs.Received("rollout-0", Generated(lease.key(0), rounding)), 1)
-    assert core.groups[lease.group_id].missing == [1] and core.num_fenced_messages == 0
+    assert core.state.groups[lease.group_id].missing == [1] and core.num_fenced_messages == 0
 
 
 def of_versions(*versions: int) -> Sample:
@@ -159,11 +159,11 @@ def test_samples_of_a_workflow_choose_their_context() -> None:
     partial = Partial(turns.ids[:4], turns.logprobs[:4], turns.versions[:4])
     for reply in (PartialSample(lease.key(0), partial), Generated(lease.key(0), turns)):
         core.handle(inputs.Received("rollout-0", reply), 1)
-    assert core.groups[lease.group_id].missing == [1] and core.num_fenced_messages == 0
+    assert core.state.groups[lease.group_id].missing == [1] and core.num_fenced_messages == 0
     # a partial sample is the input of one call and its tokens: they cannot alternate
     mixed = Partial(turns.ids, turns.logprobs, turns.versions)
     core.handle(inputs.Received("rollout-0", PartialSample(lease.key(1), mixed)), 1)
-    assert core.num_fenced_messages == 1 and not core.groups[lease.group_id].partials
+    assert core.num_fenced_messages == 1 and not core.state.groups[lease.group_id].partials
 
 
 def test_versions_below_the_marker_do_not_hide_the_age_of_a_group() -> None:
@@ -172,7 +172,7 @@ def test_versions_below_the_marker_do_not_hide_the_age_of_a_group() -> None:
     [lease] = join_workers(core)
     forged = msgspec.structs.replace(GOOD, **with_values("versions", -2))
     core.handle(inputs.Received("rollout-0", Generated(lease.key(0), forged)), 0)
-    group = core.groups[lease.group_id]
+    group = core.state.groups[lease.group_id]
     assert group.samples == [None] and group.oldest_version == 0
 
 
@@ -185,7 +185,7 @@ def test_reward_that_would_overflow_is_an_infrastructure_error(reward: float) ->
     )
     actions = core.handle(inputs.Received("reward-0", ScoreResult(score.key, reward)), 0)
     assert messages_of(actions, ScoreRequest) == [score]  # scored again
-    assert core.groups[lease.group_id].rewards == [None, None]
+    assert core.state.groups[lease.group_id].rewards == [None, None]
 
 
 def test_duplicate_workflow_request_leaves_no_load_behind() -> None:

@@ -319,9 +319,9 @@ def test_reward_is_the_sum_over_the_turns() -> None:
     ]
     for fields, result, reward, turn_rewards in given:
         core = scored_core(branched(**fields), **result)
-        [event] = [e for e in core.take_events() if isinstance(e, SampleScored)]
+        [event] = [e for e in core.state.take_events() if isinstance(e, SampleScored)]
         assert (event.reward, event.turn_rewards) == (reward, turn_rewards)
-        group = core.groups[0]
+        group = core.state.groups[0]
         assert group.rewards[0] == reward and group.turn_rewards.get(0, []) == turn_rewards
 
 
@@ -330,7 +330,7 @@ def test_reward_is_the_sum_over_the_turns() -> None:
 )
 def test_wrong_rewards_of_turns_are_a_failed_scoring(turn_rewards: list[float]) -> None:
     core = scored_core(branched(), turn_rewards=turn_rewards)
-    assert core.groups[0].rewards[0] is None and not core.groups[0].turn_rewards
+    assert core.state.groups[0].rewards[0] is None and not core.state.groups[0].turn_rewards
     assert len(core.scoring.assigned) == 1  # asked again
     [task] = core.scoring.assigned.values()
     assert task.num_failed == 1
@@ -346,11 +346,11 @@ def test_rewards_of_turns_survive_journal_and_restart(tmp_path: Path) -> None:
         for request in messages_of(actions, ScoreRequest):
             core.handle(inputs.Received("reward-0", ScoreResult(request.key, 0.75)), 0)
     journal = Journal(tmp_path / "journal.sqlite")
-    journal.append(core.take_events())
+    journal.append(core.state.take_events())
     journal.flush().result(10)
-    again = restart_core(core, list(journal.events())).groups[lease.group_id]
+    again = restart_core(core, list(journal.events())).state.groups[lease.group_id]
     journal.close()
-    before = core.groups[lease.group_id]
+    before = core.state.groups[lease.group_id]
     assert again.turn_rewards == before.turn_rewards == {
         0: [0.5, 0.25, 0.0, 0.75], 1: [0.0, 0.0, 1.0, 0.125],
     }  # fmt: skip
@@ -370,7 +370,7 @@ def test_rewards_of_turns_survive_journal_and_restart(tmp_path: Path) -> None:
 
 def test_batch_for_a_critic_has_shaped_rewards_at_the_ends_of_turns() -> None:
     core = scored_core(branched([0.5, 0.0, 0.0, 0.0]), reward=1.0)
-    group = core.groups[0]
+    group = core.state.groups[0]
     group.samples[1], group.rewards[1] = make_sample(0, 0), 0.0
     config = configuration.from_tree(config_tree(**{"algorithm.advantage.estimator": "gae"}))
     rewards, logged, trained = training_batch([group], config)

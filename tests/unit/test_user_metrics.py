@@ -49,7 +49,7 @@ def scored_step(core: Core, monitor: ScoreMonitor) -> list[AnyEvent]:
 
     def handle(worker: str, message: Generated | ScoreResult) -> list[ScoreRequest]:
         followed = core.handle(inputs.Received(worker, message), 0)
-        for event in core.take_events():
+        for event in core.state.take_events():
             monitor.saw(event)
             events.append(event)
         return messages_of(followed, ScoreRequest)

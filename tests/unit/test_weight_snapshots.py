@@ -94,7 +94,7 @@ class Cluster:
         await self.apply(self.core.handle(event, 0.0))
 
     async def apply(self, actions: list[Any]) -> None:
-        self.core.take_events()
+        self.core.state.take_events()
         for action in actions:
             if isinstance(action, ServerLost):
                 self.updates.server_lost(action.worker)

@@ -198,7 +198,7 @@ def test_reward_in_training_is_the_score_times_the_discount() -> None:
     actions = core.handle(inputs.Received("rollout-0", Generated(lease.key(0), sample)), 0)
     [request] = messages_of(actions, ScoreRequest)
     core.handle(inputs.Received("reward-0", scored(request, 0.5)), 0)
-    assert core.groups[lease.group_id].rewards[0] == 0.125
+    assert core.state.groups[lease.group_id].rewards[0] == 0.125
 
 
 @pytest.mark.parametrize("discount", [-0.1, 1.5, float("nan"), float("inf")])

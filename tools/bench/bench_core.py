@@ -79,7 +79,7 @@ class Run:
         began = time.thread_time()
         followed = self.core.handle(event, 0.0)
         self.times.append(time.thread_time() - began)
-        self.core.take_events()
+        self.core.state.take_events()
         for action in followed:
             if not isinstance(action, actions.Send):
                 continue
@@ -160,7 +160,7 @@ def bytes_per_group() -> float:
     core = large(0).core
     tracemalloc.start()
     groups = [core.state.admit() for _ in range(4096)]
-    core.take_events()
+    core.state.take_events()
     num_bytes, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return num_bytes / len(groups)

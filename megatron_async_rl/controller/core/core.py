@@ -17,7 +17,6 @@ assignments are not.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,17 +25,14 @@ from megatron_async_rl.controller.core.actions import Action
 from megatron_async_rl.controller.core.batch_selection import BatchSelector
 from megatron_async_rl.controller.core.evaluation import Evaluation
 from megatron_async_rl.controller.core.fleet import Fleet, RolloutWorker, ServerState, Worker
-from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState, Ledger
+from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState
 from megatron_async_rl.controller.core.leases import Leases
-from megatron_async_rl.controller.core.scoring import ScoringQueue, ScoringTask, credited, refusal
+from megatron_async_rl.controller.core.scoring import ScoringQueue, ScoringTask, refusal
 from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
 from megatron_async_rl.controller.journal import events
-from megatron_async_rl.controller.tokens import token_fault
 from megatron_async_rl.protocol import messages
-from megatron_async_rl.protocol.types import MAX_REWARD, Prompt
-
-logger = logging.getLogger(__name__)
+from megatron_async_rl.protocol.types import Prompt
 
 
 class Core:
@@ -101,38 +97,18 @@ class Core:
         return self.state.version
 
     @property
-    def ledger(self) -> Ledger:
-        return self.state.ledger
-
-    @property
-    def groups(self) -> dict[int, Group]:
-        return self.state.groups
-
-    @property
-    def pending(self) -> int:
-        return self.state.pending
-
-    @property
-    def next_step(self) -> int:
-        return self.leases.next_step
-
-    @property
     def batch_awaited(self) -> bool:
         """All leaders wait for a batch of the newest version that is not selected yet."""
         return self.batch_selector.requested_since is not None
-
-    def check(self) -> None:
-        """Raises LedgerError unless every admitted group is accounted for."""
-        self.state.check()
 
     # ---- restarts
 
     def restore(self, recorded: Iterable[events.AnyEvent]) -> None:
         """Rebuilds the state from the journal and begins the next epoch: no workers, no leases."""
         self.state.restore(recorded)
-        self._skip_faulty_partials()
+        self.leases.skip_faulty_partials()
         self.state.record(events.ControllerStarted(self.epoch + 1))
-        for group in list(self.groups.values()):
+        for group in list(self.state.groups.values()):
             if group.state is GroupState.READY:
                 self._complete(group)  # the crash may have come before its drop was recorded
             elif group.state is not GroupState.IN_BATCH:
@@ -142,23 +118,7 @@ class Core:
                 self.scoring.enqueue_unscored(group)
                 if group.is_scored:  # by an agent; the crash came before that was recorded
                     self._complete(group)
-        self.check()
-
-    def _skip_faulty_partials(self) -> None:
-        """Forgets partial samples that an earlier version of this program did not check."""
-        for group in self.groups.values():
-            for index, partial in list(group.partials.items()):
-                fault = token_fault(partial, group.prompt, 0, self.version, self.settings)
-                if fault:
-                    del group.partials[index]
-                    logger.error(
-                        "the journal's partial sample %d.%d is skipped: %s",
-                        group.group_id, index, fault,
-                    )  # fmt: skip
-
-    def take_events(self) -> list[events.JournalEvent]:
-        """Returns the events since the last call, to be journaled before the actions."""
-        return self.state.take_events()
+        self.state.check()
 
     # ---- workers
 
@@ -290,31 +250,14 @@ class Core:
         if task is None:
             return self._fence()
         if result.reward is None:
-            return self._scoring_failed(task, result.error) + self._advance(now)
-        for reward in (result.reward, *result.turn_rewards):
-            if not abs(reward) <= MAX_REWARD:
-                return self._no_score(task, f"the reward is {reward}") + self._advance(now)
-        if task.requester:
-            return [actions.Send(task.requester, result), *self._advance(now)]
-        followed: list[Action] = []
-        if group := self.groups.get(result.key.group_id):
-            index = result.key.index
-            sample = group.samples[index]
-            assert sample is not None
-            discount = sample.discount if group.purpose == "train" else 1.0
-            try:
-                given = credited(sample, float(result.reward), result.turn_rewards, discount)
-            except ValueError:
-                error = (
-                    f"the reward function returned {len(result.turn_rewards)} rewards for a sample "
-                    f"of {len(sample.turns())} turns; return a number, or one per turn"
-                )
-                return self._no_score(task, error) + self._advance(now)
-            self.state.record(
-                events.SampleScored(group.group_id, index, given[0], result.metrics, given[1])
-            )
-            if group.is_scored:
-                followed = self._complete(group, result.answer)
+            followed = self._scoring_failed(task, result.error)
+        elif fault := self.scoring.fault(task, result):
+            followed = self._no_score(task, fault)
+        elif task.requester:
+            followed = [actions.Send(task.requester, result)]
+        else:
+            group = self.scoring.record(result)
+            followed = self._complete(group, result.answer) if group and group.is_scored else []
         return followed + self._advance(now)
 
     def _no_score(self, task: ScoringTask, error: str) -> list[Action]:
@@ -327,7 +270,7 @@ class Core:
             return []
         if task.requester:
             return [refusal(task.requester, task.request, error)]
-        group = self.groups.get(task.request.key.group_id)
+        group = self.state.groups.get(task.request.key.group_id)
         return self._drop(group, DropReason.REWARD_UNAVAILABLE) if group else []
 
     # ---- trainer
@@ -355,7 +298,7 @@ class Core:
         if step.version != self.version + 1 or not self.state.in_batch:
             return self._fence()
         self.state.record(events.BatchTrained(step.version))
-        self.check()
+        self.state.check()
         return [actions.ReportStep(step.version, step.stats), *self._advance(now)]
 
     # ---- the run
@@ -388,9 +331,9 @@ class Core:
     def _run_ended(self, event: inputs.RunEnded, now: float) -> list[Action]:
         self.admitting = False
         followed: list[Action] = []
-        for group in [g for g in self.groups.values() if g.purpose == "train"]:
+        for group in [g for g in self.state.groups.values() if g.purpose == "train"]:
             followed += self._drop(group, DropReason.RUN_ENDED)
-        self.check()
+        self.state.check()
         return followed
 
     # ---- inside

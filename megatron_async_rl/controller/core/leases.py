@@ -15,6 +15,8 @@ with another epoch, attempt or worker changes nothing (fencing).
 
 from __future__ import annotations
 
+import logging
+
 from megatron_async_rl.controller.core.actions import Send
 from megatron_async_rl.controller.core.fleet import Fleet, RolloutWorker
 from megatron_async_rl.controller.core.groups import DropReason, Group, GroupState
@@ -26,6 +28,7 @@ from megatron_async_rl.controller.tokens import token_fault
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.types import Partial, Sample
 
+logger = logging.getLogger(__name__)
 LeaseReply = (
     messages.Generated | messages.GenerateFailed | messages.PartialSample | messages.ScoreRequest
 )
@@ -115,6 +118,18 @@ class Leases:
         """Returns why no server of this run can have generated the tokens; empty if one can."""
         newest = self._state.version if group.exact_version is None else group.exact_version
         return token_fault(tokens, group.prompt, group.floor_version, newest, self._settings)
+
+    def skip_faulty_partials(self) -> None:
+        """Forgets restored partial samples that an earlier version of the program did not check."""
+        for group in self._state.groups.values():
+            for index, partial in list(group.partials.items()):
+                fault = token_fault(partial, group.prompt, 0, self._state.version, self._settings)
+                if fault:
+                    del group.partials[index]
+                    logger.error(
+                        "the journal's partial sample %d.%d is skipped: %s",
+                        group.group_id, index, fault,
+                    )  # fmt: skip
 
     def sample_returned(self, group: Group) -> None:
         """Reduces the load of the group's server by a sample that has just been recorded."""

@@ -29,7 +29,7 @@ from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.controller.core.state import ControllerState
 from megatron_async_rl.controller.journal.events import SampleScored
 from megatron_async_rl.protocol.messages import ScoreRequest, ScoreResult
-from megatron_async_rl.protocol.types import Sample, SampleKey
+from megatron_async_rl.protocol.types import MAX_REWARD, Sample, SampleKey
 
 
 @dataclass
@@ -111,6 +111,33 @@ class ScoringQueue:
         self._unassign(task)
         return task
 
+    def fault(self, task: ScoringTask, result: ScoreResult) -> str:
+        """Returns why a result is no score for its sample; empty if it is one."""
+        for reward in (result.reward, *result.turn_rewards):
+            if reward is not None and not abs(reward) <= MAX_REWARD:  # nan
+                return f"the reward is {reward}"
+        sample = None if task.requester else self._sample(result.key)
+        if sample and result.turn_rewards:
+            num_turns = len(sample.turns())
+            if len(result.turn_rewards) != num_turns:
+                return (
+                    f"the reward function returned {len(result.turn_rewards)} rewards for a sample "
+                    f"of {num_turns} turns; return a number, or one per turn"
+                )
+        return ""
+
+    def record(self, result: ScoreResult) -> Group | None:
+        """Records the score of a finished sample; returns its group, None if that was dropped."""
+        group, sample = self._state.groups.get(result.key.group_id), self._sample(result.key)
+        if group is None or sample is None or result.reward is None:
+            return None
+        discount = sample.discount if group.purpose == "train" else 1.0
+        reward, turn_rewards = credited(sample, float(result.reward), result.turn_rewards, discount)
+        self._state.record(
+            SampleScored(group.group_id, result.key.index, reward, result.metrics, turn_rewards)
+        )
+        return group
+
     def take_expired(self, now: float) -> list[ScoringTask]:
         """Ends the assignments whose deadline has passed; they were made in that order."""
         by_deadline = self.assigned.values()
@@ -132,6 +159,10 @@ class ScoringQueue:
         for task in [task for task in self.assigned.values() if task.worker == worker]:
             self._unassign(task)
             self._enqueue(task)
+
+    def _sample(self, key: SampleKey) -> Sample | None:
+        group = self._state.groups.get(key.group_id)
+        return group.samples[key.index] if group else None
 
     @property
     def _queue(self) -> deque[ScoringTask]:

@@ -26,7 +26,7 @@ def dump_stacks(workers: Workers) -> None:
 def who_waits(core: Core, workers: Workers, awaited_since: float | None, journal_error: str) -> str:
     """Describes the stall. `awaited_since`: when the trainer requested its batch, if it waits."""
     fleet, now = core.fleet, time.monotonic()
-    states = Counter(group.state.value for group in core.groups.values())
+    states = Counter(group.state.value for group in core.state.groups.values())
     groups = ", ".join(f"{count} {state}" for state, count in states.items())
     trainer = "the controller waits for the trainer"
     if awaited_since is not None:
@@ -52,5 +52,5 @@ def who_waits(core: Core, workers: Workers, awaited_since: float | None, journal
     ]
     return (
         f"{trainer}; groups: {groups or 'none'}; {'; '.join(described)}; the next group would be "
-        f"trained at step {core.next_step}"
+        f"trained at step {core.leases.next_step}"
     )

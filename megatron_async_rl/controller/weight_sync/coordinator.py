@@ -28,10 +28,17 @@ logger = logging.getLogger(__name__)
 
 
 class UpdateCoordinator:
-    """`next` belongs to the conductor task, all other methods to the controller's loop."""
+    """`next` belongs to the conductor task, all other methods to the controller's loop.
+
+    `allow_update`: waits for an evaluation that the update to this version would disturb.
+    """
 
     def __init__(
-        self, context: Context, publisher: TrainerPublisher | RelabelPublisher, catch_up: CatchUp
+        self,
+        context: Context,
+        publisher: TrainerPublisher | RelabelPublisher,
+        catch_up: CatchUp,
+        allow_update: Callable[[int], Awaitable[None]] | None = None,
     ) -> None:
         self._context = context
         self._core = context.core
@@ -43,7 +50,7 @@ class UpdateCoordinator:
         self._requested_for: frozenset[str] = frozenset()  # servers that caused a Republish
         self._being_updated: frozenset[str] = frozenset()
         self._running: asyncio.Task[None] | None = None
-        self.allow_update: Callable[[int], Awaitable[None]] = _at_once  # waits for an evaluation
+        self._allow_update = allow_update
 
     # ---- reports of the loop
 
@@ -105,7 +112,8 @@ class UpdateCoordinator:
         while not done:
             offers = await self._next_offers()
             version = min(offer.version for offer in offers.values())
-            await self.allow_update(version)
+            if self._allow_update:
+                await self._allow_update(version)
             servers = await self._servers_without(version)
             if self._is_needed(version, servers):
                 done = await self._run_update(version, offers, servers)
@@ -190,7 +198,3 @@ class UpdateCoordinator:
             for server in self._core.fleet.rollout.values()
             if not (server.is_fenced or server.is_held or self._catch_up.is_busy(server.name))
         ]
-
-
-async def _at_once(version: int) -> None:
-    """Delays no update."""
