@@ -15,7 +15,7 @@ import msgspec
 from megatron_async_rl import processes
 from megatron_async_rl.cli import hook_checks
 from megatron_async_rl.config import load as configuration
-from megatron_async_rl.config.checks import check_trained_distribution
+from megatron_async_rl.config.algorithm_checks import check_trained_distribution
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.launcher import torchrun

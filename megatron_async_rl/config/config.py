@@ -9,11 +9,10 @@ from typing import Any
 import msgspec
 
 from megatron_async_rl.config.algorithm import AlgorithmConfig
+from megatron_async_rl.config.datasets import DataConfig, EvaluationConfig
 from megatron_async_rl.config.sections import (
     CheckpointConfig,
     CriticConfig,
-    DataConfig,
-    EvaluationConfig,
     FaultsConfig,
     ModelConfig,
     MonitorConfig,
@@ -79,6 +78,11 @@ class Config(Section, frozen=True, kw_only=True):
     @property
     def has_trainer(self) -> bool:
         return self.run.mode == "train"
+
+    @property
+    def sends_fp8(self) -> bool:
+        """True if the trainer sends fp8 weights; without one, servers keep those of model.path."""
+        return self.has_trainer and self.weights.quantization is not None
 
     @property
     def num_leaders(self) -> int:

@@ -18,7 +18,7 @@ import yaml
 from megatron_async_rl.config import documentation, passed_on
 from megatron_async_rl.config.checks import cross_check
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.config.sections import EvaluationSet
+from megatron_async_rl.config.datasets import EvaluationSet
 from megatron_async_rl.errors import ConfigError
 
 

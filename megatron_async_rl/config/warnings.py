@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 
 from megatron_async_rl import hooks
-from megatron_async_rl.config.checks import cross_host_parallelism_warning
 from megatron_async_rl.config.config import Config
 
 # (settings, whether they have an effect, the reason if they have none)
@@ -186,7 +185,10 @@ def _no_trainer(config: Config) -> str:
         if field.name != "start_timeout_s"  # `join` waits for the controller as long
     ]
     keys += ["run.export_every", "evaluation.after", "evaluation.every"]
-    keys += [f"weights.{name}" for name in ("bucket_bytes verify_every transport dtype").split()]
+    keys += [
+        f"weights.{name}"
+        for name in ("bucket_bytes verify_every transport dtype quantization").split()
+    ]
     found = [key for key in keys if _value(config, key) != _default(key)]
     if config.has_trainer or not found:
         return ""
@@ -210,6 +212,20 @@ def _megatron(config: Config) -> Iterator[str]:
             "megatron.sequence_parallel = true has no effect: "
             "megatron.tensor_model_parallel_size = 1 splits nothing"
         )
+
+
+def cross_host_parallelism_warning(config: Config) -> str:
+    """Returns a warning if ranks that communicate in every layer are on several hosts, or ""."""
+    here = config.ranks_per_host
+    for name, rest in (("tensor_model", 1), ("context", config.parallel_size("tensor_model"))):
+        size = config.parallel_size(name)
+        if size > 1 and here % (size * rest):
+            return (
+                f"megatron.{name}_parallel_size = {size} with {here} ranks per host (trainer.hosts "
+                f"= {config.trainer.hosts}) spreads a group that communicates in every layer over "
+                "several hosts: slow, unless NVLink connects them; lower it, or trainer.hosts"
+            )
+    return ""
 
 
 def _engine(config: Config) -> Iterator[str]:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.config.sections import EvaluationSet, SourceConfig
+from megatron_async_rl.config.datasets import EvaluationSet, SourceConfig
 from megatron_async_rl.data import chat_template, success_rate, thinking
 from megatron_async_rl.data.order import SourcePrompts
 from megatron_async_rl.data.sources import read_rows, training_sources

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.config.sections import SourceConfig
+from megatron_async_rl.config.datasets import SourceConfig
 from megatron_async_rl.data.sources import data_files, evaluation_sources, training_sources
 from megatron_async_rl.storage import files
 

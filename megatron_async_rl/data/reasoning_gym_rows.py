@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from megatron_async_rl.config.sections import SourceConfig
+from megatron_async_rl.config.datasets import SourceConfig
 from megatron_async_rl.errors import ConfigError, DataError
 
 

@@ -14,7 +14,7 @@ import msgspec
 
 from megatron_async_rl import hooks
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.config.sections import SourceConfig, TrainingSource
+from megatron_async_rl.config.datasets import SourceConfig, TrainingSource
 from megatron_async_rl.data import math_rows, readers
 from megatron_async_rl.data.code_tests import read_tests
 from megatron_async_rl.errors import DataError

@@ -14,7 +14,7 @@ import msgspec
 
 from megatron_async_rl.config import load
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.config.sections import DataFilterConfig
+from megatron_async_rl.config.datasets import DataFilterConfig
 from megatron_async_rl.data.digests import changed_data
 from megatron_async_rl.data.sources import read_rows, training_sources
 from megatron_async_rl.errors import ConfigError, DataError

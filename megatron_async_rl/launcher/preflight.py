@@ -18,7 +18,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.config.sections import SourceConfig
+from megatron_async_rl.config.datasets import SourceConfig
 from megatron_async_rl.data import success_rate
 from megatron_async_rl.data.dataset import check_source, evaluation_config
 from megatron_async_rl.data.sources import training_sources

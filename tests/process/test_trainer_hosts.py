@@ -27,8 +27,8 @@ from tiny_model import make_dataset, make_model
 
 from megatron_async_rl import addresses
 from megatron_async_rl.config import load
-from megatron_async_rl.config.checks import cross_host_parallelism_warning
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.warnings import cross_host_parallelism_warning
 from megatron_async_rl.controller.monitoring.watchdog import dump_stacks
 from megatron_async_rl.errors import ConfigError, Error
 from megatron_async_rl.launcher import roles, torchrun

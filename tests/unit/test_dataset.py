@@ -12,7 +12,7 @@ from tiny_model import make_model
 
 from megatron_async_rl.config import load
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.config.sections import EvaluationConfig, EvaluationSet
+from megatron_async_rl.config.datasets import EvaluationConfig, EvaluationSet
 from megatron_async_rl.data import math_rows
 from megatron_async_rl.data.dataset import check_source, read_source
 from megatron_async_rl.data.digests import changed_data, record_data

@@ -11,7 +11,7 @@ from config_builders import config_tree
 
 from megatron_async_rl import hooks
 from megatron_async_rl.config import load
-from megatron_async_rl.config.sections import SourceConfig
+from megatron_async_rl.config.datasets import SourceConfig
 from megatron_async_rl.data.sources import Row, read_rows
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol import messages

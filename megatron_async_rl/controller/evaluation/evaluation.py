@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from megatron_async_rl.config.sections import EvaluationSet
+from megatron_async_rl.config.datasets import EvaluationSet
 from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.core.actions import FinishEvaluation, ReportEvaluated
 from megatron_async_rl.controller.core.groups import EvaluationMode, EvaluationTask
