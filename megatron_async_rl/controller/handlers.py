@@ -22,10 +22,10 @@ from megatron_async_rl.controller.saving import CheckpointCommitter
 from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinator
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import Error
-from megatron_async_rl.protocol import messages, rules
-from megatron_async_rl.protocol.messages import AnyMessage, Hello, Refused
+from megatron_async_rl.protocol import messages, rules, weight_messages
+from megatron_async_rl.protocol.messages import Hello, Refused
 from megatron_async_rl.protocol.transport import Peer
-from megatron_async_rl.protocol.wire import SCHEMA, Malformed, UnknownHello
+from megatron_async_rl.protocol.wire import SCHEMA, AnyMessage, Malformed, UnknownHello
 
 logger = logging.getLogger(__name__)
 MAX_LOGGED = 100  # refusals of workers that have not joined
@@ -63,13 +63,13 @@ class MessageHandlers:
             messages.StepDone: self._for_core,
             messages.ProbeResult: self._for_core,
             messages.CheckpointSaved: self._checkpoint_saved,
-            messages.PublishOffer: self._publish_offer,
-            messages.UpdateReady: self._update_reply,
-            messages.GroupOpened: self._update_reply,
-            messages.GroupJoined: self._update_reply,
-            messages.BucketsSent: self._update_reply,
-            messages.SnapshotWritten: self._update_reply,
-            messages.Updated: self._update_reply,
+            weight_messages.PublishOffer: self._publish_offer,
+            weight_messages.UpdateReady: self._update_reply,
+            weight_messages.GroupOpened: self._update_reply,
+            weight_messages.GroupJoined: self._update_reply,
+            weight_messages.BucketsSent: self._update_reply,
+            weight_messages.SnapshotWritten: self._update_reply,
+            weight_messages.Updated: self._update_reply,
         }
 
     async def handle(
@@ -195,7 +195,7 @@ class MessageHandlers:
         self._saving.checkpoint_saved(message)
         return []
 
-    def _publish_offer(self, name: str, message: messages.PublishOffer) -> list[CoreEvent]:
+    def _publish_offer(self, name: str, message: weight_messages.PublishOffer) -> list[CoreEvent]:
         self._updates.offered(name, message)
         return []
 

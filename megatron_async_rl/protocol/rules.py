@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol import messages, weight_messages
 from megatron_async_rl.protocol.messages import Hello, Message
 from megatron_async_rl.protocol.user_metrics import are_valid
 from megatron_async_rl.storage import checkpoints
@@ -140,7 +140,7 @@ def _checkpoint_saved(saved: messages.CheckpointSaved, hello: Hello, limits: Lim
     return ""
 
 
-def _publish_offer(offer: messages.PublishOffer, hello: Hello, limits: Limits) -> str:
+def _publish_offer(offer: weight_messages.PublishOffer, hello: Hello, limits: Limits) -> str:
     # the first rank has reported the step by then; the offer of another may overtake that report
     may_overtake = hello.name != "trainer-0" and limits.version < limits.steps
     newest = limits.version + may_overtake
@@ -165,13 +165,13 @@ RULES: dict[type[Message], Rule] = {
     messages.StepDone: Rule(_FIRST, _step_done),
     messages.ProbeResult: Rule(_ROLLOUT),
     messages.CheckpointSaved: Rule(_FIRST, _checkpoint_saved),
-    messages.PublishOffer: Rule(_SOURCE, _publish_offer),
-    messages.GroupOpened: Rule(_SOURCE),
-    messages.GroupJoined: Rule(_SOURCE | _ROLLOUT),
-    messages.BucketsSent: Rule(_SOURCE),
-    messages.SnapshotWritten: Rule(_SOURCE),
-    messages.UpdateReady: Rule(_ROLLOUT),
-    messages.Updated: Rule(_ROLLOUT),
+    weight_messages.PublishOffer: Rule(_SOURCE, _publish_offer),
+    weight_messages.GroupOpened: Rule(_SOURCE),
+    weight_messages.GroupJoined: Rule(_SOURCE | _ROLLOUT),
+    weight_messages.BucketsSent: Rule(_SOURCE),
+    weight_messages.SnapshotWritten: Rule(_SOURCE),
+    weight_messages.UpdateReady: Rule(_ROLLOUT),
+    weight_messages.Updated: Rule(_ROLLOUT),
 }
 
 

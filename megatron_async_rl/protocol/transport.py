@@ -29,10 +29,11 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 
 from megatron_async_rl import __version__, addresses
 from megatron_async_rl.errors import ConfigError, ProtocolError
-from megatron_async_rl.protocol import messages, wire
-from megatron_async_rl.protocol.messages import AnyMessage, Hello, Message, Refused
+from megatron_async_rl.protocol import messages, weight_messages, wire
+from megatron_async_rl.protocol.messages import Hello, Message, Refused
 from megatron_async_rl.protocol.wire import (
     SCHEMA,
+    AnyMessage,
     Codec,
     Malformed,
     UnknownHello,
@@ -47,7 +48,7 @@ BACKLOG = 1024  # connections that the kernel holds until they are accepted
 MAX_DESCRIPTORS = 1 << 16
 REBIND_S = 30.0  # for an earlier controller's port to become free
 _REPEATED = (
-    messages.GetBatch, messages.PublishOffer, messages.StepDone, messages.CheckpointSaved
+    messages.GetBatch, weight_messages.PublishOffer, messages.StepDone, messages.CheckpointSaved
 )  # fmt: skip
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -258,7 +259,7 @@ class SyncLink:
                 raise _refused(message)
             elif not isinstance(message, messages.Welcome):
                 break
-        if isinstance(message, messages.TrainBatch | messages.Published | messages.Shutdown):
+        if isinstance(message, messages.TrainBatch | weight_messages.Published | messages.Shutdown):
             self._unanswered.clear()
         if isinstance(message, messages.Shutdown):
             self.ended = message

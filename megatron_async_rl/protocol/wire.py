@@ -18,8 +18,9 @@ import msgspec
 import numpy as np
 
 from megatron_async_rl.errors import ProtocolError
-from megatron_async_rl.protocol.messages import AnyMessage
+from megatron_async_rl.protocol import messages, weight_messages
 
+AnyMessage = messages.RunMessage | weight_messages.WeightMessage
 Frame = bytes | memoryview
 _DTYPES = {name: np.dtype(name) for name in ("<i4", "<f4", "|u1", "<u2")}  # of elements
 _RUNS = " runs"  # follows the element type of a run-length encoded array

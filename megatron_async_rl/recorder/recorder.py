@@ -18,9 +18,10 @@ from pathlib import Path
 from megatron_async_rl.config.load import load
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import ProtocolError
-from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol import messages, weight_messages
 from megatron_async_rl.protocol.transport import SyncLink
 from megatron_async_rl.protocol.types import NOT_GENERATED
+from megatron_async_rl.protocol.wire import AnyMessage
 from megatron_async_rl.storage import batches
 
 logger = logging.getLogger(__name__)
@@ -93,13 +94,13 @@ class Recorder:
 
     def offer(self, version: int) -> bool:
         """Has the servers relabel their weights as `version`; returns False if the run is over."""
-        self._link.send(messages.PublishOffer(version, 0, 1, [], "gloo"))
-        while not isinstance(message := self._receive(), messages.Published):
+        self._link.send(weight_messages.PublishOffer(version, 0, 1, [], "gloo"))
+        while not isinstance(message := self._receive(), weight_messages.Published):
             if isinstance(message, messages.Shutdown):
                 return False
         return True
 
-    def _receive(self) -> messages.AnyMessage:
+    def _receive(self) -> AnyMessage:
         """Waits without a limit: the controller keeps the deadlines and ends the run."""
         if self._link.ended:
             return self._link.ended

@@ -22,8 +22,8 @@ import msgspec
 import numpy as np
 
 from megatron_async_rl.errors import EngineError, EngineTimeout
-from megatron_async_rl.protocol.messages import Bucket, JoinGroup
 from megatron_async_rl.protocol.types import Segment
+from megatron_async_rl.protocol.weight_messages import Bucket, JoinGroup
 
 OLDEST, NEWEST = (0, 5, 16), (0, 5, 23)
 PROBE_S = 30.0  # SGLang itself ends a probe after 20 s
@@ -318,6 +318,7 @@ class EngineClient:
             f"{rank}:{name}": digest
             for rank, held in enumerate(reply["ranks"])
             for name, digest in held["checksums"].items()
+            if not name.endswith(".gemma_weight")  # 1 + weight, which SGLang computes as it loads
         }
 
     async def served_version(self) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import EngineError
-from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol import weight_messages
 from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.rollout.engine_client import EngineClient
 from megatron_async_rl.rollout.gate import Gate
@@ -35,13 +35,14 @@ IDLE_AFTER = 3  # after this many engine calls an aborted request has surely lef
 FLUSH_TIMEOUT_S = 5.0
 
 UpdateStep = (
-    messages.UpdateWeights
-    | messages.JoinGroup
-    | messages.ReceiveBuckets
-    | messages.LoadSnapshot
-    | messages.Relabel
+    weight_messages.UpdateWeights
+    | weight_messages.JoinGroup
+    | weight_messages.ReceiveBuckets
+    | weight_messages.LoadSnapshot
+    | weight_messages.Relabel
 )
-Verdict = messages.WeightDigests | messages.AbandonUpdate  # of the controller, after the buckets
+# of the controller, after the buckets
+Verdict = weight_messages.WeightDigests | weight_messages.AbandonUpdate
 
 
 class WeightUpdates:
@@ -87,7 +88,7 @@ class WeightUpdates:
         for its verdict: its controller was restarted or has given it up.
         """
         verdict: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        if not isinstance(message, messages.JoinGroup):
+        if not isinstance(message, weight_messages.JoinGroup):
             if self._verdict:
                 self._verdict.cancel()
             self._verdict, self._receiving = verdict, message.version
@@ -96,26 +97,26 @@ class WeightUpdates:
     async def _perform(self, message: UpdateStep, verdict: asyncio.Future[Verdict]) -> None:
         try:
             match message:
-                case messages.UpdateWeights():
+                case weight_messages.UpdateWeights():
                     await self._interrupt()
-                    ready = messages.UpdateReady(message.version, self.interruption.seconds)
+                    ready = weight_messages.UpdateReady(message.version, self.interruption.seconds)
                     await self._link.send(ready)
-                case messages.JoinGroup():
+                case weight_messages.JoinGroup():
                     await self._join(message)
-                case messages.ReceiveBuckets():
+                case weight_messages.ReceiveBuckets():
                     async with self._engine:
                         await self._update_from_buckets(message, verdict)
-                case messages.LoadSnapshot():
+                case weight_messages.LoadSnapshot():
                     async with self._engine:
                         await self._update_from_snapshot(message)
-                case messages.Relabel():
+                case weight_messages.Relabel():
                     await self._relabel(message.version)
         except EngineError as e:
             logger.error("weight update: %s", e)
-            if isinstance(message, messages.JoinGroup):
-                await self._link.send(messages.GroupJoined(message.group, error=str(e)))
+            if isinstance(message, weight_messages.JoinGroup):
+                await self._link.send(weight_messages.GroupJoined(message.group, error=str(e)))
             elif not verdict.cancelled():
-                updated = messages.Updated(message.version, self._seconds, error=str(e))
+                updated = weight_messages.Updated(message.version, self._seconds, error=str(e))
                 await self._link.send(updated)
 
     async def _interrupt(self) -> None:
@@ -125,7 +126,7 @@ class WeightUpdates:
         await self.interruption.stop()
         self._num_interrupted = num_running if self.interruption.interrupts else 0
 
-    async def _join(self, join: messages.JoinGroup) -> None:
+    async def _join(self, join: weight_messages.JoinGroup) -> None:
         """Joins an update group, after leaving those of earlier formations."""
         formation = join.group.rsplit("-", 1)[0]
         for old in [group for group in self._groups if group.rsplit("-", 1)[0] != formation]:
@@ -133,10 +134,10 @@ class WeightUpdates:
             await self._client.leave_group(old)
         await self._client.join_group(join)
         self._groups.append(join.group)
-        await self._link.send(messages.GroupJoined(join.group))
+        await self._link.send(weight_messages.GroupJoined(join.group))
 
     async def _update_from_buckets(
-        self, update: messages.ReceiveBuckets, verdict: asyncio.Future[Verdict]
+        self, update: weight_messages.ReceiveBuckets, verdict: asyncio.Future[Verdict]
     ) -> None:
         if verdict.cancelled():  # while an earlier step held the engine
             return
@@ -158,15 +159,15 @@ class WeightUpdates:
         self._end_phase("flush")
         digests = await self._check_version(update.version, update.verify)
         expected = await self._await_verdict(update.version, verdict)
-        if isinstance(expected, messages.AbandonUpdate):
-            await self._link.send(messages.UpdateReady(update.version, {}))
+        if isinstance(expected, weight_messages.AbandonUpdate):
+            await self._link.send(weight_messages.UpdateReady(update.version, {}))
             return
         if update.verify:
             check_digests(digests, expected.digests)
         self._end_phase("digest")
         await self._resume(update.version)
 
-    async def _receive(self, update: messages.ReceiveBuckets, flush_with_last: bool) -> None:
+    async def _receive(self, update: weight_messages.ReceiveBuckets, flush_with_last: bool) -> None:
         started = time.monotonic()
         buckets = [(stage.group, bucket) for stage in update.stages for bucket in stage.buckets]
         for number, (group, bucket) in enumerate(buckets, 1):
@@ -177,7 +178,7 @@ class WeightUpdates:
             if number == 1:  # part of `load`: the server first ends the requests it runs
                 self._seconds["first_bucket"] = time.monotonic() - started
 
-    def _can_flush_with_last(self, update: messages.ReceiveBuckets) -> bool:
+    def _can_flush_with_last(self, update: weight_messages.ReceiveBuckets) -> bool:
         """Returns whether the cache can be dropped with the last bucket.
 
         A separate call takes 10 to 30 ms on a GPU. The server must be idle or it crashes. It is
@@ -187,7 +188,7 @@ class WeightUpdates:
         num_buckets = sum(len(stage.buckets) for stage in update.stages)
         return self.interruption.freezes or num_buckets >= IDLE_AFTER
 
-    async def _update_from_snapshot(self, order: messages.LoadSnapshot) -> None:
+    async def _update_from_snapshot(self, order: weight_messages.LoadSnapshot) -> None:
         started = time.monotonic()
         snapshot = await asyncio.to_thread(_read_verified, Path(order.folder))
         check_files_s = time.monotonic() - started
@@ -220,7 +221,7 @@ class WeightUpdates:
         self._end_phase("relabel")
         self.version = version
         self._gate.open()
-        await self._link.send(messages.Updated(version, self._seconds))
+        await self._link.send(weight_messages.Updated(version, self._seconds))
 
     async def _resume(self, version: int) -> None:
         """Continues on weights that were verified, and reports the update."""
@@ -231,7 +232,7 @@ class WeightUpdates:
         self._end_phase("resume")
         self._seconds["pause"] = time.monotonic() - self._paused_since
         await self._link.send(
-            messages.Updated(version, self._seconds, num_interrupted=self._num_interrupted)
+            weight_messages.Updated(version, self._seconds, num_interrupted=self._num_interrupted)
         )
 
     def _end_phase(self, name: str) -> None:

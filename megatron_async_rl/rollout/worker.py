@@ -32,7 +32,7 @@ from megatron_async_rl.errors import DataError, EngineError, Error, Preempted, P
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.observability.error_log import ErrorLog, user_error
-from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol import messages, weight_messages
 from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.protocol.types import Partial, Sample
 from megatron_async_rl.protocol.user_metrics import MetricFilter
@@ -140,7 +140,7 @@ class RolloutWorker:
                     self._spawn(self._answer_probe(message))
                 case messages.ScoreResult():
                     self._policy_services.scores.deliver(message)
-                case messages.WeightDigests() | messages.AbandonUpdate():
+                case weight_messages.WeightDigests() | weight_messages.AbandonUpdate():
                     self.updates.deliver(message)
                 case messages.Shutdown():
                     logger.info("shut down by the controller: %s", message.reason)

@@ -23,7 +23,7 @@ from megatron_async_rl.errors import ProtocolError
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.transport import SyncLink
 from megatron_async_rl.protocol.types import TrainSample
-from megatron_async_rl.protocol.wire import Codec
+from megatron_async_rl.protocol.wire import AnyMessage, Codec
 from megatron_async_rl.weights.reshard import is_source
 
 POLL_S = 5.0  # a waiting leader broadcasts this often, so that no collective reaches its timeout
@@ -101,7 +101,7 @@ class ControllerClient:
         if self._socket:
             self._socket.close()
 
-    def _receive(self) -> messages.AnyMessage | None:
+    def _receive(self) -> AnyMessage | None:
         """Returns the controller's next message, None after POLL_S."""
         assert self._socket
         if self._socket.ended:
@@ -111,7 +111,7 @@ class ControllerClient:
         except TimeoutError:
             return None
 
-    def _broadcast_message(self, message: messages.AnyMessage | None) -> messages.AnyMessage | None:
+    def _broadcast_message(self, message: AnyMessage | None) -> AnyMessage | None:
         """Returns the leader's message on every rank of its replica; None: still waiting."""
         if self._group.size() == 1:
             return message

@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from megatron_async_rl.protocol.messages import Bucket, TensorSpec
+from megatron_async_rl.protocol.weight_messages import Bucket, TensorSpec
 from megatron_async_rl.weights.reshard import TensorInfo
 
 

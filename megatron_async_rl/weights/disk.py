@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_async_rl.protocol.messages import Bucket
 from megatron_async_rl.protocol.types import FileEntry
+from megatron_async_rl.protocol.weight_messages import Bucket
 from megatron_async_rl.storage.files import digest, sync
 from megatron_async_rl.weights.bucket import fill_buckets, split_bucket
 from megatron_async_rl.weights.digest import EngineDigests

@@ -28,7 +28,7 @@ from megatron.core import parallel_state as mpu
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.model.families import ModelShape
-from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol import messages, weight_messages
 from megatron_async_rl.protocol.transport import SyncLink
 from megatron_async_rl.storage.snapshots import digest_kind
 from megatron_async_rl.weights import reshard
@@ -93,7 +93,7 @@ class WeightPublisher:
             return self._follow()
         num_sources = mpu.get_pipeline_model_parallel_world_size() * reshard.num_expert_owners()
         self._link.send(
-            messages.PublishOffer(
+            weight_messages.PublishOffer(
                 version,
                 reshard.source_number(),
                 num_sources,
@@ -122,21 +122,21 @@ class WeightPublisher:
                 self._broadcast_command(Command.WAIT)
                 continue
             match message:
-                case messages.OpenGroup():
+                case weight_messages.OpenGroup():
                     self._open_group(message, link)
-                case messages.SendBuckets():
+                case weight_messages.SendBuckets():
                     command = Command.SEND_AND_DIGEST if message.verify else Command.SEND
                     self._broadcast_command(command)
                     assert self._group is not None
                     with _stopped_by_message(link, self._group):
                         sent = self._send_buckets(version, self._group, message.verify)
                     link.send(sent)
-                case messages.WriteSnapshot():
+                case weight_messages.WriteSnapshot():
                     self._broadcast_command(Command.SEND_AND_DIGEST)
                     link.send(self._write_snapshot(message))
-                case messages.Published() | messages.Shutdown():
+                case weight_messages.Published() | messages.Shutdown():
                     self._broadcast_command(Command.DONE)
-                    return isinstance(message, messages.Published)
+                    return isinstance(message, weight_messages.Published)
 
     def _follow(self) -> bool:
         """Gathers with the sources until the update has ended."""
@@ -156,7 +156,7 @@ class WeightPublisher:
         dist.broadcast(tensor, group=self._command_group, group_src=0)
         return Command(int(tensor))
 
-    def _open_group(self, order: messages.OpenGroup, link: SyncLink) -> None:
+    def _open_group(self, order: weight_messages.OpenGroup, link: SyncLink) -> None:
         if self._group is not None:
             self._group.close()
         timeout_s = BROADCAST_SHARE * self._config.weights.update_timeout_s
@@ -164,14 +164,16 @@ class WeightPublisher:
             order.group, order.world_size, self._backend, link.own_address, timeout_s
         )
         stage = mpu.get_pipeline_model_parallel_rank()
-        link.send(messages.GroupOpened(order.group, stage, self._group.address, self._group.port))
+        link.send(
+            weight_messages.GroupOpened(order.group, stage, self._group.address, self._group.port)
+        )
         error = ""
         try:
             self._group.join()
         except RuntimeError as e:
             error = f"update group {order.group}: {e}"
             logger.error("%s", error)
-        link.send(messages.GroupJoined(order.group, error))
+        link.send(weight_messages.GroupJoined(order.group, error))
 
     def _new_digests(self) -> EngineDigests:
         owners = reshard.num_expert_owners()
@@ -200,21 +202,25 @@ class WeightPublisher:
                 experts.add(name, tensor)
         return digests.result() | experts.result()
 
-    def _write_snapshot(self, order: messages.WriteSnapshot) -> messages.SnapshotWritten:
+    def _write_snapshot(
+        self, order: weight_messages.WriteSnapshot
+    ) -> weight_messages.SnapshotWritten:
         writer, digests = SnapshotWriter(Path(order.folder), order.part), self._new_digests()
         tensors = reshard.own_tensors(self._modules, self._shape, self._dtype)
         writer.write(self._buckets, tensors, self._device, digests)
         expected = self._all_digests(digests)
         if writer.error:
             logger.error("%s", writer.error)
-            return messages.SnapshotWritten(
+            return weight_messages.SnapshotWritten(
                 order.version, [], {}, self._digest_kind, {}, writer.error
             )
-        return messages.SnapshotWritten(
+        return weight_messages.SnapshotWritten(
             order.version, writer.files, expected, self._digest_kind, writer.seconds
         )
 
-    def _send_buckets(self, version: int, group: UpdateGroup, verify: bool) -> messages.BucketsSent:
+    def _send_buckets(
+        self, version: int, group: UpdateGroup, verify: bool
+    ) -> weight_messages.BucketsSent:
         """Gathers bucket k+1 while bucket k is sent. After an error the gather still completes."""
         digests, watch = self._new_digests(), Stopwatch(self._device)
         tensors = reshard.own_tensors(self._modules, self._shape, self._dtype)
@@ -251,7 +257,7 @@ class WeightPublisher:
             logger.error("%s", error)
             group.abort()
         expected = self._all_digests(digests) if verify else {}
-        return messages.BucketsSent(
+        return weight_messages.BucketsSent(
             version,
             mpu.get_pipeline_model_parallel_rank(),
             {} if failure else expected,

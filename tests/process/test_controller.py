@@ -20,18 +20,15 @@ from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import DataError, Error
-from megatron_async_rl.protocol.messages import (
+from megatron_async_rl.protocol.messages import Heartbeat, Refused, RejoinRequest, Welcome
+from megatron_async_rl.protocol.transport import Link
+from megatron_async_rl.protocol.weight_messages import (
     Bucket,
-    Heartbeat,
     Published,
     PublishOffer,
-    Refused,
-    RejoinRequest,
     TensorSpec,
     UpdateWeights,
-    Welcome,
 )
-from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.protocol.wire import SCHEMA
 
 

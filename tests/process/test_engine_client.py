@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 
 from megatron_async_rl.errors import EngineError
-from megatron_async_rl.protocol.messages import Bucket, TensorSpec
+from megatron_async_rl.protocol.weight_messages import Bucket, TensorSpec
 from megatron_async_rl.rollout import engine_client as client_module
 from megatron_async_rl.rollout.engine_client import EngineClient, Sampling
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from update_parts import NEW_TOKENS, Sent, make_config
 
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.protocol.messages import (
+from megatron_async_rl.protocol.weight_messages import (
     Bucket,
     JoinGroup,
     ReceiveBuckets,

@@ -35,13 +35,20 @@ from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ProtocolError
 from megatron_async_rl.observability.run_log import RunLog
 from megatron_async_rl.protocol import messages as m
+from megatron_async_rl.protocol import weight_messages as wm
 from megatron_async_rl.protocol.transport import Peer
 from megatron_async_rl.protocol.types import PROBE_TOKENS, Partial, Segment, join_segments
-from megatron_async_rl.protocol.wire import Codec, Malformed, UnknownHello, read_unknown_hello
+from megatron_async_rl.protocol.wire import (
+    AnyMessage,
+    Codec,
+    Malformed,
+    UnknownHello,
+    read_unknown_hello,
+)
 
 PERIOD = 200  # messages
-CONTEXT_TOKENS, MAX_STALENESS, ALL_MESSAGES = 96, 1, typing.get_args(m.AnyMessage)
-BUCKETS = [m.Bucket([m.TensorSpec("w", "float32", [2])])]
+CONTEXT_TOKENS, MAX_STALENESS, ALL_MESSAGES = 96, 1, typing.get_args(AnyMessage)
+BUCKETS = [wm.Bucket([wm.TensorSpec("w", "float32", [2])])]
 INTEGERS = [-(1 << 62), -3, -2, -1, 0, 1, 2, 3, 5, 100, 1 << 31, 1 << 53, (1 << 63) - 1]
 FLOATS = [float("nan"), float("inf"), -float("inf"), 1e300, -1.0, 0.0, 0.5]
 TEXTS = [
@@ -244,34 +251,34 @@ class ProtocolFuzz:
     def answers(self, message: m.Message, worker: FuzzWorker) -> list[m.Message]:
         match message:
             case m.Welcome() if worker.hello.stage >= 0:
-                return [m.PublishOffer(worker.version, 0, 1, BUCKETS, "gloo")]
+                return [wm.PublishOffer(worker.version, 0, 1, BUCKETS, "gloo")]
             case m.Generate():
                 return [self.sampled(message, index) for index in message.indices]
             case m.ScoreRequest():
                 reward = self.random.choice([0.0, 1.0])
                 return [m.ScoreResult(message.key, reward, call=message.call)]
-            case m.UpdateWeights() | m.AbandonUpdate():
-                return [m.UpdateReady(message.version, {"interrupt": 0.1})]
-            case m.OpenGroup():
-                opened = m.GroupOpened(message.group, 0, "127.0.0.1", 1)
-                return [opened, m.GroupJoined(message.group)]
-            case m.JoinGroup():
-                return [m.GroupJoined(message.group)]
-            case m.SendBuckets():
-                return [m.BucketsSent(message.version, 0, {"0:w": "ab"}, {"send": 0.1})]
-            case m.WriteSnapshot():
+            case wm.UpdateWeights() | wm.AbandonUpdate():
+                return [wm.UpdateReady(message.version, {"interrupt": 0.1})]
+            case wm.OpenGroup():
+                opened = wm.GroupOpened(message.group, 0, "127.0.0.1", 1)
+                return [opened, wm.GroupJoined(message.group)]
+            case wm.JoinGroup():
+                return [wm.GroupJoined(message.group)]
+            case wm.SendBuckets():
+                return [wm.BucketsSent(message.version, 0, {"0:w": "ab"}, {"send": 0.1})]
+            case wm.WriteSnapshot():
                 return [
-                    m.SnapshotWritten(message.version, [], {}, "sha256", {}, "the disk is full")
+                    wm.SnapshotWritten(message.version, [], {}, "sha256", {}, "the disk is full")
                 ]
-            case m.WeightDigests() | m.LoadSnapshot():
-                return [m.Updated(message.version, {"pause": 0.1})]
+            case wm.WeightDigests() | wm.LoadSnapshot():
+                return [wm.Updated(message.version, {"pause": 0.1})]
             case m.ProbeRequest():
                 found = np.full(len(message.windows) * PROBE_TOKENS, -0.5, np.float32)
                 return [m.ProbeResult(message.version, found)]
-            case m.Published() if worker.hello.leader >= 0:
+            case wm.Published() if worker.hello.leader >= 0:
                 return [m.GetBatch(worker.version)]
             case m.Republish():
-                return [m.PublishOffer(worker.version, 0, 1, BUCKETS, "gloo")]
+                return [wm.PublishOffer(worker.version, 0, 1, BUCKETS, "gloo")]
             case m.TrainBatch():
                 worker.version = message.version + 1
                 stats = {
@@ -282,7 +289,7 @@ class ProtocolFuzz:
                 }
                 return [
                     m.StepDone(worker.version, stats),
-                    m.PublishOffer(worker.version, 0, 1, BUCKETS, "gloo"),
+                    wm.PublishOffer(worker.version, 0, 1, BUCKETS, "gloo"),
                 ]
         return [m.Heartbeat(0, 1)]
 

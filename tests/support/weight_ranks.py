@@ -23,20 +23,17 @@ from paths import SUPPORT, python_environment
 from megatron_async_rl.controller.weight_sync.broadcast import BroadcastPublisher
 from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import TrainerPublisher
-from megatron_async_rl.protocol.messages import (
+from megatron_async_rl.protocol.messages import Hello, Message, Shutdown, Welcome
+from megatron_async_rl.protocol.transport import Hub, Peer
+from megatron_async_rl.protocol.weight_messages import (
     BucketsSent,
     GroupJoined,
     GroupOpened,
-    Hello,
-    Message,
     PublishOffer,
-    Shutdown,
     SnapshotWritten,
     Updated,
     UpdateReady,
-    Welcome,
 )
-from megatron_async_rl.protocol.transport import Hub, Peer
 
 
 @dataclass

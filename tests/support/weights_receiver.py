@@ -26,20 +26,19 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import distributed_c10d as c10d
 
 from megatron_async_rl.errors import EngineError
-from megatron_async_rl.protocol.messages import (
+from megatron_async_rl.protocol.messages import Hello, Shutdown
+from megatron_async_rl.protocol.transport import SyncLink
+from megatron_async_rl.protocol.weight_messages import (
     AbandonUpdate,
     GroupJoined,
-    Hello,
     JoinGroup,
     LoadSnapshot,
     ReceiveBuckets,
-    Shutdown,
     Updated,
     UpdateReady,
     UpdateWeights,
     WeightDigests,
 )
-from megatron_async_rl.protocol.transport import SyncLink
 from megatron_async_rl.rollout.weight_update import check_digests
 from megatron_async_rl.storage import snapshots
 from megatron_async_rl.weights import tile_hash

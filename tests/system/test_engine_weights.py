@@ -28,8 +28,8 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.weight_sync.session import UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.protocol.messages import LoadSnapshot, Updated
 from megatron_async_rl.protocol.transport import Link
+from megatron_async_rl.protocol.weight_messages import LoadSnapshot, Updated
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.worker import RolloutWorker

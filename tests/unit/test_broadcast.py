@@ -12,14 +12,14 @@ import pytest
 from megatron_async_rl.controller.weight_sync.broadcast import BroadcastPublisher
 from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.protocol.messages import (
+from megatron_async_rl.protocol.messages import Message
+from megatron_async_rl.protocol.weight_messages import (
     AbandonUpdate,
     Bucket,
     BucketsSent,
     GroupJoined,
     GroupOpened,
     JoinGroup,
-    Message,
     OpenGroup,
     Published,
     PublishOffer,

@@ -10,7 +10,7 @@ import pytest
 from update_parts import Sent, make_config
 
 from megatron_async_rl.errors import ConfigError, EngineError
-from megatron_async_rl.protocol.messages import (
+from megatron_async_rl.protocol.weight_messages import (
     AbandonUpdate,
     Bucket,
     ReceiveBuckets,

@@ -17,10 +17,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_async_rl.errors import ProtocolError
-from megatron_async_rl.protocol import messages
-from megatron_async_rl.protocol.messages import AnyMessage, ScoreRequest, TrainBatch
+from megatron_async_rl.protocol import messages, weight_messages
+from megatron_async_rl.protocol.messages import ScoreRequest, TrainBatch
 from megatron_async_rl.protocol.types import SampleKey, TrainSample
-from megatron_async_rl.protocol.wire import SCHEMA, Codec, Frame, read_unknown_hello, schema_of
+from megatron_async_rl.protocol.wire import (
+    SCHEMA,
+    AnyMessage,
+    Codec,
+    Frame,
+    read_unknown_hello,
+    schema_of,
+)
 
 MESSAGES = get_args(AnyMessage)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)  # no lone surrogates
@@ -128,7 +135,7 @@ def test_every_message_survives_encoding(kind: type) -> None:
 def test_every_message_class_is_covered() -> None:
     classes = {
         kind
-        for kind in vars(messages).values()
+        for kind in [*vars(messages).values(), *vars(weight_messages).values()]
         if isinstance(kind, type) and issubclass(kind, messages.Message)
     }
     assert classes - {messages.Message} == set(MESSAGES)
@@ -346,7 +353,7 @@ class Told(messages.Message, frozen=True, tag="Told"):
         [("version", int), ("sample", TrainSample)],
         [("version", float), ("sample", TrainSample), ("error", str, "")],
         [("version", int), ("sample", TrainSample | None), ("error", str, "")],
-        [("version", int), ("sample", messages.Bucket), ("error", str, "")],
+        [("version", int), ("sample", weight_messages.Bucket), ("error", str, "")],
         [("number", int), ("sample", TrainSample), ("error", str, "")],
     ],
 )

@@ -12,8 +12,10 @@ from core_builders import make_partial, make_sample
 
 from megatron_async_rl.protocol import messages as m
 from megatron_async_rl.protocol import rules
+from megatron_async_rl.protocol import weight_messages as wm
 from megatron_async_rl.protocol.rules import FIELDS, RULES, Limits, hello_problem, problem
 from megatron_async_rl.protocol.types import FileEntry, SampleKey
+from megatron_async_rl.protocol.wire import AnyMessage
 
 LIMITS = Limits(version=4, steps=9, num_leaders=2, num_stages=2)
 ROLLOUT, REWARD = m.Hello("rollout", "rollout-0", 1), m.Hello("reward", "reward-0", 1)
@@ -21,7 +23,7 @@ FIRST = m.Hello("trainer", "trainer-0", 1, leader=0, stage=0)
 LEADER = m.Hello("trainer", "trainer-2", 1, leader=1)
 SOURCE = m.Hello("trainer", "trainer-1", 1, stage=1)
 KEY = SampleKey(1, 2, 3, 0)
-BUCKET = m.Bucket([m.TensorSpec("model.embed_tokens.weight", "bfloat16", [8, 4])])
+BUCKET = wm.Bucket([wm.TensorSpec("model.embed_tokens.weight", "bfloat16", [8, 4])])
 FILE = FileEntry("model-00001-00000.safetensors", 8, "ab12", ["lm_head.weight"])
 STATS = {
     "train/loss": -0.5,
@@ -43,13 +45,13 @@ ALLOWED: list[tuple[m.Message, list[m.Hello]]] = [
     (m.StepDone(5, STATS), [FIRST]),
     (m.ProbeResult(4, np.array([-0.5, np.nan], np.float32)), [ROLLOUT]),
     (m.CheckpointSaved(4, "v000004"), [FIRST]),
-    (m.PublishOffer(4, 0, 2, [BUCKET], "gloo"), [FIRST, SOURCE]),
-    (m.GroupOpened("weights-1000001-source0", 0, "10.0.0.1", 29500), [FIRST, SOURCE]),
-    (m.GroupJoined("weights-1000001-source0", "no"), [ROLLOUT, FIRST, SOURCE]),
-    (m.BucketsSent(4, 1, {"0:model.norm.weight": "ab12"}, {"send": 0.1}), [FIRST, SOURCE]),
-    (m.SnapshotWritten(4, [FILE], {}, "tiles", {"write": 0.1}), [FIRST, SOURCE]),
-    (m.UpdateReady(4, {"interrupt": 0.1}), [ROLLOUT]),
-    (m.Updated(4, {"pause": 0.1}, num_interrupted=3), [ROLLOUT]),
+    (wm.PublishOffer(4, 0, 2, [BUCKET], "gloo"), [FIRST, SOURCE]),
+    (wm.GroupOpened("weights-1000001-source0", 0, "10.0.0.1", 29500), [FIRST, SOURCE]),
+    (wm.GroupJoined("weights-1000001-source0", "no"), [ROLLOUT, FIRST, SOURCE]),
+    (wm.BucketsSent(4, 1, {"0:model.norm.weight": "ab12"}, {"send": 0.1}), [FIRST, SOURCE]),
+    (wm.SnapshotWritten(4, [FILE], {}, "tiles", {"write": 0.1}), [FIRST, SOURCE]),
+    (wm.UpdateReady(4, {"interrupt": 0.1}), [ROLLOUT]),
+    (wm.Updated(4, {"pause": 0.1}, num_interrupted=3), [ROLLOUT]),
 ]
 SENDERS = [ROLLOUT, REWARD, FIRST, LEADER, SOURCE]
 
@@ -86,8 +88,8 @@ def test_each_message_passes_from_its_senders_only(
 
 
 def test_messages_of_the_controller_are_for_no_worker_to_send() -> None:
-    others = set(typing.get_args(m.AnyMessage)) - set(RULES) - {m.Hello}
-    assert {m.Welcome, m.TrainBatch, m.Generate, m.Shutdown, m.Published} <= others
+    others = set(typing.get_args(AnyMessage)) - set(RULES) - {m.Hello}
+    assert {m.Welcome, m.TrainBatch, m.Generate, m.Shutdown, wm.Published} <= others
     for hello in SENDERS:
         assert problem(m.Shutdown("x"), hello, LIMITS) == "Shutdown, which no worker may send"
         assert problem(m.Welcome(1), hello, LIMITS) == "Welcome, which no worker may send"
@@ -118,30 +120,34 @@ WRONG: list[tuple[m.Message, m.Hello, str]] = [
     (m.CheckpointSaved(4, "v000004\0"), FIRST, r"folder = 'v000004\x00', must be v000004"),
     (m.CheckpointSaved(4, "../../etc"), FIRST, "folder = '../../etc'"),
     (m.CheckpointSaved(5, "v000005"), FIRST, "version = 5, the newest is 4"),
-    (m.PublishOffer(5, 0, 1, [], "gloo"), FIRST, "version = 5, the newest is 4"),
-    (m.PublishOffer(6, 0, 1, [], "gloo"), SOURCE, "version = 6, the newest is 5"),
-    (m.PublishOffer(4, 1, 1, [], "gloo"), SOURCE, "source = 1 of 1"),
-    (m.PublishOffer(4, 0, 0, [], "gloo"), SOURCE, "num_sources = 0"),
-    (m.PublishOffer(4, 0, 1, [m.Bucket([m.TensorSpec("w", "O", [1])])], "gloo"), FIRST, "buckets"),
-    (m.PublishOffer(4, 0, 1, [m.Bucket([m.TensorSpec("", "float32", [])])], "gloo"), FIRST, "b"),
+    (wm.PublishOffer(5, 0, 1, [], "gloo"), FIRST, "version = 5, the newest is 4"),
+    (wm.PublishOffer(6, 0, 1, [], "gloo"), SOURCE, "version = 6, the newest is 5"),
+    (wm.PublishOffer(4, 1, 1, [], "gloo"), SOURCE, "source = 1 of 1"),
+    (wm.PublishOffer(4, 0, 0, [], "gloo"), SOURCE, "num_sources = 0"),
     (
-        m.PublishOffer(4, 0, 1, [m.Bucket([m.TensorSpec("w", "float32", [-1])])], "gloo"),
+        wm.PublishOffer(4, 0, 1, [wm.Bucket([wm.TensorSpec("w", "O", [1])])], "gloo"),
         FIRST,
         "buckets",
     ),
-    (m.GroupOpened("a b", 0, "10.0.0.1", 1), SOURCE, "group = 'a b'"),
-    (m.GroupOpened("a", 0, "10.0.0.1", 65536), SOURCE, "port = 65536"),
-    (m.GroupOpened("a", 0, "\0", 1), SOURCE, "address"),
-    (m.BucketsSent(4, 0, {"w": ""}, {}), SOURCE, "digests"),
-    (m.BucketsSent(4, 0, {}, {"a/b": 1.0}), SOURCE, "seconds"),
-    (m.BucketsSent(4, 0, {}, {"a": -1.0}), SOURCE, "seconds"),
+    (wm.PublishOffer(4, 0, 1, [wm.Bucket([wm.TensorSpec("", "float32", [])])], "gloo"), FIRST, "b"),
     (
-        m.SnapshotWritten(4, [FileEntry("../x.safetensors", 1, "ab", [])], {}, "tiles", {}),
+        wm.PublishOffer(4, 0, 1, [wm.Bucket([wm.TensorSpec("w", "float32", [-1])])], "gloo"),
+        FIRST,
+        "buckets",
+    ),
+    (wm.GroupOpened("a b", 0, "10.0.0.1", 1), SOURCE, "group = 'a b'"),
+    (wm.GroupOpened("a", 0, "10.0.0.1", 65536), SOURCE, "port = 65536"),
+    (wm.GroupOpened("a", 0, "\0", 1), SOURCE, "address"),
+    (wm.BucketsSent(4, 0, {"w": ""}, {}), SOURCE, "digests"),
+    (wm.BucketsSent(4, 0, {}, {"a/b": 1.0}), SOURCE, "seconds"),
+    (wm.BucketsSent(4, 0, {}, {"a": -1.0}), SOURCE, "seconds"),
+    (
+        wm.SnapshotWritten(4, [FileEntry("../x.safetensors", 1, "ab", [])], {}, "tiles", {}),
         SOURCE,
         "files",
     ),
-    (m.Updated(-1, {}), ROLLOUT, "version = -1"),
-    (m.Updated(1, {}, num_interrupted=-1), ROLLOUT, "num_interrupted = -1"),
+    (wm.Updated(-1, {}), ROLLOUT, "version = -1"),
+    (wm.Updated(1, {}, num_interrupted=-1), ROLLOUT, "num_interrupted = -1"),
 ]
 
 
@@ -153,12 +159,12 @@ def test_field_out_of_its_range_is_named(message: m.Message, hello: m.Hello, exp
 
 
 def test_offer_of_another_rank_may_overtake_the_report_of_the_step() -> None:
-    offer = m.PublishOffer(LIMITS.version + 1, 1, 2, [], "gloo")
+    offer = wm.PublishOffer(LIMITS.version + 1, 1, 2, [], "gloo")
     assert problem(offer, SOURCE, LIMITS) == ""
     assert problem(offer, FIRST, LIMITS) != ""
-    assert problem(m.PublishOffer(LIMITS.version, 0, 1, [], "gloo"), FIRST, limits(steps=2)) == ""
+    assert problem(wm.PublishOffer(LIMITS.version, 0, 1, [], "gloo"), FIRST, limits(steps=2)) == ""
     at_the_end = limits(version=LIMITS.steps)
-    assert problem(m.PublishOffer(LIMITS.steps + 1, 1, 2, [], "gloo"), SOURCE, at_the_end) != ""
+    assert problem(wm.PublishOffer(LIMITS.steps + 1, 1, 2, [], "gloo"), SOURCE, at_the_end) != ""
 
 
 def limits(**changes: int) -> Limits:

@@ -14,6 +14,7 @@ from core_builders import make_sample
 
 from megatron_async_rl.controller.monitoring.timeline import Timeline
 from megatron_async_rl.protocol import messages as m
+from megatron_async_rl.protocol import weight_messages as wm
 from megatron_async_rl.protocol.types import Prompt, SampleKey
 
 PROMPT = Prompt("p", np.arange(3, dtype=np.int32), {})
@@ -40,10 +41,10 @@ def run_step(timeline: Timeline, clock: list[float], version: int) -> None:
     script: list[tuple[float, str, str, Any]] = [
         (0.0, "<", "trainer-0", m.GetBatch(version)),
         (0.0, ">", "rollout-0", lease(version)),
-        (1.0, ">", "rollout-0", m.UpdateWeights(version)),
-        (1.0, ">", "trainer-0", m.SendBuckets(version)),
-        (2.0, "<", "trainer-0", m.BucketsSent(version, 0, {}, {"gather": 0.25, "wire": 0.5})),
-        (2.0, "<", "rollout-0", m.Updated(version, {"load": 0.5, "digest": 0.25, "resume": 0.25})),
+        (1.0, ">", "rollout-0", wm.UpdateWeights(version)),
+        (1.0, ">", "trainer-0", wm.SendBuckets(version)),
+        (2.0, "<", "trainer-0", wm.BucketsSent(version, 0, {}, {"gather": 0.25, "wire": 0.5})),
+        (2.0, "<", "rollout-0", wm.Updated(version, {"load": 0.5, "digest": 0.25, "resume": 0.25})),
         (3.0, "<", "rollout-0", m.Generated(key(version, 0), make_sample(0, 1))),
         (3.0, ">", "reward-0", m.ScoreRequest(key(version, 0), "1")),
         (3.5, "<", "reward-0", m.ScoreResult(key(version, 0), 1.0, seconds=0.4)),

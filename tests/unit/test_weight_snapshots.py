@@ -27,18 +27,17 @@ from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinat
 from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.protocol.messages import (
+from megatron_async_rl.protocol.messages import Message, Shutdown
+from megatron_async_rl.protocol.weight_messages import (
     BucketsSent,
     GroupJoined,
     GroupOpened,
     JoinGroup,
     LoadSnapshot,
-    Message,
     OpenGroup,
     Published,
     PublishOffer,
     SendBuckets,
-    Shutdown,
     SnapshotWritten,
     Updated,
     UpdateReady,

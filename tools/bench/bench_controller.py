@@ -37,33 +37,35 @@ from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.observability import run_log
 from megatron_async_rl.protocol.messages import (
-    Bucket,
-    BucketsSent,
     CheckpointSaved,
     Generate,
     Generated,
     GetBatch,
+    Hello,
+    ScoreRequest,
+    ScoreResult,
+    Shutdown,
+    StepDone,
+    TrainBatch,
+)
+from megatron_async_rl.protocol.transport import Hub, Link
+from megatron_async_rl.protocol.types import NOT_GENERATED, Sample
+from megatron_async_rl.protocol.weight_messages import (
+    Bucket,
+    BucketsSent,
     GroupJoined,
     GroupOpened,
-    Hello,
     JoinGroup,
     OpenGroup,
     Published,
     PublishOffer,
-    ScoreRequest,
-    ScoreResult,
     SendBuckets,
-    Shutdown,
-    StepDone,
     TensorSpec,
-    TrainBatch,
     Updated,
     UpdateReady,
     UpdateWeights,
     WeightDigests,
 )
-from megatron_async_rl.protocol.transport import Hub, Link
-from megatron_async_rl.protocol.types import NOT_GENERATED, Sample
 from megatron_async_rl.storage import checkpoints
 
 GROUPS_PER_STEP, SAMPLES = 16, 8

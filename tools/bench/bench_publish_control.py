@@ -16,25 +16,27 @@ from megatron_async_rl.controller.weight_sync.broadcast import BroadcastPublishe
 from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
 from megatron_async_rl.errors import Error, PublishError
 from megatron_async_rl.protocol.messages import (
-    BucketsSent,
     Failed,
     Generate,
     Generated,
     GenerateFailed,
-    GroupJoined,
-    GroupOpened,
     Heartbeat,
     Hello,
     Message,
-    PublishOffer,
-    ReceiveBuckets,
     Shutdown,
-    Updated,
-    UpdateReady,
     Welcome,
 )
 from megatron_async_rl.protocol.transport import Hub, Peer
 from megatron_async_rl.protocol.types import Prompt
+from megatron_async_rl.protocol.weight_messages import (
+    BucketsSent,
+    GroupJoined,
+    GroupOpened,
+    PublishOffer,
+    ReceiveBuckets,
+    Updated,
+    UpdateReady,
+)
 
 
 class Bench:

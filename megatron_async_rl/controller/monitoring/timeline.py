@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol import messages, weight_messages
 from megatron_async_rl.protocol.messages import Message
 
 logger = logging.getLogger(__name__)
@@ -70,9 +70,9 @@ class Timeline:
                 self._end(worker, "wait")
                 about = {"samples": len(message.samples)}
                 self._begin(worker, "own", f"step on v{message.version}", about)
-            case messages.UpdateWeights() | messages.LoadSnapshot():
+            case weight_messages.UpdateWeights() | weight_messages.LoadSnapshot():
                 self._begin(worker, "own", f"update to v{message.version}")
-            case messages.SendBuckets() | messages.WriteSnapshot():
+            case weight_messages.SendBuckets() | weight_messages.WriteSnapshot():
                 self._begin(worker, "weights", f"send v{message.version}")
 
     def received(self, worker: str, message: object) -> None:
@@ -92,10 +92,10 @@ class Timeline:
                 self._end(worker, "probe")
             case messages.GetBatch():
                 self._begin(worker, "wait", f"wait for batch of v{message.version}")
-            case messages.Updated():
+            case weight_messages.Updated():
                 self._phases(worker, message.seconds, RECEIVER_PHASES, "own")
                 self._end(worker, "own", {"error": message.error} if message.error else {})
-            case messages.BucketsSent() | messages.SnapshotWritten():
+            case weight_messages.BucketsSent() | weight_messages.SnapshotWritten():
                 self._phases(worker, message.seconds, SOURCE_PHASES, "weights")
                 self._end(worker, "weights")
             case messages.Heartbeat() if message.engine:

@@ -25,8 +25,8 @@ import time
 
 from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.protocol import messages
-from megatron_async_rl.protocol.messages import PublishOffer
+from megatron_async_rl.protocol import weight_messages
+from megatron_async_rl.protocol.weight_messages import PublishOffer
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ class BroadcastPublisher:
         verify = self._num_updates % self._verify_every == 0
         verify = verify or not self._trusted.issuperset(servers)
         self._num_updates += 1
-        await session.begin(servers, messages.UpdateWeights(version))
-        ready = await session.collect(messages.UpdateReady, servers, version=version)
+        await session.begin(servers, weight_messages.UpdateWeights(version))
+        ready = await session.collect(weight_messages.UpdateReady, servers, version=version)
         outcome.add(ready.values())
         sources = sorted(offers, key=lambda name: offers[name].source)
         remaining = sorted(ready)
@@ -116,8 +116,8 @@ class BroadcastPublisher:
         for source in sources:
             offer = offers[source]
             group = f"weights-{self._num_formations}-source{offer.source}"
-            await session.send(source, messages.OpenGroup(group, world_size))
-            opened = await session.collect(messages.GroupOpened, [source], group=group)
+            await session.send(source, weight_messages.OpenGroup(group, world_size))
+            opened = await session.collect(weight_messages.GroupOpened, [source], group=group)
             if source not in opened:
                 raise PublishError(
                     f"{source} did not open update group {group} within {session.timeout_s:.0f} s"
@@ -128,11 +128,14 @@ class BroadcastPublisher:
             for index, server in enumerate(servers):
                 rank = 1 + index * self._engine_tp
                 await session.send(
-                    server, messages.JoinGroup(group, *where, rank, world_size, offer.backend)
+                    server,
+                    weight_messages.JoinGroup(group, *where, rank, world_size, offer.backend),
                 )
             failed: dict[str, str] = {}  # maybe because another one never joined
             members = [source, *servers]
-            joined = await session.collect(messages.GroupJoined, members, failed, group=group)
+            joined = await session.collect(
+                weight_messages.GroupJoined, members, failed, group=group
+            )
             self._suspect(failed)
             if len(joined) < len(members) or joined[source].error:
                 return False
@@ -151,17 +154,19 @@ class BroadcastPublisher:
         session, outcome = self.session, self.session.outcome
         version = outcome.version
         stages = [
-            messages.StageBuckets(group, offers[source].buckets)
+            weight_messages.StageBuckets(group, offers[source].buckets)
             for group, source in zip(self._groups, sources, strict=True)
         ]
         flattened = offers[sources[0]].flattened
         for server in servers:
-            await session.send(server, messages.ReceiveBuckets(version, stages, verify, flattened))
+            await session.send(
+                server, weight_messages.ReceiveBuckets(version, stages, verify, flattened)
+            )
         for source in sources:
-            await session.send(source, messages.SendBuckets(version, verify))
+            await session.send(source, weight_messages.SendBuckets(version, verify))
         failed: dict[str, str] = {}
         sent = await session.collect(
-            messages.BucketsSent, sources, failed, stop_with=servers, version=version
+            weight_messages.BucketsSent, sources, failed, stop_with=servers, version=version
         )
         outcome.add(sent.values())
         digests: dict[str, str] = {}
@@ -175,14 +180,14 @@ class BroadcastPublisher:
             # servers that received everything or report their failure stay; silent ones are fenced
             rest = [server for server in servers if server not in failed]
             for server in rest:
-                await session.send(server, messages.AbandonUpdate(version))
-            await session.collect(messages.UpdateReady, rest, failed, version=version)
+                await session.send(server, weight_messages.AbandonUpdate(version))
+            await session.collect(weight_messages.UpdateReady, rest, failed, version=version)
             self._suspect(failed)
             return []
         outcome.fenced |= failed
         for server in servers:
-            await session.send(server, messages.WeightDigests(version, digests))
-        updated = await session.collect(messages.Updated, servers, version=version)
+            await session.send(server, weight_messages.WeightDigests(version, digests))
+        updated = await session.collect(weight_messages.Updated, servers, version=version)
         outcome.add(updated.values())
         return sorted(updated)
 

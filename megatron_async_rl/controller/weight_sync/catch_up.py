@@ -17,7 +17,8 @@ from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.fleet import RolloutWorker
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore
-from megatron_async_rl.protocol.messages import LoadSnapshot, Message, Updated
+from megatron_async_rl.protocol.messages import Message
+from megatron_async_rl.protocol.weight_messages import LoadSnapshot, Updated
 from megatron_async_rl.storage.snapshots import Snapshot
 
 logger = logging.getLogger(__name__)

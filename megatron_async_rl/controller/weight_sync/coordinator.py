@@ -22,7 +22,8 @@ from megatron_async_rl.controller.weight_sync.catch_up import CatchUp
 from megatron_async_rl.controller.weight_sync.session import RelabelPublisher
 from megatron_async_rl.controller.weight_sync.snapshot import TrainerPublisher
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.protocol.messages import Hello, Message, Published, PublishOffer
+from megatron_async_rl.protocol.messages import Hello, Message
+from megatron_async_rl.protocol.weight_messages import Published, PublishOffer
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from typing import Any, TypeVar
 from megatron_async_rl.controller.core.actions import ServerLost
 from megatron_async_rl.controller.core.inputs import CoreEvent, UpdateStarted
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.protocol.messages import (
+from megatron_async_rl.protocol.messages import Message
+from megatron_async_rl.protocol.weight_messages import (
     AbandonUpdate,
     GroupJoined,
-    Message,
     Published,
     PublishOffer,
     Relabel,

@@ -30,7 +30,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.weight_sync.broadcast import BroadcastPublisher
 from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
 from megatron_async_rl.errors import DataError, PublishError
-from megatron_async_rl.protocol.messages import (
+from megatron_async_rl.protocol.weight_messages import (
     LoadSnapshot,
     PublishOffer,
     SnapshotWritten,
