@@ -1,6 +1,7 @@
 """python -m megatron_async_rl.controller RUN_DIR: the controller of the run with that folder."""
 
 import asyncio
+import gc
 import sys
 from pathlib import Path
 
@@ -24,7 +25,11 @@ async def _run(run_dir: Path) -> None:
         )
         hub = Hub(run_dir, settings.run.host, longest_array)
         try:
-            await Controller(settings, hub, run_log, journal).run()
+            controller = Controller(settings, hub, run_log, journal)
+            # no full garbage collection reads the dataset again: 0.1 s for 200,000 prompts
+            gc.collect()
+            gc.freeze()
+            await controller.run()
         finally:
             hub.close()
     finally:
