@@ -58,7 +58,7 @@ class CheckpointCommitter:
 
     def checkpoint_saved(self, saved: CheckpointSaved) -> None:
         """Has `run` commit the checkpoint as of the events so far."""
-        self._saved.put_nowait((saved, self._journal.last_seq, self._core.ledger.admitted))
+        self._saved.put_nowait((saved, self._journal.last_seq, self._core.state.ledger.admitted))
 
     @property
     def newest_is_saved(self) -> bool:
