@@ -21,12 +21,12 @@ from rich.console import Console
 from megatron_async_rl import processes
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.errors import ConfigError, DataError, Error
+from megatron_async_rl.errors import ConfigError, Error
 from megatron_async_rl.launcher import roles
 from megatron_async_rl.launcher.claims import controller_key
 from megatron_async_rl.launcher.session import STOP_GRACE_S, Session, show
 from megatron_async_rl.launcher.supervisor import Supervisor
-from megatron_async_rl.observability.status import FINAL_STATES, STATUS_FILE, read_status
+from megatron_async_rl.observability.status import FINAL_STATES, STATUS_FILE, find_status
 
 POLL_S = 0.2
 
@@ -108,10 +108,8 @@ def _wait_for_run(run_dir: Path, config: Config, console: Console) -> None:
 
 
 def _is_running(run_dir: Path) -> bool:
-    try:
-        has_ended = read_status(run_dir).state in FINAL_STATES
-    except DataError:
-        return False  # no status yet
+    status = find_status(run_dir)
+    has_ended = status is None or status.state in FINAL_STATES
     return not has_ended and (run_dir / "controller.address").exists()
 
 
@@ -120,6 +118,7 @@ def _has_finished(run_dir: Path) -> bool:
     try:
         made = (run_dir / "keys").stat().st_mtime_ns
         written = (run_dir / STATUS_FILE).stat().st_mtime_ns
-        return written > made and read_status(run_dir).state == "finished"
-    except (OSError, DataError):
+    except OSError:
         return False
+    status = find_status(run_dir)
+    return written > made and status is not None and status.state == "finished"

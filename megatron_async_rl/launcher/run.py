@@ -39,7 +39,7 @@ from megatron_async_rl.launcher.session import Session, show
 from megatron_async_rl.launcher.supervisor import Supervisor
 from megatron_async_rl.observability import panel, terminal
 from megatron_async_rl.observability.sample_log import SAMPLES_FILE
-from megatron_async_rl.observability.status import read_status
+from megatron_async_rl.observability.status import find_status, read_status
 from megatron_async_rl.program import program
 from megatron_async_rl.storage import hook_digests
 
@@ -130,11 +130,8 @@ def _follow(session: Session, console: Console) -> None:
 
 
 def _is_complete(run_dir: Path, config: Config) -> bool:
-    try:
-        status = read_status(run_dir)
-    except DataError:
-        return False
-    return status.state == "finished" and status.version >= config.run.steps
+    status = find_status(run_dir)
+    return bool(status and status.state == "finished" and status.version >= config.run.steps)
 
 
 def _is_kept(run_dir: Path, config: Config, existing: ExistingRun) -> bool:

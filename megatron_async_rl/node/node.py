@@ -20,11 +20,11 @@ from msgspec.structs import replace
 
 from megatron_async_rl import addresses, processes
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.errors import DataError, Error
+from megatron_async_rl.errors import Error
 from megatron_async_rl.launcher import torchrun
 from megatron_async_rl.launcher.claims import Claims, controller_key
 from megatron_async_rl.node.incarnations import IncarnationFiles, TrainerIncarnation
-from megatron_async_rl.observability.status import RunStatus, read_status
+from megatron_async_rl.observability.status import RunStatus, find_status
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.3
@@ -126,18 +126,12 @@ class Node:
         elif now - self._last_heartbeat > heartbeat_s:
             self._files.heartbeat()
             self._last_heartbeat = now
-        status = self._status()
+        status = find_status(self._run_dir) or RunStatus()
         self._has_trained = self._has_trained or status.state == "training"
         if status.state not in ("failed", "stopped"):
             self._over_since = None
         elif self._over_since is None:
             self._over_since = now
-
-    def _status(self) -> RunStatus:
-        try:
-            return read_status(self._run_dir)
-        except DataError:
-            return RunStatus()
 
     # ---- start of an incarnation
 

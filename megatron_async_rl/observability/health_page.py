@@ -99,10 +99,6 @@ _LINES = [
 ]
 
 
-def run_of_line(number: int) -> str:
-    return f"line {number}"
-
-
 def lines_of(tag: str) -> list[tuple[int, str]]:
     """Returns the number of the line and the tag of each copy of `tag`."""
     return [(number, copy) for source, number, copy in _LINES if source.fullmatch(tag)]

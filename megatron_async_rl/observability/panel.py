@@ -25,8 +25,7 @@ STATE_STYLE = {"failed": "bold red", "finished": "bold green", "training": "bold
 
 def age_s(status: RunStatus, now_unix: float | None = None) -> float:
     """Returns the seconds since the status was written, by the wall clock: for people only."""
-    silent_s = (time.time() if now_unix is None else now_unix) - status.updated_unix
-    return silent_s
+    return (time.time() if now_unix is None else now_unix) - status.updated_unix
 
 
 def render(status: RunStatus, now_unix: float | None = None) -> Panel:
@@ -35,18 +34,16 @@ def render(status: RunStatus, now_unix: float | None = None) -> Panel:
     rows.add_column(style="bold", no_wrap=True)
     rows.add_column(ratio=1)
     rows.add_row("step", _progress(status))
-    if status.reward_mean is not None:
-        rows.add_row("reward", _reward(status))
-    if status.generate_tokens_per_s is not None:
-        rows.add_row("tokens/s", _throughput(status))
-    if status.staleness_max is not None:
-        rows.add_row("staleness", _staleness(status))
-    if status.update_s is not None:
-        rows.add_row("weights", _weights(status))
-    if status.step_s is not None:
-        rows.add_row("time", _step_time(status))
-    if status.trainer_memory_gib is not None:
-        rows.add_row("trainer", _trainer(status))
+    for name, known, draw in (
+        ("reward", status.reward_mean, _reward),
+        ("tokens/s", status.generate_tokens_per_s, _throughput),
+        ("staleness", status.staleness_max, _staleness),
+        ("weights", status.update_s, _weights),
+        ("time", status.step_s, _step_time),
+        ("trainer", status.trainer_memory_gib, _trainer),
+    ):
+        if known is not None:
+            rows.add_row(name, draw(status))
     if status.ledger:
         rows.add_row("groups", _groups(status.ledger))
     if status.fleet:

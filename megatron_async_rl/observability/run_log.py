@@ -15,12 +15,11 @@ import msgspec
 import numpy as np
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.errors import DataError
 from megatron_async_rl.observability import sample_log
 from megatron_async_rl.observability.loggers import ScalarLogger, make_logger
 from megatron_async_rl.observability.prometheus import Prometheus
 from megatron_async_rl.observability.sample_log import SampleLine, TrainedGroup
-from megatron_async_rl.observability.status import STATUS_FILE, RunStatus, read_status
+from megatron_async_rl.observability.status import STATUS_FILE, RunStatus, find_status
 from megatron_async_rl.observability.tensorboard import TensorBoard
 
 TENSORBOARD_DIR = "tensorboard"
@@ -45,10 +44,10 @@ class RunLog:
         if port := config.monitor.prometheus_port:
             self._loggers.append(Prometheus(config.monitor.prometheus_host, port))
         samples = run_dir / sample_log.SAMPLES_FILE
-        sample_log.cut_torn_line(samples)
         self._last_version = sample_log.last_version(samples)
         self._samples = samples.open("ab", buffering=0)
-        self.staleness_worst = _staleness_worst(run_dir)  # of earlier controllers of the run
+        earlier = find_status(run_dir)  # of another controller of the run
+        self.staleness_worst = earlier.staleness_worst if earlier else None
         self.write_status(
             RunStatus(
                 steps=config.run.steps,
@@ -135,13 +134,6 @@ class RunLog:
         ranks = np.linspace(0, len(ranked) - 1, num_texts).round().astype(int)
         for slot, rank in enumerate(ranks):
             board.text(f"samples/{slot}", _markdown(ranked[rank]), version)
-
-
-def _staleness_worst(run_dir: Path) -> int | None:
-    try:
-        return read_status(run_dir).staleness_worst
-    except DataError:
-        return None
 
 
 def _markdown(line: SampleLine) -> str:

@@ -144,30 +144,21 @@ def append_whole(file: io.FileIO, data: bytes) -> None:
         raise
 
 
-def cut_torn_line(path: Path) -> None:
-    """Removes an incomplete last line, so that the next line does not continue it."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - (1 << 16))
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                file.truncate(start + newline + 1)
-                return
-            end = start
-        file.truncate(0)
-
-
 def last_version(path: Path) -> int:
-    """Returns the version of the last intact sample in a log; -1 if there is none."""
-    if not path.exists() or not path.stat().st_size:
+    """Returns the version of the last intact sample in a log; -1 if there is none.
+
+    Removes an incomplete last line, so that the next line does not continue it.
+    """
+    if not path.exists():
         return -1
-    with path.open("rb") as file:
+    last, size = b"", 0
+    with path.open("rb+") as file:
         for encoded in file:
-            last = encoded
+            if encoded.endswith(b"\n"):
+                last, size = encoded, size + len(encoded)
+        file.truncate(size)
+    if not last:
+        return -1
     if line := decode_line(last):
         return line.version
     logger.error("%s: the last line is damaged; lost: its sample", path)

@@ -89,3 +89,11 @@ def read_status(run_dir: Path) -> RunStatus:
     except msgspec.DecodeError as e:
         problem = f"{path} is not the status of a run of this version: {e}"
     raise DataError(f"{problem}; give the run.dir of a run")
+
+
+def find_status(run_dir: Path) -> RunStatus | None:
+    """Returns None where `read_status` raises DataError."""
+    try:
+        return read_status(run_dir)
+    except DataError:
+        return None

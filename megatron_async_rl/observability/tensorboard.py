@@ -84,7 +84,7 @@ class TensorBoard:
 
     def _line_writer(self, number: int) -> EventFileWriter:
         if number not in self._lines:
-            folder = self._folder / health_page.run_of_line(number)
+            folder = self._folder / f"line {number}"
             self._lines[number] = EventFileWriter(str(folder))
         return self._lines[number]
 

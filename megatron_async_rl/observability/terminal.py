@@ -12,9 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from megatron_async_rl.errors import DataError
 from megatron_async_rl.observability import panel
-from megatron_async_rl.observability.status import FINAL_STATES, RunStatus, read_status
+from megatron_async_rl.observability.status import FINAL_STATES, RunStatus, find_status
 
 POLL_S = 0.5
 PLAIN_LINE_S = 5.0  # without a terminal: one line this often before training
@@ -24,8 +23,9 @@ STEP_LINE_S = 60.0  # and during training while no step completes
 def follow(run_dir: Path, stop: Callable[[], bool], console: Console | None = None) -> None:
     """Shows the run until `stop()` is true; `stop` is called at every poll."""
     console = console or Console()
-    started, previous = time.monotonic(), _final_status(run_dir)
-
+    started, previous = time.monotonic(), find_status(run_dir)
+    if previous and previous.state not in FINAL_STATES:
+        previous = None  # otherwise it may be that of an earlier run
     show(lambda: _read(run_dir, previous, time.monotonic() - started), stop, console)
 
 
@@ -62,21 +62,9 @@ def show(read: Callable[[], RunStatus], stop: Callable[[], bool], console: Conso
         time.sleep(POLL_S)
 
 
-def _final_status(run_dir: Path) -> RunStatus | None:
-    """Returns the final status that an earlier run left in the folder."""
-    try:
-        status = read_status(run_dir)
-    except DataError:
-        return None
-    return status if status.state in FINAL_STATES else None
-
-
 def _read(run_dir: Path, previous: RunStatus | None, waited_s: float) -> RunStatus:
     """Returns the status of this run, not the one `previous` that an earlier run left."""
-    try:
-        status: RunStatus | None = read_status(run_dir)
-    except DataError:
-        status = previous
+    status = find_status(run_dir)
     if status is None or status == previous:
         return RunStatus(message="waiting for the controller", elapsed_s=waited_s)
     return status
