@@ -210,6 +210,14 @@ def temporary_environment(folder: Path) -> dict[str, str]:
     }
 
 
+def is_ours(pid: int) -> bool:
+    """Returns whether the pid is a process of this package on this host: pids are used again."""
+    try:
+        return b"megatron_async_rl" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
 def python_path() -> str:
     """Returns PYTHONPATH for our child processes: this checkout first."""
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]

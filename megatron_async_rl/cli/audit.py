@@ -33,7 +33,6 @@ class Audit:
     trained: int = 0
     pending: int = 0
     leases: int = 0
-    saved_partials: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     duplicated: int = 0  # groups or samples that were counted more than once
     lost: int = 0  # groups that are neither trained nor dropped nor pending
@@ -186,8 +185,6 @@ class _Journal:
                 self._indices[group_id].add(index)
             case events.LeaseGranted():
                 result.leases += 1
-            case events.PartialSaved():
-                result.saved_partials += 1
 
     def samples_of(self, version: int) -> set[tuple[int, int]]:
         """Returns (group, index) of every sample of a batch."""

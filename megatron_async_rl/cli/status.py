@@ -71,16 +71,8 @@ def _is_dead(run_dir: Path, status: RunStatus) -> bool:
     if has_launcher(run_dir):
         return False
     if status.host == socket.gethostname():
-        return not _is_ours(status.pid)
+        return not processes.is_ours(status.pid)
     return panel.age_s(status) > panel.SILENT_S
-
-
-def _is_ours(pid: int) -> bool:
-    """Returns whether the pid is a process of this package: pids are used again."""
-    try:
-        return b"megatron_async_rl" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 def _last_error(run_dir: Path) -> str:

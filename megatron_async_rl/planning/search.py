@@ -45,14 +45,6 @@ def gpus_of(config: Config) -> int:
     return config.trainer_ranks + config.rollout.servers * config.engine_tp
 
 
-def with_split(config: Config, replicas: int, servers: int, concurrent: int) -> Config:
-    return replace(
-        config,
-        trainer=replace(config.trainer, data_parallel_size=replicas, hosts=1),
-        rollout=replace(config.rollout, servers=servers, max_concurrent_samples=concurrent),
-    )
-
-
 def splits(config: Config, hf: HfConfig, num_gpus: int, gpu: Gpu | None) -> list[Config]:
     """Returns the configurations that use `num_gpus`, less an unusable rest.
 
@@ -74,7 +66,11 @@ def splits(config: Config, hf: HfConfig, num_gpus: int, gpu: Gpu | None) -> list
     refused: ConfigError | None = None
     for replicas in range(1, (num_gpus - config.engine_tp) // per_replica + 1):
         servers = (num_gpus - replicas * per_replica) // config.engine_tp
-        one = with_split(config, replicas, servers, config.rollout.max_concurrent_samples)
+        one = replace(
+            config,
+            trainer=replace(config.trainer, data_parallel_size=replicas, hosts=1),
+            rollout=replace(config.rollout, servers=servers),
+        )
         try:
             cross_check(one)  # replicas must divide the batch
             layout.check_trainer(layout.Layout.from_config(one), hf.shape())

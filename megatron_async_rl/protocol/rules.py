@@ -54,16 +54,12 @@ class Limits:
 Check = Callable[[Any, Hello, Limits], str]
 
 
-def _no_problem(message: Message, hello: Hello, limits: Limits) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class Rule:
     """`senders`: one of these must be among `senders_of` the worker. `check`: returns a problem."""
 
     senders: frozenset[str]
-    check: Check = _no_problem
+    check: Check | None = None
 
 
 def senders_of(hello: Hello) -> frozenset[str]:
@@ -87,7 +83,9 @@ def problem(message: Message, hello: Hello, limits: Limits) -> str:
         return f"{kind}, which no worker may send"
     if rule.senders.isdisjoint(senders_of(hello)):
         return f"{kind}, which only a {' or '.join(sorted(rule.senders))} may send"
-    found = _field_problem(message) or rule.check(message, hello, limits)
+    found = _field_problem(message)
+    if not found and rule.check:
+        found = rule.check(message, hello, limits)
     return f"{kind} with {found}" if found else ""
 
 

@@ -39,6 +39,7 @@ from megatron_async_rl.protocol.wire import (
     UnknownHello,
     read_unknown_hello,
 )
+from megatron_async_rl.storage import files
 
 MAX_FRAME_BYTES = 1 << 30  # a larger frame closes the connection that sent it
 MAX_IN_A_ROW = 16  # messages received before other coroutines run
@@ -107,7 +108,7 @@ class Hub:
             self._bind_again(f"tcp://{host}:{port}")
         else:
             port = self._socket.bind_to_random_port(f"tcp://{host}")
-            _write_atomic(before, f"tcp://{host}:{port}\n")
+            files.write_atomic(before, f"tcp://{host}:{port}\n".encode())
 
     async def receive(self) -> tuple[Peer, AnyMessage | UnknownHello | Malformed]:
         """Returns the next message; Malformed or UnknownHello if it cannot be decoded."""
@@ -364,16 +365,10 @@ def _make_keys(run_dir: Path) -> Path:
     try:
         zmq.auth.create_certificates(keys, "hub")
         public, _ = zmq.auth.create_certificates(keys, "worker")
-        _write_atomic(keys / "allowed" / "worker.key", Path(public).read_text())
+        files.write_atomic(keys / "allowed" / "worker.key", Path(public).read_bytes())
     finally:
         os.umask(previous_umask)
     return keys
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def has_curve() -> bool:

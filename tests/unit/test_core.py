@@ -314,7 +314,7 @@ def test_fenced_server_loses_its_work_and_gets_none() -> None:
         Send("rollout-0", Shutdown("fenced: digest")),
     ]
     assert core.state.groups[lease.group_id].state is GroupState.QUEUED
-    assert core.fleet.free_server(1, 0) is None
+    assert core.fleet.rollout.least_loaded(1, 0) is None
 
 
 def test_evaluation_delays_training_and_returns_every_group() -> None:

@@ -44,7 +44,7 @@ class IndexMachine(CoreMachine):
                     and w.load + room <= w.capacity
                     and not w.is_full
                 ]
-                server = fleet.free_server(room, version)
+                server = fleet.rollout.least_loaded(room, version)
                 assert (server and server.name) == (min(free)[1] if free else None)
 
 
@@ -105,7 +105,7 @@ def test_lost_worker_object_does_not_return_to_the_pool() -> None:
     lost = fleet.join_rollout("rollout-0", 8, 0.0)
     del fleet.rollout["rollout-0"]
     lost.state, lost.version = ServerState.SERVING, 3
-    assert fleet.free_server(1, 0) is None and fleet.max_room(0) == -1
+    assert fleet.rollout.least_loaded(1, 0) is None and fleet.rollout.max_room(0) == -1
 
 
 def test_group_that_does_not_fit_does_not_block_later_ones() -> None:

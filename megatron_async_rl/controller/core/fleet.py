@@ -211,14 +211,3 @@ class Fleet:
         """Returns the names of the workers last heard before `limit`."""
         workers = [*self.rollout.values(), *self.reward.values()]
         return [worker.name for worker in workers if worker.last_heard < limit]
-
-    def max_room(self, oldest_version: int) -> int:
-        """Returns how many samples the freest server of this version or newer can take."""
-        return self.rollout.max_room(oldest_version)
-
-    def free_server(self, num_samples: int, oldest_version: int) -> RolloutWorker | None:
-        """Returns the least loaded worker that serves `oldest_version` or newer and has room."""
-        return self.rollout.least_loaded(num_samples, oldest_version)
-
-    def free_reward_worker(self) -> Worker | None:
-        return self.reward.least_loaded(1, 0)

@@ -51,9 +51,9 @@ class Leases:
 
         A group that no server has room for is passed over; no later lease makes room for it.
         """
-        sends = []
+        sends, servers = [], self._fleet.rollout
         oldest_allowed = self._state.version - self._settings.max_staleness
-        while group := self._state.queued.next(self._fleet.max_room(oldest_allowed), "train"):
+        while group := self._state.queued.next(servers.max_room(oldest_allowed), "train"):
             if server := self._free_server(len(group.missing), oldest_allowed):
                 sends.append(self.lease_to(server, group, now))
         return sends
@@ -71,7 +71,7 @@ class Leases:
 
     def _free_server(self, num_samples: int, oldest_allowed: int) -> RolloutWorker | None:
         """Returns the least loaded server that is not full by the present expectation either."""
-        while server := self._fleet.free_server(num_samples, oldest_allowed):
+        while server := self._fleet.rollout.least_loaded(num_samples, oldest_allowed):
             self.kv_limit.update(server)
             if not server.is_full:
                 return server

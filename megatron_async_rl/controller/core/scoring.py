@@ -90,7 +90,7 @@ class ScoringQueue:
     def assign(self, now: float) -> list[Send]:
         """Assigns requests as far as reward workers are free; answers those whose lease ended."""
         sends: list[Send] = []
-        while self._queue and (worker := self._fleet.free_reward_worker()):
+        while self._queue and (worker := self._fleet.reward.least_loaded(1, 0)):
             task = self._queue.popleft()
             if (task.request.key, task.request.call) in self.assigned:
                 continue  # a duplicate

@@ -7,8 +7,8 @@ import os
 import signal
 import time
 from collections import Counter
-from pathlib import Path
 
+from megatron_async_rl import processes
 from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.workers import Workers
 
@@ -16,9 +16,8 @@ from megatron_async_rl.controller.workers import Workers
 def dump_stacks(workers: Workers) -> None:
     """Makes every process of this host, also a stopped one, write its stacks to its log."""
     for pid in [os.getpid(), *(worker.hello.pid for worker in workers)]:
-        with contextlib.suppress(OSError):  # it has ended
-            # otherwise the pid belongs to a worker on another host
-            if b"megatron_async_rl" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if processes.is_ours(pid):  # otherwise the pid is of another host
+            with contextlib.suppress(OSError):  # it has ended
                 os.kill(pid, signal.SIGUSR2)
                 os.kill(pid, signal.SIGCONT)
 
