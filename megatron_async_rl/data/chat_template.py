@@ -7,11 +7,11 @@ model folder as `PreTrainedTokenizer.apply_chat_template` chooses them. transfor
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.data.model_files import read_json, read_text
 from megatron_async_rl.errors import ConfigError, DataError
 
 _SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -47,12 +47,19 @@ def read_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, 
     if (folder / "chat_template.jinja").exists():
         files["default"] = folder / "chat_template.jinja"
     if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return {name: read_text(path) for name, path in files.items()}
     template = tokenizer_config.get("chat_template")
     if isinstance(template, str):
         return {"default": template}
     if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
+        try:
+            return {entry["name"]: entry["template"] for entry in template}
+        except (KeyError, TypeError):
+            raise DataError(
+                f"{folder / 'tokenizer_config.json'}: chat_template is no list of objects with "
+                "`name` and `template`",
+                "correct it",
+            ) from None
     return dict(template) if isinstance(template, dict) else {}
 
 
@@ -60,8 +67,8 @@ def read_special_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> dict[
     """Returns the texts of the special tokens that the model names, such as `bos_token`."""
     named: dict[str, Any] = {}
     file = folder / "special_tokens_map.json"
-    if file.exists() and "added_tokens_decoder" not in tokenizer_config:  # older folders
-        named |= json.loads(file.read_text(encoding="utf-8"))
+    if "added_tokens_decoder" not in tokenizer_config:  # older folders
+        named |= read_json(file)
     named |= tokenizer_config
     named |= named.get("model_specific_special_tokens") or {}
     extra = named.get("extra_special_tokens")
@@ -73,9 +80,16 @@ def read_special_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> dict[
     return {name: text for name, text in texts.items() if text}
 
 
-def choose_template(templates: dict[str, str], name: str | None, model_path: str | Path) -> str:
-    """Returns the template named by data.chat_template_name. Raises ConfigError."""
+def choose_template(
+    templates: dict[str, str], name: str | None, model_path: str | Path, has_tools: bool = False
+) -> str:
+    """Returns the template named by data.chat_template_name. Raises ConfigError.
+
+    Without a name it is `tool_use` for prompts with tools, or else `default`, as in transformers.
+    """
     known = ", ".join(sorted(templates))
+    if name is None and has_tools and "tool_use" in templates:
+        return templates["tool_use"]
     if name is None and "default" not in templates:
         raise ConfigError(
             f"model.path = {model_path} has several chat templates and none named default: {known}",
@@ -101,13 +115,19 @@ def render(
 
     if not all(isinstance(message, dict) for message in messages):
         raise DataError("`prompt` is a list, so its entries must be messages: {role, content}")
+    chosen: dict[str, Any] = {"add_generation_prompt": True} | special_tokens | variables
+    if chosen.get("continue_final_message") and chosen["add_generation_prompt"]:
+        raise DataError(
+            "data.chat_template_kwargs: continue_final_message excludes add_generation_prompt",
+            "set data.chat_template_kwargs.add_generation_prompt=false too",
+        )
     # as apply_chat_template: a key without a value is a key that is not there
     given = [{k: v for k, v in message.items() if v is not None} for message in messages]
     try:
         rendered = render_jinja_template(
             conversations=[given],
             chat_template=template,
-            **({"add_generation_prompt": True} | special_tokens | variables),
+            **chosen,
         )
     except Exception as e:  # a template is the model author's program and may raise anything
         raise DataError(

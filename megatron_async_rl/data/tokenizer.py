@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from megatron_async_rl.data import chat_template
+from megatron_async_rl.data.model_files import REMEDY, read_json
 from megatron_async_rl.errors import ConfigError, DataError
 
 _RESPONSE = "RESPONSE-7f3a"  # stands for a response in a rendered chat
@@ -27,8 +28,8 @@ def fingerprint(model_path: str | Path) -> str:
     formatted: copies on two hosts may have been saved by different library versions.
     """
     folder = Path(model_path)
-    tokenizer = _read_json(folder / "tokenizer.json")
-    settings = _read_json(folder / "tokenizer_config.json")
+    tokenizer = read_json(folder / "tokenizer.json")
+    settings = read_json(folder / "tokenizer_config.json")
     parts = ("model", "added_tokens", "normalizer", "pre_tokenizer", "decoder")
     content = [tokenizer.get(part) for part in parts]
     content += [chat_template.read_templates(folder, settings)]
@@ -41,7 +42,8 @@ class Tokenizer:
     """Converts text to token ids and back; knows the tokens that end a response.
 
     `kept_tokens`: special tokens that stay in a decoded text, such as reward.thinking_tags. Raises
-    ConfigError if the model folder has no fast tokenizer or names no eos token.
+    ConfigError if the model folder has no fast tokenizer or names no eos token, DataError if one of
+    its files is damaged.
     """
 
     def __init__(self, model_path: str | Path, kept_tokens: Collection[str] = ()) -> None:
@@ -50,9 +52,12 @@ class Tokenizer:
             raise ConfigError(
                 f"model.path = {folder} has no tokenizer.json", "save the model's fast tokenizer"
             )
-        self._backend = Backend.from_file(str(folder / "tokenizer.json"))
+        try:
+            self._backend = Backend.from_file(str(folder / "tokenizer.json"))
+        except Exception as e:  # the library raises no other type
+            raise DataError(f"{folder / 'tokenizer.json'} cannot be read: {e}", REMEDY) from None
         self._folder = folder
-        settings = _read_json(folder / "tokenizer_config.json")
+        settings = read_json(folder / "tokenizer_config.json")
         self.templates = chat_template.read_templates(folder, settings)
         self._special_tokens = chat_template.read_special_tokens(folder, settings)
         self._kept = {
@@ -62,7 +67,7 @@ class Tokenizer:
         }
         self.vocab_size: int = self._backend.get_vocab_size()
         self.bos_id = self._special_id("bos_token")
-        self._adds_bos = settings.get("add_bos_token") is not False and self._starts_with_bos()
+        self._prefix = self._own_prefix(settings.get("add_bos_token") is not False)
         self.eos_ids = self._eos_ids(folder)
         if not self.eos_ids:
             raise ConfigError(
@@ -74,12 +79,13 @@ class Tokenizer:
     def encode(self, text: str, add_bos: bool | None = False) -> np.ndarray:
         """Returns [num_tokens] int32. Special tokens are those written in the text, and BOS.
 
-        `add_bos`: None does as the model's tokenizer does.
+        `add_bos`: None does as the model's tokenizer does, which may put other tokens there.
         """
         ids = self._backend.encode(text, add_special_tokens=False).ids
-        if (self._adds_bos if add_bos is None else add_bos) and self.bos_id is not None:
-            ids = [self.bos_id, *ids]
-        return np.asarray(ids, np.int32)
+        prefix = self._prefix
+        if add_bos is not None:
+            prefix = [self.bos_id] if add_bos and self.bos_id is not None else []
+        return np.asarray([*prefix, *ids], np.int32)
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
         """Leaves out special tokens, but for `kept_tokens`."""
@@ -108,8 +114,12 @@ class Tokenizer:
 
         Raises ConfigError without that template, DataError if it rejects the messages.
         """
-        template = chat_template.choose_template(self.templates, template_name, self._folder)
-        return chat_template.render(template, messages, self._special_tokens, variables or {})
+        variables = variables or {}
+        has_tools = variables.get("tools") is not None
+        template = chat_template.choose_template(
+            self.templates, template_name, self._folder, has_tools
+        )
+        return chat_template.render(template, messages, self._special_tokens, variables)
 
     def render_next_turn(
         self,
@@ -131,22 +141,25 @@ class Tokenizer:
             )
         return after
 
-    def _starts_with_bos(self) -> bool:
-        """True if the tokenizer itself, by its post-processor, puts BOS before a text."""
+    def _own_prefix(self, with_bos: bool) -> list[int]:
+        """Returns the tokens that the tokenizer itself, by its post-processor, puts before a text:
+        BOS, or such as [gMASK] and <sop> of GLM."""
         ids = self._backend.encode("a", add_special_tokens=True).ids
         plain = self._backend.encode("a", add_special_tokens=False).ids
-        return ids[:1] == [self.bos_id] and ids != plain
+        added = len(ids) - len(plain)
+        starts = (n for n in range(added + 1) if plain and ids[n : n + len(plain)] == plain)
+        prefix = ids[: next(starts, 0)]
+        return [number for number in prefix if with_bos or number != self.bos_id]
 
     def _special_id(self, name: str) -> int | None:
         text = self._special_tokens.get(name)
         return None if text is None else self._backend.token_to_id(text)
 
     def _eos_ids(self, folder: Path) -> frozenset[int]:
-        named = _read_json(folder / "generation_config.json").get("eos_token_id")
-        ids = set(named if isinstance(named, list) else [] if named is None else [named])
+        named = read_json(folder / "generation_config.json").get("eos_token_id")
+        ids = list(named if isinstance(named, list) else [] if named is None else [named])
+        if not all(type(number) is int for number in ids):
+            file = folder / "generation_config.json"
+            raise DataError(f"{file}: eos_token_id = {named!r} is no token id", "correct it")
         eos = self._special_id("eos_token")
-        return frozenset(ids if eos is None else ids | {eos})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return frozenset(ids if eos is None else [*ids, eos])

@@ -100,6 +100,44 @@ def test_named_templates_are_found_where_transformers_finds_them(
     assert Tokenizer(folder).render_chat(MESSAGES, name) == reference(folder, {}, name)
 
 
+def test_prompts_with_tools_take_the_template_for_tools(folder: Path) -> None:
+    listed = {"default": "D{{ tools }}", "tool_use": "T{{ tools | tojson }}", "rag": "R"}
+    set_config(folder, chat_template=[{"name": n, "template": t} for n, t in listed.items()])
+    for tools in (None, [], [chat_template.PYTHON_TOOL]):
+        for name in (None, "default", "rag"):
+            rendered = Tokenizer(folder).render_chat(MESSAGES, name, {"tools": tools})
+            assert rendered == reference(folder, {"tools": tools}, name)
+
+
+def test_last_message_is_continued_without_a_generation_prompt(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(CHATML)
+    tokenizer, messages = Tokenizer(folder), [*MESSAGES, {"role": "assistant", "content": "I"}]
+    with pytest.raises(DataError, match="continue_final_message excludes add_generation_prompt"):
+        tokenizer.render_chat(messages, None, {"continue_final_message": True})
+    chosen = {"continue_final_message": True, "add_generation_prompt": False}
+    assert tokenizer.render_chat(messages, None, chosen).endswith("<|im_start|>assistant\nI")
+
+
+@pytest.mark.parametrize("name", [
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
+    "special_tokens_map.json",
+])  # fmt: skip
+@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"version https://git-lfs\n", b"[1]", None])
+def test_damaged_file_of_a_model_folder_is_named(
+    folder: Path, name: str, content: bytes | None
+) -> None:
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    if name == "chat_template.jinja" and content and content[0] != 0xFF:
+        return  # any text is a template
+    with pytest.raises(DataError, match=f"{name} .*; download the model again"):
+        Tokenizer(folder)
+
+
 def test_unknown_or_ambiguous_template_names_the_known_ones(folder: Path) -> None:
     listed = [{"name": "a", "template": "A"}, {"name": "b", "template": "B"}]
     set_config(folder, chat_template=listed)
@@ -185,6 +223,27 @@ def test_bos_is_put_as_the_tokenizer_puts_it(
         from transformers import AutoTokenizer
 
         assert (AutoTokenizer.from_pretrained(folder)("1+2").input_ids[0] == 1) is has_bos
+
+
+def test_other_tokens_before_a_text_are_put_as_the_tokenizer_puts_them(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = folder / "tokenizer.json"
+    pieces = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ("<|pad|>", "<|unk|>")]
+    processing = {
+        "type": "TemplateProcessing",
+        "single": [*pieces, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {
+            name: {"id": name, "ids": [number], "tokens": [name]}
+            for number, name in ((1, "<|pad|>"), (0, "<|unk|>"))
+        },
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": processing}))
+    ids = Tokenizer(folder).encode("1+2", add_bos=None).tolist()
+    assert ids == AutoTokenizer.from_pretrained(folder)("1+2").input_ids
+    assert len(ids) == 5
+    assert len(Tokenizer(folder).encode("1+2", add_bos=False)) == 3
 
 
 def test_rendering_imports_no_torch(folder: Path) -> None:
