@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - statements with unicode characters
 r"""Finds the final answer in a response.
 
 Only the text after the thinking counts; unfinished thinking has no answer. In that text the
@@ -19,8 +20,55 @@ MAX_TEXT_CHARS = 64 * 1024  # only this much of a response's end is searched
 _MAX_TAIL_CHARS = 2_000  # of an answer that is not boxed: its statement is in the last sentences
 
 _STATEMENT = re.compile(
-    r"####|\b(?:final\s+)?(?:answer|result|solution|option|choice|ans)\b(?:[^\n.:=]{0,60}?)\s*"
-    r"(?:\*\*|__)?\s*(?::|\bis\b|\bare\b|=(?!=))\s*(?:\*\*(?=[\s:]))?:?",
+    r"####|\b(?:final\s+)?(?:answer|result|solution|option|choice|ans)\b"
+    r"(?:[^\n.:=]{0,60}?\s*(?:\*\*|__)?\s*(?::|\bis\b|\bare\b)|[^\n.:=\d]{0,60}?=(?!=))\s*(?:\*\*(?=[\s:]))?:?",
+    re.IGNORECASE,
+)
+# other languages' statements, `Answer -> 5` and `Answer - 5` at the start of a line
+_OTHER_STATEMENT = re.compile(
+    r"(?:答案|答え|答|解答|정답|답|Antwort|Lösung|Réponse|Respuesta|Risposta|Resposta|Ответ|Odpowiedź)"
+    r"\s*(?:\*\*)?\s*(?:[:：=]|是|为|為|は|은|는|ist|est|es|è|é)\s*(?:\*\*)?\s*[:：]?|"
+    r"^[\s#>*_-]*(?:final\s+)?answer[*_]*\s*(?:(?:->|=>|→|⇒|\s[-–—])(?:\s|(?=\$))|：)",
+    re.IGNORECASE | re.MULTILINE,
+)
+# \text{Answer: } within a formula
+_INNER_STATEMENT = re.compile(
+    r"(\$\$?|\\\[|\\\()\s*\\text(?:bf)?\s*\{\s*(?:final\s+)?answer\s*[:=]?\s*\}\s*[:=]?",
+    re.IGNORECASE,
+)
+_DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
+# a remark at the end: `Note that ...`, `(Here ...)`, unless it speaks of the answer
+_REMARK = re.compile(
+    r"(?<=[.$\]}])\s+(?:\(|)(?:Note|Notice|Alternatively|Here|To\s+verify|To\s+check|In\s+fact|"
+    r"(?:You|We)\s+(?:can|may|could)\s+(?:also\s+)?(?:check|verify))\b(?:(?!answer|result).)*$",
+    re.DOTALL | re.IGNORECASE,
+)
+_PARENTHESIS = re.compile(r"(?<=[.$\]}])\s+\([A-Z][a-z]*\s(?:(?!answer).)*\)\.?\s*$", re.DOTALL)
+_VERDICT = re.compile(
+    r"(?:indeed\s+)?(?:correct|right|valid|unique|reasonable|verified)\b", re.IGNORECASE
+)
+# what stands before a number or name that the question gave: `divisors of 196`, `when $x > 0$`
+_CONTEXT = re.compile(
+    r"\b(?:of\s+the|of\s+all|than|divided\s+by|divisible\s+by|out\s+of|modulo|factor\s+of|factors\s+of|"
+    r"divisors\s+of|divisor\s+of|multiple\s+of|multiples\s+of)\s*$",
+    re.IGNORECASE,
+)
+_CONDITION = re.compile(r"\b(?:of|for|by|when|if|where|since|because|for\s+all|whenever)\s*$", re.I)
+_CONDITIONAL = re.compile(r"\\?[A-Za-z]+(?:\([a-z]\))?(?:\s*(?:[<>]|\\[lg]eq?|\\ne).*)?")
+_END_TOKEN = re.compile(r"(?:\s*(?:<\|\w{2,30}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
+_TAG = re.compile(r"</?(b|strong|em|i|u|p|div|span|code|mark|center)>", re.IGNORECASE)
+_OPEN_FENCE = re.compile(r"\s*```\w*\n\s*")
+# what takes a statement back: `a common wrong answer is 5`, `the answer is 5, but that ...`
+_DOUBTED = re.compile(
+    r"\b(?:first\s+(?:thought|guess)|wrong|incorrect|naive|tempting|initial|might\s+think|"
+    r"would\s+have\s+been)\b[^.!?\n]*$",
+    re.IGNORECASE,
+)
+_TAKEN_BACK = re.compile(
+    r"^[^.!?\n]{0,80}?,?\s*\bbut\s+(?:that|this|it)\b|"
+    r"(?:that|this|which)(?:['’]s|\s+is|\s+was)\s+(?:wrong|incorrect|not\s+(?:right|correct))|"
+    r"\bI\s+made\s+an?\s+(?:mistake|error)|\bscratch\s+that\b|^[^\n]{0,60}?(?:\.\.\.|[,.?!—–-])\s*"
+    r"(?:no|sorry|correction)\s*[,:]",
     re.IGNORECASE,
 )
 # a dollar sign before a digit is money if the next one ends no formula: in $5 + $3 = $8
@@ -36,6 +84,7 @@ _ADVERB = re.compile(
     r"also|now|clearly|found\s+to\s+be)[\s:,]+",
     re.IGNORECASE,
 )
+_NAME = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?")
 _BARE_NAME = re.compile(r"\\?[a-z]+(?:_\{?\w+\}?)?|(?:\\(?:triangle|angle)\s*)?[A-Z]{2,4}")
 # what explains an answer, as in `42, which is even` and `42 (since 6 * 7 = 42)`
 _EXPLANATION = re.compile(
@@ -44,12 +93,18 @@ _EXPLANATION = re.compile(
 )
 # a dot that ends a sentence: not in 3.5, not in `a.m.` or `\ldots`
 _SENTENCE_END = re.compile(
-    r"(?<![ap]\.m)(?<!\b[A-Za-z])\.(?=\s+[A-Z\\$]|\s*$)|\n\s*\n|[!?](?=\s+[A-Z])"
+    r"(?<![ap]\.m)(?<!\b[A-Za-z])\.(?=\s+[A-Z\\$(]|\s*$)|\n\s*\n|[!?](?=\s+(?!Or\b)[A-Z])"
 )
 _JOINED = re.compile(
     r"(?=\s*[,;a-z])[\s,;]*(?:\b(?:and|or|maybe|perhaps|possibly|either)\b[\s,;]*)*", re.I
 )
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z][A-Za-z'\u2019-]*")
+# a command with its text, or a word
+_WORD = re.compile(
+    r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|(?<![\\A-Za-z])[A-Za-z][A-Za-z'\u2019-]*"
+)
+_PART = re.compile(
+    r"(\d[\d,.]*)\s+of\s+(?:the|these|those|his|her|their|its|all|every)\s+\d[\d,.]*"
+)
 # the result of a calculation, with what it counts: the 26 of `13 * 2 = 26 inches in 13 years`
 _RESULT = re.compile(
     r"=\s*\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?=\s+(?:in|for|at|on|a|per|by|of|to|each)\b|"
@@ -82,6 +137,8 @@ def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
     text = after_thinking(response, thinking_tags)[-MAX_TEXT_CHARS:]
     if not text:
         return ""
+    if text.endswith((">", ">\n")):
+        text = _END_TOKEN.sub("", text)
     boxed = boxed_answer(text)
     if boxed is not None:
         return boxed
@@ -98,8 +155,26 @@ def _stated_answer(text: str) -> str:
         text = _ELLIPSIS.sub(r"\\ldots ", text)
     if options := _OPTION.findall(text):
         return ", ".join(dict.fromkeys(options))
-    for match in reversed(list(_STATEMENT.finditer(text))):
+    if "[asy]" in text:
+        text = _DRAWING.sub("", text)
+    text = _INNER_STATEMENT.sub(r"Answer: \1", text)
+    text = _PARENTHESIS.sub("", _REMARK.sub("", text)) or text
+    if "</" in text:
+        text = _TAG.sub("**", text)
+    others = list(_OTHER_STATEMENT.finditer(text))
+    matches = [
+        match
+        for match in _STATEMENT.finditer(text)
+        if not any(match.start() < other.end() < match.end() for other in others)
+    ]
+    for match in sorted(matches + others, key=lambda match: match.end(), reverse=True):
         stated = text[match.end() :].strip()
+        if (
+            _VERDICT.match(stated)
+            or _TAKEN_BACK.search(stated)
+            or _DOUBTED.search(text[: match.start()])
+        ):
+            continue
         is_hash = match[0] == "####"
         if found := _unwrap(stated.split("\n", 1)[0]) if is_hash else _first_formula(stated):
             return found
@@ -108,7 +183,7 @@ def _stated_answer(text: str) -> str:
 
 def _first_formula(text: str) -> str:
     """Returns the formula, number or words that a statement such as `the answer is` names."""
-    text = _ADVERB.sub("", text)
+    text = _OPEN_FENCE.sub("", _ADVERB.sub("", text), count=1)
     match = _DELIMITED.search(text)
     if match and not re.search(r"[\dA-Za-z]", text[: match.start()]):
         return _join_spans(text, match)
@@ -177,17 +252,44 @@ def _last_formula(text: str) -> str:
     bold = list(_BOLD.finditer(tail))
     if bold and not tail[bold[-1].end() :].strip(_TRAILING):
         return _unwrap(bold[-1][2])
-    if bare := _last_bare(tail):
+    bare = _last_bare(tail)
+    if bare and not (
+        last and _CONTEXT.search(tail.split(bare)[0]) and "." not in tail.split(bare)[0]
+    ):
         return bare
     if last is None:
         return ""
     # spans that `and`, `or` or a comma join are one answer
     first = len(spans) - 1
-    while first and _BARE_NAME.fullmatch(_inner(spans[first])):
+    while first and _is_given(text, spans[first - 1], spans[first]):
         first -= 1  # in `$k = 7$ is the least value of $k$` the name is not the answer
+    final = first
     while first and _joins(text[spans[first - 1].end() : spans[first].start()]):
+        if _is_derived(text, spans[first - 1], spans[final]):
+            break
         first -= 1
     return _join_spans(text, spans[first])
+
+
+def _is_given(text: str, previous: re.Match[str], span: re.Match[str]) -> bool:
+    """True for a name or number of the question: `values of $B$`, `when $x > 0$`."""
+    between = text[previous.end() : span.start()]
+    formula = _inner(span)
+    if _BARE_NAME.fullmatch(formula):
+        return True
+    if ". " in between or "\n" in between:
+        return False
+    if _CONDITION.search(between) and _CONDITIONAL.fullmatch(formula):
+        return True
+    return _CONTEXT.search(between) is not None
+
+
+def _is_derived(text: str, previous: re.Match[str], last: re.Match[str]) -> bool:
+    """True for `$k-1 = 1$, and $k = 2$`: the last equation is the answer, not both."""
+    if re.search(r"[A-Za-z]{2}", re.sub(r"\band\b", "", text[previous.end() : last.start()])):
+        return False
+    left, equals, _ = _inner(previous).partition("=")
+    return "=" in _inner(last) and not (equals and _NAME.fullmatch(left.strip()))
 
 
 def _joins(between: str) -> bool:
@@ -205,11 +307,12 @@ def _last_bare(text: str) -> str:
     line = lines[-1]
     if (results := list(_RESULT.finditer(line))) and not _FURTHER.search(line[results[-1].end() :]):
         line = line[: results[-1].end()]
+    line = _PART.sub(r"\1", line)
     last_digit = max(m.end() for m in re.finditer(r"\d", line))
     begin, end = 0, len(line)
     for match in _WORD.finditer(line):
         word = match[0]
-        if len(word) == 1 and word not in "aI":
+        if word[0] == "\\" or (len(word) == 1 and word not in "aI"):
             continue
         if word in _FUNCTIONS or word in ("and", "or") or word.casefold() in MONTHS:
             continue

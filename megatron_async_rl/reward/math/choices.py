@@ -8,8 +8,8 @@ from megatron_async_rl.reward.math.normal_form import unwrap_text
 
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*\)?")
 _CHOSEN = re.compile(
-    r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?:?\s*)?"
-    r"(?:\{?\(\s*([A-J])\s*\)\}?|([A-J])(?=\s*[).:]|\s*$|\s+-\s))[\s).:,-]*(.*)",
+    r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer(?:\s+choice)?|statement)(?:\s+is)?:?\s*)?"
+    r"(?:\{?\(\s*([A-J])\s*\)\}?|([A-J])(?=\s*[).:]|\s*$|\s+-\s|\s+\())[\s).:,-]*(.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _OTHER_CHOICE = re.compile(r"\([A-J]\)|\b(?:or|and)\b|^[A-J]\b")

@@ -34,7 +34,8 @@ from megatron_async_rl.reward.math.parts import (
 
 _COORDINATE = re.compile(r"([xyz])\s*=")
 _CONSTANT = re.compile(r"\+\s*[CcKk]$")  # of integration
-_HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b")
+_HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b|\?", re.IGNORECASE)
+_PROSE_WORD = re.compile(r"(?<![\\A-Za-z])(?!sin|cos|tan|log|exp|sqrt|arc|text)[A-Za-z]{3,}")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _AND = re.compile(r"\band\b|,")
 
@@ -58,6 +59,8 @@ def equal(expected: str, answer: str) -> bool | None:
         # words never equal what cannot be read
         is_open = "\\ldots" in answer and "\\ldots" not in expected
         is_open = is_open or _is_cut_off(answer) or _HEDGE.search(answer) is not None
+        # of prose, math-verify would take some number
+        is_open = is_open or len(_PROSE_WORD.findall(answer)) > 2
         return False if is_open or isinstance(gold, Words) else None
     if _names_other_coordinate(expected, answer):
         return False
@@ -116,6 +119,12 @@ def _equal(gold: Part, given: Part) -> bool | None:
         return _equal_matrices(gold, given)
     if isinstance(gold, Ratio) or isinstance(given, Ratio):
         return _equal_ratios(gold, given)
+    if (
+        isinstance(gold, Number)
+        and gold.text.startswith(("\\frac", "-\\frac"))
+        and isinstance(given, Clock)
+    ):
+        return _equal_ratios(gold, given)  # 17:50 for 17/50
     if isinstance(gold, Sequence) and isinstance(given, Sequence):
         if gold.brackets != given.brackets:
             return False
@@ -153,7 +162,10 @@ def _equal_items(gold: Part, given: Part) -> bool | None:
     if items is given and all(_equal(other, item) for item in items.items):
         return True  # one value in several forms
     if items is given and _is_mixed_number(items) and (total := number_equality.rational(other)):
-        return total == sum(number_equality.rational(item) or 0 for item in items.items)
+        whole, part = (number_equality.rational(item) or 0 for item in items.items)
+        return total == (whole + part if whole > 0 else whole - part)
+    if isinstance(other, Matrix) and all(len(row) == 1 for row in other.rows):
+        other = Sequence("()", tuple(row[0] for row in other.rows))
     if items.kind == "list" and isinstance(other, Sequence):
         return _equal_bare_tuple(items, other)
     if len(items.items) == 1:
@@ -168,7 +180,7 @@ def _is_mixed_number(items: Items) -> bool:
     values = [number_equality.rational(item) for item in items.items]
     if len(values) != 2 or values[0] is None or values[1] is None:
         return False
-    return values[0].denominator == 1 and 0 < values[1] < 1
+    return values[0].denominator == 1 and values[0] != 0 and 0 < values[1] < 1
 
 
 def _equal_bare_tuple(items: Items, other: Sequence) -> bool | None:
@@ -237,6 +249,11 @@ def _equal_equations(gold: Part, given: Part) -> bool | None:
         return False
     # a + b = 7 says 7, but 7 does not say a + b = 7
     is_value = equation.name or (equation is given and not variables(equation.right))
+    if not is_value and equation is given:  # (x+1)^2 = x^2+2x+1 is a chain
+        left = Number(equation.left, "")
+        is_value = isinstance(equation.right_part, Number) and number_equality.equal_numbers(
+            left, equation.right_part
+        )
     return is_value and _equal(equation.right_part, other)
 
 

@@ -18,28 +18,46 @@ _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ⁽⁾]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+")
 _ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[A-Za-zπ])|(?=[({\\]))")
 _DEGREE = re.compile(
+    r"\s*\^\s*\{?\s*\^\\circ\s*\}?|"  # ^\degree
     r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})\s*\.?|"
-    r"(?<=\d)\s*\^\s*(?:o(?![A-Za-z])|\{\s*o\s*\})"
+    r"(?<=\d)\s*\^\s*(?:o(?![A-Za-z])|(?:\\text)?\{\s*o\s*\})"
 )
-_DEGREE_WORD = re.compile(r"(?<=[\d})])\s*(?:\\text\s*\{\s*)?degrees?\b(?:\s*\})?")
-_PHANTOM = re.compile(r"\\[hv]?(?:phantom|space|skip|mskip)\*?\s*(?:\{[^{}]*\}|[^\s{\\])")
+_DEGREE_WORD = re.compile(r"(?<=[\d})])\s*(?:\\text\s*\{\s*degrees?\s*\}|degrees?\b)")
+_PHANTOM = re.compile(
+    r"\\(?:[hv]?(?:phantom|space|skip|mskip)|tag|label)\*?\s*(?:\{[^{}]*\}|[^\s{\\])"
+)
+_NO_DELIMITER = re.compile(r"\\(?:left|right)\s*\.(?!\d)|\s*\\(?:square|Box)\s*$")
+_QUANTITY = re.compile(r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}")  # of siunitx
+_SIMPLE_QUANTITY = re.compile(r"\\(num|ang)\s*\{([^{}]*)\}")
 _BARE_FONT = re.compile(r"\\(?:mathrm|text|textbf)\s+(?=[A-Za-z\d](?![A-Za-z]))")  # \mathrm e
 _COLOR = re.compile(r"\\(?:text)?color(?:box)?\s*(?:\[\w*\])?\s*\{[\w!]*\}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{(?:aligned|align|gathered|split|equation)\*?\}|&")
+_OUTER = re.compile(
+    r"\s*\\begin\s*\{(aligned|align\*?|equation\*?|gathered|gather\*?)\}(?P<body>.*)"
+    r"\\end\s*\{\1\}\s*",
+    re.DOTALL,
+)
+_ONE_CELL = re.compile(r"\s*\\begin\s*\{array\}\s*\{[^{}]*\}(?P<body>[^&]*)\\end\s*\{array\}\s*")
 _CASES = re.compile(r"\\begin\s*\{cases\}(.*?)\\end\s*\{cases\}", re.DOTALL)
 _INFIX = re.compile(r"\{([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}")
 _INFIX_COMMANDS = {"over": "frac", "choose": "binom"}
 _SLASHED = re.compile(r"\^\{?(\d+)\}?\s*/\s*_\{?(\d+)\}?")  # ^3/_7
 _PYTHON_POWER = re.compile(r"(?<=[\w)])\*\*(?=[\w({-])")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
-_THOUSANDS = re.compile(r",\s*\\!\s*(?=\d{3})|\{,\}(?=\d{3})|(?<=\d)\\[,;:!](?=\d{3}(?!\d))")
+_RAISED_FRACTION = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹]+)[\u2044/]([₀₁₂₃₄₅₆₇₈₉]+)")
+_THOUSANDS = re.compile(
+    r"\\(?:text|mathpunct|mathord)\s*\{,\}(?=\d{3})|,\s*\\!\s*(?=\d{3})|\{,\}(?=\d{3})|(?<=\d)\\[,;:!](?=\d{3}(?!\d))"
+)
 _NEEDS_WORK = re.compile(r"[\\~`{^\x80-\U0010ffff]|\*\*|degree|\+/-")
 _FOREIGN_DOLLARS = re.compile(r"(?:\bUS|\bCA?|\bAU?|\bNZ|\bHK|\bS)\\?\$(?=\s*[\d.])")
 _ELLIPSIS = re.compile(r"(?<=\.\d)(\d*)\.{3,}$")
 
 _TEXT = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal|up|sc)?|mathrm|mathbf|mbox|hbox|operatorname|ensuremath|"
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|up|sc)?|mathrm|mathbf|mathop|mbox|hbox|operatorname|ensuremath|"
     r"emph|underline)\*?\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
+)
+_WRAPPER = re.compile(  # around a formula that has braces of its own
+    r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mbox|hbox|underline|mathop|emph)\s*\{(?=[^{}]*\{)"
 )
 _UNIT_FRACTION = re.compile(
     r"\\frac\s*\{\s*\\(?:text|mathrm)\{\s*([a-z]+)\s*\}\s*\}\s*"
@@ -78,15 +96,20 @@ def _strip_ends(text: str) -> str:
 
 
 def _rewrite(text: str) -> str:
+    text = text.removeprefix("\\#")
     if "**" in text:
         text = _PYTHON_POWER.sub("^", text)
     if not text.isascii():
+        text = _RAISED_FRACTION.sub(
+            lambda m: f"\\frac{{{m[1].translate(_SUPERSCRIPTS)}}}{{{m[2].translate(_SUBSCRIPTS)}}}",
+            text,
+        )
         text = _ROOT.sub(lambda m: f"\\sqrt{{{m[1]}}}" if m[1] else "\\sqrt", text)
         text = _RAISED.sub(lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
         text = _LOWERED.sub(lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
     if "," in text or "\\" in text:
         text = _THOUSANDS.sub("", text)
-    text = text.replace("\\text{:}", ":").replace("{:}", ":")
+    text = text.replace("\\text{:}", ":").replace("{:}", ":").replace("{-}", "-")
     if "^" in text:
         text = _TIMES_TEN.sub("\\\\cdot ", _SLASHED.sub(r"\\frac{\1}{\2}", text))
     if "\\" in text:
@@ -104,8 +127,14 @@ def _rewrite(text: str) -> str:
 
 def _rewrite_layout(text: str) -> str:
     """Removes invisible parts, colors and environments; writes \\over and \\choose as usual."""
-    if "phantom" in text or "space" in text or "skip" in text:
+    if any(name in text for name in ("phantom", "space", "skip", "tag", "label")):
         text = _PHANTOM.sub(" ", text)
+    text = _NO_DELIMITER.sub("", text)
+    if "\\SI" in text or "\\qty" in text:
+        text = _QUANTITY.sub(r"\1\\text{ \2}", text)
+    if "\\num" in text or "\\ang" in text:
+        text = _SIMPLE_QUANTITY.sub(lambda m: m[2] + "^\\circ " * (m[1] == "ang"), text)
+    text = text.replace("\\textsuperscript", "^")
     text = _BARE_FONT.sub("", text)
     if "color" in text:
         text = _COLOR.sub("", text)
@@ -113,6 +142,8 @@ def _rewrite_layout(text: str) -> str:
         text = _INFIX.sub(lambda m: f"\\{_INFIX_COMMANDS[m[2]]}{{{m[1]}}}{{{m[3]}}}", text)
     if "\\begin" in text:
         text = text.replace("smallmatrix", "matrix")
+        if outer := _OUTER.fullmatch(text) or _ONE_CELL.fullmatch(text):
+            text = outer["body"] if "\\\\" not in outer["body"] or "matrix" in text else text
         if "matrix" not in text and "array" not in text:
             text = _ENVIRONMENT.sub("", _CASES.sub(_join_cases, text))
     return text
@@ -120,8 +151,8 @@ def _rewrite_layout(text: str) -> str:
 
 def _join_cases(match: re.Match[str]) -> str:
     """Returns the equations of a system as a list; a function by cases stays as it is."""
-    lines = match[1].split("\\\\")
-    is_system = "&" not in match[1] and all("=" in line for line in lines)
+    lines = match[1].replace("&=", "=").replace("=&", "=").split("\\\\")
+    is_system = not any("&" in line for line in lines) and all("=" in line for line in lines)
     return ", ".join(lines) if is_system else match[0]
 
 
@@ -147,8 +178,21 @@ def unwrap_text(text: str) -> str:
     if "\\" not in text:
         return " ".join(text.split())
     text = _UNIT_FRACTION.sub(r" \1/\2", text)
+    if text[-1] == "}" and (wrapper := _WRAPPER.match(text)) and _closes_at_end(text):
+        text = text[wrapper.end() : -1]
     for _ in range(4):
         text, count = _TEXT.subn(r" \1 ", text)
         if not count:
             break
     return " ".join(text.split())
+
+
+def _closes_at_end(text: str) -> bool:
+    """Returns whether the first brace closes at the end of the text."""
+    depth = 0
+    for i, ch in enumerate(text):
+        if ch in "{}" and text[i - 1 : i] != "\\":
+            depth += 1 if ch == "{" else -1
+            if depth == 0:
+                return i == len(text) - 1
+    return False

@@ -21,8 +21,8 @@ from megatron_async_rl.reward.math.parts import (
 )
 
 _BASE = re.compile(
-    r"(-?)(?:[(\[]\s*([0-9A-Za-z]+)\s*[)\]]|\\overline\s*\{([0-9A-Za-z]+)\}|([0-9A-Fa-f]+|[0-9A-Z]+))"
-    r"\s*_\s*(?:\{\s*\(?\s*(\w+)\s*\)?\s*\}|(\d+|[a-z]{3,6}))"
+    r"(-?)(?:[(\[{]\s*([0-9A-Za-z]+)\s*[)\]}]|\\overline\s*\{([0-9A-Za-z]+)\}|([0-9A-Fa-f]+|[0-9A-Z]+))"
+    r"\s*_\s*(?:\{\s*\(?\s*(?:base\s+)?(\w+)\s*\)?\s*\}|(\d+|[a-z]{3,6}))"
 )
 _BASE_WORDS = re.compile(r"(-?)([0-9A-F]+)\s*\(?\s*(?:in\s+)?base\s*[-_]?\s*(\w+)\s*\)?", re.I)
 _BASE_PREFIX = re.compile(r"(-?)0([bxo])([0-9A-F]+)", re.IGNORECASE)
@@ -36,6 +36,8 @@ _BASE_NAMES = {
 _CLOCK = re.compile(
     r"(\d+(?:\s*:\s*\d+)+)\s*(?:([ap])\.?\s*m\.?)?|(\d+)\s*([ap])(?:\.\s*m|m)\b\.?", re.IGNORECASE
 )
+_MORNING = re.compile(r"in the morning$")
+_AFTERNOON = re.compile(r"in the (?:afternoon|evening)$")
 _SPACED_COLON = re.compile(r"\s*:\s*")
 _TIME = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 _RATIO_WORD = re.compile(r"(\d+(?:\.\d+)?)\s+to\s+(\d+(?:\.\d+)?)")
@@ -104,9 +106,27 @@ def read_based(text: str) -> BasedNumber | None:
     return BasedNumber(match[1] + (digits.upper().lstrip("0") or "0"), number)
 
 
+def read_based_chain(text: str) -> BasedNumber | None:
+    """Reads 52_8 = 42_{10}: the number in its last base other than ten, if all are equal."""
+    sides = [side.strip() for side in text.split("=")]
+    numbers = [BasedNumber(side, 10) if side.isdecimal() else read_based(side) for side in sides]
+    based = [number for number in numbers if number is not None]
+    if len(based) < len(sides):
+        return None
+    try:
+        values = {int(number.digits, number.base) for number in based}
+    except ValueError:
+        return None
+    if len(values) > 1:
+        return None
+    return next((one for one in reversed(based) if one.base != 10), based[0])
+
+
 def read_time_or_ratio(text: str) -> Clock | Ratio | None:
     """Reads 10:30 a.m., 3 pm, 3:4, 3 to 4 and x:2x."""
     text = _SPACED_COLON.sub(":", text)
+    if "in the" in text:
+        text = _MORNING.sub("am", _AFTERNOON.sub("pm", text))
     clock = _CLOCK.fullmatch(text)
     half = "" if clock is None else (clock[2] or clock[4] or "").lower()
     if clock and (half or _TIME.fullmatch(text)):
@@ -129,11 +149,13 @@ def read_date(text: str) -> Words | None:
     return None
 
 
-def read_quantity(text: str) -> Words | None:
-    """Reads a quantity in two units: 5 feet 3 inches, 2 hours and 30 minutes."""
+def read_quantity(text: str) -> Words | Number | None:
+    """Reads a quantity in two units: 5 feet 3 inches, 3 dollars and 54 cents."""
     if (match := _QUANTITY.fullmatch(text)) is None:
         return None
     names = [_UNIT_NAMES.get(match[i].lower()) for i in (2, 4)]
+    if names == ["dollar", "cent"] and len(match[3]) < 3:
+        return read_number(f"{match[1]}.{match[3]:0>2}")
     return Words(f"{match[1]} {names[0]} {match[3]} {names[1]}") if all(names) else None
 
 

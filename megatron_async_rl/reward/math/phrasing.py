@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 
 from megatron_async_rl.reward.math import normal_form
-from megatron_async_rl.reward.math.evaluation import Unreadable
+from megatron_async_rl.reward.math.evaluation import TooLarge, Unreadable, value
+from megatron_async_rl.reward.math.numerals import read_number
 
-_OUTWARD = re.compile(r"([\[\]])([^\[\]()]*,[^\[\]()]*)([\[\]])")  # ]1,2[ is (1,2)
+_OUTWARD = re.compile(r"^([\[\]])([^\[\]()]*[,;][^\[\]()]*)([\[\]])$")  # ]1,2[ is (1,2)
 _ELEMENT = re.compile(r"^\(?\\?[A-Za-z]+(?:\s*,\s*[A-Za-z])*\)?\s*\\in(?![A-Za-z])\s*")
 _OF_REALS = re.compile(r"(?:,\s*|\s+for\s+)[A-Za-z]\s*\\in\s*\\mathbb\s*\{?\s*R\s*\}?$")
 _FUNCTION = re.compile(r"^(?:[A-Za-z]\s*\\mapsto\s*|[fghpFGHP]\s*\(\s*[a-z]\s*\)\s*=)")
@@ -22,18 +23,39 @@ _REALS = re.compile(
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|sim)(?![A-Za-z])")
 _BARE_NAME = re.compile(r"\s*\\?[A-Za-z]*\s*")
 _LEAD = re.compile(
-    r"(?:the\s+)?(?:final\s+)?(?:answer|area|length|value|volume|sum|total|result|probability|price|"
+    r"^(?:[A-Za-z]+\s+){0,4}?(?:the\s+)?(?:final\s+)?(?:answer|area|length|value|volume|sum|total|result|probability|price|"
     r"cost|number|perimeter)(?:\s+is|\s*[=:])\s*(?:equal to\s+)?",
     re.IGNORECASE,
 )
 _COMMENT = re.compile(
-    r"(?<=[\d}%\])])\s+\((?=[^()]*[A-Za-z]{4})[A-Za-z][A-Za-z'-]*(?:[\s,.]+[A-Za-z'-]+){0,8}\.?\)$"
+    r"(?<=[\d}%\])c])\s+\(\s*(?=[^()]*[A-Za-z]{4})[A-Za-z][A-Za-z'-]*(?:[\s,.]+[A-Za-z'-]+){0,8}\.?\s*\)$"
 )
+# `the total number of ways is 25`, `the point (1, 2)`, `all x such that x > 3`
+_SENTENCE = re.compile(
+    r"(?:[A-Za-z][A-Za-z'-]+,?\s+){0,8}(?:is|are|equals|there\s+are|there\s+is)\s+(?:equal\s+to\s+)?"
+    r"(?=[-+\d\\(\[{.<a-z])|"
+    r"(?:the\s+)?(?:ordered\s+)?(?:interval|point|points|line|vector|pair|triple|value|number|integer|"
+    r"domain|range|solution|solutions|set|equation|plane|curve)s?\s*:?\s+(?=[-+\d\\(\[{.])|"
+    r"(?:all\s+)?(?:real\s+)?(?:(?:numbers?|values?)\s+)?(?:of\s+)?[a-z]?\s*such\s+that\s+",
+    re.IGNORECASE,
+)
+_DENIAL = re.compile(
+    r"\b(?:not|no|never|neither|nor|if|unless|without|least|most)\b", re.IGNORECASE
+)
+_ALTERNATIVE = re.compile(r"\s*\(\s*or\s+([^()]+)\)$")  # 3/4 (or 0.75)
+_ROUNDED = re.compile(  # (approximately 3.61), after an exact value
+    r"(?<=[\w})])\s*,?\s*\(?\s*(?:or\s+)?(?:approximately|approx\.?|about|roughly|"
+    r"\\approx(?![A-Za-z]))\s*\$?(-?\d[\d,]*\.\d+)\s*(?:\\?%)?[\s)]*$"
+)
+_EXACT = re.compile(r"\\(?:frac|sqrt|pi|ln|log|binom)|/")
+_PLURAL = re.compile(r"(?<=[a-z])\(s\)")
+_PART_OF = re.compile(r"(\d[\d,]*)\s+(?:out\s+of|in|over)\s+(\d[\d,]*)")
+_ANGLES = re.compile(r"<([^<>=]*,[^<>=]*)>")
 _UNION_LETTER = re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])")
 _POINT = re.compile(r"[A-Z]'?\s*(?=\([^()]*,[^()]*\)$)")  # A(1, 2)
 # what follows a conclusion is the answer
 _CONCLUSION = re.compile(
-    r"^(?:=|\\equiv(?![A-Za-z]))|"
+    r"^(?:=|\\(?:equiv|to|rightarrow)(?![A-Za-z]))|"
     r"^.*\\(?:Rightarrow|implies|Longrightarrow|therefore|iff|Leftrightarrow)(?![A-Za-z])",
     re.DOTALL,
 )
@@ -44,13 +66,15 @@ _DIGIT_GROUPS = re.compile(r"(?<=\d)[_'](?=\d{3}(?!\d))")
 def bare(text: str) -> str:
     """Returns the answer without phrases, comments and names. Raises Unreadable if it is too long
     or nothing is left."""
-    text = _CONCLUSION.sub("", normal_form.unwrap_text(text)).strip(' "')
+    text = _CONCLUSION.sub("", normal_form.unwrap_text(text)).strip(' "').removesuffix(" .")
     text = _END_OF_WORD.sub("", text)
     if not 0 < len(text) <= normal_form.MAX_CHARS:
         raise Unreadable
     if text[0].isalpha():
         text = _POINT.sub("", _LEAD.sub("", text, count=1), count=1)
         text = _NEGATIVE.sub("-", text)
+        if (sentence := _SENTENCE.match(text)) and not _DENIAL.search(sentence[0]):
+            text = text[sentence.end() :].removesuffix(".")
         if "y" not in text:
             text = _FUNCTION.sub("y=", text)
     if "U" in text:
@@ -58,15 +82,37 @@ def bare(text: str) -> str:
     if "\\in" in text:
         text = _ELEMENT.sub("", _OF_REALS.sub("", text))
     if text.endswith(")"):
-        text = _COMMENT.sub("", text)
+        text = _ALTERNATIVE.sub(r" or \1", _PLURAL.sub("s", _COMMENT.sub("", text)))
+    if (rounded := _ROUNDED.search(text)) and _is_rounding(text[: rounded.start()], rounded[1]):
+        text = text[: rounded.start()]
+    if part := _PART_OF.fullmatch(text):
+        text = f"{part[1]}/{part[2]}"
     if "_" in text or "'" in text:
         text = _DIGIT_GROUPS.sub("", text)
     if "\\" in text:
         text = _exact_side(text)
     text = _REALS.sub(r"(-\\infty,\\infty)", text)
-    if outward := _OUTWARD.fullmatch(text):
-        text = f"{'[('[outward[1] == ']']}{outward[2]}{'])'[outward[3] == '[']}"
+    if angles := _ANGLES.fullmatch(text):
+        text = f"({angles[1]})"
+    if "]" in text or "[" in text:
+        text = "\\cup".join(_OUTWARD.sub(_inward, part.strip()) for part in text.split("\\cup"))
     return text.strip()
+
+
+def _is_rounding(exact: str, rounded: str) -> bool:
+    """True for a formula that has the value of the decimal after it, to its places."""
+    if not _EXACT.search(exact):
+        return False
+    try:
+        number = complex(value(read_number(exact.strip(" $")).node, {}))
+    except (Unreadable, TooLarge, ArithmeticError):
+        return False
+    places = len(rounded.partition(".")[2])
+    return abs(number - float(rounded.replace(",", ""))) <= 10.0**-places
+
+
+def _inward(match: re.Match[str]) -> str:
+    return f"{'[('[match[1] == ']']}{match[2]}{'])'[match[3] == '[']}"
 
 
 def _exact_side(text: str) -> str:

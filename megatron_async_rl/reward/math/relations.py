@@ -160,8 +160,19 @@ def read_equation(text: str, depth: int, read: Reader) -> Part:
     if name and not (isinstance(right, Number) and variables(right.node)):
         return right
     if not isinstance(right, Number):
+        if isinstance(right, Sequence) and _same_items(read(left, depth + 1), right):
+            return right  # (4/2, 6/2) = (2, 3)
         raise Unreadable
     return Equation(_left_node(left), right.node, name, right)
+
+
+def _same_items(left: Part, right: Sequence) -> bool:
+    if not isinstance(left, Sequence) or len(left.items) != len(right.items):
+        return False
+    return all(
+        isinstance(a, Number) and isinstance(b, Number) and number_equality.equal_numbers(a, b)
+        for a, b in zip(left.items, right.items, strict=True)
+    )
 
 
 def _is_name(side: str) -> bool:
@@ -180,7 +191,7 @@ def _read_plain(side: str) -> Number | None:
 def _left_node(left: str) -> Node:
     try:
         return formula.parse(left)
+    except Contradiction:
+        raise
     except Unreadable:
-        if not any(ch.isalpha() for ch in left):
-            raise
-        return ("variable", left)
+        return ("variable", left)  # such as an operation of the question: 3 \# 4

@@ -31,7 +31,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 _WORD_TEXT = re.compile(r"[^\W\d_][^\W\d_'.-]*(?:[ ,'-]+[^\W\d_'.-]+)*")
 _MATRIX = re.compile(
     r"(?P<factor>[^&]{0,40}?)(?:"
-    r"\\begin\s*\{(?P<kind>[pbvBV]?)matrix\}(?P<a>.*)\\end\s*\{(?P=kind)matrix\}|"
+    r"[\[(]?\s*\\begin\s*\{(?P<kind>[pbvBV]?)matrix\}(?P<a>.*)\\end\s*\{(?P=kind)matrix\}\s*[\])]?|"
     r"[\[(|]?\s*\\begin\s*\{array\}\s*\{[^{}]*\}(?P<b>.*)\\end\s*\{array\}\s*[\])|]?)",
     re.DOTALL,
 )
@@ -39,6 +39,11 @@ _CONGRUENCE = re.compile(
     r"(?:[^=<>]{1,40}?\\equiv(?![A-Za-z])\s*)?(?P<residue>[^=<>]{1,80}?)\s*"
     r"(?:\\pmod|\\?\(\s*\\?b?mod|\\b?mod|mod|modulo)\s*\{?\s*(?P<modulus>\d{1,12})\s*\}?\s*\)?"
 )
+_GROUPED = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+_TRANSPOSED = re.compile(
+    r"(.*[\])])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\{\s*T\s*\})\s*\}?", re.DOTALL
+)
+_IN_PARENTHESES = re.compile(r"\([^()]*\)")
 _HOLES = re.compile(r"([A-Za-z])\s*\\ne(?![A-Za-z])\s*(.+)")
 _WITHOUT = re.compile(
     r"\(-\\infty,\\infty\)\s*(?:\\(?:setminus|backslash|smallsetminus)(?![A-Za-z])|-|"
@@ -63,6 +68,8 @@ def _read(text: str, depth: int) -> Part:
         return _read(text.rpartition("=")[2], depth + 1)
     if "\\begin" in text and (matrix := _MATRIX.fullmatch(text)):
         return _read_matrix(matrix, depth)
+    if "^" in text and (transposed := _TRANSPOSED.fullmatch(text)):
+        return _read(transposed[1], depth + 1)
     if sequence := _read_brackets(text, depth):
         return sequence
     if text == "\\emptyset":
@@ -91,9 +98,13 @@ def _read(text: str, depth: int) -> Part:
     if "\\pm" in text or "\\mp" in text:
         signs = [_choose_signs(text, "+", "-"), _choose_signs(text, "-", "+")]
         return _flat_list(_read_all(signs, depth))
-    if relations.COMPARISON.search(text):
+    if (comparison := relations.COMPARISON.search(text)) and "=" in text:
+        comparison = relations.COMPARISON.search(_IN_PARENTHESES.sub("", text))
+    if comparison:
         return relations.read_inequality(text, depth, _read)
     if "=" in text:
+        if "_" in text and (based := numerals.read_based_chain(text)):
+            return based
         return relations.read_equation(text, depth, _read)
     return numerals.read_number(text)
 
@@ -168,6 +179,8 @@ def _split_commas(text: str, everywhere: bool = False) -> list[str]:
 
 
 def _is_thousands(text: str) -> bool:
+    if "/" in text and "," not in _GROUPED.sub("", text):
+        return True  # 45/1,024
     return re.match(
         r"(?:[^,=]{1,40}=)?\s*[-+]?\s*\d{1,3}(?:,\d{3})+(?![\d,]|\s*,)", text
     ) is not None and not re.search(r",(?!\d{3}(?!\d))", text)
@@ -227,7 +240,7 @@ def _closes_at_end(text: str, opening: str, ending: str) -> bool:
 def _read_matrix(match: re.Match[str], depth: int) -> Matrix:
     body = (match["a"] if match["a"] is not None else match["b"]).replace("\\hline", "").strip()
     lines = [line for line in re.split(r"\\\\(?:\[[^\]]*\])?", body) if line.strip()]
-    factor = match["factor"].strip()
+    factor = match["factor"].strip().replace("\\cdot", "")
     if len(lines) > 20:
         raise Unreadable
     if factor.endswith("="):
@@ -239,7 +252,7 @@ def _read_matrix(match: re.Match[str], depth: int) -> Matrix:
 
 
 def _multiplied(factor: str, cell: Part) -> Number:
-    number = numerals.read_number(factor.removesuffix("\\cdot").strip())
+    number = numerals.read_number("-1" if factor == "-" else factor.strip())
     if not isinstance(cell, Number):
         raise Unreadable
     return Number(("*", number.node, cell.node), "")

@@ -6,7 +6,8 @@ from __future__ import annotations
 _DROPPED = (
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm Bigm middle "
     "displaystyle textstyle scriptstyle limits nolimits boldsymbol bm mathbf mathit mathsf mathtt "
-    "mathnormal protect nonumber noindent normalsize large Large strut vphantom bf rm it sf"
+    "mathnormal protect nonumber noindent normalsize large Large LARGE huge Huge small tiny "
+    "footnotesize scriptsize strut vphantom bf rm it sf hfill qed qedhere"
 ).split()
 COMMANDS = {
     **{f"\\{name}": "" for name in _DROPPED},
@@ -49,6 +50,7 @@ COMMANDS = {
     "\\inf": "\\infty ",
     **dict.fromkeys(("\\euro", "\\pounds", "\\yen", "\\mathstrut"), ""),
     "\\textdollar": "$",
+    "\\mathdollar": "$",
     "\\colon": ":",
     "\\land": "\\text{ and }",
     "\\lor": "\\text{ or }",
@@ -61,7 +63,6 @@ COMMANDS = {
     "**": "",
     "$": "$",
     "\\$": "$",
-    "\\#": "",
 }
 _GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "

@@ -20,7 +20,7 @@ _NOT_UNITS = frozenset(
 )
 _UNIT_PART = r"(?:[A-Za-z]+\.?(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?)"
 _UNIT = re.compile(
-    rf"(?<=[\d)}}%\]a-z])(?P<gap>[\s-]*)(?P<unit>(?<![A-Za-z\\]){_UNIT_PART}"
+    rf"(?<=[\d)}}%\]a-z])(?P<gap>[\s-]*(?:/\s*(?=[A-Za-z]{{3}}))?)(?P<unit>(?<![A-Za-z\\]){_UNIT_PART}"
     rf"(?:(?:\s*(?:/|\\cdot|\*)\s*|\s+){_UNIT_PART}){{0,5}})\s*$"
 )
 _UNIT_SYMBOL = re.compile(r"(?<=\d)\s*\\(?:Omega|mu\s*[A-Za-z]{1,3}|AA)$")
