@@ -91,11 +91,7 @@ def read_source(
             left_out[reason] += 1
             continue
         _check_length(len(ids), place, config)
-        if ids.max() >= vocab_size:  # a server that receives it would crash
-            raise DataError(
-                f"{place}: token id {ids.max()} is outside the model's vocabulary of {vocab_size}",
-                f"put the model's own tokenizer into model.path = {config.model.path}",
-            )
+        _check_vocabulary(ids, place, vocab_size, config)
         end = tokenizer.decode(ids[-_MAX_TAG_TOKENS:])
         opening_tag = thinking.opened_by(end, config.reward.thinking_tags)
         prompts.append(Prompt(prompt_id, ids, fields | {"prompt": prompt}, opening_tag))
@@ -114,13 +110,18 @@ def _report_left_out(left_out: Counter[str], num_left: int, name: str, report: R
 
 
 def check_source(
-    source: SourceConfig | str, setting: str, config: Config, report: Report = logger.warning
+    source: SourceConfig | str,
+    setting: str,
+    config: Config,
+    report: Report = logger.warning,
+    tokenizes: bool = True,
 ) -> int:
-    """Returns the number of rows, for preflight: all rows are read, and the first chat is rendered.
+    """Returns the number of rows, for preflight, which reads all of them.
 
-    Raises ConfigError or DataError and reports as `read_source`, but tokenizes only rows that may
-    be too long: a tokenizer makes at most one token of a byte. So it does not count the shorter
-    ones that min_prompt_tokens leaves out.
+    Raises ConfigError or DataError and reports as `read_source`, but tokenizes only the first row,
+    the first chat, and rows that may be too long: a tokenizer makes at most one token of a byte. So
+    it does not count the shorter ones that min_prompt_tokens leaves out. `tokenizes`: False reads
+    the rows alone.
     """
     if isinstance(source, str):
         source = SourceConfig(path=source)
@@ -129,19 +130,25 @@ def check_source(
     longest = _max_tokens(config)
     if source.max_prompt_tokens is not None:
         longest = min(longest, source.max_prompt_tokens)
-    tokenizer: Tokenizer | None = None
+    tokenizer = Tokenizer(config.model.path) if tokenizes else None
+    vocab_size = HfConfig(config.model.path).vocab_size if tokenizes else 0
     for place, _, fields in read_rows(source, setting, config):
         count += 1
+        if tokenizer is None:
+            continue
         prompt = _prompt(fields["prompt"], source)
-        if not rendered and (config.data.chat_template or isinstance(prompt, list)):
-            rendered = True
-            try:
-                _render(prompt, config, Tokenizer(config.model.path))
-            except (ConfigError, DataError) as e:
-                raise type(e)(f"{place}: {e.problem}", e.remedy) from None
-        if len(str(prompt).encode(errors="replace")) > longest:
-            tokenizer = tokenizer or Tokenizer(config.model.path)
-            num_tokens = len(_tokenize(fields["prompt"], source, config, tokenizer)[0])
+        is_chat = config.data.chat_template or isinstance(prompt, list)
+        is_long = len(str(prompt).encode(errors="replace")) > longest
+        if not (count == 1 or is_long or (is_chat and not rendered)):
+            continue
+        rendered = rendered or is_chat
+        try:
+            ids, _ = _tokenize(fields["prompt"], source, config, tokenizer)
+        except (ConfigError, DataError) as e:
+            raise type(e)(f"{place}: {e.problem}", e.remedy) from None
+        _check_vocabulary(ids, place, vocab_size, config)
+        if is_long:
+            num_tokens = len(ids)
             if reason := _left_out(num_tokens, source, config):
                 left_out[reason] += 1
             else:
@@ -169,6 +176,15 @@ def _check_length(num_tokens: int, place: str, config: Config) -> None:
             f"{place}: the prompt has {num_tokens} tokens, must be 1 to {_max_tokens(config)} "
             "(model.context_tokens - rollout.max_new_tokens)",
             "shorten it, change one of these settings, or set data.overlong=drop",
+        )
+
+
+def _check_vocabulary(ids: np.ndarray, place: str, vocab_size: int, config: Config) -> None:
+    """Raises DataError for tokens that the model does not have: a server would crash."""
+    if ids.max(initial=0) >= vocab_size:
+        raise DataError(
+            f"{place}: token id {ids.max()} is outside the model's vocabulary of {vocab_size}",
+            f"put the model's own tokenizer into model.path = {config.model.path}",
         )
 
 

@@ -22,6 +22,7 @@ from megatron_async_rl.config.datasets import SourceConfig
 from megatron_async_rl.data import success_rate
 from megatron_async_rl.data.dataset import check_source, evaluation_config
 from megatron_async_rl.data.sources import training_sources
+from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
 from megatron_async_rl.errors import ConfigError, DataError, Error
 from megatron_async_rl.hooks import custom_hooks
@@ -34,6 +35,7 @@ from megatron_async_rl.launcher.checks.settings import (
     check_sglang,
     check_weight_type,
 )
+from megatron_async_rl.launcher.checks.weights import check_weights
 from megatron_async_rl.model import layout, memory
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.layout import Layout
@@ -80,10 +82,12 @@ def config_checks(config: Config, say: Say) -> Iterator[Check]:
 
     model = check("model", _model_files)
     yield model
+    is_known = False
     if model.ok:
         architecture = check("architecture", _architecture)
         yield architecture
-        if architecture.ok:
+        is_known = architecture.ok
+        if is_known:
             yield check("trainer layout", _trainer_layout)
             yield check("engine layout", _engine_layout)
             if config.rollout.routing_replay:
@@ -94,9 +98,9 @@ def config_checks(config: Config, say: Say) -> Iterator[Check]:
             yield check("disk", check_disk)
             if not config.on_cpu:
                 yield check("GPU memory", lambda _: "; ".join(memory.summary(config)))
-    yield check("dataset train", _training_data)
+    yield check("dataset train", lambda _: _training_data(config, is_known))
     if config.evaluation.sets:
-        yield check("dataset evaluation", _evaluation_data)
+        yield check("dataset evaluation", lambda _: _evaluation_data(config, is_known))
     if config.data.filter.run:
         yield check("dataset filter", _success_rates)
     if config.reward.function == "code" or config.rollout.workflow == "python_tool":
@@ -150,7 +154,7 @@ def check_engine() -> Check:
 
 
 def _model_files(config: Config) -> str:
-    """Checks that the folder is complete. With model.random_init no weights are needed."""
+    """Checks that the folder is complete and can be read; model.random_init needs no weights."""
     path = Path(config.model.path)
     remedy = (
         f"the quickstart's model: python tools/make_tiny_model.py {path}; "
@@ -159,7 +163,7 @@ def _model_files(config: Config) -> str:
     if not path.is_dir():
         raise DataError(f"model.path = {path}: no such folder", remedy)
     missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
-    weights = list(path.glob("*.safetensors"))
+    weights = sorted(path.glob("*.safetensors"))
     if not config.model.random_init:
         missing += [] if weights else ["*.safetensors"]
         index = path / "model.safetensors.index.json"
@@ -167,12 +171,15 @@ def _model_files(config: Config) -> str:
             if index.is_file():
                 files = set(json.loads(index.read_bytes())["weight_map"].values())
                 missing += sorted(name for name in files if not (path / name).is_file())
-        except (OSError, ValueError, KeyError, AttributeError) as e:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
             raise DataError(f"model.path = {path}: cannot read {index.name}: {e}", remedy) from None
     if missing:
         raise DataError(f"model.path = {path}: {', '.join(missing)} not in it", remedy)
-    size = size_text(sum(file.stat().st_size for file in weights))
-    return f"{path}: {'random weights' if config.model.random_init else size}"
+    Tokenizer(path, config.reward.thinking_tags)
+    if config.model.random_init:
+        return f"{path}: random weights"
+    check_weights(weights, config.has_trainer, remedy)
+    return f"{path}: {size_text(sum(file.stat().st_size for file in weights))}"
 
 
 def _architecture(config: Config) -> str:
@@ -216,23 +223,25 @@ def _context(config: Config) -> str:
     return f"{tokens} tokens" + ("" if limit is None else f" of {limit}")
 
 
-def _training_data(config: Config) -> str:
-    found = [_dataset(setting, source, config) for setting, source in training_sources(config)]
-    return "; ".join(found)
+def _training_data(config: Config, tokenizes: bool) -> str:
+    return "; ".join(
+        _dataset(setting, source, config, tokenizes) for setting, source in training_sources(config)
+    )
 
 
-def _evaluation_data(config: Config) -> str:
-    sets = config.evaluation.sets.items()
-    found = [
-        _dataset(f"evaluation.sets.{name}.path", chosen, evaluation_config(config, chosen))
-        for name, chosen in sets
-    ]
-    return "; ".join(found)
+def _evaluation_data(config: Config, tokenizes: bool) -> str:
+    return "; ".join(
+        _dataset(
+            f"evaluation.sets.{name}.path", chosen, evaluation_config(config, chosen), tokenizes
+        )
+        for name, chosen in config.evaluation.sets.items()
+    )
 
 
-def _dataset(setting: str, source: SourceConfig, config: Config) -> str:
+def _dataset(setting: str, source: SourceConfig, config: Config, tokenizes: bool) -> str:
+    """`tokenizes`: False if the model cannot be read, which is another check's problem."""
     left_out: list[str] = []
-    count = check_source(source, setting, config, left_out.append)
+    count = check_source(source, setting, config, left_out.append, tokenizes)
     return "; ".join([f"{source.path}: {count:,} rows", *left_out])
 
 

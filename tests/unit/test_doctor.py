@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 from megatron_async_rl.__main__ import main
 from megatron_async_rl.cli import doctor
@@ -73,10 +75,24 @@ def environment(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def write_model(**changes: object) -> None:
-    Path("model").mkdir(exist_ok=True)
-    for name in ("tokenizer.json", "model.safetensors"):
-        (Path("model") / name).write_text("{}")
-    (Path("model") / "config.json").write_text(json.dumps(MODEL | changes))
+    folder = Path("model")
+    folder.mkdir(exist_ok=True)
+    vocabulary = {character: number for number, character in enumerate("e0123456789+=")}
+    tokenizer = Backend(models.WordLevel(vocabulary, unk_token="e"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    write_weights(folder / "model.safetensors", {"lm_head.weight": "BF16"})
+    (folder / "config.json").write_text(json.dumps(MODEL | changes))
+
+
+def write_weights(path: Path, types: dict[str, str]) -> None:
+    """Writes a safetensors file with tensors of 4 bytes, given by their element types."""
+    header = json.dumps({
+        name: {"dtype": kind, "shape": [2], "data_offsets": [4 * n, 4 * n + 4]}
+        for n, (name, kind) in enumerate(types.items())
+    })  # fmt: skip
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4 * len(types)))
 
 
 def make_config(**changes: dict[str, object]) -> Config:
@@ -218,6 +234,34 @@ def test_incomplete_model_download_is_detected() -> None:
         DataError, match=r"tokenizer\.json, model-00002-of-00002\.safetensors not in it"
     ):
         preflight(make_config())
+
+
+@pytest.mark.parametrize(("content", "problem"), [
+    (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git lfs.*; git lfs pull"),
+    (b"", "cut off: it has 0 bytes"),
+    (b"<html>not found</html>", "cut off: it has 22 bytes"),
+    (b"\x02" + bytes(7) + b"[]", "cut off: it has 10 bytes"),
+    (None, "cut off: it has 83 bytes of 87; .*hf download"),
+])  # fmt: skip
+def test_weights_that_are_not_whole_are_detected(content: bytes | None, problem: str) -> None:
+    path = Path("model/model.safetensors")
+    path.write_bytes(path.read_bytes()[:-4] if content is None else content)
+    with pytest.raises(DataError, match=rf"model\.safetensors .*{problem}"):
+        preflight(make_config())
+    preflight(make_config(model={"random_init": True}))
+
+
+def test_quantized_weights_without_a_mark_in_config_json_are_detected() -> None:
+    write_weights(Path("model/model.safetensors"), {"a.weight": "BF16", "b.weight": "F8_E4M3"})
+    with pytest.raises(DataError, match=r"b\.weight is stored as F8_E4M3, and quantized weights"):
+        preflight(make_config())
+    preflight(make_config(run={"mode": "rollout_only"}))
+
+
+def test_tokenizer_of_a_larger_model_is_detected() -> None:
+    write_model(vocab_size=3)
+    problems = [check.detail for check in checks(make_config()) if check.name == "dataset train"]
+    assert "row 1: token id" in problems[0] and "vocabulary of 3" in problems[0]
 
 
 def test_config_json_of_another_model_type_is_rejected() -> None:

@@ -1,0 +1,47 @@
+"""Checks that the weight files of a model folder are whole, by their headers.
+
+A safetensors file begins with the length of its header (8 bytes) and the header, a JSON object:
+tensor -> {dtype, shape, data_offsets}. So a download that was cut off is found without reading it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_async_rl.errors import DataError
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_POINTER = b"version https://git-lfs"  # a file that git has not fetched
+
+
+def check_weights(files: Iterable[Path], trains: bool, remedy: str) -> None:
+    """Raises DataError for a file that is damaged, or with `trains` has quantized weights."""
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                start = file.read(len(_POINTER))
+                file.seek(8)
+                length = int.from_bytes(start[:8], "little")
+                size = path.stat().st_size
+                header = json.loads(file.read(length)) if len(start) > 8 and length < size else {}
+            tensors: dict[str, Any] = {k: v for k, v in header.items() if k != "__metadata__"}
+            end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=-1)
+        except OSError as e:
+            raise DataError(f"{path} cannot be read: {e.strerror}", remedy) from None
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            end = -1
+        if start == _POINTER:
+            raise DataError(f"{path} is a pointer of git lfs, without the weights", "git lfs pull")
+        if end < 0 or 8 + length + end != size:
+            found = f"{size:,} bytes" + (f" of {8 + length + end:,}" if end >= 0 else "")
+            raise DataError(f"{path} is damaged or was cut off: it has {found}", remedy)
+        for name, tensor in tensors.items():
+            if trains and name.endswith("weight") and tensor.get("dtype") not in _FLOATS:
+                raise DataError(
+                    f"{path}: {name} is stored as {tensor.get('dtype')}, and quantized weights "
+                    "cannot be trained",
+                    "use the folder of the same model in bfloat16, float16 or float32",
+                )
