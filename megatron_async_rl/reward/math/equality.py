@@ -33,6 +33,7 @@ from megatron_async_rl.reward.math.parts import (
 )
 
 _COORDINATE = re.compile(r"([xyz])\s*=")
+_NAMED = re.compile(r"(?:^|,|;|\band\b|\})\s*([A-Za-z]{1,3})\s*=")
 _CONSTANT = re.compile(r"\+\s*[CcKk]$")  # of integration
 _HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b|\?", re.IGNORECASE)
 _PROSE_WORD = re.compile(r"(?<![\\A-Za-z])(?!sin|cos|tan|log|exp|sqrt|arc|text)[A-Za-z]{3,}")
@@ -64,12 +65,32 @@ def equal(expected: str, answer: str) -> bool | None:
         return False if is_open or isinstance(gold, Words) else None
     if _names_other_coordinate(expected, answer):
         return False
+    if named := _named_values(expected):
+        gold, given = _in_order(gold, given, named, _named_values(answer))
     try:
         return _equal(gold, given)
     except TooLarge:
         return False if _only_one_is_huge(gold, given) else None
     except (Unreadable, ArithmeticError):
-        return None
+        return _equal_texts(expected, answer)
+
+
+def _named_values(text: str) -> list[str]:
+    """Returns the names of AB = 9, CD = 4 if they differ; x = 1, x = 2 and x_1 = 1 are a list."""
+    names = _NAMED.findall(text)
+    return names if len(names) > 1 and len(set(names)) == len(names) == text.count("=") else []
+
+
+def _in_order(
+    gold: Part, given: Part, names: list[str], given_names: list[str]
+) -> tuple[Part, Part]:
+    """Returns two lists of named values as tuples in the order of the first one's names."""
+    if not (isinstance(gold, Items) and isinstance(given, Items) and len(gold.items) == len(names)):
+        return gold, given
+    items = given.items
+    if sorted(given_names) == sorted(names) and len(items) == len(names):
+        items = tuple(items[given_names.index(name)] for name in names)
+    return Sequence("()", gold.items), Sequence("()", items)
 
 
 def _only_one_is_huge(gold: Part, given: Part) -> bool:
@@ -80,7 +101,7 @@ def _only_one_is_huge(gold: Part, given: Part) -> bool:
 
 def _is_cut_off(text: str) -> bool:
     """True for an open brace, and for an operator at the end."""
-    if text[-1] in "+-*/=^_":
+    if text.endswith(("+", "-", "*", "/", "=", "^", "_", "\\cdot")):
         return True
     depth = 0
     for match in _BRACE.finditer(text):

@@ -70,11 +70,23 @@ def variables(node: Node) -> frozenset[str]:
     return found
 
 
-def points(names: frozenset[str]) -> list[dict[str, Fraction]]:
+def counts(node: Node) -> bool:
+    """Returns whether a formula has factorials or binomials, which are of whole numbers."""
+    if node[0] in ("!", "binom"):
+        return True
+    return any(isinstance(part, tuple) and counts(part) for part in node[1:])
+
+
+def points(names: frozenset[str], whole: bool = False) -> list[dict[str, Fraction]]:
     """Returns the assignments at which formulas in these variables are compared."""
     if not names:
         return [{}]
     ordered = sorted(names)
+    if whole:
+        return [
+            {name: Fraction(4 + 3 * k + (5 + k) * i) for i, name in enumerate(ordered)}
+            for k in range(4)
+        ]
     return [
         {name: Fraction(7 + 13 * k + 5 * i * (k + 2), 11 + 3 * k) for i, name in enumerate(ordered)}
         for k in range(4)

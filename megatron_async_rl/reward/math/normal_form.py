@@ -131,7 +131,7 @@ def _rewrite_layout(text: str) -> str:
         text = _PHANTOM.sub(" ", text)
     text = _NO_DELIMITER.sub("", text)
     if "\\SI" in text or "\\qty" in text:
-        text = _QUANTITY.sub(r"\1\\text{ \2}", text)
+        text = _QUANTITY.sub(lambda m: f"{m[1]}\\text{{ {m[2].replace(chr(92), ' ')}}}", text)
     if "\\num" in text or "\\ang" in text:
         text = _SIMPLE_QUANTITY.sub(lambda m: m[2] + "^\\circ " * (m[1] == "ang"), text)
     text = text.replace("\\textsuperscript", "^")
@@ -184,7 +184,7 @@ def unwrap_text(text: str) -> str:
         text, count = _TEXT.subn(r" \1 ", text)
         if not count:
             break
-    return " ".join(text.split())
+    return " ".join(text.split()).replace(" ,", ",")
 
 
 def _closes_at_end(text: str) -> bool:

@@ -9,6 +9,7 @@ from megatron_async_rl.reward.math.evaluation import (
     Node,
     TooLarge,
     Value,
+    counts,
     points,
     value,
     variables,
@@ -59,7 +60,8 @@ def is_huge(node: Node) -> bool:
 
 def _same_values(a: Node, b: Node) -> bool:
     names = variables(a) | variables(b)
-    return all(_same_value(value(a, point), value(b, point)) for point in points(names))
+    whole = bool(names) and (counts(a) or counts(b))
+    return all(_same_value(value(a, point), value(b, point)) for point in points(names, whole))
 
 
 def _decimal_logs(node: Node) -> Node:

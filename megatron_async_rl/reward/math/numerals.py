@@ -88,6 +88,33 @@ _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9
 _SCALES |= {"trillion": 10**12, "dozen": 12}
 
 
+_CARDINALS = {
+    name: number
+    for number, name in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen twenty".split()
+    )
+}
+_PARTS = {
+    f"{name}{plural}": number
+    for number, name in enumerate("third fourth fifth sixth seventh eighth ninth tenth".split(), 3)
+    for plural in ("", "s")
+} | {"half": 2, "halves": 2, "quarter": 4, "quarters": 4}
+_SPELLED = re.compile(r"([a-z]+)(?:[ -]([a-z]+))?", re.IGNORECASE)
+
+
+def spell_out(text: str) -> str:
+    """Returns the digits of a number in words, such as seven, three-fourths or two million."""
+    match = _SPELLED.fullmatch(text)
+    number = _CARDINALS.get(match[1].lower()) if match else None
+    if match is None or number is None:
+        return text
+    second = (match[2] or "").lower()
+    if second in _PARTS:
+        return f"{number}/{_PARTS[second]}"
+    return f"{number} {second}".strip() if not second or second in _SCALES else text
+
+
 def read_based(text: str) -> BasedNumber | None:
     r"""Reads 52_8, (52)_{\text{eight}}, 52 base 8 and 0b101."""
     if match := _BASE.fullmatch(text):

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import re
 
-from megatron_async_rl.reward.math import normal_form
+from megatron_async_rl.reward.math import normal_form, numerals
 from megatron_async_rl.reward.math.evaluation import TooLarge, Unreadable, value
-from megatron_async_rl.reward.math.numerals import read_number
 
 _OUTWARD = re.compile(r"^([\[\]])([^\[\]()]*[,;][^\[\]()]*)([\[\]])$")  # ]1,2[ is (1,2)
-_ELEMENT = re.compile(r"^\(?\\?[A-Za-z]+(?:\s*,\s*[A-Za-z])*\)?\s*\\in(?![A-Za-z])\s*")
+_ELEMENT = re.compile(
+    r"^\(?\\?[A-Za-z]+(?:\([a-z]\))?(?:\s*,\s*[A-Za-z])*\)?\s*\\in(?![A-Za-z])\s*"
+)
 _OF_REALS = re.compile(r"(?:,\s*|\s+for\s+)[A-Za-z]\s*\\in\s*\\mathbb\s*\{?\s*R\s*\}?$")
+_REAL = re.compile(r"^[a-z]\s*\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*,\s*(?=[a-z])")
+_CHOOSE = re.compile(  # _5C_2, ^5C_2
+    r"(?:\{\s*\})?[_^]\s*\{?(\w+)\}?\s*C\s*_\s*\{?(\w+)\}?"
+)
 _FUNCTION = re.compile(r"^(?:[A-Za-z]\s*\\mapsto\s*|[fghpFGHP]\s*\(\s*[a-z]\s*\)\s*=)")
 _NEGATIVE = re.compile(r"^(?:negative|minus)\s+(?=[\d\\])", re.IGNORECASE)
 _REALS = re.compile(
@@ -72,14 +77,17 @@ def bare(text: str) -> str:
         raise Unreadable
     if text[0].isalpha():
         text = _POINT.sub("", _LEAD.sub("", text, count=1), count=1)
-        text = _NEGATIVE.sub("-", text)
+        text = numerals.spell_out(_NEGATIVE.sub("-", text))
         if (sentence := _SENTENCE.match(text)) and not _DENIAL.search(sentence[0]):
             text = text[sentence.end() :].removesuffix(".")
         if "y" not in text:
             text = _FUNCTION.sub("y=", text)
     if "U" in text:
         text = _UNION_LETTER.sub(r"\\cup ", text)
+    if "C" in text:
+        text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
     if "\\in" in text:
+        text = _REAL.sub("", text)
         text = _ELEMENT.sub("", _OF_REALS.sub("", text))
     if text.endswith(")"):
         text = _ALTERNATIVE.sub(r" or \1", _PLURAL.sub("s", _COMMENT.sub("", text)))
@@ -104,7 +112,7 @@ def _is_rounding(exact: str, rounded: str) -> bool:
     if not _EXACT.search(exact):
         return False
     try:
-        number = complex(value(read_number(exact.strip(" $")).node, {}))
+        number = complex(value(numerals.read_number(exact.strip(" $")).node, {}))
     except (Unreadable, TooLarge, ArithmeticError):
         return False
     places = len(rounded.partition(".")[2])

@@ -63,6 +63,9 @@ def read_inequality(text: str, depth: int, read: Reader) -> Part:
         _BOUNDED.fullmatch(side) is not None and side not in ("\\infty", "e", "\\pi")
         for side in sides
     ]
+    if signs == ["\\ne"] and is_name == [False, True]:
+        sides.reverse()
+        is_name.reverse()
     if signs == ["\\ne"] and is_name == [True, False]:
         return _without([read(sides[1], depth + 1)])
     if len(signs) == 1 and _ABSOLUTE.fullmatch(sides[0]):

@@ -49,6 +49,7 @@ _WITHOUT = re.compile(
     r"\(-\\infty,\\infty\)\s*(?:\\(?:setminus|backslash|smallsetminus)(?![A-Za-z])|-|"
     r"except(?:\s+for)?)\s*(.+)"
 )
+_NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?")
 _AND_OR = re.compile(r"\b(?:and|or)\b")
 
 
@@ -124,6 +125,8 @@ def _words(text: str) -> Words | None:
 def fold_words(text: str) -> str:
     text = " ".join(text.casefold().replace(".", "").split()).strip(" ,")
     text = re.sub(r",?\s+and\s+", ", ", text)
+    if _NO_SOLUTION.fullmatch(text):
+        return "empty set"
     return re.sub(r"^(?:the|an|a)\s+", "", text)
 
 

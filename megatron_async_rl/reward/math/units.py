@@ -34,7 +34,7 @@ _CJK_UNIT = re.compile(
 _UNIT_WORD = re.compile(r"[A-Za-z]+")
 _LEADING = re.compile(
     r"(?:USD|EUR|GBP|INR|CAD|AUD|NZD|CHF|JPY|CNY|HKD|SGD|RMB|Rs\.?|US|(?:about|exactly|around|"
-    r"approximately|nearly)\s)\s*(?=[-+.\d\\])",
+    r"approximately|nearly|only|just)\s)\s*(?=[-+.\d\\])",
     re.IGNORECASE,
 )
 _MAX_CHARS = 120  # of a unit
