@@ -87,6 +87,7 @@ def _observed(config: Config, folder: Path) -> Config:
     own["debug_tensor_dump_output_folder"] = str(folder / files.ENGINE_FOLDER)
     tree = msgspec.to_builtins(config)
     tree["sglang"] |= {key: value for key, value in own.items() if key not in tree["sglang"]}
+    tree["weights"]["quantization"] = None  # no trainer sends this server fp8 weights
     observed = configuration.from_tree(tree)
     observed.sglang["weight_version"] = "0"  # a run sets it, so configuration files must not
     return observed

@@ -18,7 +18,10 @@ VOCABULARY = ("embed_tokens", "lm_head")
 VOCABULARY_MULTIPLE = 64  # SGLang pads the vocabulary to a multiple of it
 _SPLIT_COLUMNS = ("o_proj", "down_proj")  # along the input dimension
 _SPLIT_ROWS = (*VOCABULARY, *(part for parts in FUSED.values() for part in parts))
-_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_EXPERT = re.compile(
+    r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|weight_scale_inv)"
+)
+_FUSED_EXPERTS = re.compile(r".*\.w(13|2)_weight(_scale_inv)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +38,17 @@ class EngineSlot:
 
     @property
     def is_fused_expert(self) -> bool:
-        return self.tensor.endswith(("w13_weight", "w2_weight"))
+        return _FUSED_EXPERTS.fullmatch(self.tensor) is not None
 
 
 def engine_slot(name: str, shape: ModelShape) -> EngineSlot:
     """Returns the slot of a Hugging Face tensor."""
     if expert := _EXPERT.fullmatch(name):
-        number, leaf = int(expert[2]), expert[3]
+        number, leaf, kind = int(expert[2]), expert[3], expert[4]
         if leaf == "down_proj":
-            return EngineSlot(f"{expert[1]}.w2_weight", number, shape.num_experts, leaf)
+            return EngineSlot(f"{expert[1]}.w2_{kind}", number, shape.num_experts, leaf)
         part = 2 * number + (leaf == "up_proj")
-        return EngineSlot(f"{expert[1]}.w13_weight", part, 2 * shape.num_experts, leaf)
+        return EngineSlot(f"{expert[1]}.w13_{kind}", part, 2 * shape.num_experts, leaf)
     module, _, kind = name.rpartition(".")
     stem, _, leaf = module.rpartition(".")
     for fused, parts in FUSED.items():

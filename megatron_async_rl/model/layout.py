@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.model import block_fp8
 from megatron_async_rl.model.engine_layout import VOCABULARY_MULTIPLE
 from megatron_async_rl.model.families import ModelShape
 
@@ -27,6 +28,8 @@ class Layout:
     dp: int = 1
     engine_tp: int = 1
     servers: int = 1
+    quantized: bool = False
+    """The servers hold the decoder's linear layers as fp8 blocks (weights.quantization)."""
 
     @classmethod
     def from_config(cls, config: Config) -> Layout:
@@ -41,6 +44,7 @@ class Layout:
             dp=config.trainer.data_parallel_size,
             engine_tp=config.engine_tp,
             servers=config.rollout.servers,
+            quantized=config.sends_fp8,
         )
 
     def stage_of(self, layer: int, num_layers: int) -> int:
@@ -112,6 +116,8 @@ def check_engine(layout: Layout, shape: ModelShape) -> None:
             "nor is a multiple of it",
             f"set it to one of {_listed(fitting)}",
         )
+    if layout.quantized:
+        block_fp8.check_engine(shape, tp)
 
 
 def _mlp_sizes(shape: ModelShape) -> dict[str, int]:

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.model import block_fp8
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.families import ModelShape
 from megatron_async_rl.model.layout import Layout
@@ -65,12 +66,13 @@ def server_memory(config: Config, hf: HfConfig) -> ServerMemory:
     num_bytes = 4 if config.sglang.get("dtype") == "float32" else 2
     dense, experts = layer_parameters(shape)
     per_layer = dense + experts * shape.num_experts
-    parameters = shape.num_layers * per_layer + vocabulary_parameters(shape) * (
-        1 if shape.tied else 2
-    )
+    vocabulary = vocabulary_parameters(shape) * (1 if shape.tied else 2)
+    # a router stays as it is, but is small
+    layer_bytes = 1 + 4 / block_fp8.BLOCK**2 if config.sends_fp8 else num_bytes
+    weights = shape.num_layers * per_layer * layer_bytes + vocabulary * num_bytes
     kv_heads = max(1, shape.num_query_groups / tp)
     kv = 2 * shape.num_layers * kv_heads * shape.kv_channels * num_bytes
-    return ServerMemory(parameters / tp * num_bytes, kv)
+    return ServerMemory(weights / tp, kv)
 
 
 def summary(config: Config) -> list[str]:

@@ -18,7 +18,7 @@ import msgspec
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
-from megatron_async_rl.model import engine_layout, layout
+from megatron_async_rl.model import block_fp8, engine_layout, layout
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.families import ModelShape, map_parameter, parameter_names
 from megatron_async_rl.model.layout import Layout
@@ -86,10 +86,12 @@ def make(config: Config, link_gb_s: float) -> Plan:
     gathered: Counter[tuple[int, int]] = Counter()
     largest = 0
     for route in routes:
-        size = prod(route.shape) * _ELEMENT_BYTES[dtype]
-        source = (route.stage, max(route.expert_rank, 0))
+        count, source = prod(route.shape), (route.stage, max(route.expert_rank, 0))
+        size = count * _sent_bytes(route.tensor, sizes, dtype)
         num_bytes[source] += size
-        gathered[source] += size * (len(route.shards) - 1) // len(route.shards)
+        # before the source quantizes
+        whole = count * _ELEMENT_BYTES[dtype]
+        gathered[source] += whole * (len(route.shards) - 1) // len(route.shards)
         largest = max(largest, size)
     bucket_bytes, total = config.weights.bucket_bytes, num_bytes.total()
     link = link_gb_s * 1e9
@@ -97,7 +99,7 @@ def make(config: Config, link_gb_s: float) -> Plan:
         model=config.model.path,
         trainer={k: getattr(sizes, k) for k in ("tp", "pp", "vpp", "ep", "etp", "cp", "dp")},
         engine={"tp": sizes.engine_tp, "servers": sizes.servers},
-        dtype=dtype,
+        dtype=f"{dtype} and fp8" if sizes.quantized else dtype,
         total_bytes=total,
         sources=[
             Source(*source, size, -(-size // bucket_bytes), gathered[source])
@@ -110,8 +112,18 @@ def make(config: Config, link_gb_s: float) -> Plan:
     )
 
 
+def _sent_bytes(tensor: str, sizes: Layout, dtype: str) -> int:
+    """Returns the bytes of an element as it is sent."""
+    if tensor.endswith(block_fp8.SCALE_SUFFIX):
+        return 4
+    return 1 if sizes.quantized and block_fp8.is_quantized(tensor) else _ELEMENT_BYTES[dtype]
+
+
 def parameter_routes(name: str, shape: ModelShape, sizes: Layout) -> Iterator[Route]:
-    """Yields the routes of the Hugging Face tensors in one Megatron parameter."""
+    """Yields the routes of the Hugging Face tensors in one Megatron parameter.
+
+    Scales of fp8 weights are computed from whole tensors: the trainer does not split them.
+    """
     mapping, parts = map_parameter(name, shape), name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         stage = sizes.stage_of(int(parts[2]), shape.num_layers)
@@ -122,10 +134,17 @@ def parameter_routes(name: str, shape: ModelShape, sizes: Layout) -> Iterator[Ro
         expert = int(parts[parts.index("local_experts") + 1])
         expert_rank, ranks = expert // (shape.num_experts // sizes.ep), sizes.etp
     split = mapping.rule.split
-    for hf, full in mapping.pieces:
+    tensors = [(hf, full, split) for hf, full in mapping.pieces]
+    if sizes.quantized:
+        tensors += [
+            (hf + block_fp8.SCALE_SUFFIX, block_fp8.scale_shape(full), None)
+            for hf, full in mapping.pieces
+            if block_fp8.is_quantized(hf)
+        ]
+    for hf, full, cut in tensors:
         shards = [[0, 0, full[0]]]
-        if split is not None:
-            size = full[split]
+        if cut is not None:
+            size = full[cut]
             step = (shape.padded_vocab_size if mapping.in_vocabulary else size) // ranks
             bounds = [min(rank * step, size) for rank in range(ranks + 1)]
             shards = [[rank, bounds[rank], bounds[rank + 1]] for rank in range(ranks)]
@@ -137,7 +156,7 @@ def parameter_routes(name: str, shape: ModelShape, sizes: Layout) -> Iterator[Ro
             parameter=name,
             stage=stage,
             expert_rank=expert_rank,
-            split=split,
+            split=cut,
             shards=shards,
             engine_tensor=slot.tensor,
             part=slot.part,
@@ -169,6 +188,12 @@ def verify(routes: list[Route], shape: ModelShape, sizes: Layout) -> None:
             _require(0 <= start <= end <= size, f"rank {rank} reads outside {route.tensor}")
             written[route.engine_tensor, rank] += (end - start) * row
     expected = dict(engine_layout.engine_sizes(shape, sizes.engine_tp))
+    if sizes.quantized:
+        quantized = {r.engine_tensor for r in routes if block_fp8.is_quantized(r.tensor)}
+        expected |= {
+            name + block_fp8.SCALE_SUFFIX: [n // block_fp8.BLOCK**2 for n in expected[name]]
+            for name in quantized & expected.keys()
+        }
     missing = sorted(expected.keys() - parts.keys())[:3]
     _require(parts.keys() == expected.keys(), f"engine tensors without a source: {missing}")
     for name, rank_sizes in expected.items():

@@ -19,16 +19,19 @@ from typing import Any
 import yaml
 
 from megatron_async_rl import installed, processes
+from megatron_async_rl.addresses import free_port
 from megatron_async_rl.config.checks import ENGINE_SPARE_TOKENS
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
 from megatron_async_rl.errors import ConfigError, EngineError
+from megatron_async_rl.model.block_fp8 import quantization_config
+from megatron_async_rl.model.engine_types import convolution_dtype
 from megatron_async_rl.patches import patches_dir
-from megatron_async_rl.protocol.transport import free_port
 from megatron_async_rl.rollout.engine_client import EngineClient
 from megatron_async_rl.storage import snapshots
 
 POLL_S = 0.25
+FP8_SINCE = (0, 5, 21)  # earlier versions receive tensors of one element type in a bucket
 START_TRIES = 3  # another process may take the chosen port before the server binds it
 _NAMES_ERROR = re.compile(r"\w*(Error|Exception)\b|\berror:")
 
@@ -47,6 +50,8 @@ class SGLangServer:
         self._log_start = 0
         self._child: subprocess.Popen[bytes] | None = None
         self._model_path = Path(config.model.path)
+        self._quantization_config = quantization_config(config)
+        self._convolution_dtype = convolution_dtype(config)
         self.started_from: Path | None = None  # the snapshot (storage/snapshots.py) it loaded
         python = engine_python()
         if python is None:
@@ -62,7 +67,9 @@ class SGLangServer:
         """
         newest = None
         if "load_format" not in self._config.sglang:
-            newest = next(iter(snapshots.list_snapshots(self._run_dir)), None)
+            found = snapshots.list_snapshots(self._run_dir)
+            wanted = self._quantization_config
+            newest = next((s for s in found if s.manifest.quantization_config == wanted), None)
         # held: the controller may remove the snapshot while the server is loading it
         held = snapshots.hold(newest, self._name) if newest else None
         try:
@@ -129,6 +136,11 @@ class SGLangServer:
                 raise self._error(reason)
             await asyncio.sleep(POLL_S)
         await self.client.connect()
+        if self._quantization_config and self.client.version < FP8_SINCE:
+            raise EngineError(
+                f"weights.quantization = fp8_block needs SGLang {'.'.join(map(str, FP8_SINCE))} or "
+                "newer: install it in the engine's environment (tools/setup_env.sh)"
+            )
 
     def _lost_port(self) -> bool:
         """Returns whether another process took the port before this server bound it.
@@ -155,6 +167,8 @@ class SGLangServer:
             "grammar_backend": "none",
             # a CPU has no kernels to warm up, and the warm-up begins with a wait of a second
             "skip_server_warmup": self._config.on_cpu,
+            # on a CPU, SGLang's cache of linear attention's states needs it
+            "disable_overlap_schedule": bool(self._config.on_cpu and self._convolution_dtype),
             # stored among the others, they would have other digests
             "disable_shared_experts_fusion": True,
             "enable_return_routed_experts": self._config.rollout.routing_replay,
@@ -163,7 +177,7 @@ class SGLangServer:
             **self._graph_size(),
         }
         flags: list[str] = []
-        for key, value in {**own, **self._config.sglang}.items():
+        for key, value in {**own, **self._config.sglang, **self._quantization()}.items():
             flag = "--" + key.replace("_", "-")
             if value is True:
                 flags.append(flag)
@@ -172,6 +186,19 @@ class SGLangServer:
             elif value is not False and value is not None:
                 flags += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
         return [str(self._python), "-m", module, *flags]
+
+    def _quantization(self) -> dict[str, Any]:
+        """Returns the settings of a server that computes with fp8 weights of the trainer.
+
+        model.path has none: without a snapshot it starts with random weights until version 0.
+        """
+        if not self._quantization_config:
+            return {}
+        overrides = self._config.sglang.get("json_model_override_args", {})
+        overrides = json.loads(overrides) if isinstance(overrides, str) else overrides
+        overrides = overrides | {"quantization_config": self._quantization_config}
+        load_format = {} if self.started_from else {"load_format": "dummy"}
+        return {"json_model_override_args": overrides} | load_format
 
     def _graph_size(self) -> dict[str, int]:
         """Returns the decode graph size that holds all samples in flight, on a GPU.
@@ -197,6 +224,8 @@ class SGLangServer:
             # /health must not generate between updates
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
         }
+        if self._convolution_dtype:  # its default is bfloat16, which would round others
+            environment["SGLANG_MAMBA_CONV_DTYPE"] = self._convolution_dtype
         if self._config.on_cpu:
             environment |= {
                 "SGLANG_USE_CPU_ENGINE": "1",

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -33,6 +33,7 @@ from megatron_async_rl.storage.files import digest, sync, write_atomic
 DigestKind = Literal["sha256", "tiles"]
 FOLDER = "weights"
 KEEP = 2
+_CONFIG_FILE = "config.json"
 _INDEX_FILE = "model.safetensors.index.json"
 _MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"v(\d+)\.(\d+)")
@@ -45,6 +46,8 @@ class SnapshotManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine_tp: int  # tensor-parallel ranks of the servers that `digests` are for
     digest_kind: str  # DigestKind
     digests: dict[str, str]  # "rank:engine tensor" -> digest, computed from the trainer's memory
+    # of config.json, by which servers load fp8 weights; none: they are not quantized
+    quantization_config: dict[str, Any] = {}
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -93,6 +96,11 @@ def commit(
         digests[entry.name] = entry.sha256
         total += entry.num_bytes
     copy_settings(model_path, partial)
+    if manifest.quantization_config:
+        path = partial / _CONFIG_FILE
+        settings = msgspec.json.decode(path.read_bytes())
+        settings["quantization_config"] = manifest.quantization_config
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(settings)))
     write_index(partial, weight_map, total)
     for path in partial.iterdir():
         if path.name not in digests:

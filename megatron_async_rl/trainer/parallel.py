@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
-from megatron_async_rl.weights.store import STORE_VARIABLE
+from megatron_async_rl.weights.update_group import STORE_VARIABLE
 
 
 def device() -> torch.device:

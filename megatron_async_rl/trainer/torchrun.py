@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.run import main
 
-from megatron_async_rl.weights.store import STORE_VARIABLE, listening_store
+from megatron_async_rl.weights.update_group import STORE_VARIABLE, listening_store
 
 
 class _Rendezvous(RendezvousHandler):

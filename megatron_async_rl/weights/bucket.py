@@ -1,8 +1,9 @@
 """Packs tensors into buckets: one broadcast instead of hundreds.
 
 Buckets are planned from names, shapes and element types alone, so both ends know every bucket
-before a byte is sent. A bucket has one element type, which keeps its tensors aligned, and never
-splits a Megatron parameter: tensors that the server fuses (q, k, v; gate, up) are adjacent.
+before a byte is sent. A bucket has one element type, or fp8 and the float32 of its scales, which
+keeps its tensors aligned (an fp8 tensor is whole blocks of 16 KiB), and never splits a Megatron
+parameter: tensors that the server fuses (q, k, v; gate, up) are adjacent.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.model import engine_layout
+from megatron_async_rl.model.block_fp8 import SCALE_SUFFIX
 from megatron_async_rl.model.engine_layout import EngineSlot, engine_slot
 from megatron_async_rl.model.families import ModelShape
 from megatron_async_rl.storage.snapshots import DigestKind
@@ -62,7 +63,8 @@ class EngineDigests:
 
     The parts of a fused tensor are held until all have been added. With several `expert_owners`
     (weight sources of one pipeline stage) an object sees the experts of one of them: tile sums of
-    experts are then added up over the owners (`expert_sums`, `set_expert_sums`). Where that is
+    experts are then added up over the owners (`expert_sums`, `set_expert_sums`), and the scales of
+    fp8 experts exchanged (`expert_scales`, `set_expert_scales`). Where that is
     impossible (`can_sum_experts`) experts are skipped; another object must see all of them.
 
     A tensor given to `add` may be overwritten once its Megatron parameter is complete. On a GPU
@@ -81,19 +83,21 @@ class EngineDigests:
         self._sums: dict[str, Tensor] = {}
         self._expert_sums: dict[str, Tensor] = {}
         self._unused_sums: list[Tensor] = []
+        self._expert_scales: list[tuple[str, EngineSlot, Tensor]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Adds a full Hugging Face tensor in the element type in which it is sent."""
         slot = engine_slot(name, self._shape)
-        if (
-            slot.is_fused_expert
-            and self._expert_owners > 1
-            and not self.can_sum_experts(tensor.element_size())
-        ):
+        of_one_owner = slot.is_fused_expert and self._expert_owners > 1
+        is_scale = name.endswith(SCALE_SUFFIX)
+        if of_one_owner and not self.can_sum_experts(1 if is_scale else tensor.element_size()):
             return
         for rank in range(self.engine_tp):
             local = engine_slice(slot.leaf, tensor, self._shape, rank, self.engine_tp)
-            self._add_part(f"{rank}:{slot.tensor}", slot, local)
+            if of_one_owner and is_scale:
+                self._expert_scales.append((f"{rank}:{slot.tensor}", slot, local.clone()))
+            else:
+                self._add_part(f"{rank}:{slot.tensor}", slot, local)
 
     def can_sum_experts(self, element_bytes: int) -> bool:
         """True if expert digests can be summed over owners: each expert is whole hash tiles."""
@@ -114,6 +118,31 @@ class EngineDigests:
         """Takes the sum of all owners' expert_sums (mod 2^64) into `result`."""
         for name, total in zip(self._expert_sums, totals.tolist(), strict=True):
             self._digests[name] = tile_hash.finish(total)
+
+    def expert_scales(self, owner: int) -> Tensor:
+        """Returns the scales of all owners' fp8 experts, [owners, elements] float32 on the CPU.
+
+        Those of other owners are zero: the sum over the owners is for `set_expert_scales`. The
+        order is the same on all owners.
+        """
+        own = [scale.flatten().cpu() for _, _, scale in self._expert_scales]
+        flat = torch.cat(own) if own else torch.zeros(0)
+        scales = torch.zeros(self._expert_owners, len(flat))
+        scales[owner] = flat
+        return scales
+
+    def set_expert_scales(self, totals: Tensor) -> None:
+        """Takes the sum of all owners' expert_scales into `result`; the experts are in order."""
+        sizes = [scale.numel() for _, _, scale in self._expert_scales]
+        for owner, flat in enumerate(totals):
+            parts = zip(self._expert_scales, flat.split(sizes), strict=True)
+            for (name, slot, scale), values in parts:
+                fused = self._incomplete.setdefault(name, _IncompleteTensor())
+                part = slot.part + owner * (slot.num_parts // self._expert_owners)
+                fused.parts[part] = values.view(scale.shape).to(scale.device)
+        for name in {name for name, _, _ in self._expert_scales}:
+            parts_of = self._incomplete.pop(name).parts
+            self._digest(name, [parts_of[part] for part in range(len(parts_of))])
 
     def result(self) -> dict[str, str]:
         """Returns digests by `rank:engine tensor`. Raises PublishError if a part is missing."""

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from torch import Tensor
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import PublishError
@@ -36,6 +37,7 @@ from megatron_async_rl.weights.bucket import fill_buckets, plan_buckets, split_b
 from megatron_async_rl.weights.digest import EngineDigests
 from megatron_async_rl.weights.disk import SnapshotWriter
 from megatron_async_rl.weights.parameters import Modules
+from megatron_async_rl.weights.quantization import FP8, Quantizer, quantized_infos
 from megatron_async_rl.weights.stopwatch import Stopwatch
 from megatron_async_rl.weights.update_group import UpdateGroup
 
@@ -74,9 +76,12 @@ class WeightPublisher:
         sent_as = config.weights.dtype
         self._dtype = None if sent_as == "as_trained" else getattr(torch, sent_as)
         self._element_bytes = (self._dtype or parameter.dtype).itemsize
-        self._buckets = plan_buckets(
-            reshard.own_tensor_infos(modules, shape, self._dtype), config.weights.bucket_bytes
-        )
+        infos = reshard.own_tensor_infos(modules, shape, self._dtype)
+        self._quantizer: Quantizer | None = None
+        if config.sends_fp8:
+            self._quantizer, self._element_bytes = Quantizer(), FP8.itemsize
+            infos = list(quantized_infos(infos))
+        self._buckets = plan_buckets(infos, config.weights.bucket_bytes)
         self._flattened = config.weights.broadcast_unit == "bucket"
         self._digest_kind = digest_kind(config)
         self._group: UpdateGroup | None = None
@@ -85,7 +90,7 @@ class WeightPublisher:
         """Offers the current weights as `version` and sends them on request.
 
         Returns False if the run is over. Raises PublishError if the controller does not end the
-        update in time.
+        update in time, or if a weight cannot be quantized.
         """
         if not self._takes_part:
             return True
@@ -175,6 +180,11 @@ class WeightPublisher:
             logger.error("%s", error)
         link.send(weight_messages.GroupJoined(order.group, error))
 
+    def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields what this source sends. Collective, see reshard.own_tensors."""
+        tensors = reshard.own_tensors(self._modules, self._shape, self._dtype)
+        return self._quantizer(tensors) if self._quantizer else tensors
+
     def _new_digests(self) -> EngineDigests:
         owners = reshard.num_expert_owners()
         return EngineDigests(self._shape, self._config.engine_tp, self._digest_kind, owners)
@@ -191,13 +201,17 @@ class WeightPublisher:
             if self._source_group is not None:
                 totals = digests.expert_sums()
                 dist.all_reduce(totals, group=self._source_group)
+                scales = digests.expert_scales(mpu.get_expert_model_parallel_rank())
+                dist.all_reduce(scales, group=self._source_group)
                 if is_first:
                     digests.set_expert_sums(totals)
+                    digests.set_expert_scales(scales)
             return digests.result()
         experts = EngineDigests(self._shape, digests.engine_tp, self._digest_kind)
-        for name, tensor in reshard.hf_tensors(
-            self._modules, self._shape, self._dtype, only_experts=True
-        ):
+        tensors = reshard.hf_tensors(self._modules, self._shape, self._dtype, only_experts=True)
+        if is_first and self._quantizer:
+            tensors = self._quantizer(tensors)
+        for name, tensor in tensors:
             if is_first:
                 experts.add(name, tensor)
         return digests.result() | experts.result()
@@ -206,9 +220,9 @@ class WeightPublisher:
         self, order: weight_messages.WriteSnapshot
     ) -> weight_messages.SnapshotWritten:
         writer, digests = SnapshotWriter(Path(order.folder), order.part), self._new_digests()
-        tensors = reshard.own_tensors(self._modules, self._shape, self._dtype)
-        writer.write(self._buckets, tensors, self._device, digests)
+        writer.write(self._buckets, self._own_tensors(), self._device, digests)
         expected = self._all_digests(digests)
+        self._check_weights()
         if writer.error:
             logger.error("%s", writer.error)
             return weight_messages.SnapshotWritten(
@@ -223,7 +237,7 @@ class WeightPublisher:
     ) -> weight_messages.BucketsSent:
         """Gathers bucket k+1 while bucket k is sent. After an error the gather still completes."""
         digests, watch = self._new_digests(), Stopwatch(self._device)
-        tensors = reshard.own_tensors(self._modules, self._shape, self._dtype)
+        tensors = self._own_tensors()
         filled = fill_buckets(self._buckets, tensors, self._device)
         failure: RuntimeError | None = None
         for bucket in self._buckets:
@@ -257,6 +271,7 @@ class WeightPublisher:
             logger.error("%s", error)
             group.abort()
         expected = self._all_digests(digests) if verify else {}
+        self._check_weights()
         return weight_messages.BucketsSent(
             version,
             mpu.get_pipeline_model_parallel_rank(),
@@ -265,6 +280,11 @@ class WeightPublisher:
             error,
             watch.peak_bytes(),
         )
+
+    def _check_weights(self) -> None:
+        """Raises PublishError for a weight that fp8 cannot represent; no server has a verdict."""
+        if self._quantizer:
+            self._quantizer.check()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
+from megatron_async_rl.model.block_fp8 import is_quantized
 from megatron_async_rl.model.families import ModelShape, map_parameter
 from megatron_async_rl.weights.mapping import to_hf
 from megatron_async_rl.weights.parameters import (
@@ -170,14 +171,20 @@ def _is_expert_owner() -> bool:
 def _sent_parameters(modules: Modules, shape: ModelShape) -> list[LocalParameter]:
     """Returns the parameters of this stage that are sent, experts last, before them float32.
 
-    The last stage's copy of a tied embedding is left out: the first stage sends it.
+    Those that quantization turns into fp8 are adjacent, for large buckets (bucket.py). The last
+    stage's copy of a tied embedding is left out: the first stage sends it.
     """
     named = [
         p
         for p in global_parameters(modules)
         if not (shape.tied and p.name == "output_layer.weight")
     ]
-    return sorted(named, key=lambda p: (is_expert(p.name), map_parameter(p.name, shape).rule.fp32))
+
+    def order(p: LocalParameter) -> tuple[bool, bool, bool]:
+        mapping = map_parameter(p.name, shape)
+        return is_expert(p.name), mapping.rule.fp32, is_quantized(mapping.pieces[0][0])
+
+    return sorted(named, key=order)
 
 
 def _sent_dtype(p: LocalParameter, shape: ModelShape, dtype: torch.dtype | None) -> torch.dtype:

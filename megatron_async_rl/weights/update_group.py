@@ -1,4 +1,4 @@
-"""The process group of one weight source and the servers' tensor-parallel ranks.
+"""The process group of one weight source and the servers' tensor-parallel ranks, and its store.
 
 Rank 0 is the source. The group is independent of the trainer's own world: neither side knows the
 other's ranks. Servers join through SGLang's /init_weights_update_group, which uses the same store
@@ -25,10 +25,33 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from megatron_async_rl.weights.store import listening_store
-
+# Environment variable: path of the trainer ranks' FileStore, if all of them run on one host.
+STORE_VARIABLE = "MEGATRON_ASYNC_RL_RANK_STORE"
+_BACKLOG = 1024
 _NEVER = timedelta(days=7)
 _POLL_S = 0.0005
+
+
+def listening_store(address: str, port: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
+    """Returns a TCPStore that listens on `address`; torch's own listens on all of the host's.
+
+    Port 0 selects a free one. Does not wait for the other ranks.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(_BACKLOG)
+        store = dist.TCPStore(
+            address,
+            listener.getsockname()[1],
+            world_size,
+            is_master=True,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.fileno(),
+        )
+        listener.detach()  # the store closes it
+    return store
 
 
 class UpdateGroup:

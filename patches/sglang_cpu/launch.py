@@ -22,6 +22,7 @@ import torch
 _compile = torch.compile
 torch.compile = lambda function=None, **_: function or (lambda function: function)
 import batched_attention
+import block_fp8
 import sglang.srt.entrypoints.http_server  # noqa: F401
 import sglang.srt.mem_cache.pool_host.common as host_memory
 
@@ -30,6 +31,7 @@ gc.freeze()  # children share these pages
 gc.enable()
 
 batched_attention.register()
+block_fp8.install()
 # the buffer of enable_return_routed_experts is registered with CUDA, also on a CPU
 host_memory._cuda_host_register = lambda buffer, granularity=None: None
 runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)

@@ -9,6 +9,9 @@ requests (blocked_sigterm.py).
 
 TCPStore: the store of SGLang's ranks listens on the address that the ranks are given (loopback on
 one host) instead of on all addresses. torch has an argument for it, which SGLang does not pass.
+
+Weight checker: its digests are of the bytes of fp8 weights and scales. SGLang hashes their products
+in bfloat16, which hides changes of a scale and needs several times the memory of the weight.
 """
 
 import ctypes
@@ -35,13 +38,15 @@ if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
     blocked_sigterm.install()
 
 
-class _BindStores(importlib.abc.MetaPathFinder):
-    """Replaces TCPStore when torch.distributed.rendezvous is imported (torch takes seconds)."""
+class _AtImport(importlib.abc.MetaPathFinder):
+    """Changes a module when it is imported (torch and SGLang take seconds)."""
 
-    MODULE = "torch.distributed.rendezvous"
+    def __init__(self, name, change):
+        self._name = name
+        self._change = change
 
     def find_spec(self, name, path=None, target=None):
-        if name != self.MODULE:
+        if name != self._name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -49,10 +54,19 @@ class _BindStores(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            module.TCPStore = _bound(module.TCPStore)
+            self._change(module)
 
         spec.loader.exec_module = exec_module
         return spec
+
+
+def _bind_stores(rendezvous):
+    rendezvous.TCPStore = _bound(rendezvous.TCPStore)
+
+
+def _hash_bytes(weight_checker):
+    """Without a class that dequantizes a layer, the checker hashes all its tensors as they are."""
+    weight_checker.select_comparable_weight = lambda quant_method: None
 
 
 def _bound(store):
@@ -76,4 +90,5 @@ def _bound(store):
     return make
 
 
-sys.meta_path.insert(0, _BindStores())
+sys.meta_path.insert(0, _AtImport("torch.distributed.rendezvous", _bind_stores))
+sys.meta_path.insert(0, _AtImport("sglang.srt.utils.weight_checker", _hash_bytes))

@@ -34,6 +34,7 @@ from megatron_async_rl.protocol.messages import (
     Shutdown,
 )
 
+FP8 = {"quantization": "fp8_block", "bucket_bytes": 60_000}
 LAYOUTS: list[
     tuple[str, dict[str, int], dict[str, Any]]
 ] = [  # family, megatron's sizes, weights' settings
@@ -53,8 +54,22 @@ LAYOUTS: list[
     ("qwen3_moe", {"tensor_model": 2, "expert_model": 2, "expert_tensor": 1}, {}),
     ("glm4_moe", {"tensor_model": 2, "pipeline_model": 2}, {"dtype": "bfloat16"}),
     ("qwen3_moe of tiles", {"tensor_model": 2, "expert_model": 2}, {"bucket_bytes": 200_000}),
+    ("qwen3 of blocks", {"tensor_model": 4}, FP8),
+    ("qwen3_moe of blocks", {"pipeline_model": 2, "expert_model": 2}, FP8),
+    ("qwen3_moe of blocks and tiles", {"tensor_model": 2, "expert_model": 2}, FP8),
 ]
 FAULTS = ["absent", "die:0", "die:1", "die:2", "die:3", "flip", "drop"]
+
+
+def fp8_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantizes block by block."""
+    fp8, scales = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), []
+    for row in range(0, weight.shape[0], 128):
+        for column in range(0, weight.shape[1], 128):
+            block = weight[row : row + 128, column : column + 128]
+            scales.append(block.abs().max() / 448)
+            fp8[row : row + 128, column : column + 128] = (block / scales[-1]).to(fp8.dtype)
+    return fp8, torch.stack(scales).view(weight.shape[0] // 128, -1)
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +135,15 @@ def test_received_weights_equal_the_folder_bit_for_bit(
         for name, tensor in load_file(folders[family] / "model.safetensors").items()
     }
     assert bool(fp32) == (family == "glm4_moe")
+    if weights is FP8:
+        for name in [name for name in want if name.endswith("_proj.weight")]:
+            want[name], want[f"{name}_scale_inv"] = fp8_blocks(want[name])
     for version in (2 * number, 2 * number + 1):  # over the network, through the disk
         got = load_file(arrived / f"rollout-0-v{version}.safetensors")
         assert set(got) == set(want)
         for name, tensor in want.items():
-            assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
+            assert got[name].dtype == tensor.dtype, name
+            assert torch.equal(got[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 @pytest.mark.parametrize(

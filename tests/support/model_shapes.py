@@ -125,6 +125,19 @@ TINY_FAMILIES["qwen3_moe of tiles"] = TINY_FAMILIES["qwen3_moe"] | {
     "moe_intermediate_size": 256,
     "num_hidden_layers": 2,
 }
+# Weights of whole blocks for weights.quantization; an expert of the second is also whole tiles.
+TINY_FAMILIES["qwen3 of blocks"] = TINY_FAMILIES["qwen3"] | {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "head_dim": 32,
+}
+TINY_FAMILIES["qwen3_moe of blocks"] = (
+    TINY_FAMILIES["qwen3 of blocks"] | TINY_FAMILIES["qwen3_moe"] | {"moe_intermediate_size": 128}
+)
+TINY_FAMILIES["qwen3_moe of blocks and tiles"] = TINY_FAMILIES["qwen3_moe of blocks"] | {
+    "moe_intermediate_size": 256
+}
 
 
 def make_model_folder(folder: Path, family: str, scale: float = 1.0) -> Path:

@@ -57,8 +57,9 @@ def digests(tensors: dict[str, torch.Tensor], expected: dict[str, str]) -> dict[
         parts = name.split(".")
         if "experts" in parts:
             layer, number, leaf = ".".join(parts[:5]), int(parts[5]), parts[6]
-            into = "w2_weight" if leaf == "down_proj" else "w13_weight"
-            experts.setdefault(f"{layer}.{into}", {})[number, int(leaf == "up_proj")] = tensor
+            into = "w2" if leaf == "down_proj" else "w13"
+            name = f"{layer}.{into}_{parts[-1]}"
+            experts.setdefault(name, {})[number, int(leaf == "up_proj")] = tensor
             continue
         if parts[0] == "lm_head" or parts[1] == "embed_tokens":
             rows = -(-len(tensor) // 64) * 64

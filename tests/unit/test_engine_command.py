@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from config_builders import config_tree
+from model_shapes import make_model_folder
 
 from megatron_async_rl.config import load
 from megatron_async_rl.engine_env import ENGINE_VARIABLE
@@ -53,6 +54,24 @@ def test_server_has_a_tokenizer_where_stop_texts_may_come(flags: Any) -> None:
     assert "--skip-tokenizer-init" in flags(device="cpu")
     for setting, value in (("rollout.stop", ["x"]), ("rollout.agent", "module:function")):
         assert "--skip-tokenizer-init" not in flags({setting: value}, device="cpu")
+
+
+def test_fp8_server_starts_without_weights_and_with_the_format(flags: Any, tmp_path: Path) -> None:
+    model = make_model_folder(tmp_path / "model", "qwen3_moe of blocks")
+    settings = {"model.path": str(model), "weights.quantization": "fp8_block"}
+    command = flags(settings, json_model_override_args='{"rope_theta": 7}', device="cpu")
+    assert value_of(command, "--load-format") == "dummy"
+    overrides = json.loads(value_of(command, "--json-model-override-args"))
+    assert overrides["rope_theta"] == 7
+    quantization = overrides["quantization_config"]
+    assert quantization["quant_method"] == "fp8"
+    assert quantization["weight_block_size"] == [128, 128]
+    plain = quantization["modules_to_not_convert"]
+    assert plain == [
+        "lm_head", "model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"
+    ]  # fmt: skip
+    without_trainer = flags(settings | {"run.mode": "rollout_only"}, device="cpu")
+    assert not {"--load-format", "--json-model-override-args"} & {*without_trainer}
 
 
 def test_values_of_each_type_become_flags(flags: Any) -> None:

@@ -26,10 +26,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.weight_sync.broadcast import BroadcastPublisher
 from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
 from megatron_async_rl.errors import DataError, PublishError
+from megatron_async_rl.model.block_fp8 import quantization_config
 from megatron_async_rl.protocol.weight_messages import (
     LoadSnapshot,
     PublishOffer,
@@ -51,11 +54,13 @@ class SnapshotStore:
         self._model_path = Path(config.model.path)
         self._engine_tp = config.engine_tp
         self._in_use: Counter[Path] = Counter()
-        digests = (self._engine_tp, snapshots.digest_kind(config))
+        self._quantization_config = quantization_config(config)
+        kind = snapshots.digest_kind(config)
+        own = SnapshotManifest(0, {}, self._engine_tp, kind, {}, self._quantization_config)
         self._complete = [
             found
             for found in snapshots.list_snapshots(self._run_dir)
-            if (found.manifest.engine_tp, found.manifest.digest_kind) == digests
+            if msgspec.structs.replace(found.manifest, version=0, files={}, digests={}) == own
         ]
 
     def newest(self, at_least: int, at_most: int) -> Snapshot | None:
@@ -77,7 +82,9 @@ class SnapshotStore:
         """Completes the folder and prunes older ones. Raises DataError or OSError."""
         digests = {name: digest for part in written for name, digest in part.digests.items()}
         kind = written[0].digest_kind
-        manifest = SnapshotManifest(version, {}, self._engine_tp, kind, digests)
+        manifest = SnapshotManifest(
+            version, {}, self._engine_tp, kind, digests, self._quantization_config
+        )
         files = [entry for part in written for entry in part.files]
         snapshot = await asyncio.to_thread(
             snapshots.commit, partial, files, manifest, self._model_path

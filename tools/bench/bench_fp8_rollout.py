@@ -1,0 +1,377 @@
+#!/usr/bin/env python3
+"""Measures servers with bf16 weights and with block-scaled fp8 ones (weights.quantization).
+
+    bench=tools/bench/bench_fp8_rollout.py
+    python $bench OUT --model 8b                                 # 2 GPUs: trainer, servers
+    python $bench OUT --model 1.7b --transport disk --gpus 0     # all on one GPU
+    python $bench OUT --model 8b --parts decode --fp8-gemm auto  # DeepGEMM, where it is installed
+    python $bench OUT --model tiny --cpu                         # on a laptop, with gloo
+
+One trainer rank with random weights (megatron-core's model, without optimizer) and two SGLang
+servers, one per format; all run the product's code. Both servers get the trainer's weights before
+anything is measured, and keep to one GPU: only one of them works at a time.
+
+    update    trainer -> server, in turn: seconds by phase (as in bench_publish.py), bytes, and
+              whether the server's digests are the trainer's
+    decode    output tokens/s of --loads requests at once with --new-tokens each, in turn
+    mismatch  --samples responses sampled by each server; the trainer computes the logprobs of the
+              same tokens: mean KL (exp(d) - d - 1 for d = trainer - engine), mean and largest |d|
+
+The parts run in this order. Each line of results is printed and appended to OUT/results.jsonl as it
+comes; the table at the end is OUT/table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import bench_fp8_trainer
+import numpy as np
+from bench_publish_setup import CPU_ENGINE, GPU_ENGINE, make_model
+from trainer_scenarios import COMMON
+from trainer_scenarios import SHAPES as PUBLISHED
+
+from megatron_async_rl import processes
+from megatron_async_rl.addresses import free_port
+from megatron_async_rl.config import load as configuration
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.controller.weight_sync.broadcast import BroadcastPublisher
+from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
+from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
+from megatron_async_rl.errors import Error
+from megatron_async_rl.protocol.messages import Failed, Hello, Shutdown, Welcome
+from megatron_async_rl.protocol.transport import Hub, Link, Peer
+from megatron_async_rl.protocol.weight_messages import PublishOffer
+from megatron_async_rl.rollout.engine_client import Sampling
+from megatron_async_rl.rollout.engine_process import SGLangServer
+from megatron_async_rl.rollout.worker import RolloutWorker
+from megatron_async_rl.rollout.workflows.single_turn import SingleTurn
+
+FORMATS: dict[str, dict[str, str]] = {"bf16": {}, "fp8": {"quantization": "fp8_block"}}
+PARTS = ("update", "decode", "mismatch")
+PROMPT_TOKENS = 64
+TIMEOUT_S = 120.0
+# whole blocks of 128 x 128
+TINY = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "head_dim": 32}
+SHAPES = {name: COMMON | PUBLISHED[name] for name in ("0.6b", "1.7b", "8b", "30b-a3b")}
+SHAPES["tiny"] = COMMON | PUBLISHED["tiny"] | TINY | {"num_key_value_heads": 4}
+
+
+@dataclass
+class Member:
+    """A server with its worker, and the publisher of its format."""
+
+    config: Config
+    server: SGLangServer
+    worker: RolloutWorker
+    publisher: TrainerPublisher | BroadcastPublisher
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", choices=sorted(SHAPES), default="8b")
+    parser.add_argument("--layers", type=int, help="cuts the model to this many")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--transport", choices=["network", "disk"], default="network")
+    parser.add_argument("--gpus", default="0,1", help="the trainer's, the servers'")
+    parser.add_argument("--updates", type=int, default=4, help="of each format, after the first")
+    parser.add_argument("--loads", type=int, nargs="+", default=[16, 256])
+    parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=2, help="of each load and format")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--fp8-gemm", default="triton", help="sglang.fp8_gemm_backend; or auto")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--role", choices=["trainer"], help="internal")
+    arguments = parser.parse_args()
+    arguments.out = arguments.out.resolve()
+    if arguments.role:
+        bench_fp8_trainer.run(arguments.out)
+        return
+    if arguments.cpu:
+        arguments.loads, arguments.new_tokens, arguments.samples = [2, 4], 16, 8
+    asyncio.run(Bench(arguments).run())
+
+
+def make_config(arguments: argparse.Namespace, model: Path, name: str) -> Config:
+    """Returns the configuration of one format; both have the same weights (run.seed)."""
+    samples = max(*arguments.loads, arguments.samples)
+    tokens = PROMPT_TOKENS + arguments.new_tokens
+    engine: dict[str, Any] = CPU_ENGINE
+    if not arguments.cpu:
+        engine = GPU_ENGINE | {
+            "mem_fraction_static": 0.85,
+            "max_total_tokens": samples * (tokens + 16),  # a part of the memory for each server
+            "disable_radix_cache": True,
+            "disable_piecewise_cuda_graph": True,  # prefill is not measured
+        }
+        if name == "fp8":
+            engine = engine | {"fp8_gemm_backend": arguments.fp8_gemm}
+    return configuration.from_tree(
+        {
+            "run": {"dir": str(arguments.out), "steps": 1},
+            "model": {"path": str(model), "context_tokens": tokens, "random_init": True},
+            "data": {"train": "none"},
+            "rollout": {
+                "max_new_tokens": arguments.new_tokens,
+                "max_concurrent_samples": samples,
+                "request_timeout_s": TIMEOUT_S,
+            },
+            "algorithm": {"prompts_per_step": 1, "samples_per_prompt": 2},
+            "trainer": {
+                "precision": "fp32" if arguments.cpu else "bf16",
+                "max_tokens_per_microbatch": max(tokens, 8192),
+            },
+            "weights": {
+                "update_timeout_s": TIMEOUT_S,
+                "transport": arguments.transport,
+                "verify_every": 1,
+            }
+            | FORMATS[name],
+            "sglang": engine | {"load_format": "dummy"},
+        }
+    )
+
+
+class Bench:
+    """The controller's place: two servers in this process, one trainer rank in another."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._out: Path = arguments.out
+        self._rows: list[dict[str, Any]] = []
+        self._peers: dict[str, Peer] = {}
+        self._joined = asyncio.Condition()
+        self._offers: asyncio.Queue[tuple[str, PublishOffer]] = asyncio.Queue()
+        self._members: dict[str, Member] = {}
+        self._session: UpdateSession | None = None
+        self._version = 0
+
+    async def run(self) -> None:
+        for folder in ("logs", "keys"):
+            (self._out / folder).mkdir(parents=True, mode=0o700)
+        model = make_model(self._out / "model", "tiny")
+        path = model / "config.json"
+        shape = json.loads(path.read_text()) | SHAPES[self._arguments.model]
+        if shape.get("num_experts"):
+            shape["model_type"] = "qwen3_moe"
+        shape["num_hidden_layers"] = self._arguments.layers or shape["num_hidden_layers"]
+        path.write_text(json.dumps(shape))
+        self._vocab_size = shape["vocab_size"]
+        configs = {name: make_config(self._arguments, model, name) for name in FORMATS}
+        for name, config in configs.items():
+            (self._out / f"{name}.yaml").write_text(configuration.dump(config))
+        self._hub = Hub(self._out)
+        receiving = asyncio.create_task(self._receive())
+        trainer = self._start_trainer()
+        try:
+            await _until_one_ends(self._measure(configs), receiving, _ended(trainer))
+        finally:
+            for name in self._peers:
+                await self._hub.send(self._peers[name], Shutdown("the benchmark is over"))
+            receiving.cancel()
+            for member in self._members.values():
+                await member.server.stop()
+            processes.stop([trainer], 10.0)
+            self._hub.close()
+        text = table(self._rows)
+        (self._out / "table.md").write_text(text)
+        print(text)
+
+    async def _measure(self, configs: dict[str, Config]) -> None:
+        a = self._arguments
+        for name, config in configs.items():
+            await self._start_server(name, config)
+        for _ in range(1 + (a.updates if "update" in a.parts else 0)):
+            for name in FORMATS:
+                await self._update(name)
+        if "decode" in a.parts:
+            for load in a.loads:
+                for number in range(-1, a.rounds):  # the first warms up
+                    for name in FORMATS:
+                        await self._decode(name, load, is_warm_up=number < 0)
+        if "mismatch" in a.parts:
+            await self._mismatch()
+
+    async def _start_server(self, name: str, config: Config) -> None:
+        """One after the other: SGLang takes its part of the memory that is free at its start."""
+        started = time.monotonic()
+        if not self._arguments.cpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self._arguments.gpus.split(",")[-1]
+        os.environ["NCCL_NVLS_ENABLE"] = "0"
+        server = SGLangServer(config, self._out, name)
+        await server.start()
+        worker = RolloutWorker(name, config, Link(self._out), server, SingleTurn())
+        self._tasks = [*getattr(self, "_tasks", []), asyncio.create_task(worker.run())]
+        session = UpdateSession(self._send, TIMEOUT_S)
+        publisher: TrainerPublisher | BroadcastPublisher = BroadcastPublisher(session, 1, 1)
+        if self._arguments.transport == "disk":
+            publisher = TrainerPublisher(session, config, SnapshotStore(config))
+        publisher.start_epoch(len(self._members))  # update groups with names of their own
+        self._members[name] = Member(config, server, worker, publisher)
+        info = await server.client._call("GET", "/server_info", None, server.client._api)
+        memory = info["internal_states"][0].get("memory_usage", {})
+        seconds = round(time.monotonic() - started, 1)
+        self._report("start", name, seconds=seconds, memory_gib=memory)
+        async with self._joined:
+            await asyncio.wait_for(self._joined.wait_for(lambda: name in self._peers), TIMEOUT_S)
+
+    def _start_trainer(self) -> Any:
+        command = [sys.executable, __file__, str(self._out), "--role", "trainer"]
+        environment = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "NCCL_CUMEM_ENABLE": "0",
+            "NCCL_NVLS_ENABLE": "0",
+            "PYTHONPATH": processes.python_path(),
+        }
+        if not self._arguments.cpu:
+            environment["CUDA_VISIBLE_DEVICES"] = self._arguments.gpus.split(",")[0]
+        return processes.start(command, self._out / "logs" / "trainer.log", environment)
+
+    async def _send(self, name: str, message: Any) -> None:
+        await self._hub.send(self._peers[name], message)
+
+    async def _receive(self) -> None:
+        while True:
+            peer, message = await self._hub.receive()
+            name = next((n for n, p in self._peers.items() if p == peer), "")
+            if isinstance(message, Hello):
+                self._peers[message.name] = peer
+                await self._hub.send(peer, Welcome(0))
+                async with self._joined:
+                    self._joined.notify_all()
+            elif isinstance(message, PublishOffer):
+                self._offers.put_nowait((name, message))
+            elif isinstance(message, Failed):
+                raise Error(f"{name}: {message.error}")
+            elif self._session:
+                self._session.inbox.put_nowait((name, message))
+
+    def _report(self, part: str, name: str, **figures: Any) -> None:
+        row = {"part": part, "format": name, "model": self._arguments.model} | figures
+        self._rows.append(row)
+        print(json.dumps(row), flush=True)
+        with (self._out / "results.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    async def _update(self, name: str) -> None:
+        """Takes the trainer's next offer, which is of this format."""
+        member, is_first = self._members[name], self._version < len(FORMATS)
+        source, offer = await asyncio.wait_for(self._offers.get(), 3 * TIMEOUT_S)
+        self._session = member.publisher.session
+        outcome: Outcome = await member.publisher.publish(self._version, {source: offer}, [name])
+        seconds = {phase: round(value, 4) for phase, value in outcome.seconds.items()}
+        tensors = [tensor for bucket in offer.buckets for tensor in bucket.tensors]
+        sent = sum(bench_fp8_trainer.num_bytes(t.dtype, t.shape) for t in tensors)
+        figures = {"bytes": sent, "buckets": len(offer.buckets), "seconds": seconds}
+        digests_equal = outcome.serving == [name]  # or the server is fenced
+        self._version += 1
+        if not digests_equal:
+            raise Error(f"{name}: {outcome.fenced}")
+        if "update" in self._arguments.parts:
+            self._report("update", name, first=is_first, digests_equal=digests_equal, **figures)
+
+    async def _generate(self, name: str, count: int, seed: int) -> list[tuple[list[int], Any]]:
+        """Returns (prompt, response) of that many requests at once."""
+        rng = np.random.default_rng(seed)
+        prompts = rng.integers(3, self._vocab_size, (count, PROMPT_TOKENS)).tolist()
+        sampling = Sampling(self._arguments.new_tokens, 1.0, [])
+        client = self._members[name].server.client
+        outputs = await asyncio.gather(*(client.generate(ids, sampling) for ids in prompts))
+        return list(zip(prompts, outputs, strict=True))
+
+    async def _decode(self, name: str, load: int, is_warm_up: bool) -> None:
+        started = time.monotonic()
+        pairs = await self._generate(name, load, seed=load)
+        seconds = time.monotonic() - started
+        tokens = sum(len(segment.ids) for _, output in pairs for segment in output.segments)
+        if not is_warm_up:
+            figures = {"seconds": round(seconds, 3), "tokens_per_s": round(tokens / seconds, 1)}
+            self._report("decode", name, load=load, tokens=tokens, **figures)
+
+    async def _mismatch(self) -> None:
+        """Writes the samples for the trainer, which answers with a file."""
+        for name in FORMATS:
+            samples = [
+                {
+                    "ids": prompt + [t for segment in output.segments for t in segment.ids],
+                    "logprobs": [x for segment in output.segments for x in segment.logprobs],
+                }
+                for prompt, output in await self._generate(name, self._arguments.samples, seed=7)
+            ]
+            bench_fp8_trainer.hand_over(self._out / f"{name}.samples.json", samples)
+        await self._send("trainer-0", Shutdown("no more updates"))
+        for name in FORMATS:
+            answer = self._out / f"{name}.mismatch.json"
+            while not answer.exists():
+                await asyncio.sleep(0.2)
+            self._report("mismatch", name, **json.loads(answer.read_text()))
+
+
+async def _until_one_ends(measuring: Any, *others: Any) -> None:
+    tasks = [asyncio.ensure_future(task) for task in (measuring, *others)]
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    if tasks[0] not in done:
+        tasks[0].cancel()
+    for task in done:
+        task.result()
+
+
+async def _ended(trainer: Any) -> None:
+    """Returns when the trainer has ended well; raises Error if it has not."""
+    code = await asyncio.to_thread(trainer.wait)
+    if code:
+        raise Error("the trainer ended; see logs/trainer.log")
+    await asyncio.sleep(TIMEOUT_S)  # its last file is being read
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns one line per figure: bf16, fp8 and their ratio, medians over the rounds."""
+    figures: dict[str, Callable[[dict[str, Any]], Any]] = {}
+    updates = ("total", "pause", "wire", "gather", "load", "digest", "write", "check_files")
+    for phase in updates:
+        figures[f"update: {phase} s"] = lambda row, phase=phase: (
+            row["part"] == "update" and row["seconds"].get(phase)
+        )
+    figures["update: GB"] = lambda row: row["part"] == "update" and row["bytes"] / 1e9
+    for load in sorted({row["load"] for row in rows if row["part"] == "decode"}):
+        figures[f"decode: tokens/s of {load} requests"] = lambda row, load=load: (
+            row["part"] == "decode" and row["load"] == load and row["tokens_per_s"]
+        )
+    for key in ("mismatch_kl", "logprob_diff_mean", "logprob_diff_max"):
+        figures[f"mismatch: {key}"] = lambda row, key=key: row["part"] == "mismatch" and row[key]
+    lines = ["| | bf16 | fp8 | fp8 / bf16 |", "|---|---|---|---|"]
+    for name, figure in figures.items():
+        values = [
+            [float(v) for row in rows if row["format"] == kind and not row.get("first")
+             if (v := figure(row)) not in (False, None)]
+            for kind in FORMATS
+        ]  # fmt: skip
+        if all(values):
+            bf16, fp8 = map(statistics.median, values)
+            ratio = f"{fp8 / bf16:.3f}" if bf16 else ""
+            lines.append(f"| {name} | {bf16:.5g} | {fp8:.5g} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
