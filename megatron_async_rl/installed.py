@@ -48,6 +48,8 @@ parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)
 settings = {}
 for action in parser._actions:
+    if isinstance(action, argparse._HelpAction):
+        continue
     keys = [option[2:].replace("-", "_") for option in action.option_strings if option[:2] == "--"]
     for key in keys:
         alias_of = action.dest if action.dest in keys and key != action.dest else ""

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, ClassVar, get_args, get_origin
 
 import msgspec
 import yaml
@@ -21,13 +21,24 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.datasets import EvaluationSet
 from megatron_async_rl.errors import ConfigError
 
+_OLD_TAGS = ("int", "float", "timestamp")  # whose YAML 1.1 forms are replaced below
+
 
 class _YamlLoader(yaml.SafeLoader):
-    """Reads `1e-3` as a number, as YAML 1.2 does, and rejects duplicate keys."""
+    """Reads numbers as YAML 1.2 does and rejects duplicate keys.
+
+    So `1e-3` is a number, `010` is ten, and `1:30` and `2024-01-31` are texts. `on`, `off`, `yes`
+    and `no` stay true and false.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, form) for tag, form in resolvers if tag.rpartition(":")[2] not in _OLD_TAGS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [key.value for key, _ in node.value]
+    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
     for key in keys:
         if keys.count(key) > 1:
             raise yaml.YAMLError(
@@ -36,16 +47,50 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node).replace("_", "")
+    digits = text.lstrip("+-")
+    return int(text, 10 if digits[:2].lower() not in ("0x", "0o", "0b") else 0)
+
+
 _YamlLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_YamlLoader.add_constructor("tag:yaml.org,2002:int", _int)
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+|0b[01]+)$"),
+    list("-+0123456789"),
+)
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+|[0-9][0-9_]*\.[0-9_]*"
+        r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
 )
 
 
+class _YamlDumper(yaml.SafeDumper):
+    """Quotes texts that `_YamlLoader`, or a reader of YAML 1.1, would take for another value."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [*_YamlLoader.yaml_implicit_resolvers.get(first, []), *resolvers]
+        for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
 def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_YamlLoader)
+    """Returns the content. Raises ConfigError with the problem in one line."""
+    try:
+        return yaml.load(text, Loader=_YamlLoader)
+    except yaml.MarkedYAMLError as e:
+        place = e.problem_mark or e.context_mark
+        where = f"line {place.line + 1}, column {place.column + 1}: " if place else ""
+        raise ConfigError(f"{where}{e.problem or e.context}") from None
+    except yaml.YAMLError as e:
+        raise ConfigError(" ".join(str(e).split())) from None
+    except RecursionError:
+        raise ConfigError("nested too deeply") from None
 
 
 def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
@@ -62,9 +107,11 @@ def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Co
             f"cannot read the configuration {path}: {e}", "give the path of a YAML file"
         ) from e
     try:
-        tree = _read_yaml(text) or {}
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path} is not YAML: {e}", "correct the file") from e
+        tree = _read_yaml(text)
+    except ConfigError as e:
+        raise ConfigError(f"{path} is not YAML: {e}", "correct the file") from None
+    if tree is None:
+        raise ConfigError(f"{path} is empty", "write the settings of a run, see configs/")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, got {type(tree).__name__}")
     for override in overrides or []:
@@ -85,7 +132,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """Returns the resolved configuration as YAML; `load` reads an equal one from it."""
-    return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)
+    return yaml.dump(msgspec.to_builtins(config), Dumper=_YamlDumper, sort_keys=False)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -97,10 +144,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         )
     try:
         value = _read_yaml(text)
-    except yaml.YAMLError as e:
+    except ConfigError as e:
         raise ConfigError(
             f"the value of override {override!r} is not YAML: {e}", "correct it, or quote it"
-        ) from e
+        ) from None
     *parents, last = key.split(".")
     node = tree
     for part in parents:
@@ -114,13 +161,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _check_values(tree: dict[Any, Any], path: str) -> None:
-    """Checks rules that types cannot express: keys are text, numbers are finite."""
+    """Checks rules that types cannot express: keys are text, values plain, numbers finite."""
     for key, value in tree.items():
         setting = f"{path}.{key}".lstrip(".")
         if not isinstance(key, str):
             raise ConfigError(f"{setting}: the key {key!r} is not text", "write it in quotes")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{setting} = {value}: expected a finite number")
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            raise ConfigError(f"{setting} = {value}: expected a number of at most 64 bits")
+        if not isinstance(value, str | int | float | list | dict | None):
+            kind = type(value).__name__
+            raise ConfigError(f"{setting} = {value!r}: a {kind} is no value", "write it in quotes")
         for node, name in [(value, setting), *_items(value, setting)]:
             if isinstance(node, dict):
                 _check_values(node, name)
@@ -166,6 +218,8 @@ def _explain(message: str, tree: dict[str, Any]) -> str:
             choices = get_args(get_args(kind)[0] if key.endswith("]") else kind)
             rule = f"expected one of {', '.join(map(repr, choices))}"
         problem = f"{key} = {_value_at(tree, key)!r}: {rule[0].lower() + rule[1:]}"
+        if "expected `object`, got `null`" in problem:
+            return f"{key} is empty: write its settings below it, indented, or remove the line"
     override = "" if "[" in key else f" or with {key}=VALUE"
     return f"{problem}. {_description(key)} Set it in the YAML{override}"
 

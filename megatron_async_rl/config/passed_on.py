@@ -8,6 +8,7 @@ others must be settings of the installed version (installed.py), spelled exactly
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection
 from typing import Any, Union
 
@@ -41,6 +42,9 @@ MEGATRON_RESERVED = dict.fromkeys(
         "qk_layernorm gated_linear_unit activation_func add_bias_linear add_qkv_bias "
         "moe_layer_freq moe_shared_expert_intermediate_size moe_shared_expert_gate "
         "moe_router_pre_softmax moe_router_score_function moe_router_enable_expert_bias "
+        "attention_output_gate layernorm_zero_centered_gamma experimental_attention_variant "
+        "linear_attention_freq linear_conv_kernel_dim linear_num_key_heads linear_num_value_heads "
+        "linear_key_head_dim linear_value_head_dim "
         "moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk"
     ).split(),
     _MODEL,
@@ -129,6 +133,22 @@ _ELSEWHERE = {
     },
 }
 
+# Values that a library refuses only when training begins: [low, high), or the choices.
+_LIMITS = {
+    "megatron.lr": (0.0, math.inf),
+    "megatron.min_lr": (0.0, math.inf),
+    "megatron.clip_grad": (0.0, math.inf),
+    "megatron.weight_decay": (0.0, math.inf),
+    "megatron.adam_beta1": (0.0, 1.0),
+    "megatron.adam_beta2": (0.0, 1.0),
+    "megatron.adam_eps": (0.0, math.inf),
+    "sglang.mem_fraction_static": (0.01, 1.0),
+}
+_CHOICES = {
+    "megatron.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    "sglang.device": ("cuda", "cpu"),
+}
+
 
 class KnownSetting(msgspec.Struct, frozen=True):
     types: list[str] = []  # keys of _TYPES; empty if the version does not declare them
@@ -167,7 +187,7 @@ def check(section: str, values: dict[str, Any], known: KnownSettings) -> None:
     name, and for a value of another type."""
     check_names(section, values, known.settings, known.library)
     for key, value in values.items():
-        setting = known.settings[key]
+        setting, name = known.settings[key], f"{section}.{key}"
         if setting.alias_of:
             raise ConfigError(
                 f"{section}.{key} = {value!r} is another name of {section}.{setting.alias_of}",
@@ -181,8 +201,13 @@ def check(section: str, values: dict[str, Any], known: KnownSettings) -> None:
                 f"{section}.{key} = {value!r}: {known.library} expects {types}",
                 "write a value of that type",
             )
-        if setting.choices and value not in setting.choices and not isinstance(value, list):
-            choices = ", ".join(str(choice) for choice in setting.choices if choice is not None)
+        low, high = _LIMITS.get(name, (-math.inf, math.inf))
+        if name in _LIMITS and not low <= float(value) < high:
+            below = "" if high == math.inf else f" and less than {high:g}"
+            raise ConfigError(f"{name} = {value!r}: expected at least {low:g}{below}")
+        allowed = _CHOICES.get(name, setting.choices)
+        if allowed and value not in allowed and not isinstance(value, list):
+            choices = ", ".join(str(choice) for choice in allowed if choice is not None)
             raise ConfigError(
                 f"{section}.{key} = {value!r} is no choice of {known.library}",
                 f"use one of {choices}",
@@ -208,6 +233,7 @@ def elsewhere(section: str, name: str) -> str:
 def _nearest(section: str, key: str, known: Collection[str]) -> str:
     if found := elsewhere(section, key):
         return found
+    key = key.lower().replace("-", "_")
     longer = sorted(name for name in known if name.startswith(key))
     near = longer or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"{section}.{near[0]}"

@@ -54,6 +54,13 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, KnownSettings]:
         ("megatron.lr", "fast", "expects float"),
         ("megatron.sequence_parallel", "maybe", "expects bool"),
         ("megatron.recompute_granularity", "most", "use one of full, selective"),
+        ("megatron.lr", -1e-6, "expected at least 0"),
+        ("megatron.adam_beta2", "1.0", "expected at least 0 and less than 1"),
+        ("megatron.lr_decay_style", "cosin", "use one of constant, linear, cosine"),
+        ("megatron.LR", 1e-6, "did you mean megatron.lr?"),
+        ("sglang.mem_fraction_static", 1.5, "expected at least 0.01 and less than 1"),
+        ("sglang.device", "gpu", "use one of cuda, cpu"),
+        ("sglang.help", True, "is not a setting"),
     ],
 )
 def test_wrong_setting_is_refused(
@@ -78,7 +85,7 @@ def test_shipped_configurations_have_only_known_settings(
 
 @needs_engine
 def test_other_forms_of_a_value_are_accepted(known: dict[str, KnownSettings]) -> None:
-    passed_on.check("megatron", {"lr": "1e-6", "adam_beta2": 1}, known["megatron"])
+    passed_on.check("megatron", {"lr": "1e-6", "adam_beta2": 0}, known["megatron"])
     engine = {"cuda_graph_bs_decode": [1, 2], "mem_fraction_static": None, "port": 30000}
     passed_on.check("sglang", engine, known["sglang"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -377,12 +379,58 @@ def test_invalid_override_is_rejected(tmp_path: Path, override: str, words: str)
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", 10), ("0o17", 15), ("0x1F", 31), ("1_000", 1000), ("-0", 0), ("0b11", 3)],
+)
+def test_whole_numbers_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: int) -> None:
+    config = load_text(tmp_path, load.dump(load.from_tree(config_tree())), f"sglang.x={text}")
+    assert config.sglang["x"] == value
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("99999999999999999999", "run.steps = 99999999999999999999: expected a number of at most"),
+    ("!!binary aGk=", "a bytes is no value; write it in quotes"),
+    ("!!set {a}", "a set is no value"),
+])  # fmt: skip
+def test_values_that_are_not_plain_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_text(tmp_path, "run: {}", f"run.steps={text}")
+
+
+def test_any_text_is_the_same_after_it_was_written_and_read(tmp_path: Path) -> None:
+    draw = random.Random(5)
+    texts = [
+        "1e-3",
+        "0o17",
+        "2024-01-31",
+        "1:30",
+        "yes",
+        "~",
+        "",
+        ".inf",
+        "a: b",
+        "\x07",
+        "=",
+        "<<",
+    ]
+    texts += ["".join(draw.choices("0123456789eE+-._:xob ntruy", k=4)) for _ in range(300)]
+    values = {f"k{number}": text for number, text in enumerate(texts)}
+    config = load.from_tree(config_tree(**{"data.chat_template_kwargs": values}))
+    assert load_text(tmp_path, load.dump(config)).data.chat_template_kwargs == values
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("run: [", "is not YAML"),
         ("- a\n- b", "must hold a mapping of sections, got list"),
-        ("", "run is not set"),
-        ("run: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("", r"config\.yaml is empty"),
+        ("# nothing yet", r"config\.yaml is empty"),
+        ("run: !!python/object/apply:os.getcwd []", "is not YAML: line 1, column 6: could not"),
+        ("run:\n\tdir: a", "is not YAML: line 2, column 1: found character '.t' that cannot"),
+        ("[" * 3000, "is not YAML: nested too deeply"),
+        ("run: &a {dir: *a}", "is not YAML: line 1, column 6: found unconstructable recursive"),
+        ("run:\nsglang:\n", "run is empty: write its settings below it, indented, or remove"),
     ],
 )
 def test_file_that_is_not_a_configuration_is_rejected(
