@@ -12,6 +12,8 @@ one host) instead of on all addresses. torch has an argument for it, which SGLan
 
 Weight checker: its digests are of the bytes of fp8 weights and scales. SGLang hashes their products
 in bfloat16, which hides changes of a scale and needs several times the memory of the weight.
+
+Dummy weights: no random scales of the KV cache, by which attention would multiply from then on.
 """
 
 import ctypes
@@ -69,6 +71,18 @@ def _hash_bytes(weight_checker):
     weight_checker.select_comparable_weight = lambda quant_method: None
 
 
+def _leave_kv_scales(weight_utils):
+    initialize = weight_utils.initialize_dummy_weights
+
+    def initialize_dummy_weights(model, *args, **kwargs):
+        initialize(model, *args, **kwargs)
+        for name, parameter in model.named_parameters():
+            if name.endswith((".k_scale", ".v_scale")):
+                parameter.data.fill_(-1.0)  # as before, which SGLang then makes 1
+
+    weight_utils.initialize_dummy_weights = initialize_dummy_weights
+
+
 def _bound(store):
     """Returns a constructor of `store` that makes servers listen on their host name only."""
 
@@ -92,3 +106,4 @@ def _bound(store):
 
 sys.meta_path.insert(0, _AtImport("torch.distributed.rendezvous", _bind_stores))
 sys.meta_path.insert(0, _AtImport("sglang.srt.utils.weight_checker", _hash_bytes))
+sys.meta_path.insert(0, _AtImport("sglang.srt.model_loader.weight_utils", _leave_kv_scales))

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--transport", choices=["network", "disk"], default="network")
     parser.add_argument("--gpus", default="0,1", help="the trainer's, the servers'")
     parser.add_argument("--updates", type=int, default=4, help="of each format, after the first")
-    parser.add_argument("--loads", type=int, nargs="+", default=[16, 256])
+    parser.add_argument("--loads", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=2, help="of each load and format")
     parser.add_argument("--samples", type=int, default=32)
@@ -118,7 +118,7 @@ def make_config(arguments: argparse.Namespace, model: Path, name: str) -> Config
             "mem_fraction_static": 0.85,
             "max_total_tokens": samples * (tokens + 16),  # a part of the memory for each server
             "disable_radix_cache": True,
-            "disable_piecewise_cuda_graph": True,  # prefill is not measured
+            "disable_prefill_cuda_graph": True,  # prefill is not measured
         }
         if name == "fp8":
             engine = engine | {"fp8_gemm_backend": arguments.fp8_gemm}
@@ -160,6 +160,7 @@ class Bench:
         self._offers: asyncio.Queue[tuple[str, PublishOffer]] = asyncio.Queue()
         self._members: dict[str, Member] = {}
         self._session: UpdateSession | None = None
+        self._workers: list[asyncio.Task[None]] = []
         self._version = 0
 
     async def run(self) -> None:
@@ -184,7 +185,9 @@ class Bench:
         finally:
             for name in self._peers:
                 await self._hub.send(self._peers[name], Shutdown("the benchmark is over"))
-            receiving.cancel()
+            for task in (receiving, *self._workers):
+                task.cancel()
+            await asyncio.gather(*self._workers, return_exceptions=True)
             for member in self._members.values():
                 await member.server.stop()
             processes.stop([trainer], 10.0)
@@ -214,10 +217,11 @@ class Bench:
         if not self._arguments.cpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = self._arguments.gpus.split(",")[-1]
         os.environ["NCCL_NVLS_ENABLE"] = "0"
+        os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")  # takes minutes
         server = SGLangServer(config, self._out, name)
         await server.start()
         worker = RolloutWorker(name, config, Link(self._out), server, SingleTurn())
-        self._tasks = [*getattr(self, "_tasks", []), asyncio.create_task(worker.run())]
+        self._workers.append(asyncio.create_task(worker.run()))
         session = UpdateSession(self._send, TIMEOUT_S)
         publisher: TrainerPublisher | BroadcastPublisher = BroadcastPublisher(session, 1, 1)
         if self._arguments.transport == "disk":
@@ -359,6 +363,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
     for key in ("mismatch_kl", "logprob_diff_mean", "logprob_diff_max"):
         figures[f"mismatch: {key}"] = lambda row, key=key: row["part"] == "mismatch" and row[key]
+    figures["server: weights GiB"] = lambda row: (
+        row["part"] == "start" and row["memory_gib"].get("weight")
+    )
     lines = ["| | bf16 | fp8 | fp8 / bf16 |", "|---|---|---|---|"]
     for name, figure in figures.items():
         values = [

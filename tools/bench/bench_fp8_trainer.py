@@ -25,9 +25,6 @@ def run(out: Path) -> None:
     from megatron_async_rl import patches
 
     patches.prepare_megatron()
-    import torch
-    from megatron.core.transformer.module import Float16Module
-
     from megatron_async_rl.trainer import parallel
     from megatron_async_rl.trainer.model import build
     from megatron_async_rl.weights.publish import WeightPublisher
@@ -35,15 +32,15 @@ def run(out: Path) -> None:
     configs = {name: configuration.load(out / f"{name}.yaml") for name in ("bf16", "fp8")}
     parallel.init_parallel(configs["bf16"])
     transformer, shape, modules = build.build_modules(configs["bf16"])
+    chunks = modules
     if transformer.bf16:
-        modules = [module.to(torch.bfloat16) for module in modules]
+        chunks = [build._in_half_precision(transformer, module) for module in modules]
     link = SyncLink(out)
     link.join(Hello("trainer", "trainer-0", os.getpid(), stage=0))
     publishers = [WeightPublisher(modules, shape, config, link) for config in configs.values()]
     version = 0
     while publishers[version % 2].publish(version):
         version += 1
-    chunks = [Float16Module(transformer, m) if transformer.bf16 else m for m in modules]
     device = parallel.device()
     model: Any = build.TrainerModel(transformer, shape, modules, chunks, None, None, device)  # type: ignore[arg-type]
     for name, config in configs.items():
