@@ -209,7 +209,6 @@ CORRECTION = "algorithm.staleness_correction"
         ({"algorithm.loss": {"objective": "ppo"}}, "does not weight tokens by trainer over engine"),
         ({CORRECTION: {"proximal": "loglinear"}}, "would not be corrected"),
         ({CORRECTION: {"behavior_weight_cap": None}}, "does not bound the weights"),
-        ({"sglang": {"kv_cache_dtype": "fp8_e4m3"}}, "needs scales of the KV cache"),
         ({"sglang": {"quantization": "fp8"}}, "weights.quantization=fp8_block sends fp8"),
         (
             {"sglang": {"device": "cpu"}, "weights.broadcast_unit": "tensor"},
