@@ -2,7 +2,7 @@
 
 Of a trainer rank, the largest of the pipeline: weights, gradients, optimizer state, activations of
 the micro-batches in flight, logits. Left out: the CUDA context, NCCL's buffers and fragmentation.
-docs/memory.md compares it with measured peaks; mixture-of-experts models, pipelines and context
+docs/memory.md compares it with measured peaks; pipelines, data parallelism and context
 parallelism were not measured.
 """
 
@@ -70,9 +70,7 @@ def server_memory(config: Config, hf: HfConfig) -> ServerMemory:
     # a router stays as it is, but is small
     layer_bytes = 1 + 4 / block_fp8.BLOCK**2 if config.sends_fp8 else num_bytes
     weights = shape.num_layers * per_layer * layer_bytes + vocabulary * num_bytes
-    kv_heads = max(1, shape.num_query_groups / tp)
-    kv = 2 * shape.num_layers * kv_heads * shape.kv_channels * num_bytes
-    return ServerMemory(weights / tp, kv)
+    return ServerMemory(weights / tp, shape.num_layers * shape.cached_per_token(tp) * num_bytes)
 
 
 def summary(config: Config) -> list[str]:
@@ -149,8 +147,11 @@ def _activations(
         mlp = top_k * (shape.hidden_size + 2 * shape.expert_ffn_hidden_size / layout.etp)
     else:
         mlp = 2 * shape.ffn_hidden_size / layout.tp
+    attention = 2 * (dims["q"] + dims["kv"])
+    if shape.latent:  # whole keys and values, and the vectors that they are made from
+        attention = 2 * (dims["q"] + dims["v"]) + dims["q_rank"] + dims["kv_latent"]
     # both inputs, queries and keys before their norms, values, attention's output, gate and up
-    saved = 2 * boundary + 2 * (dims["q"] + dims["kv"]) / layout.tp + mlp
+    saved = 2 * boundary + attention / layout.tp + mlp
     in_flight = float(layout.pp - stage)
     if layout.vpp > 1:
         in_flight = layout.pp * (1 + (layout.pp - 1) / (layout.pp * layout.vpp))
@@ -172,8 +173,7 @@ def layer_parameters(shape: ModelShape) -> tuple[int, int]:
 
     Without experts the second is 0. A few first layers without experts are taken for such with.
     """
-    hidden, dims = shape.hidden_size, shape.dims
-    attention = 2 * hidden * (dims["q"] + dims["kv"])
+    hidden, attention = shape.hidden_size, shape.attention_parameters
     if shape.num_experts:
         router = hidden * shape.num_experts
         shared = 3 * hidden * shape.shared_ffn_hidden_size
