@@ -1,16 +1,18 @@
-"""This host's address and network interface on the route to another host."""
+"""Sockets: this host's address and interface on the route to another host, free ports, limits."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import resource
 import socket
 import struct
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
 _WILDCARDS = ("0.0.0.0", "*")  # run.host of a controller that listens on all addresses
 _NAME_BYTES = 256  # room for struct ifreq
+MAX_DESCRIPTORS = 1 << 16
 
 
 def own_address(controller: str) -> str:
@@ -59,3 +61,18 @@ def reserve_port(address: str) -> socket.socket:
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind((address, 0))
     return reserved
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Returns a port that is free now; a server that loses the race for it is started again."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def raise_descriptor_limit() -> None:
+    """Raises the soft limit of open files: each connection takes one, and 1024 is common."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -14,10 +14,10 @@ import urllib.request
 from pathlib import Path
 
 from megatron_async_rl import processes
+from megatron_async_rl.addresses import free_port
 from megatron_async_rl.observability.panel import screenshot_svg
 from megatron_async_rl.observability.run_log import TENSORBOARD_DIR
 from megatron_async_rl.observability.status import read_status
-from megatron_async_rl.protocol.transport import free_port
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 WINDOW = "1500,1095"

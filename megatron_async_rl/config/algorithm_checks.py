@@ -127,3 +127,52 @@ def _check_filters(config: Config) -> None:
             f"{high:g}, so every group is dropped",
             "lower the first or raise the second",
         )
+
+
+def check_quantization(config: Config) -> None:
+    """Raises ConfigError if fp8 servers would sample from a policy that is not corrected for.
+
+    Engine and trainer differ by the rounding of weights and activations, in tokens of any
+    staleness, so each needs its weight proximal / behavior, with a bound.
+    """
+    if (own := config.sglang.get("quantization")) is not None:
+        raise ConfigError(
+            f"sglang.quantization = {own} quantizes what the servers load, so they would hold "
+            "other weights than the trainer sends",
+            "remove it; weights.quantization=fp8_block sends fp8 weights",
+        )
+    if not config.sends_fp8:
+        return
+    algorithm, correction = config.algorithm, config.algorithm.staleness_correction
+    fp8, key = "weights.quantization = fp8_block", "algorithm.staleness_correction"
+    bounded = correction.behavior_weight_cap is not None or correction.m2_threshold is not None
+    for setting, is_wrong, reason, remedy in (
+        (
+            "algorithm.loss.objective = ppo",
+            algorithm.loss.objective == "ppo",
+            "does not weight tokens by trainer over engine, which differ by the quantization",
+            "set algorithm.loss.objective=decoupled_ppo",
+        ),
+        (
+            f"{key}.proximal = loglinear",
+            correction.proximal == "loglinear",
+            "takes the engine's logprobs of fresh tokens for the trainer's, so the quantization "
+            "would not be corrected",
+            f"set {key}.proximal=recompute",
+        ),
+        (
+            f"{key}.behavior_weight_cap = null",
+            not bounded,
+            "does not bound the weights trainer over engine, which quantization makes large for a "
+            "few tokens",
+            f"set {key}.behavior_weight_cap, such as 5.0 or less",
+        ),
+        (
+            "weights.broadcast_unit = tensor",
+            config.on_cpu and config.weights.broadcast_unit == "tensor",
+            "is a broadcast of fp8 tensors, which gloo does not know",
+            "set weights.broadcast_unit=bucket",
+        ),
+    ):
+        if is_wrong:
+            raise ConfigError(f"{fp8} with {setting}, which {reason}", remedy)

@@ -24,6 +24,7 @@ from megatron_async_rl.controller.advantage import (
 from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.core.actions import ResendBatch, SendBatch
 from megatron_async_rl.controller.core.groups import Group
+from megatron_async_rl.controller.journal.reader import read_batch
 from megatron_async_rl.controller.monitoring.mismatch import MismatchMonitor
 from megatron_async_rl.controller.turns import rewards_at_ends, shaped_turns, turns_of
 from megatron_async_rl.errors import DataError
@@ -101,7 +102,7 @@ class BatchDelivery:
 
     def _recorded(self, version: int) -> SendBatch:
         """Returns the batch that was trained on `version`, from the journal."""
-        admitted, returned, scored = self._journal.batch(version)
+        admitted, returned, scored = read_batch(self._journal.path, version)
         count = self._config.algorithm.samples_per_prompt
         groups = {
             event.group_id: Group(event.group_id, None, "train", [None] * count, [None] * count)  # type: ignore[arg-type]

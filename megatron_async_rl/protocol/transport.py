@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import secrets
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +44,6 @@ MAX_IN_A_ROW = 16  # messages received before other coroutines run
 LINGER_MS = 2000  # for messages queued at close
 HANDSHAKE_MS = 4000  # a connection that has not authenticated by then is closed
 BACKLOG = 1024  # connections that the kernel holds until they are accepted
-MAX_DESCRIPTORS = 1 << 16
 REBIND_S = 30.0  # for an earlier controller's port to become free
 _REPEATED = (
     messages.GetBatch, weight_messages.PublishOffer, messages.StepDone, messages.CheckpointSaved
@@ -82,7 +79,7 @@ class Hub:
         before = run_dir / "controller.address"
         port = int(before.read_text().rsplit(":", 1)[1]) if before.exists() else 0
         keys = run_dir / "keys" if port else _make_keys(run_dir)
-        _raise_descriptor_limit()
+        addresses.raise_descriptor_limit()
         self._context = zmq.asyncio.Context()
         self._authenticator = AsyncioAuthenticator(self._context)
         self._authenticator.start()
@@ -172,7 +169,7 @@ class Link:
     """A worker's socket under asyncio."""
 
     def __init__(self, run_dir: Path, timeout_s: float = 60.0) -> None:
-        _raise_descriptor_limit()  # a rollout worker has connections for each sample
+        addresses.raise_descriptor_limit()  # a rollout worker has connections for each sample
         self._context = zmq.asyncio.Context()
         self._socket = _connect(self._context, run_dir, timeout_s)
         self._codec = Codec()
@@ -294,13 +291,6 @@ class SyncLink:
         self._context.term()
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """Returns a port that is free now; a server that loses the race for it is started again."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
-
-
 def _epoch(answer: AnyMessage) -> int:
     if isinstance(answer, Refused):
         raise _refused(answer)
@@ -335,14 +325,6 @@ def _connect(context: Any, run_dir: Path, timeout_s: float) -> Any:
     _keep_alive(sock)
     sock.connect(address.read_text().strip())
     return sock
-
-
-def _raise_descriptor_limit() -> None:
-    """Raises the soft limit of open files: each connection takes one, and 1024 is common."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _keep_alive(sock: zmq.Socket) -> None:

@@ -19,6 +19,7 @@ import zmq.asyncio
 import zmq.auth
 from paths import python_environment
 
+from megatron_async_rl.addresses import free_port
 from megatron_async_rl.errors import ConfigError, ProtocolError
 from megatron_async_rl.protocol import transport
 from megatron_async_rl.protocol.messages import (
@@ -364,7 +365,7 @@ def test_two_workers_are_distinguished(tmp_path: Path) -> None:
 
 
 def test_free_port_is_unprivileged() -> None:
-    assert 1024 <= transport.free_port() < 65536
+    assert 1024 <= free_port() < 65536
 
 
 def test_workers_rejoin_a_restarted_controller_and_repeat_requests(

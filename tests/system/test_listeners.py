@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from whole_runs import RunInputs, assert_no_process_left, processes_of_run, start_run
 
-from megatron_async_rl.protocol.transport import free_port
+from megatron_async_rl.addresses import free_port
 
 pytestmark = needs_engine
 OTHER_USER = 65534

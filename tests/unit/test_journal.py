@@ -23,6 +23,7 @@ from megatron_async_rl.cli import audit
 from megatron_async_rl.controller.journal import journal as journal_module
 from megatron_async_rl.controller.journal.events import GroupAdmitted, JournalEvent
 from megatron_async_rl.controller.journal.journal import Journal, read_events
+from megatron_async_rl.controller.journal.reader import read_batch
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.storage import checkpoints
 
@@ -169,12 +170,12 @@ def test_recorded_batch_can_be_read_until_it_is_pruned(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.sqlite")
     journal.append(journal_events())
     journal.flush().result(10)
-    admitted, returned, scored = journal.batch(1)
+    admitted, returned, scored = read_batch(journal.path, 1)
     assert len(admitted) == 2 and len(returned) == len(scored) == 4
     journal.prune([fact.group_id for fact in admitted])
     journal.flush().result(10)
     with pytest.raises(DataError, match="older than the two that a run keeps"):
-        journal.batch(1)
+        read_batch(journal.path, 1)
     assert state(list(journal.events()))[0] == 2  # the ledger still counts both batches
     journal.close()
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from config_builders import config_tree
 
+from megatron_async_rl.addresses import free_port
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.observability import prometheus
 from megatron_async_rl.observability.prometheus import Prometheus
 from megatron_async_rl.observability.run_log import RunLog
-from megatron_async_rl.protocol.transport import free_port
 
 # of the format's grammar: a name, then a value as Go's ParseFloat reads it
 NUMBER = r"NaN|[+-]Inf|-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?"

@@ -56,9 +56,10 @@ from bench_publish_control import Bench
 from bench_publish_setup import make_config, make_model, make_parser, model_bytes
 
 from megatron_async_rl import processes
+from megatron_async_rl.addresses import free_port
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.errors import Error
-from megatron_async_rl.protocol.transport import Hub, free_port
+from megatron_async_rl.protocol.transport import Hub
 
 PHASES = (
     *("interrupt", "drain", "gather", "trainer_digest", "wire", "first_bucket"),

@@ -29,6 +29,10 @@ class EvaluationTask:
     temperature: float
     truncation: dict[str, Any] = field(default_factory=dict)  # top_p, top_k, min_p
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.set_name, self.prompt.prompt_id, self.index
+
 
 class GroupState(enum.Enum):
     QUEUED = "queued"

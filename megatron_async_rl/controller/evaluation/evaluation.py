@@ -22,7 +22,6 @@ from typing import Any
 
 import msgspec
 
-from megatron_async_rl.config.datasets import EvaluationSet
 from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.core.actions import FinishEvaluation, ReportEvaluated
 from megatron_async_rl.controller.core.groups import EvaluationMode, EvaluationTask
@@ -106,7 +105,7 @@ class Evaluations:
         # after the last step nothing is left that a pause could delay
         mode = self._settings.mode if version < self._config.run.steps else "pause"
         finished = {sample.key for sample in file.samples}
-        tasks = [task for task in self._tasks() if _key(task) not in finished]
+        tasks = [task for task in self._tasks() if task.key not in finished]
         num_samples = len(finished) + len(tasks)
         self._running = _Running(version, mode, file, num_samples, time.monotonic())
         self._idle.clear()
@@ -136,7 +135,7 @@ class Evaluations:
     def sample_ended(self, ended: ReportEvaluated) -> None:
         task, sample, running = ended.task, ended.sample, self._running
         assert running
-        evaluated = EvaluatedSample(*_key(task), ended.reward, answer=ended.answer)
+        evaluated = EvaluatedSample(*task.key, ended.reward, answer=ended.answer)
         if sample is not None and ended.reward is not None:
             evaluated = msgspec.structs.replace(
                 evaluated,
@@ -279,7 +278,7 @@ class Evaluations:
 
     def _header(self) -> dict[str, Any]:
         """Returns what the samples depend on besides the version."""
-        sets = {name: _sampling(self._settings.sets[name]) for name in self._prompts}
+        sets = {name: msgspec.to_builtins(self._settings.sets[name]) for name in self._prompts}
         return {
             "model": self._config.model.path,
             "reward": self._config.reward.function,
@@ -296,11 +295,3 @@ class Evaluations:
         self._context.progress.evaluating = (
             f"version {running.version}, {where}: {done} of {running.num_samples} samples"
         )
-
-
-def _sampling(chosen: EvaluationSet) -> dict[str, Any]:
-    return msgspec.to_builtins(chosen)
-
-
-def _key(task: EvaluationTask) -> records.Key:
-    return task.set_name, task.prompt.prompt_id, task.index

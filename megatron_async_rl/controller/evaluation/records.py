@@ -10,6 +10,7 @@ the same; otherwise the file is renamed. Failed samples are not kept: they are t
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,26 @@ def result_path(run_dir: Path, version: int) -> Path:
 def read_results(run_dir: Path) -> list[tuple[int, list[EvaluationResult]]]:
     """Returns the results of all versions in order; a damaged file is ignored."""
     found = []
-    for path in (run_dir / FOLDER).glob("v*.json"):
-        try:
-            result = msgspec.json.decode(path.read_bytes(), type=_Result)
-        except (OSError, msgspec.DecodeError) as e:
-            logger.error("%s is ignored: %s", path, e)
+    for path, result in _read_all(run_dir):
+        if not isinstance(result, _Result):
+            logger.error("%s is ignored: %s", path, result)
             continue
         sets = [EvaluationResult(result.version, n, s.metrics) for n, s in result.sets.items()]
         found.append((result.version, sets))
     return sorted(found, key=lambda entry: entry[0])
+
+
+def damaged_results(run_dir: Path) -> list[tuple[Path, Exception]]:
+    """Returns the files of results that cannot be read, each with its error."""
+    return [(path, found) for path, found in _read_all(run_dir) if isinstance(found, Exception)]
+
+
+def _read_all(run_dir: Path) -> Iterator[tuple[Path, _Result | Exception]]:
+    for path in sorted((run_dir / FOLDER).glob("v*.json")):
+        try:
+            yield path, msgspec.json.decode(path.read_bytes(), type=_Result)
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as e:
+            yield path, e
 
 
 def mean_tokens(run_dir: Path, version: int) -> dict[tuple[str, str], float]:
@@ -85,7 +97,7 @@ def mean_tokens(run_dir: Path, version: int) -> dict[tuple[str, str], float]:
     try:
         content = result_path(run_dir, version).read_bytes()
         result = msgspec.json.decode(content, type=_Result)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return {}
     return {
         (name, problem.prompt_id): sum(tokens) / len(tokens)
@@ -164,7 +176,7 @@ def _read(lines: list[bytes]) -> tuple[list[EvaluatedSample], int]:
             if not line.endswith(b"\n"):
                 break
             sample = msgspec.json.decode(line, type=EvaluatedSample)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             break
         complete += len(line)
         samples.append(_without_text(sample))

@@ -10,6 +10,7 @@ segment without rows is deleted.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import zlib
@@ -46,7 +47,7 @@ class ArrayStore:
         self._num_rows = num_rows
         folder.mkdir(mode=0o700, exist_ok=True)
         for path in folder.glob("*.bin"):
-            if int(path.stem) not in num_rows:
+            if path.stem.isdecimal() and int(path.stem) not in num_rows:
                 path.unlink()  # written before a crash, and never committed
         self._segment = max(num_rows, default=0) + 1
         self._offset = self._allocated = 0
@@ -116,20 +117,27 @@ class ArrayReader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._fds = {int(path.stem): os.open(path, os.O_RDONLY) for path in folder.glob("*.bin")}
+        self._fds: dict[int, int] = {}
+        for path in folder.glob("*.bin"):
+            with contextlib.suppress(OSError, ValueError):  # said when its arrays are read
+                self._fds[int(path.stem)] = os.open(path, os.O_RDONLY)
 
     def read(self, location: ArrayLocation) -> list[memoryview]:
         """Returns the frames. Raises DataError if they are missing or damaged."""
         fd = self._fds.get(location.segment)
         path = _path(self._folder, location.segment)
-        if fd is None and path.exists():
-            fd = self._fds[location.segment] = os.open(path, os.O_RDONLY)  # begun since
-        total = sum(location.sizes)
-        block = memoryview(os.pread(fd, total, location.offset) if fd is not None else b"")
+        total, problem = sum(location.sizes), ""
+        try:
+            if fd is None:
+                fd = self._fds[location.segment] = os.open(path, os.O_RDONLY)  # begun since
+            block = memoryview(os.pread(fd, total, location.offset))
+        except OSError as e:
+            block, problem = memoryview(b""), f" ({e.strerror})"
         if len(block) != total or zlib.crc32(block) != location.crc:
             raise DataError(
-                f"the journal's {path} is missing or damaged at byte {location.offset}; restore it "
-                "from a copy, or start over with --from-scratch, which keeps the old folder aside"
+                f"the journal's {path} is missing or damaged at byte {location.offset}{problem}; "
+                "restore it from a copy, or start over with --from-scratch, which keeps the old "
+                "folder aside"
             )
         frames, start = [], 0
         for size in location.sizes:

@@ -20,28 +20,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import closing
 from pathlib import Path
 
 import msgspec
 
 from megatron_async_rl.controller.journal.array_store import ArrayStore
-from megatron_async_rl.controller.journal.events import (
-    AnyEvent,
-    BatchSelected,
-    GroupAdmitted,
-    JournalEvent,
-    SampleReturned,
-    SampleScored,
-)
+from megatron_async_rl.controller.journal.events import AnyEvent, JournalEvent
 from megatron_async_rl.controller.journal.mark import MARK_FILE, Mark
 from megatron_async_rl.controller.journal.partials import Partials, PartialTail, StoredEvent
 from megatron_async_rl.controller.journal.reader import (
     ARRAYS_FOLDER,
-    REMEDY,
     SCHEMA,
-    connect_to_read,
     count_rows,
+    damaged,
     find_mark_damage,
     find_rewind,
     find_structural_damage,
@@ -50,7 +41,6 @@ from megatron_async_rl.controller.journal.reader import (
     read_totals,
     refuse,
     row_crc,
-    select,
 )
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.wire import Codec
@@ -76,7 +66,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self.error = ""  # why the last commit failed; empty if it did not
         self.num_commits = 0
         self._damage: DataError | None = None  # found by the writer
@@ -85,7 +75,7 @@ class Journal:
             self._open()
             rows_per_segment = count_rows(self._db, path)
         except sqlite3.DatabaseError as e:
-            raise self._not_opened(e) or self._damaged(e) from None
+            raise self._not_opened(e) or damaged(self.path, e) from None
         path.chmod(0o600)
         self.last_seq = self._totals.last_seq
         if damage := find_rewind(path):
@@ -141,41 +131,7 @@ class Journal:
 
     def events(self) -> Iterator[AnyEvent]:
         """Yields all events in order. Raises DataError at the first that is damaged."""
-        return read_events(self._path)
-
-    def batch(
-        self, version: int
-    ) -> tuple[list[GroupAdmitted], list[SampleReturned], list[SampleScored]]:
-        """Returns the events of the batch trained on `version`. Raises DataError if pruned."""
-        try:
-            with closing(connect_to_read(self._path)) as db:  # not the writer's: it may be writing
-                return self._batch(db, version)
-        except sqlite3.DatabaseError as e:
-            raise self._damaged(e) from None
-
-    def _batch(
-        self, db: sqlite3.Connection, version: int
-    ) -> tuple[list[GroupAdmitted], list[SampleReturned], list[SampleScored]]:
-        batches = select(db, self._path, "WHERE kind = 'BatchSelected' ORDER BY seq DESC")
-        wanted = next(
-            (b for b in batches if isinstance(b, BatchSelected) and b.version == version), None
-        )
-        if wanted is None:
-            raise DataError(f"the journal {self._path} has no batch of version {version}")
-        marks = ",".join("?" * len(wanted.group_ids))
-        where = f"WHERE group_id IN ({marks}) ORDER BY seq"
-        events = list(select(db, self._path, where, tuple(wanted.group_ids)))
-        returned = [event for event in events if isinstance(event, SampleReturned)]
-        if {event.group_id for event in returned} != set(wanted.group_ids):
-            raise DataError(
-                f"the journal {self._path} no longer holds the samples trained on version "
-                f"{version}: the checkpoint is older than the two that a run keeps; start over "
-                "with --from-scratch"
-            )
-        order = {group_id: position for position, group_id in enumerate(wanted.group_ids)}
-        admitted = [event for event in events if isinstance(event, GroupAdmitted)]
-        admitted.sort(key=lambda event: order[event.group_id])
-        return admitted, returned, [event for event in events if isinstance(event, SampleScored)]
+        return read_events(self.path)
 
     # ---- inside
 
@@ -209,23 +165,18 @@ class Journal:
 
     def _not_opened(self, error: sqlite3.DatabaseError) -> DataError | None:
         """Returns the error of a file that SQLite could not even read; None if it could."""
-        if not self._path.parent.is_dir():
+        if not self.path.parent.is_dir():
             return DataError(
-                f"the journal {self._path} cannot be opened: there is no folder "
-                f"{self._path.parent}",
+                f"the journal {self.path} cannot be opened: there is no folder {self.path.parent}",
                 "set run.dir to the folder of a run",
             )
         code = getattr(error, "sqlite_errorname", "")  # ours have none
         if code.removeprefix("SQLITE_").split("_")[0] not in NOT_OPENED:
             return None
         return DataError(
-            f"the journal {self._path} cannot be opened: {error}",
+            f"the journal {self.path} cannot be opened: {error}",
             "let this user read and write it and its folder, and stop other programs that use it",
         )
-
-    def _damaged(self, error: Exception) -> DataError:
-        lost = "the events in the damaged part, perhaps all"
-        return DataError(f"{self._path} is damaged: {error}; lost: {lost}", REMEDY)
 
     def _write(self) -> None:
         while True:
@@ -259,17 +210,17 @@ class Journal:
                 if self.error != str(e):
                     logger.error(
                         "the journal %s cannot be written: %s; trying again every %.0f s",
-                        self._path, e, RETRY_S,
+                        self.path, e, RETRY_S,
                     )  # fmt: skip
                 self.error = str(e)
                 if self._closing.wait(RETRY_S):
                     return
             except sqlite3.DatabaseError as e:
-                self._damage = self._damaged(e)
+                self._damage = damaged(self.path, e)
                 logger.error("%s", self._damage)
             except Exception as e:  # else `durable` would wait for a thread that has ended
                 self._damage = DataError(
-                    f"{self._path} cannot be written: {type(e).__name__}: {e}",
+                    f"{self.path} cannot be written: {type(e).__name__}: {e}",
                     "run again to continue from the events before it, and report this error",
                 )
                 logger.exception("%s", self._damage)

@@ -14,13 +14,18 @@ from pathlib import Path
 from megatron_async_rl.errors import DataError
 
 MARK_FILE = "journal.mark"
+LOST = "lost: the proof that the journal was not rewound"
+REMEDY = "delete the file to continue without it"
 
 
 class Mark:
     """The writer."""
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as e:
+            raise DataError(f"{path} cannot be written: {e.strerror}", REMEDY) from None
 
     def write(self, seq: int, num_commits: int) -> None:
         """Overwrites the mark, in one sector; a killed process cannot tear it."""
@@ -43,11 +48,10 @@ def read_mark(path: Path) -> tuple[int, int] | None:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror}; {LOST}", REMEDY) from None
     text = data[:41]
     if data != b"%s %08x\n" % (text, zlib.crc32(text)) or len(text.split()) != 2:
-        raise DataError(
-            f"{path} is damaged; lost: the proof that the journal was not rewound",
-            "delete the file to continue without it",
-        )
+        raise DataError(f"{path} is damaged; {LOST}", REMEDY)
     seq, num_commits = map(int, text.split())
     return seq, num_commits

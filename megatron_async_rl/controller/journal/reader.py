@@ -17,7 +17,13 @@ from urllib.parse import quote
 import msgspec
 
 from megatron_async_rl.controller.journal.array_store import ArrayLocation, ArrayReader
-from megatron_async_rl.controller.journal.events import AnyEvent
+from megatron_async_rl.controller.journal.events import (
+    AnyEvent,
+    BatchSelected,
+    GroupAdmitted,
+    SampleReturned,
+    SampleScored,
+)
 from megatron_async_rl.controller.journal.mark import MARK_FILE, read_mark
 from megatron_async_rl.controller.journal.partials import Partials, StoredEvent
 from megatron_async_rl.errors import DataError, ProtocolError
@@ -78,6 +84,38 @@ def read_events(
             "lost: events somewhere before number "
             f"{expected.last_seq}"
         )
+
+
+def read_batch(
+    path: Path, version: int
+) -> tuple[list[GroupAdmitted], list[SampleReturned], list[SampleScored]]:
+    """Returns the events of the batch trained on `version`. Raises DataError if pruned."""
+    try:
+        with closing(connect_to_read(path)) as db:
+            batches = select(db, path, "WHERE kind = 'BatchSelected' ORDER BY seq DESC")
+            selected = (event for event in batches if isinstance(event, BatchSelected))
+            group_ids = next(event.group_ids for event in selected if event.version == version)
+            marks = ",".join("?" * len(group_ids))
+            where = f"WHERE group_id IN ({marks}) ORDER BY seq"
+            found = list(select(db, path, where, tuple(group_ids)))
+    except StopIteration:
+        raise DataError(f"the journal {path} has no batch of version {version}") from None
+    except sqlite3.DatabaseError as e:
+        raise damaged(path, e) from None
+    returned = [event for event in found if isinstance(event, SampleReturned)]
+    if {event.group_id for event in returned} != set(group_ids):
+        raise DataError(
+            f"the journal {path} no longer holds the samples trained on version {version}: the "
+            "checkpoint is older than the two that a run keeps; start over with --from-scratch"
+        )
+    admitted = [event for event in found if isinstance(event, GroupAdmitted)]
+    admitted.sort(key=lambda event: group_ids.index(event.group_id))
+    return admitted, returned, [event for event in found if isinstance(event, SampleScored)]
+
+
+def damaged(path: Path, error: Exception) -> DataError:
+    lost = "the events in the damaged part, perhaps all"
+    return DataError(f"{path} is damaged: {error}; lost: {lost}", REMEDY)
 
 
 def select(
