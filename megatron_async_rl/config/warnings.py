@@ -138,6 +138,11 @@ def _processes(config: Config) -> Iterator[Rule]:
         "evaluation.sets is empty",
     )
     yield (
+        "monitor.prometheus_host",
+        config.monitor.prometheus_port is not None,
+        "monitor.prometheus_port is not set",
+    )
+    yield (
         "faults.restart_reset_s faults.restart_backoff_s",
         config.faults.max_restarts > 0,
         "faults.max_restarts = 0 restarts nothing",

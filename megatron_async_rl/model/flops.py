@@ -18,7 +18,9 @@ NOMINAL_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
+    "H800 PCIe": 756.0,
     "H800": 989.0,
     "H20": 148.0,
     "B200": 2250.0,
@@ -51,7 +53,7 @@ class ModelFlops:
         dense, expert = memory.layer_parameters(shape)
         layer = dense + router_top_k * expert
         weights = shape.num_layers * layer + memory.vocabulary_parameters(shape)
-        return cls(weights, shape.num_layers * shape.dims["q"])
+        return cls(weights, shape.num_layers * shape.attention_width)
 
     @property
     def attention_length(self) -> float:

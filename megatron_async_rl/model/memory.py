@@ -145,6 +145,7 @@ def _activations(
     if shape.num_experts:
         top_k = hf.architecture().router_top_k
         mlp = top_k * (shape.hidden_size + 2 * shape.expert_ffn_hidden_size / layout.etp)
+        mlp += 2 * shape.shared_ffn_hidden_size / layout.tp
     else:
         mlp = 2 * shape.ffn_hidden_size / layout.tp
     attention = 2 * (dims["q"] + dims["kv"])

@@ -2,17 +2,20 @@
 
 One request at a time, in a thread of its own: the controller's loop does not wait for it. The text
 format is version 0.0.4 (https://prometheus.io/docs/instrumenting/exposition_formats/); each tag is
-a gauge, `train/loss` is megatron_async_rl_train_loss.
+a gauge, `train/loss` is megatron_async_rl_train_loss. Tags that would have the same name, such as
+user/a.b and user/a-b, are told apart by a label `tag`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.server
+import json
 import math
 import re
 import socket
 import threading
+from collections import defaultdict
 
 from megatron_async_rl.errors import ConfigError
 
@@ -26,7 +29,7 @@ class Prometheus:
     """A ScalarLogger (loggers.py). Raises ConfigError if it cannot listen there."""
 
     def __init__(self, host: str, port: int) -> None:
-        self._gauges: dict[str, float] = {}
+        self._gauges: dict[str, float] = {}  # by tag
         handler = type("Handler", (_Handler,), {"gauges": self._gauges})
         try:
             self._server = http.server.HTTPServer((host, port), handler)
@@ -42,8 +45,8 @@ class Prometheus:
         self._thread.start()
 
     def scalars(self, version: int, values: dict[str, float]) -> None:
-        newest = {metric_name(tag): float(value) for tag, value in values.items()}
-        self._gauges.update(newest, **{f"{PREFIX}_version": float(version)})
+        newest = {tag: float(value) for tag, value in values.items()}
+        self._gauges.update(newest, version=float(version))
 
     def close(self) -> None:
         self._server.shutdown()
@@ -91,10 +94,17 @@ def metric_name(tag: str) -> str:
 
 
 def exposition(gauges: dict[str, float]) -> str:
-    """Returns the text format of gauges by name."""
-    return "".join(
-        f"# TYPE {name} gauge\n{name} {_value(value)}\n" for name, value in sorted(gauges.items())
-    )
+    """Returns the text format of gauges by tag."""
+    by_name: defaultdict[str, list[str]] = defaultdict(list)
+    for tag in sorted(gauges):
+        by_name[metric_name(tag)].append(tag)
+    lines = []
+    for name, tags in by_name.items():
+        lines.append(f"# TYPE {name} gauge")
+        for tag in tags:
+            label = "{tag=" + json.dumps(tag) + "}" if len(tags) > 1 else ""
+            lines.append(f"{name}{label} {_value(gauges[tag])}")
+    return "\n".join([*lines, ""])
 
 
 def _value(value: float) -> str:

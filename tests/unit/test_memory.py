@@ -69,6 +69,24 @@ def test_memory_is_split_as_the_layout_says(tmp_path: Path) -> None:
     assert all_experts.weights - eighth.weights == expert_bytes * 7 / 8
 
 
+def test_shared_experts_save_activations_too(tmp_path: Path) -> None:
+    glm = {
+        "architectures": ["Glm4MoeForCausalLM"], "hidden_size": 4096, "head_dim": 128,
+        "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8,
+        "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 128,
+        "num_experts_per_tok": 8, "first_k_dense_replace": 1, "vocab_size": 151552,
+        "norm_topk_prob": True, "attention_bias": True,
+    }  # fmt: skip
+    one, two = (
+        memory.trainer_memory(
+            config(tmp_path), model_config("Qwen3-8B", tmp_path, **glm, n_shared_experts=count)
+        )
+        for count in (1, 2)
+    )
+    gate_and_up = 2 * 1408
+    assert two.activations - one.activations == 2 * 32768 * 46 * gate_and_up
+
+
 def test_server_holds_its_share_of_weights_and_cache(tmp_path: Path) -> None:
     hf = model_config("Qwen3-8B", tmp_path)
     server = memory.server_memory(config(tmp_path), hf)

@@ -66,8 +66,19 @@ def test_newest_value_of_each_tag_is_served(endpoint: Prometheus) -> None:
 def test_values_that_are_no_numbers_have_the_names_of_the_format() -> None:
     values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1e300, "e": 0.0}
     found = parse(prometheus.exposition(values))
-    assert math.isnan(found.pop("a"))
-    assert found == {name: value for name, value in values.items() if name != "a"}
+    assert math.isnan(found.pop("megatron_async_rl_a"))
+    assert found == {f"megatron_async_rl_{tag}": values[tag] for tag in "bcde"}
+
+
+def test_tags_of_the_same_name_are_told_apart_by_a_label() -> None:
+    text = prometheus.exposition({"user/a.b": 1.0, "user/a-b": 2.0, "user/c": 3.0})
+    assert text.splitlines() == [
+        "# TYPE megatron_async_rl_user_a_b gauge",
+        'megatron_async_rl_user_a_b{tag="user/a-b"} 2.0',
+        'megatron_async_rl_user_a_b{tag="user/a.b"} 1.0',
+        "# TYPE megatron_async_rl_user_c gauge",
+        "megatron_async_rl_user_c 3.0",
+    ]
 
 
 def test_other_paths_are_not_found(endpoint: Prometheus) -> None:

@@ -44,6 +44,8 @@ def texts(**settings: Any) -> list[str]:
             ["algorithm.staleness_correction.behavior_weight_action = truncate"],
         ),
         ({"algorithm.kl.estimator": "k2"}, ["algorithm.kl.estimator = k2"]),
+        ({"monitor.prometheus_host": "0.0.0.0"}, ["monitor.prometheus_host = 0.0.0.0"]),
+        ({"monitor.prometheus_host": "0.0.0.0", "monitor.prometheus_port": 9100}, []),
         ({"algorithm.kl.estimator": "k2", "algorithm.kl.coef": 0.1}, []),
         (
             {
