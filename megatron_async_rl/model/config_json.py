@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.model import families
-from megatron_async_rl.model.families import Family, ModelShape
+from megatron_async_rl.model.families import Family, LatentShape, LinearShape, ModelShape
 
 # Megatron's rope_scaling has these values of Llama 3 built in; only the factor can be set.
 _LLAMA3_ROPE = {
@@ -29,6 +29,28 @@ _BIASED_ROUTER: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("use_qk_norm", (False, None)),
     ("attention_bias", (True,)),
 )
+# The same for routers that choose among groups of experts (DeepSeek-V3). The engine needs the
+# first two, which transformers ignores.
+_GROUPED_ROUTER: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("topk_method", ("noaux_tc",)),
+    ("scoring_func", ("sigmoid",)),
+    ("norm_topk_prob", (True, None)),
+    ("moe_layer_freq", (1, None)),
+    ("rope_interleave", (True, None)),
+)
+# The same for models with linear attention.
+_LINEAR_ATTENTION: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("output_gate_type", (None, "silu", "swish")),
+    ("attn_output_gate", (True, None)),
+    ("mamba_ssm_dtype", ("float32", None)),
+)
+_YARN = {  # Megatron's defaults, which are the engine's
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+}
+_YARN_KEYS = {"type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +70,11 @@ class Architecture:
     """Factor of the selected experts' weights."""
     rotary_percent: float = 1.0
     """Share of each head's elements that RoPE rotates: the first ones."""
+    router_groups: int = 0
+    """Groups of experts, 0 or at least 2: a router chooses groups first, then experts in them."""
+    router_group_top_k: int = 0
+    yarn: dict[str, float] | None = None
+    """YaRN's values by their names in config.json, with latent attention only; None: plain RoPE."""
 
 
 class HfConfig:
@@ -71,10 +98,13 @@ class HfConfig:
     def family(self) -> Family:
         """The entry of the family table. Raises DataError if the architecture is not supported."""
         architecture = (self.raw.get("architectures") or ["(none)"])[0]
+        latent_queries = self.raw.get("q_lora_rank") is not None
         for family in families.FAMILIES:
-            if family.architecture == architecture:
+            if family.architecture == architecture and (
+                not family.latent_attention or family.latent_queries == latent_queries
+            ):
                 return family
-        supported = ", ".join(family.architecture for family in families.FAMILIES)
+        supported = ", ".join(dict.fromkeys(family.architecture for family in families.FAMILIES))
         raise DataError(
             f"{self._key}: architecture {architecture} is not supported",
             f"use a model of one of {supported}",
@@ -98,6 +128,10 @@ class HfConfig:
         """
         family, heads, vocab = self.family, self._integer("num_attention_heads"), self.vocab_size
         hidden = self._integer("hidden_size")
+        latent = self._latent_sizes() if family.latent_attention else None
+        head = self.raw.get("head_dim") or hidden // heads
+        if latent:
+            head = latent.qk_nope_head_dim + latent.qk_rope_head_dim
         return ModelShape(
             family=family,
             num_layers=self._integer("num_hidden_layers"),
@@ -105,10 +139,12 @@ class HfConfig:
             ffn_hidden_size=self._integer("intermediate_size"),
             num_attention_heads=heads,
             num_query_groups=self.raw.get("num_key_value_heads") or heads,
-            kv_channels=self.raw.get("head_dim") or hidden // heads,
+            kv_channels=head,
             vocab_size=vocab,
             padded_vocab_size=-(-vocab // vocab_multiple) * vocab_multiple,
             tied=bool(self.raw.get("tie_word_embeddings", False)),
+            latent=latent,
+            linear=self._linear_sizes() if family.linear_layer else None,
             **(self._expert_sizes(family) if family.experts else {}),
         )
 
@@ -126,7 +162,8 @@ class HfConfig:
             ("use_sliding_window", (False, None)),
             ("decoder_sparse_step", (1, None)),
             ("mlp_only_layers", ([], None)),
-            *(_BIASED_ROUTER if family.router_bias else ()),
+            *(() if not family.router_bias else self._router_rules(family)),
+            *(_LINEAR_ATTENTION if family.linear_layer else ()),
         ):
             if raw.get(key) not in allowed:
                 raise DataError(
@@ -134,12 +171,15 @@ class HfConfig:
                     f"{family.name} model supports {allowed[0]!r} only",
                     "use another model",
                 )
-        rope = self._rope
+        rope, latent = self._rope, family.latent_attention
+        if family.linear_layer:
+            self._check_engine_rope(rope)
         return Architecture(
             family=family,
             layernorm_epsilon=float(raw.get("rms_norm_eps", 1e-6)),
             rotary_base=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            rope_scaling_factor=self._rope_scaling_factor(rope),
+            rope_scaling_factor=None if latent else self._rope_scaling_factor(rope),
+            yarn=self._yarn(rope) if latent else None,
             max_positions=int(raw.get("max_position_embeddings", 4096)),
             router_top_k=int(raw.get("num_experts_per_tok", 0)) if family.experts else 0,
             router_normalizes=bool(raw.get("norm_topk_prob", False)),
@@ -150,6 +190,7 @@ class HfConfig:
                     raw.get("partial_rotary_factor", family.rotary_percent),
                 )
             ),
+            **(self._router_groups() if latent else {}),
         )
 
     def _check_unquantized(self) -> None:
@@ -189,7 +230,105 @@ class HfConfig:
                 )
             sizes["shared_ffn_hidden_size"] = ffn * shared
             sizes["num_dense_layers"] = self._integer("first_k_dense_replace")
+        elif family.linear_layer:
+            sizes["shared_ffn_hidden_size"] = self._integer("shared_expert_intermediate_size")
         return sizes
+
+    def _linear_sizes(self) -> LinearShape:
+        """Returns the sizes of linear attention; the engine takes layer_types from the interval."""
+        interval = self._integer("full_attention_interval")
+        layers = range(1, self._integer("num_hidden_layers") + 1)
+        types = ["linear_attention" if n % interval else "full_attention" for n in layers]
+        if self.raw.get("layer_types") not in (None, types):
+            raise DataError(
+                f"{self._key}: config.json has other layer_types than full_attention_interval = "
+                f"{interval}, which SGLang goes by",
+                "use a model whose full attention is in the last of every so many layers",
+            )
+        heads = [self._integer(f"linear_num_{name}_heads") for name in ("key", "value")]
+        if heads[1] % heads[0]:
+            raise DataError(
+                f"{self._key}: config.json has linear_num_key_heads = {heads[0]}, which does not "
+                f"divide linear_num_value_heads = {heads[1]}",
+                "use the config.json of the model's authors",
+            )
+        return LinearShape(
+            full_attention_interval=interval,
+            num_key_heads=heads[0],
+            num_value_heads=heads[1],
+            key_head_dim=self._integer("linear_key_head_dim"),
+            value_head_dim=self._integer("linear_value_head_dim"),
+            conv_width=self._integer("linear_conv_kernel_dim"),
+        )
+
+    def _check_engine_rope(self, rope: dict[str, Any]) -> None:
+        """Raises DataError if SGLang, which reads no rope_parameters, would rotate otherwise."""
+        for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 0.25)):
+            engine = self.raw.get(key, default)
+            if rope.get(key, engine) != engine:
+                raise DataError(
+                    f"{self._key}: config.json has {key} = {rope[key]} in rope_parameters only, "
+                    f"and SGLang would use {engine}",
+                    f"write {key} at the top level of config.json too",
+                )
+
+    def _latent_sizes(self) -> LatentShape:
+        heads, kv_heads = (
+            self._integer(f"num_{name}_heads") for name in ("attention", "key_value")
+        )
+        if heads != kv_heads:
+            raise DataError(
+                f"{self._key}: config.json has num_key_value_heads = {kv_heads}, but latent "
+                f"attention has as many as num_attention_heads = {heads}",
+                "use the config.json of the model's authors",
+            )
+        names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        queries = self.raw.get("q_lora_rank") is not None
+        return LatentShape(
+            q_lora_rank=self._integer("q_lora_rank") if queries else 0,
+            **{name: self._integer(name) for name in names},
+        )
+
+    def _router_rules(self, family: Family) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+        return _GROUPED_ROUTER if family.latent_attention else _BIASED_ROUTER
+
+    def _router_groups(self) -> dict[str, int]:
+        """Returns the groups as Megatron computes them: it adds top_k / groups scores of each.
+
+        The engine and transformers always add two.
+        """
+        groups, chosen = self._integer("n_group"), self._integer("topk_group")
+        top_k = self._integer("num_experts_per_tok")
+        if groups == 1:
+            return {}
+        if top_k // chosen != 2:
+            raise DataError(
+                f"{self._key}: config.json has num_experts_per_tok = {top_k} and topk_group = "
+                f"{chosen}; Megatron scores a group by its best {top_k // chosen} experts, the "
+                "engine by its best 2",
+                "use a model whose num_experts_per_tok is twice its topk_group",
+            )
+        return {"router_groups": groups, "router_group_top_k": chosen}
+
+    def _yarn(self, rope: dict[str, Any]) -> dict[str, float] | None:
+        if _rope_type(rope) == "default":
+            return None
+        unknown = sorted(rope.keys() - _YARN_KEYS - _YARN.keys())
+        if _rope_type(rope) != "yarn" or unknown:
+            raise DataError(
+                f"{self._key}: rope_type {_rope_type(rope)!r} {unknown or ''} is not supported",
+                f"use a model with rope_type default, or yarn with {', '.join(_YARN)}",
+            )
+        required = ("factor", "original_max_position_embeddings")
+        for name in required:
+            if not isinstance(rope.get(name), int | float):
+                raise DataError(
+                    f"{self._key}: config.json has {name} = {rope.get(name)!r} in its rope_scaling "
+                    "of type yarn, expected a number",
+                    "use the config.json of the model's authors",
+                )
+        names = (*_YARN, *required)
+        return _YARN | {name: rope[name] for name in names if rope.get(name) is not None}
 
     @property
     def _rope(self) -> dict[str, Any]:

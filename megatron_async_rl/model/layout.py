@@ -64,7 +64,7 @@ def check_trainer(layout: Layout, shape: ModelShape) -> None:
         "num_attention_heads": shape.num_attention_heads,
         "num_key_value_heads": shape.num_query_groups,
     }
-    split_by_tp |= _mlp_sizes(shape)
+    split_by_tp |= _mlp_sizes(shape) | _linear_sizes(shape)
     _check_divides("megatron.tensor_model_parallel_size", layout.tp, split_by_tp)
     layers = {"num_hidden_layers": shape.num_layers}
     _check_divides("megatron.pipeline_model_parallel_size", layout.pp, layers)
@@ -103,7 +103,7 @@ def check_engine(layout: Layout, shape: ModelShape) -> None:
     """Raises ConfigError if SGLang cannot split the model so."""
     heads, kv_heads, tp = shape.num_attention_heads, shape.num_query_groups, layout.engine_tp
     counts = {"num_attention_heads": heads, "vocabulary padding": VOCABULARY_MULTIPLE}
-    counts |= _mlp_sizes(shape)
+    counts |= _mlp_sizes(shape) | _linear_sizes(shape)
     if shape.num_experts:
         counts["moe_intermediate_size"] = shape.expert_ffn_hidden_size
     fitting = [
@@ -126,8 +126,16 @@ def _mlp_sizes(shape: ModelShape) -> dict[str, int]:
     if not shape.num_experts or shape.num_dense_layers:
         sizes["intermediate_size"] = shape.ffn_hidden_size
     if shape.shared_ffn_hidden_size:
-        sizes["n_shared_experts * moe_intermediate_size"] = shape.shared_ffn_hidden_size
+        name = "n_shared_experts * moe_intermediate_size"
+        if shape.linear:
+            name = "shared_expert_intermediate_size"
+        sizes[name] = shape.shared_ffn_hidden_size
     return sizes
+
+
+def _linear_sizes(shape: ModelShape) -> dict[str, int]:
+    """Returns the sizes of linear attention that tensor parallelism splits."""
+    return {"linear_num_key_heads": shape.linear.num_key_heads} if shape.linear else {}
 
 
 def _check_divides(

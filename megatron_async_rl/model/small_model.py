@@ -9,7 +9,15 @@ from megatron_async_rl.model.config_json import HfConfig
 
 VOCAB_SIZE = 251
 MAX_SAMPLE_TOKENS = 60
-_SIZES = {"vocab_size": VOCAB_SIZE, "head_dim": 16, "moe_intermediate_size": 32}
+_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "head_dim": 16,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "full_attention_interval": 2,
+}
 
 
 def small_model(config: Config) -> dict[str, Any]:
@@ -18,7 +26,8 @@ def small_model(config: Config) -> dict[str, Any]:
     Family and numbers of heads and experts are those of model.path, so every layout that fits that
     model fits this one. Raises DataError if model.path has no config.json.
     """
-    given = HfConfig(config.model.path).raw
+    given = dict(HfConfig(config.model.path).raw)
+    given.pop("layer_types", None)  # of the given number of layers
     stages = config.parallel_size("pipeline_model") * config.parallel_size("virtual_pipeline_model")
     heads = given["num_attention_heads"]
     sizes = {name: size for name, size in _SIZES.items() if name in given or name == "head_dim"}

@@ -144,12 +144,14 @@ def parameter_routes(name: str, shape: ModelShape, sizes: Layout) -> Iterator[Ro
     for hf, full, cut in tensors:
         shards = [[0, 0, full[0]]]
         if cut is not None:
-            size = full[cut]
-            step = (shape.padded_vocab_size if mapping.in_vocabulary else size) // ranks
-            bounds = [min(rank * step, size) for rank in range(ranks + 1)]
-            shards = [[rank, bounds[rank], bounds[rank + 1]] for rank in range(ranks)]
+            shards, first = [], 0
+            for size in mapping.sections(shape) or (full[cut],):
+                step = (shape.padded_vocab_size if mapping.in_vocabulary else size) // ranks
+                bounds = [first + min(rank * step, size) for rank in range(ranks + 1)]
+                shards += [[rank, bounds[rank], bounds[rank + 1]] for rank in range(ranks)]
+                first += size
         slot = engine_layout.engine_slot(hf, shape)
-        ranges = engine_layout.engine_ranges(slot.leaf, full, shape, sizes.engine_tp)
+        pieces = engine_layout.engine_pieces(slot.leaf, full, shape, sizes.engine_tp)
         yield Route(
             tensor=hf,
             shape=list(full),
@@ -161,7 +163,7 @@ def parameter_routes(name: str, shape: ModelShape, sizes: Layout) -> Iterator[Ro
             engine_tensor=slot.tensor,
             part=slot.part,
             cut=engine_layout.engine_split(slot.leaf, len(full)),
-            pieces=[[rank, start, end] for rank, (start, end) in enumerate(ranges)],
+            pieces=[list(piece) for piece in pieces],
         )
 
 

@@ -31,13 +31,13 @@ class ModelSize:
     total: float
     dense: float  # of `total`: not in experts
     expert_share: float  # of the experts that each token uses; 0 without experts
-    kv_bytes: float  # of a token
+    kv_bytes: float  # of a token, on one of the server's GPUs
     attention_width: float  # layers * query heads * head size
     layer_width: float  # layers * hidden size
     layers: int
 
 
-def model_size(hf: HfConfig, num_bytes: int = 2) -> ModelSize:
+def model_size(hf: HfConfig, num_bytes: int = 2, engine_tp: int = 1) -> ModelSize:
     shape = hf.shape()
     dense, expert = memory.layer_parameters(shape)
     vocabulary = memory.vocabulary_parameters(shape)
@@ -48,8 +48,8 @@ def model_size(hf: HfConfig, num_bytes: int = 2) -> ModelSize:
         total=layers * (dense + expert * shape.num_experts) + vocabulary * (1 if shape.tied else 2),
         dense=layers * dense + vocabulary,
         expert_share=top_k / shape.num_experts if shape.num_experts else 0.0,
-        kv_bytes=2 * layers * shape.dims["kv"] * num_bytes,
-        attention_width=layers * shape.dims["q"],
+        kv_bytes=layers * shape.cached_per_token(engine_tp) * num_bytes,
+        attention_width=layers * shape.attention_width,
         layer_width=layers * shape.hidden_size,
         layers=layers,
     )
@@ -57,7 +57,7 @@ def model_size(hf: HfConfig, num_bytes: int = 2) -> ModelSize:
 
 def costs(config: Config, hf: HfConfig, gpu: Gpu, engine: Engine | None = None) -> Costs:
     """Returns the costs of a run on such GPUs; `engine`: None uses the constants of SGLang 0.5."""
-    size = model_size(hf)
+    size = model_size(hf, engine_tp=config.engine_tp)
     engine = engine or engine_of(config, size)
     return Costs(
         decode=decode_costs(config, size, gpu, engine),
@@ -94,7 +94,7 @@ def decode_costs(config: Config, size: ModelSize, gpu: Gpu, engine: Engine) -> D
     return DecodeCosts(
         step_s=size.layers * layer_s + read_bytes / (tp * engine.weight_share * gpu.hbm_bytes),
         sample_s=engine.sample_s + products_s,
-        context_token_s=size.kv_bytes / (tp * engine.kv_share * gpu.hbm_bytes),
+        context_token_s=size.kv_bytes / (engine.kv_share * gpu.hbm_bytes),
     )
 
 

@@ -27,7 +27,7 @@ def plan_buckets(tensors: Iterable[TensorInfo], bucket_bytes: int) -> list[Bucke
     buckets: list[Bucket] = []
     bucket: list[TensorSpec] = []
     size = 0
-    for _, infos in groupby(tensors, lambda info: info.parameter):
+    for _, infos in groupby(tensors, lambda info: info.bucket):
         specs = [
             TensorSpec(info.name, str(info.dtype).removeprefix("torch."), list(info.shape))
             for info in infos

@@ -39,9 +39,9 @@ def engine_slice(leaf: str, tensor: Tensor, shape: ModelShape, rank: int, tp: in
     """
     num_rows, split = len(tensor), engine_layout.engine_split(leaf, tensor.dim())
     if tp > 1 and split is not None:
-        ranges = engine_layout.engine_ranges(leaf, tuple(tensor.shape), shape, tp)
-        start, end = ranges[rank]
-        tensor = tensor.narrow(split, start, end - start)
+        pieces = engine_layout.engine_pieces(leaf, tuple(tensor.shape), shape, tp)
+        own = [tensor.narrow(split, start, end - start) for r, start, end in pieces if r == rank]
+        tensor = torch.cat(own) if len(own) > 1 else own[0]
     if leaf in engine_layout.VOCABULARY:
         padding = engine_layout.padded_vocabulary(num_rows) // tp - len(tensor)
         if padding:

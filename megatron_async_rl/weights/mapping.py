@@ -29,11 +29,16 @@ def from_hf(name: str, read: Read, shape: ModelShape, rank: int = 0, tp: int = 1
     slices = []
     for hf, full in mapping.pieces:
         index = [slice(None)] * len(full)
-        if split is not None:
-            size = full[split]
+        if split is None:
+            slices.append(read(hf, tuple(index)))
+            continue
+        start = 0
+        for size in mapping.sections(shape) or (full[split],):
             step = (shape.padded_vocab_size if mapping.in_vocabulary else size) // tp
-            index[split] = slice(min(rank * step, size), min((rank + 1) * step, size))
-        slices.append(read(hf, tuple(index)))
+            bounds = (start + min(r * step, size) for r in (rank, rank + 1))
+            index[split] = slice(*bounds)
+            slices.append(read(hf, tuple(index)))
+            start += size
     joined = _join(mapping.rule.join, slices, shape)
     padding = shard_shape(name, shape, tp)[0] - joined.size(0)
     return torch.cat([joined, joined.new_zeros(padding, *joined.shape[1:])]) if padding else joined
@@ -47,11 +52,15 @@ def to_hf(name: str, shards: Sequence[Tensor], shape: ModelShape) -> list[tuple[
     """
     mapping = map_parameter(name, shape)
     per_rank = [_split(mapping.rule.join, shard, shape) for shard in shards]
-    out = []
-    for (hf, full), slices in zip(mapping.pieces, zip(*per_rank, strict=True), strict=True):
-        tensor = torch.cat(slices, mapping.rule.split or 0) if len(slices) > 1 else slices[0]
-        out.append((hf, tensor[: full[0]]))
-    return out
+    whole = [
+        torch.cat(slices, mapping.rule.split or 0) if len(slices) > 1 else slices[0]
+        for slices in zip(*per_rank, strict=True)
+    ]
+    if mapping.sections(shape):
+        whole = [torch.cat(whole)]
+    return [
+        (hf, tensor[: full[0]]) for (hf, full), tensor in zip(mapping.pieces, whole, strict=True)
+    ]
 
 
 def _join(join: Join, slices: list[Tensor], shape: ModelShape) -> Tensor:
@@ -60,9 +69,12 @@ def _join(join: Join, slices: list[Tensor], shape: ModelShape) -> Tensor:
     if join == "stack":
         return torch.cat(slices)
     q, k, v = slices
-    groups = k.size(0) // shape.kv_channels
-    grouped = [t.reshape(groups, -1, *t.shape[1:]) for t in (q, k, v)]
-    return torch.cat(grouped, 1).reshape(-1, *q.shape[1:])
+    rest, (_, head, _) = k.shape[1:], _group_sizes(join, shape)
+    groups = k.size(0) // head
+    if join == "gated_qkv":  # [q1; gate1; q2; gate2] of a group becomes [q1; q2; gate1; gate2]
+        q = q.reshape(groups, -1, 2, head, *rest).transpose(1, 2)
+    grouped = [t.reshape(groups, -1, *rest) for t in (q, k, v)]
+    return torch.cat(grouped, 1).reshape(-1, *rest)
 
 
 def _split(join: Join, tensor: Tensor, shape: ModelShape) -> list[Tensor]:
@@ -70,8 +82,17 @@ def _split(join: Join, tensor: Tensor, shape: ModelShape) -> list[Tensor]:
         return [tensor]
     if join == "stack":
         return list(tensor.chunk(2))
+    rest, sizes = tensor.shape[1:], _group_sizes(join, shape)
+    q, k, v = tensor.reshape(-1, sum(sizes), *rest).split(sizes, 1)
+    if join == "gated_qkv":
+        q = q.reshape(len(q), 2, -1, sizes[1], *rest).transpose(1, 2)
+    return [t.reshape(-1, *rest) for t in (q, k, v)]
+
+
+def _group_sizes(join: Join, shape: ModelShape) -> list[int]:
+    """Returns the rows of q, k and v in a group."""
+    if join == "conv":
+        assert shape.linear
+        return [section // shape.linear.num_key_heads for section in shape.linear.conv_sections]
     head, per_group = shape.kv_channels, shape.num_attention_heads // shape.num_query_groups
-    grouped = tensor.reshape(-1, (per_group + 2) * head, *tensor.shape[1:])
-    return [
-        t.reshape(-1, *tensor.shape[1:]) for t in grouped.split([per_group * head, head, head], 1)
-    ]
+    return [per_group * head * (2 if join == "gated_qkv" else 1), head, head]

@@ -42,8 +42,8 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    parameter: str
-    """Global name of the Megatron parameter that contains it."""
+    bucket: str
+    """Global name of a Megatron parameter; tensors with the same name come in one bucket."""
 
 
 def takes_part() -> bool:
@@ -90,7 +90,7 @@ def own_tensor_infos(
 ) -> list[TensorInfo]:
     """Returns the tensors that own_tensors will yield on this rank, without moving data."""
     return [
-        TensorInfo(hf, size, _sent_dtype(p, shape, dtype), p.name)
+        TensorInfo(hf, size, _sent_dtype(p, shape, dtype), map_parameter(p.name, shape).bucket)
         for p in _sent_parameters(modules, shape)
         if (_is_expert_owner() if is_expert(p.name) else is_first_of_stage())
         for hf, size in map_parameter(p.name, shape).pieces
@@ -180,9 +180,12 @@ def _sent_parameters(modules: Modules, shape: ModelShape) -> list[LocalParameter
         if not (shape.tied and p.name == "output_layer.weight")
     ]
 
-    def order(p: LocalParameter) -> tuple[bool, bool, bool]:
+    position = {p.name: number for number, p in enumerate(named)}
+
+    def order(p: LocalParameter) -> tuple[bool, bool, bool, int]:
         mapping = map_parameter(p.name, shape)
-        return is_expert(p.name), mapping.rule.fp32, is_quantized(mapping.pieces[0][0])
+        is_fp8 = is_quantized(mapping.pieces[0][0])
+        return is_expert(p.name), mapping.rule.fp32, is_fp8, position[mapping.bucket]
 
     return sorted(named, key=order)
 

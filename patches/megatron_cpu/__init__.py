@@ -6,9 +6,11 @@ Call `install()` before the first import of megatron.core.
 |-------------|----------------------------------------------------------------------|-----------|
 | triton_leaf | replaces the module that imports triton unconditionally              | no triton |
 | router_gemm | defines a name that the MoE router reads after a failed import       | no TE     |
+| latent_te   | latent attention asks for TE's classes only where TE is              | no TE     |
 | torch_cuda  | torch.cuda.{current_device, Stream, ...}, Tensor.cuda answer for CPU | no CUDA   |
 | rng_tracker | the CUDA RNG tracker forks torch's CPU generator                     | no CUDA   |
 | moe_splits  | split sizes of the MoE all-to-all become numpy on a CPU too          | no CUDA   |
+| cp_angles   | YaRN takes the angles of a context-parallel rank without pinning     | no CUDA   |
 | uneven_tp   | gathers and scatters unevenly split tokens of expert TP over gloo    | no CUDA   |
 | gloo_device | all gloo groups of a process share one device and its thread         | no CUDA   |
 | retarget    | constants 'cuda', 'torch.cuda.FloatTensor' of listed functions       | no CUDA   |
@@ -60,10 +62,12 @@ def install() -> None:
         # which refuse the replacements.
         importlib.import_module("megatron.core")
     _router_gemm()
+    _latent_te()
     if not torch.cuda.is_available():
         _torch_cuda()
         _rng_tracker()
         _moe_splits()
+        _cp_angles()
         _uneven_tp()
         gloo_device.install()
         _retarget()
@@ -96,6 +100,13 @@ def _router_gemm() -> None:
     moe_utils = core_module("transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _latent_te() -> None:
+    """Corrects HAVE_TE, which 0.16.1 sets without TE; TELinear is then a mock, not a class."""
+    module = core_module("transformer.multi_latent_attention")
+    require(module, "HAVE_TE", "TELinear")
+    module.HAVE_TE = module.HAVE_TE and isinstance(module.TELinear, type)
 
 
 # ---- without CUDA ----
@@ -198,6 +209,22 @@ def _moe_splits() -> None:
         )
 
     dispatcher.maybe_move_tensor_to_cpu = to_numpy
+
+
+def _cp_angles() -> None:
+    """Picks the two chunks of rotary angles that a context-parallel rank holds.
+
+    Megatron's function copies their numbers through pinned memory.
+    """
+    module = core_module("models.common.embeddings.yarn_rotary_pos_embedding")
+    require(module, "get_pos_emb_on_this_cp_rank")
+
+    def angles_of_rank(angles: torch.Tensor, dimension: int, group: Any) -> torch.Tensor:
+        chunks = angles.chunk(2 * group.size(), dimension)
+        own = (chunks[group.rank()], chunks[2 * group.size() - 1 - group.rank()])
+        return torch.cat(own, dimension)
+
+    module.get_pos_emb_on_this_cp_rank = angles_of_rank
 
 
 def _uneven_tp() -> None:

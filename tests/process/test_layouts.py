@@ -64,6 +64,8 @@ LAYOUTS = {  # layout -> the layout with the same results
     "pp2 vpp2 small microbatches": "tp1",
     "tied tp2 pp2 vpp2 sp": "tied",
     "glm tp2 pp2": "glm",
+    "latent tp2 cp2 ep2": "latent",
+    "linear tp2 cp2 ep2": "linear tp2 pp2",
     "moe cp2 ep2": "moe",
     "moe pp2 ep2 recompute": "moe",
     "moe tp2 ep2 etp2": "moe",
@@ -109,7 +111,10 @@ def make_models(folder: Path) -> None:
                 p.copy_(torch.randn(p.shape, generator=g) * 0.08 + (1.0 if "norm" in key else 0.0))
         model.save_pretrained(folder / name)
         (folder / name / "tokenizer.json").write_text("{}")
-    for family, scale in (("qwen3_moe", 0.3), ("glm4_moe", 0.5)):  # all experts get tokens
+    latent = dict.fromkeys(("deepseek_v3", "deepseek_v3 full queries"), 0.3)
+    # all experts get tokens
+    scales = {"qwen3_moe": 0.3, "glm4_moe": 0.5, "qwen3_next": 0.3} | latent
+    for family, scale in scales.items():
         make_model_folder(folder / family, family, scale)
 
 
@@ -201,7 +206,14 @@ def with_stacked_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 # Model of the layouts that are compared with this one; of all others qwen3.
-FAMILIES = {"tied": "qwen2", "moe": "qwen3_moe", "replay": "qwen3_moe", "glm": "glm4_moe"}
+FAMILIES = {
+    "tied": "qwen2",
+    "moe": "qwen3_moe",
+    "replay": "qwen3_moe",
+    "glm": "glm4_moe",
+    "latent": "deepseek_v3",
+    "linear tp2 pp2": "qwen3_next",
+}
 
 
 def replay_experts(model: Any, sample: TrainSample) -> None:
@@ -220,7 +232,15 @@ def replay_experts(model: Any, sample: TrainSample) -> None:
 
 @pytest.mark.parametrize(
     "family, layout",
-    [("qwen3", "tp1"), ("qwen3_moe", "moe"), ("glm4_moe", "glm"), ("qwen3_moe", "replay")],
+    [
+        ("qwen3", "tp1"),
+        ("qwen3_moe", "moe"),
+        ("glm4_moe", "glm"),
+        ("qwen3_moe", "replay"),
+        ("deepseek_v3", "latent"),
+        ("deepseek_v3 full queries", "latent full queries tp2 pp2"),
+        ("qwen3_next", "linear tp2 pp2"),
+    ],
 )
 def test_loss_and_gradient_match_transformers_and_the_formula(
     layout_folder: Path, results: dict[str, Any], family: str, layout: str

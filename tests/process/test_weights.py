@@ -53,6 +53,9 @@ LAYOUTS: list[
     ("qwen3_moe", {"pipeline_model": 2, "expert_model": 2, "virtual_pipeline_model": 2}, {}),
     ("qwen3_moe", {"tensor_model": 2, "expert_model": 2, "expert_tensor": 1}, {}),
     ("glm4_moe", {"tensor_model": 2, "pipeline_model": 2}, {"dtype": "bfloat16"}),
+    ("deepseek_v3", {"tensor_model": 2, "expert_model": 2}, {"dtype": "bfloat16"}),
+    ("deepseek_v3 full queries", {"pipeline_model": 2}, {}),
+    ("qwen3_next", {"tensor_model": 2, "pipeline_model": 2}, {"dtype": "bfloat16"}),
     ("qwen3_moe of tiles", {"tensor_model": 2, "expert_model": 2}, {"bucket_bytes": 200_000}),
     ("qwen3 of blocks", {"tensor_model": 4}, FP8),
     ("qwen3_moe of blocks", {"pipeline_model": 2, "expert_model": 2}, FP8),
@@ -134,7 +137,7 @@ def test_received_weights_equal_the_folder_bit_for_bit(
         name: tensor if name in fp32 else tensor.to(dtype)
         for name, tensor in load_file(folders[family] / "model.safetensors").items()
     }
-    assert bool(fp32) == (family == "glm4_moe")
+    assert bool(fp32) == family.startswith(("glm4", "deepseek", "qwen3_next"))
     if weights is FP8:
         for name in [name for name in want if name.endswith("_proj.weight")]:
             want[name], want[f"{name}_scale_inv"] = fp8_blocks(want[name])

@@ -28,11 +28,11 @@ from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.storage import checkpoints
 from megatron_async_rl.trainer import parallel, passes, pipeline, step
 from megatron_async_rl.trainer.algorithms import critic as critics
+from megatron_async_rl.trainer.algorithms.value_head import ValueHead
 from megatron_async_rl.trainer.checkpoint.checkpoint import Checkpointer
 from megatron_async_rl.trainer.checkpoint.export import export_hf
 from megatron_async_rl.trainer.data.microbatch import Packing, make_minibatches, pack
 from megatron_async_rl.trainer.model.build import TrainerModel, build
-from megatron_async_rl.trainer.model.value_head import ValueHead
 from megatron_async_rl.trainer.probe import Probe
 from megatron_async_rl.weights.reshard import hf_tensors
 
@@ -284,6 +284,15 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         ),
         "glm": make_config(folders / "glm4_moe", 1, 1),
         "glm tp2 pp2": make_config(folders / "glm4_moe", 2, 2),
+        "latent": make_config(folders / "deepseek_v3", 1, 1),
+        "latent tp2 cp2 ep2": make_config(
+            folders / "deepseek_v3", 2, 1, context_parallel_size=2, **ep2
+        ),
+        "latent full queries tp2 pp2": make_config(folders / "deepseek_v3 full queries", 2, 2),
+        "linear tp2 pp2": make_config(folders / "qwen3_next", 2, 2),
+        "linear tp2 cp2 ep2": make_config(
+            folders / "qwen3_next", 2, 1, budget=40, context_parallel_size=2, **ep2
+        ),
         "moe": make_config(moe, 1, 1),
         "moe cp2 ep2": make_config(moe, 1, 1, context_parallel_size=2, **ep2),
         "moe pp2 ep2 recompute": make_config(

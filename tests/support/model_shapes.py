@@ -14,6 +14,8 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.families import (
     Family,
+    LatentShape,
+    LinearShape,
     ModelShape,
     map_parameter,
     parameter_names,
@@ -58,6 +60,23 @@ def plan_config(
     )
 
 
+def tiny_latent(family: Family) -> LatentShape | None:
+    """Returns the sizes of latent attention whose queries have heads of 6 elements."""
+    sizes = {"qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 5, "kv_lora_rank": 7}
+    queries = 10 if family.latent_queries else 0
+    return LatentShape(q_lora_rank=queries, **sizes) if family.latent_attention else None
+
+
+TINY_LINEAR = LinearShape(
+    full_attention_interval=2,
+    num_key_heads=4,
+    num_value_heads=8,
+    key_head_dim=3,
+    value_head_dim=5,
+    conv_width=3,
+)
+
+
 def tiny_shape(family: Family, tied: bool = False, padded: int = 52) -> ModelShape:
     return ModelShape(
         family=family,
@@ -72,8 +91,10 @@ def tiny_shape(family: Family, tied: bool = False, padded: int = 52) -> ModelSha
         tied=tied,
         num_experts=4 if family.experts else 0,
         expert_ffn_hidden_size=12,
-        shared_ffn_hidden_size=8 if family.dense_layer else 0,
+        shared_ffn_hidden_size=8 if family.dense_layer or family.linear_layer else 0,
         num_dense_layers=1 if family.dense_layer else 0,
+        latent=tiny_latent(family),
+        linear=TINY_LINEAR if family.linear_layer else None,
     )
 
 
@@ -118,6 +139,67 @@ TINY_FAMILIES["glm4_moe"] = {
     "partial_rotary_factor": 0.5,
     "num_nextn_predict_layers": 0,
     "num_key_value_heads": 2,
+}
+TINY_FAMILIES["deepseek_v3"] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.8,
+    },
+}
+TINY_FAMILIES["deepseek_v3 full queries"] = TINY_FAMILIES["deepseek_v3"] | {
+    "q_lora_rank": None,
+    "rope_scaling": None,
+}
+TINY_FAMILIES["qwen3_next"] = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "full_attention_interval": 2,
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 10000.0,
+}
+# For an engine of two ranks on a CPU, which pads experts that its blocks do not divide.
+TINY_FAMILIES["qwen3_next of blocks"] = TINY_FAMILIES["qwen3_next"] | {
+    "vocab_size": 37,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "dtype": "float32",
 }
 # Experts of a whole number of hash tiles, as for an engine on a GPU: their digests are summed over
 # the ranks that own them.

@@ -206,7 +206,9 @@ def test_grouped_varlen_attention_equals_each_sequence_alone(
     borders = packed.cu_seqlens_q.tolist()
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-        return (_varlen(norm(q[:, None]), norm(k[:, None]), v[:, None], packed, None),)
+        return (
+            _varlen(norm(q[:, None]), norm(k[:, None]), v[:, None], packed, packed.rotary, None),
+        )
 
     def formula(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
         q, k = (
@@ -241,7 +243,7 @@ def test_attention_saves_only_its_output_for_backward(device: str, lengths: list
 
     def run() -> int:
         before = torch.cuda.memory_allocated()
-        out = _varlen(norm(q), norm(k), v, packed, None)
+        out = _varlen(norm(q), norm(k), v, packed, packed.rotary, None)
         kept = torch.cuda.memory_allocated() - before
         out.sum().backward()
         return kept

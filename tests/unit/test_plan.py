@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_shapes import DENSE_32B, MOE_235B, plan_config
+from model_shapes import DENSE_32B, MOE_235B, TINY_LINEAR, plan_config, tiny_latent
 
 from megatron_async_rl.__main__ import main
 from megatron_async_rl.config import load as configuration
@@ -38,14 +39,18 @@ def cases(draw: st.DrawFn) -> tuple[ModelShape, Layout]:
         ffn_hidden_size=48,
         num_attention_heads=16,
         num_query_groups=groups,
-        kv_channels=2,
+        kv_channels=6 if family.latent_attention else 2,
         vocab_size=vocab,
         padded_vocab_size=-(-vocab // tp) * tp,
         tied=draw(st.booleans()),
         num_experts=4 if family.experts else 0,
         expert_ffn_hidden_size=16,
-        shared_ffn_hidden_size=32 if family.dense_layer else 0,
+        shared_ffn_hidden_size=32 if family.dense_layer or family.linear_layer else 0,
         num_dense_layers=draw(st.integers(0, 2)) if family.dense_layer else 0,
+        latent=tiny_latent(family),
+        linear=replace(TINY_LINEAR, num_key_heads=8, num_value_heads=16)
+        if family.linear_layer
+        else None,
     )
     ep, etp = (
         (draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])))
@@ -63,11 +68,20 @@ def reference_slice(
     if leaf in ("embed_tokens", "lm_head"):
         padding = -len(tensor) % 64
         tensor = torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])])
-    elif leaf in ("o_proj", "down_proj"):
+    elif leaf in ("o_proj", "down_proj", "out_proj"):
         return tensor.chunk(tp, 1)[rank]
     elif leaf in ("k_proj", "v_proj") and shape.num_query_groups < tp:
         return tensor.chunk(shape.num_query_groups)[rank // (tp // shape.num_query_groups)]
-    elif leaf not in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+    elif leaf == "conv1d":
+        parts = tensor.split(shape.linear.conv_sections)
+        return torch.cat([part.chunk(tp)[rank] for part in parts])
+    elif (
+        leaf
+        not in (
+            "q_proj k_proj v_proj gate_proj up_proj q_b_proj kv_b_proj in_proj_qkvz in_proj_ba "
+            "linear_attn"
+        ).split()
+    ):
         return tensor
     return tensor.chunk(tp)[rank]
 
@@ -93,8 +107,15 @@ def test_plan_ranges_match_shards_and_engine_tensors(
         tensor = tensors[route.tensor]
         digests.add(route.tensor, tensor)
         leaf = route.tensor.split(".")[-2]
-        for rank, start, end in route.pieces:
-            piece = tensor.narrow(route.cut or 0, start, end - start)
+        for rank in range(layouts.engine_tp):
+            piece = torch.cat(
+                [
+                    tensor.narrow(route.cut or 0, start, end - start)
+                    for holder, start, end in route.pieces
+                    if holder == rank
+                ],
+                route.cut or 0,
+            )
             whole = reference_slice(leaf, tensor, shape, rank, layouts.engine_tp)
             assert torch.equal(engine_slice(leaf, tensor, shape, rank, layouts.engine_tp), whole)
             # the rest is padding
@@ -106,25 +127,23 @@ def test_plan_ranges_match_shards_and_engine_tensors(
         own = {route.tensor: route for route in routes if route.parameter == name}
         ranks = layouts.etp if "local_experts" in name else layouts.tp
         for rank in range(ranks):
-            read: dict[str, list[int]] = {}
+            read: dict[str, list[list[int]]] = {}
 
             def read_slice(
                 hf: str,
                 index: tuple[slice, ...],
                 own: dict[str, weight_plan.Route] = own,
-                read: dict[str, list[int]] = read,
+                read: dict[str, list[list[int]]] = read,
             ) -> torch.Tensor:
                 along = own[hf].split or 0
                 start, end, _ = index[along].indices(tensors[hf].shape[along])
-                read[hf] = [start, end]
+                read.setdefault(hf, []).append([start, end])
                 return tensors[hf][index]
 
             from_hf(name, read_slice, shape, rank, ranks)
             for hf, route in own.items():
-                assert (
-                    read[hf]
-                    == (route.shards[rank] if route.split is not None else route.shards[0])[1:]
-                ), hf
+                holder = rank if route.split is not None else 0
+                assert read[hf] == [shard[1:] for shard in route.shards if shard[0] == holder], hf
 
 
 def test_plan_with_a_gap_or_overlap_is_rejected(tmp_path: Path) -> None:

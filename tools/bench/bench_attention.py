@@ -56,7 +56,8 @@ def compare(lengths: list[int]) -> str:
     )
 
     def trainer_attention() -> Tensor:
-        return _varlen(q[:, None], k[:, None], v[:, None], packed, None).reshape(total, -1)
+        out = _varlen(q[:, None], k[:, None], v[:, None], packed, packed.rotary, None)
+        return out.reshape(total, -1)
 
     def transformer_engine_attention() -> Tensor:
         borders = packed.cu_seqlens_q

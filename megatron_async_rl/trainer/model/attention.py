@@ -36,6 +36,7 @@ from megatron_async_rl.trainer.model.fused import rotate, rotate_one
 from megatron_async_rl.trainer.model.recompute import SelectiveRecompute
 from megatron_async_rl.trainer.model.sequences import PackedSequences
 
+Angles = tuple[Tensor, Tensor]  # cosines and sines [T, half the size of a head]
 LONG_UNIT = 512
 """Long sequences are padded to a multiple of it: cuDNN plans each length once, for about 45 ms."""
 
@@ -43,7 +44,14 @@ LONG_UNIT = 512
 class PackedAttention(DotProductAttention):
     """Core attention of Megatron's local layer. Has no parameters; inherits sharded_state_dict."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         config = copy.copy(config)
         config.context_parallel_size = 1  # DotProductAttention refuses more
         super().__init__(config, *args, **kwargs)
@@ -58,18 +66,32 @@ class PackedAttention(DotProductAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """Returns [T, 1, H * D] from query [T, 1, H, D], key and value [T, 1, G, D]."""
+        """Returns [T, 1, H * D] from query [T, 1, H, D], key and value [T, 1, G, D].
+
+        Latent attention (latent_attention.py) has rotated query and key, and its values may have
+        smaller heads: they are padded with zeros, and the result is cut to their size.
+        """
         assert packed_seq_params is not None, "the trainer packs every micro-batch"
-        packed, tokens = packed_seq_params, query.size(0)
+        packed, tokens, size = packed_seq_params, query.size(0), value.size(-1)
+        angles = None if self.config.multi_latent_attention else packed.rotary
+        if size < query.size(-1):
+            value = F.pad(value, (0, query.size(-1) - size))
         if packed.shard_index_T is None and not packed.dense:
-            return _varlen(query, key, value, packed, self.softmax_scale).reshape(tokens, 1, -1)
-        qkv = (*rotate(query.squeeze(1), key.squeeze(1), *packed.rotary), value.squeeze(1))
-        attend = _dense if packed.shard_index_T is None else _context_parallel
-        return attend(*qkv, packed, self.softmax_scale).reshape(tokens, 1, -1)
+            out = _varlen(query, key, value, packed, angles, self.softmax_scale)
+        else:
+            qkv = (*_rotated(query[:, 0], key[:, 0], angles), value[:, 0])
+            attend = _dense if packed.shard_index_T is None else _context_parallel
+            out = attend(*qkv, packed, self.softmax_scale)
+        return out[..., :size].reshape(tokens, 1, -1)
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: PackedSequences,
+    angles: Angles | None,
+    scale: float | None,
 ) -> Tensor:
     """Returns [T, H, D] from query [T, 1, H, D], key and value [T, 1, G, D], not yet rotated.
 
@@ -86,18 +108,17 @@ def _varlen(
     sizes = [*packed.long, rest] if rest else list(packed.long)
     # split and cat: backward of a slice would fill a gradient of the whole pack with zeros
     parts = zip(*(x.squeeze(1).split(sizes) for x in (query, key, value.contiguous())), strict=True)
-    cos_TF, sin_TF = packed.rotary
     out: list[Tensor] = []
     first = 0
     with SelectiveRecompute() as selective:
         for size, (q, k, v) in zip(sizes, parts, strict=True):
             end, finish = first + size, _padded if len(out) < len(packed.long) else _as_is
-            angles = cos_TF[first:end], sin_TF[first:end]
-            qkv = [finish(x) for x in (*rotate(q, k, *angles), v)]
+            local = (angles[0][first:end], angles[1][first:end]) if angles else None
+            qkv = [finish(x) for x in (*_rotated(q, k, local), v)]
             for x, source in zip(qkv, (query, key), strict=False):
-                if norm := getattr(source, "recompute_fn", None):
+                if local and (norm := getattr(source, "recompute_fn", None)):
                     normed = partial(norm, first, end)
-                    selective.recompute(x, partial(_norm_and_rotate, normed, finish, *angles))
+                    selective.recompute(x, partial(_norm_and_rotate, normed, finish, *local))
             if finish is _padded:
                 if qkv[2] is not v:
                     selective.recompute(qkv[2], partial(_padded, v.detach()))
@@ -119,6 +140,11 @@ def _varlen(
         for n, (part, rows) in enumerate(zip(out, joined.detach().split(sizes), strict=True)):
             selective.recompute(part, partial(_padded if n < len(packed.long) else _as_is, rows))
     return joined
+
+
+def _rotated(query: Tensor, key: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
+    """Returns query and key, rotated unless they are so already."""
+    return rotate(query, key, *angles) if angles else (query, key)
 
 
 @functools.cache
@@ -153,7 +179,7 @@ def _dense(
     outputs = []
     for batch in packed.dense:
         q, k, v = (
-            _Move.apply(x, batch.tokens_K, batch.slots_K, batch.num_sequences * batch.length)
+            move_rows(x, batch.tokens_K, batch.slots_K, batch.num_sequences * batch.length)
             .view(batch.num_sequences, batch.length, x.size(1), x.size(2))
             .transpose(1, 2)
             for x in (query_THD, key_TGD, value_TGD)
@@ -162,7 +188,7 @@ def _dense(
             q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1)
         )
         out = out.transpose(1, 2).flatten(0, 1)
-        outputs.append(_Move.apply(out, batch.slots_K, batch.tokens_K, total))
+        outputs.append(move_rows(out, batch.slots_K, batch.tokens_K, total))
     return outputs[0] if len(outputs) == 1 else torch.stack(outputs).sum(0)
 
 
@@ -200,13 +226,16 @@ def _context_parallel(
     return torch.cat(out)
 
 
-class _Move(torch.autograd.Function):
+def move_rows(x: Tensor, source_K: Tensor, target_K: Tensor, size: int) -> Tensor:
     """Moves rows `source_K` of a tensor to rows `target_K` of a zero tensor of `size` rows.
 
     Neither list repeats a row, so backward moves the gradient back. Backward of plain indexing
     would add rows up, which is many times slower.
     """
+    return _Move.apply(x, source_K, target_K, size)
 
+
+class _Move(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source_K: Tensor, target_K: Tensor, size: int) -> Tensor:
         ctx.rows = (source_K, target_K, x.size(0))

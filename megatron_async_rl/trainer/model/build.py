@@ -25,9 +25,9 @@ from megatron_async_rl.model.families import ModelShape
 from megatron_async_rl.model.flops import ModelFlops
 from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.trainer import parallel
+from megatron_async_rl.trainer.algorithms.value_head import ValueHead
 from megatron_async_rl.trainer.model import layers, megatron_config
 from megatron_async_rl.trainer.model.routing import RoutingReplay
-from megatron_async_rl.trainer.model.value_head import ValueHead
 from megatron_async_rl.weights.load import fill_random, load_folder
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ def _build_module(
         vp_stage=vp_stage,
         **rotary,
     )
-    if not layers.has_transformer_engine():
+    if not (layers.has_transformer_engine() or config.multi_latent_attention):
         module.rotary_pos_emb = layers.PackedRotaryEmbedding(
             config.kv_channels, percent, rotary_interleaved=config.rotary_interleaved, **rotary
         )

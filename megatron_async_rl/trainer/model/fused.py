@@ -44,9 +44,14 @@ def gpu_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Returns x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+    """Returns x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
+
+    The result has the type of x; the weight may be in float32.
+    """
     if x.is_cuda:
         return _RMSNorm.apply(x, weight, eps)
+    if weight.dtype != x.dtype:
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 

@@ -36,6 +36,8 @@ from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.trainer.model.attention import PackedAttention
 from megatron_async_rl.trainer.model.experts import GroupedExperts
 from megatron_async_rl.trainer.model.fused import rms_norm, swiglu
+from megatron_async_rl.trainer.model.gated_delta_net import GatedDeltaNet
+from megatron_async_rl.trainer.model.latent_attention import PackedLatentAttention
 from megatron_async_rl.trainer.model.overlap import (
     OverlappedRowParallelLinear,
     gather_linear,
@@ -55,6 +57,11 @@ def block_spec(
 ) -> TransformerBlockSubmodules | Any:
     """Returns Megatron's specification of the decoder layers; raises ConfigError."""
     if has_transformer_engine():
+        if config.linear_attention_freq:
+            raise ConfigError(
+                "model.path has linear attention, which was not tried with Transformer Engine's "
+                "layers; uninstall transformer-engine"
+            )
         if config.tp_comm_overlap:
             raise ConfigError(
                 "megatron.tp_comm_overlap = True needs buffers that are not set up for "
@@ -66,11 +73,17 @@ def block_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
         )
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
-    specs = [_layer_spec(config, _num_experts(config, layer)) for layer in layers]
+    specs = [_layer_spec(config, layer) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+
+def _is_linear(config: TransformerConfig, layer: int) -> bool:
+    frequency = config.linear_attention_freq
+    return isinstance(frequency, int) and (layer + 1) % frequency != 0
 
 
 def _num_experts(config: TransformerConfig, layer: int) -> int | None:
@@ -79,19 +92,31 @@ def _num_experts(config: TransformerConfig, layer: int) -> int | None:
     return None if is_dense else config.num_moe_experts
 
 
-def _layer_spec(config: TransformerConfig, experts: int | None) -> ModuleSpec:
+def _layer_spec(config: TransformerConfig, number: int) -> ModuleSpec:
+    """Returns the specification of the layer with this global number."""
+    experts = _num_experts(config, number)
     layer = get_gpt_layer_local_spec(
-        num_experts=experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        num_experts=experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+        multi_latent_attention=config.multi_latent_attention,
     )
     parts = layer.submodules
-    parts.input_layernorm = IdentityOp
-    # Experts: the router needs the normed tokens too.
+    # Experts: the router needs the normed tokens too. So do queries and latent vectors.
+    parts.input_layernorm = RMSNorm if config.multi_latent_attention else IdentityOp
     parts.pre_mlp_layernorm = RMSNorm if experts else IdentityOp
     attention = parts.self_attention.submodules
-    attention.linear_qkv, attention.core_attention = NormedColumnParallelLinear, PackedAttention
+    attention.core_attention = PackedAttention
     attention.linear_proj = OverlappedRowParallelLinear
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.multi_latent_attention:
+        parts.self_attention.module = PackedLatentAttention
+        attention.linear_q_up_proj = attention.linear_kv_up_proj = NormedColumnParallelLinear
+    else:
+        attention.linear_qkv = NormedColumnParallelLinear
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if _is_linear(config, number):
+        parts.input_layernorm, parts.self_attention = RMSNorm, ModuleSpec(GatedDeltaNet)
     mlp = parts.mlp
     is_partial = isinstance(mlp, partial)  # megatron-core 0.19
     submodules = mlp.keywords["submodules"] if is_partial else mlp.submodules
@@ -114,8 +139,9 @@ def _is_no_mlp_warning(record: logging.LogRecord) -> bool:
 
 
 def _norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
+    initial = 0.0 if config.layernorm_zero_centered_gamma else 1.0
     weight = nn.Parameter(
-        torch.ones(size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        torch.full((size,), initial, dtype=config.params_dtype, device=torch.cuda.current_device())
     )
     # With sequence parallelism a rank normalizes only its part of the tokens. finalize_model_grads
     # sums the gradients of marked parameters over TP; Megatron's local norm does not mark its own.
@@ -130,20 +156,30 @@ class RMSNorm(nn.Module):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.is_zero_centered = eps, config.layernorm_zero_centered_gamma
         self.weight = _norm_weight(config, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         # A copy: as a view it would keep the whole QKV product that it is a part of.
         x = x.contiguous()
-        y = rms_norm(x, self.weight, self.eps)
+        y = self._norm(x)
         # PackedAttention recomputes y from x in backward.
-        y.recompute_fn = partial(_norm_rows, x.detach(), self.weight, self.eps)
+        detached = x.detach()
+        y.recompute_fn = lambda first, end: self._norm(detached[first:end])
         return y
 
+    def _norm(self, x: Tensor) -> Tensor:
+        return rms_norm(x, _gain(self.weight, self.is_zero_centered), self.eps)
 
-def _norm_rows(x: Tensor, weight: Tensor, eps: float, first: int, end: int) -> Tensor:
-    return rms_norm(x[first:end], weight, eps)
+
+def _gain(weight: Tensor, is_zero_centered: bool) -> Tensor:
+    """Returns the factors of a norm: the weight, or with zero-centered gamma 1 + weight in float32,
+    as which the engine computes it."""
+    return (
+        1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if is_zero_centered
+        else weight
+    )
 
 
 class NormedColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
@@ -153,14 +189,17 @@ class NormedColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
         self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
     ) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
-        self.eps = config.layernorm_epsilon
         self.layer_norm_weight = _norm_weight(config, input_size)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        normed = rms_norm(x, self.layer_norm_weight, self.eps)
+        normed = self._norm(x)
         with SelectiveRecompute() as selective:  # x is kept anyway, for the norm
-            selective.recompute(normed, lambda: rms_norm(x, self.layer_norm_weight, self.eps))
+            selective.recompute(normed, lambda: self._norm(x))
             return super().forward(normed, *args, **kwargs)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        gain = _gain(self.layer_norm_weight, self.config.layernorm_zero_centered_gamma)
+        return rms_norm(x, gain, self.config.layernorm_epsilon)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not overlaps(self.config) or self.explicit_expert_comm:

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_async_rl.config import passed_on
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model import layout
 from megatron_async_rl.model.config_json import Architecture
-from megatron_async_rl.model.families import ModelShape
+from megatron_async_rl.model.families import LatentShape, LinearShape, ModelShape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ def transformer_config(
         "kv_channels": shape.kv_channels,
         "normalization": "RMSNorm",
         "layernorm_epsilon": architecture.layernorm_epsilon,
-        "qk_layernorm": architecture.family.qk_norm,
+        "qk_layernorm": architecture.family.qk_norm or shape.latent is not None,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
@@ -204,6 +204,15 @@ def transformer_config(
             "moe_router_bias_update_rate": 0.0,  # as the model was trained
             "moe_router_topk_scaling_factor": architecture.router_scale,
         }
+    if architecture.router_groups:
+        fields |= {
+            "moe_router_num_groups": architecture.router_groups,
+            "moe_router_group_topk": architecture.router_group_top_k,
+        }
+    if shape.latent:
+        fields |= _latent_fields(shape.latent, architecture)
+    if shape.linear:
+        fields |= _linear_fields(shape.linear)
     chosen = _chosen(TransformerConfig, config)
     if config.parallel_size("tensor_model") == 1:
         chosen["sequence_parallel"] = False  # Megatron refuses True at size 1
@@ -216,7 +225,39 @@ def transformer_config(
     if config.parallel_size("virtual_pipeline_model") == 1:
         # Megatron takes 1 for an interleaved pipeline.
         chosen.pop("virtual_pipeline_model_parallel_size", None)
-    return _make(TransformerConfig, **(fields | chosen))
+    cls = MLATransformerConfig if shape.latent else TransformerConfig
+    return _make(cls, **(fields | chosen))
+
+
+def _latent_fields(latent: LatentShape, architecture: Architecture) -> dict[str, Any]:
+    """Returns the fields of Megatron's config for latent attention."""
+    yarn = dict(architecture.yarn or {})
+    if yarn:
+        yarn["rotary_scaling_factor"] = yarn.pop("factor")
+    return yarn | {
+        "q_lora_rank": latent.q_lora_rank or None,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "rope_type": "yarn" if yarn else "rope",
+        "rotary_base": architecture.rotary_base,
+    }
+
+
+def _linear_fields(linear: LinearShape) -> dict[str, Any]:
+    """Returns the fields of Megatron's config for a model with linear attention."""
+    return {
+        "attention_output_gate": True,
+        "layernorm_zero_centered_gamma": True,
+        "moe_shared_expert_gate": True,
+        "linear_attention_freq": linear.full_attention_interval,
+        "linear_conv_kernel_dim": linear.conv_width,
+        "linear_num_key_heads": linear.num_key_heads,
+        "linear_num_value_heads": linear.num_value_heads,
+        "linear_key_head_dim": linear.key_head_dim,
+        "linear_value_head_dim": linear.value_head_dim,
+    }
 
 
 def optimizer_config(config: Config, lr: float | None = None) -> OptimizerConfig:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 
 import torch
@@ -59,6 +60,12 @@ class PackedSequences(PackedSeqParams):
         """Cosines and sines of the rotary angles [T, F], both set by PackedRotaryEmbedding."""
         assert self.rotary_cos_TF is not None and self.rotary_sin_TF is not None
         return self.rotary_cos_TF, self.rotary_sin_TF
+
+    @cached_property
+    def whole_sequences(self) -> tuple[DenseBatch, ...]:
+        """Dense batches of all tokens of the pack, on every kind of device."""
+        lengths = self.cu_seqlens_q.diff().tolist()
+        return self.dense or _dense_batches(lengths, self.cu_seqlens_q.device)
 
     def shard(self, x_W: Tensor) -> Tensor:
         """Returns the rows of the tokens that this rank holds [T]."""
