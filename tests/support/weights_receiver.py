@@ -53,6 +53,7 @@ def digests(tensors: dict[str, torch.Tensor], expected: dict[str, str]) -> dict[
     """
     held: dict[str, dict[int, torch.Tensor]] = {}
     experts: dict[str, dict[tuple[int, int], torch.Tensor]] = {}
+    is_linear = any(".linear_attn." in name for name in tensors)
     for name, tensor in tensors.items():
         parts = name.split(".")
         if "experts" in parts:
@@ -71,6 +72,8 @@ def digests(tensors: dict[str, torch.Tensor], expected: dict[str, str]) -> dict[
             if parts[-2].removesuffix("_proj") in leaves and parts[-2].endswith("_proj"):
                 name = ".".join([*parts[:-2], f"{fused}_proj", parts[-1]])
                 place = leaves.index(parts[-2].removesuffix("_proj"))
+        if is_linear:  # SGLang's module of Qwen3-Next has no such level
+            name = name.replace(".self_attn.", ".")
         held.setdefault(name, {})[place] = tensor
     flat = {
         name: torch.cat(

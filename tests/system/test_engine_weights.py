@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from model_shapes import make_model_folder
 from needs import needs_engine
 from tiny_model import CPU_ENGINE, make_model
 from weight_ranks import WeightController, drive_updates, weight_processes
@@ -46,8 +47,19 @@ NAME = "rollout-0"
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The model that the engine starts with, and two others."""
     base = tmp_path_factory.mktemp("models")
-    # 256 rows: on a CPU an engine of two ranks pads an MLP that its blocks do not divide
-    return [make_model(base / f"model{seed}", seed, intermediate_size=256) for seed in range(3)]
+    return [make_model(base / f"model{seed}", seed) for seed in range(3)]
+
+
+@pytest.fixture
+def linear_models(models: list[Path], tmp_path: Path) -> list[Path]:
+    """The same of Qwen3-Next: linear and gated attention, experts and a shared one."""
+    folders = []
+    for number, scale in enumerate((0.3, 0.4, 0.5)):
+        folder = make_model_folder(tmp_path / f"linear{number}", "qwen3_next of blocks", scale)
+        for file in models[0].glob("*token*"):
+            shutil.copy(file, folder)
+        folders.append(folder)
+    return folders
 
 
 def config_tree(run_dir: Path, model: Path, tp: int, transport: str) -> dict[str, Any]:
@@ -120,20 +132,21 @@ def changed_copy(
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("family, tp", [("models", 1), ("linear_models", 2)])
 def test_engine_matches_transformers_after_every_update(
-    tp: int, models: list[Path], tmp_path: Path
+    family: str, tp: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     (run_dir / "logs").mkdir(parents=True)
-    start, second, third = models
+    start, second, third = request.getfixturevalue(family)
     config = configuration.from_tree(config_tree(run_dir, start, tp, "disk"))
     over_network = configuration.from_tree(config_tree(run_dir, start, tp, "network"))
     work = [
         {"config": config_tree(run_dir, second, tp, "network"), "versions": [0, 0]},
         {"config": config_tree(run_dir, third, tp, "disk"), "versions": [1, 1]},
     ]
-    tensor = f"{tp - 1}:model.layers.1.self_attn.qkv_proj.weight"
+    attention = "self_attn." if family == "models" else ""
+    tensor = f"{tp - 1}:model.layers.1.{attention}qkv_proj.weight"
 
     async def body(control: WeightController) -> None:
         publish_by(control, over_network)

@@ -27,8 +27,13 @@ def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("MEGATRON_ASYNC_RL_CACHE", raising=False)
 
+    model = make_model_folder(tmp_path / "any", "llama")
+
     def command(settings: dict[str, Any] | None = None, **sglang: Any) -> list[str]:
-        settings = {"rollout.max_concurrent_samples": 384} | (settings or {})
+        settings = {
+            "rollout.max_concurrent_samples": 384,
+            "model.path": str(model),
+        } | (settings or {})
         tree = config_tree(sglang=sglang, **settings)
         server = SGLangServer(load.from_tree(tree), tmp_path, "rollout-0")
         return server._command("127.0.0.1", 30000)

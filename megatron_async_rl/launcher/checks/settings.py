@@ -21,7 +21,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.errors import ConfigError, Error
 from megatron_async_rl.installed import Say
-from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model import engine_types
 
 HOOK_TIMEOUT_S = 120.0
 _LOAD_HOOKS = """
@@ -100,7 +100,7 @@ def check_weight_type(config: Config) -> str:
     types = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     sent: str = config.weights.dtype
     sent = types[config.trainer.precision] if sent == "as_trained" else sent
-    stored = {"half": "float16", "float": "float32"}.get(name := _engine_dtype(config), name)
+    stored = engine_types.weight_dtype(config)
     if stored not in (sent, ""):
         chosen = config.sglang.get("dtype", "auto")
         raise ConfigError(
@@ -109,17 +109,8 @@ def check_weight_type(config: Config) -> str:
             f"{config.trainer.precision})",
             f"set weights.dtype={stored}, or sglang.dtype={sent}",
         )
+    engine_types.convolution_dtype(config)
     return sent
-
-
-def _engine_dtype(config: Config) -> str:
-    """Returns the engine's element type, "" if it is not known. `auto` is that of the model, but
-    float16 for float32."""
-    chosen = config.sglang.get("dtype", "auto")
-    if chosen != "auto":
-        return str(chosen)
-    stored = HfConfig(config.model.path).dtype_name or ""
-    return "float16" if stored == "float32" else stored
 
 
 def check_hooks(config: Config) -> str:
