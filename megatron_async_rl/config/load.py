@@ -19,7 +19,7 @@ from megatron_async_rl.config import documentation, passed_on
 from megatron_async_rl.config.checks import cross_check
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.datasets import EvaluationSet
-from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.errors import ConfigError, DataError
 
 _OLD_TAGS = ("int", "float", "timestamp")  # whose YAML 1.1 forms are replaced below
 
@@ -119,6 +119,19 @@ def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Co
     return from_tree(tree)
 
 
+def load_run(run_dir: Path) -> Config:
+    """Returns the configuration with which a run was last started. Raises DataError."""
+    path = run_dir / "config.yaml"
+    try:
+        return load(path)
+    except ConfigError as e:
+        raise DataError(
+            f"{path} cannot be used: {e}; lost: the settings of the run",
+            "restore it from a copy, or start over with --from-scratch, which keeps the folder "
+            "under another name",
+        ) from None
+
+
 def from_tree(tree: dict[str, Any]) -> Config:
     """Returns the configuration in a tree of plain values. Raises ConfigError."""
     _check_values(tree, "")
@@ -170,7 +183,7 @@ def _check_values(tree: dict[Any, Any], path: str) -> None:
             raise ConfigError(f"{setting} = {value}: expected a finite number")
         if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
             raise ConfigError(f"{setting} = {value}: expected a number of at most 64 bits")
-        if not isinstance(value, str | int | float | list | dict | None):
+        if not isinstance(value, str | int | float | list | tuple | dict | None):
             kind = type(value).__name__
             raise ConfigError(f"{setting} = {value!r}: a {kind} is no value", "write it in quotes")
         for node, name in [(value, setting), *_items(value, setting)]:
@@ -180,7 +193,7 @@ def _check_values(tree: dict[Any, Any], path: str) -> None:
 
 def _items(value: Any, setting: str) -> list[tuple[Any, str]]:
     """Returns the entries of a list with their names."""
-    if not isinstance(value, list):
+    if not isinstance(value, list | tuple):
         return []
     return [(item, f"{setting}[{index}]") for index, item in enumerate(value)]
 
