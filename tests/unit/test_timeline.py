@@ -61,7 +61,10 @@ def run_step(timeline: Timeline, clock: list[float], version: int) -> None:
 def spans_of(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Loads a trace and returns the spans of each process, after checking their form."""
     events = json.loads(path.read_text())["traceEvents"]
-    names = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    lane_names = {
+        (e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"
+    }
     found = defaultdict(list)
     lanes = defaultdict(list)
     for event in events:
@@ -70,6 +73,7 @@ def spans_of(path: Path) -> dict[str, list[dict[str, Any]]]:
             assert event["dur"] >= 0
             found[names[event["pid"]]].append(event)
             lanes[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
+    assert lane_names.keys() == lanes.keys() and not names.keys() & {tid for _, tid in lanes}
     for spans in lanes.values():  # on a lane, spans follow each other or are nested
         for a, b in spans:
             assert not [1 for c, d in spans if a < c < b - 1 and d > b + 1]

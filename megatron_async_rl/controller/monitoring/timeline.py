@@ -23,7 +23,9 @@ from megatron_async_rl.protocol.messages import Message
 
 logger = logging.getLogger(__name__)
 FOLDER = "trace"
-OWN_LANE = 0  # of a process: its step or weight update; the others are samples and scores
+# lanes of a process; those from 1 on are samples or scores
+SIDE_LANE, OWN_LANE = -1, 0
+LANE_NAMES = {SIDE_LANE: "weights sent, probe", OWN_LANE: "step, update"}
 RECEIVER_PHASES = ("load", "flush", "digest", "resume")  # in their order
 SOURCE_PHASES = ("gather", "trainer_digest", "wire")
 PASSES = {"proximal": "perf/time/proximal_s", "train": "perf/time/train_s"}
@@ -120,7 +122,7 @@ class Timeline:
             taken = {span.lane for span in opened.values()}
             lane = next(n for n in range(1, len(taken) + 2) if n not in taken)
         elif key in ("weights", "probe"):
-            lane = -1
+            lane = SIDE_LANE
         opened[key] = _Open(name, lane, time.monotonic(), about or {})
 
     def _end(self, worker: str, key: object, about: dict[str, Any] | None = None) -> None:
@@ -144,12 +146,13 @@ class Timeline:
         duration_us = (end - span.began) * 1e6
         self._add(
             "X", worker, span.name, span.began,
-            tid=span.lane + 1, dur=duration_us, args=span.about | about,
+            tid=span.lane + 2, dur=duration_us, args=span.about | about,
         )  # fmt: skip
 
     def _add(self, kind: str, worker: str, name: str, at: float, **more: Any) -> None:
         if self._version in self._left:
-            pid = self._numbers.setdefault(worker, len(self._numbers) + 1)
+            # no process has the number of a lane, which a viewer would take for its main thread
+            pid = self._numbers.setdefault(worker, 1000 * (len(self._numbers) + 1))
             event = {"ph": kind, "name": name, "pid": pid, "ts": at * 1e6, "tid": 0}
             self._events.append(event | more)
 
@@ -169,6 +172,10 @@ class Timeline:
             {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": worker}}
             for worker, pid in self._numbers.items()
         ]
+        lanes = {(event["pid"], event["tid"]) for event in self._events if event["ph"] == "X"}
+        for pid, tid in sorted(lanes):
+            about = {"name": LANE_NAMES.get(tid - 2, "lane")}
+            names.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": about})
         trace = {"traceEvents": names + self._events, "displayTimeUnit": "ms"}
         path = self._folder / f"v{self._version}.json"
         try:
