@@ -96,3 +96,4 @@ Action = (
     Send | SendBatch | ResendBatch | ServerLost | ReportEvaluated | FinishEvaluation
     | ReportSample | ReportStep | ReportDrop | ReportError | ReportScoringError
 )  # fmt: skip
+Actions = list[Action]

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_async_rl.controller.core import actions, inputs
-from megatron_async_rl.controller.core.actions import Action
+from megatron_async_rl.controller.core.actions import Actions
 from megatron_async_rl.controller.core.batch_selection import BatchSelector
 from megatron_async_rl.controller.core.evaluation import Evaluation
 from megatron_async_rl.controller.core.fleet import Fleet, RolloutWorker, ServerState, Worker
@@ -51,26 +51,7 @@ class Core:
         self.num_fenced_messages = 0
         self.num_replayed_steps = 0
         self.evaluation = Evaluation(self.state, self.fleet, self.leases)
-        self._handlers: dict[type, Callable[[Any, float], list[Action]]] = {
-            inputs.RolloutJoined: self._rollout_joined,
-            inputs.RewardJoined: self._reward_joined,
-            inputs.WorkerLost: self._worker_lost,
-            inputs.Received: self._received,
-            inputs.UpdateStarted: self._update_started,
-            inputs.ServerUpdated: self._server_updated,
-            inputs.UpdateFailed: self._update_failed,
-            inputs.ServerFenced: self._server_fenced,
-            inputs.TrainerJoined: self._trainer_joined,
-            inputs.BatchRequested: self._batch_requested,
-            inputs.BatchesHeld: self._batches_held,
-            inputs.AdmissionOpened: self._admission_opened,
-            inputs.EvaluationRequested: self._evaluation_requested,
-            inputs.EvaluationAbandoned: self._evaluation_abandoned,
-            inputs.Tick: self._tick,
-            inputs.DrainStarted: self._drain_started,
-            inputs.RunEnded: self._run_ended,
-        }
-        self._message_handlers: dict[type, Callable[[str, Any, float], list[Action]]] = {
+        self._message_handlers: dict[type, Callable[[str, Any, float], Actions]] = {
             messages.Heartbeat: self._heartbeat,
             messages.Generated: self._generated,
             messages.PartialSample: self._partial_sample,
@@ -80,9 +61,45 @@ class Core:
             messages.StepDone: self._step_done,
         }
 
-    def handle(self, event: inputs.CoreEvent, now: float) -> list[Action]:
+    def handle(self, event: inputs.CoreEvent, now: float) -> Actions:
         """Applies one event and returns the actions that follow from it."""
-        return self._handlers[type(event)](event, now)
+        match event:
+            case inputs.Received():
+                return self._received(event, now)
+            case inputs.RolloutJoined():
+                return self._rollout_joined(event, now)
+            case inputs.RewardJoined():
+                followed = self._lose(event.worker, now)
+                self.fleet.reward[event.worker] = Worker(event.worker, event.capacity, now)
+                return followed + self._advance(now)
+            case inputs.WorkerLost():
+                return self._lose(event.worker, now)
+            case inputs.UpdateStarted() | inputs.ServerUpdated() | inputs.UpdateFailed():
+                return self._server_changed(event, now)
+            case inputs.ServerFenced():
+                return self._server_fenced(event, now)
+            case inputs.TrainerJoined():
+                self.batch_selector.leader_joined(event.leader)
+                self.batches_held = False
+                return []
+            case inputs.BatchRequested():
+                return self._batch_requested(event, now)
+            case inputs.BatchesHeld():
+                self.batches_held = event.held
+            case inputs.AdmissionOpened():
+                self.admitting = True
+            case inputs.EvaluationRequested():
+                return self.evaluation.begin(event) + self._advance(now)
+            case inputs.EvaluationAbandoned():
+                return self.evaluation.abandon(event.reason) + self._advance(now)
+            case inputs.Tick():
+                return self._tick(now)
+            case inputs.DrainStarted():
+                self.draining = True
+                return []
+            case inputs.RunEnded():
+                return self._run_ended()
+        return self._advance(now)
 
     # ---- reading
 
@@ -122,7 +139,7 @@ class Core:
 
     # ---- workers
 
-    def _rollout_joined(self, event: inputs.RolloutJoined, now: float) -> list[Action]:
+    def _rollout_joined(self, event: inputs.RolloutJoined, now: float) -> Actions:
         followed = self._lose(event.worker, now)  # the leases of an earlier incarnation
         server = self.fleet.join_rollout(event.worker, event.capacity, now)
         if 0 <= event.serving <= self.version:
@@ -130,15 +147,7 @@ class Core:
             followed += self._advance(now)
         return followed
 
-    def _reward_joined(self, event: inputs.RewardJoined, now: float) -> list[Action]:
-        followed = self._lose(event.worker, now)
-        self.fleet.reward[event.worker] = Worker(event.worker, event.capacity, now)
-        return followed + self._advance(now)
-
-    def _worker_lost(self, event: inputs.WorkerLost, now: float) -> list[Action]:
-        return self._lose(event.worker, now)
-
-    def _lose(self, worker: str, now: float) -> list[Action]:
+    def _lose(self, worker: str, now: float) -> Actions:
         if self.fleet.rollout.pop(worker, None):
             lost = actions.ServerLost(worker)
             return [lost, *self._release_all(worker), *self._advance(now)]
@@ -146,12 +155,12 @@ class Core:
             self.scoring.requeue_from(worker)
         return self._advance(now)
 
-    def _received(self, event: inputs.Received, now: float) -> list[Action]:
+    def _received(self, event: inputs.Received, now: float) -> Actions:
         self.fleet.heard(event.worker, now)
         handler = self._message_handlers.get(type(event.message))
         return handler(event.worker, event.message, now) if handler else []
 
-    def _heartbeat(self, worker: str, heartbeat: messages.Heartbeat, now: float) -> list[Action]:
+    def _heartbeat(self, worker: str, heartbeat: messages.Heartbeat, now: float) -> Actions:
         server = self.fleet.rollout.get(worker)
         has_room = server and self.leases.kv_limit.report(server, heartbeat.engine)
         return self._advance(now) if has_room else []
@@ -165,22 +174,18 @@ class Core:
             return None
         return server if event.incarnation in (None, server.incarnation) else None
 
-    def _update_started(self, event: inputs.UpdateStarted, now: float) -> list[Action]:
-        if server := self._server(event):
-            server.state = ServerState.UPDATING
+    def _server_changed(self, event: inputs.ServerEvent, now: float) -> Actions:
+        server = self._server(event)
+        if isinstance(event, inputs.ServerUpdated):
+            if server:
+                server.state, server.version = ServerState.SERVING, event.version
+            return self._advance(now)
+        if server:
+            is_started = isinstance(event, inputs.UpdateStarted)
+            server.state = ServerState.UPDATING if is_started else ServerState.STALE
         return []
 
-    def _server_updated(self, event: inputs.ServerUpdated, now: float) -> list[Action]:
-        if server := self._server(event):
-            server.state, server.version = ServerState.SERVING, event.version
-        return self._advance(now)
-
-    def _update_failed(self, event: inputs.UpdateFailed, now: float) -> list[Action]:
-        if server := self._server(event):
-            server.state = ServerState.STALE
-        return []
-
-    def _server_fenced(self, event: inputs.ServerFenced, now: float) -> list[Action]:
+    def _server_fenced(self, event: inputs.ServerFenced, now: float) -> Actions:
         server = self._server(event)
         if server is None:
             return []
@@ -192,7 +197,7 @@ class Core:
 
     # ---- samples
 
-    def _generated(self, worker: str, reply: messages.Generated, now: float) -> list[Action]:
+    def _generated(self, worker: str, reply: messages.Generated, now: float) -> Actions:
         group = self.leases.group_of(worker, reply)
         if group is None:
             return self._fence()
@@ -207,9 +212,7 @@ class Core:
         completed = self._complete(group) if group.is_scored else []
         return [actions.ReportSample(reply.sample), *completed, *self._advance(now)]
 
-    def _partial_sample(
-        self, worker: str, reply: messages.PartialSample, now: float
-    ) -> list[Action]:
+    def _partial_sample(self, worker: str, reply: messages.PartialSample, now: float) -> Actions:
         group = self.leases.group_of(worker, reply)
         if group is None:
             return self._fence()
@@ -221,21 +224,17 @@ class Core:
         self.state.record(events.PartialSaved(group.group_id, reply.key.index, reply.partial))
         return []
 
-    def _generate_failed(
-        self, worker: str, reply: messages.GenerateFailed, now: float
-    ) -> list[Action]:
+    def _generate_failed(self, worker: str, reply: messages.GenerateFailed, now: float) -> Actions:
         group = self.leases.group_of(worker, reply)
         return self._release(group) + self._advance(now) if group else self._fence()
 
-    def _fence(self) -> list[Action]:
+    def _fence(self) -> Actions:
         self.num_fenced_messages += 1
         return []
 
     # ---- scores
 
-    def _score_requested(
-        self, worker: str, request: messages.ScoreRequest, now: float
-    ) -> list[Action]:
+    def _score_requested(self, worker: str, request: messages.ScoreRequest, now: float) -> Actions:
         group = self.leases.group_of(worker, request)
         if group is None:
             self.num_fenced_messages += 1
@@ -243,9 +242,7 @@ class Core:
         self.scoring.enqueue_request(worker, request, group)
         return self._advance(now)
 
-    def _score_received(
-        self, worker: str, result: messages.ScoreResult, now: float
-    ) -> list[Action]:
+    def _score_received(self, worker: str, result: messages.ScoreResult, now: float) -> Actions:
         task = self.scoring.complete(worker, result)
         if task is None:
             return self._fence()
@@ -260,12 +257,12 @@ class Core:
             followed = self._complete(group, result.answer) if group and group.is_scored else []
         return followed + self._advance(now)
 
-    def _no_score(self, task: ScoringTask, error: str) -> list[Action]:
+    def _no_score(self, task: ScoringTask, error: str) -> Actions:
         """Ends an attempt whose failure the reward worker does not know of."""
         where = f"{task.worker}: no score for sample {task.request.key}"
         return [actions.ReportScoringError(where, error), *self._scoring_failed(task, error)]
 
-    def _scoring_failed(self, task: ScoringTask, error: str) -> list[Action]:
+    def _scoring_failed(self, task: ScoringTask, error: str) -> Actions:
         if self.scoring.retry(task):
             return []
         if task.requester:
@@ -275,22 +272,13 @@ class Core:
 
     # ---- trainer
 
-    def _trainer_joined(self, event: inputs.TrainerJoined, now: float) -> list[Action]:
-        self.batch_selector.leader_joined(event.leader)
-        self.batches_held = False
-        return []
-
-    def _batch_requested(self, event: inputs.BatchRequested, now: float) -> list[Action]:
+    def _batch_requested(self, event: inputs.BatchRequested, now: float) -> Actions:
         if event.version > self.version:
             return self._fence()
         batch = self.batch_selector.request(event.leader, event.version, now)
         return [batch] if batch else self._advance(now)
 
-    def _batches_held(self, event: inputs.BatchesHeld, now: float) -> list[Action]:
-        self.batches_held = event.held
-        return self._advance(now)
-
-    def _step_done(self, worker: str, step: messages.StepDone, now: float) -> list[Action]:
+    def _step_done(self, worker: str, step: messages.StepDone, now: float) -> Actions:
         """The batch of version - 1 is in the weights: its groups count as trained."""
         if step.version <= self.version:
             self.num_replayed_steps += 1
@@ -303,18 +291,8 @@ class Core:
 
     # ---- the run
 
-    def _admission_opened(self, event: inputs.AdmissionOpened, now: float) -> list[Action]:
-        self.admitting = True
-        return self._advance(now)
-
-    def _evaluation_requested(self, event: inputs.EvaluationRequested, now: float) -> list[Action]:
-        return self.evaluation.begin(event) + self._advance(now)
-
-    def _evaluation_abandoned(self, event: inputs.EvaluationAbandoned, now: float) -> list[Action]:
-        return self.evaluation.abandon(event.reason) + self._advance(now)
-
-    def _tick(self, event: inputs.Tick, now: float) -> list[Action]:
-        followed: list[Action] = []
+    def _tick(self, now: float) -> Actions:
+        followed: Actions = []
         for name in self.fleet.silent_since(now - self.settings.heartbeat_timeout_s):
             followed += self._lose(name, now)
         for group in self.state.running.take_expired(now):
@@ -324,13 +302,9 @@ class Core:
             followed += self._no_score(task, limit)
         return followed + self._advance(now)
 
-    def _drain_started(self, event: inputs.DrainStarted, now: float) -> list[Action]:
-        self.draining = True
-        return []
-
-    def _run_ended(self, event: inputs.RunEnded, now: float) -> list[Action]:
+    def _run_ended(self) -> Actions:
         self.admitting = False
-        followed: list[Action] = []
+        followed: Actions = []
         for group in [g for g in self.state.groups.values() if g.purpose == "train"]:
             followed += self._drop(group, DropReason.RUN_ENDED)
         self.state.check()
@@ -338,9 +312,9 @@ class Core:
 
     # ---- inside
 
-    def _advance(self, now: float) -> list[Action]:
+    def _advance(self, now: float) -> Actions:
         """Does everything that has become possible: scoring, selection, leases, admissions."""
-        followed: list[Action] = [*self.scoring.assign(now)]
+        followed: Actions = [*self.scoring.assign(now)]
         if self.batch_awaited and not self.batches_held and not self.draining:
             for group in self.batch_selector.stale_groups():
                 followed += self._drop(group, DropReason.STALE)
@@ -353,14 +327,14 @@ class Core:
                 followed += self.leases.admit(now)
         return followed + self.evaluation.lease(now)
 
-    def _release_all(self, worker: str) -> list[Action]:
+    def _release_all(self, worker: str) -> Actions:
         return [action for group in self.leases.held_by(worker) for action in self._release(group)]
 
-    def _release(self, group: Group) -> list[Action]:
+    def _release(self, group: Group) -> Actions:
         reason = self.leases.release(group)
         return self._drop(group, reason) if reason else []
 
-    def _complete(self, group: Group, answer: str = "") -> list[Action]:
+    def _complete(self, group: Group, answer: str = "") -> Actions:
         """Ends a sample of an evaluation, or drops a scored group that the filters exclude."""
         if group.purpose == "eval":
             return self.evaluation.sample_ended(group, answer)
@@ -371,7 +345,7 @@ class Core:
                 return self._drop(group, reason)
         return []
 
-    def _drop(self, group: Group, reason: DropReason) -> list[Action]:
+    def _drop(self, group: Group, reason: DropReason) -> Actions:
         if group.state is GroupState.RUNNING:
             self.leases.unload(group)  # later replies are fenced
         self.state.record(events.GroupDropped(group.group_id, reason.value))
