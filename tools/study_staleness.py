@@ -1,167 +1,132 @@
-"""Studies the effect of staleness and of its correction: runs over max_staleness x loss x seed.
+"""Studies the effect of staleness: runs over max_staleness x policy objective x seed.
 
-    python tools/study_staleness.py OUT [CONFIG] [--max-staleness 0 1 4 8]
-        [--losses decoupled_ppo ppo] [--seeds 1 2 3] [--set key=value ...]
+    python tools/study_staleness.py OUT [CONFIG] [--cases 0:decoupled_ppo 8:decoupled_ppo 8:ppo]
+        [--seeds 1 2 3] [--set key=value ...] [--parallel 4] [--gpus 0 1] [--deadline-s 500]
 
-Each run is `python -m megatron_async_rl run CONFIG run.dir=OUT/... ` with its settings. A finished
-run is not repeated, so an interrupted study can be continued. OUT/study.md holds a table,
-OUT/study.svg the reward by step, averaged over seeds. The final reward is the mean over the last
-fifth of the steps; the accuracy is that of the evaluation after the last step.
+Each run is `python -m megatron_async_rl run CONFIG run.dir=OUT/...` with its settings; its output
+is in OUT/NAME.log. Running again continues the runs that are not finished. At the deadline they are
+stopped as by a preemption: they save a checkpoint.
+
+With --gpus, the run in slot n of --parallel has its trainer on the n-th of these GPUs (modulo their
+number) and its server on the next one, so that several runs share a GPU: limit the server's memory
+by sglang.max_total_tokens. On a single GPU weights go through run.dir, because NCCL refuses two
+ranks on one device.
+
+OUT/study.md holds the table, over the same number of steps of all runs, study.svg the reward by
+step, accuracy.svg the accuracy by version, curves.csv all values; written every two minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
-import statistics
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+import study_report
+from study_report import Case, Run
+
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.observability.status import RunStatus, read_status
+from megatron_async_rl.observability.status import read_status
 
-Case = tuple[int, str]  # staleness.max_staleness, loss
 REPOSITORY = Path(__file__).resolve().parent.parent
-COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+DEFAULT_CASES = [(eta, name) for eta in (0, 1, 4, 8) for name in ("decoupled_ppo", "ppo")]
+PORTS_PER_RUN = 10
+SHARED_DEVICE = ("weights.transport=disk", "weights.interrupt=abort")
+POLL_S, REPORT_S, STOP_GRACE_S = 0.5, 120.0, 45.0
 
 
-def finished(run_dir: Path) -> RunStatus | None:
+def is_finished(run: Run) -> bool:
     try:
-        status = read_status(run_dir)
+        return read_status(run.run_dir).state == "finished"
     except DataError:
-        return None
-    return status if status.state == "finished" else None
+        return False
 
 
-def run(
-    config: str, run_dir: Path, case: Case, seed: int, overrides: list[str]
-) -> RunStatus | None:
-    """Returns the status of the finished run, None if it failed; its output is in OUT/NAME.log."""
-    if done := finished(run_dir):
-        return done
-    max_staleness, loss = case
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_async_rl",
-        "run",
-        config,
-        "--from-scratch",
-        f"run.dir={run_dir}",
-    ]
-    command += [
-        f"staleness.max_staleness={max_staleness}",
-        f"algorithm.loss.objective={loss}",
-        f"run.seed={seed}",
-        *overrides,
-    ]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]).rstrip(
-            ":"
-        )
-    }
-    started = time.monotonic()
-    with run_dir.with_suffix(".log").open("w") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env).returncode
-    sys.stdout.write(f"{run_dir.name}: exit code {code} after {time.monotonic() - started:.0f} s\n")
-    sys.stdout.flush()
-    return finished(run_dir)
+@dataclass(frozen=True)
+class Child:
+    run: Run
+    slot: int
+    process: subprocess.Popen[bytes]
+    started: float
 
 
-def final_reward(status: RunStatus) -> float:
-    history = status.reward_history
-    return statistics.fmean(history[-max(1, len(history) // 5) :])
+@dataclass
+class Study:
+    """Starts the runs in order, at most one per slot."""
 
+    config: str
+    overrides: list[str]
+    gpus: list[str]
+    first_port: int
+    free_slots: list[int]
+    children: list[Child]
 
-def accuracy(status: RunStatus) -> float | None:
-    """Returns the accuracy after the last step, None without an evaluation of it."""
-    last = status.evals[-1] if status.evals else None
-    return last.metrics.get("accuracy") if last and last.version == status.version else None
-
-
-def table(results: dict[Case, list[RunStatus]]) -> str:
-    lines = [
-        "| max_staleness | loss | runs | final reward | of synchronous | accuracy | staleness |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    synchronous = [
-        final_reward(s)
-        for (max_staleness, _), runs in results.items()
-        if max_staleness == 0
-        for s in runs
-    ]
-    for (max_staleness, loss), runs in results.items():
-        if not runs:
-            lines.append(f"| {max_staleness} | {loss} | 0 | no run finished | | | |")
-            continue
-        rewards = [final_reward(s) for s in runs]
-        share = (
-            f"{statistics.fmean(rewards) / statistics.fmean(synchronous):.1%}"
-            if synchronous
-            else ""
-        )
-        accuracies = [a for a in map(accuracy, runs) if a is not None]
-        lines.append(
-            f"| {max_staleness} | {loss} | {len(runs)} | {_spread(rewards)} | {share} "
-            f"| {_spread(accuracies)} | "
-            f"{statistics.fmean(s.staleness_mean for s in runs):.2f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    deviation = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation}"
-
-
-def plot(results: dict[Case, list[RunStatus]], width: int = 720, height: int = 400) -> str:
-    """Returns an SVG of reward by step: one line per case, averaged over its seeds."""
-    curves = {
-        case: [
-            statistics.fmean(step) for step in zip(*(s.reward_history for s in runs), strict=False)
+    def start(self, run: Run, number: int) -> None:
+        slot = self.free_slots.pop(0)
+        max_staleness, objective = run.case
+        port = self.first_port + PORTS_PER_RUN * number
+        settings = [
+            f"run.dir={run.run_dir}",
+            f"run.seed={run.seed}",
+            f"staleness.max_staleness={max_staleness}",
+            f"algorithm.loss.objective={objective}",
+            *(f"sglang.port={port}", f"sglang.nccl_port={port + 1}"),
+            *(SHARED_DEVICE if len(self.gpus) == 1 else ()),
+            *self.overrides,
         ]
-        for case, runs in results.items()
-        if runs
-    }
-    steps = max((len(curve) for curve in curves.values()), default=1)
-    low = min((min(curve) for curve in curves.values()), default=0.0)
-    high = max((max(curve) for curve in curves.values()), default=1.0)
-    left, top, inner_w, inner_h = 50, 15, width - 210, height - 60
+        command = [sys.executable, "-m", "megatron_async_rl", "run", self.config, *settings]
+        path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+        env = os.environ | {"PYTHONPATH": path}
+        env.setdefault("OMP_NUM_THREADS", "1")  # else each process uses all cores
+        if self.gpus:
+            pair = (self.gpus[(slot + n) % len(self.gpus)] for n in (0, 1))
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(pair)  # of the trainer, of the server
+        with run.run_dir.with_suffix(".log").open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+        self.children.append(Child(run, slot, process, time.monotonic()))
 
-    def at(step: int, reward: float) -> str:
-        x = left + inner_w * step / max(1, steps - 1)
-        return f"{x:.1f},{top + inner_h * (1 - (reward - low) / ((high - low) or 1)):.1f}"
+    def poll(self) -> None:
+        """Frees the slots of runs that have ended."""
+        for child in list(self.children):
+            if (code := child.process.poll()) is not None:
+                self.children.remove(child)
+                self.free_slots.append(child.slot)
+                took_s = time.monotonic() - child.started
+                say(f"{child.run.run_dir.name}: exit code {code} after {took_s:.0f} s")
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        'font-family="sans-serif">'
-    ]
-    parts.append(
-        f'<rect x="{left}" y="{top}" width="{inner_w}" height="{inner_h}" '
-        'fill="none" stroke="#999"/>'
-    )
-    parts.append(
-        f'<text x="{left + inner_w / 2:.0f}" y="{height - 12}" font-size="13">training step</text>'
-    )
-    for value, y in ((high, top + 10), (low, top + inner_h)):
-        parts.append(f'<text x="5" y="{y}" font-size="12">{value:.2f}</text>')
-    for n, ((max_staleness, loss), curve) in enumerate(curves.items()):
-        color, dash = COLORS[n % len(COLORS)], ' stroke-dasharray="6 3"' if loss == "ppo" else ""
-        points = " ".join(at(step, reward) for step, reward in enumerate(curve))
-        parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"{dash}/>'
-        )
-        y = top + 15 + 20 * n
-        parts.append(
-            f'<text x="{left + inner_w + 10}" y="{y}" font-size="13" fill="{color}">'
-            f"max_staleness {max_staleness}, {loss}</text>"
-        )
-    return "\n".join([*parts, "</svg>\n"])
+    def stop(self) -> None:
+        """Has all runs save their state; kills those that do not end in time."""
+        for child in self.children:
+            child.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + STOP_GRACE_S
+        while self.children and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            self.poll()
+        for child in self.children:
+            child.process.kill()  # its processes end with it
+            child.process.wait()
+        self.poll()
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def report(out: Path, cases: list[Case], runs: Iterable[Run]) -> str:
+    results = [study_report.read(run) for run in runs]
+    return study_report.write(out, cases, [result for result in results if result])
+
+
+def case(text: str) -> Case:
+    max_staleness, _, objective = text.partition(":")
+    return int(max_staleness), objective or "decoupled_ppo"
 
 
 def main() -> int:
@@ -172,26 +137,52 @@ def main() -> int:
     parser.add_argument(
         "config", nargs="?", default=str(REPOSITORY / "configs" / "quickstart.yaml")
     )
-    parser.add_argument("--max-staleness", type=int, nargs="+", default=[0, 1, 4, 8])
-    parser.add_argument("--losses", nargs="+", default=["decoupled_ppo", "ppo"])
+    parser.add_argument(
+        "--cases",
+        type=case,
+        nargs="+",
+        default=DEFAULT_CASES,
+        metavar="ETA:OBJECTIVE",
+        help="without: max_staleness 0, 1, 4, 8, each with decoupled_ppo and ppo",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument(
         "--set", metavar="key=value", action="append", default=[], help="a setting for every run"
     )
+    parser.add_argument("--parallel", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--gpus", nargs="+", default=[], help="shared by the runs, by index")
+    parser.add_argument(
+        "--first-port",
+        type=int,
+        default=21000,  # below those that the kernel assigns
+        help=f"of the servers; each run takes {PORTS_PER_RUN}",
+    )
+    parser.add_argument("--deadline-s", type=float, help="stop all runs after this many seconds")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    cases = list(itertools.product(args.max_staleness, args.losses))
-    results: dict[Case, list[RunStatus]] = {case: [] for case in cases}
     # seed by seed, so that an interrupted study has all cases
-    for seed, case in itertools.product(args.seeds, cases):
-        if status := run(
-            args.config, args.out / f"staleness{case[0]}-{case[1]}-seed{seed}", case, seed, args.set
-        ):
-            results[case].append(status)
-        (args.out / "study.md").write_text(table(results))
-        (args.out / "study.svg").write_text(plot(results))
-    sys.stdout.write(table(results))
-    return 0 if all(len(runs) == len(args.seeds) for runs in results.values()) else 1
+    runs = [
+        Run(chosen, seed, args.out.resolve() / f"staleness{chosen[0]}-{chosen[1]}-seed{seed}")
+        for seed in args.seeds
+        for chosen in args.cases
+    ]
+    waiting = [(run, number) for number, run in enumerate(runs) if not is_finished(run)]
+    study = Study(args.config, args.set, args.gpus, args.first_port, list(range(args.parallel)), [])
+    deadline = time.monotonic() + (args.deadline_s or float("inf"))
+    reported = time.monotonic()
+    try:
+        while (waiting or study.children) and time.monotonic() < deadline:
+            while waiting and study.free_slots:
+                study.start(*waiting.pop(0))
+            time.sleep(POLL_S)
+            study.poll()
+            if time.monotonic() > reported + REPORT_S:
+                report(args.out, args.cases, runs)
+                reported = time.monotonic()
+    finally:
+        study.stop()
+    say(report(args.out, args.cases, runs))
+    return 0 if all(map(is_finished, runs)) else 1
 
 
 if __name__ == "__main__":
