@@ -151,6 +151,8 @@ def _activations(
     attention = 2 * (dims["q"] + dims["kv"])
     if shape.latent:  # whole keys and values, and the vectors that they are made from
         attention = 2 * (dims["q"] + dims["v"]) + dims["q_rank"] + dims["kv_latent"]
+    if shape.linear:  # the results of all projections, from which the rest is computed again
+        attention = shape.attention_parameters // shape.hidden_size
     # both inputs, queries and keys before their norms, values, attention's output, gate and up
     saved = 2 * boundary + attention / layout.tp + mlp
     in_flight = float(layout.pp - stage)

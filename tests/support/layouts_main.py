@@ -343,7 +343,7 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
         results["probe"][name] = probe.logprobs().tolist()
         save_merged(model, out / f"weights {name}.pt")
 
-    results["moe checkpoint"] = moe_checkpoint(moe)
+    results["moe checkpoint"] = moe_checkpoint(folders / "qwen3_next")
 
     # Two minibatches need the proximal pass; with one minibatch it must change nothing.
     config = make_config(qwen3, 2, 2, minibatches=2)

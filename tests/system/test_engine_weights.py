@@ -180,8 +180,8 @@ def test_engine_matches_transformers_after_every_update(
                 await engine_logprobs(worker, 1), transformers_logprobs(third), atol=2e-4
             )
             [snapshot] = snapshots.list_snapshots(run_dir)
-            np.testing.assert_array_equal(
-                transformers_logprobs(snapshot.path), transformers_logprobs(third)
+            np.testing.assert_allclose(
+                transformers_logprobs(snapshot.path), transformers_logprobs(third), atol=1e-5
             )
 
             # a wrong digest in the manifest: the engine's weights do not match it
