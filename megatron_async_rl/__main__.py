@@ -32,6 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     except Error as e:
         sys.stderr.write(f"error: {e}\n")
         return 2
+    except OSError as e:
+        if e.filename is None:
+            raise
+        remedy = "make it a file or folder that this user can read and write, or restore it"
+        sys.stderr.write(f"error: {e.filename2 or e.filename}: {e.strerror}; {remedy}\n")
+        return 2
     except KeyboardInterrupt:
         return 130
 

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_async_rl.config.load import load
+from megatron_async_rl.config.load import load_run
+from megatron_async_rl.controller.evaluation import records
 from megatron_async_rl.controller.journal import events, reader
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE
-from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.data.digests import read_digests
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.launcher.checks.weights import check_weights
 from megatron_async_rl.observability.sample_log import SAMPLES_FILE, SampleLine, read_samples
-from megatron_async_rl.storage import checkpoints, snapshots
+from megatron_async_rl.observability.status import STATUS_FILE, read_status
+from megatron_async_rl.storage import checkpoints, hook_digests, snapshots
 
 UNKNOWN = 1 << 30  # max_staleness if config.yaml cannot be read
 
@@ -60,10 +65,10 @@ def run(run_dir: Path, max_staleness: int | None = None) -> int:
     damages = []
     if max_staleness is None:
         try:
-            max_staleness = load(run_dir / "config.yaml").staleness.max_staleness
-        except (ConfigError, OSError, ValueError) as e:
+            max_staleness = load_run(run_dir).staleness.max_staleness
+        except DataError as e:
             max_staleness = UNKNOWN
-            damages.append(f"{run_dir / 'config.yaml'}: {e}; lost: the bound on staleness")
+            damages.append(str(e))
     result = audit(run_dir, max_staleness)
     result.damages += damages
     print(result.line(max_staleness))
@@ -95,6 +100,7 @@ def audit(run_dir: Path, eta: int, until: int | None = None) -> Audit:
     if until is None:
         _check_checkpoints(run_dir, journal.version, result)
         _check_snapshots(run_dir, result)
+        _check_records(run_dir, result)
     return result
 
 
@@ -137,6 +143,24 @@ def _check_snapshots(run_dir: Path, result: Audit) -> None:
         damage = snapshots.find_damage(snapshot) if snapshot else f"{path} has no valid manifest"
         if damage and path.exists():  # not pruned meanwhile
             result.damages.append(f"{damage}; lost: snapshot {path.name}, which is written again")
+
+
+def _check_records(run_dir: Path, result: Audit) -> None:
+    """Checks the small files that the next start, `status` and `eval` read."""
+    checks: tuple[Callable[[Path], object], ...] = (read_digests, hook_digests.read, read_status)
+    for read in checks:
+        try:
+            read(run_dir)
+        except DataError as e:
+            if read is not read_status or (run_dir / STATUS_FILE).exists():
+                result.damages.append(str(e))
+    for path, error in records.damaged_results(run_dir):
+        result.damages.append(f"{path} is damaged: {error}; lost: the result of an evaluation")
+    for folder in sorted(run_dir.glob("policy*")):
+        try:
+            check_weights(sorted(folder.glob("*.safetensors")), False, "lost: the exported policy")
+        except DataError as e:
+            result.damages.append(str(e))
 
 
 class _Journal:

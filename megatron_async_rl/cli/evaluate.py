@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.config.load import load
+from megatron_async_rl.config.load import load, load_run
 from megatron_async_rl.controller.evaluation import records
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.launcher import run as launcher
@@ -69,7 +69,7 @@ def policy_folder(run_dir: Path, version: int | None) -> Path:
     """
     status = read_status(run_dir)
     found = {s.version: s.path for s in reversed(snapshots.list_snapshots(run_dir))}
-    found[0] = Path(load(run_dir / "config.yaml").model.path)
+    found[0] = Path(load_run(run_dir).model.path)
     for path in run_dir.glob("policy-v*"):
         if path.name.removeprefix("policy-v").isdigit():
             found[int(path.name.removeprefix("policy-v"))] = path

@@ -90,7 +90,7 @@ def _read_yaml(text: str) -> Any:
     except yaml.YAMLError as e:
         raise ConfigError(" ".join(str(e).split())) from None
     except RecursionError:
-        raise ConfigError("nested too deeply") from None
+        raise ConfigError("brackets must not be nested so deeply") from None
 
 
 def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:

@@ -23,9 +23,11 @@ def record_data(run_dir: Path, config: Config) -> None:
 
 
 def changed_data(run_dir: Path, config: Config) -> str:
-    """Returns which dataset has changed since the last start of the run, "" if none has."""
-    path = run_dir / DIGESTS_FILE
-    recorded = msgspec.json.decode(path.read_bytes(), type=dict[str, str]) if path.exists() else {}
+    """Returns which dataset has changed since the last start of the run, "" if none has.
+
+    Raises DataError if the digests are damaged.
+    """
+    recorded = read_digests(run_dir)
     for setting, source in _sources(config):
         if setting in recorded and recorded[setting] != _digest(source, config):
             return (
@@ -33,6 +35,15 @@ def changed_data(run_dir: Path, config: Config) -> str:
                 "started; restore it, choose another run.dir, or start over with --from-scratch"
             )
     return ""
+
+
+def read_digests(run_dir: Path) -> dict[str, str]:
+    """Returns setting -> digest, {} if none were recorded. Raises DataError."""
+    path = run_dir / DIGESTS_FILE
+    if not path.exists():
+        return {}
+    lost = "the proof that the datasets have not changed since the run was started"
+    return files.read_json(path, dict[str, str], lost, "delete it to continue without this proof")
 
 
 def _sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:

@@ -47,7 +47,8 @@ def _kept(run_dir: Path, run: str | None) -> dict[str, float] | None:
     path = run_dir / RATES_FILE
     if not path.exists():
         return None
-    found = msgspec.json.decode(path.read_bytes(), type=SuccessRates)
+    lost = "the success rates that data.filter uses"
+    found = files.read_json(path, SuccessRates, lost, "delete it to measure them again")
     return found.rates if found.run == run else None
 
 
@@ -63,7 +64,7 @@ def measure(config: Config) -> dict[str, float]:
         if not (run_dir / name).exists():
             raise ConfigError(f"{setting} has no {name}", "name the run.dir of a run that trained")
     try:
-        earlier = load.load(run_dir / "config.yaml")
+        earlier = load.load_run(run_dir)
         if changed := changed_data(run_dir, earlier):
             raise DataError(changed)
         texts = _texts(earlier)

@@ -81,7 +81,7 @@ def _load_config(run_dir: Path) -> Config:
     path = run_dir / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{run_dir} has no config.yaml: give the run.dir of a run")
-    return configuration.load(path)
+    return configuration.load_run(run_dir)
 
 
 def _wait_for_run(run_dir: Path, config: Config, console: Console) -> None:

@@ -174,7 +174,7 @@ def _has_batch(run_dir: Path) -> bool:
 
 def _changed_setting(run_dir: Path, config: Config) -> str:
     """Returns which setting changed that the run's journal depends on; empty if none did."""
-    previous = configuration.load(run_dir / "config.yaml")
+    previous = configuration.load_run(run_dir)
     for key in FIXED:
         section, name = key.split(".")
         values = (getattr(getattr(c, section), name) for c in (previous, config))

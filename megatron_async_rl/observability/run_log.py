@@ -6,6 +6,7 @@ RunLog.write_samples writes those of trained samples, callers of RunLog.write_sc
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -15,6 +16,7 @@ import msgspec
 import numpy as np
 
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.errors import DataError
 from megatron_async_rl.observability import sample_log
 from megatron_async_rl.observability.loggers import ScalarLogger, make_logger
 from megatron_async_rl.observability.prometheus import Prometheus
@@ -44,17 +46,25 @@ class RunLog:
         if port := config.monitor.prometheus_port:
             self._loggers.append(Prometheus(config.monitor.prometheus_host, port))
         samples = run_dir / sample_log.SAMPLES_FILE
-        self._last_version = sample_log.last_version(samples)
-        self._samples = samples.open("ab", buffering=0)
-        earlier = find_status(run_dir)  # of another controller of the run
-        self.staleness_worst = earlier.staleness_worst if earlier else None
-        self.write_status(
-            RunStatus(
-                steps=config.run.steps,
-                staleness_limit=self._max_staleness,
-                staleness_worst=self.staleness_worst,
+        try:
+            self._last_version = sample_log.last_version(samples)
+            self._samples = samples.open("ab", buffering=0)
+            earlier = find_status(run_dir)  # of another controller of the run
+            self.staleness_worst = earlier.staleness_worst if earlier else None
+            self.write_status(
+                RunStatus(
+                    steps=config.run.steps,
+                    staleness_limit=self._max_staleness,
+                    staleness_worst=self.staleness_worst,
+                )
             )
-        )
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # there may be space when the controller is started again
+            raise DataError(
+                f"{e.filename2 or e.filename or run_dir} cannot be used: {e.strerror}",
+                "training does not need the file; move it away to continue without it",
+            ) from None
 
     def write_scalars(self, version: int, scalars: dict[str, float]) -> None:
         """Writes values by their tags, to all loggers."""

@@ -83,14 +83,18 @@ def read_samples(run_dir: Path, on_damage: Callable[[str], None] = refuse) -> It
     given, which has the line skipped.
     """
     path = Path(run_dir) / SAMPLES_FILE
-    with path.open("rb") as file:
-        for number, encoded in enumerate(file, 1):
-            if not encoded.endswith(b"\n"):
-                return
-            if line := decode_line(encoded):
-                yield line
-            else:
-                on_damage(f"{path}: line {number} does not match its checksum; lost: its sample")
+    try:
+        with path.open("rb") as file:
+            for number, encoded in enumerate(file, 1):
+                if not encoded.endswith(b"\n"):
+                    return
+                if line := decode_line(encoded):
+                    yield line
+                else:
+                    problem = "does not match its checksum; lost: its sample"
+                    on_damage(f"{path}: line {number} {problem}")
+    except OSError as e:
+        on_damage(f"{path} cannot be read: {e.strerror}; lost: all trained samples")
 
 
 def encode_line(line: SampleLine) -> bytes:

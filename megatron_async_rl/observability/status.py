@@ -86,9 +86,13 @@ def read_status(run_dir: Path) -> RunStatus:
         return msgspec.json.decode(path.read_bytes(), type=RunStatus)
     except OSError as e:
         problem = f"no run at {run_dir}: {path} cannot be read ({e.strerror})"
-    except msgspec.DecodeError as e:
-        problem = f"{path} is not the status of a run of this version: {e}"
-    raise DataError(f"{problem}; give the run.dir of a run")
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise DataError(
+            f"{path} is damaged or of another version: {e}; lost: the state of the run",
+            "`run` with its configuration continues the run and writes the file again; `audit` "
+            "checks the other files; `eval --model` evaluates a folder of weights",
+        ) from None
+    raise DataError(problem, "give the run.dir of a run")
 
 
 def find_status(run_dir: Path) -> RunStatus | None:

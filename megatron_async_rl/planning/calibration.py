@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.config.load import load
+from megatron_async_rl.config.load import load_run
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.observability.sample_log import SAMPLES_FILE, read_samples
 from megatron_async_rl.planning.costs import Costs, DecodeCosts, PrefillCosts, TrainCosts
@@ -70,7 +70,7 @@ def read(run_dir: Path) -> Calibration:
             raise DataError(
                 f"--calibrate = {run_dir} has no {name}", "give the run.dir of a run that trained"
             )
-    config = load(run_dir / "config.yaml")
+    config = load_run(run_dir)
     scalars = _Scalars(run_dir)
     samples = list(read_samples(run_dir))
     prompt = np.array([line.num_prompt for line in samples], np.int64)

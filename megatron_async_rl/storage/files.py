@@ -5,12 +5,30 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from megatron_async_rl.errors import DataError
+
+T = TypeVar("T")
 
 
 def digest(path: Path) -> str:
     """Returns the sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, kind: type[T], lost: str, remedy: str) -> T:
+    """Returns the content of a JSON file. Raises DataError with what is lost if it is damaged."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except OSError as e:
+        problem = f"cannot be read: {e.strerror}"
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        problem = f"is damaged: {e}"
+    raise DataError(f"{path} {problem}; lost: {lost}", remedy)
 
 
 def sync(path: Path) -> None:

@@ -11,6 +11,7 @@ import msgspec
 
 from megatron_async_rl import hooks
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.errors import DataError
 from megatron_async_rl.storage import files
 
 HOOKS_FILE = "hooks.json"
@@ -23,11 +24,14 @@ def record(run_dir: Path, config: Config) -> list[str]:
     """
     digests = hooks.digests(config)
     is_first = not (run_dir / HOOKS_FILE).exists()
-    before = read(run_dir)
+    try:
+        before, damage = read(run_dir), []
+    except DataError as e:
+        before, damage = {}, [f"{e.problem}; it is written again"]
     encoded = msgspec.json.format(msgspec.json.encode(digests))
     files.write_atomic(run_dir / HOOKS_FILE, encoded)
-    if is_first:
-        return []
+    if is_first or damage:
+        return damage
     return [
         f"{setting} is another function than at the last start of this run: was "
         f"{before.get(setting, 'built-in')}, is {digests.get(setting, 'built-in')}"
@@ -37,6 +41,12 @@ def record(run_dir: Path, config: Config) -> list[str]:
 
 
 def read(run_dir: Path) -> dict[str, str]:
-    """Returns setting -> `package.module:name sha256:...`, empty if nothing was recorded."""
+    """Returns setting -> `package.module:name sha256:...`, empty if nothing was recorded.
+
+    Raises DataError if the file is damaged.
+    """
     path = run_dir / HOOKS_FILE
-    return msgspec.json.decode(path.read_bytes(), type=dict[str, str]) if path.exists() else {}
+    if not path.exists():
+        return {}
+    lost = "the functions of the last start, with which those of this one are compared"
+    return files.read_json(path, dict[str, str], lost, "delete it to continue")

@@ -148,7 +148,7 @@ def read(path: Path) -> Snapshot | None:
     try:
         encoded = (path / _MANIFEST_FILE).read_bytes()
         return Snapshot(path, msgspec.json.decode(encoded, type=SnapshotManifest))
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 

@@ -428,7 +428,7 @@ def test_any_text_is_the_same_after_it_was_written_and_read(tmp_path: Path) -> N
         ("# nothing yet", r"config\.yaml is empty"),
         ("run: !!python/object/apply:os.getcwd []", "is not YAML: line 1, column 6: could not"),
         ("run:\n\tdir: a", "is not YAML: line 2, column 1: found character '.t' that cannot"),
-        ("[" * 3000, "is not YAML: nested too deeply"),
+        ("[" * 3000, "is not YAML: brackets must not be nested"),
         ("run: &a {dir: *a}", "is not YAML: line 1, column 6: found unconstructable recursive"),
         ("run:\nsglang:\n", "run is empty: write its settings below it, indented, or remove"),
     ],

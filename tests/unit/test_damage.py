@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from config_builders import config_tree
 from journal_builders import journal_events, write_run_folder
 
+from megatron_async_rl.__main__ import main
 from megatron_async_rl.cli import audit
+from megatron_async_rl.config import load
 from megatron_async_rl.controller.journal import journal as journal_module
 from megatron_async_rl.controller.journal.events import AnyEvent
 from megatron_async_rl.controller.journal.journal import Journal, last_seq, read_events
 from megatron_async_rl.controller.journal.mark import MARK_FILE
+from megatron_async_rl.data import digests
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.launcher import run
 from megatron_async_rl.observability.sample_log import last_version, read_samples
 from megatron_async_rl.protocol.wire import Codec
-from megatron_async_rl.storage import checkpoints
+from megatron_async_rl.storage import checkpoints, hook_digests
 
 ETA = 1  # max_staleness of journal_events
 NUM_DAMAGES = 60  # of each kind of folder
@@ -112,6 +118,77 @@ def test_every_damage_is_noticed_by_name_or_harmless(
     assert num_stopped
     print(f"of {NUM_DAMAGES} damages {num_noticed} were named and {num_stopped} stop the run")
     assert num_noticed > NUM_DAMAGES // 3
+
+
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def exchange(path: Path) -> None:
+    others = [*sorted(path.parent.iterdir()), path.parents[1] / "config.yaml"]
+    other = next(file for file in others if file.is_file() and file != path)
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+OTHER_DAMAGES: dict[str, Callable[[Path], object]] = {
+    "directory": make_directory,
+    "loop of links": make_loop,
+    "other type": lambda path: path.write_bytes(b"[1, 2]"),
+    "no UTF-8": lambda path: path.write_bytes(b'{"state": "\xff", "version": "\xff"}'),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": Path.unlink,
+    "exchanged": exchange,
+}
+NAMES = (
+    "config.yaml", "dataset.json", "hooks.json", "status.json", "journal.sqlite", "journal.mark",
+    "journal.arrays/000001.bin", "samples.jsonl", "checkpoints/v000003/__0_0.distcp",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_DAMAGES)
+def test_files_replaced_by_something_else_are_named(
+    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    config = load.load_run(whole_run)
+    for name in NAMES:
+        run_dir = tmp_path / name.replace("/", "-")
+        shutil.copytree(whole_run, run_dir)
+        OTHER_DAMAGES[kind](run_dir / name)
+        short, optional = Path(name).name, name in ("dataset.json", "hooks.json", "status.json")
+        code, said = main(["audit", str(run_dir)]), "".join(capsys.readouterr())
+        if not (optional and kind in ("missing", "loop of links")):
+            assert short in said, said
+            assert code or name == "samples.jsonl"
+        try:  # as the next start reads them
+            load.load_run(run_dir)
+            hook_digests.record(run_dir, config)
+            digests.changed_data(run_dir, config)
+            last_version(run_dir / "samples.jsonl")
+            list(read_events(run_dir / "journal.sqlite"))
+        except DataError as e:
+            assert short in str(e) or kind == "exchanged", (name, str(e))
+        except OSError as e:  # the command line makes one line of it
+            assert short in str(e) and kind in ("directory", "loop of links")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    write_run_folder(run_dir, keep_wal=False)
+    config = load.from_tree(config_tree(**{"staleness.max_staleness": ETA}))
+    (run_dir / "config.yaml").write_text(load.dump(config))
+    for record, content in (("dataset", {"a": "b"}), ("hooks", {}), ("status", {"version": 3})):
+        (run_dir / f"{record}.json").write_text(json.dumps(content))
+    assert main(["audit", str(run_dir)]) == 0
+    return run_dir
 
 
 def test_rewound_wal_is_refused_by_run_and_named_by_audit(tmp_path: Path) -> None:

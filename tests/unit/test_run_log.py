@@ -243,7 +243,7 @@ def test_folder_without_a_run_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"no run at {tmp_path}"):
         read_status(tmp_path)
     (tmp_path / "status.json").write_text('{"state": "dancing"}')
-    with pytest.raises(DataError, match="not the status of a run of this version"):
+    with pytest.raises(DataError, match="is damaged or of another version"):
         read_status(tmp_path)
 
 
