@@ -214,6 +214,8 @@ def values_match(returned: Any, expected: Any, depth: int = 0) -> bool:
     """
     if depth > MAX_DEPTH:
         return False
+    if isinstance(returned, dict) and returned.keys() == {"none_or"}:
+        returned = None if expected is None else returned["none_or"]
     if any(value is None or isinstance(value, bool) for value in (returned, expected)):
         return returned is expected
     if isinstance(returned, dict) and returned.keys() == {"int"}:
@@ -232,7 +234,9 @@ def values_match(returned: Any, expected: Any, depth: int = 0) -> bool:
     if isinstance(expected, int):
         return isinstance(returned, (int, float)) and returned == expected
     if isinstance(expected, float):
-        return isinstance(returned, (int, float)) and _is_close(returned, expected)
+        return isinstance(returned, (int, float)) and (
+            _is_close(returned, expected) or _rounds_to(returned, expected)
+        )
     return type(returned) is type(expected) and bool(returned == expected)
 
 
@@ -242,3 +246,11 @@ def _is_close(a: float, b: float) -> bool:
     except OverflowError:  # an integer that no float can hold
         return False
     return math.isfinite(a) and math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+
+
+def _rounds_to(returned: float, expected: float) -> bool:
+    """Returns whether a value gives the expected one when it is rounded to LeetCode's 5 places."""
+    try:
+        return round(expected, 5) == expected and abs(returned - expected) <= 5.000001e-6
+    except OverflowError:  # an integer that no float can hold
+        return False

@@ -30,8 +30,11 @@ from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from typing import Any
 
+import nodes
+
 OUT_OF_MEMORY, RAISED, FLUSH_FAILED = 71, 72, 120  # exit codes, next to the program's own
 MAX_DEPTH = 64  # nesting of a returned value
+VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 MAX_DECIMAL_BITS = 8192  # longer integers travel as hexadecimal text, which takes linear time
 FILE = "/program.py"
 STREAM_FILES = {  # /proc is hidden, so these names do not work by themselves
@@ -39,6 +42,7 @@ STREAM_FILES = {  # /proc is hidden, so these names do not work by themselves
     for number, stream in enumerate(("stdin", "stdout", "stderr"))
     for folder, name in (("/dev/", stream), ("/dev/fd/", number), ("/proc/self/fd/", number))
 }
+STREAM_FILES[os.devnull] = 2  # stderr is the null device, which Landlock would refuse to open
 # Names that LeetCode's starter code uses without an import. The order decides between equal names:
 # collections.Counter, not typing's. `operator` stays a module: its `add` must not stand in for a
 # function that the program forgot to define.
@@ -56,23 +60,9 @@ STARTER_MODULES = (
 BaseContext.Lock = lambda self: threading.Lock()  # type: ignore[assignment, method-assign, return-value]
 
 
-class ListNode:
-    """As LeetCode defines it."""
-
-    def __init__(self, val: Any = 0, next: Any = None) -> None:
-        self.val, self.next = val, next
-
-
-class TreeNode:
-    """As LeetCode defines it."""
-
-    def __init__(self, val: Any = 0, left: Any = None, right: Any = None) -> None:
-        self.val, self.left, self.right = val, left, right
-
-
 def starter_names() -> dict[str, Any]:
     """Returns the names that a function row's program finds without an import."""
-    names: dict[str, Any] = {"ListNode": ListNode, "TreeNode": TreeNode}
+    names: dict[str, Any] = {"ListNode": nodes.ListNode, "TreeNode": nodes.TreeNode}
     for name in (*STARTER_STARS, *STARTER_MODULES):
         with contextlib.suppress(ImportError):
             module = importlib.import_module(name)
@@ -118,7 +108,7 @@ def run_calls(source: bytes, name: str, calls: list[list[Any]], starter: dict[st
     def call_all() -> None:
         function = _find_function(vars(module), name)
         for arguments in calls:
-            frame = json.dumps(to_plain(function(*arguments))).encode()
+            frame = json.dumps(_call(function, arguments)).encode()
             results.write(struct.pack("<I", len(frame)) + frame)
         results.flush()
 
@@ -128,14 +118,36 @@ def run_calls(source: bytes, name: str, calls: list[list[Any]], starter: dict[st
 def _find_function(names: dict[str, Any], name: str) -> Callable[..., Any]:
     solution = names.get("Solution")
     if isinstance(solution, type) and (hasattr(solution, name) or name not in names):
-        return lambda *arguments: getattr(solution(), name)(*arguments)
+        described = getattr(solution, name)  # each call has a new object
+
+        @functools.wraps(described)
+        def function(*arguments: Any) -> Any:
+            return getattr(solution(), name)(*arguments)
+
+        return function
     return names[name]
+
+
+def _call(function: Callable[..., Any], arguments: list[Any]) -> Any:
+    """Calls a function that LeetCode's annotations may describe. Returns its result as JSON data.
+
+    Arguments and results that are annotated as linked lists or trees are lists in the row. Of a
+    function that is annotated with `-> None` the result is its first argument, which it changed.
+    """
+    annotations = nodes.annotations_of(function)
+    arguments = nodes.from_lists(arguments, annotations)
+    result = function(*arguments)
+    if result is None and annotations.returns_none and arguments:
+        return {"none_or": to_plain(arguments[0])}
+    if result is None and annotations.returns_nodes:
+        return {"none_or": []}
+    return to_plain(result)
 
 
 def _execute(source: bytes, name: str, module: types.ModuleType | None = None) -> int:
     """Runs the source as a module that only sys.modules refers to. Returns the exit code."""
     module = module or types.ModuleType(name)
-    module.__dict__.update(__builtins__=builtins, __file__=FILE)
+    module.__dict__.update(__builtins__=builtins, __file__=FILE, __annotations__={})
     sys.modules[name] = module
     sys.argv = [FILE[1:]]
     # the source for tracebacks and inspect, in linecache's form for text that is loaded late
@@ -176,9 +188,10 @@ def _open_streams() -> None:
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     builtins.open = io.open = _open
+    os.open = _open_descriptor
 
 
-_plain_open = open
+_plain_open, _plain_os_open = open, os.open
 
 
 def _open(file: Any, *arguments: Any, **options: Any) -> Any:
@@ -187,7 +200,14 @@ def _open(file: Any, *arguments: Any, **options: Any) -> Any:
     return _plain_open(file, *arguments, **options)
 
 
+def _open_descriptor(path: Any, *arguments: Any, **options: Any) -> int:
+    if isinstance(path, (str, os.PathLike)) and str(path) in STREAM_FILES:
+        return os.dup(STREAM_FILES[str(path)])
+    return _plain_os_open(path, *arguments, **options)
+
+
 functools.update_wrapper(_open, open)
+functools.update_wrapper(_open_descriptor, os.open)
 
 
 def _flush_stdout() -> int:
@@ -215,7 +235,7 @@ def to_plain(value: Any, depth: int = 0) -> Any:
         return {"int": hex(value)}
     if kind in (int, float, str, bool, type(None)):
         return value
-    if kind in (list, tuple, deque) or _is_namedtuple(kind):
+    if kind in (list, tuple, deque, range, *VIEWS) or _is_namedtuple(kind):
         items = tuple.__iter__(value) if isinstance(value, tuple) else iter(value)
         return [to_plain(one, depth + 1) for one in items]
     if kind in (dict, defaultdict, Counter, OrderedDict):
@@ -225,6 +245,8 @@ def to_plain(value: Any, depth: int = 0) -> Any:
         return {"dict": [[to_plain(key), to_plain(one, depth + 1)] for key, one in pairs]}
     if kind in (set, frozenset):
         return {"set": sorted((to_plain(one, depth + 1) for one in value), key=repr)}
+    if kind.__name__ in ("ListNode", "TreeNode"):
+        return [to_plain(one, depth + 1) for one in nodes.to_list(value)]
     raise TypeError(f"a result of type {kind.__name__}")
 
 

@@ -166,7 +166,8 @@ def run(
     sys.setrecursionlimit(20000)
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)
-    del sys.modules["jail"], sys.modules["program"]  # programs may have modules of these names
+    for name in ("jail", "program", "nodes"):
+        del sys.modules[name]  # programs may have modules of these names
     if calls is None:
         return program.run_script(source)
     return program.run_calls(source, job["function"], calls, settings["starter"])

@@ -166,6 +166,13 @@ SCRIPTS = {  # all reverse their input
     "a memory stream put in place of stdout": "import io, os, sys\nout = io.BytesIO()\n"
     "sys.stdout = io.TextIOWrapper(out, write_through=True)\nprint(input()[::-1])\n"
     "os.write(1, out.getvalue())",
+    "the null device": "import os, sys\nold, sys.stdout = sys.stdout, open(os.devnull, 'w')\n"
+    "print('no')\nsys.stdout, sys.stderr = old, open('/dev/null', 'w')\n"
+    "print('no', file=sys.stderr)\nassert open(os.devnull).read() == ''\nprint(input()[::-1])",
+    "a stream's device by its number": "import os\nfd = os.open('/dev/stdin', os.O_RDONLY)\n"
+    "print(os.read(fd, 100).decode().strip()[::-1])",
+    "annotations of the module": "x: int = 3\nassert __annotations__ == {'x': int}\n"
+    "print(input()[::-1])",
     "a byte order mark": "\ufeffprint(input()[::-1])",
 }
 
@@ -283,6 +290,57 @@ FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "def f(n):\n    d = defaultdict(list)\n    d[n].append(P(n, 1))\n    return d",
         call({"2": [[2, 1]]}, 2),
     ),
+    "a list changed in place": (
+        "class Solution:\n    def f(self, a: List[int], k: int) -> None:\n"
+        "        a[:] = a[k:] + a[:k]",
+        call([2, 3, 1], [1, 2, 3], 1),
+    ),
+    "nothing returned, nothing expected": (
+        "class Solution:\n    def f(self, a: List[int]) -> None: a.sort()",
+        call(None, [2, 1]),
+    ),
+    "linked lists": (
+        "class Solution:\n    def f(self, a: Optional[ListNode], b: Optional[ListNode])"
+        " -> Optional[ListNode]:\n        head = end = ListNode()\n        while a and b:\n"
+        "            if a.val > b.val: a, b = b, a\n            end.next, a = a, a.next\n"
+        "            end = end.next\n        end.next = a or b\n        return head.next",
+        call([1, 2, 3, 4], [1, 3], [2, 4]),
+    ),
+    "an empty linked list": (
+        "class Solution:\n    def f(self, head: Optional[ListNode]) -> Optional[ListNode]:\n"
+        "        return head and head.next",
+        call([], []),
+    ),
+    "lists of linked lists": (
+        "class Solution:\n    def f(self, lists: List[Optional[ListNode]]) -> List[int]:\n"
+        "        return [one.val if one else 0 for one in lists]",
+        call([1, 0, 4], [[1, 2], [], [4]]),
+    ),
+    "a linked list of its own class": (
+        "class ListNode:\n    def __init__(self, x): self.val, self.next = x, None\n"
+        "class Solution:\n    def f(self, head: ListNode) -> None:\n"
+        "        while head: head.val, head = -head.val, head.next",
+        call([-1, -2], [1, 2]),
+    ),
+    "a tree": (
+        "class Solution:\n    def f(self, root: Optional[TreeNode]) -> Optional[TreeNode]:\n"
+        "        if root: root.left, root.right = self.f(root.right), self.f(root.left)\n"
+        "        return root",
+        call([1, 3, 2, None, None, None, 4], [1, 2, 3, 4]),
+    ),
+    "a tree's levels": (
+        "class Solution:\n    def f(self, root: 'TreeNode') -> int:\n"
+        "        return 1 + max(self.f(root.left), self.f(root.right)) if root else 0",
+        call(3, [3, 9, 20, None, None, 15, 7]),
+    ),
+    "values of a dict": (
+        "class Solution:\n    def f(self, words: List[str]) -> List[List[str]]:\n"
+        "        d = defaultdict(list)\n        for w in words: d[len(w)].append(w)\n"
+        "        return d.values()",
+        call([["ab", "cd"], ["e"]], ["ab", "e", "cd"]),
+    ),
+    "a range": ("def f(n): return range(n)", call([0, 1, 2], 3)),
+    "five decimal places": ("def f(n): return [n / 3, 2 / n]", call([0.33333, 2.0], 1)),
     "stdin is empty": ("import sys\nlines = sys.stdin.read()\ndef f(x): return lines", call("", 1)),
 }
 
@@ -327,6 +385,12 @@ def test_each_test_has_a_new_solution(sandbox: Sandbox) -> None:
             {"tests": [{"input": "", "output": "7"}]},
         ),
         ("async def f(x): return x", call(3, 3)),
+        ("def f(x): x.sort()", call([1, 2], [2, 1])),
+        ("def f(x: list) -> list: x.sort()", call([1, 2], [2, 1])),
+        ("def f(x: list) -> None: x = sorted(x)", call([1, 2], [2, 1])),
+        ("def f(x: ListNode) -> ListNode: return None", call([1], [2, 1])),
+        ("def f(x: ListNode) -> ListNode: return x", call([1, 2], [2, 1])),
+        ("def f(x): return x / 3", call(0.33334, 1)),
         ("def f(x): return ListNode(x)", call(3, 3)),
         (
             "import multiprocessing as mp\nwith mp.Pool(2) as pool: print(pool.map(str, [7])[0])",

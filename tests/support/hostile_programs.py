@@ -157,6 +157,39 @@ os._exit(0)
     "letters that only look like the answer's": "os.write(1, '\u0455ecret-7f3a\\n'.encode())",
     "an exit code that is no number": "class Code(int):\n    def __and__(self, other): return 0\n"
     "sys.exit(Code(7))",
+    "an exit whose code changes each time it is read": """
+class E(SystemExit):
+    @property
+    def code(self): return next(codes)
+codes = iter([1, 0, None, 'x'])
+raise E
+""",
+    "a profile function over its callers": """
+def look(frame, event, value):
+    for one in frame.f_locals.values():
+        text = str(one)[:10000]
+        if 'secret-' in text and 'CANARY' not in text: got(text)
+sys.setprofile(look)
+sys.exit(0)
+""",
+    "isinstance and type that always agree": """
+import builtins
+builtins.isinstance = lambda *a: True
+builtins.type = lambda *a: int
+sys.exit('no')
+""",
+    "an import hook for what runs after it": """
+class Hook:
+    def find_spec(self, *a): os.write(1, b'True\\n')
+sys.meta_path.insert(0, Hook())
+""",
+    "frames of an exception that is gone": """
+try: 1 / 0
+except ZeroDivisionError as e: frame = e.__traceback__.tb_frame
+while frame:
+    if 'expected' in frame.f_locals: got(frame.f_locals['expected'])
+    frame = frame.f_back
+""",
 }
 
 FORGE_FUNCTIONS = {
@@ -286,6 +319,34 @@ def solve(n):
     x = [1]
     for _ in range(60): x = [x, x]
     return x
+""",
+    "frames that are null or anything": """
+import json, struct
+def solve(n):
+    for value in ({'none_or': {'none_or': 9}}, {'none_or': True}):
+        text = json.dumps(value).encode()
+        write_result(struct.pack('<I', len(text)) + text)
+    os._exit(0)
+""",
+    "a node's value with its own equality": """
+class V(int):
+    def __eq__(self, other): return True
+    __hash__ = int.__hash__
+def solve(n): return ListNode(V(n * n))
+""",
+    "an argument in place of a result": "def solve(n) -> None: pass",
+    "a frame of infinities": """
+import struct
+def solve(n):
+    for text in (b'1e999', b'-Infinity'): write_result(struct.pack('<I', len(text)) + text)
+    os._exit(0)
+""",
+    "a dict frame with a key of many digits": """
+import struct
+def solve(n):
+    text = b'{"dict": [[' + b'9' * 100000 + b', 1]]}'
+    write_result((struct.pack('<I', len(text)) + text) * 2)
+    os._exit(0)
 """,
     "json.dumps replaced": """
 import json
@@ -555,6 +616,66 @@ for base, _, names in os.walk("/"):
 import ctypes
 ctypes.CDLL(CANARY + '/file'); got('library')
 """,
+    "32-bit system calls in machine code": """
+import ctypes, mmap
+code = mmap.mmap(-1, 4096, prot=7)
+code.write(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3')  # mov eax, 20 (getpid); int 0x80; ret
+address = ctypes.addressof(ctypes.c_char.from_buffer(code))
+if ctypes.CFUNCTYPE(ctypes.c_int)(address)() > 0: got('32 bits')
+""",
+    "listings of folders": """
+for path in ('/', '/home', '/root', '/tmp', '/etc', '/var'):
+    try: got(os.listdir(path))
+    except OSError: pass
+""",
+    "a lock on a library's file": """
+import fcntl
+fcntl.flock(open(os.__file__), fcntl.LOCK_EX); got('locked')
+""",
+    "watches on folders": "if kernel(294, 0) >= 0 or kernel(300, 0, 0) >= 0: got('watch')",
+    "memory that nobody else may read": "if kernel(447, 0) >= 0: got('memfd_secret')",
+    "signals by other calls": """
+if kernel(424, 0, 9, 0, 0) >= 0 or kernel(129, 1, 9, 0) >= 0 or kernel(297, 1, 1, 9, 0) >= 0:
+    got('signal')
+""",
+    "a filter of its own": """
+if kernel(317, 1, 0, 0) >= 0 or kernel(157, 22, 2, 0) >= 0: got('filter')
+""",
+    "pages moved between descriptors": """
+r, w = os.pipe()
+if kernel(275, 0, None, w, None, 9, 0) >= 0 or kernel(40, w, 0, None, 9) >= 0: got('splice')
+if kernel(326, 0, None, w, None, 9, 0) >= 0 or kernel(278, w, None, 0, 0) >= 0: got('copy')
+""",
+    "pages locked into memory": """
+if kernel(151, 3) >= 0 or kernel(149, 0, 4096) == 0: got('locked')
+""",
+    "queues, semaphores and timers": """
+if kernel(240, b'q', 0o102, 0o666, None) >= 0 or kernel(64, 1, 1, 0o1666) >= 0: got('ipc')
+if kernel(283, 0, 0) >= 0 or kernel(289, -1, bytes(8), 8, 0) >= 0: got('descriptor')
+if kernel(222, 0, None, bytes(8)) == 0: got('timer')
+""",
+    "a program run from a descriptor": """
+kernel(322, os.open(os.__file__, os.O_RDONLY), b'', None, None, 0x1000)
+kernel(59, b'/bin/echo', None, None)
+if kernel(322, -100, b'/bin/echo', None, None, 0) == 0: got('executed')
+""",
+    "the null device as a way out": """
+fd = os.open(os.devnull, os.O_RDWR)
+for path in ('/dev/zero', '/dev/mem', '/dev/full', '/dev/tty'):
+    try: os.open(path, os.O_RDWR); got(path)
+    except OSError: pass
+os.open('../null/../kmsg', os.O_RDONLY, dir_fd=fd); got('kmsg')
+""",
+    "a folder opened as a path": """
+import posix
+fd = posix.open('/', 0o10000000)
+posix.open('etc/passwd', 0, dir_fd=fd); got('passwd')
+""",
+    "the descriptors that the zygote had": """
+for fd in range(4, 4096):
+    try: os.fstat(fd); got(fd)
+    except OSError: pass
+""",
     "a subprocess with streams": """
 import subprocess
 got(subprocess.run(['/bin/echo', 'x'], capture_output=True).stdout)
@@ -688,6 +809,34 @@ f([])
 import mmap
 for _ in range(100): mmap.mmap(-1, 1 << 30)
 """,
+    "modules whose pop never ends": """
+class M(dict):
+    def pop(self, *a):
+        while 1: pass
+sys.modules = M(sys.modules)
+""",
+    "an exit code that is never computed": """
+class E(SystemExit):
+    @property
+    def code(self):
+        while 1: pass
+raise E
+""",
+    "a callback that registers itself": """
+import atexit
+def again(): atexit.register(again)
+again()
+""",
+    "stdout that would block": """
+import array, fcntl
+fcntl.ioctl(1, 0x5421, array.array('i', [1]))
+for _ in range(1000):
+    try: os.write(1, b'x' * 65536)
+    except BlockingIOError: break
+print('x' * 200000)
+""",
+    "streams swapped": "os.dup2(0, 1)\nprint('x' * 100000)",
+    "an abort": "os.abort()",
     "a busy pipe to itself": """
 r, w = os.pipe()
 while 1: os.write(w, b'x'); os.read(r, 1)
@@ -695,6 +844,13 @@ while 1: os.write(w, b'x'); os.read(r, 1)
 }
 
 HARM_FUNCTIONS = {
+    "a circle of nodes": """
+def solve(n):
+    node = ListNode(n)
+    node.next = node
+    return node
+""",
+    "a function that wraps itself": "def solve(n): return -1\nsolve.__wrapped__ = solve",
     "nested deep": "def solve(n):\n    x = []\n    for _ in range(100000): x = [x]\n    return x",
     "itself within itself": "def solve(n):\n    x = []\n    x.append(x)\n    return x",
     "no numbers": "def solve(n): return [float('nan'), float('inf')]",

@@ -41,7 +41,8 @@ _SENTENCE = re.compile(
     r"(?=[-+\d\\(\[{.<a-z])|"
     r"(?:the\s+)?(?:ordered\s+)?(?:interval|point|points|line|vector|pair|triple|value|number|integer|"
     r"domain|range|solution|solutions|set|equation|plane|curve)s?\s*:?\s+(?=[-+\d\\(\[{.])|"
-    r"(?:all\s+)?(?:real\s+)?(?:(?:numbers?|values?)\s+)?(?:of\s+)?[a-z]?\s*such\s+that\s+",
+    r"(?:all\s+)?(?:real\s+)?(?:(?:numbers?|values?)\s+)?(?:of\s+)?[a-z]?\s*such\s+that\s+|"
+    r"all\s+(?:real\s+)?(?:numbers|values)\s+(?:of\s+[a-z]\s+)?(?:with\s+)?(?=[-+\d\\(.]|[a-z]\s*[<>\\])",
     re.IGNORECASE,
 )
 _DENIAL = re.compile(
