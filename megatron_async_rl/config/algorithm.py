@@ -1,4 +1,4 @@
-"""The `algorithm` section of the configuration. Formulas and sources: docs/algorithms.md."""
+"""The sections `algorithm` and `critic` of the configuration. Formulas: docs/algorithms.md."""
 
 from __future__ import annotations
 
@@ -148,3 +148,15 @@ class AlgorithmConfig(Section, frozen=True, kw_only=True):
     kl: KlConfig = KlConfig()
     filters: FilterConfig = FilterConfig()
     reward_shaping: RewardShapingConfig = RewardShapingConfig()
+
+
+class CriticConfig(Section, frozen=True, kw_only=True):
+    """The value model of `algorithm.advantage.estimator: gae` and `turn_gae`."""
+
+    path: str | None = None
+    """Hugging Face folder that initialises the critic's body; it must share the vocabulary. Null
+    uses model.path."""
+    lr: PositiveFloat | None = None
+    """Learning rate of the critic, under Megatron's schedule. Null uses megatron.lr."""
+    clip_eps: PositiveFloat | None = 0.2
+    """Clip range of a value around its value at the start of the step. Null disables clipping."""

@@ -8,11 +8,10 @@ from typing import Any
 
 import msgspec
 
-from megatron_async_rl.config.algorithm import AlgorithmConfig
+from megatron_async_rl.config.algorithm import AlgorithmConfig, CriticConfig
 from megatron_async_rl.config.datasets import DataConfig, EvaluationConfig
 from megatron_async_rl.config.sections import (
     CheckpointConfig,
-    CriticConfig,
     FaultsConfig,
     ModelConfig,
     MonitorConfig,

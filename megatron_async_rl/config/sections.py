@@ -2,7 +2,7 @@
 
 Error messages quote that text, and docs/configuration.md is generated from it (documentation.py).
 Rules between settings are in checks.py. The sections `data` and `evaluation` are in datasets.py,
-`algorithm` is in algorithm.py.
+`algorithm` and `critic` in algorithm.py.
 """
 
 from __future__ import annotations
@@ -161,18 +161,6 @@ class SandboxConfig(Section, frozen=True, kw_only=True):
     """Address space limit of a program, in MiB."""
     test_timeout_s: PositiveFloat = 4.0
     """Seconds that one execution may take: one test of a program, or all calls of a function."""
-
-
-class CriticConfig(Section, frozen=True, kw_only=True):
-    """The value model of `algorithm.advantage.estimator: gae` and `turn_gae`."""
-
-    path: str | None = None
-    """Hugging Face folder that initialises the critic's body; it must share the vocabulary. Null
-    uses model.path."""
-    lr: PositiveFloat | None = None
-    """Learning rate of the critic, under Megatron's schedule. Null uses megatron.lr."""
-    clip_eps: PositiveFloat | None = 0.2
-    """Clip range of a value around its value at the start of the step. Null disables clipping."""
 
 
 class TrainerConfig(Section, frozen=True, kw_only=True):

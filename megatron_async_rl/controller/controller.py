@@ -111,6 +111,7 @@ class Controller:
         self.delivery = BatchDelivery(context, self.monitors.mismatch)
         self.saving = CheckpointCommitter(context)
         self.handlers = MessageHandlers(context, self.updates, self.delivery, self.saving)
+        self._context = context
         self._hub = hub
         self._restore()
 
@@ -247,11 +248,11 @@ class Controller:
             await self.queue.put(MessageArrived(*await self._hub.receive()))
 
     async def _tick(self) -> None:
-        core, progress = self.core, self.progress
+        context, core, progress = self._context, self.core, self.progress
         while True:
             await asyncio.sleep(TICK_S)
             await self.queue.submit(inputs.Tick())
-            self._check_stall()
+            watchdog.check(context, self.delivery.awaited_since)
             await self.evaluations.check()
             progress.ledger = self._ledger()
             names = [worker.name for worker in self.workers]
@@ -315,18 +316,3 @@ class Controller:
 
     def _ledger(self) -> dict[str, int]:
         return self.core.state.ledger.table(self.core.state.pending)
-
-    def _check_stall(self) -> None:
-        """Raises Error if nothing was generated or trained for run.no_progress_timeout_s."""
-        limit_s = self.config.run.no_progress_timeout_s
-        silent_s = time.monotonic() - self.progress.last_progress
-        if not self.progress.training or silent_s <= limit_s:
-            return
-        watchdog.dump_stacks(self.workers)
-        waits = watchdog.who_waits(
-            self.core, self.workers, self.delivery.awaited_since, self.journal.error
-        )
-        raise Error(
-            f"nothing was generated or trained for {silent_s:.0f} s "
-            f"(run.no_progress_timeout_s = {limit_s:.0f}): {waits}"
-        )

@@ -1,4 +1,4 @@
-"""Describes a stall (run.no_progress_timeout_s): which process waits for which, and all stacks."""
+"""Ends a stalled run (run.no_progress_timeout_s); says which process waits for which."""
 
 from __future__ import annotations
 
@@ -9,8 +9,27 @@ import time
 from collections import Counter
 
 from megatron_async_rl import processes
+from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.core.core import Core
 from megatron_async_rl.controller.workers import Workers
+from megatron_async_rl.errors import Error
+
+
+def check(context: Context, awaited_since: float | None) -> None:
+    """Raises Error if nothing was generated or trained for run.no_progress_timeout_s.
+
+    `awaited_since`: when the trainer requested the batch that it waits for, if it does.
+    """
+    progress, limit_s = context.progress, context.config.run.no_progress_timeout_s
+    silent_s = time.monotonic() - progress.last_progress
+    if not progress.training or silent_s <= limit_s:
+        return
+    dump_stacks(context.workers)
+    waits = who_waits(context.core, context.workers, awaited_since, context.journal.error)
+    raise Error(
+        f"nothing was generated or trained for {silent_s:.0f} s "
+        f"(run.no_progress_timeout_s = {limit_s:.0f}): {waits}"
+    )
 
 
 def dump_stacks(workers: Workers) -> None:
@@ -23,7 +42,7 @@ def dump_stacks(workers: Workers) -> None:
 
 
 def who_waits(core: Core, workers: Workers, awaited_since: float | None, journal_error: str) -> str:
-    """Describes the stall. `awaited_since`: when the trainer requested its batch, if it waits."""
+    """Describes the stall."""
     fleet, now = core.fleet, time.monotonic()
     states = Counter(group.state.value for group in core.state.groups.values())
     groups = ", ".join(f"{count} {state}" for state, count in states.items())
