@@ -14,8 +14,8 @@ without trainer ranks.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -172,16 +172,13 @@ def _check_fit(demand: _Demand, num_nodes: int, gpus_per_node: int) -> None:
     )
 
 
-def _merge_ranges(names: Iterable[str]) -> Iterator[str]:
+def _merge_ranges(names: Sequence[str]) -> Iterator[str]:
     """Writes rollout-0, rollout-1, rollout-2 as rollout-0..2."""
-    run: list[tuple[str, int]] = []
-    for name in [*names, ""]:
-        match = re.fullmatch(r"(.+)-(\d+)", name)
-        this = (match[1], int(match[2])) if match else (name, -1)
-        if run and match and this == (run[-1][0], run[-1][1] + 1):
-            run.append(this)
-            continue
-        if run:
-            (role, first), (_, last) = run[0], run[-1]
-            yield role if first < 0 else f"{role}-{first}" + (f"..{last}" if last > first else "")
-        run = [this] if name else []
+
+    def run_of(place: int) -> tuple[str, int | None]:
+        role, _, number = names[place].rpartition("-")
+        return (role, int(number) - place) if number.isdigit() else (names[place], None)
+
+    for _, run in itertools.groupby(range(len(names)), run_of):
+        first, *others = (names[place] for place in run)
+        yield f"{first}..{others[-1].rpartition('-')[2]}" if others else first
