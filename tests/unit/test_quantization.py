@@ -82,11 +82,11 @@ def test_block_of_zeros_stays_zero_and_tiny_ones_stay_finite() -> None:
 
 
 def test_rows_beyond_one_chunk_are_quantized_too() -> None:
-    weight = torch.full((384, 1 << 16), 0.5, dtype=torch.bfloat16)  # two block rows in a chunk
-    weight[256:] = 3.0
+    weight = torch.full((256, 513 * 128), 0.5, dtype=torch.bfloat16)  # one block row in a chunk
+    weight[128:] = 3.0
     fp8, scales = quantize_blocks(weight)
-    assert torch.equal(scales[:, 0], torch.tensor([0.5, 0.5, 3.0]) / 448)
-    assert fp8.view(torch.uint8).unique().tolist() == [126]
+    assert torch.equal(scales[:, 0], torch.tensor([0.5, 3.0]) / 448)
+    assert (fp8.view(torch.uint8) == 126).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
