@@ -35,4 +35,5 @@ def user_error(error: BaseException) -> str:
     """Returns type and message of an error in a user's code, and its traceback below the caller."""
     below = error.__traceback__.tb_next if error.__traceback__ else None
     frames = "".join(traceback.format_tb(below))
-    return f"{type(error).__name__}: {error}\n{frames}".rstrip()[:MAX_TEXT]
+    text = f"{type(error).__name__}: {error}\n{frames}".rstrip()[:MAX_TEXT]
+    return text.encode(errors="backslashreplace").decode()  # no message can carry half a character

@@ -83,7 +83,7 @@ def problem(message: Message, hello: Hello, limits: Limits) -> str:
         return f"{kind}, which no worker may send"
     if rule.senders.isdisjoint(senders_of(hello)):
         return f"{kind}, which only a {' or '.join(sorted(rule.senders))} may send"
-    found = _field_problem(message)
+    found = field_problem(message)
     if not found and rule.check:
         found = rule.check(message, hello, limits)
     return f"{kind} with {found}" if found else ""
@@ -208,7 +208,7 @@ def _is_digests(value: dict[str, str]) -> bool:
 
 
 def _is_structs(value: list[Any]) -> bool:
-    return len(value) <= MAX_ENTRIES and not any(map(_field_problem, value))
+    return len(value) <= MAX_ENTRIES and not any(map(field_problem, value))
 
 
 def _is_shape(value: list[int]) -> bool:
@@ -263,12 +263,12 @@ def _are_texts(value: list[Any]) -> bool:
     return all(isinstance(entry, str) for entry in value)
 
 
-def _field_problem(value: msgspec.Struct) -> str:
+def field_problem(value: msgspec.Struct) -> str:
     """Returns the first field out of its range, by its name; empty if there is none."""
     for name in value.__struct_fields__:
         field = getattr(value, name)
         if isinstance(field, msgspec.Struct):
-            if found := _field_problem(field):
+            if found := field_problem(field):
                 return found
         elif not FIELDS[name](field):
             return f"{name} = {shown(field)}"

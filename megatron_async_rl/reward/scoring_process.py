@@ -100,9 +100,13 @@ def score_custom(prompt: str, response: str, row: dict[str, Any], text_ends: lis
     if hooks.takes(_function, "turns"):
         optional["turns"] = turn_texts(response, text_ends)
     try:
-        value = _function(prompt, response, row, **optional)
+        return _outcome(_function(prompt, response, row, **optional))
     except (Exception, SystemExit) as e:  # as text: some exceptions cannot be pickled
         return Outcome(None, user_error(e))
+
+
+def _outcome(value: Any) -> Outcome:
+    """Reads what a reward function returned; an object of the user's own may raise at any use."""
     metrics: Any = {}
     if isinstance(value, tuple) and len(value) == 2:
         value, metrics = value

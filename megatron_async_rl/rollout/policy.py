@@ -12,7 +12,7 @@ import numpy as np
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.data import chat_template
 from megatron_async_rl.data.tokenizer import Tokenizer
-from megatron_async_rl.errors import ScoreUnavailable
+from megatron_async_rl.errors import DataError, ScoreUnavailable
 from megatron_async_rl.model.routing import Routing
 from megatron_async_rl.protocol.messages import (
     Generate,
@@ -124,6 +124,8 @@ class SamplePolicy:
         return completion
 
     async def score(self, text: str) -> float:
+        if not isinstance(text, str):
+            raise DataError(f"policy.score got a {type(text).__name__}, must be a text")
         self._num_scored += 1
         request = ScoreRequest(self._key, text, call=self._num_scored)
         return await self._services.scores.score(request)

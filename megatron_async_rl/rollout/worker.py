@@ -24,18 +24,15 @@ import signal
 from collections.abc import Coroutine
 from typing import Any
 
-import msgspec
-
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import Tokenizer, fingerprint
-from megatron_async_rl.errors import DataError, EngineError, Error, Preempted, ProtocolError
+from megatron_async_rl.errors import EngineError, Error, Preempted, ProtocolError
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.observability.error_log import ErrorLog, user_error
 from megatron_async_rl.protocol import messages, weight_messages
 from megatron_async_rl.protocol.transport import Link
-from megatron_async_rl.protocol.types import Partial, Sample
-from megatron_async_rl.protocol.user_metrics import MetricFilter
+from megatron_async_rl.protocol.types import Partial
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.gate import Gate
@@ -44,6 +41,7 @@ from megatron_async_rl.rollout.interruption import ABORT_INTERVAL_S
 from megatron_async_rl.rollout.policy import PolicyServices, SamplePolicy, ScoreClient
 from megatron_async_rl.rollout.probe import score_windows
 from megatron_async_rl.rollout.samples.partials import PartialStore
+from megatron_async_rl.rollout.samples.returned import ReturnedSamples
 from megatron_async_rl.rollout.weight_update import UpdateStep, WeightUpdates
 from megatron_async_rl.rollout.workflow import Workflow
 
@@ -85,7 +83,7 @@ class RolloutWorker:
         )
         self._fingerprint = fingerprint(config.model.path)
         self._errors = ErrorLog(logger)
-        self._metrics = MetricFilter(logger)
+        self._returned = ReturnedSamples(config, logger)
         self._tasks: set[asyncio.Task[None]] = set()
         self._sample_tasks: set[asyncio.Task[None]] = set()  # a subset: the samples under lease
 
@@ -213,34 +211,19 @@ class RolloutWorker:
         )
         try:
             sample = await self._workflow.run(lease.prompt, policy, sampling)
-            self._check(sample)
-            sample = policy.with_experts(sample)
+            sample = policy.with_experts(self._returned.checked(key, sample))
         except EngineError as e:
             await asyncio.sleep(FAILURE_PAUSE_S)
             await self._link.send(messages.GenerateFailed(key, error=str(e)))
-        except Exception as e:  # a user's workflow may raise anything: it fails this sample only
+        # a user's workflow may raise anything: it fails this sample only
+        except (Exception, SystemExit, asyncio.CancelledError) as e:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise  # its lease has ended
             error = user_error(e)
             self._errors.log(f"the workflow failed on group {lease.group_id}", error)
             await self._link.send(messages.GenerateFailed(key, error=error))
         else:
-            valid = self._metrics.valid(sample.metrics)
-            sample = msgspec.structs.replace(sample, metrics=valid)
             await self._link.send(messages.Generated(key, sample=sample))
-
-    def _check(self, sample: Any) -> None:
-        """Raises DataError unless a workflow returned a Sample that fits into the context."""
-        context_tokens = self._config.model.context_tokens
-        if isinstance(sample, Sample):
-            longest = max(part.stop - part.start for part in sample.sequences())
-            if longest <= context_tokens:
-                return
-            found = f"{longest} tokens"
-        else:
-            found = f"a {type(sample).__name__}"
-        raise DataError(
-            f"the workflow returned {found}, must be a Sample of at most "
-            f"model.context_tokens = {context_tokens}"
-        )
 
     async def _hand_in(self) -> None:
         """Aborts the requests in flight, so that their tokens reach the controller; best effort."""

@@ -1,0 +1,154 @@
+"""What a workflow may return: a fault of it fails the sample, with a message that names it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from chat_model import make_chat_tokenizer
+from config_builders import config_tree
+from core_builders import make_sample
+
+from megatron_async_rl.config import load
+from megatron_async_rl.errors import DataError
+from megatron_async_rl.observability.error_log import user_error
+from megatron_async_rl.protocol.messages import Generate, Generated, GenerateFailed, Message
+from megatron_async_rl.protocol.types import Prompt, Sample, SampleKey
+from megatron_async_rl.protocol.wire import Codec
+from megatron_async_rl.reward import scoring_process
+from megatron_async_rl.rollout.samples.returned import ReturnedSamples
+from megatron_async_rl.rollout.worker import RolloutWorker
+
+KEY = SampleKey(1, 2, 1, 0)
+PROMPT = Prompt("p", np.arange(3, dtype=np.int32), {})
+WORKFLOW = "my.module:Flow"
+
+
+@pytest.fixture
+def returned() -> ReturnedSamples:
+    config = load.from_tree(config_tree(**{"rollout.workflow": WORKFLOW}))
+    return ReturnedSamples(config, logging.getLogger(__name__))
+
+
+def sample(**changes: Any) -> Sample:
+    return msgspec.structs.replace(make_sample(0), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"reward": 10**400}, "reward = 1000"),
+        ({"reward": 1e10}, "reward = 10000000000"),
+        ({"reward": float("nan")}, "reward = nan"),
+        ({"reward": "1"}, "reward = '1'"),
+        ({"turn_rewards": [1.0, 10**30]}, "reward = 1000"),
+        ({"discount": 1.5}, r"discount = 1\.5"),
+        ({"text": "half a pair: \ud83d"}, "no message can carry"),
+        ({"text": b"bytes"}, r"\$\.sample\.text"),
+        ({"stop": "eos"}, r"\$\.sample\.stop"),
+        ({"num_interrupts": 10**30}, "no message can carry"),
+        ({"num_interrupts": -1}, "num_interrupts = -1"),
+        ({"ids": np.arange(4, dtype=np.int64)}, "int64"),
+        ({"logprobs": [0.0]}, r"\$\.sample\.logprobs"),
+        ({"turn_starts": [np.int64(3)]}, "int64"),
+    ],
+)
+def test_value_that_no_message_can_carry_fails_the_sample_by_name(
+    returned: ReturnedSamples, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(DataError, match=f"rollout.workflow = {WORKFLOW} returned .*{named}"):
+        returned.checked(KEY, sample(**changes))
+
+
+def test_something_else_than_a_sample_is_named(returned: ReturnedSamples) -> None:
+    with pytest.raises(DataError, match="returned a dict, must be a Sample; correct"):
+        returned.checked(KEY, {"text": "1"})
+
+
+def test_numbers_of_numpy_are_sent_as_plain_ones(returned: ReturnedSamples) -> None:
+    found = returned.checked(
+        KEY,
+        sample(
+            reward=np.float32(0.5),
+            discount=np.float64(1.0),
+            turn_rewards=[True],
+            metrics={"mine": np.float64(2.0), "too large": 10**400},
+        ),
+    )
+    codec = Codec()
+    sent = codec.decode(codec.encode(Generated(KEY, found))).sample
+    assert (sent.reward, sent.discount, sent.turn_rewards) == (0.5, 1.0, [1.0])
+    assert sent.metrics == {"mine": 2.0}
+
+
+def test_error_texts_can_be_sent_whatever_the_user_has_put_in() -> None:
+    error = ValueError("half a pair: \ud83d")
+    assert user_error(error) == "ValueError: half a pair: \\ud83d"
+
+
+class RecordedLink:
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+
+async def cancels_itself() -> None:
+    waited = asyncio.create_task(asyncio.sleep(9))
+    waited.cancel()
+    await waited
+
+
+async def ends_the_program() -> None:
+    sys.exit("no tool")
+
+
+@pytest.mark.parametrize(
+    ("act", "error"),
+    [(cancels_itself, "CancelledError"), (ends_the_program, "SystemExit: no tool")],
+)
+def test_workflow_that_ends_otherwise_than_by_an_error_fails_its_sample(
+    tmp_path: Path, act: Callable[[], Any], error: str
+) -> None:
+    class Flow:
+        async def run(self, prompt: Prompt, policy: Any, sampling: Any) -> None:
+            await act()
+
+    make_chat_tokenizer(model := tmp_path / "model")
+    (model / "config.json").write_text('{"vocab_size": 100}')
+    config = load.from_tree(config_tree(**{"model.path": str(model)}))
+
+    async def run() -> RecordedLink:
+        link, server = RecordedLink(), SimpleNamespace(client=None, started_from=None)
+        worker = RolloutWorker("rollout-0", config, link, server, Flow())  # type: ignore[arg-type]
+        await worker._run_sample(Generate(1, 2, 1, [0], "train", PROMPT, 8, 1.0), 0, None)
+        return link
+
+    [failed] = asyncio.run(run()).sent
+    assert isinstance(failed, GenerateFailed) and failed.error.startswith(error)
+
+
+class Numbers(list[float]):
+    def __iter__(self) -> Any:
+        raise RuntimeError("of the list itself")
+
+
+@pytest.mark.parametrize("value", [Numbers([1.0]), (1.0, {("a", 1): 2.0}), 10**400, "1", None])
+def test_odd_value_of_a_reward_function_is_a_failed_attempt(
+    monkeypatch: pytest.MonkeyPatch, value: Any
+) -> None:
+    monkeypatch.setattr(scoring_process, "_function", lambda prompt, response, row: value)
+    outcome = scoring_process.score_custom("", "", {}, [])
+    if isinstance(value, tuple):
+        assert outcome.reward == 1.0 and outcome.metrics == {"('a', 1)": 2.0}
+    else:
+        assert outcome.reward is None and outcome.error
