@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.data.model_files import read_json, read_text
 from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.model.model_files import read_json, read_text
 
 _SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 

@@ -9,22 +9,35 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
+from megatron_async_rl.data import columnar
 from megatron_async_rl.errors import DataError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-_BATCH_ROWS = 1024
 _SUFFIXES = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # as the Hugging Face hub names the files of a split
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")  # as the Hugging Face hub names a split's files
+_COMPRESSED = "not JSON but compressed: decompress the file"
+_OTHER_KINDS = (
+    (codecs.BOM_UTF16_LE, "not UTF-8 but UTF-16: save the file as UTF-8"),
+    (codecs.BOM_UTF16_BE, "not UTF-8 but UTF-16: save the file as UTF-8"),
+    (b"\x1f\x8b", _COMPRESSED),
+    (b"PK\x03\x04", _COMPRESSED),
+    (b"\x28\xb5\x2f\xfd", _COMPRESSED),
+    (b"PAR1", "not JSON but Parquet: name the file .parquet"),
+    (
+        b"version https://git-lfs",
+        "not JSON but a pointer of git lfs: fetch the file (git lfs pull)",
+    ),
+    (b"\0", "not text: it has NUL bytes, of another encoding than UTF-8 or of a damaged disk"),
+    (b"{\0", "not UTF-8 but UTF-16: save the file as UTF-8"),
+)
 
 
 class RawRow(NamedTuple):
@@ -52,16 +65,27 @@ def find_files(path: str, form: str = "auto", split: str | None = None) -> list[
     """
     root = Path(path)
     if not root.is_dir():
+        if root.exists() and not root.is_file():
+            problem = f"{path} is a pipe or device, and a dataset is read several times"
+            raise DataError(problem, "save it as a file")
         return [(root, _format(root) if form == "auto" else form)]
     folder = _dataset_folder(root, split)
     if (folder / "state.json").exists():
         return [(file, "arrow") for file in _saved_files(folder)]
     suffixes = [s for s, f in _SUFFIXES.items() if form in ("auto", f) and s != ".json"]
-    for suffix in suffixes:
-        if files := sorted(folder.glob(f"*{suffix}")):
-            return [(file, _SUFFIXES[suffix]) for file in _of_split(files, split, folder)]
+    found = {suffix: files for suffix in suffixes if (files := _data_files(folder, suffix))}
+    if len(found) > 1:
+        raise DataError(
+            f"{path} has {' and '.join(found)} files, and a dataset has one format",
+            "set `format` to one of them, or name a file",
+        )
+    for suffix, files in found.items():
+        chosen = _of_split(files, split, folder)
+        _check_shards(chosen, folder)
+        return [(file, _SUFFIXES[suffix]) for file in chosen]
+    below = sorted({str(f.parent) for s in suffixes for f in folder.glob(f"*/*{s}")})
     raise DataError(
-        f"{path} has no dataset in it",
+        f"{path} has no dataset in it" + (f", but {', '.join(below[:4])}" if below else ""),
         "name a file, a folder of .jsonl, .parquet or .arrow files, or one saved by save_to_disk",
     )
 
@@ -78,16 +102,19 @@ def as_plain(row: Any) -> dict[str, Any]:
 
 def decode_json(text: bytes) -> Any:
     """Returns the value of a JSON text. Raises DataError with the problem alone."""
-    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError("not UTF-8 but UTF-16: save the file as UTF-8")
     try:
         return msgspec.json.decode(text)
     except msgspec.DecodeError as e:
-        raise DataError(f"not JSON: {e}") from None
+        raise DataError(_kind_of(text) or f"not JSON: {e}") from None
     except UnicodeDecodeError:
-        raise DataError("not UTF-8: save the file as UTF-8") from None
+        raise DataError(_kind_of(text) or "not UTF-8: save the file as UTF-8") from None
     except RecursionError:
         raise DataError("nested too deeply") from None
+
+
+def _kind_of(text: bytes) -> str:
+    """Returns the problem of bytes that are the begin of another kind of file, "" if unknown."""
+    return next((problem for start, problem in _OTHER_KINDS if text.startswith(start)), "")
 
 
 # ---- files of a folder
@@ -100,6 +127,23 @@ def _format(path: Path) -> str:
             start = file.read(256).removeprefix(codecs.BOM_UTF8).lstrip()
         return "json" if start.startswith(b"[") else "jsonl"
     return form
+
+
+def _data_files(folder: Path, suffix: str) -> list[Path]:
+    """Returns the files in order, without hidden ones."""
+    return sorted(f for f in folder.glob(f"*{suffix}") if not f.name.startswith("."))
+
+
+def _check_shards(files: list[Path], folder: Path) -> None:
+    """Raises DataError if a file of a numbered series is missing."""
+    series: dict[tuple[str, str, str], set[int]] = defaultdict(set)
+    for file in files:
+        if match := _SHARD.fullmatch(file.stem):
+            series[match[1], match[3], file.suffix].add(int(match[2]))
+    for (name, count, suffix), numbers in series.items():
+        if missing := sorted(set(range(int(count))) - numbers):
+            file_name = f"{name}-{missing[0]:05d}-of-{count}{suffix}"
+            raise DataError(f"{folder / file_name} is missing", "copy or download the whole folder")
 
 
 def _dataset_folder(root: Path, split: str | None) -> Path:
@@ -116,7 +160,11 @@ def _saved_files(folder: Path) -> list[Path]:
     try:
         state = json.loads((folder / "state.json").read_bytes())
         files = [folder / entry["filename"] for entry in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        if state.get("_indices_data_files"):
+            raise DataError(
+                f"{folder} holds a selection of rows", "save it again after flatten_indices()"
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise DataError(
             f"{folder / 'state.json'} cannot be read: {e}", "save the dataset again"
         ) from None
@@ -151,8 +199,7 @@ def _read_jsonl(path: Path, names: Collection[str]) -> _Rows:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
+                line = line.removeprefix(codecs.BOM_UTF8)  # also of files put together
                 if line.strip():
                     with _at(f"{path}, row {number}"):
                         row = _object(decode_json(line))
@@ -190,70 +237,14 @@ def _at(place: str) -> Iterator[None]:
         raise DataError(f"{place}: {e}") from None
 
 
-def _read_parquet(path: Path, names: Collection[str]) -> _Rows:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = _columns(file.schema_arrow, names)
-            yield from _numbered(file.iter_batches(_BATCH_ROWS, columns=columns))
-    except (pa.ArrowException, OSError) as e:
-        raise _unreadable(path, "Parquet", e) from None
-
-
-def _read_arrow(path: Path, names: Collection[str]) -> _Rows:
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as file:
-            try:
-                reader = pa.ipc.open_stream(file)  # the format of datasets
-                batches: Iterator[pa.RecordBatch] = iter(reader)
-            except pa.ArrowInvalid:
-                reader = pa.ipc.open_file(file)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            columns = _columns(reader.schema, names)
-            yield from _numbered(batch.select(columns) for batch in batches)
-    except (pa.ArrowException, OSError) as e:
-        raise _unreadable(path, "Arrow", e) from None
-
-
-def _columns(schema: pa.Schema, names: Collection[str]) -> list[str]:
-    """Returns the names of the columns to read; all, if one is missing, for the error message."""
-    readable = [field.name for field in schema if not _has_bytes(field.type)]
-    needed = {name if name in readable else name.partition(".")[0] for name in names}
-    known = bool(needed) and needed <= {*readable}
-    return [name for name in readable if name in needed] if known else readable
-
-
-def _has_bytes(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
-    inner = [kind.field(i).type for i in range(kind.num_fields)]
-    return any(test(kind) for test in tests) or any(_has_bytes(field) for field in inner)
-
-
-def _numbered(batches: Iterator[pa.RecordBatch]) -> _Rows:
-    number = 0
-    for batch in batches:
-        for start in range(0, len(batch), _BATCH_ROWS):
-            for row in batch.slice(start, _BATCH_ROWS).to_pylist():
-                number += 1
-                yield number, as_plain(row)
-
-
-def _unreadable(path: Path, form: str, error: Exception) -> DataError:
-    if not path.exists():
-        return DataError(f"{path} cannot be read: No such file or directory")
-    problem = str(error).splitlines()[0].rstrip(".")
-    return DataError(f"{path} cannot be read as {form}: {problem}", "save or download it again")
+def _plain(rows: _Rows) -> _Rows:
+    for number, row in rows:
+        yield number, as_plain(row)
 
 
 _READERS = {
     "jsonl": _read_jsonl,
     "json": _read_json,
-    "parquet": _read_parquet,
-    "arrow": _read_arrow,
+    "parquet": lambda path, names: _plain(columnar.read_parquet(path, names)),
+    "arrow": lambda path, names: _plain(columnar.read_arrow(path, names)),
 }

@@ -64,14 +64,17 @@ def read_rows(source: SourceConfig, setting: str, config: Config) -> Iterator[Ro
     expected = '"tests": [{"input": "1 1", "output": "2"}]' if tests else '"answer": "2"'
     form = f'a row is like {{"prompt": "1+1=", {expected}}}'
     seen: set[str] = set()
+    numbered = False  # a row without an id was found
     try:
         for number, place, columns in _raw_rows(source, config):
             try:
                 fields = _checked(_mapped(columns, source.fields), function)
                 named = fields.get("id")
                 prompt_id = str(number if named is None else named)
+                numbered = numbered or named is None
                 if prompt_id in seen:
-                    raise DataError(f"duplicate id {prompt_id!r}")
+                    note = " (rows without an id have their number as id)" if numbered else ""
+                    raise DataError(f"duplicate id {prompt_id!r}{note}")
             except DataError as e:
                 mapped = "name the column of each field in `fields`, or " if source.fields else ""
                 remedy = e.remedy or f"{mapped}correct the row: {form}"

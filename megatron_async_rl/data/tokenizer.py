@@ -15,8 +15,8 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from megatron_async_rl.data import chat_template
-from megatron_async_rl.data.model_files import REMEDY, read_json
 from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.model.model_files import REMEDY, read_json
 
 _RESPONSE = "RESPONSE-7f3a"  # stands for a response in a rendered chat
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from tiny_model import make_model
 
 from megatron_async_rl.config import load
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.data import success_rate
+from megatron_async_rl.data import readers, success_rate
 from megatron_async_rl.data.dataset import check_source, read_source, read_training
 from megatron_async_rl.data.digests import changed_data, record_data
 from megatron_async_rl.data.tokenizer import Tokenizer
@@ -150,6 +152,44 @@ def test_columns_are_mapped_and_bytes_are_left_out(model: Path, tmp_path: Path) 
     ]
 
 
+def test_short_floats_are_read_as_they_were_written(model: Path, tmp_path: Path) -> None:
+    nested = pa.struct([("truth", pa.float32()), ("all", pa.list_(pa.float16()))])
+    columns = {
+        "prompt": pa.array(["1+1=", "2+1="]),
+        "answer": pa.array([0.1, 1e-8], pa.float32()),
+        "model": pa.array([{"truth": 3.3, "all": [0.2, None]}, None], nested),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet")
+    [prompts] = training(make_config(model, str(tmp_path / "d.parquet")))
+    assert [prompt.row["answer"] for prompt in prompts] == [0.1, 1e-8]
+    assert prompts[0].row["model"] == {"truth": 3.3, "all": [0.2, None]}
+
+
+def test_hidden_files_and_marks_of_utf8_are_left_out(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "._a.jsonl").write_bytes(b"\0\5\x16\7")  # as macOS leaves beside files
+    lines = [json.dumps(row).encode() + b"\n" for row in ROWS]
+    (tmp_path / "d" / "a.jsonl").write_bytes(b"".join(b"\xef\xbb\xbf" + line for line in lines))
+    [prompts] = training(make_config(model, str(tmp_path / "d")))
+    assert [prompt.row for prompt in prompts] == ROWS
+
+
+def test_damaged_arrow_file_is_refused_or_read_and_never_ends_the_process(tmp_path: Path) -> None:
+    path = write_arrow(tmp_path / "d", ROWS) / "data-00000-of-00001.arrow"
+    original, draw, refused = path.read_bytes(), random.Random(3), 0
+    for _ in range(60):
+        content = bytearray(original)
+        at = draw.randrange(8, len(content) - 4)
+        content[at : at + 4] = draw.randbytes(4)
+        path.write_bytes(content)
+        try:
+            list(readers.read([(path, "arrow")]))
+        except DataError as e:
+            refused += 1
+            assert str(path) in str(e) and "\n" not in str(e)
+    assert refused > 10
+
+
 def test_tests_may_be_a_json_text(model: Path, tmp_path: Path) -> None:
     tests = [{"input": [1, "a"], "output": None}]
     row = {"prompt": "1", "tests": json.dumps(tests), "function": "f"}
@@ -219,6 +259,17 @@ def test_preflight_counts_the_prompts_beyond_max_prompt_tokens(model: Path, tmp_
         ({"path": "torn"}, "data-00000-of-00001.arrow is missing"),
         ({"path": "shards"}, "shards has several splits; set `split` to one of test, train"),
         ({"path": "named"}, "named has several splits; set `split` to one of test, train"),
+        ({"path": "formats"}, "formats has .jsonl and .parquet files, and a dataset has one"),
+        ({"path": "series"}, "series/train-00001-of-00003.parquet is missing"),
+        ({"path": "above"}, "above has no dataset in it, but above/data; name a file"),
+        ({"path": "selection"}, r"selection holds a selection of rows; .*flatten_indices"),
+        ({"path": "/dev/null"}, "null is a pipe or device, and a dataset is read several times"),
+        ({"path": "d.gz"}, "d.gz, row 1: not JSON but compressed: decompress the file"),
+        ({"path": "pointer.jsonl"}, "row 1: not JSON but a pointer of git lfs: fetch the file"),
+        ({"path": "parquet.jsonl"}, "row 1: not JSON but Parquet: name the file .parquet"),
+        ({"path": "wide.jsonl"}, "row 1: not UTF-8 but UTF-16: save the file as UTF-8"),
+        ({"path": "zeros.jsonl"}, "row 2: not text: it has NUL bytes"),
+        ({"path": "ids.jsonl"}, r"row 2: duplicate id '1' \(rows without an id have their number"),
     ],
 )
 def test_unusable_source_error_is_one_line_with_file_and_remedy(
@@ -243,6 +294,17 @@ def test_unusable_source_error_is_one_line_with_file_and_remedy(
     for split in ("train", "test"):
         write_parquet(Path(f"shards/{split}-00000-of-00001.parquet"), ROWS)
         write_jsonl(Path(f"named/{split}.jsonl"), ROWS)
+    for name, content in {
+        "formats/a.jsonl": b"", "formats/b.parquet": b"", "above/data/a.jsonl": b"",
+        "series/train-00000-of-00003.parquet": b"", "series/train-00002-of-00003.parquet": b"",
+        "selection/state.json": b'{"_data_files": [], "_indices_data_files": [{}]}',
+        "d.gz": gzip.compress(b"{}"), "pointer.jsonl": b"version https://git-lfs.github.com",
+        "parquet.jsonl": b"PAR1", "wide.jsonl": '{"prompt": "1"}'.encode("utf-16-le"),
+        "zeros.jsonl": json.dumps(ROWS[0]).encode() + b"\n" + bytes(9),
+        "ids.jsonl": "\n".join(json.dumps(ROWS[0] | new) for new in ({}, {"id": 1})).encode(),
+    }.items():  # fmt: skip
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content)
     config = make_config(model, [source])
     with pytest.raises(DataError, match=problem) as error:
         check_source(config.data.train[0], "data.train[0].path", config)  # type: ignore[arg-type]
