@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from megatron_async_rl import processes
@@ -16,25 +17,20 @@ from megatron_async_rl.protocol.types import PROBE_TOKENS
 
 async def _run(run_dir: Path) -> None:
     settings = load.load(run_dir / "config.yaml")
-    run_log = RunLog(run_dir, settings)
-    journal = Journal(run_dir / JOURNAL_FILE)
-    try:
-        longest_array = max(
-            settings.model.context_tokens * settings.max_sequences,
-            settings.monitor.mismatch_probe_samples * PROBE_TOKENS,
-        )
-        hub = Hub(run_dir, settings.run.host, longest_array)
-        try:
-            controller = Controller(settings, hub, run_log, journal)
-            # no full garbage collection reads the dataset again: 0.1 s for 200,000 prompts
-            gc.collect()
-            gc.freeze()
-            await controller.run()
-        finally:
-            hub.close()
-    finally:
-        journal.close()
-        run_log.close()
+    longest_array = max(
+        settings.model.context_tokens * settings.max_sequences,
+        settings.monitor.mismatch_probe_samples * PROBE_TOKENS,
+    )
+    with (
+        closing(RunLog(run_dir, settings)) as run_log,
+        closing(Journal(run_dir / JOURNAL_FILE)) as journal,
+        closing(Hub(run_dir, settings.run.host, longest_array)) as hub,
+    ):
+        controller = Controller(settings, hub, run_log, journal)
+        # no full garbage collection reads the dataset again: 0.1 s for 200,000 prompts
+        gc.collect()
+        gc.freeze()
+        await controller.run()
 
 
 if __name__ == "__main__":

@@ -89,13 +89,11 @@ class Hub:
             keys / "hub.key_secret"
         )
         self._socket.curve_server = True
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
+        _configure(self._socket)
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         self._socket.setsockopt(zmq.BACKLOG, BACKLOG)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # leases and batches bound the queue
-        _keep_alive(self._socket)
         self._plain: Any = zmq.Socket.shadow(self._socket)  # the same socket, read without waiting
         self._in_a_row = 0
         # a sample, the message with the most arrays, has three
@@ -320,16 +318,16 @@ def _connect(context: Any, run_dir: Path, timeout_s: float) -> Any:
     )
     sock.curve_serverkey, _ = zmq.auth.load_certificate(keys / "hub.key")
     sock.setsockopt(zmq.IDENTITY, secrets.token_bytes(8))
-    sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-    sock.setsockopt(zmq.LINGER, LINGER_MS)
-    _keep_alive(sock)
+    _configure(sock)
     sock.connect(address.read_text().strip())
     return sock
 
 
-def _keep_alive(sock: zmq.Socket) -> None:
-    """Makes the kernel notice a lost host within a minute; then both ends reconnect."""
+def _configure(sock: zmq.Socket) -> None:
+    """Sets limits; makes the kernel notice a lost host within a minute, so both ends reconnect."""
     for option, value in (
+        (zmq.MAXMSGSIZE, MAX_FRAME_BYTES),
+        (zmq.LINGER, LINGER_MS),
         (zmq.TCP_KEEPALIVE, 1),
         (zmq.TCP_KEEPALIVE_IDLE, 30),
         (zmq.TCP_KEEPALIVE_INTVL, 10),
