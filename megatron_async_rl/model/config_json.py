@@ -30,12 +30,12 @@ _BIASED_ROUTER: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("attention_bias", (True,)),
 )
 # The same for routers that choose among groups of experts (DeepSeek-V3). The engine needs the
-# first two, which transformers ignores.
+# first three, which transformers ignores.
 _GROUPED_ROUTER: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("topk_method", ("noaux_tc",)),
     ("scoring_func", ("sigmoid",)),
+    ("moe_layer_freq", (1,)),
     ("norm_topk_prob", (True, None)),
-    ("moe_layer_freq", (1, None)),
     ("rope_interleave", (True, None)),
 )
 # The same for models with linear attention.

@@ -147,6 +147,7 @@ TINY_FAMILIES["deepseek_v3"] = {
     "kv_lora_rank": 10,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
+    "head_dim": 4,  # as transformers writes it: the elements that RoPE rotates
     "v_head_dim": 6,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
@@ -154,6 +155,7 @@ TINY_FAMILIES["deepseek_v3"] = {
     "topk_group": 1,
     "topk_method": "noaux_tc",
     "scoring_func": "sigmoid",
+    "moe_layer_freq": 1,
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
     "moe_intermediate_size": 24,
@@ -199,6 +201,12 @@ TINY_FAMILIES["qwen3_next of blocks"] = TINY_FAMILIES["qwen3_next"] | {
     "intermediate_size": 64,
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
+    "dtype": "float32",
+}
+TINY_FAMILIES["deepseek_v3 of blocks"] = TINY_FAMILIES["deepseek_v3"] | {
+    "vocab_size": 37,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
     "dtype": "float32",
 }
 # Experts of a whole number of hash tiles, as for an engine on a GPU: their digests are summed over

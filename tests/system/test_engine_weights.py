@@ -50,15 +50,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [make_model(base / f"model{seed}", seed) for seed in range(3)]
 
 
-@pytest.fixture
-def linear_models(models: list[Path], tmp_path: Path) -> list[Path]:
-    """The same of Qwen3-Next: linear and gated attention, experts and a shared one."""
+def models_of(family: str, models: list[Path], folder: Path) -> list[Path]:
+    """Returns three models of another family, with the tokenizer of `models`."""
     folders = []
     for number, scale in enumerate((0.3, 0.4, 0.5)):
-        folder = make_model_folder(tmp_path / f"linear{number}", "qwen3_next of blocks", scale)
+        folders.append(make_model_folder(folder / f"other{number}", family, scale))
         for file in models[0].glob("*token*"):
-            shutil.copy(file, folder)
-        folders.append(folder)
+            shutil.copy(file, folders[-1])
     return folders
 
 
@@ -132,21 +130,29 @@ def changed_copy(
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("family, tp", [("models", 1), ("linear_models", 2)])
+@pytest.mark.parametrize(
+    "family, tp, attention",
+    [
+        ("", 1, "self_attn.qkv_proj"),
+        ("qwen3_next of blocks", 2, "qkv_proj"),
+        ("deepseek_v3 of blocks", 2, "self_attn.kv_b_proj"),
+    ],
+)
 def test_engine_matches_transformers_after_every_update(
-    family: str, tp: int, request: pytest.FixtureRequest, tmp_path: Path
+    family: str, tp: int, attention: str, models: list[Path], tmp_path: Path
 ) -> None:
+    """Qwen3; Qwen3-Next: linear and gated attention, experts and a shared one; DeepSeek-V3: latent
+    attention, of whose weights the engine computes others after each update."""
     run_dir = tmp_path / "run"
     (run_dir / "logs").mkdir(parents=True)
-    start, second, third = request.getfixturevalue(family)
+    start, second, third = models_of(family, models, tmp_path) if family else models
     config = configuration.from_tree(config_tree(run_dir, start, tp, "disk"))
     over_network = configuration.from_tree(config_tree(run_dir, start, tp, "network"))
     work = [
         {"config": config_tree(run_dir, second, tp, "network"), "versions": [0, 0]},
         {"config": config_tree(run_dir, third, tp, "disk"), "versions": [1, 1]},
     ]
-    attention = "self_attn." if family == "models" else ""
-    tensor = f"{tp - 1}:model.layers.1.{attention}qkv_proj.weight"
+    tensor = f"{tp - 1}:model.layers.1.{attention}.weight"
 
     async def body(control: WeightController) -> None:
         publish_by(control, over_network)

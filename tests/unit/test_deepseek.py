@@ -154,6 +154,7 @@ def test_projections_to_latent_vectors_share_a_bucket(tmp_path: Path) -> None:
         ("scoring_func", "softmax"),
         ("norm_topk_prob", False),
         ("moe_layer_freq", 2),
+        ("moe_layer_freq", None),
         ("rope_interleave", False),
         ("attention_bias", True),
         ("topk_group", 2),  # Megatron would score a group by its best four experts
