@@ -127,6 +127,21 @@ def _check_filters(config: Config) -> None:
             f"{high:g}, so every group is dropped",
             "lower the first or raise the second",
         )
+    own = config.has_agent or ":" in config.reward.function + config.rollout.workflow
+    if own or config.algorithm.reward_shaping.overlong_buffer_tokens:
+        return  # rewards may be outside of [0, 1]
+    equal = filters.drop_equal_rewards
+    for name, limit, excluded in (
+        ("min", low, low is not None and (low > 1 or (equal and low == 1))),
+        ("max", high, high is not None and (high < 0 or (equal and high == 0))),
+    ):
+        if excluded:
+            also = " with algorithm.filters.drop_equal_rewards = true" if equal else ""
+            raise ConfigError(
+                f"algorithm.filters.success_rate_{name} = {limit:g}{also} drops every group: "
+                f"rewards of reward.function = {config.reward.function} are from 0 to 1",
+                "choose limits between 0 and 1",
+            )
 
 
 def check_quantization(config: Config) -> None:

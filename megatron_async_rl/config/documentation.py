@@ -102,7 +102,7 @@ def _type(kind: Any) -> str:
     if origin is typing.Annotated:
         meta = arguments[1]
         limits = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
-        rules = [f"{s} {getattr(meta, n):g}" for n, s in limits if getattr(meta, n) is not None]
+        rules = [f"{s} {getattr(meta, n):.10g}" for n, s in limits if getattr(meta, n) is not None]
         return " ".join([_type(arguments[0]), ", ".join(rules)]).strip()
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)

@@ -143,6 +143,7 @@ _LIMITS = {
     "megatron.adam_beta2": (0.0, 1.0),
     "megatron.adam_eps": (0.0, math.inf),
     "sglang.mem_fraction_static": (0.01, 1.0),
+    "sglang.random_seed": (0, 1 << 32),
 }
 _CHOICES = {
     "megatron.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),

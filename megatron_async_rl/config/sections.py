@@ -32,7 +32,7 @@ class RunConfig(Section, frozen=True, kw_only=True):
     dir: Text
     """Folder of the run: journal, checkpoints, logs, TensorBoard, samples and the exported
     policy."""
-    seed: NonNegativeInt = 1
+    seed: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)] = 1
     """Seed of prompt order, sampling and initialisation."""
     steps: NonNegativeInt
     """Number of training steps; each step produces one weight version. 0 only evaluates, which the

@@ -266,6 +266,24 @@ def test_integer_setting_accepts_only_integers(value: Any) -> None:
             ["success_rate_min = 0.9", "success_rate_max = 0.1"],
         ),
         (
+            {"algorithm.filters.success_rate_min": 1.5},
+            ["success_rate_min = 1.5 drops every group", "reward.function = math are from 0 to 1"],
+        ),
+        (
+            {
+                "algorithm.filters.success_rate_min": 1.0,
+                "algorithm.filters.drop_equal_rewards": True,
+            },
+            ["success_rate_min = 1 with algorithm.filters.drop_equal_rewards = true drops every"],
+        ),
+        (
+            {
+                "algorithm.filters.success_rate_max": 0.0,
+                "algorithm.filters.drop_equal_rewards": True,
+            },
+            ["success_rate_max = 0 with algorithm.filters.drop_equal_rewards = true drops every"],
+        ),
+        (
             {"algorithm.staleness_correction.behavior_weight_floor": 6.0},
             ["behavior_weight_floor = 6", "behavior_weight_cap = 5", "no ratio"],
         ),
