@@ -54,6 +54,11 @@ def digests(tensors: dict[str, torch.Tensor], expected: dict[str, str]) -> dict[
     held: dict[str, dict[int, torch.Tensor]] = {}
     experts: dict[str, dict[tuple[int, int], torch.Tensor]] = {}
     is_linear = any(".linear_attn." in name for name in tensors)
+    is_latent = any(".kv_a_proj_with_mqa." in name for name in tensors)
+    attention = [("qkv_proj", ["q_proj", "k_proj", "v_proj"])]
+    if is_latent:  # whose queries may be made from hidden states directly
+        has_both = any(".q_a_proj." in name for name in tensors)
+        attention = [("fused_qkv_a_proj_with_mqa", ["q_a_proj", "kv_a_proj_with_mqa"])] * has_both
     for name, tensor in tensors.items():
         parts = name.split(".")
         if "experts" in parts:
@@ -68,10 +73,10 @@ def digests(tensors: dict[str, torch.Tensor], expected: dict[str, str]) -> dict[
                 [tensor, torch.zeros(rows - len(tensor), tensor.shape[1], dtype=tensor.dtype)]
             )
         place = 0
-        for fused, leaves in (("qkv", ["q", "k", "v"]), ("gate_up", ["gate", "up"])):
-            if parts[-2].removesuffix("_proj") in leaves and parts[-2].endswith("_proj"):
-                name = ".".join([*parts[:-2], f"{fused}_proj", parts[-1]])
-                place = leaves.index(parts[-2].removesuffix("_proj"))
+        for fused, leaves in (*attention, ("gate_up_proj", ["gate_proj", "up_proj"])):
+            if parts[-2] in leaves:
+                name = ".".join([*parts[:-2], fused, parts[-1]])
+                place = leaves.index(parts[-2])
         if is_linear:  # SGLang's module of Qwen3-Next has no such level
             name = name.replace(".self_attn.", ".")
         held.setdefault(name, {})[place] = tensor
