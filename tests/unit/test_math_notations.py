@@ -568,6 +568,50 @@ north-east <- \text{north-east}
 Alice <- \text{Alice.} ;; \emph{Alice} ;; \textsc{Alice}
 5% <- 5%
 No. 5 <- No. 5
+# approximations, fractions in words
+6/7 <- \frac{6}{7} \text{ or approximately } 0.857 ;; \frac67\ (\approx 0.8571) ;; 6 out of 7
+6/7 <- 6 over 7 ;; ⁶⁄₇ ;; \text{six sevenths} ;; \frac{6}{7}\text{ (approximately 0.857)}
+\sqrt{13} <- \sqrt{13} \text{ (approximately } 3.61\text{)} ;; \sqrt{13}, about 3.606
+0.74 <- \frac{37}{50} \text{ (or } 0.74)
+-\frac{39}{19} <- -2\text{ and }\frac{1}{19}
+\frac{17}{50} <- 17:50
+45/1024 <- 45/1,024 ;; \frac{45}{1,024}
+7 <- \text{seven} ;; only 7 ;; \text{There are } 7 \text{ ways.} ;; \text{The number of ways is } 7
+7 <- \text{the number }7 ;; \to 7 ;; \text{Total cost} = 7 ;; 3 \,\#\, 4 = 7 ;; P(X \ge 2) = 7
+7 <- 7 /hour ;; 7\text{ \$/hour} ;; 7 \ (\text{gallons}) ;; 7 gallon(s) ;; 7 \text{.}
+# layout
+33800 <- 33\text{,}800 ;; 33\mathpunct{,}800 ;; \num{33800} ;; \SI{33800}{\cm} ;; \qty{33800}{m}
+33800 <- 33800 \quad \square ;; \left. 33800 \right. ;; 33800\hfill ;; 33800\qed ;; \mathop{33800}
+33800 <- \begin{array}{c} 33800 \end{array} ;; 33800\tag{1} ;; \small 33800
+-25 <- {-}25
+\frac{\sqrt{65}}{9} <- \underline{\frac{\sqrt{65}}{9}} ;; \text{$\frac{\sqrt{65}}{9}$}
+30^\circ <- 30^\degree ;; 30^{\degree} ;; 30^\text{o} ;; \ang{30} ;; 30\textsuperscript{o}
+30^\circ <- \text{30 degrees} ;; 30^{\circ}\text{ (degrees)}
+\begin{pmatrix}7\\-1\end{pmatrix} <- \begin{aligned} \begin{pmatrix}7\\-1\end{pmatrix} \end{aligned}
+# vectors, intervals, lists
+\begin{pmatrix}7\\-1\end{pmatrix} <- (7,-1)^T ;; [7, -1]^{\top}
+\begin{pmatrix}7\\-1\end{pmatrix} <- -\begin{pmatrix}-7\\1\end{pmatrix}
+\begin{pmatrix}7\\-1\end{pmatrix} <- x=7, y=-1 ;; \left[\begin{matrix}7\\-1\end{matrix}\right]
+(4,1) <- <4, 1> ;; \text{the point } (4,1) ;; \begin{cases} x &= 4 \\ y &= 1 \end{cases}
+(4,1) <- (8/2,1)=(4,1)
+(3,5] <- \text{all } x \text{ such that } 3<x\le 5 ;; \text{the interval } (3,5] ;; \left]3;5\right]
+(3,5] <- \text{Domain: }(3,5] ;; \text{all real numbers } 3<x\le 5 ;; g(x) \in (3,5]
+(-\infty,2)\cup[3,4] <- ]-\infty,2[ \cup [3,4]
+(-\infty,0)\cup(0,\infty) <- x\in\mathbb{R},\ x\ne0
+1,2 <- \text{The solutions are } 1 \text{ and } 2
+p=2, q=3 <- q=3, p=2 ;; 2, 3 ;; p=2 \text{ and } q=3
+no solution <- \emptyset ;; There are no solutions
+red, blue <- \text{red}, \text{blue}
+# bases, choices, times, money
+52_8 <- 52_{\text{base } 8} ;; {52}_8 ;; 52_8 = 42_{10} ;; 42 = 52_8
+B <- \text{Answer choice B} ;; \text{Statement B} ;; \text{B (12)}
+8:34 p.m. <- 8:34 in the evening
+3.54 <- 3 dollars and 54 cents
+# chains, factorials and binomials of variables
+(a+5)(b+2) <- ab+5b+2a+10 = (a+5)(b+2)
+\frac{n!}{2^n} <- n!/2^n ;; \frac{n!}{2^{n}}
+\binom{n}{2} <- \frac{n(n-1)}{2} ;; _nC_2 ;; {n \choose 2}
+y=2x-13 <- \text{The equation is } y = 2x - 13
 """
 WRONG = r"""
 3/8 <- 2 and 3/8
@@ -751,6 +795,22 @@ B <- A/B
 yes <- \text{no}
 does not exist <- \text{exists}
 2x+3y=6 <- 6
+p=2, q=3 <- p=3, q=2 ;; 3, 2 ;; (3,2) ;; p=2 ;; p=2, q=3, r=1
+AB=9, CD=4 <- AB=4, CD=9
+\frac{n!}{2^n} <- \frac{n!}{2^{n+1}} ;; \frac{(n+1)!}{2^n}
+\binom{n}{2} <- \frac{n(n+1)}{2} ;; \binom{n+1}{2}
+5/6 <- \frac{5}{6} or approximately 6.5 ;; 5 in 7 ;; six fifths
+7 <- \text{The answer is not } 7 ;; \text{It is either } 7 \text{ or } 8 ;; eight ;; 7? ;; 8 in 7
+52_8 <- 53_8 = 43_{10}
+B <- B (A)
+3.54 <- 3 dollars and 55 cents
+8:34 p.m. <- 8:34 in the morning
+\sqrt{13} <- \sqrt{13}\text{ or }4 ;; \sqrt{14} (\approx 3.74)
+\begin{pmatrix}7\\-1\end{pmatrix} <- (-1,7)^T ;; x=-1,y=7 ;; \begin{pmatrix}-7\\1\end{pmatrix}
+(a+5)(b+2) <- ab+5b+2a+10 = (a+2)(b+5)
+(4,1) <- (8/2,1)=(4,2) ;; <1, 4>
+30^\circ <- \ang{31}
+33800 <- 33\text{,}801
 """
 RIGHT_TEXTS = r"""
 # calculations in the last sentence
@@ -903,6 +963,20 @@ C <- $$\boxed{\text{(C)}}$$
 17 <- So $36 - 7 - 2 - 10 = 17 = x$.
 \begin{pmatrix}-2\\-14\end{pmatrix} <- \[\mathbf{A} v = \begin{pmatrix} -2 \\ -14 \end{pmatrix}.\]
 9 <- $\equiv 9 \pmod{11}$
+# other languages and forms of a statement
+36 <- 答案是 $36$。 ;; 答案：36 ;; 所以答案是36。
+36 <- 答え：36 ;; Réponse : 36 ;; Ответ: $36$. ;; Answer：36
+36 <- Answer -> 36 ;; Final Answer - 36 ;; **Answer** — $36$ ;; $$\text{Answer: } 36$$
+36 <- [Answer] 36
+36 <- Answer:¶```¶36¶``` ;; The answer is: <b>36</b> ;; Answer: 36<|eot_id|>
+36 <- The answer is $36$.</s>
+40\text{ feet} <- So it is 40\text{ feet}.
+# remarks after the answer, and what the question gave
+16 <- Hence it is $16$. Note that equality holds when $(a,b)=(1,3)$.
+16 <- It is $16$.¶[asy]¶dot((0,7));¶[/asy] ;; So $k-1 = 15$, and $k = 16$.
+16 <- There are $16$ divisors of 196. ;; There are $16$ values of $B$. ;; It is $16$ when $x > 9$.
+16 <- Therefore, $16$ is the first term that is greater than 125. ;; There are 16 of the 36 left.
+16 <- It is $16$. (One gear turns exactly 20 times.)
 """
 WRONG_TEXTS = r"""
 540 <- So, Sunny earned $150 + $390 = $550 for two days.
@@ -963,6 +1037,12 @@ B <- Option A is correct. Option B is correct too.
 14 <- \[a_4=14\] \[a_5=26\]
 749 <- Thus $k=748$ is the smallest possible value of $k$.
 3\sqrt{14} <- $\sqrt{117} = 3\sqrt{14}$
+36 <- I first thought the answer is $36$, but that counts twice. So it is $37$. ;; 36 (or maybe 37).
+36 <- The answer is 36? Or 37? ;; The answer is 37. (Its sum with -1 is 36.) ;; 答案：37
+36 <- Answer -> -36
+36 <- The answer is 36... no, 37. ;; A common wrong answer is 36. It is $37$.
+36 <- There are 16 of the 36 left. ;; Answer: 37<|eot_id|> ;; There are $16$ divisors of 36.
+15 <- So $k-1 = 15$, and $k = 16$.
 """
 
 

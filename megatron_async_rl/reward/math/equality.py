@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from fractions import Fraction
 
-from megatron_async_rl.reward.math import choices, normal_form, number_equality, structure
+from megatron_async_rl.reward.math import choices, naming, normal_form, number_equality, structure
 from megatron_async_rl.reward.math.evaluation import (
     Contradiction,
     TooLarge,
@@ -32,8 +32,6 @@ from megatron_async_rl.reward.math.parts import (
     is_infinite,
 )
 
-_COORDINATE = re.compile(r"([xyz])\s*=")
-_NAMED = re.compile(r"(?:^|,|;|\band\b|\})\s*([A-Za-z]{1,3})\s*=")
 _CONSTANT = re.compile(r"\+\s*[CcKk]$")  # of integration
 _HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b|\?", re.IGNORECASE)
 _PROSE_WORD = re.compile(r"(?<![\\A-Za-z])(?!sin|cos|tan|log|exp|sqrt|arc|text)[A-Za-z]{3,}")
@@ -63,34 +61,16 @@ def equal(expected: str, answer: str) -> bool | None:
         # of prose, math-verify would take some number
         is_open = is_open or len(_PROSE_WORD.findall(answer)) > 2
         return False if is_open or isinstance(gold, Words) else None
-    if _names_other_coordinate(expected, answer):
+    if naming.names_other_coordinate(expected, answer):
         return False
-    if named := _named_values(expected):
-        gold, given = _in_order(gold, given, named, _named_values(answer))
+    if named := naming.named_values(expected):
+        gold, given = naming.in_order(gold, given, named, naming.named_values(answer))
     try:
         return _equal(gold, given)
     except TooLarge:
         return False if _only_one_is_huge(gold, given) else None
     except (Unreadable, ArithmeticError):
         return _equal_texts(expected, answer)
-
-
-def _named_values(text: str) -> list[str]:
-    """Returns the names of AB = 9, CD = 4 if they differ; x = 1, x = 2 and x_1 = 1 are a list."""
-    names = _NAMED.findall(text)
-    return names if len(names) > 1 and len(set(names)) == len(names) == text.count("=") else []
-
-
-def _in_order(
-    gold: Part, given: Part, names: list[str], given_names: list[str]
-) -> tuple[Part, Part]:
-    """Returns two lists of named values as tuples in the order of the first one's names."""
-    if not (isinstance(gold, Items) and isinstance(given, Items) and len(gold.items) == len(names)):
-        return gold, given
-    items = given.items
-    if sorted(given_names) == sorted(names) and len(items) == len(names):
-        items = tuple(items[given_names.index(name)] for name in names)
-    return Sequence("()", gold.items), Sequence("()", items)
 
 
 def _only_one_is_huge(gold: Part, given: Part) -> bool:
@@ -117,12 +97,6 @@ def _equal_texts(expected: str, answer: str) -> bool | None:
         for text in (expected, answer)
     ]
     return True if squeezed[0] == squeezed[1] else None
-
-
-def _names_other_coordinate(expected: str, answer: str) -> bool:
-    """True for y = 2 where x = 2 is expected: another line."""
-    names = [_COORDINATE.match(text) for text in (expected, answer)]
-    return names[0] is not None and names[1] is not None and names[0][1] != names[1][1]
 
 
 def _equal(gold: Part, given: Part) -> bool | None:

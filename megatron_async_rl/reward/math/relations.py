@@ -163,9 +163,11 @@ def read_equation(text: str, depth: int, read: Reader) -> Part:
     if name and not (isinstance(right, Number) and variables(right.node)):
         return right
     if not isinstance(right, Number):
-        if isinstance(right, Sequence) and _same_items(read(left, depth + 1), right):
-            return right  # (4/2, 6/2) = (2, 3)
-        raise Unreadable
+        if not isinstance(right, Sequence):
+            raise Unreadable
+        if not _same_items(read(left, depth + 1), right):
+            raise Contradiction
+        return right  # (4/2, 6/2) = (2, 3)
     return Equation(_left_node(left), right.node, name, right)
 
 
