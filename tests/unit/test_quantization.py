@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from config_builders import config_tree
-from model_shapes import DENSE_32B, MOE_235B, plan_config
+from model_shapes import DENSE_32B, MOE_235B, TINY_FAMILIES, TINY_SIZES, plan_config
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
@@ -242,6 +242,13 @@ def test_sizes_without_whole_blocks_are_refused(
     with pytest.raises(ConfigError, match=message):
         layout.check_engine(Layout(engine_tp=tp, quantized=True), moe_shape(**sizes))
     layout.check_engine(Layout(engine_tp=tp), moe_shape(**sizes))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next"])
+def test_models_with_other_linear_layers_are_refused(family: str, tmp_path: Path) -> None:
+    plan_config(tmp_path, TINY_SIZES | TINY_FAMILIES[family])
+    with pytest.raises(ConfigError, match=f"is not for {family}, whose model.layers.0"):
+        layout.check_engine(Layout(quantized=True), HfConfig(tmp_path).shape())
 
 
 def test_published_models_have_whole_blocks_on_eight_ranks(tmp_path: Path) -> None:
