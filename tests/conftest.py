@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,10 @@ from megatron_async_rl import processes
 def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Removes the temporary files of all processes that tests start, also of those they kill."""
     tmp_path_factory.getbasetemp()  # stays where it is
-    with processes.temporary_folder() as folder, pytest.MonkeyPatch.context() as patch:
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        folder = stack.enter_context(processes.temporary_folder())
+        # at exit, behind the finalizer of multiprocessing that removes its own folder in it (-100)
+        Finalize(None, stack.pop_all().close, exitpriority=-200)
         folder.chmod(0o711)  # tests of the sandbox run as another user
         patch.setenv("TMPDIR", str(folder))
         patch.setattr(tempfile, "tempdir", str(folder))

@@ -108,7 +108,7 @@ def _trainer_config(config: Config) -> Config:
 async def _of_engine(
     config: Config, folder: Path, prompts: list[list[int]], num_tokens: int
 ) -> list[ComparedSequence]:
-    server = SGLangServer(config, folder, "server")
+    server = SGLangServer(config, folder, "server", temporary=folder)
     sampling = Sampling(num_tokens, temperature=1.0, stop_token_ids=[])
     found = []
     try:

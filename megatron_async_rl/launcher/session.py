@@ -92,6 +92,7 @@ class Session:
         for child in receivers:
             with contextlib.suppress(ProcessLookupError):
                 child.process.send_signal(signal.SIGTERM)
+                child.process.send_signal(signal.SIGCONT)  # a suspended one gets the first then
 
     def poll(self) -> bool:
         """Supervises the processes. Returns True if the session is over."""

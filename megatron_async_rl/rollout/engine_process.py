@@ -41,7 +41,11 @@ class SGLangServer:
 
     client: EngineClient
 
-    def __init__(self, config: Config, run_dir: Path, name: str) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, name: str, temporary: Path | None = None
+    ) -> None:
+        """`temporary`: for the server's temporary files; None: where this process has its own."""
+        self._variables = processes.temporary_environment(temporary) if temporary else {}
         self._config = config
         self._run_dir = run_dir
         self._name = name
@@ -111,7 +115,10 @@ class SGLangServer:
         host = str(self._config.sglang.get("host", "127.0.0.1"))
         self._log_start = self._log.stat().st_size if self._log.exists() else 0
         self._child = processes.start(
-            self._command(host, port), self._log, self._environment(), sigterm_blocked=True
+            self._command(host, port),
+            self._log,
+            self._environment() | self._variables,
+            sigterm_blocked=True,
         )
         rollout = self._config.rollout
         self.client = EngineClient(

@@ -16,6 +16,9 @@ import pytest
 from paths import ROOT
 
 from megatron_async_rl import processes
+from megatron_async_rl.config.sections import FaultsConfig
+from megatron_async_rl.launcher.session import Session
+from megatron_async_rl.launcher.supervisor import Supervisor
 
 
 def descendants_of(pid: int) -> list[psutil.Process]:
@@ -123,6 +126,15 @@ def test_rank_ends_by_sigterm_of_its_parent_only() -> None:
         rank.wait(1)
     rank.terminate()
     assert rank.wait(5) == 128 + signal.SIGTERM
+
+
+def test_suspended_controller_is_preempted_too(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path, FaultsConfig(), print)
+    supervisor.start("controller", lambda: processes.start(["sleep", "60"], tmp_path / "log"))
+    [controller] = supervisor.processes
+    os.kill(controller.pid, signal.SIGSTOP)
+    Session(tmp_path, supervisor, 60.0).handle_signal(signal.SIGTERM, None)
+    assert controller.wait(10) == -signal.SIGTERM
 
 
 def test_suspended_process_ends_without_the_grace_period(tmp_path: Path) -> None:

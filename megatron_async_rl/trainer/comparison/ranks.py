@@ -56,13 +56,13 @@ def _run_sequence(
     from megatron_async_rl.trainer.comparison.recorder import Recorder
     from megatron_async_rl.trainer.data.microbatch import Packing, pack
 
-    recorder = Recorder(model)
-
+    keeps = not (mpu.get_data_parallel_rank() or mpu.get_tensor_model_parallel_rank())
+    recorder = Recorder(model, keeps)
     packing = Packing.of(model, config)
     microbatch = pack([_sample(sequence)], 0, packing)
     found = passes.current_logprobs(model, [[microbatch] * packing.count_multiple], config)
     recorder.remove()
-    if mpu.get_data_parallel_rank() or mpu.get_tensor_model_parallel_rank():
+    if not keeps:
         return
     outputs = {name: tensor.contiguous() for name, tensor in recorder.outputs.items()}
     if found:

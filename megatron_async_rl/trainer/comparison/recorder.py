@@ -25,12 +25,14 @@ from megatron_async_rl.trainer.model.build import TrainerModel
 
 
 class Recorder:
-    """Keeps the last output of every compared operation of this pipeline stage.
+    """Keeps the last output of every compared operation of this pipeline stage, if it `keeps`.
 
-    A forward pass is then collective over the tensor-parallel ranks in each of these operations.
+    A forward pass is then collective over the tensor-parallel ranks in each of these operations,
+    of which one needs to keep the outputs.
     """
 
-    def __init__(self, model: TrainerModel) -> None:
+    def __init__(self, model: TrainerModel, keeps: bool) -> None:
+        self._keeps = keeps
         self.outputs: dict[str, Tensor] = {}
         """By the name of the operation: [T, columns] of the whole sequence, padding included. And
         the biases of routers, with which they choose."""
@@ -80,7 +82,9 @@ class Recorder:
             tensor = choose(hidden, output)
             tensor = tensor[0] if isinstance(tensor, tuple) else tensor
             # a copy: Megatron adds to some outputs in place
-            self.outputs[name] = self._joined(tensor.detach().clone(), held).cpu()
+            joined = self._joined(tensor.detach().clone(), held)
+            if self._keeps:
+                self.outputs[name] = joined.cpu()
 
         self._hooks.append(part.register_forward_hook(hook, with_kwargs=True))
 
