@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.model import families
-from megatron_async_rl.model.families import Family, LatentShape, LinearShape, ModelShape
+from megatron_async_rl.model.families import Family
+from megatron_async_rl.model.shape import LatentShape, LinearShape, ModelShape
 
 # Megatron's rope_scaling has these values of Llama 3 built in; only the factor can be set.
 _LLAMA3_ROPE = {

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_async_rl.model.families import LatentShape, LinearShape, ModelShape
+from megatron_async_rl.model.shape import LatentShape, LinearShape, ModelShape
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 FUSED = {"qkv_proj": _QKV, "gate_up_proj": ("gate_proj", "up_proj")}

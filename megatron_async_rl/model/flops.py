@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_async_rl.model import memory
-from megatron_async_rl.model.families import ModelShape
+from megatron_async_rl.model.shape import ModelShape
 
 # Datasheets: dense bf16 TFLOP/s; the first name that the device's name contains. PCIe and NVL
 # boards run at lower clocks.

@@ -11,7 +11,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model import block_fp8
 from megatron_async_rl.model.engine_layout import VOCABULARY_MULTIPLE
-from megatron_async_rl.model.families import ModelShape
+from megatron_async_rl.model.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

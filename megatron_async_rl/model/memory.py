@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.model import block_fp8
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.families import ModelShape
 from megatron_async_rl.model.layout import Layout
+from megatron_async_rl.model.shape import ModelShape
 
 GIB = 1 << 30
 _GRADIENT, _MOMENTS, _MASTER = 4, 8, 4  # bytes of a parameter: fp32, Adam's two, fp32 copy

@@ -20,8 +20,8 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model import block_fp8, engine_layout, layout
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.families import ModelShape, map_parameter, parameter_names
 from megatron_async_rl.model.layout import Layout
+from megatron_async_rl.model.shape import ModelShape, map_parameter, parameter_names
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of trainer.precision

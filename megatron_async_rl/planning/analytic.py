@@ -13,8 +13,8 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model import memory
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.families import ModelShape
 from megatron_async_rl.model.layout import Layout
+from megatron_async_rl.model.shape import ModelShape
 from megatron_async_rl.planning import hardware
 from megatron_async_rl.planning.costs import Costs, DecodeCosts, PrefillCosts, TrainCosts
 from megatron_async_rl.planning.hardware import Engine, Gpu

@@ -20,7 +20,7 @@ from megatron_async_rl.errors import PublishError
 from megatron_async_rl.model import engine_layout
 from megatron_async_rl.model.block_fp8 import SCALE_SUFFIX
 from megatron_async_rl.model.engine_layout import EngineSlot, engine_slot
-from megatron_async_rl.model.families import ModelShape
+from megatron_async_rl.model.shape import ModelShape
 from megatron_async_rl.storage.snapshots import DigestKind
 from megatron_async_rl.weights import tile_hash
 

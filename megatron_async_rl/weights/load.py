@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.model.families import ModelShape, map_parameter
+from megatron_async_rl.model.shape import ModelShape, map_parameter
 from megatron_async_rl.weights.mapping import Index, from_hf
 from megatron_async_rl.weights.parameters import Modules, global_parameters, tensor_parallel
 

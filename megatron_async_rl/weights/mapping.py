@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_async_rl.model.families import Join, ModelShape, map_parameter, shard_shape
+from megatron_async_rl.model.families import Join
+from megatron_async_rl.model.shape import ModelShape, map_parameter, shard_shape
 
 Index = tuple[slice, ...]
 Read = Callable[[str, Index], Tensor]

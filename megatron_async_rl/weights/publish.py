@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.model.families import ModelShape
+from megatron_async_rl.model.shape import ModelShape
 from megatron_async_rl.protocol import messages, weight_messages
 from megatron_async_rl.protocol.transport import SyncLink
 from megatron_async_rl.storage.snapshots import digest_kind

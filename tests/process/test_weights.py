@@ -29,7 +29,7 @@ from megatron_async_rl.controller.weight_sync.session import Outcome
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.families import map_parameter, parameter_names
+from megatron_async_rl.model.shape import map_parameter, parameter_names
 from megatron_async_rl.protocol.messages import (
     Shutdown,
 )

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.families import (
-    Family,
+from megatron_async_rl.model.families import Family
+from megatron_async_rl.model.shape import (
     LatentShape,
     LinearShape,
     ModelShape,

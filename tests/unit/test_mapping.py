@@ -12,14 +12,8 @@ from safetensors.torch import save_file
 
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.families import (
-    FAMILIES,
-    Family,
-    ModelShape,
-    map_parameter,
-    parameter_names,
-    shard_shape,
-)
+from megatron_async_rl.model.families import FAMILIES, Family
+from megatron_async_rl.model.shape import ModelShape, map_parameter, parameter_names, shard_shape
 from megatron_async_rl.weights.load import SafetensorsFolder
 from megatron_async_rl.weights.mapping import from_hf, to_hf
 

@@ -13,7 +13,8 @@ from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.launcher.preflight import config_checks
 from megatron_async_rl.model import families, weight_plan
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.families import ATTENTION, FAMILIES, MLP, Family, parameter_names
+from megatron_async_rl.model.families import ATTENTION, FAMILIES, MLP, Family
+from megatron_async_rl.model.shape import parameter_names
 from megatron_async_rl.weights.digest import EngineDigests
 from megatron_async_rl.weights.load import SafetensorsFolder
 from megatron_async_rl.weights.mapping import from_hf, to_hf

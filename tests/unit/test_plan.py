@@ -19,8 +19,9 @@ from megatron_async_rl.config import load as configuration
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model import layout, weight_plan
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.families import FAMILIES, ModelShape, parameter_names
+from megatron_async_rl.model.families import FAMILIES
 from megatron_async_rl.model.layout import Layout
+from megatron_async_rl.model.shape import ModelShape, parameter_names
 from megatron_async_rl.weights.digest import EngineDigests, engine_slice, sha256
 from megatron_async_rl.weights.mapping import from_hf
 

@@ -19,8 +19,9 @@ from megatron_async_rl.errors import ConfigError, PublishError
 from megatron_async_rl.model import layout, memory, weight_plan
 from megatron_async_rl.model.block_fp8 import is_quantized
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.families import FAMILIES, ModelShape, map_parameter, parameter_names
+from megatron_async_rl.model.families import FAMILIES
 from megatron_async_rl.model.layout import Layout
+from megatron_async_rl.model.shape import ModelShape, map_parameter, parameter_names
 from megatron_async_rl.weights.digest import EngineDigests, sha256
 from megatron_async_rl.weights.quantization import Quantizer, quantize_blocks, quantized_infos
 from megatron_async_rl.weights.reshard import TensorInfo

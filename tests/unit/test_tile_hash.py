@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_async_rl.model.families import FAMILIES, ModelShape
+from megatron_async_rl.model.families import FAMILIES
+from megatron_async_rl.model.shape import ModelShape
 from megatron_async_rl.weights import tile_hash
 from megatron_async_rl.weights.digest import EngineDigests
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.families import map_parameter, parameter_names
+from megatron_async_rl.model.shape import map_parameter, parameter_names
 from megatron_async_rl.storage import checkpoints, snapshots
 
 GIB = 1 << 30

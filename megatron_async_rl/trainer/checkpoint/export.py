@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.families import ModelShape
+from megatron_async_rl.model.shape import ModelShape
 from megatron_async_rl.storage import snapshots
 from megatron_async_rl.weights.parameters import Modules
 from megatron_async_rl.weights.reshard import own_tensors, source_number, takes_part

@@ -21,9 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model.config_json import Architecture, HfConfig
-from megatron_async_rl.model.families import ModelShape
 from megatron_async_rl.model.flops import ModelFlops
 from megatron_async_rl.model.routing import replayed_routing
+from megatron_async_rl.model.shape import ModelShape
 from megatron_async_rl.trainer import parallel
 from megatron_async_rl.trainer.algorithms.value_head import ValueHead
 from megatron_async_rl.trainer.model import layers, megatron_config

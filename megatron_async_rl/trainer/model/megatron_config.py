@@ -22,7 +22,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model import layout
 from megatron_async_rl.model.config_json import Architecture
-from megatron_async_rl.model.families import LatentShape, LinearShape, ModelShape
+from megatron_async_rl.model.shape import LatentShape, LinearShape, ModelShape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
