@@ -8,6 +8,7 @@ them each sample has.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ import numpy as np
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import NO_EXPERTS, TrainSample
 
+# what numpy and zipfile raise for an archive with changed bytes
+_DAMAGES = (
+    ValueError, KeyError, TypeError, EOFError, AttributeError, NotImplementedError, OverflowError,
+    MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _FIELDS = {"ids": np.int32, "logprobs": np.float32, "versions": np.int32, "advantages": np.float32}
 
 
@@ -40,12 +46,15 @@ def load(path: Path) -> tuple[int, list[TrainSample]]:
     remedy = "give a file from batches/ or refused/ of a run"
     try:
         with np.load(path, allow_pickle=False) as file:
-            version, lengths = int(file["version"]), file["lengths"]
+            version, lengths = int(file["version"]), np.asarray(file["lengths"])
             flat = {name: file[name].astype(dtype, casting="no") for name, dtype in _FIELDS.items()}
-            experts = file.get("experts", NO_EXPERTS)
-            num_experts = file.get("num_experts", np.zeros(len(lengths), np.int64))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
-        raise DataError(f"{path} is not a saved batch: {e}", remedy) from e
+            experts = np.asarray(file.get("experts", NO_EXPERTS))
+            num_experts = np.asarray(file.get("num_experts", np.zeros(len(lengths), np.int64)))
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror or e}", remedy) from e
+    except _DAMAGES as e:
+        problem = str(e) if zipfile.is_zipfile(path) else "it is no .npz archive, or was cut off"
+        raise DataError(f"{path} is not a saved batch: {problem}", remedy) from e
     sizes = [(array, lengths) for array in flat.values()] + [(experts, num_experts)]
     if lengths.shape != num_experts.shape or not all(_divide(*pair) for pair in sizes):
         raise DataError(f"{path} is not a saved batch: arrays and lengths do not match", remedy)

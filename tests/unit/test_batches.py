@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,33 @@ def test_file_that_is_not_a_saved_batch_is_rejected(tmp_path: Path) -> None:
     }
     for name, changes in wrong.items():
         np.savez(tmp_path / f"{name}.npz", **arrays | changes)
-    for path in [*tmp_path.iterdir(), tmp_path / "missing.npz"]:
+    for path in tmp_path.iterdir():
         with pytest.raises(DataError, match="is not a saved batch"):
             batches.load(path)
+    with pytest.raises(DataError, match=r"missing\.npz cannot be read: No such file"):
+        batches.load(tmp_path / "missing.npz")
+
+
+def test_damaged_batch_is_refused_or_read_unchanged(tmp_path: Path) -> None:
+    path, draw, refused = tmp_path / "b.npz", random.Random(2), 0
+    samples = make_train_samples(3)
+    batches.save(path, 3, samples)
+    original = path.read_bytes()
+    for _ in range(300):
+        content = bytearray(original)
+        at = draw.randrange(len(content))
+        if draw.random() < 0.2:
+            del content[at:]
+        else:
+            content[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        try:
+            version, got = batches.load(path)
+            assert version == 3 and equal_samples(got, samples)
+        except DataError as e:
+            refused += 1
+            assert str(path) in str(e) and "\n" not in str(e)
+    assert refused > 200
 
 
 def test_selftest_names_the_first_parameter_that_differs() -> None:
