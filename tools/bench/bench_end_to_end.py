@@ -78,7 +78,8 @@ SIZES = (
 # mean and largest length, groups of a step, samples of a group
 WORKLOADS = {
     "generation": (2000, 8192, 32, 8),
-    "balanced": (600, 2048, 32, 8),
+    "balanced": (400, 2048, 32, 8),
+    "balanced-600": (600, 2048, 32, 8),  # for comparison with the runs of the 0.6B shape
     "training": (150, 1024, 64, 8),
     "tiny": (24, 64, 4, 4),
 }

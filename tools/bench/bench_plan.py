@@ -152,7 +152,7 @@ def balanced(folder: Path) -> list[Figure]:
         "overlap": (8.0, 17_103, 0.00, 0.08, 0.25, 0.07, 1.42, 0.92),
         "eta4": (5.1, 28_399, 0.42, 0.14, 0.42, 0.13, 2.35, 1.53),
     }
-    runs = {row: Planted(folder, "0.6b", "balanced", row, 7) for row in measured}
+    runs = {row: Planted(folder, "0.6b", "balanced-600", row, 7) for row in measured}
     steps = {row: run.simulated() for row, run in runs.items()}
     found = {row: average(steps[row]) for row in runs}
     eta0 = steps["eta0"]
