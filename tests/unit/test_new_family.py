@@ -8,6 +8,8 @@ import pytest
 import torch
 from model_shapes import plan_config
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.launcher.preflight import config_checks
@@ -53,7 +55,7 @@ def test_one_entry_maps_every_tensor_that_transformers_wrote(
     config = plan_config(
         mistral, model.raw, data_parallel=1, tensor_model=2, pipeline_model=2, engine=2
     )
-    (mistral / "tokenizer.json").write_text("{}")
+    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(mistral / "tokenizer.json"))
     checks = {check.name: check for check in config_checks(config, print)}
     assert checks["architecture"].ok and "Mistral" in checks["architecture"].detail
     routes = weight_plan.make(config, 50.0).routes
