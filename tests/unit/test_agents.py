@@ -49,6 +49,12 @@ def user(text: Any) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
+def call_of(depth: int) -> dict[str, Any]:
+    """Returns a call of a tool whose arguments are nested."""
+    arguments = '{"a": ' + "[" * depth + "]" * depth + "}"
+    return {"type": "function_call", "call_id": "1", "name": "f", "arguments": arguments}
+
+
 def trained_text(tokenizer: Tokenizer, sample: Sample, part: slice) -> str:
     """Returns the sequence's text with its trained tokens in capitals."""
     ids, versions = sample.ids[part].tolist(), sample.versions[part]
@@ -362,6 +368,8 @@ def test_several_completions_are_branches_of_one_prompt(tokenizer: Tokenizer) ->
         ("reward", {"reward": "high"}, 400, "number"),
         ("reward", {"reward": float("inf")}, 400, "finite"),
         ("nothing", {}, 404, ""),
+        ("messages", b'{"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400, "nested too deeply"),
+        ("responses", {"input": [call_of(978)]}, 400, ""),  # read, but too deep for other steps
     ],
 )
 def test_wrong_request_is_an_error_that_names_the_field(
@@ -530,6 +538,19 @@ def leaves(row, client):
 def wrong(row, client):
     return "high"
 
+def floods(row, client):
+    return "x" * (2 << 20)
+
+def ends_its_host(row, client):
+    os.kill(os.getppid(), 9)
+    time.sleep(1000)
+
+if os.environ.get("HELPER") and not os.fork():  # a process that holds the host's output open
+    with open(os.environ["HELPER"], "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(30)
+    os._exit(0)
+
 def hangs(row, client):
     threading.Thread(target=time.sleep, args=(1000,)).start()
     os.system("sleep 1000 & echo $! > " + row["file"])
@@ -553,6 +574,7 @@ def agents(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("dies", "signal SIGKILL"),
         ("leaves", "SystemExit: 3"),
         ("wrong", "'high'"),
+        ("floods", "more than 1048576 bytes, must be rewards alone"),
     ],
 )
 def test_agent_runs_in_its_own_process(
@@ -572,6 +594,24 @@ def test_agent_runs_in_its_own_process(
             asyncio.run(run())
     else:
         assert asyncio.run(run()) == (1.5 if name == "good" else None)
+
+
+def test_killed_host_is_seen_while_another_process_holds_its_output(
+    agents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(agents), prepend=":")
+    monkeypatch.setenv("HELPER", str(tmp_path / "helper"))
+
+    async def run() -> None:
+        runner = FunctionRunner("my_agents:ends_its_host", tmp_path / "agents.log")
+        with pytest.raises(HookFailed, match="exit code -9"):
+            await runner.run({}, ClientSettings("u", "k", "a", "m"))
+        helper = psutil.Process(int((tmp_path / "helper").read_text()))
+        assert helper.is_running()
+        helper.kill()
+        await asyncio.sleep(0.05)  # until asyncio has seen the end of the output
+
+    asyncio.run(asyncio.wait_for(run(), 20))
 
 
 def test_cancelled_agent_leaves_no_process_and_others_go_on(
@@ -629,12 +669,16 @@ def test_command_gets_the_row_and_its_last_line_is_the_reward(tmp_path: Path) ->
     client = ClientSettings("http://x/v1", "sk-1", "http://x", "policy")
 
     async def run(command: str) -> float | None:
-        return await CommandRunner(command, tmp_path / "log").run({"answer": "5"}, client)
+        reward = await CommandRunner(command, tmp_path / "log").run({"answer": "5"}, client)
+        await asyncio.sleep(0.05)  # until asyncio has seen the end of the output
+        return reward
 
     shell = """sh -c 'cat > /dev/null; echo "$OPENAI_API_KEY" >&2; echo {\\"reward\\": 0.25}'"""
     assert asyncio.run(run(shell)) == 0.25
     assert (tmp_path / "log").read_text() == "sk-1\n"
     assert asyncio.run(run("sh -c 'cat'")) is None
+    in_background = """sh -c 'sleep 30 & echo {\\"reward\\": 0.5}'"""
+    assert asyncio.run(asyncio.wait_for(run(in_background), 5)) == 0.5
     with pytest.raises(HookFailed, match="exit code 3"):
         asyncio.run(run("sh -c 'exit 3'"))
     with pytest.raises(HookFailed, match="cannot be started"):

@@ -28,7 +28,7 @@ from megatron_async_rl import hooks, processes
 from megatron_async_rl.observability.error_log import user_error
 from megatron_async_rl.rollout.agents.client import ClientSettings
 
-MAX_LINE = 64 << 20
+MAX_ANSWER = 1 << 20  # bytes: a reward for each of several 10,000 turns
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Host:
         ours, theirs = os.pipe()
         pid = os.fork()
         if pid == 0:
+            os.close(self._output)
             _run_episode(self._agent, request, theirs)
         os.close(theirs)
         with contextlib.suppress(OSError):  # it may have done so itself, or have ended
@@ -83,10 +84,12 @@ class Host:
     def _read_answer(self, fd: int) -> None:
         data, episode = os.read(fd, 1 << 16), self._episodes[fd]
         episode.answer += data
-        if data and b"\n" not in data and len(episode.answer) < MAX_LINE:
+        if data and b"\n" not in data and len(episode.answer) <= MAX_ANSWER:
             return
         status = self._end(fd)
-        if episode.answer.endswith(b"\n"):
+        if len(episode.answer) > MAX_ANSWER:
+            answer = {"error": f"it returned more than {MAX_ANSWER} bytes, must be rewards alone"}
+        elif episode.answer.endswith(b"\n"):
             answer = json.loads(episode.answer)
         else:
             code = os.waitstatus_to_exitcode(status)

@@ -14,6 +14,8 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from megatron_async_rl.errors import HookFailed
 from megatron_async_rl.rollout.agents.client import ClientSettings
 from megatron_async_rl.rollout.agents.transcript import Returned, checked_rewards
 
-LINE_LIMIT = 64 << 20  # bytes of an answer
+LINE_LIMIT = 4 << 20  # bytes of an answer, more than host.MAX_ANSWER
 KILLED_S = 1.0  # in which a killed process ends
+POLL_S = 0.2  # until it is seen that a process has ended
 OUTPUT_LIMIT = 1 << 20  # last bytes of a command's output that are kept
 
 _Waiting = dict[int, asyncio.Future[dict[str, Any]]]  # by the number of the episode
@@ -86,12 +89,13 @@ class FunctionRunner:
 
     async def _read(self, host: asyncio.subprocess.Process, waiting: _Waiting) -> None:
         assert host.stdout
-        while line := await host.stdout.readline():
+        while line := await _output_of(host, host.stdout.readline):
             answer = json.loads(line)
             future = waiting.get(answer.pop("id"))
             if future and not future.done():
                 future.set_result(answer)
-        code = await host.wait()
+        await _wait_killed(host)
+        code = host.returncode
         text = processes.error_text(self._log) if code == processes.EXIT_ERROR else None
         error = text or f"the process that runs agents ended with exit code {code}; see {self._log}"
         for future in waiting.values():
@@ -160,11 +164,29 @@ async def _send_row(process: asyncio.subprocess.Process, row: dict[str, Any]) ->
 async def _last_output(process: asyncio.subprocess.Process) -> bytes:
     """Waits until the process has ended; returns the last OUTPUT_LIMIT bytes of its output."""
     assert process.stdout
-    output = b""
-    while chunk := await process.stdout.read(1 << 16):
+    output, read = b"", partial(process.stdout.read, 1 << 16)
+    while chunk := await _output_of(process, read):
         output = (output + chunk)[-OUTPUT_LIMIT:]
-    await process.wait()
+    if process.returncode is None:
+        await process.wait()
     return output
+
+
+async def _output_of(
+    process: asyncio.subprocess.Process, read: Callable[[], Coroutine[Any, Any, bytes]]
+) -> bytes:
+    """Returns what `read` returns; nothing once the process has ended and all of it is read.
+
+    A process that it started may hold the output open for longer.
+    """
+    reading = asyncio.create_task(read())
+    try:
+        while process.returncode is None and not reading.done():
+            await asyncio.wait([reading], timeout=POLL_S)
+        done, _ = await asyncio.wait([reading], timeout=POLL_S)  # what it wrote before its end
+        return reading.result() if done else b""
+    finally:
+        reading.cancel()
 
 
 async def _wait_killed(process: asyncio.subprocess.Process) -> None:

@@ -135,6 +135,8 @@ class Endpoint:
             return await handler(request)
         except RequestError as e:
             return _error(request, e)
+        except RecursionError:  # while it was read, rendered or written
+            return _error(request, RequestError(400, "the body is nested too deeply: flatten it"))
         except web.HTTPException as e:
             return _error(request, RequestError(e.status, e.reason))
         except Exception as e:  # a fault of ours: the client gets a JSON error, the log the rest

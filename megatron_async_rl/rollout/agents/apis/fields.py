@@ -9,14 +9,11 @@ from megatron_async_rl.rollout.agents.apis.request import RequestError
 
 
 def read_json(text: str | bytes) -> Any:
-    """Raises ValueError unless the text is JSON in Unicode, of a depth that can be read."""
-    try:
-        text = text if isinstance(text, str) else text.decode()
-        value = json.loads(text)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
-    except RecursionError:
-        raise ValueError("too deep") from None
+    """Raises ValueError unless the text is JSON in Unicode, RecursionError for one too deep."""
+    text = text if isinstance(text, str) else text.decode()
+    value = json.loads(text)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
     return value
 
 
