@@ -64,6 +64,8 @@ def _named(outputs: dict[str, Any], parallel: bool) -> dict[str, Tensor]:
         for operation in LAYER:
             if operation.replicated or not parallel:
                 module = f"model.layers.{layer}.{operation.engine}"
+                if module not in outputs:  # Qwen3-Next has no such level
+                    module = module.replace(".self_attn.", ".")
                 add(layer_operation(layer, operation.name), module, operation.output)
     add(FINAL_NORM, "model.norm")
     return named

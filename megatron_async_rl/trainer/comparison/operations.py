@@ -65,6 +65,17 @@ LAYER = (
         replicated=False,
     ),
     Operation(
+        "linear attention in", "linear_attn.in_proj_qkvz", "self_attention.in_proj_qkvz",
+        Held.COLUMNS,
+        "rms_norm_eps, the input norm's weight (1 is added to it), the weights of in_proj_qkvz",
+        replicated=False,
+    ),
+    Operation(
+        "linear attention out", "linear_attn.out_proj", "self_attention.out_proj", Held.TOKENS,
+        "A_log, dt_bias, the convolution, the norm after it, the state of a request",
+        replicated=False,
+    ),
+    Operation(
         "residual", "post_attention_layernorm", "pre_mlp_layernorm", Held.TOKENS,
         "the residual sum after attention",
         output=1, is_input=True,

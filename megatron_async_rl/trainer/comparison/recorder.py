@@ -100,12 +100,17 @@ class Recorder:
         return self._query_key_value(whole) if held is Held.QKV else whole
 
     def _query_key_value(self, grouped: Tensor) -> Tensor:
-        """Returns [queries, keys, values] from the columns group by group."""
+        """Returns [queries, keys, values] from the columns group by group.
+
+        Gates, which Megatron has behind all queries of a group, follow each its query.
+        """
         size = self._config.kv_channels
         groups = grouped.unflatten(-1, (self._groups, -1))
-        queries = groups.shape[-1] - 2 * size
-        parts = groups.split([queries, size, size], dim=-1)
-        return torch.cat([part.flatten(-2) for part in parts], dim=-1)
+        width = groups.shape[-1] - 2 * size
+        queries, keys, values = groups.split([width, size, size], dim=-1)
+        if self._config.attention_output_gate:
+            queries = queries.unflatten(-1, (2, -1, size)).transpose(-3, -2).flatten(-3)
+        return torch.cat([part.flatten(-2) for part in (queries, keys, values)], dim=-1)
 
 
 def _of_all(part: Tensor) -> list[Tensor]:
