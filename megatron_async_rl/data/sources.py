@@ -148,6 +148,7 @@ def _checked(fields: dict[str, Any], reward_function: str) -> dict[str, Any]:
         read_tests(fields)
     try:
         msgspec.msgpack.encode(fields)
-    except (OverflowError, UnicodeEncodeError) as e:  # else the controller would fail in mid-run
+    # else the controller would fail in mid-run
+    except (OverflowError, UnicodeEncodeError, RecursionError) as e:
         raise DataError(f"no message can carry it: {e}", "write such values as texts") from None
     return fields

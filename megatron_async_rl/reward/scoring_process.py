@@ -101,7 +101,8 @@ def score_custom(prompt: str, response: str, row: dict[str, Any], text_ends: lis
         optional["turns"] = turn_texts(response, text_ends)
     try:
         return _outcome(_function(prompt, response, row, **optional))
-    except (Exception, SystemExit) as e:  # as text: some exceptions cannot be pickled
+    # as text: some exceptions cannot be pickled, and CancelledError would end the worker's task
+    except BaseException as e:
         return Outcome(None, user_error(e))
 
 

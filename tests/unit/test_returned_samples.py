@@ -148,7 +148,21 @@ def test_odd_value_of_a_reward_function_is_a_failed_attempt(
 ) -> None:
     monkeypatch.setattr(scoring_process, "_function", lambda prompt, response, row: value)
     outcome = scoring_process.score_custom("", "", {}, [])
+    assert "RuntimeError: of the list" in outcome.error or not isinstance(value, Numbers)
     if isinstance(value, tuple):
         assert outcome.reward == 1.0 and outcome.metrics == {"('a', 1)": 2.0}
     else:
         assert outcome.reward is None and outcome.error
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit, KeyboardInterrupt])
+def test_anything_that_a_reward_function_raises_is_a_failed_attempt(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def reward(prompt: str, response: str, row: dict[str, Any]) -> float:
+        raise error("of the function")
+
+    monkeypatch.setattr(scoring_process, "_function", reward)
+    outcome = scoring_process.score_custom("", "", {}, [])
+    assert outcome.reward is None
+    assert outcome.error.startswith(f"{error.__name__}: of the function")

@@ -124,7 +124,7 @@ def _run_episode(agent: Any, request: dict[str, Any], output: int) -> NoReturn:
             returned = asyncio.run(_result(returned))
         answer = {"reward": returned}
         text = json.dumps(answer)
-    except (Exception, SystemExit) as e:
+    except BaseException as e:  # of the agent, such as CancelledError
         text = json.dumps({"error": user_error(e)})
     view = (text + "\n").encode()
     while view:
