@@ -17,7 +17,7 @@ from megatron_async_rl.model.shape import LatentShape, LinearShape, ModelShape
 _QKV = ("q_proj", "k_proj", "v_proj")
 FUSED = {"qkv_proj": _QKV, "gate_up_proj": ("gate_proj", "up_proj")}
 _LATENT_DOWN = "fused_qkv_a_proj_with_mqa"
-LATENT_FUSED = {
+LATENT_FUSED: dict[str, tuple[str, ...]] = {
     _LATENT_DOWN: ("q_a_proj", "kv_a_proj_with_mqa"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }

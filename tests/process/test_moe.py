@@ -17,7 +17,7 @@ from paths import SUPPORT, python_environment
 from safetensors.torch import load_file
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "glm4_moe", "qwen3_next"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "glm4_moe"])
 def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     return make_model_folder(tmp_path_factory.mktemp("moe") / "model", request.param, scale=0.2)
 

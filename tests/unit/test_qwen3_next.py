@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from model_shapes import plan_config
+from model_shapes import plan_config, tiny_shape
 from safetensors import safe_open
 
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.model import engine_types, memory, weight_plan
 from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.families import FAMILIES
 from megatron_async_rl.model.flops import ModelFlops
+from megatron_async_rl.model.shape import map_parameter
 from megatron_async_rl.model.small_model import small_model
+from megatron_async_rl.trainer.comparison.recorder import query_key_value
 from megatron_async_rl.trainer.model.gated_delta_net import gated_delta_rule
+from megatron_async_rl.weights.mapping import from_hf
 
 # from its config.json on huggingface.co
 NEXT_80B: dict[str, Any] = {
@@ -140,6 +144,16 @@ def test_engine_must_compute_in_the_type_of_the_model(tmp_path: Path) -> None:
     config = plan_config(tmp_path, NEXT_80B | {"dtype": "float32"})  # auto is float16 then
     with pytest.raises(ConfigError, match=r"dtype = auto.*dtype float32.*linear attention"):
         engine_types.convolution_dtype(config)
+
+
+def test_recorded_columns_of_gated_attention_have_the_order_of_the_model() -> None:
+    shape = tiny_shape(next(family for family in FAMILIES if family.name == "qwen3_next"))
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    pieces = dict(map_parameter(name, shape).pieces)
+    hf = {piece: torch.randn(size) for piece, size in pieces.items()}
+    weight = from_hf(name, lambda piece, index: hf[piece][index], shape)
+    recorded = query_key_value(weight.t(), shape.num_query_groups, shape.kv_channels, gated=True)
+    assert torch.equal(recorded.t(), torch.cat(list(hf.values())))
 
 
 @pytest.mark.parametrize("length", [1, 3, 100])

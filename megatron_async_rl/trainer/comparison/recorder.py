@@ -97,20 +97,25 @@ class Recorder:
             halves = [part.chunk(2, dim=-1) for part in _of_all(part)]
             return torch.cat([gate for gate, _ in halves] + [up for _, up in halves], dim=-1)
         whole = torch.cat(_of_all(part), dim=-1)
-        return self._query_key_value(whole) if held is Held.QKV else whole
+        if held is not Held.QKV:
+            return whole
+        config = self._config
+        return query_key_value(
+            whole, self._groups, config.kv_channels, config.attention_output_gate
+        )
 
-    def _query_key_value(self, grouped: Tensor) -> Tensor:
-        """Returns [queries, keys, values] from the columns group by group.
 
-        Gates, which Megatron has behind all queries of a group, follow each its query.
-        """
-        size = self._config.kv_channels
-        groups = grouped.unflatten(-1, (self._groups, -1))
-        width = groups.shape[-1] - 2 * size
-        queries, keys, values = groups.split([width, size, size], dim=-1)
-        if self._config.attention_output_gate:
-            queries = queries.unflatten(-1, (2, -1, size)).transpose(-3, -2).flatten(-3)
-        return torch.cat([part.flatten(-2) for part in (queries, keys, values)], dim=-1)
+def query_key_value(grouped: Tensor, num_groups: int, size: int, gated: bool) -> Tensor:
+    """Returns [queries, keys, values] from the columns group by group; `size`: of a head.
+
+    gated: the gates, which Megatron has behind all queries of a group, follow each its query.
+    """
+    groups = grouped.unflatten(-1, (num_groups, -1))
+    width = groups.shape[-1] - 2 * size
+    queries, keys, values = groups.split([width, size, size], dim=-1)
+    if gated:
+        queries = queries.unflatten(-1, (2, -1, size)).transpose(-3, -2).flatten(-3)
+    return torch.cat([part.flatten(-2) for part in (queries, keys, values)], dim=-1)
 
 
 def _of_all(part: Tensor) -> list[Tensor]:
