@@ -184,39 +184,34 @@ def _matches(pattern: re.Pattern[str]) -> Callable[[Any], bool]:
     return lambda value: bool(pattern.fullmatch(value))
 
 
-def _is_seconds(value: Any) -> bool:
-    """A duration, or durations by phase, which become names of metrics."""
-    if not isinstance(value, dict):
-        return 0 <= value < math.inf
-    return len(value) <= MAX_METRICS and all(
-        _PHASE.fullmatch(phase) and 0 <= duration < math.inf for phase, duration in value.items()
+def _each(holds: Callable[[Any], bool], most: int = MAX_ENTRIES) -> Callable[[Any], bool]:
+    return lambda value: len(value) <= most and all(map(holds, value))
+
+
+def _by_name(
+    pattern: re.Pattern[str], holds: Callable[[Any], bool], most: int = MAX_METRICS
+) -> Callable[[Any], bool]:
+    return lambda value: (
+        len(value) <= most
+        and all(pattern.fullmatch(name) and holds(entry) for name, entry in value.items())
     )
 
 
-def _is_metrics(value: dict[str, float]) -> bool:
-    return len(value) <= MAX_METRICS and all(map(_METRIC.fullmatch, value))
+def _is_entry(value: Any) -> bool:
+    """Of a list: the name of a tensor, or a struct."""
+    return bool(_TENSOR.fullmatch(value)) if isinstance(value, str) else not field_problem(value)
+
+
+def _is_duration(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+def _is_anything(value: Any) -> bool:
+    return True
 
 
 def _is_probe(value: np.ndarray) -> bool:
     return value.dtype == np.float32 and len(value) <= MAX_PROBE_TOKENS
-
-
-def _is_digests(value: dict[str, str]) -> bool:
-    return len(value) <= MAX_ENTRIES and all(
-        _TENSOR.fullmatch(name) and _DIGEST.fullmatch(digest) for name, digest in value.items()
-    )
-
-
-def _is_structs(value: list[Any]) -> bool:
-    return len(value) <= MAX_ENTRIES and not any(map(field_problem, value))
-
-
-def _is_shape(value: list[int]) -> bool:
-    return len(value) <= 16 and all(0 <= size <= LARGEST for size in value)
-
-
-def _is_names(value: list[str]) -> bool:
-    return len(value) <= MAX_ENTRIES and all(map(_TENSOR.fullmatch, value))
 
 
 _COUNTS = (
@@ -231,9 +226,10 @@ _UNRESTRICTED = (
     # tokens, see controller/tokens.py
     "ids logprobs versions experts starts turn_starts text_ends"
 )
+_PHASES = _by_name(_PHASE, _is_duration)  # the names become names of metrics
 FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(_COUNTS.split(), _number(0)),
-    **dict.fromkeys(_UNRESTRICTED.split(), lambda value: True),
+    **dict.fromkeys(_UNRESTRICTED.split(), _is_anything),
     "num_sources": _number(1, 1 << 16),
     "stage": _number(0, 1 << 16),
     "port": _number(1, 65535),
@@ -241,26 +237,22 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "address": _matches(_ADDRESS),
     "name": _matches(_TENSOR),  # of a tensor; of a file, see `files`
     "dtype": lambda dtype: dtype in ("float32", "bfloat16", "float16"),
-    "shape": _is_shape,
-    "tensors": lambda found: _is_names(found) if _are_texts(found) else _is_structs(found),
-    "buckets": _is_structs,
-    "files": lambda files: _is_structs(files) and all(_FILE.fullmatch(f.name) for f in files),
+    "shape": _each(_number(0), most=16),
+    "tensors": _each(_is_entry),
+    "buckets": _each(_is_entry),
+    "files": _each(lambda file: _is_entry(file) and bool(_FILE.fullmatch(file.name))),
     "sha256": _matches(_DIGEST),
     "digest_kind": _matches(_DIGEST),
-    "digests": _is_digests,
-    "seconds": _is_seconds,
-    "idle_s": _is_seconds,
-    "engine": _is_seconds,
-    "stats": _is_metrics,
+    "digests": _by_name(_TENSOR, _matches(_DIGEST), MAX_ENTRIES),
+    "seconds": lambda found: (_PHASES if isinstance(found, dict) else _is_duration)(found),
+    "idle_s": _is_duration,
+    "engine": _PHASES,
+    "stats": _by_name(_METRIC, _is_anything),
     "probe_logprobs": _is_probe,
     "metrics": are_valid,
     "answer": lambda answer: len(answer) <= messages.MAX_ANSWER,
     "discount": lambda discount: 0 <= discount <= 1,
 }
-
-
-def _are_texts(value: list[Any]) -> bool:
-    return all(isinstance(entry, str) for entry in value)
 
 
 def field_problem(value: msgspec.Struct) -> str:
