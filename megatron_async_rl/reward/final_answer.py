@@ -31,6 +31,7 @@ _OTHER_STATEMENT = re.compile(
     r"^[\s#>*_-]*(?:final\s+)?answer[*_]*\s*(?:(?:->|=>|→|⇒|\s[-–—])(?:\s|(?=\$))|：)",
     re.IGNORECASE | re.MULTILINE,
 )
+_OTHER_HINT = re.compile(r"->|=>|\s-\s|Antwort|Risposta|Resposta|Respuesta")
 # \text{Answer: } within a formula
 _INNER_STATEMENT = re.compile(
     r"(\$\$?|\\\[|\\\()\s*\\text(?:bf)?\s*\{\s*(?:final\s+)?answer\s*[:=]?\s*\}\s*[:=]?",
@@ -50,6 +51,11 @@ _VERDICT = re.compile(
 )
 _END_TOKEN = re.compile(r"(?:\s*(?:<\|\w{2,30}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
 _TAG = re.compile(r"</?(b|strong|em|i|u|p|div|span|code|mark|center)>", re.IGNORECASE)
+# a word of each case of the two expressions below
+_RETRACTING = (
+    "but ", "wrong", "correct", "not right", "mistake", "error", "scratch", "no,", "no:", "sorry",
+    "first ", "naive", "tempting", "initial", "might think", "would have",
+)  # fmt: skip
 # what takes a statement back: `a common wrong answer is 5`, `the answer is 5, but that ...`
 _DOUBTED = re.compile(
     r"\b(?:first\s+(?:thought|guess)|wrong|incorrect|naive|tempting|initial|might\s+think|"
@@ -98,11 +104,17 @@ def _stated_answer(text: str) -> str:
     if options := _OPTION.findall(text):
         return ", ".join(dict.fromkeys(options))
     text = text.replace("。", ". ")
-    text = _INNER_STATEMENT.sub(r"Answer: \1", text)
-    text = _PARENTHESIS.sub("", _REMARK.sub("", text)) or text
+    if "\\text" in text:
+        text = _INNER_STATEMENT.sub(r"Answer: \1", text)
+    if any(word in text for word in ("Not", "Alternatively", "check", "verify")):
+        text = _REMARK.sub("", text) or text
+    if text.endswith((")", ").")):
+        text = _PARENTHESIS.sub("", text) or text
     if "</" in text:
         text = _TAG.sub("**", text)
-    others = list(_OTHER_STATEMENT.finditer(text))
+    others: list[re.Match[str]] = []
+    if not text.isascii() or _OTHER_HINT.search(text):
+        others = list(_OTHER_STATEMENT.finditer(text))
     matches = [
         match
         for match in _STATEMENT.finditer(text)
@@ -110,11 +122,7 @@ def _stated_answer(text: str) -> str:
     ]
     for match in sorted(matches + others, key=lambda match: match.end(), reverse=True):
         stated = text[match.end() :].strip()
-        if (
-            _VERDICT.match(stated)
-            or _TAKEN_BACK.search(stated)
-            or _DOUBTED.search(text[: match.start()])
-        ):
+        if _VERDICT.match(stated) or _is_retracted(text, match):
             continue
         if match[0] == "####":
             found = formulas.unwrap(stated.split("\n", 1)[0])
@@ -123,3 +131,12 @@ def _stated_answer(text: str) -> str:
         if found:
             return found
     return formulas.last(text)
+
+
+def _is_retracted(text: str, statement: re.Match[str]) -> bool:
+    before = text[max(0, statement.start() - 100) : statement.start()]
+    after = text[statement.end() :][:300].strip()
+    nearby = f"{before} {after}".casefold()
+    if not any(word in nearby for word in _RETRACTING):
+        return False
+    return bool(_TAKEN_BACK.search(after) or _DOUBTED.search(before))

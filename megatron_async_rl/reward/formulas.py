@@ -50,6 +50,13 @@ _JOINED = re.compile(
 _WORD = re.compile(
     r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|(?<![\\A-Za-z])[A-Za-z][A-Za-z'\u2019-]*"
 )
+_OUT_OF = re.compile(r"(\d+)\s+out\s+of\s+(\d+)")
+# before a number that is denied or only a bound
+_DENIED = re.compile(
+    r"\b(?:not|cannot|never|neither|whether|can't|isn't)\b[^.,;:\d]{0,25}$|"
+    r"\b(?:more|less|greater|fewer|smaller|larger)\s+than\s*$",
+    re.IGNORECASE,
+)
 _PART = re.compile(
     r"(\d[\d,.]*)\s+of\s+(?:the|these|those|his|her|their|its|all|every)\s+\d[\d,.]*"
 )
@@ -200,7 +207,7 @@ def _last_bare(text: str) -> str:
     line = lines[-1]
     if (results := list(_RESULT.finditer(line))) and not _FURTHER.search(line[results[-1].end() :]):
         line = line[: results[-1].end()]
-    line = _PART.sub(r"\1", line)
+    line = _OUT_OF.sub(r"\1/\2", _PART.sub(r"\1", line))
     last_digit = max(m.end() for m in re.finditer(r"\d", line))
     begin, end = 0, len(line)
     for match in _WORD.finditer(line):
@@ -218,6 +225,8 @@ def _last_bare(text: str) -> str:
         elif match.start() >= last_digit:
             end = match.end() if word in _UNIT_WORDS else match.start()
             break
+    if _DENIED.search(line[:begin]):
+        return ""
     run = line[begin:end]
     run = re.split(r"[.!?;:](?=\s)(?=.*\d)|[:;]\s", run)[-1]
     run = re.sub(r"^(?:[\s,;:!*_)\]=>]|\.(?!\d))*(?:\b(?:and|or)\b[\s,]*)*", "", run)

@@ -612,6 +612,13 @@ B <- \text{Answer choice B} ;; \text{Statement B} ;; \text{B (12)}
 \frac{n!}{2^n} <- n!/2^n ;; \frac{n!}{2^{n}}
 \binom{n}{2} <- \frac{n(n-1)}{2} ;; _nC_2 ;; {n \choose 2}
 y=2x-13 <- \text{The equation is } y = 2x - 13
+x+y+z=0 <- z = -x-y ;; 2x+2y+2z=0
+7 <- a+b=7 ;; AB-CD=7\text{ cm}
+a+b=7 <- b=7-a
+(2,-3) <- y=-3, x=2
+(3,5) <- m=3, n=5
+3/4 <- 0.75 (3/4) ;; \frac{3}{4} (0.75)
+-1,3 <- (-1,3)
 """
 WRONG = r"""
 3/8 <- 2 and 3/8
@@ -810,6 +817,13 @@ B <- B (A)
 (a+5)(b+2) <- ab+5b+2a+10 = (a+2)(b+5)
 (4,1) <- (8/2,1)=(4,2) ;; <1, 4>
 30^\circ <- \ang{31}
+x+y+z=0 <- x+y-z+1=0 ;; 0 ;; x-y=0
+7 <- a+b=8 ;; a+b=c
+a+b=7 <- a-b=7 ;; 7
+(2,-3) <- y=2, x=-3
+(3,5) <- m=5, n=3
+3/4 <- 0.75 (1/4)
+-1,3 <- -1<x<3
 33800 <- 33\text{,}801
 """
 RIGHT_TEXTS = r"""
@@ -977,6 +991,7 @@ C <- $$\boxed{\text{(C)}}$$
 16 <- There are $16$ divisors of 196. ;; There are $16$ values of $B$. ;; It is $16$ when $x > 9$.
 16 <- Therefore, $16$ is the first term that is greater than 125. ;; There are 16 of the 36 left.
 16 <- It is $16$. (One gear turns exactly 20 times.)
+3/4 <- The probability is 3 out of 4.
 """
 WRONG_TEXTS = r"""
 540 <- So, Sunny earned $150 + $390 = $550 for two days.
@@ -1040,6 +1055,7 @@ B <- Option A is correct. Option B is correct too.
 36 <- I first thought the answer is $36$, but that counts twice. So it is $37$. ;; 36 (or maybe 37).
 36 <- The answer is 36? Or 37? ;; The answer is 37. (Its sum with -1 is 36.) ;; 答案：37
 36 <- Answer -> -36
+36 <- The answer cannot be 36. ;; I do not know whether it is 36 or not ;; So it is more than 36
 36 <- The answer is 36... no, 37. ;; A common wrong answer is 36. It is $37$.
 36 <- There are 16 of the 36 left. ;; Answer: 37<|eot_id|> ;; There are $16$ divisors of 36.
 15 <- So $k-1 = 15$, and $k = 16$.

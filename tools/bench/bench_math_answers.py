@@ -64,6 +64,8 @@ BASE = re.compile(r"(\d+)_\{?(\d+)\}?")
 RELATION = re.compile(r"[=<>]|\\(?:le|ge|ne|in|equiv)")
 BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}(?!.*\\boxed)", re.DOTALL)
 DEGREES = re.compile(r"(-?\d+)\^\{?\\circ\}?")
+RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+LOWERED = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 UNITS = (
     "cm",
     "meters",
@@ -258,6 +260,66 @@ EQUIVALENT: dict[str, Rule] = {
     "dot product": lambda gold, rng: (
         None if "\\" in gold else replaced(r"(?<=\d)(?=[a-z])", r" \\cdot ")(gold, rng)
     ),
+    "approximation": on_fraction(
+        lambda s, a, b: f"{s}\\frac{{{a}}}{{{b}}} \\text{{ (approximately }} {s}{a / b:.3f})"
+    ),
+    "decimal too": on_fraction(
+        lambda s, a, b: (
+            f"{s}\\frac{{{a}}}{{{b}}} \\text{{ (or }} {decimal})"
+            if (decimal := decimal_of(s, a, b))
+            else None
+        )
+    ),
+    "out of": on_fraction(lambda s, a, b: None if s else f"{a} out of {b}"),
+    "raised": on_fraction(
+        lambda s, a, b: None if s else f"{a}".translate(RAISED) + "⁄" + f"{b}".translate(LOWERED)
+    ),
+    "mixed and": on_fraction(
+        lambda s, a, b: mixed(s, a, b, r"{whole}\text{{ and }}\frac{{{above}}}{{{below}}}")
+    ),
+    "slash thousands": on_fraction(lambda s, a, b: f"{s}{a:,}/{b:,}" if max(a, b) > 999 else None),
+    "text comma": on_integer(
+        lambda n, rng: f"{n:,}".replace(",", "\\text{,}") if abs(n) > 999 else None
+    ),
+    "minus in braces": on_integer(lambda n, rng: f"{{-}}{-n}" if n < 0 else None),
+    "siunitx": on_integer(lambda n, rng: rng.choice((f"\\num{{{n}}}", f"\\SI{{{n}}}{{cm}}"))),
+    "sentence": on_integer(lambda n, rng: f"\\text{{The number of ways is }} {n}"),
+    "per hour": on_integer(lambda n, rng: f"{n}\\text{{ \\$/hour}}"),
+    "plural": on_integer(lambda n, rng: f"{n} gallon(s)"),
+    "unit in parentheses": on_integer(lambda n, rng: f"{n} \\ (\\text{{gallons}})"),
+    "operation": on_integer(lambda n, rng: f"3 \\,\\#\\, 4 = {n}"),
+    "event": on_fraction(lambda s, a, b: f"P(X \\ge 2) = {s}\\frac{{{a}}}{{{b}}}"),
+    "square": lambda gold, rng: f"{gold} \\quad \\square",
+    "tag": lambda gold, rng: f"{gold}\\tag{{1}}",
+    "no delimiters": lambda gold, rng: f"\\left. {gold} \\right.",
+    "small": lambda gold, rng: f"\\small {gold}",
+    "underline": replaced(r"^(-?\\frac\{.*\})$", r"\\underline{\1}"),
+    "degree raised": replaced(rf"^{DEGREES.pattern}$", r"\1^\\degree"),
+    "angle": replaced(rf"^{DEGREES.pattern}$", r"\\ang{\1}"),
+    "base word": replaced(rf"^{BASE.pattern}$", r"\1_{\\text{base } \2}"),
+    "base chain": lambda gold, rng: (
+        f"{gold} = {int(match[1], int(match[2]))}_{{10}}"
+        if (match := BASE.fullmatch(gold)) and int(match[2]) < 11
+        else None
+    ),
+    "choice of an answer": replaced(r"^\\text\{\(?([A-E])\)?\}$", r"\\text{Answer choice \1}"),
+    "open matrix": lambda gold, rng: (
+        gold.replace("\\begin{pm", "\\left[\\begin{m").replace(
+            "\\end{pmatrix}", "\\end{matrix}\\right]"
+        )
+        if gold.startswith("\\begin{pm") and gold.endswith("\\end{pmatrix}")
+        else None
+    ),
+    "outward": replaced(r"^\((-?\\infty, ?-?\d+)\)$", r"]\1["),
+    "such that": lambda gold, rng: (
+        f"\\text{{all }} x \\text{{ such that }} {text}"
+        if (text := on_pair(inequality)(gold, rng))
+        else None
+    ),
+    "solutions are": lambda gold, rng: (
+        f"\\text{{The solutions are }} {text}" if (text := shuffled_list(gold, rng)) else None
+    ),
+    "names turned": replaced(r"^([A-Z]+) ?= ?(\d+), ([A-Z]+) ?= ?(\d+)$", r"\3=\4, \1=\2"),
 }
 
 WRONG: dict[str, Rule] = {
@@ -299,6 +361,24 @@ WRONG: dict[str, Rule] = {
     "letters": replaced(r"^(\d+)x", r"\1y"),
     "other degrees": replaced(rf"^{DEGREES.pattern}$", r"1\1^\\circ"),
     "several": on_integer(lambda n, rng: f"{n} \\ne {n + 1}"),
+    "names mixed up": replaced(r"^([A-Z]+) ?= ?(\d+), ([A-Z]+) ?= ?(\d+)$", r"\1=\4, \3=\2"),
+    "another plane": replaced(r"^[^=]*[a-z][^=]*= ?0$", "x + y - 7z = 0"),
+    "no plane": replaced(r"^[^=]*[a-z][^=]*= ?0$", "0"),
+    "range of a list": replaced(r"^(-?\d+), ?(-?\d+)$", r"\1 < x < \2"),
+    "names of others": on_pair(
+        lambda o, a, b, c: f"y = {a}, x = {b}" if a != b and o + c == "()" else None
+    ),
+    "denied": on_integer(lambda n, rng: f"\\text{{The answer is not }} {n}"),
+    "asked": on_integer(lambda n, rng: f"{n}?\\ {n + 1}"),
+    "approximation of another": on_fraction(
+        lambda s, a, b: f"{s}\\frac{{{a}}}{{{b}}} \\text{{ or approximately }} {s}{a / b + 1:.3f}"
+    ),
+    "out of more": on_fraction(lambda s, a, b: None if s else f"{a} out of {b + 1}"),
+    "other chain": lambda gold, rng: (
+        f"{gold} = {int(match[1], int(match[2])) + 1}_{{10}}"
+        if (match := BASE.fullmatch(gold)) and int(match[2]) < 11
+        else None
+    ),
 }
 
 TEMPLATES = {
@@ -312,6 +392,18 @@ TEMPLATES = {
     "plain": "The final answer is {}.",
     "bold": "There are 4 steps. So the answer is **{}**.",
     "answer line": "First, 12 / 4 = 3.\nFinal Answer: {}",
+    "arrow": "12 / 4 = 3.\nAnswer -> ${}$",
+    "dash": "12 / 4 = 3.\n**Final Answer** — ${}$",
+    "Chinese": "因为 12 / 4 = 3,所以答案是 ${}$。",
+    "French": "On a 12 / 4 = 3.\nRéponse : ${}$",
+    "Russian": "12 / 4 = 3.\nОтвет: ${}$.",
+    "in the formula": "12 / 4 = 3.\n$$\\text{{Answer: }} {}$$",
+    "fence": "12 / 4 = 3.\nAnswer:\n```\n{}\n```",
+    "HTML": "12 / 4 = 3.\nThe answer is: <b>${}$</b>",
+    "end token": "12 / 4 = 3.\nAnswer: ${}$<|eot_id|>",
+    "remark": "Hence it is ${}$. Note that equality holds when $(a,b)=(1,3)$.",
+    "drawing": "Hence it is ${}$.\n[asy]\ndot((0,7));\n[/asy]",
+    "taken back": "I first thought the answer is $7x$, but that counts twice. So it is ${}$.",
 }
 
 HEDGED = {
@@ -324,6 +416,10 @@ HEDGED = {
     "stated": "The answer is {a} or {b}.",
     "stated, wrong first": "The answer is {b} or {a}.",
     "dollars": "The answer is ${b}$ or ${a}$.",
+    "questions": "The answer is {a}? Or {b}?",
+    "taken back": "I first thought the answer is ${a}$, but that counts twice. So it is ${b}$.",
+    "corrected": "The answer is {a}... no, {b}.",
+    "in parentheses": "{a} (or maybe {b})",
 }
 
 THINKING = {

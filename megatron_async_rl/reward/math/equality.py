@@ -9,7 +9,13 @@ import re
 from collections.abc import Iterable
 from fractions import Fraction
 
-from megatron_async_rl.reward.math import choices, naming, normal_form, number_equality, structure
+from megatron_async_rl.reward.math import (
+    choices,
+    normal_form,
+    number_equality,
+    relations,
+    structure,
+)
 from megatron_async_rl.reward.math.evaluation import (
     Contradiction,
     TooLarge,
@@ -61,10 +67,13 @@ def equal(expected: str, answer: str) -> bool | None:
         # of prose, math-verify would take some number
         is_open = is_open or len(_PROSE_WORD.findall(answer)) > 2
         return False if is_open or isinstance(gold, Words) else None
-    if naming.names_other_coordinate(expected, answer):
+    if relations.names_other_coordinate(expected, answer):
         return False
-    if named := naming.named_values(expected):
-        gold, given = naming.in_order(gold, given, named, naming.named_values(answer))
+    names, given_names = relations.named_values(expected), relations.named_values(answer)
+    if not names and isinstance(gold, Sequence | Matrix):
+        given = relations.sorted_by_name(given, given_names)
+    elif names:
+        gold, given = relations.in_order(gold, given, names, given_names)
     try:
         return _equal(gold, given)
     except TooLarge:
@@ -181,7 +190,7 @@ def _is_mixed_number(items: Items) -> bool:
 def _equal_bare_tuple(items: Items, other: Sequence) -> bool | None:
     """Compares a tuple without its brackets, in the same order; an interval needs them."""
     is_array = other.brackets == "[]" and len(other.items) > 2
-    if other.brackets != "()" and not is_array:
+    if other.is_range or (other.brackets != "()" and not is_array):
         return False
     if any(isinstance(item, Number) and is_infinite(item) for item in other.items):
         return False

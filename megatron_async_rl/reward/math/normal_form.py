@@ -26,6 +26,9 @@ _DEGREE_WORD = re.compile(r"(?<=[\d})])\s*(?:\\text\s*\{\s*degrees?\s*\}|degrees
 _PHANTOM = re.compile(
     r"\\(?:[hv]?(?:phantom|space|skip|mskip)|tag|label)\*?\s*(?:\{[^{}]*\}|[^\s{\\])"
 )
+_INVISIBLE = re.compile(
+    r"\\(?:[hv]?phantom|[hv]space|[hvm]skip|mskip|tag|label|left\s*\.|right\s*\.|square|Box|textsuper)"
+)
 _NO_DELIMITER = re.compile(r"\\(?:left|right)\s*\.(?!\d)|\s*\\(?:square|Box)\s*$")
 _QUANTITY = re.compile(r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}")  # of siunitx
 _SIMPLE_QUANTITY = re.compile(r"\\(num|ang)\s*\{([^{}]*)\}")
@@ -127,14 +130,13 @@ def _rewrite(text: str) -> str:
 
 def _rewrite_layout(text: str) -> str:
     """Removes invisible parts, colors and environments; writes \\over and \\choose as usual."""
-    if any(name in text for name in ("phantom", "space", "skip", "tag", "label")):
+    if _INVISIBLE.search(text):
         text = _PHANTOM.sub(" ", text)
-    text = _NO_DELIMITER.sub("", text)
+        text = _NO_DELIMITER.sub("", text).replace("\\textsuperscript", "^")
     if "\\SI" in text or "\\qty" in text:
         text = _QUANTITY.sub(lambda m: f"{m[1]}\\text{{ {m[2].replace(chr(92), ' ')}}}", text)
     if "\\num" in text or "\\ang" in text:
         text = _SIMPLE_QUANTITY.sub(lambda m: m[2] + "^\\circ " * (m[1] == "ang"), text)
-    text = text.replace("\\textsuperscript", "^")
     text = _BARE_FONT.sub("", text)
     if "color" in text:
         text = _COLOR.sub("", text)

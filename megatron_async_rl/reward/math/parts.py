@@ -20,10 +20,14 @@ class Number:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Ordered items in their brackets: a tuple, or an interval such as `[)`."""
+    """Ordered items in their brackets: a tuple, or an interval such as `[)`.
+
+    `is_range`: written as an inequality, so it is no tuple.
+    """
 
     brackets: str
     items: tuple[Part, ...]
+    is_range: bool = False
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,10 @@ _DENIAL = re.compile(
     r"\b(?:not|no|never|neither|nor|if|unless|without|least|most)\b", re.IGNORECASE
 )
 _ALTERNATIVE = re.compile(r"\s*\(\s*or\s+([^()]+)\)$")  # 3/4 (or 0.75)
+_FRACTION = r"-?(?:\d+/\d+|\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})"
+_BOTH_FORMS = re.compile(  # 0.75 (3/4)
+    rf"(-?\d*\.\d+)\s+\(\s*=?\s*({_FRACTION})\s*\)|({_FRACTION})\s+\(\s*=?\s*(-?\d*\.\d+)\s*\)"
+)
 _ROUNDED = re.compile(  # (approximately 3.61), after an exact value
     r"(?<=[\w})])\s*,?\s*\(?\s*(?:or\s+)?(?:approximately|approx\.?|about|roughly|"
     r"\\approx(?![A-Za-z]))\s*\$?(-?\d[\d,]*\.\d+)\s*(?:\\?%)?[\s)]*$"
@@ -92,6 +96,8 @@ def bare(text: str) -> str:
         text = _ELEMENT.sub("", _OF_REALS.sub("", text))
     if text.endswith(")"):
         text = _ALTERNATIVE.sub(r" or \1", _PLURAL.sub("s", _COMMENT.sub("", text)))
+        if both := _BOTH_FORMS.fullmatch(text):
+            text = " or ".join(filter(None, both.groups()))
     if (rounded := _ROUNDED.search(text)) and _is_rounding(text[: rounded.start()], rounded[1]):
         text = text[: rounded.start()]
     if part := _PART_OF.fullmatch(text):

@@ -1,6 +1,7 @@
 r"""Reads inequalities, set-builder notation and equations.
 
-An inequality is the interval that it describes: a \le x < b is [a, b).
+An inequality is the interval that it describes: a \le x < b is [a, b). Named values are compared by
+their names: AB = 9, CD = 4 is not AB = 4, CD = 9.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ _NAME = re.compile(
     r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\^\{?-1\}?)?'*(?:\s*\([^()=]*\))?|\\angle\s*[A-Z]+|\|[A-Z]{2}\||"
     r"\([A-Za-z, ]+\)"
 )
+_SUM = re.compile(r"[\w)}]\s*[-+]\s*[\w(\\]")
 _INDEX = re.compile(r"_\{?\w+\}?")
+_COORDINATE = re.compile(r"([xyz])\s*=")
+_NAMED = re.compile(r"(?:^|,|;|\band\b|\})\s*([A-Za-z]{1,3})\s*=")
 _LOW_END, _HIGH_END = Number(NEGATIVE_INFINITY, ""), Number(INFINITY, "")
 
 
@@ -75,7 +79,7 @@ def read_inequality(text: str, depth: int, read: Reader) -> Part:
     closed = [sign == "\\le" for sign in signs]
     if len(sides) == 3 and is_name[1]:
         ends = (read(sides[0], depth + 1), read(sides[2], depth + 1))
-        return Sequence("(["[closed[0]] + ")]"[closed[1]], ends)
+        return Sequence("(["[closed[0]] + ")]"[closed[1]], ends, is_range=True)
     if is_name == [True, False]:
         return Sequence("(" + ")]"[closed[0]], (_LOW_END, read(sides[1], depth + 1)))
     if is_name == [False, True]:
@@ -160,7 +164,9 @@ def read_equation(text: str, depth: int, read: Reader) -> Part:
         if len(sides) > 2 or len(chain) == 2:
             return read(sides[-1], depth + 1)
     right = read(sides[1], depth + 1)
-    if name and not (isinstance(right, Number) and variables(right.node)):
+    if name and isinstance(right, Number) and _SUM.search(left):
+        name = False  # x + y + z = 0 is no value of a name
+    elif name and not (isinstance(right, Number) and variables(right.node)):
         return right
     if not isinstance(right, Number):
         if not isinstance(right, Sequence):
@@ -200,3 +206,34 @@ def _left_node(left: str) -> Node:
         raise
     except Unreadable:
         return ("variable", left)  # such as an operation of the question: 3 \# 4
+
+
+def names_other_coordinate(expected: str, answer: str) -> bool:
+    """True for y = 2 where x = 2 is expected: another line."""
+    names = [_COORDINATE.match(text) for text in (expected, answer)]
+    return names[0] is not None and names[1] is not None and names[0][1] != names[1][1]
+
+
+def named_values(text: str) -> list[str]:
+    """Returns the names of AB = 9, CD = 4 if they differ; x = 1, x = 2 and x_1 = 1 are a list."""
+    names = _NAMED.findall(text)
+    return names if len(names) > 1 and len(set(names)) == len(names) == text.count("=") else []
+
+
+def in_order(
+    gold: Part, given: Part, names: list[str], given_names: list[str]
+) -> tuple[Part, Part]:
+    """Returns two lists of named values as tuples in the order of the first one's names."""
+    if not (isinstance(gold, Items) and isinstance(given, Items) and len(gold.items) == len(names)):
+        return gold, given
+    items = given.items
+    if sorted(given_names) == sorted(names) and len(items) == len(names):
+        items = tuple(items[given_names.index(name)] for name in names)
+    return Sequence("()", gold.items), Sequence("()", items)
+
+
+def sorted_by_name(given: Part, names: list[str]) -> Part:
+    """Returns y = 2, x = 1 in the order of the names, for a tuple such as (1, 2)."""
+    if not isinstance(given, Items) or len(names) != len(given.items) or max(map(len, names)) > 1:
+        return given
+    return Items(given.kind, tuple(given.items[names.index(name)] for name in sorted(names)))
