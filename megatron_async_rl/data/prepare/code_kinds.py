@@ -30,13 +30,8 @@ def apps(row: dict[str, Any]) -> dict[str, Any]:
         raise Unusable("no tests")
     function = cases.get("fn_name") or ""
     tests = pairs(cases.get("inputs"), cases.get("outputs"), function)
-    return code_row(
-        prompt,
-        tests,
-        function,
-        starter_code=text(row, "starter_code"),
-        **metadata(row, "difficulty", "source", "url", "time_limit", "memory_limit"),
-    )
+    columns = "difficulty source url time_limit memory_limit"
+    return code_row(row, prompt, tests, function, columns)
 
 
 def deepcoder(row: dict[str, Any]) -> dict[str, Any]:
@@ -49,13 +44,7 @@ def deepcoder(row: dict[str, Any]) -> dict[str, Any]:
     else:
         function = _function_of(cases, row.get("metadata"))
         tests = listed(cases, function)
-    return code_row(
-        prompt,
-        tests,
-        function,
-        starter_code=text(row, "starter_code"),
-        **metadata(row, "difficulty", "source"),
-    )
+    return code_row(row, prompt, tests, function, "difficulty source")
 
 
 def codecontests(row: dict[str, Any]) -> dict[str, Any]:
@@ -70,10 +59,8 @@ def codecontests(row: dict[str, Any]) -> dict[str, Any]:
     limit = row.get("time_limit")
     if isinstance(limit, dict):
         limit = float(limit.get("seconds") or 0) + float(limit.get("nanos") or 0) / 1e9
-    extra = metadata(row, "name", "difficulty", "cf_tags")
-    extra |= {"rating": row["cf_rating"]} if row.get("cf_rating") else {}
-    extra |= {"time_limit_s": limit} if limit else {}
-    return code_row(prompt, tests, **extra)
+    extra = {"rating": row.get("cf_rating"), "time_limit_s": limit}
+    return code_row(row, prompt, tests, "", "name difficulty cf_tags", **extra)
 
 
 def codeforces(row: dict[str, Any]) -> dict[str, Any]:
@@ -92,43 +79,45 @@ def codeforces(row: dict[str, Any]) -> dict[str, Any]:
     examples = listed(from_json(row.get("examples") or []))
     parts += [f"Example\n\nInput:\n{e['input']}\nOutput:\n{e['output']}" for e in examples]
     tests = listed(from_json(row.get("official_tests") or [])) or examples
-    extra = metadata(row, "title", "rating", "tags", "contest_id", "index")
-    if row.get("time_limit"):
-        extra["time_limit_s"] = row["time_limit"]
-    return code_row("\n\n".join(parts), tests, **extra)
+    columns = "title rating tags contest_id index"
+    limit = row.get("time_limit")
+    return code_row(row, "\n\n".join(parts), tests, "", columns, time_limit_s=limit)
 
 
 def code_row(
+    row: dict[str, Any],
     prompt: str,
     tests: list[dict[str, Any]],
     function: str = "",
-    starter_code: str = "",
+    columns: str = "",
     **extra: Any,
 ) -> dict[str, Any]:
     """Returns our row: the prompt with the starter code, and the tests without duplicates.
 
-    Raises Unusable if reward.function = code could not use it.
+    `columns`: of `row`, that are kept if they have a value, as `extra` ones are. Raises Unusable if
+    reward.function = code could not use it.
     """
     if not tests:
         raise Unusable("no tests")
     if _CHECKER.search(prompt):
         raise Unusable("needs a checker")
-    if starter_code:
+    if starter_code := text(row, "starter_code"):
         prompt += f"\n\nComplete this code:\n\n```python\n{starter_code}\n```"
     elif function:
         prompt += f"\n\nWrite a Python function `{function}`."
     unique = {repr(test): test for test in tests}
-    row = {"prompt": prompt, "tests": list(unique.values()), **extra}
+    kept = metadata(row, *columns.split()) | {n: value for n, value in extra.items() if value}
+    ours = {"prompt": prompt, "tests": list(unique.values()), **kept}
     if function:
-        row["function"] = function
+        ours["function"] = function
     try:
-        read_tests(row)
-        msgspec.msgpack.encode(row)
+        read_tests(ours)
+        msgspec.msgpack.encode(ours)
     except DataError:
         raise Unusable("tests of another form") from None
     except OverflowError:  # which no message can carry
         raise Unusable("numbers of more than 64 bits") from None
-    return row
+    return ours
 
 
 def pairs(inputs: Any, outputs: Any, function: str = "") -> list[dict[str, Any]]:

@@ -16,9 +16,7 @@ from megatron_async_rl.data.prepare.code_kinds import code_row, listed
 from megatron_async_rl.data.prepare.columns import (
     Unusable,
     from_json,
-    metadata,
     statement,
-    text,
 )
 
 MAX_TEST_BYTES = 1 << 29  # of one problem, decompressed
@@ -33,20 +31,8 @@ def convert(row: dict[str, Any]) -> dict[str, Any]:
     function = (details.get("func_name") if isinstance(details, dict) else "") or ""
     tests = listed(from_json(row.get("public_test_cases") or []), function)
     tests += listed(_private_tests(row.get("private_test_cases") or []), function)
-    return code_row(
-        prompt,
-        tests,
-        function,
-        starter_code=text(row, "starter_code"),
-        **metadata(
-            row,
-            "question_title",
-            "platform",
-            "contest_date",
-            "contest_id",
-            "difficulty",
-        ),
-    )
+    columns = "question_title platform contest_date contest_id difficulty"
+    return code_row(row, prompt, tests, function, columns)
 
 
 def _private_tests(value: Any) -> Any:
