@@ -177,7 +177,7 @@ def source_file(setting: str, value: str) -> Path:
 
 def values(config: Any) -> dict[str, str | None]:
     """Returns setting -> value of all hooks in a configuration."""
-    return {setting: functools.reduce(getattr, setting.split("."), config) for setting in HOOKS}
+    return {setting: config.value(setting) for setting in HOOKS}
 
 
 def custom_hooks(config: Any) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ class Config(Section, frozen=True, kw_only=True):
     @property
     def run_dir(self) -> Path:
         return Path(self.run.dir)
+
+    def value(self, key: str) -> Any:
+        """Returns a setting, or a section, by its dotted name."""
+        return functools.reduce(getattr, key.split("."), self)
 
     def parallel_size(self, name: str) -> int:
         """Returns megatron.NAME_parallel_size, 1 if it is not set."""

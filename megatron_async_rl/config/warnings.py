@@ -6,7 +6,6 @@ value is not the default.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,10 +28,10 @@ def warnings(config: Config) -> list[str]:
     rules = [*_algorithm(config), *_processes(config)]
     rules += _trainer(config) if config.has_trainer else []
     texts = [
-        f"{key} = {_show(_value(config, key))} has no effect: {reason}"
+        f"{key} = {_show(config.value(key))} has no effect: {reason}"
         for keys, has_effect, reason in rules
         for key in keys.split()
-        if not has_effect and _value(config, key) != _default(key)
+        if not has_effect and config.value(key) != _default(key)
     ]
     texts += [
         text for text in (_no_trainer(config), cross_host_parallelism_warning(config)) if text
@@ -194,7 +193,7 @@ def _no_trainer(config: Config) -> str:
         f"weights.{name}"
         for name in ("bucket_bytes verify_every transport dtype quantization").split()
     ]
-    found = [key for key in keys if _value(config, key) != _default(key)]
+    found = [key for key in keys if config.value(key) != _default(key)]
     if config.has_trainer or not found:
         return ""
     return f"without effect, because run.mode = rollout_only trains nothing: {', '.join(found)}"
@@ -259,16 +258,12 @@ def _deadlines(config: Config) -> Iterator[str]:
     if config.reward.function == "code":
         inner.append("sandbox.test_timeout_s reward.timeout_s")
     for pair in inner:
-        (short, short_s), (long, long_s) = ((key, _value(config, key)) for key in pair.split())
+        (short, short_s), (long, long_s) = ((key, config.value(key)) for key in pair.split())
         if short_s > long_s:
             yield (
                 f"{short} = {short_s:g} is longer than {long} = {long_s:g}, which ends the "
                 "attempt before; lower the first or raise the second"
             )
-
-
-def _value(config: Config, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), config)
 
 
 def _default(key: str) -> Any:

@@ -176,9 +176,7 @@ def _changed_setting(run_dir: Path, config: Config) -> str:
     """Returns which setting changed that the run's journal depends on; empty if none did."""
     previous = configuration.load_run(run_dir)
     for key in FIXED:
-        section, name = key.split(".")
-        values = (getattr(getattr(c, section), name) for c in (previous, config))
-        old, new = map(msgspec.to_builtins, values)
+        old, new = (msgspec.to_builtins(c.value(key)) for c in (previous, config))
         if old != new:
             return (
                 f"{key} = {new!r}, but the run in {run_dir} was started with {old!r}; restore the "
