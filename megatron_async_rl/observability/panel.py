@@ -101,29 +101,22 @@ def log_line(status: RunStatus) -> str:
     drops = f"{sum(dropped.values()):,} groups dropped ({_counts(dropped)})" if dropped else ""
     if status.state == "failed":
         return f"failed{f' | {drops}' if drops else ''}: {status.message}"
-    parts: list[str] = [status.state]
-    if status.message:
-        parts.append(status.message)
-    if status.steps:
-        parts.append(f"step {status.version}/{status.steps}")
-    if status.reward_mean is not None:
-        parts.append(f"reward {status.reward_mean:.3f}")
-    if status.generate_tokens_per_s is not None:
-        parts.append(f"{status.generate_tokens_per_s:,.0f} tokens/s generated")
-    if status.staleness_max is not None:
-        worst = f"worst {status.staleness_worst} of {status.staleness_limit}"
-        parts.append(f"staleness max {status.staleness_max}, {worst}")
-    if status.update_s is not None:
-        parts.append(f"update {status.update_s:.2f} s")
-    if drops:
-        parts.append(drops)
-    if status.evaluating:
-        parts.append(f"evaluating {status.evaluating}")
-    for name, text in courses(status.evals, most=1).items():
-        parts.append(f"eval {name} {text}")
-    if status.eta_s is not None and status.state not in FINAL_STATES:
-        parts.append(f"{duration_text(status.eta_s)} left")
-    return " | ".join(parts)
+    rate, ends = status.generate_tokens_per_s, status.state in FINAL_STATES
+    worst = f"worst {status.staleness_worst} of {status.staleness_limit}"
+    parts = [
+        status.state,
+        status.message,
+        f"step {status.version}/{status.steps}" if status.steps else "",
+        "" if status.reward_mean is None else f"reward {status.reward_mean:.3f}",
+        "" if rate is None else f"{rate:,.0f} tokens/s generated",
+        "" if status.staleness_max is None else f"staleness max {status.staleness_max}, {worst}",
+        "" if status.update_s is None else f"update {status.update_s:.2f} s",
+        drops,
+        f"evaluating {status.evaluating}" if status.evaluating else "",
+        *(f"eval {name} {text}" for name, text in courses(status.evals, most=1).items()),
+        "" if status.eta_s is None or ends else f"{duration_text(status.eta_s)} left",
+    ]
+    return " | ".join(filter(None, parts))
 
 
 def screenshot_svg(status: RunStatus, width: int = 88) -> str:
