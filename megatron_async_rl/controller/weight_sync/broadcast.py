@@ -66,15 +66,9 @@ class BroadcastPublisher:
 
         Raises PublishError if no server took it. `hold`: does not release the sources on success.
         """
-        started = time.monotonic()
         with self.session.update(version, offers, servers) as outcome:
             await self._update(version, offers, servers)
-        if not (hold and outcome.serving):
-            await self.session.release()
-        if not outcome.serving:
-            raise PublishError(f"no server took version {version}: {outcome.fenced}")
-        outcome.seconds["total"] = time.monotonic() - started
-        return outcome
+        return await self.session.end(release=not (hold and outcome.serving))
 
     async def _update(
         self, version: int, offers: dict[str, PublishOffer], servers: list[str]

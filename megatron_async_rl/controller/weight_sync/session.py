@@ -5,7 +5,7 @@
         await session.begin(servers, Message(..))   marks servers as updating, then sends
         await session.send(name, ...)
         replies = await session.collect(Kind, names, ...)
-    await session.release()                         the trainer continues
+    outcome = await session.end()                   the trainer continues
 
 A server that replies with an error or too late, or that is lost meanwhile, is fenced for this
 update: nothing waits for it, it gets no more messages, and its replies are ignored. Used by
@@ -70,7 +70,7 @@ class UpdateSession:
         self.timeout_s = timeout_s
         self._send = send
         self._submit = submit
-        self._deadline = 0.0
+        self._started = self._deadline = 0.0
         self._sources: frozenset[str] = frozenset()
         self._servers: frozenset[str] = frozenset()  # of the running update
 
@@ -80,6 +80,7 @@ class UpdateSession:
     ) -> Iterator[Outcome]:
         self._sources, self._servers = frozenset(sources), frozenset(servers)
         self.outcome = Outcome(version, [])
+        self._started = time.monotonic()
         self.start_clock()
         try:
             yield self.outcome
@@ -114,6 +115,19 @@ class UpdateSession:
         """Tells the sources that their part is done."""
         for source in sorted(self._sources):
             await self.send(source, Published(self.outcome.version, len(self.outcome.serving)))
+
+    async def end(self, release: bool = True) -> Outcome:
+        """Returns the outcome of the update, after the sources are released.
+
+        Raises PublishError if no server took the version.
+        """
+        outcome = self.outcome
+        if release:
+            await self.release()
+        outcome.seconds["total"] = time.monotonic() - self._started
+        if not outcome.serving:
+            raise PublishError(f"no server took version {outcome.version}: {outcome.fenced}")
+        return outcome
 
     async def collect(
         self,
@@ -197,17 +211,12 @@ class RelabelPublisher:
     async def publish(
         self, version: int, offers: dict[str, PublishOffer], servers: list[str]
     ) -> Outcome:
-        started = time.monotonic()
         with self.session.update(version, offers, servers) as outcome:
             await self.session.begin(servers, Relabel(version))
             updated = await self.session.collect(Updated, servers, version=version)
             outcome.serving = sorted(updated)
         outcome.add(updated.values())
-        outcome.seconds["total"] = time.monotonic() - started
-        await self.session.release()
-        if not outcome.serving:
-            raise PublishError(f"no server took version {version}: {outcome.fenced}")
-        return outcome
+        return await self.session.end()
 
     async def finish(self) -> None:
         """Nothing to do once the servers serve."""

@@ -144,7 +144,7 @@ class TrainerPublisher:
     async def _publish_by_disk(
         self, version: int, sources: list[str], servers: list[str]
     ) -> Outcome:
-        session, started = self.session, time.monotonic()
+        session = self.session
         with session.update(version, sources, servers) as outcome:
             try:
                 snapshot = await self._write(sources)
@@ -158,12 +158,9 @@ class TrainerPublisher:
                 updated = await session.collect(Updated, servers, version=version)
             outcome.serving = sorted(updated)
         outcome.add(updated.values())
-        outcome.seconds["total"] = time.monotonic() - started
         if outcome.fenced:
             await self._store.discard_if_damaged(snapshot)
-        if not outcome.serving:
-            raise PublishError(f"no server took version {version}: {outcome.fenced}")
-        return outcome
+        return await session.end(release=False)
 
     async def finish(self) -> None:
         """Writes the snapshot of an update over the network, if one is due; only logs a failure."""
