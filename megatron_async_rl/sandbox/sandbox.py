@@ -162,7 +162,7 @@ class Sandbox:
             self._socket.close()
             self._socket = None
         if self._zygote is not None:
-            self._zygote.kill()
+            _kill_all(self._zygote)
             self._zygote.communicate()
             self._zygote = None
 
@@ -252,7 +252,7 @@ class Sandbox:
     def _last_stderr_line(self) -> str:
         if self._zygote is None or self._zygote.stderr is None:
             return ""
-        self._zygote.kill()
+        _kill_all(self._zygote)
         lines = self._zygote.stderr.read().decode("utf-8", "replace").strip().splitlines()
         return lines[-1][:300] if lines else "no error output"
 
@@ -265,9 +265,16 @@ def _readable(descriptors: list[int], timeout_s: float) -> list[int]:
     return [descriptor for descriptor, _ in poll.poll(math.ceil(1000 * timeout_s))]
 
 
+def _kill_all(zygote: subprocess.Popen[bytes]) -> None:
+    """Kills the zygote and, if the interpreter is a script, what it started: all of its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(zygote.pid, signal.SIGKILL)
+
+
 def _library_folders(python: str) -> list[str]:
     """Returns the folders a program may read: libraries of the system, interpreter and its venv."""
-    prefixes = {Path("/usr"), Path(python).parent.parent, Path(python).resolve().parent.parent}
+    real = Path(os.path.realpath(python))
+    prefixes = {Path("/usr"), Path(python).parent.parent, real.parent.parent}
     folders = [prefix / name for prefix in prefixes for name in ("lib", "lib64", "share/zoneinfo")]
     return sorted(str(folder) for folder in folders if folder.is_dir())
 

@@ -60,13 +60,14 @@ def main() -> None:
         link.close()
         os._exit(os.waitstatus_to_exitcode(os.waitpid(init, 0)[1]) & 255)
     jail.die_with_parent()
-    for module in settings["preload"]:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
-    settings["starter"] = program.starter_names()
-    gc.collect()
-    gc.freeze()
     error = error or jail.unreadable_folder(settings["readable"])
+    if not error:
+        for module in settings["preload"]:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
+        settings["starter"] = program.starter_names()
+        gc.collect()
+        gc.freeze()
     ready = {"error": error, "namespaces": has_namespaces, "python": sys.version_info[:2]}
     link.send(json.dumps(ready).encode())
     while not error and serve(link, settings, has_namespaces):

@@ -10,7 +10,9 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from paths import ROOT
 from megatron_async_rl.data.code_tests import CodeTests
 from megatron_async_rl.reward import code_answer
 from megatron_async_rl.sandbox import jail
+from megatron_async_rl.sandbox import sandbox as sandbox_module
 from megatron_async_rl.sandbox.sandbox import (
     End,
     Limits,
@@ -418,6 +421,29 @@ def test_interpreter_that_the_programs_user_cannot_read_is_refused_by_folder() -
             Sandbox(SandboxSettings(str(folder / "bin" / "python"), "landlock")).start()
     finally:
         shutil.rmtree(folder)
+
+
+def test_interpreter_of_these_tests_runs_programs_or_its_folder_is_named() -> None:
+    try:
+        with Sandbox(SandboxSettings(sys.executable, "landlock")) as opened:
+            assert_still_works(opened)
+    except SandboxError as e:  # below a folder of root's, without any library
+        assert "which cannot read" in str(e), e
+
+
+def test_interpreter_that_waits_or_is_a_loop_of_links_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_module, "START_S", 0.3)
+    script, loop = tmp_path / "waits", tmp_path / "loop"
+    script.write_text("#!/bin/sh\nsleep 60\n")  # `sleep` keeps the pipe of the errors open
+    script.chmod(0o755)
+    loop.symlink_to("loop")
+    start = time.monotonic()
+    for path, words in ((script, "did not start"), (loop, "Too many levels of symbolic links")):
+        with pytest.raises(SandboxError, match=words):
+            Sandbox(SandboxSettings(str(path))).start()
+    assert time.monotonic() - start < 20
 
 
 def test_interpreter_that_runs_no_program_is_refused(tmp_path: Path) -> None:
