@@ -42,7 +42,8 @@ class ModelFlops:
     Forward, a token costs 2 FLOPs for each weight of a matrix product, and causal attention over a
     sequence of n tokens 2 n^2 for each layer, query head and channel: half of two products of
     n x n. Backward costs twice as much (Narayanan et al., arXiv 2104.04473, appendix, which counts
-    attention without the causal half).
+    attention without the causal half). The products with the state of a linear attention do not
+    count.
     """
 
     weights: int  # attention, feed-forward or top_k experts and the router, output layer
