@@ -58,6 +58,7 @@ import planted_lengths
 import yaml
 from bench_publish_setup import CPU_ENGINE
 
+from megatron_async_rl import processes
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.rollout.engine_client import EngineClient, Sampling
 from megatron_async_rl.rollout.engine_process import SGLangServer
@@ -156,7 +157,8 @@ def measure(out: Path, row: str, arguments: argparse.Namespace, is_late: bool) -
     elif not is_late:
         began = time.monotonic()
         if row == "bounds":
-            found = asyncio.run(measure_bounds(out, arguments))
+            with processes.temporary_folder() as temporary:
+                found = asyncio.run(measure_bounds(out, arguments, temporary))
         else:
             found = measure_run(out, row, arguments)
         found["took_s"] = round(time.monotonic() - began, 1)
@@ -327,13 +329,15 @@ def prefilled_again(trace: Path) -> int:
     return num_tokens
 
 
-async def measure_bounds(out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+async def measure_bounds(
+    out: Path, arguments: argparse.Namespace, temporary: Path
+) -> dict[str, Any]:
     """Measures the server alone: its rates at the run's load, and half of a batch to its end."""
     tree = settings(out, "bounds", arguments)
     run_dir = Path(tree["run"]["dir"])
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     (run_dir / "keys").mkdir(mode=0o700, exist_ok=True)
-    server = SGLangServer(configuration.from_tree(tree), run_dir, "rollout-0")
+    server = SGLangServer(configuration.from_tree(tree), run_dir, "rollout-0", temporary)
     try:
         await server.start()
         await server.client.relabel(0)
