@@ -211,7 +211,7 @@ def _cannot_load(setting: str, value: str, problem: str) -> ConfigError:
     hook = HOOKS[setting]
     names = f"{', '.join(hook.built_in)}, or " if hook.built_in else ""
     return ConfigError(
-        f"{setting} = {value!r} cannot be loaded: {problem}",
+        f"{setting} = {value!r} cannot be loaded: {' '.join(problem.split())}",
         f"name {names}an importable package.module:{hook.signature}; its folder must be on "
         "PYTHONPATH (the working directory is)",
     )

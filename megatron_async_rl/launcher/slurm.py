@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -82,12 +83,19 @@ class Allocation:
                 f"{tasks} tasks on {num_nodes} nodes: expected one per node; use srun "
                 "--ntasks-per-node=1"
             )
+        nodes = _scontrol("show", "hostnames", _variable("SLURM_STEP_NODELIST")).split()
+        if len(nodes) != num_nodes or (index := _count("SLURM_NODEID")) >= num_nodes:
+            raise ConfigError(
+                f"SLURM_STEP_NODELIST has {len(nodes)} nodes, SLURM_STEP_NUM_NODES = {num_nodes}, "
+                f"SLURM_NODEID = {env.get('SLURM_NODEID')}: they do not belong to one step",
+                _USAGE,
+            )
         restarts = env.get("SLURM_RESTART_COUNT", "0")
         has_count = bool(env.get("SLURM_GPUS_ON_NODE"))
         return cls(
             attempt=f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}.{restarts}",
-            nodes=_scontrol("show", "hostnames", _variable("SLURM_STEP_NODELIST")).split(),
-            index=_count("SLURM_NODEID"),
+            nodes=nodes,
+            index=index,
             gpus_per_node=(_count("SLURM_GPUS_ON_NODE") if has_count else len(gpus.visible_gpus())),
         )
 
@@ -165,7 +173,7 @@ def show(
     for line in [] if config.on_cpu else _memory(config):
         show_line(console, line)
     command = f"sbatch --nodes={num_nodes} --gpus-per-node={gpus_per_node} launchers/slurm.sbatch"
-    show_line(console, "\n" + " ".join([command, path, *overrides]))
+    show_line(console, f"\n{command} {shlex.join([path, *overrides])}")
     for warning in warnings(config):
         show_line(console, f"warning: {warning}")
     return 0

@@ -496,6 +496,16 @@ def test_key_that_the_installed_version_does_not_have_is_refused_before_the_star
             {"reward": {"function": "mine:f"}},
             [],
         ),
+        (
+            "import atexit; atexit.register(print, 'bye')\ndef f(prompt, response, row): pass",
+            {"reward": {"function": "mine:f"}},
+            [],
+        ),
+        (
+            "raise ValueError('two\\nlines')",
+            {"reward": {"function": "mine:f"}},
+            ["ValueError: two lines (", "mine.py, line 1"],
+        ),
     ],
 )
 def test_hook_is_imported_before_the_start(

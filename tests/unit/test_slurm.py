@@ -290,6 +290,10 @@ def test_task_reads_its_node_and_job_attempt(
     [
         ({"STEP_NUM_TASKS": None}, "SLURM_STEP_NUM_TASKS is not set"),
         ({"STEP_NODELIST": None}, "SLURM_STEP_NODELIST is not set"),
+        ({"NODEID": "2"}, "SLURM_NODEID = 2: they do not belong to one step; submit with sbatch"),
+        ({"NODEID": ""}, "SLURM_NODEID is not set"),
+        ({"NODEID": "-1"}, "SLURM_NODEID = '-1': expected a number"),
+        ({"GPUS_ON_NODE": "gpu:a:4,gpu:b:4"}, "SLURM_GPUS_ON_NODE = 'gpu:a:4,gpu:b:4': expected"),
         ({"GPUS_ON_NODE": "gpu:many"}, "SLURM_GPUS_ON_NODE = 'gpu:many': expected a number"),
     ],
 )

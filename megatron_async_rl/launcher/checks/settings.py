@@ -37,7 +37,7 @@ for function, arguments in [*calls, (hooks.workflow, (workflow, options))]:
     except ConfigError as e:
         problems.append([e.problem, e.remedy])
 print()
-print(json.dumps(problems))
+print("problems:" + json.dumps(problems), flush=True)
 """
 
 
@@ -124,7 +124,8 @@ def check_hooks(config: Config) -> str:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=HOOK_TIMEOUT_S, check=False, env=env
         )
-        printed = done.stdout.strip().rpartition("\n")[2]  # a module may print, too
+        # a module may print, too, when it is imported and when the process ends
+        printed = done.stdout.rpartition("\nproblems:")[2].partition("\n")[0]
         problems = msgspec.json.decode(printed, type=list[tuple[str, str]])
     except subprocess.TimeoutExpired:
         raise ConfigError(
