@@ -29,6 +29,14 @@ from megatron_async_rl.protocol.wire import SCHEMA, AnyMessage, Malformed, Unkno
 
 logger = logging.getLogger(__name__)
 MAX_LOGGED = 100  # refusals of workers that have not joined
+FOR_CORE: tuple[type, ...] = (
+    messages.Heartbeat, messages.Generated, messages.PartialSample, messages.GenerateFailed,
+    messages.ScoreRequest, messages.ScoreResult, messages.StepDone, messages.ProbeResult,
+)  # fmt: skip
+UPDATE_REPLIES: tuple[type, ...] = (
+    weight_messages.UpdateReady, weight_messages.GroupOpened, weight_messages.GroupJoined,
+    weight_messages.BucketsSent, weight_messages.SnapshotWritten, weight_messages.Updated,
+)  # fmt: skip
 
 
 class MessageHandlers:
@@ -52,24 +60,12 @@ class MessageHandlers:
         self._delivery = delivery
         self._saving = saving
         self._handlers: dict[type, Callable[[str, Any], list[CoreEvent]]] = {
-            messages.Heartbeat: self._for_core,
+            **dict.fromkeys(FOR_CORE, self._for_core),
+            **dict.fromkeys(UPDATE_REPLIES, self._update_reply),
             messages.Failed: self._failed,
-            messages.Generated: self._for_core,
-            messages.PartialSample: self._for_core,
-            messages.GenerateFailed: self._for_core,
-            messages.ScoreRequest: self._for_core,
-            messages.ScoreResult: self._for_core,
             messages.GetBatch: self._get_batch,
-            messages.StepDone: self._for_core,
-            messages.ProbeResult: self._for_core,
             messages.CheckpointSaved: self._checkpoint_saved,
             weight_messages.PublishOffer: self._publish_offer,
-            weight_messages.UpdateReady: self._update_reply,
-            weight_messages.GroupOpened: self._update_reply,
-            weight_messages.GroupJoined: self._update_reply,
-            weight_messages.BucketsSent: self._update_reply,
-            weight_messages.SnapshotWritten: self._update_reply,
-            weight_messages.Updated: self._update_reply,
         }
 
     async def handle(

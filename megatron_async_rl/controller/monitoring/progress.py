@@ -166,24 +166,22 @@ class Progress:
         if status.reward_mean is not None:
             status.reward_history.append(status.reward_mean)
         status.train_wait_fraction = self._waited_s / step_s
-        status.generate_tokens_per_s = self._generated_tokens / step_s
+        status.generate_tokens_per_s = rate = self._generated_tokens / step_s
         status.reward_all_mean = stats.get("reward/all_mean")
         status.mfu = stats.get("perf/mfu")
         status.trainer_memory_gib = stats.get("perf/trainer_peak_memory_gib")
-        self._step_stats |= stats
-        self._step_stats["perf/time/step_s"] = step_s
-        self._step_stats["perf/generate_tokens_per_s"] = status.generate_tokens_per_s
-        self._step_stats["perf/generate_tokens_per_gpu_s"] = (
-            status.generate_tokens_per_s / self._num_gpus
-        )
-        self._step_stats["perf/trainer_wait_fraction"] = status.train_wait_fraction
+        self._step_stats |= stats | {
+            "perf/time/step_s": step_s,
+            "perf/generate_tokens_per_s": rate,
+            "perf/generate_tokens_per_gpu_s": rate / self._num_gpus,
+            "perf/trainer_wait_fraction": status.train_wait_fraction,
+        }
         if (tokens := stats.get("train/tokens")) is not None:
             busy_s = stats["perf/time/proximal_s"] + stats["perf/time/train_s"]
-            status.train_tokens_per_s = self._step_stats["perf/train_tokens_per_s"] = (
-                tokens / step_s
-            )
+            status.train_tokens_per_s = rate = tokens / step_s
+            self._step_stats["perf/train_tokens_per_s"] = rate
+            self._step_stats["perf/train_tokens_per_gpu_s"] = rate / self._num_gpus
             self._step_stats["perf/trainer_busy_tokens_per_s"] = tokens / busy_s
-            self._step_stats["perf/train_tokens_per_gpu_s"] = tokens / step_s / self._num_gpus
         self._step_stats |= {
             f"ledger/{name.replace('.', '_')}": count for name, count in self.ledger.items()
         }
