@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from megatron_async_rl.config.config import Config
     from megatron_async_rl.config.datasets import SourceConfig
 
+# settings of SGLang that decide the largest batch with a decode graph, by version
+GRAPH_SIZES = (
+    "cuda_graph_max_bs_decode",
+    "cuda_graph_max_bs",
+    "cuda_graph_bs_decode",
+    "cuda_graph_bs",
+)
 ENGINE_SPARE_TOKENS = 8  # SGLang takes inputs that are 7 tokens shorter than its context
 
 PARALLEL_SIZES = (

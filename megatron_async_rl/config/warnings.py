@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from megatron_async_rl import hooks
+from megatron_async_rl.config.checks import GRAPH_SIZES
 from megatron_async_rl.config.config import Config
 
 # (settings, whether they have an effect, the reason if they have none)
@@ -242,9 +243,11 @@ def _engine(config: Config) -> Iterator[str]:
             f"= {samples}: {samples - running} samples wait inside each server, where an update "
             "interrupts them too; set both to the same number"
         )
-    for key in ("cuda_graph_max_bs_decode", "cuda_graph_max_bs"):
-        size = config.sglang.get(key)
-        if isinstance(size, int) and size < samples and not config.on_cpu:
+    for key in GRAPH_SIZES:
+        value = config.sglang.get(key)
+        sizes = [size for size in (value if isinstance(value, list) else [value]) if size]
+        size = max((size for size in sizes if isinstance(size, int)), default=samples)
+        if size < samples and not config.on_cpu:
             yield (
                 f"sglang.{key} = {size} is less than rollout.max_concurrent_samples = {samples}: "
                 "larger batches decode without CUDA graphs, at about a third of the speed; remove "

@@ -20,7 +20,7 @@ import yaml
 
 from megatron_async_rl import installed, processes
 from megatron_async_rl.addresses import free_port
-from megatron_async_rl.config.checks import ENGINE_SPARE_TOKENS
+from megatron_async_rl.config.checks import ENGINE_SPARE_TOKENS, GRAPH_SIZES
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
 from megatron_async_rl.errors import ConfigError, EngineError
@@ -212,7 +212,8 @@ class SGLangServer:
 
         Larger batches would decode without graphs, at a third of the speed.
         """
-        chosen = any(key.startswith("cuda_graph") for key in self._config.sglang)
+        keys = ("cuda_graph_config", *GRAPH_SIZES)
+        chosen = any(self._config.sglang.get(key) is not None for key in keys)
         if self._config.on_cpu or chosen:
             return {}
         known = installed.engine_settings(self._python).settings

@@ -53,6 +53,9 @@ def test_decode_graphs_hold_all_samples_in_flight(flags: Any) -> None:
     assert value_of(flags(), "--cuda-graph-max-bs-decode") == "384"
     assert value_of(flags(cuda_graph_max_bs_decode=64), "--cuda-graph-max-bs-decode") == "64"
     assert "--cuda-graph-max-bs-decode" not in flags(device="cpu")
+    assert "--cuda-graph-max-bs-decode" not in flags(cuda_graph_bs_decode=[1, 8])
+    for other in ({"cuda_graph_max_bs_prefill": 8}, {"cuda_graph_bs_decode": None}):
+        assert value_of(flags(**other), "--cuda-graph-max-bs-decode") == "384"
 
 
 def test_server_has_a_tokenizer_where_stop_texts_may_come(flags: Any) -> None:

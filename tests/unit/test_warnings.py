@@ -80,6 +80,8 @@ def texts(**settings: Any) -> list[str]:
         ({"sglang.max_running_requests": 64}, ["sglang.max_running_requests = 64 is less than"]),
         ({"sglang.cuda_graph_max_bs": 64}, ["sglang.cuda_graph_max_bs = 64 is less than"]),
         ({"sglang.cuda_graph_max_bs": 64, **CPU}, []),
+        ({"sglang.cuda_graph_bs_decode": [1, 64]}, ["cuda_graph_bs_decode = 64 is less than"]),
+        ({"sglang.cuda_graph_bs_decode": [1, 256]}, []),
         ({"sglang.cuda_graph_max_bs": 256}, []),
         ({"reward.timeout_s": 700.0}, ["reward.timeout_s = 700 is longer than rollout.lease"]),
         ({"sandbox.test_timeout_s": 20.0, "reward.function": "code"}, ["test_timeout_s = 20 is"]),
