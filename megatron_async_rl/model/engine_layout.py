@@ -1,9 +1,8 @@
 """How SGLang stores a Hugging Face model: fused tensors, and their slices on tensor-parallel ranks.
 
 SGLang fuses q, k and v (with latent attention the two projections to latent vectors), gate and up,
-and all experts of a layer; its tensor-parallel ranks hold
-slices, and it pads the vocabulary with zero rows. Used by the digests of a weight update
-(weights/digest.py) and by the weight plan.
+and all experts of a layer; its tensor-parallel ranks hold slices, and it pads the vocabulary with
+zero rows. Used by the digests of a weight update (weights/digest.py) and by the weight plan.
 """
 
 from __future__ import annotations

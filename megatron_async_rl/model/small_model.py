@@ -17,6 +17,12 @@ _SIZES = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "full_attention_interval": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
 }
 
 
@@ -30,7 +36,11 @@ def small_model(config: Config) -> dict[str, Any]:
     given.pop("layer_types", None)  # of the given number of layers
     stages = config.parallel_size("pipeline_model") * config.parallel_size("virtual_pipeline_model")
     heads = given["num_attention_heads"]
-    sizes = {name: size for name, size in _SIZES.items() if name in given or name == "head_dim"}
+    sizes = {
+        name: size
+        for name, size in _SIZES.items()
+        if given.get(name) is not None or name == "head_dim"
+    }
     return given | sizes | {
         "hidden_size": 16 * heads,
         "intermediate_size": 24 * heads,

@@ -186,3 +186,15 @@ def test_fp8_rollout_is_refused(tmp_path: Path) -> None:
     plan_config(tmp_path, V3)
     with pytest.raises(ConfigError, match=r"deepseek_v3.*no projection of plain attention"):
         block_fp8.check_engine(HfConfig(tmp_path).shape(), 8)
+
+
+@pytest.mark.parametrize("q_lora_rank", [1536, None])
+def test_small_model_of_selftest_has_experts_and_latent_attention(
+    tmp_path: Path, q_lora_rank: int | None
+) -> None:
+    small = small_model(plan_config(tmp_path, V3 | {"q_lora_rank": q_lora_rank}))
+    plan_config(tmp_path, small)
+    shape = HfConfig(tmp_path).shape()
+    assert 0 < shape.num_dense_layers < shape.num_layers and shape.num_experts == 256
+    assert shape.latent is not None and shape.latent.kv_lora_rank == 24
+    assert bool(shape.latent.q_lora_rank) == (q_lora_rank is not None)

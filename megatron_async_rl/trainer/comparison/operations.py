@@ -54,6 +54,14 @@ LAYER = (
         "rms_norm_eps, the input norm's weight, the qkv weights and biases",
         replicated=False,
     ),
+    *(
+        Operation(
+            "queries", f"self_attn.{engine}", f"self_attention.{trainer}", Held.COLUMNS,
+            "rms_norm_eps, the input norm's weight, the projections to queries and their norm",
+            replicated=False,
+        )
+        for engine, trainer in (("q_b_proj", "linear_q_up_proj"), ("q_proj", "linear_q_proj"))
+    ),
     Operation(
         "attention", "self_attn.attn", "self_attention.core_attention", Held.COLUMNS,
         "rope_theta and rope_scaling, query and key norms, the attention backend and its precision",

@@ -27,6 +27,7 @@ from megatron.core.transformer.multi_latent_attention import (
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor, nn
 
+from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.trainer.model.fused import rotate
 from megatron_async_rl.trainer.model.sequences import PackedSequences
 
@@ -43,6 +44,11 @@ class PackedLatentAttention(MultiLatentAttention):
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, layer_number, attn_mask_type, "self", **kwargs)
+        if self.recompute_up_proj:
+            raise ConfigError(
+                "megatron.recompute_modules = [mla_up_proj] is not computed by the layers without "
+                "Transformer Engine; remove mla_up_proj from it"
+            )
         hidden, rank = config.hidden_size, config.q_lora_rank
         queries = config.num_attention_heads * self.q_head_dim
         if rank is None:
