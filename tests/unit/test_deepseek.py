@@ -15,6 +15,7 @@ from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.model import memory, weight_plan
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.shape import map_parameter, parameter_names
+from megatron_async_rl.model.small_model import small_model
 from megatron_async_rl.weights.bucket import plan_buckets
 from megatron_async_rl.weights.reshard import TensorInfo
 
