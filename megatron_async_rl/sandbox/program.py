@@ -34,7 +34,7 @@ import nodes
 
 OUT_OF_MEMORY, RAISED, FLUSH_FAILED = 71, 72, 120  # exit codes, next to the program's own
 MAX_DEPTH = 64  # nesting of a returned value
-VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 MAX_DECIMAL_BITS = 8192  # longer integers travel as hexadecimal text, which takes linear time
 FILE = "/program.py"
 STREAM_FILES = {  # /proc is hidden, so these names do not work by themselves

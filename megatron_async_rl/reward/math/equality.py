@@ -245,8 +245,8 @@ def _equal_equations(gold: Part, given: Part) -> bool | None:
     if isinstance(gold, Equation) and isinstance(given, Equation):
         if gold.name and given.name and gold.left == given.left:
             return _equal(gold.right_part, given.right_part)
-        left, right = (("-", one.left, one.right) for one in (gold, given))
-        return number_equality.proportional(left, right)
+        differences = [("-", one.left, one.right) for one in (gold, given)]
+        return number_equality.proportional(*differences)
     equation, other = (gold, given) if isinstance(gold, Equation) else (given, gold)
     assert isinstance(equation, Equation)
     if not isinstance(other, Number):
@@ -254,9 +254,9 @@ def _equal_equations(gold: Part, given: Part) -> bool | None:
     # a + b = 7 says 7, but 7 does not say a + b = 7
     is_value = equation.name or (equation is given and not variables(equation.right))
     if not is_value and equation is given:  # (x+1)^2 = x^2+2x+1 is a chain
-        left = Number(equation.left, "")
-        is_value = isinstance(equation.right_part, Number) and number_equality.equal_numbers(
-            left, equation.right_part
+        right = equation.right_part
+        is_value = isinstance(right, Number) and number_equality.equal_numbers(
+            Number(equation.left, ""), right
         )
     return is_value and _equal(equation.right_part, other)
 
