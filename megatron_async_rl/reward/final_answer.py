@@ -32,10 +32,14 @@ _OTHER_STATEMENT = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _OTHER_HINT = re.compile(r"->|=>|\s-\s|Antwort|Risposta|Resposta|Respuesta")
-# \text{Answer: } within a formula
+# \text{Answer: }, maybe within a formula
 _INNER_STATEMENT = re.compile(
-    r"(\$\$?|\\\[|\\\()\s*\\text(?:bf)?\s*\{\s*(?:final\s+)?answer\s*[:=]?\s*\}\s*[:=]?",
+    r"((?:\$\$?|\\\[|\\\()?)\s*\\text(?:bf)?\s*\{\s*(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*[:=]?\s*\}"
+    r"\s*[:=]?",
     re.IGNORECASE,
+)
+_LINE_OF_MATRIX = re.compile(
+    r"(?<=\\\\)[ \t]*\n|(?<=matrix\})[ \t]*\n|\n\s*(?=\\end\{[a-zA-Z]?matrix\})"
 )
 _DRAWING = re.compile(r"\[asy\](?:(?!\[asy\]).)*?\[/asy\]", re.DOTALL)
 # a remark at the end: `Note that ...`, `(Here ...)`, unless it speaks of the answer
@@ -104,6 +108,8 @@ def _stated_answer(text: str) -> str:
     if options := _OPTION.findall(text):
         return ", ".join(dict.fromkeys(options))
     text = text.replace("。", ". ")
+    if "matrix}" in text:
+        text = _LINE_OF_MATRIX.sub(" ", text)
     if "\\text" in text:
         text = _INNER_STATEMENT.sub(r"Answer: \1", text)
     if any(word in text for word in ("Not", "Alternatively", "check", "verify")):
@@ -129,7 +135,7 @@ def _stated_answer(text: str) -> str:
         else:
             found = formulas.first(stated)
         if found:
-            return found
+            return found.rstrip("}. ") if found.count("}") > found.count("{") else found
     return formulas.last(text)
 
 

@@ -53,7 +53,7 @@ _WORD = re.compile(
 _OUT_OF = re.compile(r"(\d+)\s+out\s+of\s+(\d+)")
 # before a number that is denied or only a bound
 _DENIED = re.compile(
-    r"\b(?:not|cannot|never|neither|whether|can't|isn't)\b[^.,;:\d]{0,25}$|"
+    r"\b(?:not|never|cannot\s+be|can't\s+be|isn't|whether\s+it\s+is)\s*$|"
     r"\b(?:more|less|greater|fewer|smaller|larger)\s+than\s*$",
     re.IGNORECASE,
 )

@@ -985,6 +985,9 @@ C <- $$\boxed{\text{(C)}}$$
 36 <- Answer:¶```¶36¶``` ;; The answer is: <b>36</b> ;; Answer: 36<|eot_id|>
 36 <- The answer is $36$.</s>
 40\text{ feet} <- So it is 40\text{ feet}.
+gray <- The answer is: \text{The answer is gray.} ;; $\text{The answer is } \text{gray}$
+36 <- **\text{Answer: } 36** ;; \[\text{The final answer is } 36\]
+\begin{pmatrix}2\\-1\end{pmatrix} <- Answer: \begin{pmatrix}¶2 \\¶-1¶\end{pmatrix}
 # remarks after the answer, and what the question gave
 16 <- Hence it is $16$. Note that equality holds when $(a,b)=(1,3)$.
 16 <- It is $16$.¶[asy]¶dot((0,7));¶[/asy] ;; So $k-1 = 15$, and $k = 16$.
