@@ -10,7 +10,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import msgspec
 import yaml
@@ -31,11 +31,6 @@ class _YamlLoader(yaml.SafeLoader):
     and `no` stay true and false.
     """
 
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, form) for tag, form in resolvers if tag.rpartition(":")[2] not in _OLD_TAGS]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -53,6 +48,10 @@ def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(text, 10 if digits[:2].lower() not in ("0x", "0o", "0b") else 0)
 
 
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag.rpartition(":")[2] not in _OLD_TAGS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _YamlLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _YamlLoader.add_constructor("tag:yaml.org,2002:int", _int)
 _YamlLoader.add_implicit_resolver(
@@ -73,10 +72,11 @@ _YamlLoader.add_implicit_resolver(
 class _YamlDumper(yaml.SafeDumper):
     """Quotes texts that `_YamlLoader`, or a reader of YAML 1.1, would take for another value."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        first: [*_YamlLoader.yaml_implicit_resolvers.get(first, []), *resolvers]
-        for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    }
+
+_YamlDumper.yaml_implicit_resolvers = {
+    first: [*_YamlLoader.yaml_implicit_resolvers.get(first, []), *resolvers]
+    for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+}
 
 
 def _read_yaml(text: str) -> Any:
@@ -89,6 +89,8 @@ def _read_yaml(text: str) -> Any:
         raise ConfigError(f"{where}{e.problem or e.context}") from None
     except yaml.YAMLError as e:
         raise ConfigError(" ".join(str(e).split())) from None
+    except (ValueError, KeyError, AttributeError, TypeError) as e:  # such as of `!!int text`
+        raise ConfigError(f"expected a value that fits its tag: {e}") from None
     except RecursionError:
         raise ConfigError("brackets must not be nested so deeply") from None
 

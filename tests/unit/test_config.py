@@ -409,6 +409,10 @@ def test_whole_numbers_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: i
     ("99999999999999999999", "run.steps = 99999999999999999999: expected a number of at most"),
     ("!!binary aGk=", "a bytes is no value; write it in quotes"),
     ("!!set {a}", "a set is no value"),
+    ("!!int text", "is not YAML: expected a value that fits its tag"),
+    ("!!bool maybe", "is not YAML: expected a value that fits its tag"),
+    ("!!timestamp text", "is not YAML: expected a value that fits its tag"),
+    ("9" * 5000, "is not YAML: expected a value that fits its tag"),
 ])  # fmt: skip
 def test_values_that_are_not_plain_are_refused(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
