@@ -617,6 +617,9 @@ x+y+z=0 <- z = -x-y ;; 2x+2y+2z=0
 a+b=7 <- b=7-a
 (2,-3) <- y=-3, x=2
 (3,5) <- m=3, n=5
+\frac{\pi}{4}+n\pi, n\in\mathbb{Z} <- n\pi+\frac{\pi}{4},\ n\in\mathbb{Z}
+\frac{\pi}{4}+n\pi, n\in\mathbb{Z} <- x = \frac{\pi}{4} + k\pi \text{ for } k \in \mathbb{Z}
+\frac{\pi}{4}+n\pi, n\in\mathbb{Z} <- \frac{\pi}{4}+k\pi, \text{where } k \text{ is an integer}
 3/4 <- 0.75 (3/4) ;; \frac{3}{4} (0.75)
 -1,3 <- (-1,3)
 """
@@ -823,6 +826,7 @@ a+b=7 <- a-b=7 ;; 7
 (2,-3) <- y=2, x=-3
 (3,5) <- m=5, n=3
 3/4 <- 0.75 (1/4)
+\frac{\pi}{4}+n\pi, n\in\mathbb{Z} <- \frac{\pi}{4}+2k\pi, k\in\mathbb{Z} ;; \frac{\pi}{4}
 -1,3 <- -1<x<3
 33800 <- 33\text{,}801
 """

@@ -42,7 +42,7 @@ _CONSTANT = re.compile(r"\+\s*[CcKk]$")  # of integration
 _HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b|\?", re.IGNORECASE)
 _PROSE_WORD = re.compile(r"(?<![\\A-Za-z])(?!sin|cos|tan|log|exp|sqrt|arc|text)[A-Za-z]{3,}")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_AND = re.compile(r"\band\b|,")
+_AND = re.compile(r"\b(?:and|if)\b|,")
 
 
 def equal(expected: str, answer: str) -> bool | None:

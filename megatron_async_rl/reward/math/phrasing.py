@@ -15,6 +15,10 @@ _ELEMENT = re.compile(
     r"^\(?\\?[A-Za-z]+(?:\([a-z]\))?(?:\s*,\s*[A-Za-z])*\)?\s*\\in(?![A-Za-z])\s*"
 )
 _OF_REALS = re.compile(r"(?:,\s*|\s+for\s+)[A-Za-z]\s*\\in\s*\\mathbb\s*\{?\s*R\s*\}?$")
+_OF_INTEGERS = re.compile(  # the end of `x = n\pi, n \in Z`
+    r"(?:,\s*(?:where\s+)?|\s+(?:for|where)\s+(?:all\s+|any\s+|some\s+)?(?:integers?\s+)?)([a-z])"
+    r"(?:\s*\\in\s*\\mathbb\s*\{?\s*Z\s*\}?|\s+is\s+(?:an|any)\s+integer|$)"
+)
 _REAL = re.compile(r"^[a-z]\s*\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*,\s*(?=[a-z])")
 _CHOOSE = re.compile(  # _5C_2, ^5C_2
     r"(?:\{\s*\})?[_^]\s*\{?(\w+)\}?\s*C\s*_\s*\{?(\w+)\}?"
@@ -91,6 +95,8 @@ def bare(text: str) -> str:
         text = _UNION_LETTER.sub(r"\\cup ", text)
     if "C" in text:
         text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
+    if "mathbb" in text or "integer" in text:
+        text = _name_integer(text)
     if "\\in" in text:
         text = _REAL.sub("", text)
         text = _ELEMENT.sub("", _OF_REALS.sub("", text))
@@ -112,6 +118,17 @@ def bare(text: str) -> str:
     if "]" in text or "[" in text:
         text = "\\cup".join(_OUTWARD.sub(_inward, part.strip()) for part in text.split("\\cup"))
     return text.strip()
+
+
+def _name_integer(text: str) -> str:
+    """Returns an answer for all integers with n as their name, without the condition."""
+    match = _OF_INTEGERS.search(text)
+    if match is None or text[match.end() :].strip(" .") or "in" not in match[0]:
+        return text
+    rest, name = text[: match.start()], match[1]
+    if name != "n" and re.search(r"(?<![A-Za-z\\])n(?![A-Za-z])", rest):
+        return rest
+    return re.sub(rf"(?<![A-Za-z\\]){name}(?![A-Za-z])", "n", rest)
 
 
 def _is_rounding(exact: str, rounded: str) -> bool:
