@@ -32,7 +32,7 @@ from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.warnings import warnings
 from megatron_async_rl.data import success_rate
-from megatron_async_rl.data.digests import changed_data, record_data
+from megatron_async_rl.data.digests import DIGESTS_FILE, changed_data, record_data
 from megatron_async_rl.errors import ConfigError, DataError, Error
 from megatron_async_rl.launcher import claims, preflight, roles
 from megatron_async_rl.launcher.session import Session, show
@@ -42,6 +42,7 @@ from megatron_async_rl.observability.sample_log import SAMPLES_FILE
 from megatron_async_rl.observability.status import find_status, read_status
 from megatron_async_rl.program import program
 from megatron_async_rl.storage import hook_digests
+from megatron_async_rl.storage.hook_digests import HOOKS_FILE
 
 # settings that a journal depends on: a resumed run must not change them
 ExistingRun = Literal["resume", "rename", "rename if complete"]
@@ -83,7 +84,7 @@ def run(
             )
             return 0
         _make_new_keys(run_dir)
-        for warning in warnings(config):
+        for warning in [*warnings(config), *_missing_records(run_dir)]:
             show(console, f"warning: {warning}")
         (run_dir / "config.yaml").write_text(configuration.dump(config))
         record_data(run_dir, config)
@@ -164,6 +165,17 @@ def _check_nothing_is_missing(run_dir: Path) -> None:
             "restore the file from a copy, or start over with --from-scratch, which keeps the "
             "folder under another name",
         )
+
+
+def _missing_records(run_dir: Path) -> Iterator[str]:
+    """Yields a text for each file of an earlier start with which this one cannot be compared."""
+    if (run_dir / "journal.sqlite").exists():
+        for name, kind in ((DIGESTS_FILE, "datasets"), (HOOKS_FILE, "functions of your own")):
+            if not (run_dir / name).exists():
+                yield (
+                    f"{run_dir / name} is missing; lost: whether the {kind} are those of the last "
+                    "start; it is written again"
+                )
 
 
 def _has_batch(run_dir: Path) -> bool:

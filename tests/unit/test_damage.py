@@ -191,6 +191,16 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+def test_missing_records_of_the_last_start_are_named(whole_run: Path, tmp_path: Path) -> None:
+    assert list(run._missing_records(whole_run)) == []
+    assert list(run._missing_records(tmp_path)) == []  # a new run
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
+    (run_dir / "dataset.json").unlink()
+    [text] = run._missing_records(run_dir)
+    assert text.startswith(f"{run_dir / 'dataset.json'} is missing; lost: whether the datasets are")
+
+
 def test_rewound_wal_is_refused_by_run_and_named_by_audit(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     write_run_folder(run_dir, keep_wal=True)
