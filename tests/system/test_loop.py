@@ -257,7 +257,7 @@ def test_trace_of_a_step_shows_all_processes(run: FinishedRun) -> None:
     [path] = (run.folder / "trace").iterdir()
     assert path.name == "v2.json"
     events = json.loads(path.read_text())["traceEvents"]
-    processes = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
     seconds: dict[tuple[str, str], float] = {}
     for event in (event for event in events if event["ph"] == "X"):
         kind = processes[event["pid"]], event["name"].split()[0]
