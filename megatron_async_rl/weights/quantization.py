@@ -67,7 +67,10 @@ class Quantizer:
         finite = torch.stack([scale for _, scale in self._scales]).isfinite().tolist()
         for (name, _), is_finite in zip(self._scales, finite, strict=True):
             if not is_finite:
-                raise PublishError(f"{name} has a NaN or an infinity, which fp8 cannot represent")
+                raise PublishError(
+                    f"{name} has a NaN or an infinity, which fp8 cannot represent",
+                    "lower megatron.lr, and start over from a policy before it",
+                )
         self._scales = []
 
 

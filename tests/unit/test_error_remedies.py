@@ -28,7 +28,7 @@ IMPERATIVE = re.compile(rf"(?:[;:] |, or |, and )(?:do not )?(?:{VERBS.replace('
 RULE = re.compile(r"\bmust (?:be|have|hold|not|start)\b|\bexpected (?!§)|\bdid you mean\b")
 PAGE = ROOT / "docs" / "troubleshooting.md"
 # their errors get the remedy from the reader of rows, sources.read_rows
-ROW_MODULES = ("readers", "code_tests", "math_rows", "sources")
+ROW_MODULES = ("readers", "columnar", "code_tests", "math_rows", "sources")
 ROW_ERRORS = [f"{PACKAGE}/data/{name}.py" for name in ROW_MODULES]
 
 
