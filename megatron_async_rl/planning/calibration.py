@@ -71,8 +71,12 @@ def read(run_dir: Path) -> Calibration:
                 f"--calibrate = {run_dir} has no {name}", "give the run.dir of a run that trained"
             )
     config = load_run(run_dir)
-    scalars = _Scalars(run_dir)
     samples = list(read_samples(run_dir))
+    if not samples:
+        raise DataError(
+            f"--calibrate = {run_dir}: {SAMPLES_FILE} has no samples", "give another run"
+        )
+    scalars = _Scalars(run_dir)
     prompt = np.array([line.num_prompt for line in samples], np.int64)
     response = np.array([line.num_generated for line in samples], np.int64)
     lengths = Lengths(prompt, response)

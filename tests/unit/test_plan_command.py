@@ -243,6 +243,9 @@ def test_run_without_records_is_refused(folder: Path) -> None:
     run_dir = write_run(folder, steps=4)
     with pytest.raises(DataError, match="2 steps after the first 2, and 3 are needed"):
         calibration.read(run_dir)
+    (run_dir / "samples.jsonl").write_bytes(b"")
+    with pytest.raises(DataError, match=r"samples\.jsonl has no samples"):
+        calibration.read(run_dir)
     (run_dir / "samples.jsonl").unlink()
     with pytest.raises(DataError, match=r"has no samples\.jsonl"):
         calibration.read(run_dir)
