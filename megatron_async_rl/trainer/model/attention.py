@@ -39,6 +39,8 @@ from megatron_async_rl.trainer.model.sequences import PackedSequences
 Angles = tuple[Tensor, Tensor]  # cosines and sines [T, half the size of a head]
 LONG_UNIT = 512
 """Long sequences are padded to a multiple of it: cuDNN plans each length once, for about 45 ms."""
+LONG_HEAD = 128
+"""Largest head that cuDNN's kernel was tried with; larger ones are attended with the rest."""
 
 
 class PackedAttention(DotProductAttention):
@@ -104,15 +106,18 @@ def _varlen(
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # causal
     if "enable_gqa" in _parameters(varlen.varlen_attn):  # older kernels accept fewer key heads
         options["enable_gqa"] = grouped
-    rest = query.size(0) - sum(packed.long)
-    sizes = [*packed.long, rest] if rest else list(packed.long)
+    long, cu_seqlens, longest = packed.long, packed.cu_seqlens_rest, packed.max_seqlen_rest
+    if query.size(-1) > LONG_HEAD:
+        long, cu_seqlens, longest = (), packed.cu_seqlens_q, packed.max_seqlen_q
+    rest = query.size(0) - sum(long)
+    sizes = [*long, rest] if rest else list(long)
     # split and cat: backward of a slice would fill a gradient of the whole pack with zeros
     parts = zip(*(x.squeeze(1).split(sizes) for x in (query, key, value.contiguous())), strict=True)
     out: list[Tensor] = []
     first = 0
     with SelectiveRecompute() as selective:
         for size, (q, k, v) in zip(sizes, parts, strict=True):
-            end, finish = first + size, _padded if len(out) < len(packed.long) else _as_is
+            end, finish = first + size, _padded if len(out) < len(long) else _as_is
             local = (angles[0][first:end], angles[1][first:end]) if angles else None
             qkv = [finish(x) for x in (*_rotated(q, k, local), v)]
             for x, source in zip(qkv, (query, key), strict=False):
@@ -129,7 +134,6 @@ def _varlen(
                     )
                 out.append(attended[0].transpose(0, 1)[:size])
             else:
-                cu_seqlens, longest = packed.cu_seqlens_rest, packed.max_seqlen_rest
                 out.append(
                     varlen.varlen_attn(*qkv, cu_seqlens, cu_seqlens, longest, longest, **options)
                 )
@@ -138,7 +142,7 @@ def _varlen(
             return out[0]
         joined = torch.cat(out)  # the next layer keeps it
         for n, (part, rows) in enumerate(zip(out, joined.detach().split(sizes), strict=True)):
-            selective.recompute(part, partial(_padded if n < len(packed.long) else _as_is, rows))
+            selective.recompute(part, partial(_padded if n < len(long) else _as_is, rows))
     return joined
 
 
