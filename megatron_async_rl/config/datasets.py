@@ -69,7 +69,8 @@ class DataConfig(Section, frozen=True, kw_only=True):
     chat_template: bool = False
     """Render a text `prompt` as a user message with the chat template of the model."""
     chat_template_name: str | None = None
-    """Name of a template, for models with several. Null uses the one named `default`."""
+    """Name of a template, for models with several. Null uses the one named `default`, or `tool_use`
+    for prompts with tools."""
     chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
     """Variables for the chat template, such as `enable_thinking: false`."""
     add_bos: bool | None = None
