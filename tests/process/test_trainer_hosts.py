@@ -124,7 +124,8 @@ def test_reserved_port_is_exclusive_and_its_interface_is_found() -> None:
         )
         assert b"Address already in use" in taken.stderr
         store = (
-            "import sys, datetime\nfrom megatron_async_rl.weights.update_group import listening_store\n"
+            "import sys, datetime\n"
+            "from megatron_async_rl.weights.update_group import listening_store\n"
             "timeout = datetime.timedelta(seconds=20)\n"
             "listening_store('127.0.0.1', int(sys.argv[1]), 1, timeout).set('key', 'value')"
         )
