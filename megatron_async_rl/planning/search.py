@@ -21,7 +21,7 @@ from megatron_async_rl.planning.hardware import GIB, Gpu
 from megatron_async_rl.planning.predict import Load, Prediction, bounds, predict
 
 NUM_SIMULATED = 5  # splits
-GRAPH_BATCH = 256  # SGLang captures decode graphs up to this batch if cuda_graph_max_bs is not set
+GRAPH_BATCH = 256  # SGLang captures decode graphs up to this batch unless told otherwise
 FREE_SHARE = 0.1  # of the trainer's GPU memory: CUDA context, NCCL, fragmentation
 GAIN = 1.01  # of two that differ by less, the one with less staleness is better
 
@@ -131,8 +131,8 @@ def _rate(candidate: Candidate) -> float:
 def _other_loads(config: Config, costs: Costs, load: Load) -> Iterator[int]:
     """Yields other numbers of samples in flight: the KV cache's capacity, half and double."""
     group, now = config.algorithm.samples_per_prompt, config.rollout.max_concurrent_samples
-    most = config.sglang.get("max_running_requests") or config.sglang.get("cuda_graph_max_bs")
-    most = int(most or GRAPH_BATCH)
+    limits = ("max_running_requests", "cuda_graph_max_bs_decode", "cuda_graph_max_bs")
+    most = int(next(filter(None, map(config.sglang.get, limits)), GRAPH_BATCH))
     fits = int(costs.kv_tokens / load.lengths.mean_context)
     wanted = {min(most, count) // group * group for count in (fits, now // 2, now * 2)}
     yield from sorted(wanted - {now, 0})

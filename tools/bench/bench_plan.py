@@ -101,25 +101,26 @@ def table(title: str, figures: list[Figure]) -> str:
 
 @dataclass(frozen=True)
 class Planted:
-    """A run with planted lengths on two H100, as it was measured."""
+    """A run with planted lengths on two GPUs, as it was measured."""
 
     folder: Path
     shape: str
     workload: str
     row: str
     steps: int
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ("rollout.kv_lease_limit=null",)  # of runs before it existed
+    gpu: str = "h100"
 
     def config(self) -> Config:
         arguments = argparse.Namespace(
             workload=self.workload, concurrent=256, steps=self.steps, cpu=False,
-            overrides=["rollout.kv_lease_limit=null", *self.overrides],
+            overrides=list(self.overrides),
         )  # fmt: skip
         return configuration.from_tree(end_to_end.settings(self.folder, self.row, arguments))
 
     def costs(self) -> Costs:
         config = self.config()
-        return analytic.costs(config, HfConfig(config.model.path), hardware.gpu("h100"))
+        return analytic.costs(config, HfConfig(config.model.path), hardware.gpu(self.gpu))
 
     def load(self) -> Load:
         mean, most = end_to_end.WORKLOADS[self.workload][:2]
@@ -145,26 +146,41 @@ class Planted:
         return statistics.fmean(step.wait_s for step in itertools.islice(steps, 1, 6))
 
 
-def balanced(folder: Path) -> list[Figure]:
-    """docs/results/2026-11-end-to-end.md: 0.6B shape, balanced, five of seven steps."""
-    measured = {  # step s, tokens/s, waits, proximal, train, server idle, over eta0, over ideal
-        "eta0": (11.4, 12_078, 0.73, 0.07, 0.20, 0.25, 1.00, 0.65),
-        "overlap": (8.0, 17_103, 0.00, 0.08, 0.25, 0.07, 1.42, 0.92),
-        "eta4": (5.1, 28_399, 0.42, 0.14, 0.42, 0.13, 2.35, 1.53),
-    }
-    runs = {row: Planted(folder, "0.6b", "balanced-600", row, 7) for row in measured}
-    steps = {row: run.simulated() for row, run in runs.items()}
+# docs/results/2026-11-end-to-end.md, five of seven steps: step s, tokens/s, waits, proximal, train,
+# server idle, over eta0, over ideal, staleness; and half a batch s, trained tokens/s of the trainer
+# and of ideal sync
+Measured = dict[str, tuple[float, ...]]
+SMALL: Measured = {
+    "eta0": (11.4, 12_078, 0.73, 0.07, 0.20, 0.25, 1.00, 0.65, 0),
+    "overlap": (8.0, 17_103, 0.00, 0.08, 0.25, 0.07, 1.42, 0.92, 1),
+    "eta4": (5.1, 28_399, 0.42, 0.14, 0.42, 0.13, 2.35, 1.53, 2.45),
+    "bounds": (5.90, 45_624, 18_575),
+}
+BALANCED: Measured = {
+    "eta0": (11.2, 8_524, 0.63, 0.07, 0.29, 0.365, 1.00, 0.70, 0),
+    "eta8": (4.5, 21_785, 0.06, 0.22, 0.68, 0.017, 2.56, 1.80, 3.16),
+    "bounds": (5.87, 23_824, 12_125),
+}
+
+
+def whole_runs(
+    runs: dict[str, Planted], measured: Measured, is_cut_off: bool = False
+) -> list[Figure]:
+    """Compares runs of bench_end_to_end.py, of which one is `eta0`, by row."""
+    steps = {row: run.simulated(is_cut_off) for row, run in runs.items()}
     found = {row: average(steps[row]) for row in runs}
     eta0 = steps["eta0"]
     busy_s = mean_of(eta0, "proximal_s") + mean_of(eta0, "train_s")
     tokens, half_s = mean_of(eta0, "trained_tokens"), runs["eta0"].half_batch_s()
     ideal = tokens / (half_s + busy_s / 2)
+    bounds = measured["bounds"]
     figures = [
-        Figure("server alone", "half a batch to its end, s", 5.90, half_s, 2),
-        Figure("trainer alone", "trained tokens/s", 45_624, tokens / busy_s, 0),
-        Figure("ideal sync", "trained tokens/s", 18_575, ideal, 0),
+        Figure("server alone", "half a batch to its end, s", bounds[0], half_s, 2),
+        Figure("trainer alone", "trained tokens/s", bounds[1], tokens / busy_s, 0),
+        Figure("ideal sync", "trained tokens/s", bounds[2], ideal, 0),
     ]
-    for row, values in measured.items():
+    for row in runs:
+        values = measured[row]
         predicted, rate = found[row], found[row].trained_tokens_per_s
         mean_s = predicted.step_s
         figures += [
@@ -184,7 +200,8 @@ def balanced(folder: Path) -> list[Figure]:
             over = rate / found["eta0"].trained_tokens_per_s
             figures.append(Figure(row, "over eta0", values[6], over, 2))
         figures.append(Figure(row, "over ideal sync", values[7], rate / ideal, 2))
-    figures.append(Figure("eta4", "mean staleness", 2.45, found["eta4"].mean_staleness, 2))
+        if values[8] > 1:
+            figures.append(Figure(row, "mean staleness", values[8], predicted.mean_staleness, 2))
     return figures
 
 
@@ -193,7 +210,7 @@ def generation_bound(folder: Path) -> list[Figure]:
 
     The figures are of steady steps, before the last steps of the runs, which admit nothing more.
     """
-    setting = ("sglang.mem_fraction_static=0.7",)
+    setting = ("rollout.kv_lease_limit=null", "sglang.mem_fraction_static=0.7")
     runs = {row: Planted(folder, "1.7b", "generation", row, 8, setting) for row in ("eta0", "eta4")}
     steps = {row: run.simulated(is_cut_off=True) for row, run in runs.items()}
     found = {row: average(steps[row]) for row in runs}
@@ -285,13 +302,23 @@ def main() -> None:
         folder = Path(name)
         for shape in ("0.6b", "1.7b"):
             end_to_end.make_inputs(folder / shape, shape)
-        small, large = balanced(folder / "0.6b"), generation_bound(folder / "1.7b")
-        print(table("0.6B, balanced, 2 H100", small), flush=True)
+        rows = ("eta0", "overlap", "eta4")
+        small = whole_runs(
+            {row: Planted(folder / "0.6b", "0.6b", "balanced-600", row, 7) for row in rows}, SMALL
+        )
+        print(table("0.6B, mean length 600, 2 H100", small), flush=True)
+        runs = {
+            row: Planted(folder / "1.7b", "1.7b", "balanced", row, 7, (), "h200")
+            for row in ("eta0", "eta8")
+        }
+        balanced = whole_runs(runs, BALANCED, is_cut_off=True)
+        print(table("1.7B, balanced, 2 H200", balanced), flush=True)
+        large = generation_bound(folder / "1.7b")
         print(table("1.7B, generation-bound, 2 H100", large), flush=True)
         absolute, ratios = sweep(folder / "distill")
         print(table("AReaL's sweep, 128 H800", absolute))
         print(table("The same, over eta 0", ratios))
-        print(table("All", small + large + absolute + ratios).splitlines()[0])
+        print(table("All", small + balanced + large + absolute + ratios).splitlines()[0])
 
 
 if __name__ == "__main__":
