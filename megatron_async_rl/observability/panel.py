@@ -25,7 +25,9 @@ STATE_STYLE = {"failed": "bold red", "finished": "bold green", "training": "bold
 
 def age_s(status: RunStatus, now_unix: float | None = None) -> float:
     """Returns the seconds since the status was written, by the wall clock: for people only."""
-    return (time.time() if now_unix is None else now_unix) - status.updated_unix
+    if now_unix is None:
+        now_unix = time.time()
+    return now_unix - status.updated_unix
 
 
 def render(status: RunStatus, now_unix: float | None = None) -> Panel:

@@ -212,6 +212,7 @@ FAMILIES = {
     "replay": "qwen3_moe",
     "glm": "glm4_moe",
     "latent": "deepseek_v3",
+    "latent full queries tp2 pp2": "deepseek_v3 full queries",
     "linear tp2 pp2": "qwen3_next",
 }
 
