@@ -236,7 +236,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "group": _matches(_GROUP),
     "address": _matches(_ADDRESS),
     "name": _matches(_TENSOR),  # of a tensor; of a file, see `files`
-    "dtype": lambda dtype: dtype in ("float32", "bfloat16", "float16"),
+    "dtype": lambda dtype: dtype in ("float32", "bfloat16", "float16", "float8_e4m3fn"),
     "shape": _each(_number(0), most=16),
     "tensors": _each(_is_entry),
     "buckets": _each(_is_entry),
@@ -269,7 +269,10 @@ def field_problem(value: msgspec.Struct) -> str:
 
 def shown(value: Any) -> str:
     """Returns a short, printable text of a value that a worker sent."""
-    return printable(ascii(value))
+    try:
+        return printable(ascii(value))
+    except ValueError:  # of an integer with more than 4,300 digits
+        return "a number of too many digits"
 
 
 def printable(text: str) -> str:

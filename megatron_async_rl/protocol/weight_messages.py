@@ -19,7 +19,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One tensor in a bucket, with its Hugging Face name and shape."""
 
     name: str
-    dtype: str  # torch's name without the prefix: float32, bfloat16, float16
+    dtype: str  # torch's name without the prefix: float32, bfloat16, float16, float8_e4m3fn
     shape: list[int]
 
 

@@ -22,6 +22,10 @@ from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.families import FAMILIES
 from megatron_async_rl.model.layout import Layout
 from megatron_async_rl.model.shape import ModelShape, map_parameter, parameter_names
+from megatron_async_rl.protocol import rules
+from megatron_async_rl.protocol.messages import Hello
+from megatron_async_rl.protocol.weight_messages import PublishOffer
+from megatron_async_rl.weights.bucket import plan_buckets
 from megatron_async_rl.weights.digest import EngineDigests, sha256
 from megatron_async_rl.weights.quantization import Quantizer, quantize_blocks, quantized_infos
 from megatron_async_rl.weights.reshard import TensorInfo
@@ -130,6 +134,16 @@ def sent(shape: ModelShape) -> list[tuple[str, torch.Tensor]]:
     planned = [(info.name, info.shape, info.dtype) for info in quantized_infos(infos)]
     assert planned == [(name, tuple(t.shape), t.dtype) for name, t in found]
     return found
+
+
+def test_controller_takes_the_offer_of_fp8_weights() -> None:
+    infos = [TensorInfo(name, tuple(t.shape), t.dtype, name) for name, t in sent(moe_shape())]
+    buckets = plan_buckets(infos, 1 << 20)
+    assert any(spec.dtype == "float8_e4m3fn" for bucket in buckets for spec in bucket.tensors)
+    offer = PublishOffer(0, 0, 1, buckets, "gloo")
+    source = Hello("trainer", "trainer-0", 1, leader=0, stage=0)
+    limits = rules.Limits(version=0, steps=1, num_leaders=1, num_stages=1)
+    assert rules.problem(offer, source, limits) == ""
 
 
 @pytest.mark.parametrize("tp", [1, 2])
