@@ -56,5 +56,8 @@ class MetricFilter:
     def _warn(self, name: str, value: Any) -> None:
         if name not in self._warned and len(self._warned) < MAX_NAMES:
             self._warned.add(name)
-            text = ascii(value)[:64]
+            try:
+                text = ascii(value)[:64]
+            except Exception:  # of the object, or of an integer with more than 4,300 digits
+                text = f"a {type(value).__name__}"
             self._logger.warning("metric %a = %s is left out: %s", name, text, _RULE)

@@ -218,7 +218,7 @@ class RolloutWorker:
         # a user's workflow may raise anything: it fails this sample only
         except (Exception, SystemExit, asyncio.CancelledError) as e:
             if (task := asyncio.current_task()) and task.cancelling():
-                raise  # its lease has ended
+                return  # its lease has ended; SystemExit would end the worker
             error = user_error(e)
             self._errors.log(f"the workflow failed on group {lease.group_id}", error)
             await self._link.send(messages.GenerateFailed(key, error=error))

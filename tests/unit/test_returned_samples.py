@@ -46,6 +46,7 @@ def sample(**changes: Any) -> Sample:
     ("changes", "named"),
     [
         ({"reward": 10**400}, "reward = 1000"),
+        ({"reward": 10**5000}, "reward = a number of too many digits"),
         ({"reward": 1e10}, "reward = 10000000000"),
         ({"reward": float("nan")}, "reward = nan"),
         ({"reward": "1"}, "reward = '1'"),
@@ -59,6 +60,7 @@ def sample(**changes: Any) -> Sample:
         ({"ids": np.arange(4, dtype=np.int64)}, "int64"),
         ({"logprobs": [0.0]}, r"\$\.sample\.logprobs"),
         ({"turn_starts": [np.int64(3)]}, "int64"),
+        ({"logprobs": np.zeros(1000, np.float32)}, "1000 elements, at most 128"),
     ],
 )
 def test_value_that_no_message_can_carry_fails_the_sample_by_name(
@@ -80,7 +82,7 @@ def test_numbers_of_numpy_are_sent_as_plain_ones(returned: ReturnedSamples) -> N
             reward=np.float32(0.5),
             discount=np.float64(1.0),
             turn_rewards=[True],
-            metrics={"mine": np.float64(2.0), "too large": 10**400},
+            metrics={"mine": np.float64(2.0), "large": 10**400, "larger": 10**5000},
         ),
     )
     codec = Codec()
@@ -112,6 +114,41 @@ async def ends_the_program() -> None:
     sys.exit("no tool")
 
 
+async def ends_the_program_when_cancelled() -> None:
+    try:
+        await asyncio.sleep(9)
+    finally:
+        sys.exit("no tool")
+
+
+class Flow:
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self._act = act
+
+    async def run(self, prompt: Prompt, policy: Any, sampling: Any) -> None:
+        await self._act()
+
+
+def run_sample(folder: Path, act: Callable[[], Any], cancel: bool) -> list[Message]:
+    """Returns what a rollout worker sends of a sample whose workflow does `act`."""
+    make_chat_tokenizer(model := folder / "model")
+    (model / "config.json").write_text('{"vocab_size": 100}')
+    config = load.from_tree(config_tree(**{"model.path": str(model)}))
+
+    async def run() -> list[Message]:
+        link, server = RecordedLink(), SimpleNamespace(client=None, started_from=None)
+        worker = RolloutWorker("rollout-0", config, link, server, Flow(act))  # type: ignore[arg-type]
+        lease = Generate(1, 2, 1, [0], "train", PROMPT, 8, 1.0)
+        task = asyncio.create_task(worker._run_sample(lease, 0, None))
+        await asyncio.sleep(0.01)
+        if cancel:
+            task.cancel()
+        await task
+        return link.sent
+
+    return asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("act", "error"),
     [(cancels_itself, "CancelledError"), (ends_the_program, "SystemExit: no tool")],
@@ -119,22 +156,12 @@ async def ends_the_program() -> None:
 def test_workflow_that_ends_otherwise_than_by_an_error_fails_its_sample(
     tmp_path: Path, act: Callable[[], Any], error: str
 ) -> None:
-    class Flow:
-        async def run(self, prompt: Prompt, policy: Any, sampling: Any) -> None:
-            await act()
-
-    make_chat_tokenizer(model := tmp_path / "model")
-    (model / "config.json").write_text('{"vocab_size": 100}')
-    config = load.from_tree(config_tree(**{"model.path": str(model)}))
-
-    async def run() -> RecordedLink:
-        link, server = RecordedLink(), SimpleNamespace(client=None, started_from=None)
-        worker = RolloutWorker("rollout-0", config, link, server, Flow())  # type: ignore[arg-type]
-        await worker._run_sample(Generate(1, 2, 1, [0], "train", PROMPT, 8, 1.0), 0, None)
-        return link
-
-    [failed] = asyncio.run(run()).sent
+    [failed] = run_sample(tmp_path, act, cancel=False)
     assert isinstance(failed, GenerateFailed) and failed.error.startswith(error)
+
+
+def test_workflow_that_ends_the_program_when_its_lease_has_ended_is_ignored(tmp_path: Path) -> None:
+    assert run_sample(tmp_path, ends_the_program_when_cancelled, cancel=True) == []
 
 
 class Numbers(list[float]):

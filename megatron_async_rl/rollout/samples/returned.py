@@ -26,7 +26,8 @@ class ReturnedSamples:
         self._context_tokens = config.model.context_tokens
         self._workflow = config.rollout.workflow
         self._metrics = MetricFilter(logger)
-        self._codec = Codec()
+        # the controller reads no longer arrays (controller/__main__.py)
+        self._codec = Codec(max_length=config.model.context_tokens * config.max_sequences)
 
     def checked(self, key: SampleKey, returned: Any) -> Sample:
         """Returns the sample with plain numbers and without values that are no metrics.
