@@ -241,6 +241,7 @@ def test_incomplete_model_download_is_detected() -> None:
     (b"", "cut off: it has 0 bytes"),
     (b"<html>not found</html>", "cut off: it has 22 bytes"),
     (b"\x02" + bytes(7) + b"[]", "cut off: it has 10 bytes"),
+    (b"!" + bytes(7) + b'{"a": {"data_offsets": [0, "1"]}}', "cut off: it has 41 bytes"),
     (None, "cut off: it has 83 bytes of 87; .*hf download"),
 ])  # fmt: skip
 def test_weights_that_are_not_whole_are_detected(content: bytes | None, problem: str) -> None:

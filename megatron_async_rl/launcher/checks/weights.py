@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from operator import index
 from pathlib import Path
 from typing import Any
 
 from megatron_async_rl.errors import DataError
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 _POINTER = b"version https://git-lfs"  # a file that git has not fetched
 
 
@@ -26,9 +28,11 @@ def check_weights(files: Iterable[Path], trains: bool, remedy: str) -> None:
                 file.seek(8)
                 length = int.from_bytes(start[:8], "little")
                 size = path.stat().st_size
-                header = json.loads(file.read(length)) if len(start) > 8 and length < size else {}
+                is_header = len(start) > 8 and length < min(size, _MAX_HEADER)
+                header = json.loads(file.read(length)) if is_header else {}
             tensors: dict[str, Any] = {k: v for k, v in header.items() if k != "__metadata__"}
-            end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=-1)
+            ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
+            end = index(max(ends, default=-1))  # TypeError for another type
         except OSError as e:
             raise DataError(f"{path} cannot be read: {e.strerror}", remedy) from None
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
