@@ -88,7 +88,8 @@ def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
     if not text:
         return ""
     if text.endswith((">", ">\n")):
-        text = _END_TOKEN.sub("", text)
+        end = text[-_MAX_TAIL_CHARS:]  # a search in all of it could take the square of its length
+        text = text[: len(text) - len(end)] + _END_TOKEN.sub("", end)
     boxed = boxed_answer(text)
     if boxed is not None:
         return boxed
@@ -97,7 +98,8 @@ def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
         text = _DRAWING.sub("", text)
     close = text.rfind("</answer>")
     if close >= 0 and (begin := text.rfind("<answer>", 0, close)) >= 0:
-        return formulas.unwrap(text[begin + len("<answer>") : close])
+        content = text[begin + len("<answer>") : close].strip()
+        return formulas.unwrap(content) if len(content) <= _MAX_TAIL_CHARS else content
     unclosed = text.find("\\boxed")  # cut off: its answer may go on
     return _stated_answer((text if unclosed < 0 else text[:unclosed])[-_MAX_TAIL_CHARS:])
 

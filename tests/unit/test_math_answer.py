@@ -154,14 +154,32 @@ def test_row_without_answer_error_names_the_row(row: dict[str, Any]) -> None:
         "</answer>" + "<answer>" * 100_000,
         r"\boxed{" + r"\text{a{}" * 10_000 + "}" * 10_000 + "}",
         r"\boxed{" + r"{a\over " * 200 + "}" * 200 + "}",
+        " " * 64_000 + "x>",
+        "<answer>" + r"\(" * 30_000 + "</answer>",
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_no_text_delays_the_check_without_deadline(text: str) -> None:
     started = time.perf_counter()
     for gold in ("42", r"\text{a b}"):
         math_answer.compare_plain(*math_answer.read_answers(text, {"answer": gold}))
     assert time.perf_counter() - started < 1.0
+
+
+@pytest.mark.parametrize("gold", ["5", "0", r"\sqrt{2}", "x", "y = 2x"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"\pi^{600}\cdot\pi^{600}",
+        r"e^{700}e^{700}",
+        r"\pi^{600}/\pi^{-600}",
+        r"\lfloor\pi^{600}\cdot\pi^{600}\cdot\pi\rfloor",
+        r"y = \pi^{600}\cdot\pi^{600}x",
+    ],
+)
+def test_value_beyond_double_precision_equals_nothing(answer: str, gold: str) -> None:
+    boxed = rf"\boxed{{{answer}}}"
+    assert not math_answer.compare_plain(*math_answer.read_answers(boxed, {"answer": gold}))
 
 
 def test_end_of_a_long_response_decides() -> None:

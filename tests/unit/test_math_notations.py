@@ -90,6 +90,8 @@ x \gt 3 <- (3, \infty)
 (-\infty,2]\cup[5,\infty) <- x \le 2 \text{ or } x \ge 5 ;; x\in(-\infty,2]\cup[5,\infty)
 (-\infty,2]\cup[5,\infty) <- [5,\infty)\cup(-\infty,2]
 |x| \le 2 <- -2\le x\le 2
+|x| <- \sqrt{x^2} ;; |-x|
+|a-b| <- |b-a| ;; \sqrt{(a-b)^2}
 (-\infty,2)\cup(2,\infty) <- x \neq 2 ;; \mathbb{R}\setminus\{2\}
 (1,2)\cup(3,4) <- (1,2)\text{ or }(3,4)
 (-\infty,3) <- (-inf, 3) ;; (-infinity, 3)
@@ -211,6 +213,8 @@ FF_{16} <- FF_{16} ;; ff_{16}
 \begin{pmatrix}1&2\\3&4\end{pmatrix} <- \begin{bmatrix}1&2\\3&4\end{bmatrix}
 \begin{pmatrix}1&2\\3&4\end{pmatrix} <- \begin{pmatrix}1&2\\3&4\\\end{pmatrix}
 \begin{pmatrix}1&2\\3&4\end{pmatrix} <- \left(\begin{array}{cc}1&2\\3&4\end{array}\right)
+\begin{pmatrix}1&2\\3&4\end{pmatrix} <- [[1,3],[2,4]]^T
+P(1+r)^T <- P(r+1)^T
 \begin{pmatrix}1&2\\3&4\end{pmatrix} <- A=\begin{pmatrix}1&2\\3&4\end{pmatrix} ;; [[1,2],[3,4]]
 \begin{pmatrix}\frac12\\2\end{pmatrix} <- \begin{pmatrix} 0.5 \\ 2 \end{pmatrix}
 \begin{pmatrix}1\\2\end{pmatrix} <- \left[\begin{array}{c}1\\2\end{array}\right]
@@ -829,6 +833,17 @@ a+b=7 <- a-b=7 ;; 7
 \frac{\pi}{4}+n\pi, n\in\mathbb{Z} <- \frac{\pi}{4}+2k\pi, k\in\mathbb{Z} ;; \frac{\pi}{4}
 -1,3 <- -1<x<3
 33800 <- 33\text{,}801
+|x| <- x ;; -x
+x <- |x|
+|x-3| <- 3-x ;; x-3
+|a-b| <- b-a
+|x|+|y|=1 <- x+y=1
+P(1+r)^T <- P(1+r)
+1+r <- (1+r)^T
+\begin{pmatrix}1&2\\3&4\end{pmatrix} <- [[1,2],[3,4]]^T
+\begin{pmatrix}1\\2\end{pmatrix} <- \left[\begin{array}{c}1\\2\end{array}\right]^T
+7/2 <- 3, 1/2 ;; \{3, \frac{1}{2}\} ;; -3 and 1/2
+5 <- 5 \text{ sixths} ;; 5 \text{ less than twelve} ;; 5 \text{ tens} ;; 5 \text{ below zero}
 """
 RIGHT_TEXTS = r"""
 # calculations in the last sentence

@@ -43,6 +43,7 @@ _HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b|\?", re.IGNORECAS
 _PROSE_WORD = re.compile(r"(?<![\\A-Za-z])(?!sin|cos|tan|log|exp|sqrt|arc|text)[A-Za-z]{3,}")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _AND = re.compile(r"\b(?:and|if)\b|,")
+_AND_WORD = re.compile(r"\band\b")
 
 
 def equal(expected: str, answer: str) -> bool | None:
@@ -75,6 +76,8 @@ def equal(expected: str, answer: str) -> bool | None:
     elif names:
         gold, given = relations.in_order(gold, given, names, given_names)
     try:
+        if isinstance(given, Items) and _AND_WORD.search(answer) and _is_mixed_number(given, gold):
+            return True
         return _equal(gold, given)
     except TooLarge:
         return False if _only_one_is_huge(gold, given) else None
@@ -165,9 +168,6 @@ def _equal_items(gold: Part, given: Part) -> bool | None:
     assert isinstance(items, Items)
     if items is given and all(_equal(other, item) for item in items.items):
         return True  # one value in several forms
-    if items is given and _is_mixed_number(items) and (total := number_equality.rational(other)):
-        whole, part = (number_equality.rational(item) or 0 for item in items.items)
-        return total == (whole + part if whole > 0 else whole - part)
     if isinstance(other, Matrix) and all(len(row) == 1 for row in other.rows):
         other = Sequence("()", tuple(row[0] for row in other.rows))
     if items.kind == "list" and isinstance(other, Sequence):
@@ -179,12 +179,14 @@ def _equal_items(gold: Part, given: Part) -> bool | None:
     return False
 
 
-def _is_mixed_number(items: Items) -> bool:
-    """True for 2 and 1/2."""
-    values = [number_equality.rational(item) for item in items.items]
-    if len(values) != 2 or values[0] is None or values[1] is None:
+def _is_mixed_number(items: Items, gold: Part) -> bool:
+    """True for 2 and 1/2, of 5/2."""
+    if len(items.items) != 2:
         return False
-    return values[0].denominator == 1 and values[0] != 0 and 0 < values[1] < 1
+    whole, part = map(number_equality.rational, items.items)
+    if whole is None or part is None or whole.denominator != 1 or not whole or not 0 < part < 1:
+        return False
+    return number_equality.rational(gold) == (whole + part if whole > 0 else whole - part)
 
 
 def _equal_bare_tuple(items: Items, other: Sequence) -> bool | None:

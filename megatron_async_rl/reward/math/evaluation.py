@@ -70,6 +70,17 @@ def variables(node: Node) -> frozenset[str]:
     return found
 
 
+def within_bars(node: Node) -> frozenset[str]:
+    """Returns the variables in absolute values."""
+    if node[0] == "abs":
+        return variables(node)
+    found: frozenset[str] = frozenset()
+    for part in node[1:]:
+        if isinstance(part, tuple):
+            found |= within_bars(part)
+    return found
+
+
 def counts(node: Node) -> bool:
     """Returns whether a formula has factorials or binomials, which are of whole numbers."""
     if node[0] in ("!", "binom"):
@@ -131,9 +142,11 @@ def value(node: Node, at: dict[str, Fraction], angle: bool = False) -> Value:
     if kind == "-":
         return _add(first, -second)
     if kind == "*":
-        return first * second if _both_exact(first, second) else complex(first) * complex(second)
+        exact = _both_exact(first, second)
+        return first * second if exact else _finite(complex(first) * complex(second))
     if kind == "/":
-        return first / second if _both_exact(first, second) else complex(first) / complex(second)
+        exact = _both_exact(first, second)
+        return first / second if exact else _finite(complex(first) / complex(second))
     if kind == "binom":
         return Fraction(math.comb(_whole(first, 5_000), _whole(second, 5_000)))
     if kind == "root":
@@ -150,10 +163,17 @@ def _both_exact(a: Value, b: Value) -> bool:
     return True
 
 
+def _finite(number: complex) -> complex:
+    """Raises TooLarge for infinity, which would be close to every number."""
+    if not cmath.isfinite(number):
+        raise TooLarge
+    return number
+
+
 def _add(a: Value, b: Value) -> Value:
     if _both_exact(a, b):
         return a + b
-    total = complex(a) + complex(b)
+    total = _finite(complex(a) + complex(b))
     # what cancels to rounding errors is zero
     return total if abs(total) > 1e-14 * max(abs(complex(a)), abs(complex(b))) else Fraction(0)
 
@@ -170,7 +190,7 @@ def _apply(name: str, argument: Value) -> Value:
     if argument == 0 and name in ("sin", "tan", "arcsin", "arctan", "sinh", "tanh"):
         return Fraction(0)
     try:
-        result = FUNCTIONS[name](complex(argument))
+        result = _finite(FUNCTIONS[name](complex(argument)))
     except (OverflowError, ValueError):
         raise TooLarge from None
     if name in _TRIGONOMETRIC and abs(result) < 1e-15 < abs(complex(argument)):
@@ -200,7 +220,7 @@ def _power(base: Value, exponent: Value) -> Value:
     try:
         if base == 0:
             return Fraction(0) if complex(exponent).real > 0 else 1 / Fraction(0)
-        return complex(base) ** complex(exponent)
+        return _finite(complex(base) ** complex(exponent))
     except OverflowError:
         raise TooLarge from None
 

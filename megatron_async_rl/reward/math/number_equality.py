@@ -13,6 +13,7 @@ from megatron_async_rl.reward.math.evaluation import (
     points,
     value,
     variables,
+    within_bars,
 )
 from megatron_async_rl.reward.math.parts import Number, Part, is_infinite
 
@@ -59,9 +60,22 @@ def is_huge(node: Node) -> bool:
 
 
 def _same_values(a: Node, b: Node) -> bool:
+    return all(_same_value(value(a, point), value(b, point)) for point in _points(a, b))
+
+
+def _points(a: Node, b: Node) -> list[dict[str, Fraction]]:
+    """Returns where two formulas are compared; variables in absolute values are also negative."""
     names = variables(a) | variables(b)
-    whole = bool(names) and (counts(a) or counts(b))
-    return all(_same_value(value(a, point), value(b, point)) for point in points(names, whole))
+    if not names:
+        return [{}]
+    if counts(a) or counts(b):
+        return points(names, whole=True)
+    found = points(names)
+    signed = sorted(within_bars(a) | within_bars(b))
+    for factors in ((-1, -1), (9, -9), (-9, 9)) if signed else ():
+        scales = {name: factors[i % 2] for i, name in enumerate(signed)}
+        found += [{n: at * scales.get(n, 1) for n, at in point.items()} for point in found[:4]]
+    return found
 
 
 def _decimal_logs(node: Node) -> Node:
@@ -120,7 +134,7 @@ def rational(part: Part) -> Fraction | None:
 def proportional(a: Node, b: Node) -> bool:
     """Two equations f = 0 and g = 0 are the same if f / g is a constant."""
     ratios = []
-    for point in points(variables(a) | variables(b)):
+    for point in _points(a, b):
         above, below = value(a, point), value(b, point)
         if above == 0 or below == 0:
             return False

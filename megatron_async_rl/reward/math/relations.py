@@ -42,7 +42,7 @@ _NAME = re.compile(
     r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\^\{?-1\}?)?'*(?:\s*\([^()=]*\))?|\\angle\s*[A-Z]+|\|[A-Z]{2}\||"
     r"\([A-Za-z, ]+\)"
 )
-_SUM = re.compile(r"[\w)}]\s*[-+]\s*[\w(\\]")
+_SUM = re.compile(r"[\w)}|]\s*[-+]\s*[\w(\\|]")
 _INDEX = re.compile(r"_\{?\w+\}?")
 _COORDINATE = re.compile(r"([xyz])\s*=")
 _NAMED = re.compile(r"(?:^|,|;|\band\b|\})\s*([A-Za-z]{1,3})\s*=")

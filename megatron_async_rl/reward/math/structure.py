@@ -69,8 +69,10 @@ def _read(text: str, depth: int) -> Part:
         return _read(text.rpartition("=")[2], depth + 1)
     if "\\begin" in text and (matrix := _MATRIX.fullmatch(text)):
         return _read_matrix(matrix, depth)
-    if "^" in text and (transposed := _TRANSPOSED.fullmatch(text)):
-        return _read(transposed[1], depth + 1)
+    if (match := _TRANSPOSED.fullmatch(text) if "^" in text else None) and (
+        transposed := _transposed(_read(match[1], depth + 1))
+    ):
+        return transposed
     if sequence := _read_brackets(text, depth):
         return sequence
     if text == "\\emptyset":
@@ -252,6 +254,17 @@ def _read_matrix(match: re.Match[str], depth: int) -> Matrix:
     if factor:
         rows = [[_multiplied(factor, cell) for cell in row] for row in rows]
     return Matrix(tuple(map(tuple, rows)), match["kind"] in ("v", "V"))
+
+
+def _transposed(part: Part) -> Part | None:
+    """Returns None for a number: (1 + r)^T is a power. A tuple stays: it is a column vector."""
+    if isinstance(part, Sequence) and all(isinstance(item, Sequence) for item in part.items):
+        part = Matrix(tuple(item.items for item in part.items if isinstance(item, Sequence)), False)
+    if isinstance(part, Matrix):
+        if len({len(row) for row in part.rows}) != 1:
+            raise Unreadable
+        return Matrix(tuple(zip(*part.rows, strict=True)), part.is_determinant)
+    return part if isinstance(part, Sequence) else None
 
 
 def _multiplied(factor: str, cell: Part) -> Number:

@@ -16,7 +16,8 @@ _NOT_UNITS = frozenset(
     "thirds fourth fourths fifth fifths quarter quarters base hundred thousand million billion "
     "trillion dozen if for when where but except unless plus minus times am is are over divided "
     "choose none neither either maybe no to hundreds thousands millions billions dozens tenth "
-    "tenths hundredth hundredths thousandth thousandths mil crore lakh".split()
+    "tenths hundredth hundredths thousandth thousandths sixth sixths seventh sevenths eighth "
+    "eighths ninth ninths twelfth twelfths tens than below mil crore lakh".split()
 )
 _UNIT_PART = r"(?:[A-Za-z]+\.?(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?)"
 _UNIT = re.compile(
