@@ -29,7 +29,7 @@ def read_parquet(path: Path, names: Collection[str]) -> Rows:
     try:
         with pq.ParquetFile(path) as file:
             columns = _columns(file.schema_arrow, names)
-            yield from _numbered(file.iter_batches(_BATCH_ROWS, columns=columns))
+            yield from _numbered(path, file.iter_batches(_BATCH_ROWS, columns=columns))
     except (pa.ArrowException, OSError) as e:
         raise _unreadable(path, "Parquet", e) from None
 
@@ -47,7 +47,7 @@ def read_arrow(path: Path, names: Collection[str]) -> Rows:
                 reader = pa.ipc.open_file(file)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             columns = _columns(reader.schema, names)
-            yield from _numbered(batch.select(columns) for batch in batches)
+            yield from _numbered(path, (batch.select(columns) for batch in batches))
     except (pa.ArrowException, OSError) as e:
         raise _unreadable(path, "Arrow", e) from None
 
@@ -68,17 +68,28 @@ def _has_bytes(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests) or any(_has_bytes(field) for field in inner)
 
 
-def _numbered(batches: Iterator[pa.RecordBatch]) -> Rows:
+def _numbered(path: Path, batches: Iterator[pa.RecordBatch]) -> Rows:
     number = 0
     for batch in batches:
         batch.validate(full=True)  # a damaged offset would read other memory
         short = [(f.name, f.type) for f in batch.schema if _has_short_floats(f.type)]
         for start in range(0, len(batch), _BATCH_ROWS):
-            for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+            for row in _rows(path, number, batch.slice(start, _BATCH_ROWS)):
                 number += 1
                 for name, kind in short:
                     row[name] = _shortest(row[name], kind)
                 yield number, row
+
+
+def _rows(path: Path, number: int, batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError, KeyError) as e:
+        raise DataError(
+            f"{path}, row {number + 1} or one of the next {len(batch)}: a date or time that Python "
+            f"cannot hold (nanoseconds, a year after 9999 or an unknown zone): {e}",
+            "name the columns to read in `fields`, or convert that one to texts",
+        ) from None
 
 
 def _has_short_floats(kind: pa.DataType) -> bool:

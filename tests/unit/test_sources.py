@@ -165,6 +165,20 @@ def test_short_floats_are_read_as_they_were_written(model: Path, tmp_path: Path)
     assert prompts[0].row["model"] == {"truth": 3.3, "all": [0.2, None]}
 
 
+@pytest.mark.parametrize("kind", [pa.timestamp("ns"), pa.timestamp("us", tz="No/Zone")])
+def test_time_that_python_cannot_hold_is_refused(
+    model: Path, tmp_path: Path, kind: pa.DataType
+) -> None:
+    columns = {"prompt": ["1+1="], "answer": ["2"], "at": pa.array([1], kind)}
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet")
+    path = str(tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"d\.parquet, row 1 .*cannot hold.*`fields`"):
+        training(make_config(model, path))
+    fields = {"prompt": "prompt", "answer": "answer"}
+    [prompts] = training(make_config(model, [{"path": path, "fields": fields}]))
+    assert len(prompts) == 1
+
+
 def test_hidden_files_and_marks_of_utf8_are_left_out(model: Path, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "._a.jsonl").write_bytes(b"\0\5\x16\7")  # as macOS leaves beside files
