@@ -214,7 +214,7 @@ def values_match(returned: Any, expected: Any, depth: int = 0) -> bool:
     """
     if depth > MAX_DEPTH:
         return False
-    if isinstance(returned, dict) and returned.keys() == {"none_or"}:
+    if depth == 0 and isinstance(returned, dict) and returned.keys() == {"none_or"}:
         returned = None if expected is None else returned["none_or"]
     if any(value is None or isinstance(value, bool) for value in (returned, expected)):
         return returned is expected

@@ -182,6 +182,9 @@ def test_outputs_are_compared_word_by_word(output: str, expected: str, same: boo
         ({"int": hex(10**4000)}, 10**4000, True),
         ({"int": hex(10**4000)}, 10**4000 + 1, False),
         ({"int": hex(-(10**4000))}, [-(10**4000)], False),
+        ({"none_or": [1]}, None, True),
+        ({"none_or": [1]}, [1], True),
+        ([{"none_or": 1}], [None], False),  # only a call's result, as program.py writes it
     ],
 )
 def test_results_are_compared_by_value(returned: Any, expected: Any, same: bool) -> None:
