@@ -103,7 +103,7 @@ def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Co
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(
             f"cannot read the configuration {path}: {e}", "give the path of a YAML file"
