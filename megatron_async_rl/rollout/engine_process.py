@@ -85,6 +85,7 @@ class SGLangServer:
                     await self._start_on(port)
                     return
                 except EngineError:
+                    await self.stop()  # one of an unsupported version still runs
                     lost_port = self._lost_port()
                     can_retry = held or (lost_port and "port" not in self._config.sglang)
                     if not can_retry or attempt == START_TRIES:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,31 @@ from model_shapes import make_model_folder
 
 from megatron_async_rl.config import load
 from megatron_async_rl.engine_env import ENGINE_VARIABLE
+from megatron_async_rl.errors import EngineError
+from megatron_async_rl.rollout import engine_process
 from megatron_async_rl.rollout.engine_process import SGLangServer
+from megatron_async_rl.storage import snapshots
+from megatron_async_rl.storage.snapshots import SnapshotManifest
+
+OLD_SERVER = f"""#!{sys.executable} -IS
+import http.server, os, sys
+from pathlib import Path
+
+starts = Path(__file__).with_name("starts")
+earlier = starts.read_text().split() if starts.exists() else []
+alive = [pid for pid in earlier if Path("/proc", pid).exists()]
+starts.write_text(" ".join([*earlier, str(os.getpid()), *(["alive"] * len(alive))]))
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b'{{"version": "0.1.0"}}')
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
 
 
 @pytest.fixture
@@ -88,3 +114,31 @@ def test_values_of_each_type_become_flags(flags: Any) -> None:
     assert value_of(command, "--a-map") == '{"x": [1]}'
     assert "--yes" in command
     assert not {"--no", "--none"} & {*command}
+
+
+def test_server_of_an_old_version_is_stopped_before_another_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(OLD_SERVER)
+    python.chmod(0o755)
+    monkeypatch.setenv(ENGINE_VARIABLE, str(python))
+    monkeypatch.setattr(engine_process, "POLL_S", 0.02)
+    model = make_model_folder(tmp_path / "model", "llama")
+    for folder in ("logs", "keys"):
+        (tmp_path / folder).mkdir()
+    manifest = SnapshotManifest(0, {}, 1, "sha256", {})
+    snapshots.commit(snapshots.begin(tmp_path, 0), [], manifest, model)
+    tree = config_tree(sglang={"device": "cpu"}, **{"model.path": str(model)})
+
+    async def start() -> None:
+        server = SGLangServer(load.from_tree(tree), tmp_path, "rollout-0")
+        try:
+            await server.start()
+        finally:
+            await server.stop()
+
+    with pytest.raises(EngineError, match=r"SGLang 0\.1\.0 is outside the supported"):
+        asyncio.run(start())
+    first, second = (tmp_path / "starts").read_text().split()
+    assert first != second
