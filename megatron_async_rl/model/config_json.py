@@ -98,7 +98,8 @@ class HfConfig:
     @property
     def family(self) -> Family:
         """The entry of the family table. Raises DataError if the architecture is not supported."""
-        architecture = (self.raw.get("architectures") or ["(none)"])[0]
+        names = self.raw.get("architectures")
+        architecture = names[0] if isinstance(names, list) and names else "(none)"
         latent_queries = self.raw.get("q_lora_rank") is not None
         for family in families.FAMILIES:
             if family.architecture == architecture and (
@@ -130,7 +131,7 @@ class HfConfig:
         family, heads, vocab = self.family, self._integer("num_attention_heads"), self.vocab_size
         hidden = self._integer("hidden_size")
         latent = self._latent_sizes() if family.latent_attention else None
-        head = self.raw.get("head_dim") or hidden // heads
+        head = self._integer("head_dim", default=hidden // heads)
         if latent:
             head = latent.qk_nope_head_dim + latent.qk_rope_head_dim
         return ModelShape(
@@ -139,7 +140,7 @@ class HfConfig:
             hidden_size=hidden,
             ffn_hidden_size=self._integer("intermediate_size"),
             num_attention_heads=heads,
-            num_query_groups=self.raw.get("num_key_value_heads") or heads,
+            num_query_groups=self._integer("num_key_value_heads", default=heads),
             kv_channels=head,
             vocab_size=vocab,
             padded_vocab_size=-(-vocab // vocab_multiple) * vocab_multiple,
@@ -177,20 +178,17 @@ class HfConfig:
             self._check_engine_rope(rope)
         return Architecture(
             family=family,
-            layernorm_epsilon=float(raw.get("rms_norm_eps", 1e-6)),
-            rotary_base=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+            layernorm_epsilon=self._number("rms_norm_eps", 1e-6),
+            rotary_base=self._number("rope_theta", 10000.0, rope),
             rope_scaling_factor=None if latent else self._rope_scaling_factor(rope),
             yarn=self._yarn(rope) if latent else None,
-            max_positions=int(raw.get("max_position_embeddings", 4096)),
-            router_top_k=int(raw.get("num_experts_per_tok", 0)) if family.experts else 0,
-            router_normalizes=bool(raw.get("norm_topk_prob", False)),
-            router_scale=float(raw.get("routed_scaling_factor") or 1.0),
-            rotary_percent=float(
-                rope.get(
-                    "partial_rotary_factor",
-                    raw.get("partial_rotary_factor", family.rotary_percent),
-                )
-            ),
+            max_positions=self._integer("max_position_embeddings", default=4096),
+            router_top_k=self._integer("num_experts_per_tok") if family.experts else 0,
+            # the engine's defaults
+            router_normalizes=bool(raw.get("norm_topk_prob", bool(family.linear_layer))),
+            # transformers has 1.0 where it is missing, but 2.5 for latent attention: not guessed
+            router_scale=self._number("routed_scaling_factor", None if latent else 1.0),
+            rotary_percent=self._number("partial_rotary_factor", family.rotary_percent, rope),
             **(self._router_groups() if latent else {}),
         )
 
@@ -222,7 +220,7 @@ class HfConfig:
         ffn = self._integer("moe_intermediate_size")
         sizes = {"num_experts": self._integer(number), "expert_ffn_hidden_size": ffn}
         if family.dense_layer:
-            shared = self._integer("n_shared_experts")
+            shared = self._integer("n_shared_experts", least=0)
             if not shared:
                 raise DataError(
                     f"{self._key}: config.json has n_shared_experts = 0; the trainer's "
@@ -230,7 +228,7 @@ class HfConfig:
                     "use another model",
                 )
             sizes["shared_ffn_hidden_size"] = ffn * shared
-            sizes["num_dense_layers"] = self._integer("first_k_dense_replace")
+            sizes["num_dense_layers"] = self._integer("first_k_dense_replace", least=0)
         elif family.linear_layer:
             sizes["shared_ffn_hidden_size"] = self._integer("shared_expert_intermediate_size")
         return sizes
@@ -334,7 +332,14 @@ class HfConfig:
     @property
     def _rope(self) -> dict[str, Any]:
         # transformers 5 writes rope_parameters; earlier versions wrote rope_theta and rope_scaling.
-        return self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
+        rope = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise DataError(
+                f"{self._key}: config.json has {rope!r} as rope_parameters or rope_scaling, "
+                "expected an object",
+                "use the config.json of the model's authors",
+            )
+        return rope
 
     def _rope_scaling_factor(self, rope: dict[str, Any]) -> float | None:
         kind = _rope_type(rope)
@@ -346,13 +351,27 @@ class HfConfig:
                 f"{self._key}: rope_type {kind!r} {different or ''} is not supported",
                 f"use a model with rope_type default, or llama3 with {_LLAMA3_ROPE}",
             )
-        return float(rope["factor"])
+        return self._number("factor", None, rope)
 
-    def _integer(self, key: str) -> int:
-        value = self.raw.get(key)
-        if not isinstance(value, int):
+    def _number(self, key: str, default: float | None, rope: dict[str, Any] | None = None) -> float:
+        """Returns a number of `rope` or, where that has none, of the top level; null is none."""
+        values = ((rope or {}).get(key), self.raw.get(key), default)
+        value = next((value for value in values if value is not None), None)
+        if not isinstance(value, int | float):
             raise DataError(
-                f"{self._key}: config.json has {key} = {value!r}, expected an integer",
+                f"{self._key}: config.json has {key} = {value!r}, expected a number",
+                "use the config.json of the model's authors",
+            )
+        return float(value)
+
+    def _integer(self, key: str, least: int = 1, default: int | None = None) -> int:
+        value = self.raw.get(key)
+        if value is None:
+            value = default
+        if not isinstance(value, int) or value < least:
+            raise DataError(
+                f"{self._key}: config.json has {key} = {value!r}, expected an integer of at least "
+                f"{least}",
                 "use the config.json of a decoder model",
             )
         return value

@@ -36,6 +36,8 @@ def convolution_dtype(config: Config) -> str:
             f"sglang.dtype = {config.sglang.get('dtype', 'auto')}, but config.json of model.path = "
             f"{config.model.path} has dtype {model.dtype_name}, in which SGLang keeps the norms of "
             "linear attention",
-            f"set sglang.dtype={model.dtype_name}, or convert the model",
+            f"set sglang.dtype={model.dtype_name}, or convert the model"
+            if model.dtype_name
+            else "write the dtype of the weights into config.json",
         )
     return engine

@@ -160,6 +160,11 @@ def test_projections_to_latent_vectors_share_a_bucket(tmp_path: Path) -> None:
         ("attention_bias", True),
         ("topk_group", 2),  # Megatron would score a group by its best four experts
         ("n_group", None),
+        ("topk_group", 0),
+        ("routed_scaling_factor", None),  # transformers' default is 2.5
+        ("rms_norm_eps", "small"),
+        ("rope_scaling", ["yarn"]),
+        ("num_experts_per_tok", "8"),
         ("rope_scaling", V3["rope_scaling"] | {"type": "longrope"}),
         ("rope_scaling", V3["rope_scaling"] | {"attention_factor": 2.0}),
         ("rope_scaling", {"type": "yarn", "factor": 4.0}),
@@ -173,6 +178,21 @@ def test_model_that_megatron_would_compute_differently_is_refused(
     named = "|".join((key, "longrope", "attention_factor", "original_max_position_embeddings"))
     with pytest.raises(DataError, match=named):
         HfConfig(tmp_path).architecture()
+
+
+def test_fields_of_published_variants_are_accepted(tmp_path: Path) -> None:
+    """Moonlight-16B-A3B and Kimi-K2: one group of experts, other YaRN, other scales."""
+    moonlight = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 6}
+    moonlight |= {"rope_scaling": None, "n_shared_experts": 2, "routed_scaling_factor": 2.446}
+    plan_config(tmp_path, V3 | moonlight)
+    found = HfConfig(tmp_path).architecture()
+    assert (found.yarn, found.router_groups, found.router_scale) == (None, 0, 2.446)
+    assert HfConfig(tmp_path).shape().shared_ffn_hidden_size == 2 * 2048
+    yarn = V3["rope_scaling"] | {"beta_fast": 1.0, "factor": 32.0}
+    kimi = {"n_group": 1, "topk_group": 1, "n_routed_experts": 384, "model_type": "kimi_k2"}
+    plan_config(tmp_path, V3 | kimi | {"rope_scaling": yarn})
+    found = HfConfig(tmp_path).architecture()
+    assert found.yarn is not None and found.yarn["beta_fast"] == 1.0
 
 
 def test_other_numbers_of_heads_of_keys_are_refused(tmp_path: Path) -> None:

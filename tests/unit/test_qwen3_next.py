@@ -9,6 +9,8 @@ import pytest
 import torch
 from model_shapes import plan_config, tiny_shape
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.model import engine_types, memory, weight_plan
@@ -18,7 +20,7 @@ from megatron_async_rl.model.flops import ModelFlops
 from megatron_async_rl.model.shape import map_parameter
 from megatron_async_rl.model.small_model import small_model
 from megatron_async_rl.trainer.comparison.recorder import query_key_value
-from megatron_async_rl.trainer.model.gated_delta_net import gated_delta_rule
+from megatron_async_rl.trainer.model.gated_delta_net import convolve, gated_delta_rule
 from megatron_async_rl.weights.mapping import from_hf
 
 # from its config.json on huggingface.co
@@ -114,6 +116,8 @@ def test_map_has_the_tensors_that_transformers_writes(tmp_path: Path) -> None:
         ({"full_attention_interval": None}, "full_attention_interval"),
         ({"linear_num_value_heads": 24}, "linear_num_value_heads"),
         ({"rope_parameters": {"rope_theta": 5e6}}, "rope_theta = 5000000.0 in rope_parameters"),
+        ({"full_attention_interval": 0}, "full_attention_interval = 0, expected .* at least 1"),
+        ({"linear_num_key_heads": 0}, "linear_num_key_heads = 0, expected .* at least 1"),
     ],
 )
 def test_model_that_trainer_and_engine_would_compute_differently_is_refused(
@@ -122,6 +126,14 @@ def test_model_that_trainer_and_engine_would_compute_differently_is_refused(
     plan_config(tmp_path, NEXT_80B | change)
     with pytest.raises(DataError, match=reason):
         HfConfig(tmp_path).architecture(), HfConfig(tmp_path).shape()
+
+
+def test_router_normalizes_as_the_engine_does_by_default(tmp_path: Path) -> None:
+    del (model := dict(NEXT_80B))["norm_topk_prob"]
+    plan_config(tmp_path, model)
+    assert HfConfig(tmp_path).architecture().router_normalizes
+    plan_config(tmp_path, model | {"norm_topk_prob": False})
+    assert not HfConfig(tmp_path).architecture().router_normalizes
 
 
 def test_small_model_of_selftest_has_both_kinds_of_layers(tmp_path: Path) -> None:
@@ -143,6 +155,9 @@ def test_engine_must_compute_in_the_type_of_the_model(tmp_path: Path) -> None:
     assert engine_types.convolution_dtype(config) == "bfloat16"
     config = plan_config(tmp_path, NEXT_80B | {"dtype": "float32"})  # auto is float16 then
     with pytest.raises(ConfigError, match=r"dtype = auto.*dtype float32.*linear attention"):
+        engine_types.convolution_dtype(config)
+    config = plan_config(tmp_path, NEXT_80B | {"dtype": None})
+    with pytest.raises(ConfigError, match=r"dtype None.*write the dtype of the weights into"):
         engine_types.convolution_dtype(config)
 
 
@@ -177,3 +192,40 @@ def test_chunked_rule_equals_its_recurrence(length: int) -> None:
         state = state + torch.einsum("njv,njk->njvk", written, k[:, t])
         want = torch.einsum("njvk,njk->njv", state, q[:, t]) / 5**0.5
         torch.testing.assert_close(got[:, t], want, rtol=1e-9, atol=1e-9)
+
+
+class _Elements(TorchDispatchMode):
+    """Counts the elements of all tensors that operations return, views included."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.count += sum(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+        return out
+
+
+def test_work_of_backward_is_linear_in_the_length_of_a_sequence() -> None:
+    counts = []
+    for length in (512, 2048):
+        inputs = [torch.rand(1, length, 1, 2, requires_grad=True) for _ in range(3)]
+        gates = [torch.rand(1, length, 1) for _ in range(2)]
+        with _Elements() as elements:
+            gated_delta_rule(*inputs, -gates[0], gates[1]).sum().backward()
+        counts.append(elements.count)
+    assert counts[1] < 4.4 * counts[0]
+
+
+def test_convolution_in_bf16_is_rounded_once() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 30, 40, generator=g).bfloat16()
+    weight = torch.randn(40, 4, generator=g).bfloat16()
+    exact = convolve(x.double(), weight.double())
+    padded = torch.cat([torch.zeros(2, 3, 40), x], 1).double()
+    mixed = sum(padded[:, i : i + 30] * weight[:, i].double() for i in range(4))
+    torch.testing.assert_close(exact, torch.nn.functional.silu(mixed))
+    rounded = convolve(x, weight)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded == exact.bfloat16()).float().mean() > 0.99

@@ -14,6 +14,7 @@ channels of the convolution.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_async_rl.trainer.model.attention import move_rows
-from megatron_async_rl.trainer.model.fused import rms_norm
+from megatron_async_rl.trainer.model.fused import rms_norm, swiglu
 from megatron_async_rl.trainer.model.overlap import OverlappedRowParallelLinear
-from megatron_async_rl.trainer.model.sequences import PackedSequences
+from megatron_async_rl.trainer.model.sequences import DenseBatch, PackedSequences
 
 CHUNK = 64
 """Tokens of a chunk, between which the state is handed on."""
@@ -106,15 +107,16 @@ class GatedDeltaNet(MegatronModule):
         decay_WJ = -self.A_log.to(wide).exp() * F.softplus(alpha_WJ.to(wide) + self.dt_bias)
         out_WJV = self._attend(qkv_WC, decay_WJ, beta_WJ.to(wide).sigmoid(), packed)
         out = rms_norm(packed.shard(out_WJV), self.norm_weight, self.config.layernorm_epsilon)
-        out = out * F.silu(gate.reshape(out.shape).to(wide))
-        return self.out_proj(out.to(qkvz.dtype).view(len(qkvz), 1, -1))
+        gated = swiglu(torch.cat([gate.reshape(out.shape), out], -1))
+        return self.out_proj(gated.view(len(qkvz), 1, -1))
 
     def _attend(
         self, qkv_WC: Tensor, decay_WJ: Tensor, beta_WJ: Tensor, packed: PackedSequences
     ) -> Tensor:
         """Returns [W, J, V]; `decay_WJ` is the logarithm of the decay."""
-        outputs = []
-        for batch in packed.whole_sequences:
+
+        def attended(batch: DenseBatch) -> Tensor:
+            """Returns [W, J, V], zero for tokens of other batches."""
             size = batch.num_sequences * batch.length
             padded = [
                 move_rows(x, batch.tokens_K, batch.slots_K, size).view(
@@ -126,15 +128,14 @@ class GatedDeltaNet(MegatronModule):
             out = checkpoint(
                 self._convolve_and_attend, *padded, use_reentrant=False, preserve_rng_state=False
             )
-            outputs.append(move_rows(out.flatten(0, 1), batch.slots_K, batch.tokens_K, len(qkv_WC)))
-        return outputs[0] if len(outputs) == 1 else torch.stack(outputs).sum(0)
+            return move_rows(out.flatten(0, 1), batch.slots_K, batch.tokens_K, len(qkv_WC))
+
+        return reduce(torch.add, map(attended, packed.whole_sequences))
 
     def _convolve_and_attend(self, qkv_NLC: Tensor, decay_NLJ: Tensor, beta_NLJ: Tensor) -> Tensor:
         num, length, _ = qkv_NLC.shape
-        width = self.conv_weight.size(-1)
-        earlier = F.pad(qkv_NLC, (0, 0, width - 1, 0))
-        mixed = sum(earlier[:, i : i + length] * self.conv_weight[:, 0, i] for i in range(width))
-        of_head = F.silu(mixed).view(num, length, self.key_heads, -1)
+        mixed_NLC = convolve(qkv_NLC, self.conv_weight[:, 0])
+        of_head = mixed_NLC.view(num, length, self.key_heads, -1)
         query, key, value = of_head.split(
             [self.key_size, self.key_size, self.repeats * self.value_size], 3
         )
@@ -149,6 +150,18 @@ class GatedDeltaNet(MegatronModule):
         return super().sharded_state_dict(
             prefix, sharded_offsets, metadata
         ) | make_sharded_tensors_for_checkpoint(own, prefix, dict.fromkeys(own, 0), sharded_offsets)
+
+
+def convolve(x_NLC: Tensor, weight_CW: Tensor) -> Tensor:
+    """Returns SiLU of each channel's causal convolution, [N, L, C], in float32 or wider within.
+
+    The engine too sums in float32 and rounds the result only.
+    """
+    wide = torch.promote_types(x_NLC.dtype, torch.float32)
+    length, weights = x_NLC.size(1), weight_CW.to(wide).unbind(1)
+    earlier = F.pad(x_NLC.to(wide), (0, 0, len(weights) - 1, 0))
+    mixed = sum(earlier[:, i : i + length] * weight_C for i, weight_C in enumerate(weights))
+    return F.silu(mixed).to(x_NLC.dtype)
 
 
 def gated_delta_rule(
@@ -185,13 +198,17 @@ def gated_delta_rule(
     own, from_state = solved.split([value.size(-1), key.size(-1)], -1)
     within = query @ key.mT * between
     reads = query * total.exp()[..., None]
-    kept = key * (total[..., -1:] - total).exp()[..., None]
+    kept = (key * (total[..., -1:] - total).exp()[..., None]).mT
     state = value.new_zeros(*value.shape[:2], key.size(-1), value.size(-1))  # [N, J, K, V]
     outputs = []
-    for m in range(value.size(2)):
-        new = own[:, :, m] - from_state[:, :, m] @ state
-        outputs.append(reads[:, :, m] @ state + within[:, :, m] @ new)
-        state = state * total[:, :, m, -1, None, None].exp() + kept[:, :, m].mT @ new
+    # unbind: backward of an index would fill a gradient of all chunks with zeros for each chunk
+    chunks = (own, from_state, reads, within, kept, total[..., -1, None, None].exp())
+    for own_m, from_state_m, reads_m, within_m, kept_m, decay_m in zip(
+        *(x.unbind(2) for x in chunks), strict=True
+    ):
+        new = own_m - from_state_m @ state
+        outputs.append(reads_m @ state + within_m @ new)
+        state = state * decay_m + kept_m @ new
     out = torch.stack(outputs, 2).flatten(2, 3)[:, :, :length]
     return out.transpose(1, 2).to(value_NLJV.dtype)
 
