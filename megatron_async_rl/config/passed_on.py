@@ -45,7 +45,9 @@ MEGATRON_RESERVED = dict.fromkeys(
         "attention_output_gate layernorm_zero_centered_gamma experimental_attention_variant "
         "linear_attention_freq linear_conv_kernel_dim linear_num_key_heads linear_num_value_heads "
         "linear_key_head_dim linear_value_head_dim "
-        "moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk"
+        "moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk "
+        "multi_latent_attention rotary_interleaved no_rope_freq softmax_scale softmax_type "
+        "window_size activation_func_clamp_value glu_linear_offset mtp_num_layers moe_latent_size"
     ).split(),
     _MODEL,
 ) | {

@@ -149,10 +149,10 @@ def _activations(
     else:
         mlp = 2 * shape.ffn_hidden_size / layout.tp
     attention = 2 * (dims["q"] + dims["kv"])
-    if shape.latent:  # whole keys and values, and the vectors that they are made from
-        attention = 2 * (dims["q"] + dims["v"]) + dims["q_rank"] + dims["kv_latent"]
-    if shape.linear:  # the results of all projections, from which the rest is computed again
-        attention = shape.attention_parameters // shape.hidden_size
+    if shape.latent:  # values and output padded to the size of queries, the output cut, latents
+        attention = 4 * dims["q"] + dims["v"] + dims["q_rank"] + dims["kv_latent"]
+    if shape.linear:  # the results of all projections, and of the output's norm and gate
+        attention = shape.attention_parameters // shape.hidden_size + 2 * dims["linear_v"]
     # both inputs, queries and keys before their norms, values, attention's output, gate and up
     saved = 2 * boundary + attention / layout.tp + mlp
     in_flight = float(layout.pp - stage)

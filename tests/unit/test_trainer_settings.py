@@ -43,6 +43,8 @@ def test_unknown_megatron_key_suggests_the_nearest() -> None:
         ("num_layers", 3, "config.json"),
         ("moe_layer_freq", 2, "config.json"),
         ("moe_router_enable_expert_bias", False, "config.json"),
+        ("multi_latent_attention", True, "config.json"),
+        ("rotary_interleaved", True, "config.json"),
         ("bf16", True, "trainer.precision"),
         ("hidden_dropout", 0.1, "without dropout"),
     ],
