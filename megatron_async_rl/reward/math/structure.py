@@ -133,8 +133,8 @@ def fold_words(text: str) -> str:
 
 
 def _read_all(parts: list[str], depth: int) -> tuple[Part, ...]:
-    if len(parts) > _MAX_ITEMS:
-        raise Unreadable
+    if not 0 < len(parts) <= _MAX_ITEMS:
+        raise Unreadable  # separators alone, such as `\\,`, would equal anything
     return tuple(_read(part, depth + 1) for part in parts)
 
 
