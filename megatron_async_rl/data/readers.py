@@ -160,6 +160,8 @@ def _saved_files(folder: Path) -> list[Path]:
     try:
         state = json.loads((folder / "state.json").read_bytes())
         files = [folder / entry["filename"] for entry in state["_data_files"]]
+        if outside := [file for file in files if file.parent != folder]:
+            raise ValueError(f"it names {outside[0]}, outside of its folder")
         if state.get("_indices_data_files"):
             raise DataError(
                 f"{folder} holds a selection of rows", "save it again after flatten_indices()"

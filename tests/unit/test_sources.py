@@ -276,6 +276,7 @@ def test_preflight_counts_the_prompts_beyond_max_prompt_tokens(model: Path, tmp_
         ({"path": "formats"}, "formats has .jsonl and .parquet files, and a dataset has one"),
         ({"path": "series"}, "series/train-00001-of-00003.parquet is missing"),
         ({"path": "above"}, "above has no dataset in it, but above/data; name a file"),
+        ({"path": "outside"}, "outside/state.json cannot be read: it names /dev/zero, outside of"),
         ({"path": "selection"}, r"selection holds a selection of rows; .*flatten_indices"),
         ({"path": "/dev/null"}, "null is a pipe or device, and a dataset is read several times"),
         ({"path": "d.gz"}, "d.gz, row 1: not JSON but compressed: decompress the file"),
@@ -311,6 +312,7 @@ def test_unusable_source_error_is_one_line_with_file_and_remedy(
     for name, content in {
         "formats/a.jsonl": b"", "formats/b.parquet": b"", "above/data/a.jsonl": b"",
         "series/train-00000-of-00003.parquet": b"", "series/train-00002-of-00003.parquet": b"",
+        "outside/state.json": b'{"_data_files": [{"filename": "/dev/zero"}]}',
         "selection/state.json": b'{"_data_files": [], "_indices_data_files": [{}]}',
         "d.gz": gzip.compress(b"{}"), "pointer.jsonl": b"version https://git-lfs.github.com",
         "parquet.jsonl": b"PAR1", "wide.jsonl": '{"prompt": "1"}'.encode("utf-16-le"),
