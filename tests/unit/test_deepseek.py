@@ -87,6 +87,14 @@ def test_estimates_of_the_real_size(tmp_path: Path) -> None:
     dense, _ = memory.layer_parameters(HfConfig(tmp_path).shape())
     attention, shared, router = 187_105_280, 3 * 7168 * 2048, 7168 * 256
     assert dense == attention + shared + router
+    # queries, keys, padded values, padded output; the output itself; latents
+    attention = 4 * 128 * 192 + 128 * 128 + 1536 + 576
+    experts = 8 * (7168 + 2 * 2048)
+    per_layer = 2 * 7168 / 8 + attention / 8 + experts + 2 * 2048 / 8
+    element_bytes = {"fp32": 4, "bf16": 2}[config.trainer.precision]
+    activations = memory.trainer_memory(config, HfConfig(tmp_path)).activations
+    tokens = config.trainer.max_tokens_per_microbatch
+    assert activations == element_bytes * tokens * 61 * per_layer
 
 
 @pytest.mark.parametrize("q_lora_rank", [12, None])
