@@ -20,9 +20,12 @@ CPU_ENGINE = {
 
 
 def make_model(
-    folder: Path, seed: int = 0, scale: float = 0.25, intermediate_size: int = 96, layers: int = 2
+    folder: Path, seed: int = 0, scale: float = 0.25, layers: int = 2, **sizes: int
 ) -> Path:
-    """Writes a model of two key-value heads; its random weights sample every token at times."""
+    """Writes a model of two key-value heads; its random weights sample every token at times.
+
+    `sizes` are keys of config.json that have other values than here.
+    """
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -37,14 +40,13 @@ def make_model(
         tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<|unk|>"
     )
     torch.manual_seed(seed)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2} | sizes
     model = Qwen3ForCausalLM(
         Qwen3Config(
+            **shape,
             vocab_size=len(words),
-            hidden_size=64,
-            intermediate_size=intermediate_size,
             num_hidden_layers=layers,
             num_attention_heads=4,
-            num_key_value_heads=2,
             head_dim=32,
             max_position_embeddings=256,
             tie_word_embeddings=False,

@@ -2,8 +2,8 @@
 
 Its logprobs are those of transformers with the same quantization of weights and inputs, its digests
 those of the trainer, and one changed byte is found. Trainer ranks (weights_main.py, tensor and
-expert parallel), publisher, rollout worker and engine are the real ones; the test takes the
-controller's place.
+expert parallel), publisher, rollout worker and engine are the real ones; the first test takes the
+controller's place, the second is a whole run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from model_shapes import make_model_folder, weights_config_tree
 from needs import needs_engine
 from safetensors.torch import load_file, save_file
-from tiny_model import CPU_ENGINE
+from tiny_model import CPU_ENGINE, make_dataset, make_model
 from torch import Tensor
 from weight_ranks import WeightController, drive_updates, weight_processes
+from whole_runs import FinishedRun, RunInputs, start_run
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.controller.weight_sync.session import UpdateSession
@@ -162,3 +163,24 @@ def test_engine_holds_and_computes_with_the_quantized_weights(tmp_path: Path) ->
 
     with weight_processes(run_dir, [{"config": tree, "versions": [0, 1]}], {}):
         asyncio.run(drive_updates(run_dir, body))
+
+
+def test_whole_run_trains_with_fp8_servers(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4}
+    model, data = make_model(tmp_path / "model", **sizes), make_dataset(tmp_path / "data.jsonl", 20)
+    path = RunInputs(model, data, data).config(
+        tmp_path / "run",
+        run={"steps": 2, "export_every": 0},
+        weights={"quantization": "fp8_block"},
+        evaluation={"sets": {}},
+        rollout={"max_new_tokens": 24, "max_concurrent_samples": 16},
+    )
+    child = start_run(path)
+    output, errors = child.communicate(timeout=300)
+    assert child.returncode == 0, output[-3000:] + errors[-3000:]
+    run = FinishedRun(tmp_path / "run", output)
+    served = [
+        line for line in run.log("controller").splitlines() if " is served by rollout-0" in line
+    ]
+    assert all("trainer_digest " in line for line in served) and len(served) == 3
+    assert run.status.version == 2
