@@ -168,8 +168,9 @@ def main() -> int:
     ]
     waiting = [(run, number) for number, run in enumerate(runs) if not is_finished(run)]
     study = Study(args.config, args.set, args.gpus, args.first_port, list(range(args.parallel)), [])
-    deadline = time.monotonic() + (args.deadline_s or float("inf"))
+    deadline = time.monotonic() + (float("inf") if args.deadline_s is None else args.deadline_s)
     reported = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the runs, too
     try:
         while (waiting or study.children) and time.monotonic() < deadline:
             while waiting and study.free_slots:
