@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from engine_worker import engine_worker, load_snapshot
 from model_shapes import make_model_folder
 from needs import needs_engine
 from tiny_model import CPU_ENGINE, make_model
@@ -29,12 +30,9 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.weight_sync.session import UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.protocol.transport import Link
-from megatron_async_rl.protocol.weight_messages import LoadSnapshot, Updated
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.worker import RolloutWorker
-from megatron_async_rl.rollout.workflows.single_turn import SingleTurn
 from megatron_async_rl.storage import snapshots
 
 pytestmark = needs_engine
@@ -77,14 +75,6 @@ def config_tree(run_dir: Path, model: Path, tp: int, transport: str) -> dict[str
 def publish_by(control: WeightController, config: Config) -> None:
     session = UpdateSession(control.send, config.weights.update_timeout_s)
     control.publisher = TrainerPublisher(session, config, SnapshotStore(config))
-
-
-async def load(control: WeightController, folder: Path, version: int) -> Updated:
-    await control.send(NAME, LoadSnapshot(version, str(folder)))
-    while True:
-        _, message = await asyncio.wait_for(control.publisher.session.inbox.get(), 100)
-        if isinstance(message, Updated) and message.version == version:
-            return message
 
 
 def transformers_logprobs(model: Path) -> np.ndarray:
@@ -156,12 +146,7 @@ def test_engine_matches_transformers_after_every_update(
 
     async def body(control: WeightController) -> None:
         publish_by(control, over_network)
-        server = SGLangServer(config, run_dir, NAME)
-        await server.start()
-        link = Link(run_dir)
-        worker = RolloutWorker(NAME, config, link, server, SingleTurn())
-        running = asyncio.create_task(worker.run())
-        try:
+        async with engine_worker(config, run_dir, NAME) as (server, worker):
             await control.wait_for(lambda: NAME in control.peers)
             outcome, _ = await control.publish(0, [NAME])
             assert outcome.serving == [NAME]
@@ -193,10 +178,10 @@ def test_engine_matches_transformers_after_every_update(
             # a wrong digest in the manifest: the engine's weights do not match it
             with changed_copy(snapshot, 2) as (path, manifest):
                 manifest["digests"][tensor] = "0" * 16
-            answer = await load(control, path, 2)
+            answer = await load_snapshot(control, NAME, path, 2)
             assert tensor in answer.error and not worker.gate.is_open
             # only a complete catch-up opens the gate again
-            answer = await load(control, snapshot.path, 1)
+            answer = await load_snapshot(control, NAME, snapshot.path, 1)
             assert not answer.error and worker.gate.is_open
 
             # a flipped bit in a file: nothing reaches the engine
@@ -205,7 +190,7 @@ def test_engine_matches_transformers_after_every_update(
                 raw = bytearray(file.read_bytes())
                 raw[-5] ^= 1
                 file.write_bytes(raw)
-            answer = await load(control, path, 3)
+            answer = await load_snapshot(control, NAME, path, 3)
             assert f"{file} does not match its digest" in answer.error and worker.gate.is_open
             np.testing.assert_allclose(
                 await engine_logprobs(worker, 1), transformers_logprobs(third), atol=2e-4
@@ -227,11 +212,6 @@ def test_engine_matches_transformers_after_every_update(
                     assert held == snapshot.manifest.digests
                 finally:
                     await cold.stop()
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-            link.close()
-            await server.stop()
 
     with weight_processes(tmp_path / "run", work, {}):
         asyncio.run(drive_updates(run_dir, body))

@@ -19,6 +19,7 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
+from engine_worker import engine_worker, load_snapshot
 from model_shapes import make_model_folder, weights_config_tree
 from needs import needs_engine
 from safetensors.torch import load_file, save_file
@@ -30,11 +31,6 @@ from whole_runs import FinishedRun, RunInputs, start_run
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.controller.weight_sync.session import UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
-from megatron_async_rl.protocol.transport import Link
-from megatron_async_rl.protocol.weight_messages import LoadSnapshot, Updated
-from megatron_async_rl.rollout.engine_process import SGLangServer
-from megatron_async_rl.rollout.worker import RolloutWorker
-from megatron_async_rl.rollout.workflows.single_turn import SingleTurn
 from megatron_async_rl.storage import snapshots
 from megatron_async_rl.storage.files import digest
 
@@ -77,14 +73,6 @@ def fp8_linear(input: Tensor, weight: Tensor, bias: Any = None, linear: Any = F.
     return linear(input, weight, bias)
 
 
-async def load(control: WeightController, folder: Path, version: int) -> Updated:
-    await control.send(NAME, LoadSnapshot(version, str(folder)))
-    while True:
-        _, message = await asyncio.wait_for(control.publisher.session.inbox.get(), 100)
-        if isinstance(message, Updated) and message.version == version:
-            return message
-
-
 def with_a_changed_byte(snapshot: snapshots.Snapshot, suffix: str) -> Path:
     """Changes the lowest bit of a tensor, in a copy that is otherwise consistent; returns it."""
     path = snapshot.path.with_name(f"v000002.{len(suffix)}")
@@ -124,12 +112,7 @@ def test_engine_holds_and_computes_with_the_quantized_weights(tmp_path: Path) ->
     async def body(control: WeightController) -> None:
         session = UpdateSession(control.send, 60.0)
         control.publisher = TrainerPublisher(session, config, SnapshotStore(config))
-        server = SGLangServer(config, run_dir, NAME)
-        await server.start()
-        link = Link(run_dir)
-        worker = RolloutWorker(NAME, config, link, server, SingleTurn())
-        running = asyncio.create_task(worker.run())
-        try:
+        async with engine_worker(config, run_dir, NAME) as (server, worker):
             await control.wait_for(lambda: NAME in control.peers)
             outcome, _ = await control.publish(0, [NAME])
             assert outcome.serving == [NAME], outcome
@@ -150,16 +133,16 @@ def test_engine_holds_and_computes_with_the_quantized_weights(tmp_path: Path) ->
                 ("self_attn.o_proj.weight_scale_inv", "1.self_attn.o_proj.weight_scale_inv"),
                 ("mlp.experts.1.up_proj.weight", "1.mlp.experts.w13_weight"),
             ):
-                answer = await load(control, with_a_changed_byte(snapshot, suffix), 2)
+                answer = await load_snapshot(
+                    control, NAME, with_a_changed_byte(snapshot, suffix), 2
+                )
                 assert f"{tensor} is" in answer.error and not worker.gate.is_open
-            assert not (await load(control, snapshot.path, 1)).error and worker.gate.is_open
+            assert (
+                not (await load_snapshot(control, NAME, snapshot.path, 1)).error
+                and worker.gate.is_open
+            )
             again = await server.client.input_logprobs(IDS, 1)
             assert again == (1, logprobs)
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-            link.close()
-            await server.stop()
 
     with weight_processes(run_dir, [{"config": tree, "versions": [0, 1]}], {}):
         asyncio.run(drive_updates(run_dir, body))

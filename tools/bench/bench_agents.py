@@ -81,7 +81,7 @@ async def benchmark(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     (out / "logs").mkdir(parents=True)
     (out / "keys").mkdir(mode=0o700)
-    model = make_model(out / "model", arguments.model)
+    model = make_model(out / "model", SHAPES[arguments.model])
     write_tokenizer(model, SHAPES[arguments.model]["vocab_size"])
     length = (arguments.new_tokens + arguments.user_tokens + 4) * arguments.turns + 8
     config = make_config(arguments, model, out)

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 import bench_fp8_trainer
 import numpy as np
-from bench_publish_setup import CPU_ENGINE, GPU_ENGINE, make_model
+from bench_publish_setup import CPU_ENGINE, GPU_ENGINE, make_model, memory_of
 from trainer_scenarios import COMMON
 from trainer_scenarios import SHAPES as PUBLISHED
 
@@ -166,14 +166,10 @@ class Bench:
     async def run(self) -> None:
         for folder in ("logs", "keys"):
             (self._out / folder).mkdir(parents=True, mode=0o700)
-        model = make_model(self._out / "model", "tiny")
-        path = model / "config.json"
-        shape = json.loads(path.read_text()) | SHAPES[self._arguments.model]
-        if shape.get("num_experts"):
-            shape["model_type"] = "qwen3_moe"
-        shape["num_hidden_layers"] = self._arguments.layers or shape["num_hidden_layers"]
-        path.write_text(json.dumps(shape))
-        self._vocab_size = shape["vocab_size"]
+        sizes = dict(SHAPES[self._arguments.model])
+        sizes["num_hidden_layers"] = self._arguments.layers or sizes["num_hidden_layers"]
+        model = make_model(self._out / "model", sizes)
+        self._vocab_size = sizes["vocab_size"]
         configs = {name: make_config(self._arguments, model, name) for name in FORMATS}
         for name, config in configs.items():
             (self._out / f"{name}.yaml").write_text(configuration.dump(config))
@@ -228,8 +224,7 @@ class Bench:
             publisher = TrainerPublisher(session, config, SnapshotStore(config))
         publisher.start_epoch(len(self._members))  # update groups with names of their own
         self._members[name] = Member(config, server, worker, publisher)
-        info = await server.client._call("GET", "/server_info", None, server.client._api)
-        memory = info["internal_states"][0].get("memory_usage", {})
+        memory = await memory_of(server)
         seconds = round(time.monotonic() - started, 1)
         self._report("start", name, seconds=seconds, memory_gib=memory)
         async with self._joined:

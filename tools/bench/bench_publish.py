@@ -53,7 +53,7 @@ sys.path.insert(0, str(ROOT))
 
 import bench_publish_roles
 from bench_publish_control import Bench
-from bench_publish_setup import make_config, make_model, make_parser, model_bytes
+from bench_publish_setup import SHAPES, make_config, make_model, make_parser, model_bytes
 
 from megatron_async_rl import processes
 from megatron_async_rl.addresses import free_port
@@ -187,7 +187,7 @@ async def benchmark(arguments: argparse.Namespace) -> None:
     out = arguments.out
     (out / "logs").mkdir(parents=True)
     (out / "keys").mkdir(mode=0o700)
-    config = make_config(arguments, make_model(out / "model", arguments.model), out)
+    config = make_config(arguments, make_model(out / "model", SHAPES[arguments.model]), out)
     (out / "config.yaml").write_text(configuration.dump(config))
     trainer_gpus = range(arguments.trainer_tp)
     first = arguments.trainer_tp if arguments.engine_gpu is None else arguments.engine_gpu

@@ -13,6 +13,7 @@ import yaml
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.rollout.engine_process import SGLangServer
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {  # the sizes of Qwen3-8B
@@ -99,14 +100,14 @@ def parse_bucket(text: str) -> tuple[int, str]:
     return int(size), wire or "bucket"
 
 
-def make_model(folder: Path, name: str) -> Path:
+def make_model(folder: Path, sizes: dict[str, Any]) -> Path:
     """Writes config.json and a tokenizer of three tokens: all that random weights need."""
     from tokenizers import Tokenizer, models
 
     folder.mkdir(parents=True)
     config = {
         "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        "model_type": "qwen3_moe" if sizes.get("num_experts") else "qwen3",
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": False,
@@ -117,7 +118,7 @@ def make_model(folder: Path, name: str) -> Path:
         "bos_token_id": None,
         "eos_token_id": 0,
     }
-    (folder / "config.json").write_text(json.dumps(config | SHAPES[name]))
+    (folder / "config.json").write_text(json.dumps(config | sizes))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
     vocabulary = {"<end>": 0, "<pad>": 1, "<unk>": 2}
     Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
@@ -156,6 +157,12 @@ def make_config(arguments: argparse.Namespace, model: Path, run_dir: Path) -> Co
             "sglang": engine | {"tp_size": arguments.engine_tp, "load_format": "dummy"},
         }
     )
+
+
+async def memory_of(server: SGLangServer) -> dict[str, Any]:
+    """Returns what the server reports of its GPU's memory: GiB, and tokens of its KV cache."""
+    info = await server.client._call("GET", "/server_info", None, server.client._api)
+    return info["internal_states"][0].get("memory_usage", {})
 
 
 def model_bytes(arguments: argparse.Namespace) -> int:

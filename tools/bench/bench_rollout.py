@@ -54,9 +54,8 @@ async def benchmark(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     (out / "logs").mkdir(parents=True)
     (out / "keys").mkdir(mode=0o700)
-    server = SGLangServer(
-        make_config(arguments, make_model(out / "model", arguments.model), out), out, "rollout-0"
-    )
+    model = make_model(out / "model", SHAPES[arguments.model])
+    server = SGLangServer(make_config(arguments, model, out), out, "rollout-0")
     try:
         await server.start()
         await server.client.relabel(0)  # a new server calls its weights "default"

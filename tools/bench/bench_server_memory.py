@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench_publish_setup import make_config, make_model, make_parser
+from bench_publish_setup import make_config, make_model, make_parser, memory_of
 from trainer_scenarios import COMMON, SHAPES
 
 from megatron_async_rl.model.config_json import HfConfig
@@ -56,22 +56,17 @@ async def measure(scenario: str, arguments: argparse.Namespace) -> dict[str, Any
     shutil.rmtree(out, ignore_errors=True)
     (out / "logs").mkdir(parents=True)
     (out / "keys").mkdir(mode=0o700)
-    model = make_model(out / "model", "tiny")
-    shape = json.loads((model / "config.json").read_text()) | COMMON | SHAPES[name]
-    if shape.get("num_experts"):
-        shape["model_type"] = "qwen3_moe"
-    if layers:
-        shape["num_hidden_layers"] = int(layers)
-    (model / "config.json").write_text(json.dumps(shape))
+    sizes = COMMON | SHAPES[name]
+    sizes["num_hidden_layers"] = int(layers or sizes["num_hidden_layers"])
+    model = make_model(out / "model", sizes)
     config = make_config(arguments, model, out)
     expected = server_memory(config, HfConfig(model))
     server = SGLangServer(config, out, "rollout-0")
     try:
         await server.start()
-        info = await server.client._call("GET", "/server_info", None, server.client._api)
+        used = await memory_of(server)
     finally:
         await server.stop()
-    used = info["internal_states"][0]["memory_usage"]
     return {
         "scenario": scenario,
         "estimate": {"weights_gib": expected.weights / GIB, "kv_bytes": expected.kv_per_token},
