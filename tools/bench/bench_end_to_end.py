@@ -78,7 +78,8 @@ SIZES = (
 )
 # mean and largest length, groups of a step, samples of a group
 WORKLOADS = {
-    "generation": (2000, 8192, 32, 8),
+    "generation": (1000, 4096, 32, 8),
+    "generation-long": (2000, 8192, 32, 8),  # of the first runs; a row of eta 0 takes 12 minutes
     "balanced": (400, 2048, 32, 8),
     "balanced-600": (600, 2048, 32, 8),  # for comparison with the runs of the 0.6B shape
     "training": (150, 1024, 64, 8),

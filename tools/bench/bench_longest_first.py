@@ -87,7 +87,7 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         end_to_end.make_inputs(folder, "0.6b")
-        cases = itertools.product(("balanced-600", "generation"), (256, 64), (0, 1, 4))
+        cases = itertools.product(("balanced-600", "generation-long"), (256, 64), (0, 1, 4))
         for workload, concurrent, eta in cases:
             run = Planted(folder, "0.6b", workload, f"eta{eta}", STEPS)
             found = [

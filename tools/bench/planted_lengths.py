@@ -1,8 +1,12 @@
 """A workflow and a reward for benchmarks of whole runs: response lengths are planted.
 
-Lengths are log-normal (sigma 1), so a batch has the long tail of reasoning models, and depend on
-prompt and sample alone: every row of a benchmark generates the same lengths. PLANTED_MEAN and
-PLANTED_MAX (environment) are their mean and limit in tokens. The reward is a coin.
+Lengths are log-normal, so a batch has the long tail of reasoning models, and depend on prompt and
+sample alone: every row of a benchmark generates the same lengths. The reward is a coin. From the
+environment:
+
+    PLANTED_MEAN, PLANTED_MAX   mean and limit of the lengths in tokens
+    PLANTED_SIGMA               of their logarithm: 1; 0 gives all the mean
+    PLANTED_ENDS                a file to which the time of each sample's end is appended, in s
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,17 +25,16 @@ from megatron_async_rl.protocol.types import Prompt, Sample, join_segments
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.workflow import Policy
 
-SIGMA = 1.0
-
 
 def length(prompt: str, index: int) -> int:
     """Returns the planted length of the `index`-th sample of a prompt, in tokens."""
     mean = float(os.environ.get("PLANTED_MEAN", "600"))
     most = int(os.environ.get("PLANTED_MAX", "2048"))
+    sigma = float(os.environ.get("PLANTED_SIGMA", "1"))
     digest = hashlib.sha256(f"{prompt} {index}".encode()).digest()
     normal = np.random.default_rng(int.from_bytes(digest[:8], "big")).standard_normal()
-    tokens = np.exp(np.log(mean) - SIGMA**2 / 2 + SIGMA * normal)
-    return int(np.clip(tokens, 16, most))
+    tokens = np.exp(np.log(mean) - sigma**2 / 2 + sigma * normal)
+    return int(np.clip(np.rint(tokens), 16, most))
 
 
 class PlantedLengths:
@@ -44,7 +49,14 @@ class PlantedLengths:
             prompt.ids.tolist(),
             dataclasses.replace(sampling, max_new_tokens=planted, stop_token_ids=[]),
         )
+        record_end()
         return join_segments(prompt.ids, turn.segments, turn.stop, str(index % 2))
+
+
+def record_end() -> None:
+    if ends := os.environ.get("PLANTED_ENDS"):
+        with Path(ends).open("a") as file:
+            print(time.monotonic(), file=file)
 
 
 def coin(prompt: str, response: str, row: dict[str, Any]) -> float:
