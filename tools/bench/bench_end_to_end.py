@@ -11,7 +11,7 @@ Random weights, one SGLang server, one trainer rank, real processes. Rows (bound
     eta0         synchronous: max_staleness 0
     overlap      one-step overlap with whole batches: max_staleness 1, weights.interrupt finish
     eta1 .. eta8 max_staleness N, weights.interrupt retract, KV cache recomputed
-    eta4-keep    the same with weights.kv_cache keep
+    eta4-keep    the same with weights.kv_cache keep; also eta8-keep
 
 Each row is a process of its own, of at most --limit-s seconds, and is kept in OUT/WORKLOAD/rows:
 running again continues with the rows that are missing. A run is stopped after --steps, of which 1
@@ -87,16 +87,13 @@ WORKLOADS = {
 }
 FULL_SIZE = ["generation", "balanced", "training"]
 RETRACT = {"weights.interrupt": "retract"}
+KEEP = {"weights.kv_cache": "keep", "sglang.disable_overlap_schedule": True}
 ROWS: dict[str, dict[str, Any]] = {
     "bounds": {},
     "eta0": {"staleness.max_staleness": 0, **RETRACT},
     "overlap": {"staleness.max_staleness": 1, "weights.interrupt": "finish"},
     **{f"eta{n}": {"staleness.max_staleness": n, **RETRACT} for n in (1, 2, 4, 8)},
-    "eta4-keep": {
-        "staleness.max_staleness": 4,
-        "weights.kv_cache": "keep",
-        "sglang.disable_overlap_schedule": True,
-    },
+    **{f"eta{n}-keep": {"staleness.max_staleness": n, **KEEP} for n in (4, 8)},
 }
 NUM_WORDS, PROMPT_WORDS, WARM_UP_STEPS = 5000, 96, 2
 ENDLESS = 10_000  # steps: the last ones of a run start nothing new

@@ -211,7 +211,9 @@ def generation_bound(folder: Path) -> list[Figure]:
     The figures are of steady steps, before the last steps of the runs, which admit nothing more.
     """
     setting = ("rollout.kv_lease_limit=null", "sglang.mem_fraction_static=0.7")
-    runs = {row: Planted(folder, "1.7b", "generation-long", row, 8, setting) for row in ("eta0", "eta4")}
+    runs = {
+        row: Planted(folder, "1.7b", "generation-long", row, 8, setting) for row in ("eta0", "eta4")
+    }
     steps = {row: run.simulated(is_cut_off=True) for row, run in runs.items()}
     found = {row: average(steps[row]) for row in runs}
     costs = runs["eta4"].costs()
