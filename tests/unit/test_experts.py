@@ -19,7 +19,7 @@ from megatron_async_rl.model.config_json import Architecture
 from megatron_async_rl.model.families import FAMILIES
 from megatron_async_rl.trainer.model import megatron_config
 from megatron_async_rl.trainer.model.experts import TokenGroups, grouped_linear
-from megatron_async_rl.trainer.model.fused import weighted_swiglu
+from megatron_async_rl.trainer.model.fused import swiglu
 from megatron_async_rl.weights.parameters import expert_names
 
 COUNTS = [5, 0, 16, 3, 0]
@@ -66,8 +66,8 @@ def test_weighted_swiglu_matches_the_formula() -> None:
     x = torch.randn(7, 10, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(7, dtype=torch.float64, requires_grad=True)
     gate, up = x.chunk(2, 1)
-    torch.testing.assert_close(weighted_swiglu(x, weight), F.silu(gate) * up * weight[:, None])
-    assert torch.autograd.gradcheck(weighted_swiglu, (x, weight))
+    torch.testing.assert_close(swiglu(x, weight), F.silu(gate) * up * weight[:, None])
+    assert torch.autograd.gradcheck(swiglu, (x, weight))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_async_rl.errors import ConfigError
-from megatron_async_rl.trainer.model.fused import weighted_swiglu
+from megatron_async_rl.trainer.model.fused import swiglu
 from megatron_async_rl.trainer.model.recompute import SelectiveRecompute
 
 _EXTRA_STATE = "_extra_state"
@@ -62,10 +62,10 @@ class GroupedExperts(MegatronModule):
         fc1, fc2 = self.linear_fc1.weight, self.linear_fc2.weight
         groups = TokenGroups.of(tokens_per_expert, use_kernel=has_kernel(tokens_TI, fc1))
         gate_up = grouped_linear(tokens_TI, fc1, groups)
-        activated = weighted_swiglu(gate_up, probs_T)
+        activated = swiglu(gate_up, probs_T)
         with SelectiveRecompute() as selective:  # gate_up is kept anyway, for the activation
             if len(activated):
-                selective.recompute(activated, lambda: weighted_swiglu(gate_up, probs_T))
+                selective.recompute(activated, lambda: swiglu(gate_up, probs_T))
             return grouped_linear(activated, fc2, groups), None
 
     def sharded_state_dict(

@@ -94,68 +94,39 @@ def _norm_backward(
     return dx.to(x_TD.dtype), (dy_TD.float() * n).sum(0).to(weight_D.dtype)
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """Returns silu(gate) * up of the two halves (gate, up) of the last dimension."""
-    return _SwiGLU.apply(x)
+def swiglu(x: Tensor, weight_T: Tensor | None = None) -> Tensor:
+    """Returns silu(gate) * up of the two halves (gate, up) of the last dimension.
+
+    With weights, x is [T, D], and each row of the result is multiplied by its weight.
+    """
+    return _SwiGLU.apply(x, weight_T)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _swiglu_forward(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], -1)
+    def forward(ctx: Any, x: Tensor, weight_T: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_T)
+        return _swiglu_forward(x.reshape(-1, x.size(-1)), weight_T).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        [x] = ctx.saved_tensors
-        dx_TD = _swiglu_backward(dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1)))
-        return dx_TD.view(x.shape)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight_T = ctx.saved_tensors
+        rows = (dy.contiguous().view(-1, dy.size(-1)), x.reshape(-1, x.size(-1)))
+        dx_TD, dweight_T = _swiglu_backward(*rows, weight_T)
+        return dx_TD.view(x.shape), dweight_T
 
 
 @gpu_compiled
-def _swiglu_forward(x_TD: Tensor) -> Tensor:
+def _swiglu_forward(x_TD: Tensor, weight_T: Tensor | None) -> Tensor:
     gate, up = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)).chunk(2, 1)
-    return (gate * gate.sigmoid() * up).to(x_TD.dtype)
+    y = gate * gate.sigmoid() * up
+    return (y if weight_T is None else y * weight_T[:, None]).to(x_TD.dtype)
 
 
 @gpu_compiled
-def _swiglu_backward(dy_TF: Tensor, x_TD: Tensor) -> Tensor:
-    """Returns (dgate, dup) as one tensor, with s = sigmoid(gate).
-
-    dgate = dy * up * s * (1 + gate * (1 - s)),  dup = dy * gate * s
-    """
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
-    (gate, up), dy = x_TD.to(wide).chunk(2, 1), dy_TF.to(wide)
-    s = gate.sigmoid()
-    return torch.cat([dy * up * s * (1 + gate * (1 - s)), dy * gate * s], 1).to(x_TD.dtype)
-
-
-def weighted_swiglu(x_TD: Tensor, weight_T: Tensor) -> Tensor:
-    """Returns silu(gate) * up of the two halves (gate, up) of each row, times the row's weight."""
-    return _WeightedSwiGLU.apply(x_TD, weight_T)
-
-
-class _WeightedSwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_T: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_T)
-        return _weighted_swiglu_forward(x_TD, weight_T)
-
-    @staticmethod
-    def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor, Tensor]:
-        return _weighted_swiglu_backward(dy_TF.contiguous(), *ctx.saved_tensors)
-
-
-@gpu_compiled
-def _weighted_swiglu_forward(x_TD: Tensor, weight_T: Tensor) -> Tensor:
-    gate, up = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)).chunk(2, 1)
-    return (gate * gate.sigmoid() * up * weight_T[:, None]).to(x_TD.dtype)
-
-
-@gpu_compiled
-def _weighted_swiglu_backward(
-    dy_TF: Tensor, x_TD: Tensor, weight_T: Tensor
-) -> tuple[Tensor, Tensor]:
+def _swiglu_backward(
+    dy_TF: Tensor, x_TD: Tensor, weight_T: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Returns ((dgate, dup) as one tensor, dweight), with s = sigmoid(gate) and g = dy * weight.
 
     dgate = g * up * s * (1 + gate * (1 - s)),  dup = g * gate * s
@@ -163,8 +134,10 @@ def _weighted_swiglu_backward(
     """
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     (gate, up), dy = x_TD.to(wide).chunk(2, 1), dy_TF.to(wide)
-    s, g = gate.sigmoid(), dy * weight_T[:, None]
+    s, g = gate.sigmoid(), dy if weight_T is None else dy * weight_T[:, None]
     dx = torch.cat([g * up * s * (1 + gate * (1 - s)), g * gate * s], 1).to(x_TD.dtype)
+    if weight_T is None:
+        return dx, None
     return dx, (dy * gate * s * up).sum(1).to(weight_T.dtype)
 
 

@@ -7,10 +7,14 @@ a layer's activations and take at most a tenth of its time. Recomputing whole la
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_Sources = dict[int, tuple[Tensor, Callable[[], Tensor]]]
+"""The tensors to recompute and their functions, by the address of the storage."""
 
 
 class SelectiveRecompute:
@@ -26,12 +30,12 @@ class SelectiveRecompute:
 
     def __init__(self) -> None:
         self._saved: list[_Saved] = []
-        self._sources: dict[int, _Source] = {}  # by the address of the storage
+        self._sources: _Sources = {}
 
     def recompute(self, tensor: Tensor, recompute_fn: Callable[[], Tensor]) -> None:
         """Marks a tensor to be recomputed by `recompute_fn` instead of saved."""
-        source = _Source(tensor.detach(), recompute_fn)
-        self._sources[tensor.untyped_storage().data_ptr()] = source
+        # kept to the end of the block, so that its address is not reused
+        self._sources[tensor.untyped_storage().data_ptr()] = tensor.detach(), recompute_fn
 
     def __enter__(self) -> SelectiveRecompute:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _Saved.restore)
@@ -42,8 +46,6 @@ class SelectiveRecompute:
         self._hooks.__exit__(*error)
         for saved in self._saved:
             saved.release(self._sources)
-        for source in self._sources.values():
-            source.tensor = None
         # The hooks refer to this object: without this, the reference cycle would keep all that the
         # functions hold until a garbage collection.
         del self._hooks, self._saved, self._sources
@@ -55,42 +57,33 @@ class SelectiveRecompute:
         return saved
 
 
-class _Source:
-    """A tensor to recompute; kept to the end of the block, so that its address is not reused."""
-
-    def __init__(self, tensor: Tensor, recompute_fn: Callable[[], Tensor]) -> None:
-        self.tensor: Tensor | None = tensor
-        self.recompute_fn = recompute_fn
-        self.stride, self.offset = tensor.stride(), tensor.storage_offset()
-
-
 class _Saved:
     """A tensor saved for backward: itself, or its view of a recomputed one."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor: Tensor | None = tensor
-        self.source: _Source | None = None
-        self.view: tuple[Any, ...] | None = None  # size, stride, offset in the source
-
-    def release(self, sources: dict[int, _Source]) -> None:
-        """Drops the tensor if one of the sources recomputes it."""
-        assert self.tensor is not None
-        self.source = sources.get(self.tensor.untyped_storage().data_ptr())
-        if self.source is not None:
-            offset = self.tensor.storage_offset() - self.source.offset
-            self.view = (self.tensor.size(), self.tensor.stride(), offset)
-            self.tensor = None
+        self._restore = lambda: tensor
 
     def restore(self) -> Tensor:
         """Returns the tensor, recomputed if it was dropped."""
-        if self.tensor is not None:
-            return self.tensor
-        assert self.source is not None and self.view is not None
-        with torch.no_grad():
-            made = self.source.recompute_fn().detach()
-        if made.stride() != self.source.stride:
-            raise AssertionError(
-                f"recomputed with strides {made.stride()} instead of {self.source.stride}"
-            )
-        size, stride, offset = self.view
-        return made.as_strided(size, stride, made.storage_offset() + offset)
+        return self._restore()
+
+    def release(self, sources: _Sources) -> None:
+        """Drops the tensor if one of the sources recomputes it."""
+        tensor = self._restore()
+        if found := sources.get(tensor.untyped_storage().data_ptr()):
+            source, recompute_fn = found
+            offset = tensor.storage_offset() - source.storage_offset()
+            view = tensor.size(), tensor.stride(), offset
+            self._restore = partial(_recomputed, recompute_fn, source.stride(), view)
+
+
+@torch.no_grad()
+def _recomputed(
+    recompute_fn: Callable[[], Tensor], stride: tuple[int, ...], view: tuple[Any, ...]
+) -> Tensor:
+    """Returns the view (size, stride, offset) of a recomputed tensor, whose strides are known."""
+    made = recompute_fn().detach()
+    if made.stride() != stride:
+        raise AssertionError(f"recomputed with strides {made.stride()} instead of {stride}")
+    size, strides, offset = view
+    return made.as_strided(size, strides, made.storage_offset() + offset)
