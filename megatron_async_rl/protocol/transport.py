@@ -200,7 +200,10 @@ class Link:
         return self._codec.decode(await self._socket.recv_multipart())
 
     async def send(self, message: Message) -> None:
-        await self._socket.send_multipart(self._codec.encode(message), copy=False)
+        await self.send_encoded(self._codec.encode(message))
+
+    async def send_encoded(self, frames: list[wire.Frame]) -> None:
+        await self._socket.send_multipart(frames, copy=False)
 
     def close(self) -> None:
         self._socket.close()

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Literal, Protocol
+from typing import Literal
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError, EngineError
@@ -35,19 +35,22 @@ FINISH_SHARE = 0.9  # of weights.update_timeout_s: the error must arrive before 
 OLDEST_THAT_PAUSES = (0, 5, 21)
 
 
-class Interruption(Protocol):
+class Interruption:
     """Called by weight_update.py in the order stop, wait_drained, resume; all raise EngineError."""
 
-    interrupts: bool  # requests in flight go on after the update
-    flushes_cache: bool  # the update must drop the prefix cache
-    freezes: bool  # after `stop` the server runs nothing, not even aborted requests
-    seconds: dict[str, float]  # of the last interruption, by phase
+    interrupts = True  # requests in flight go on after the update
+    flushes_cache = True  # the update must drop the prefix cache
+    freezes = False  # after `stop` the server runs nothing, not even aborted requests
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}  # of the last interruption, by phase
 
     async def stop(self) -> None:
         """Stops or ends the requests in flight after the gate was closed.
 
         Then the update may begin.
         """
+        raise NotImplementedError
 
     async def wait_drained(self) -> None:
         """Waits until no request in flight prevents a flush."""
@@ -57,19 +60,17 @@ class Interruption(Protocol):
 
     def cache_key(self) -> str | None:
         """Returns the key within which requests share cached prefixes."""
+        return None
 
 
-class Finish:
+class Finish(Interruption):
     """All requests end regularly; meanwhile the server gets no new ones."""
 
     interrupts = False
-    flushes_cache = True
-    freezes = False
 
     def __init__(self, gate: Gate, timeout_s: float) -> None:
-        self._gate = gate
-        self._timeout_s = timeout_s
-        self.seconds: dict[str, float] = {}
+        super().__init__()
+        self._gate, self._timeout_s = gate, timeout_s
 
     async def stop(self) -> None:
         started = time.monotonic()
@@ -81,29 +82,14 @@ class Finish:
             )
         self.seconds = {"drain": time.monotonic() - started}
 
-    async def wait_drained(self) -> None:
-        pass
 
-    async def resume(self) -> None:
-        pass
-
-    def cache_key(self) -> str | None:
-        return None
-
-
-class Abort:
+class Abort(Interruption):
     """All requests return the tokens they have; their KV cache is freed."""
 
-    interrupts = True
-    flushes_cache = True
-    freezes = False
-
     def __init__(self, client: EngineClient, gate: Gate, timeout_s: float) -> None:
-        self._client = client
-        self._gate = gate
-        self._timeout_s = timeout_s
+        super().__init__()
+        self._client, self._gate, self._timeout_s = client, gate, timeout_s
         self._drain: asyncio.Task[None] | None = None
-        self.seconds: dict[str, float] = {}
 
     async def stop(self) -> None:
         started = time.monotonic()
@@ -119,12 +105,6 @@ class Abort:
         if self._drain is not None:
             await self._drain
 
-    async def resume(self) -> None:
-        pass
-
-    def cache_key(self) -> str | None:
-        return None
-
     async def _abort_until_idle(self, started: float) -> None:
         while not await self._gate.wait_idle(ABORT_INTERVAL_S):
             if time.monotonic() > started + self._timeout_s:
@@ -136,28 +116,23 @@ class Abort:
         self.seconds["drain"] = time.monotonic() - started
 
 
-class Pause:
+class Pause(Interruption):
     """Requests stay in the server, queued without their KV cache (retract) or frozen (in_place)."""
 
-    interrupts = True
     freezes = True
 
     def __init__(self, client: EngineClient, mode: Literal["retract", "in_place"]) -> None:
+        super().__init__()
         self.flushes_cache = mode == "retract"
-        self._client = client
-        self._mode = mode
+        self._client, self._mode = client, mode
         self._paused = False
         self._num_resumed = 0
-        self.seconds: dict[str, float] = {}
 
     async def stop(self) -> None:
         started = time.monotonic()
         await self._client.pause(self._mode)
         self._paused = True
         self.seconds = {"interrupt": time.monotonic() - started}
-
-    async def wait_drained(self) -> None:
-        pass
 
     async def resume(self) -> None:
         self._num_resumed += 1

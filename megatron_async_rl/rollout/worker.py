@@ -211,7 +211,7 @@ class RolloutWorker:
         )
         try:
             sample = await self._workflow.run(lease.prompt, policy, sampling)
-            sample = policy.with_experts(self._returned.checked(key, sample))
+            frames = self._returned.encoded(key, sample, policy.with_experts)
         except EngineError as e:
             await asyncio.sleep(FAILURE_PAUSE_S)
             await self._link.send(messages.GenerateFailed(key, error=str(e)))
@@ -223,7 +223,7 @@ class RolloutWorker:
             self._errors.log(f"the workflow failed on group {lease.group_id}", error)
             await self._link.send(messages.GenerateFailed(key, error=error))
         else:
-            await self._link.send(messages.Generated(key, sample=sample))
+            await self._link.send_encoded(frames)
 
     async def _hand_in(self) -> None:
         """Aborts the requests in flight, so that their tokens reach the controller; best effort."""

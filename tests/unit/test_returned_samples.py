@@ -20,7 +20,7 @@ from core_builders import make_sample
 from megatron_async_rl.config import load
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.observability.error_log import user_error
-from megatron_async_rl.protocol.messages import Generate, Generated, GenerateFailed, Message
+from megatron_async_rl.protocol.messages import Generate, GenerateFailed, Message
 from megatron_async_rl.protocol.types import Prompt, Sample, SampleKey
 from megatron_async_rl.protocol.wire import Codec
 from megatron_async_rl.reward import scoring_process
@@ -36,6 +36,10 @@ WORKFLOW = "my.module:Flow"
 def returned() -> ReturnedSamples:
     config = load.from_tree(config_tree(**{"rollout.workflow": WORKFLOW}))
     return ReturnedSamples(config, logging.getLogger(__name__))
+
+
+def as_it_is(sample: Sample) -> Sample:
+    return sample
 
 
 def sample(**changes: Any) -> Sample:
@@ -67,26 +71,22 @@ def test_value_that_no_message_can_carry_fails_the_sample_by_name(
     returned: ReturnedSamples, changes: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(DataError, match=f"rollout.workflow = {WORKFLOW} returned .*{named}"):
-        returned.checked(KEY, sample(**changes))
+        returned.encoded(KEY, sample(**changes), as_it_is)
 
 
 def test_something_else_than_a_sample_is_named(returned: ReturnedSamples) -> None:
     with pytest.raises(DataError, match="returned a dict, must be a Sample; correct"):
-        returned.checked(KEY, {"text": "1"})
+        returned.encoded(KEY, {"text": "1"}, as_it_is)
 
 
 def test_numbers_of_numpy_are_sent_as_plain_ones(returned: ReturnedSamples) -> None:
-    found = returned.checked(
-        KEY,
-        sample(
-            reward=np.float32(0.5),
-            discount=np.float64(1.0),
-            turn_rewards=[True],
-            metrics={"mine": np.float64(2.0), "large": 10**400, "larger": 10**5000},
-        ),
+    given = sample(
+        reward=np.float32(0.5),
+        discount=np.float64(1.0),
+        turn_rewards=[True],
+        metrics={"mine": np.float64(2.0), "large": 10**400, "larger": 10**5000},
     )
-    codec = Codec()
-    sent = codec.decode(codec.encode(Generated(KEY, found))).sample
+    sent = Codec().decode(returned.encoded(KEY, given, as_it_is)).sample
     assert (sent.reward, sent.discount, sent.turn_rewards) == (0.5, 1.0, [1.0])
     assert sent.metrics == {"mine": 2.0}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -18,7 +19,7 @@ from megatron_async_rl.protocol import rules
 from megatron_async_rl.protocol.messages import Generated
 from megatron_async_rl.protocol.types import MAX_REWARD, Sample, SampleKey
 from megatron_async_rl.protocol.user_metrics import MetricFilter
-from megatron_async_rl.protocol.wire import Codec
+from megatron_async_rl.protocol.wire import Codec, Frame
 
 
 class ReturnedSamples:
@@ -29,10 +30,13 @@ class ReturnedSamples:
         # the controller reads no longer arrays (controller/__main__.py)
         self._codec = Codec(max_length=config.model.context_tokens * config.max_sequences)
 
-    def checked(self, key: SampleKey, returned: Any) -> Sample:
-        """Returns the sample with plain numbers and without values that are no metrics.
+    def encoded(
+        self, key: SampleKey, returned: Any, complete: Callable[[Sample], Sample]
+    ) -> list[Frame]:
+        """Returns the frames of a message with the sample that `complete` makes of this one.
 
-        Raises DataError if it is none that can be sent.
+        Numbers become plain ones, and values that are no metrics are left out. Raises DataError if
+        it is none that can be sent.
         """
         if not isinstance(returned, Sample):
             raise self._fault(f"a {type(returned).__name__}", "a Sample")
@@ -47,14 +51,15 @@ class ReturnedSamples:
             turn_rewards=[self._number("reward", reward) for reward in returned.turn_rewards],
             metrics=self._metrics.valid(returned.metrics),
         )
-        message = Generated(key, sample)
+        message = Generated(key, complete(sample))
         try:
-            self._codec.decode(self._codec.encode(message))
+            frames = self._codec.encode(message)
+            self._codec.decode(frames)
         except ProtocolError as e:
             raise self._fault(f"a Sample that no message can carry ({e})", "plain data") from None
         if problem := rules.field_problem(message):
             raise self._fault(f"a Sample with {problem}", "within the range of that field")
-        return sample
+        return frames
 
     def _number(self, name: str, value: Any) -> float:
         if isinstance(value, numbers.Real) and abs(value) <= MAX_REWARD:  # type: ignore[operator]
