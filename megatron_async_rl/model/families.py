@@ -65,161 +65,114 @@ class Family:
     1 + weight, except in linear attention, and a gate weights the shared experts."""
 
 
+def _one(
+    megatron: str,
+    hf: str,
+    dims: str,
+    split: int | None = None,
+    fp32: bool = False,
+    beside: str = "",
+) -> Rule:
+    """Returns the rule of a parameter that is one Hugging Face tensor."""
+    return Rule(megatron, ((hf, dims),), split, "one", fp32, beside)
+
+
+def _qkv(tensor: str, query: str, key: str, join: Join = "qkv") -> Rule:
+    """Returns the rule of the weight or bias of queries, keys and values, by their dimensions."""
+    named = zip("qkv", (query, key, key), strict=True)
+    pieces = tuple((f"self_attn.{name}_proj.{tensor}", dims) for name, dims in named)
+    return Rule(f"self_attention.linear_qkv.{tensor}", pieces, 0, join)
+
+
+def _mlp(megatron: str, hf: str, width: str) -> tuple[Rule, Rule]:
+    """Returns the rules of a gated MLP whose hidden dimension is `width`."""
+    pieces = tuple((f"{hf}.{name}_proj.weight", f"{width} hidden") for name in ("gate", "up"))
+    return (
+        Rule(f"{megatron}.linear_fc1.weight", pieces, 0, "stack"),
+        _one(f"{megatron}.linear_fc2.weight", f"{hf}.down_proj.weight", f"hidden {width}", 1),
+    )
+
+
 TOP = (
-    Rule("embedding.word_embeddings.weight", (("model.embed_tokens.weight", "vocab hidden"),), 0),
-    Rule("decoder.final_layernorm.weight", (("model.norm.weight", "hidden"),)),
-    Rule("output_layer.weight", (("lm_head.weight", "vocab hidden"),), 0),
+    _one("embedding.word_embeddings.weight", "model.embed_tokens.weight", "vocab hidden", 0),
+    _one("decoder.final_layernorm.weight", "model.norm.weight", "hidden"),
+    _one("output_layer.weight", "lm_head.weight", "vocab hidden", 0),
 )
 ATTENTION = (
-    Rule("self_attention.linear_qkv.layer_norm_weight", (("input_layernorm.weight", "hidden"),)),
-    Rule(
-        "self_attention.linear_qkv.weight",
-        (
-            ("self_attn.q_proj.weight", "q hidden"),
-            ("self_attn.k_proj.weight", "kv hidden"),
-            ("self_attn.v_proj.weight", "kv hidden"),
-        ),
-        0,
-        "qkv",
-    ),
-    Rule("self_attention.linear_proj.weight", (("self_attn.o_proj.weight", "hidden q"),), 1),
+    _one("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "hidden"),
+    _qkv("weight", "q hidden", "kv hidden"),
+    _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden q", 1),
 )
-QKV_BIAS = (
-    Rule(
-        "self_attention.linear_qkv.bias",
-        (
-            ("self_attn.q_proj.bias", "q"),
-            ("self_attn.k_proj.bias", "kv"),
-            ("self_attn.v_proj.bias", "kv"),
-        ),
-        0,
-        "qkv",
-    ),
-)
+QKV_BIAS = (_qkv("bias", "q", "kv"),)
 QK_NORM = (
-    Rule("self_attention.q_layernorm.weight", (("self_attn.q_norm.weight", "head"),)),
-    Rule("self_attention.k_layernorm.weight", (("self_attn.k_norm.weight", "head"),)),
+    _one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "head"),
+    _one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "head"),
 )
 MLP = (
-    Rule("mlp.linear_fc1.layer_norm_weight", (("post_attention_layernorm.weight", "hidden"),)),
-    Rule(
-        "mlp.linear_fc1.weight",
-        (("mlp.gate_proj.weight", "ffn hidden"), ("mlp.up_proj.weight", "ffn hidden")),
-        0,
-        "stack",
-    ),
-    Rule("mlp.linear_fc2.weight", (("mlp.down_proj.weight", "hidden ffn"),), 1),
+    _one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "hidden"),
+    *_mlp("mlp", "mlp", "ffn"),
 )
-ROUTER = (Rule("mlp.router.weight", (("mlp.gate.weight", "experts hidden"),)),)
+ROUTER = (_one("mlp.router.weight", "mlp.gate.weight", "experts hidden"),)
 EXPERTS = (
-    Rule("pre_mlp_layernorm.weight", (("post_attention_layernorm.weight", "hidden"),)),
-    Rule(
-        "mlp.experts.local_experts.{e}.linear_fc1.weight",
-        (
-            ("mlp.experts.{e}.gate_proj.weight", "expert_ffn hidden"),
-            ("mlp.experts.{e}.up_proj.weight", "expert_ffn hidden"),
-        ),
-        0,
-        "stack",
-    ),
-    Rule(
-        "mlp.experts.local_experts.{e}.linear_fc2.weight",
-        (("mlp.experts.{e}.down_proj.weight", "hidden expert_ffn"),),
-        1,
-    ),
+    _one("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "hidden"),
+    *_mlp("mlp.experts.local_experts.{e}", "mlp.experts.{e}", "expert_ffn"),
 )
 # Engine and router compute with float32 copies of both.
 BIASED_ROUTER = (
-    Rule("mlp.router.weight", (("mlp.gate.weight", "experts hidden"),), fp32=True),
-    Rule("mlp.router.expert_bias", (("mlp.gate.e_score_correction_bias", "experts"),), fp32=True),
+    _one("mlp.router.weight", "mlp.gate.weight", "experts hidden", fp32=True),
+    _one("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", "experts", fp32=True),
 )
 LATENT_ATTENTION = (
-    Rule("input_layernorm.weight", (("input_layernorm.weight", "hidden"),)),
-    Rule(
+    _one("input_layernorm.weight", "input_layernorm.weight", "hidden"),
+    _one(
         "self_attention.linear_kv_up_proj.layer_norm_weight",
-        (("self_attn.kv_a_layernorm.weight", "kv_rank"),),
+        "self_attn.kv_a_layernorm.weight",
+        "kv_rank",
     ),
-    Rule(
-        "self_attention.linear_kv_up_proj.weight",
-        (("self_attn.kv_b_proj.weight", "kv_up kv_rank"),),
-        0,
+    _one(
+        "self_attention.linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight", "kv_up kv_rank", 0
     ),
-    Rule("self_attention.linear_proj.weight", (("self_attn.o_proj.weight", "hidden v"),), 1),
+    _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden v", 1),
 )
 _KV_DOWN = "self_attention.linear_kv_down_proj.weight"
-_KV_LATENT = (("self_attn.kv_a_proj_with_mqa.weight", "kv_latent hidden"),)
+_KV_LATENT = ("self_attn.kv_a_proj_with_mqa.weight", "kv_latent hidden")
+_Q_DOWN = "self_attention.linear_q_down_proj.weight"
 FULL_QUERIES = (
-    Rule("self_attention.linear_q_proj.weight", (("self_attn.q_proj.weight", "q hidden"),), 0),
-    Rule(_KV_DOWN, _KV_LATENT),
+    _one("self_attention.linear_q_proj.weight", "self_attn.q_proj.weight", "q hidden", 0),
+    _one(_KV_DOWN, *_KV_LATENT),
 )
 LATENT_QUERIES = (
-    Rule(
-        "self_attention.linear_q_down_proj.weight",
-        (("self_attn.q_a_proj.weight", "q_rank hidden"),),
-    ),
-    Rule(_KV_DOWN, _KV_LATENT, beside="self_attention.linear_q_down_proj.weight"),
-    Rule(
+    _one(_Q_DOWN, "self_attn.q_a_proj.weight", "q_rank hidden"),
+    _one(_KV_DOWN, *_KV_LATENT, beside=_Q_DOWN),
+    _one(
         "self_attention.linear_q_up_proj.layer_norm_weight",
-        (("self_attn.q_a_layernorm.weight", "q_rank"),),
+        "self_attn.q_a_layernorm.weight",
+        "q_rank",
     ),
-    Rule("self_attention.linear_q_up_proj.weight", (("self_attn.q_b_proj.weight", "q q_rank"),), 0),
+    _one("self_attention.linear_q_up_proj.weight", "self_attn.q_b_proj.weight", "q q_rank", 0),
 )
 # The engine's router computes with the weight in the precision of the others.
 GROUPED_ROUTER = (ROUTER[0], BIASED_ROUTER[1])
-SHARED_EXPERTS = (
-    Rule(
-        "mlp.shared_experts.linear_fc1.weight",
-        (
-            ("mlp.shared_experts.gate_proj.weight", "shared_ffn hidden"),
-            ("mlp.shared_experts.up_proj.weight", "shared_ffn hidden"),
-        ),
-        0,
-        "stack",
-    ),
-    Rule(
-        "mlp.shared_experts.linear_fc2.weight",
-        (("mlp.shared_experts.down_proj.weight", "hidden shared_ffn"),),
-        1,
-    ),
-)
-
+SHARED_EXPERTS = _mlp("mlp.shared_experts", "mlp.shared_experts", "shared_ffn")
 SHARED_EXPERT = (
-    *(
-        Rule(
-            rule.megatron,
-            tuple((hf.replace("experts", "expert"), dims) for hf, dims in rule.pieces),
-            rule.split,
-            rule.join,
-        )
-        for rule in SHARED_EXPERTS
-    ),
-    Rule("mlp.shared_experts.gate_weight", (("mlp.shared_expert_gate.weight", "one hidden"),)),
+    *_mlp("mlp.shared_experts", "mlp.shared_expert", "shared_ffn"),
+    _one("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "one hidden"),
 )
 GATED_ATTENTION = (
     ATTENTION[0],
-    Rule(
-        "self_attention.linear_qkv.weight",
-        (
-            ("self_attn.q_proj.weight", "gated_q hidden"),
-            ("self_attn.k_proj.weight", "kv hidden"),
-            ("self_attn.v_proj.weight", "kv hidden"),
-        ),
-        0,
-        "gated_qkv",
-    ),
+    _qkv("weight", "gated_q hidden", "kv hidden", "gated_qkv"),
     ATTENTION[2],
 )
 GATED_DELTA_NET = (
-    Rule("input_layernorm.weight", (("input_layernorm.weight", "hidden"),)),
-    Rule(
+    _one("input_layernorm.weight", "input_layernorm.weight", "hidden"),
+    _one(
         "self_attention.in_proj_qkvz.weight",
-        (("linear_attn.in_proj_qkvz.weight", "linear_qkvz hidden"),),
+        "linear_attn.in_proj_qkvz.weight",
+        "linear_qkvz hidden",
         0,
     ),
-    Rule(
-        "self_attention.in_proj_ba.weight",
-        (("linear_attn.in_proj_ba.weight", "linear_ba hidden"),),
-        0,
+    _one(
+        "self_attention.in_proj_ba.weight", "linear_attn.in_proj_ba.weight", "linear_ba hidden", 0
     ),
     Rule(
         "self_attention.conv_weight",
@@ -227,12 +180,10 @@ GATED_DELTA_NET = (
         0,
         "conv",
     ),
-    Rule("self_attention.dt_bias", (("linear_attn.dt_bias", "linear_heads"),), 0),
-    Rule("self_attention.A_log", (("linear_attn.A_log", "linear_heads"),), 0, fp32=True),
-    Rule("self_attention.norm_weight", (("linear_attn.norm.weight", "linear_head"),)),
-    Rule(
-        "self_attention.out_proj.weight", (("linear_attn.out_proj.weight", "hidden linear_v"),), 1
-    ),
+    _one("self_attention.dt_bias", "linear_attn.dt_bias", "linear_heads", 0),
+    _one("self_attention.A_log", "linear_attn.A_log", "linear_heads", 0, fp32=True),
+    _one("self_attention.norm_weight", "linear_attn.norm.weight", "linear_head"),
+    _one("self_attention.out_proj.weight", "linear_attn.out_proj.weight", "hidden linear_v", 1),
 )
 
 FAMILIES = (
