@@ -28,7 +28,7 @@ from megatron_async_rl.errors import ConfigError, DataError, Error
 from megatron_async_rl.hooks import custom_hooks
 from megatron_async_rl.installed import Say
 from megatron_async_rl.launcher import gpus, roles
-from megatron_async_rl.launcher.checks.disk import check_disk, size_text
+from megatron_async_rl.launcher.checks.disk import check_disk, check_run_folder, size_text
 from megatron_async_rl.launcher.checks.settings import (
     check_hooks,
     check_megatron,
@@ -67,7 +67,7 @@ def preflight(config: Config, elsewhere: Collection[str] = (), say: Say = print)
     if len(failed) == 1:
         raise failed[0].error(failed[0].detail, failed[0].remedy)
     if failed:
-        problems = [f"{check.detail}; {check.remedy}" for check in failed]
+        problems = [str(check.error(check.detail, check.remedy)) for check in failed]
         raise failed[0].error("\n  - ".join([f"{len(failed)} problems", *problems]))
 
 
@@ -80,6 +80,7 @@ def config_checks(config: Config, say: Say) -> Iterator[Check]:
         except Error as e:
             return Check(name, False, e.problem, e.remedy, type(e))
 
+    yield check("run.dir", check_run_folder)
     model = check("model", _model_files)
     yield model
     is_known = False
@@ -193,8 +194,12 @@ def _architecture(config: Config) -> str:
 
 def _trainer_layout(config: Config) -> str:
     sizes = Layout.from_config(config)
-    layout.check_trainer(sizes, HfConfig(config.model.path).shape())
+    shape = HfConfig(config.model.path).shape()
+    layout.check_trainer(sizes, shape)
     found = f"{config.trainer_ranks} ranks: tensor {sizes.tp}, pipeline {sizes.pp}"
+    layers = sizes.stage_layers(shape.num_layers)
+    if len(set(layers)) > 1:
+        found += f" (layers {', '.join(map(str, layers))})"
     found += f", expert {sizes.ep}"
     if len(config.trainer_names) > 1:
         found += f"; {config.ranks_per_host} on each of {config.trainer.hosts} hosts"

@@ -172,12 +172,12 @@ def test_every_failing_check_has_a_remedy() -> None:
             ],
         ),
         (
-            {"megatron": {"pipeline_model_parallel_size": 3}},
+            {"megatron": {"pipeline_model_parallel_size": 5}},
             ConfigError,
             [
-                "megatron.pipeline_model_parallel_size = 3 does not divide",
+                "megatron.pipeline_model_parallel_size = 5 is more than",
                 "the model's num_hidden_layers = 4",
-                "one of 1, 2, 4",
+                "lower it",
             ],
         ),
         (
@@ -434,8 +434,18 @@ def test_address_of_another_host_is_rejected_before_start(host: str) -> None:
 
 def test_unwritable_run_folder_is_reported() -> None:
     Path("file").write_text("")
-    check = result("disk", make_config(run={"dir": "file/run"}))
-    assert not check.ok and "file cannot be written" in check.detail
+    check = result("run.dir", make_config(run={"dir": "file/run"}))
+    assert not check.ok and "file is no folder" in check.detail
+
+
+def test_folder_of_other_files_is_not_taken_for_a_run() -> None:
+    Path("runs/model").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"run\.dir = .*/runs holds model, and no run; .* runs/f"):
+        preflight(make_config(run={"dir": "runs/"}))
+    Path("runs/keys").mkdir()  # as of a run
+    assert result("run.dir", make_config(run={"dir": "runs"})).ok
+    Path("empty").mkdir()
+    assert result("run.dir", make_config(run={"dir": "empty"})).ok
 
 
 def test_doctor_prints_every_check_and_fails_if_one_fails(

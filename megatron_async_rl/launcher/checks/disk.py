@@ -1,4 +1,4 @@
-"""Checks that the file system of run.dir has space for what a run keeps there."""
+"""Checks run.dir: that it is a folder of the run alone, can be written and has space."""
 
 from __future__ import annotations
 
@@ -17,21 +17,40 @@ GIB = 1 << 30
 MARGIN_BYTES = 256 << 20  # journal, samples and logs
 # Of a checkpoint, per parameter: the parameter, its fp32 copy and Adam's two moments.
 CHECKPOINT_BYTES = {"fp32": 16, "bf16": 14, "fp16": 14}
+# One of them is in every folder in which a run was started.
+_TRACES = ("keys", "journal.sqlite", "journal.mark")
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+def check_run_folder(config: Config) -> str:
+    """Raises ConfigError for a folder that cannot be written, or holds other files than a run's.
+
+    `run` renames the folder of an earlier run: it must not be that of a project or of all runs.
+    """
+    run_dir = config.run_dir.absolute()
+    folder = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        problem = "cannot be written" if folder.is_dir() else "is no folder"
+        raise ConfigError(
+            f"run.dir = {run_dir}: {folder} {problem}", "set run.dir to a folder that you can write"
+        )
+    names = sorted(path.name for path in run_dir.iterdir()) if folder == run_dir else []
+    if names and not {*_TRACES} & {*names}:
+        others = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ConfigError(
+            f"run.dir = {run_dir} holds {others}, and no run",
+            f"set run.dir to a folder of its own, such as {config.run.dir.rstrip('/')}/first_run",
+        )
+    return f"{run_dir}: {'a run' if names else 'new'}"
+
+
 def check_disk(config: Config) -> str:
-    """Raises ConfigError if run.dir cannot be written or has too little free space.
+    """Raises ConfigError if the file system of run.dir has too little free space.
 
     What an earlier start of the run keeps there counts as free, because it is replaced.
     """
     run_dir = config.run_dir.absolute()
     folder = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(
-            f"run.dir = {run_dir}: {folder} cannot be written",
-            "set run.dir to a folder that you can write",
-        )
     parts = needed_bytes(config)
     kept = [run_dir / checkpoints.FOLDER, run_dir / snapshots.FOLDER, *run_dir.glob("policy*")]
     free = shutil.disk_usage(folder).free + sum(map(_size, kept))
