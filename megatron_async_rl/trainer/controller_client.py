@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.transport import SyncLink
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.protocol.wire import AnyMessage, Codec
+from megatron_async_rl.weights.parameters import gloo_group
 from megatron_async_rl.weights.reshard import is_source
 
 POLL_S = 5.0  # a waiting leader broadcasts this often, so that no collective reaches its timeout
@@ -34,8 +36,9 @@ class ControllerClient:
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._codec = Codec()
-        self._group, self._root = _replica_group()
-        self._is_leader = dist.get_rank() == self._root
+        replicas = mpu.get_data_parallel_world_size()
+        self._group = gloo_group(mpu.get_data_parallel_rank(), replicas)
+        self._is_leader = self._group.rank() == 0
         self._is_source = is_source()
         self._socket: SyncLink | None = None
         if self._is_leader or self._is_source:
@@ -115,41 +118,15 @@ class ControllerClient:
         """Returns the leader's message on every rank of its replica; None: still waiting."""
         if self._group.size() == 1:
             return message
-        frames = self._codec.encode(message) if self._is_leader and message is not None else []
-        # The count, the sizes, then the bytes, so that neither count nor sizes are bounded.
-        count = self._broadcast(np.asarray([len(frames)], np.int64))
-        if not count[0]:
-            return None
-        sizes = np.asarray([len(f) for f in frames] or np.zeros(count[0]), np.int64)
-        sizes = self._broadcast(sizes)
-        if frames:
-            data = np.concatenate([np.frombuffer(f, np.uint8) for f in frames if len(f)])
-        else:
-            data = np.empty(int(sizes.sum()), np.uint8)
-        data = self._broadcast(data)
-        if message is not None:
+        frames = [] if message is None else self._codec.encode(message)
+        # a bytearray: torch wants memory that it could write to
+        data = torch.frombuffer(bytearray(msgspec.msgpack.encode(frames)), dtype=torch.uint8)
+        size = torch.tensor([len(data)])
+        dist.broadcast(size, group=self._group, group_src=0)
+        if not self._is_leader:
+            data = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, group=self._group, group_src=0)
+        if self._is_leader:
             return message
-        ends = np.cumsum(sizes)
-        return self._codec.decode(
-            [data[end - size : end].data for size, end in zip(sizes, ends, strict=True)]
-        )
-
-    def _broadcast(self, array: np.ndarray) -> np.ndarray:
-        tensor = torch.from_numpy(np.array(array))
-        dist.broadcast(tensor, src=self._root, group=self._group)
-        return tensor.numpy()
-
-
-def _replica_group() -> tuple[dist.ProcessGroup, int]:
-    """Returns a gloo group over this rank's replica, for any trainer backend, and its root."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    replica_of = [
-        torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())
-    ]
-    own = mpu.get_data_parallel_rank()
-    dist.all_gather(replica_of, torch.tensor([own], device=device))
-    groups = []
-    for replica in range(mpu.get_data_parallel_world_size()):  # new_group is collective over all
-        members = [rank for rank, other in enumerate(replica_of) if int(other) == replica]
-        groups.append((dist.new_group(members, backend="gloo"), members[0]))
-    return groups[own]
+        frames = msgspec.msgpack.decode(data.numpy(), type=list[memoryview])
+        return self._codec.decode(frames) if frames else None

@@ -10,7 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -86,3 +89,22 @@ def tensor_parallel(name: str) -> tuple[int, int]:
     if is_expert(name):
         return mpu.get_expert_tensor_parallel_rank(), mpu.get_expert_tensor_parallel_world_size()
     return mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+
+
+def gloo_group(
+    number: int, count: int, is_member: bool = True, timeout: timedelta | None = None
+) -> dist.ProcessGroup | None:
+    """Returns a gloo group of the members with the same number, below `count`; None for others.
+
+    Collective over all ranks.
+    """
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    numbers = torch.empty(dist.get_world_size(), dtype=torch.long, device=device)
+    own = torch.tensor([number if is_member else -1], device=device)
+    dist.all_gather_into_tensor(numbers, own)
+    # every rank must create every group, in the same order
+    groups = [
+        dist.new_group((numbers == n).nonzero()[:, 0].tolist(), timeout, "gloo")
+        for n in range(count)
+    ]
+    return groups[number] if is_member else None

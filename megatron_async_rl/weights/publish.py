@@ -36,7 +36,7 @@ from megatron_async_rl.weights import reshard
 from megatron_async_rl.weights.bucket import fill_buckets, plan_buckets, split_bucket
 from megatron_async_rl.weights.digest import EngineDigests
 from megatron_async_rl.weights.disk import SnapshotWriter
-from megatron_async_rl.weights.parameters import Modules
+from megatron_async_rl.weights.parameters import Modules, gloo_group
 from megatron_async_rl.weights.quantization import FP8, Quantizer, quantized_infos
 from megatron_async_rl.weights.stopwatch import Stopwatch
 from megatron_async_rl.weights.update_group import UpdateGroup
@@ -68,8 +68,12 @@ class WeightPublisher:
         self._link = link
         self._takes_part = reshard.takes_part()
         is_first, is_source = reshard.is_first_of_stage(), reshard.is_source()
-        self._command_group = _stage_group(self._takes_part and (is_first or not is_source), config)
-        self._source_group = _stage_group(is_source, config)
+        stage = mpu.get_pipeline_model_parallel_rank()
+        stages = mpu.get_pipeline_model_parallel_world_size()
+        timeout = timedelta(seconds=config.trainer.collective_timeout_s)
+        is_commanded = self._takes_part and (is_first or not is_source)
+        self._command_group = gloo_group(stage, stages, is_commanded, timeout)
+        self._source_group = gloo_group(stage, stages, is_source, timeout)
         parameter = next(modules[0].parameters())
         self._device = parameter.device
         self._backend = "nccl" if parameter.is_cuda else "gloo"
@@ -308,17 +312,3 @@ def _stopped_by_message(link: SyncLink, group: UpdateGroup) -> Iterator[None]:
         os.eventfd_write(end, 1)
         listener.join()
         os.close(end)
-
-
-def _stage_group(is_member: bool, config: Config) -> dist.ProcessGroup | None:
-    """Creates a gloo group of the members in this rank's stage; None for a rank that is not one."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    own_stage = mpu.get_pipeline_model_parallel_rank() if is_member else -1
-    stages = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(stages, torch.tensor([own_stage], device=device))
-    timeout = timedelta(seconds=config.trainer.collective_timeout_s)
-    groups = []  # every rank must create every group, in the same order
-    for stage in range(mpu.get_pipeline_model_parallel_world_size()):
-        members = [rank for rank, member_of in enumerate(stages) if int(member_of) == stage]
-        groups.append(dist.new_group(members, timeout, "gloo"))
-    return groups[own_stage] if is_member else None
