@@ -6,6 +6,8 @@ order of an existing run must never change.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -21,51 +23,30 @@ class SourcePrompts(NamedTuple):
 class PromptStream:
     """Prompts of one or several sources, each in an order that depends on seed and epoch alone.
 
-    Of n prompts, a source of weight share p has had at most n p + 1. A stream that starts at
-    `start` continues exactly where the first `start` prompts of an earlier run ended.
+    Of n prompts, a source of weight share p has had at most n p + 1.
     """
 
-    def __init__(self, sources: list[SourcePrompts], seed: int, start: int = 0) -> None:
+    def __init__(self, sources: list[SourcePrompts], seed: int) -> None:
         total = sum(source.weight for source in sources)
         self._shares = [source.weight / total for source in sources]
-        self._sources = [
+        self._taken = [0] * len(sources)
+        self._prompts = [
             # a single source has no number in its seed: runs of earlier versions must go on
-            _Epochs(source.prompts, [seed] if len(sources) == 1 else [seed, index])
+            _shuffled(source.prompts, [seed] if len(sources) == 1 else [seed, index])
             for index, source in enumerate(sources)
         ]
-        self.position = 0  # prompts returned so far, over all sources and epochs
-        for _ in range(start):
-            self._choose()
 
     def next(self) -> Prompt:
-        source = self._choose()
-        return source.prompt(source.taken - 1)
-
-    def _choose(self) -> _Epochs:
-        """Returns the source that is most behind its share, and counts the prompt as taken."""
-        self.position += 1
-        behind = [
-            share * self.position - source.taken
-            for share, source in zip(self._shares, self._sources, strict=True)
-        ]
-        source = self._sources[behind.index(max(behind))]
-        source.taken += 1
-        return source
+        """Returns the next prompt of the source that is most behind its share."""
+        position = sum(self._taken) + 1
+        behind = [share * position - n for share, n in zip(self._shares, self._taken, strict=True)]
+        chosen = behind.index(max(behind))
+        self._taken[chosen] += 1
+        return next(self._prompts[chosen])
 
 
-class _Epochs:
-    """The prompts of one source, shuffled epoch after epoch."""
-
-    def __init__(self, prompts: list[Prompt], seed: list[int]) -> None:
-        self._prompts = prompts
-        self._seed = seed
-        self._epoch = -1
-        self.taken = 0
-
-    def prompt(self, position: int) -> Prompt:
-        epoch, offset = divmod(position, len(self._prompts))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            rng = np.random.default_rng([*self._seed, epoch])
-            self._order = rng.permutation(len(self._prompts))
-        return self._prompts[self._order[offset]]
+def _shuffled(prompts: list[Prompt], seed: list[int]) -> Iterator[Prompt]:
+    """Yields the prompts of one source, epoch after epoch."""
+    for epoch in itertools.count():
+        for index in np.random.default_rng([*seed, epoch]).permutation(len(prompts)):
+            yield prompts[index]
