@@ -34,6 +34,7 @@ PARALLEL_SIZES = (
 
 def cross_check(config: Config) -> None:
     """Raises ConfigError for the first rule that is broken."""
+    _check_paths(config)
     _check_lengths(config)
     if config.has_trainer:
         algorithm_checks.check_trained_distribution(config)
@@ -82,16 +83,32 @@ def _check_lengths(config: Config) -> None:
         )
 
 
-def _check_data(config: Config) -> None:
+def _check_paths(config: Config) -> None:
+    """Refuses what only a shell expands: a folder named ~ would be made."""
+    keys = ("run.dir", "model.path", "data.train", "data.filter.run", "sandbox.python")
+    paths = {key: config.value(key) for key in keys}
+    paths |= {f"{setting}.path": source.path for setting, source in _sources(config)}
+    for setting, path in paths.items():
+        if isinstance(path, str) and path.startswith(("~", "$")):
+            in_shell = "" if "[" in setting else f", or give it in a shell: {setting}=$HOME/..."
+            raise ConfigError(
+                f"{setting} = {path}: ~ and variables are not expanded",
+                f"write the whole path{in_shell}",
+            )
+
+
+def _sources(config: Config) -> list[tuple[str, SourceConfig]]:
+    """Returns the sources that are sections, with their settings."""
     train = config.data.train
-    sources: list[tuple[str, SourceConfig]] = [
+    found: list[tuple[str, SourceConfig]] = [
         (f"data.train[{index}]", source)
         for index, source in enumerate(train if isinstance(train, tuple) else ())
     ]
-    sources += [
-        (f"evaluation.sets.{name}", found) for name, found in config.evaluation.sets.items()
-    ]
-    for setting, source in sources:
+    return found + [(f"evaluation.sets.{name}", s) for name, s in config.evaluation.sets.items()]
+
+
+def _check_data(config: Config) -> None:
+    for setting, source in _sources(config):
         limit = source.max_prompt_tokens
         if limit is not None and limit < source.min_prompt_tokens:
             raise ConfigError(

@@ -1,24 +1,22 @@
 """Loads a configuration: a YAML file, then dotted `key=value` overrides; unknown keys are rejected.
 
-Errors name the setting, its value, the rule and the remedy, and quote the setting's documentation.
+Errors name the setting, its value, the rule and the remedy (explain.py).
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import msgspec
 import yaml
 
-from megatron_async_rl.config import documentation, passed_on
 from megatron_async_rl.config.checks import cross_check
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.config.datasets import EvaluationSet
+from megatron_async_rl.config.explain import explain
 from megatron_async_rl.errors import ConfigError, DataError
 
 _OLD_TAGS = ("int", "float", "timestamp")  # whose YAML 1.1 forms are replaced below
@@ -33,12 +31,12 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.YAMLError(
-                f"duplicate key {key} in the mapping of line {node.start_mark.line + 1}; keep one"
-            )
+    lines: dict[str, int] = {}
+    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        line = key.start_mark.line + 1
+        if first := lines.get(key.value):
+            raise yaml.YAMLError(f"duplicate key {key.value} in lines {first} and {line}; keep one")
+        lines[key.value] = line
     return loader.construct_mapping(node, deep=True)
 
 
@@ -84,9 +82,14 @@ def _read_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_YamlLoader)
     except yaml.MarkedYAMLError as e:
-        place = e.problem_mark or e.context_mark
+        place, start = e.problem_mark or e.context_mark, e.context_mark
         where = f"line {place.line + 1}, column {place.column + 1}: " if place else ""
-        raise ConfigError(f"{where}{e.problem or e.context}") from None
+        problem = e.problem or e.context or ""
+        if "'\\t'" in problem:
+            problem = "a tab, where YAML takes spaces only"
+        elif start and place and start.line != place.line:
+            problem += f", {e.context} that begins in line {start.line + 1}"
+        raise ConfigError(f"{where}{problem}") from None
     except yaml.YAMLError as e:
         raise ConfigError(" ".join(str(e).split())) from None
     except (ValueError, KeyError, AttributeError, TypeError) as e:  # such as of `!!int text`
@@ -140,7 +143,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     try:
         config = msgspec.convert(tree, Config, strict=True)
     except msgspec.ValidationError as e:
-        raise ConfigError(_explain(_with_set_name(str(e), tree), tree)) from None
+        raise ConfigError(explain(str(e), tree)) from None
     cross_check(config)
     return config
 
@@ -198,94 +201,3 @@ def _items(value: Any, setting: str) -> list[tuple[Any, str]]:
     if not isinstance(value, list | tuple):
         return []
     return [(item, f"{setting}[{index}]") for index, item in enumerate(value)]
-
-
-def _with_set_name(message: str, tree: dict[str, Any]) -> str:
-    """Returns the error message with the key of the mapping that msgspec writes as [...]."""
-    place = "$.evaluation.sets[...]"
-    for name, entry in tree["evaluation"]["sets"].items() if place in message else ():
-        try:
-            msgspec.convert(entry, EvaluationSet, strict=True)
-        except msgspec.ValidationError:
-            return message.replace(place, f"$.evaluation.sets.{name}")
-    return message
-
-
-def _explain(message: str, tree: dict[str, Any]) -> str:
-    """Turns an error message of msgspec into setting, value, rule, documentation and remedy."""
-    match = re.fullmatch(r"(?P<rule>.*?)(?: - at `\$\.?(?P<path>.*?)`)?", message, re.S)
-    assert match
-    rule, path = match["rule"], (match["path"] or "").replace("[...]", "")
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", rule):
-        names = [field.encode_name for field in msgspec.structs.fields(_section_at(path))]
-        nearest = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.0)[0]
-        key, suggestion = (f"{path}.{name}".lstrip(".") for name in (unknown[1], nearest))
-        suggestion = _place_of(unknown[1]) or suggestion
-        known = ", ".join(names)
-        return f"{key} is not a setting; did you mean {suggestion}? Known here: {known}"
-    if missing := re.fullmatch(r"Object missing required field `(.*)`", rule):
-        key = f"{path}.{missing[1]}".lstrip(".")
-        problem = f"{key} is not set, and has no default"
-    else:
-        key = path
-        if "enum value" in rule:
-            kind = _annotation(key)
-            choices = get_args(get_args(kind)[0] if key.endswith("]") else kind)
-            rule = f"expected one of {', '.join(map(repr, choices))}"
-        problem = f"{key} = {_value_at(tree, key)!r}: {rule[0].lower() + rule[1:]}"
-        if "expected `object`, got `null`" in problem:
-            return f"{key} is empty: write its settings below it, indented, or remove the line"
-    override = "" if "[" in key else f" or with {key}=VALUE"
-    return f"{problem}. {_description(key)} Set it in the YAML{override}"
-
-
-def _place_of(name: str) -> str:
-    """Returns the setting of that meaning or name in another section, "" if there is none."""
-    sections = (
-        f"{section.encode_name}.{name}"
-        for section in msgspec.structs.fields(Config)
-        if name in getattr(section.type, "__struct_fields__", ())
-    )
-    return passed_on.elsewhere("megatron", name) or next(sections, "")
-
-
-def _value_at(tree: Any, key: str) -> Any:
-    value = tree
-    for part in re.findall(r"[^.\[\]]+", key):
-        if isinstance(value, list):
-            value = value[int(part)]
-        else:
-            value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def _section_at(path: str) -> type:
-    section: type = Config
-    parts = iter(filter(None, path.split(".")))
-    for part in parts:
-        kind = _field_type(section, part)
-        item = documentation.item_section(kind)
-        is_mapping = get_origin(kind) is dict and item is not None
-        if is_mapping:
-            next(parts, None)  # the name of the entry
-        section = (item if part.endswith("]") or is_mapping else None) or kind
-    return section
-
-
-def _annotation(key: str) -> Any:
-    path, _, name = key.rpartition(".")
-    return _field_type(_section_at(path), name)
-
-
-def _field_type(section: type, name: str) -> Any:
-    name = name.partition("[")[0]
-    return next(f.type for f in msgspec.structs.fields(section) if f.encode_name == name)
-
-
-def _description(key: str) -> str:
-    """Returns the documentation of a setting; empty for a section."""
-    path, _, name = key.rpartition(".")
-    try:
-        return documentation.field_texts(_section_at(path)).get(name.partition("[")[0], "")
-    except (StopIteration, TypeError):
-        return ""

@@ -13,7 +13,7 @@ import pytest
 from config_builders import config_tree
 from paths import ROOT
 
-from megatron_async_rl.config import documentation, load
+from megatron_async_rl.config import documentation, explain, load
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.sections import Section
 from megatron_async_rl.errors import ConfigError
@@ -71,7 +71,7 @@ def test_minimal_configuration_is_valid() -> None:
 
 
 def test_every_setting_has_a_description() -> None:
-    assert [key for key, _ in all_settings() if not load._description(key)] == []
+    assert [key for key, _ in all_settings() if not explain._description(key)] == []
 
 
 def test_documentation_of_settings_is_current() -> None:
@@ -153,15 +153,23 @@ def test_missing_required_setting_error_describes_it(key: str) -> None:
 def test_missing_section_is_rejected() -> None:
     incomplete = config_tree()
     del incomplete["model"]
-    with pytest.raises(ConfigError, match="model is not set"):
+    with pytest.raises(ConfigError, match="model is not set.* at least path, context_tokens"):
         load.from_tree(incomplete)
+
+
+@pytest.mark.parametrize("path", ["~/runs/a", "$SCRATCH/a"])
+@pytest.mark.parametrize("key", ["run.dir", "model.path", "data.train", "data.filter.run"])
+def test_path_that_only_a_shell_expands_is_refused(key: str, path: str) -> None:
+    assert error_text(**{key: path}).startswith(f"{key} = {path}: ~ and variables are not expanded")
+    text = error_text(**{"data.train": [{"path": path}]})
+    assert text.endswith("write the whole path")  # an entry of a list cannot be overridden
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
         ({"monitor.loggers": ["tensorboard", "x"]}, "monitor.loggers[1] = 'x': expected one of 't"),
-        ({"data.train": [{"path": "a"}, {"path": 3}]}, "data.train[1].path = 3: expected `str`"),
+        ({"data.train": [{"path": "a"}, {"path": 3}]}, "data.train[1].path = 3: expected a text"),
         (
             {"data.train": [{"path": "a", "format": "x"}]},
             "data.train[0].format = 'x': expected one",
@@ -186,7 +194,7 @@ def test_unknown_choice_error_lists_the_choices(key: str, choices: str) -> None:
 @pytest.mark.parametrize("value", [True, 2.5, "3", None])
 def test_integer_setting_accepts_only_integers(value: Any) -> None:
     assert error_text(**{"staleness.max_staleness": value}).startswith(
-        f"staleness.max_staleness = {value!r}: expected `int`"
+        f"staleness.max_staleness = {value!r}: expected an integer"
     )
 
 
@@ -449,7 +457,11 @@ def test_any_text_is_the_same_after_it_was_written_and_read(tmp_path: Path) -> N
         ("", r"config\.yaml is empty"),
         ("# nothing yet", r"config\.yaml is empty"),
         ("run: !!python/object/apply:os.getcwd []", "is not YAML: line 1, column 6: could not"),
-        ("run:\n\tdir: a", "is not YAML: line 2, column 1: found character '.t' that cannot"),
+        ("run:\n\tdir: a", "is not YAML: line 2, column 1: a tab, where YAML takes spaces only"),
+        ("run: {dir: a\ndata: {", "is not YAML: line 2, column 5: .* that begins in line 1"),
+        ("run: {}\ndata: {}\nrun: {}", "is not YAML: duplicate key run in lines 1 and 3"),
+        ("run: {dir: a, dir: b}", "is not YAML: duplicate key dir in lines 1 and 1"),
+        ("rollout: fast", r"rollout = 'fast': expected a mapping, .* such as `max_new_tokens: "),
         ("[" * 3000, "is not YAML: brackets must not be nested"),
         ("run: &a {dir: *a}", "is not YAML: line 1, column 6: found unconstructable recursive"),
         ("run:\nsglang:\n", "run is empty: write its settings below it, indented, or remove"),

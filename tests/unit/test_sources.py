@@ -333,8 +333,8 @@ def test_unusable_source_error_is_one_line_with_file_and_remedy(
     [
         ({"train": [{"path": "a", "weight": 0}]}, r"data.train\[0\].weight = 0: expected "),
         ({"train": [{"path": "a"}, {"path": "b", "weight": -1.0}]}, r"data.train\[1\].weight = -1"),
-        ({"train": []}, r"data.train = \[\]: expected `array` of length >= 1"),
-        ({"train": ["a"]}, r"data.train\[0\] = 'a': expected `object`"),
+        ({"train": []}, r"data.train = \[\]: expected a list of length >= 1"),
+        ({"train": ["a"]}, r"data.train\[0\] = 'a': expected a mapping, .*`path: "),
         ({"train": [{"path": "a", "colums": {}}]}, "colums is not a setting; did you mean"),
         ({"train": [{"weight": 1.0}]}, r"data.train\[0\].path is not set"),
         ({"train": [{"path": "a", "format": "csv"}]}, "expected one of 'auto', 'jsonl'"),
