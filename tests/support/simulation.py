@@ -370,7 +370,8 @@ class SimulatedRun:
         if self.finished or self.step_of != -1:
             return
         for leader in range(self.settings.data_parallel_size):
-            for _ in range(1 + self.has_fault(0.2)):
+            overtook = leader and self.core.batch_selector.requests.get(leader) == len(self.weights)
+            for _ in range((not overtook) + self.has_fault(0.2)):
                 self.act(
                     self.core.handle(inputs.BatchRequested(leader, len(self.weights)), self.now)
                 )
@@ -390,6 +391,12 @@ class SimulatedRun:
             return
         self.weights = [*self.weights, ids]
         self.step_of = -1
+        # the others may ask for the next batch before the report of leader 0 arrives
+        for leader in range(1, self.settings.data_parallel_size):
+            if self.random.random() < 0.5:
+                self.act(
+                    self.core.handle(inputs.BatchRequested(leader, len(self.weights)), self.now)
+                )
         self.act(
             self.core.handle(
                 inputs.Received("trainer-0", StepDone(len(self.weights), {})), self.now

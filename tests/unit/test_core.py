@@ -107,6 +107,22 @@ def test_missing_straggler_is_dropped_as_stale_and_replaced() -> None:
     core.state.check()
 
 
+def test_request_of_a_leader_may_overtake_the_report_of_the_step() -> None:
+    """Leaders of other replicas neither report steps nor send weights: they ask at once."""
+    core = make_core(data_parallel_size=2, max_staleness=3)
+    for lease in join_workers(core)[:4]:
+        finish_lease(core, lease, 0)
+    core.handle(inputs.BatchRequested(0, 0), 0)
+    actions = core.handle(inputs.BatchRequested(1, 0), 0)
+    assert [a.version for a in actions if isinstance(a, SendBatch)] == [0]
+    assert core.handle(inputs.BatchRequested(1, 1), 0) == []
+    assert core.handle(inputs.BatchRequested(1, 2), 0) == [] and core.num_fenced_messages == 1
+    core.handle(inputs.Received("trainer-0", StepDone(1, {})), 0)
+    assert not core.batch_awaited
+    actions = core.handle(inputs.BatchRequested(0, 1), 0)
+    assert [a.version for a in actions if isinstance(a, SendBatch)] == [1]
+
+
 def test_straggler_wait_ends_at_its_deadline() -> None:
     core = make_core(max_staleness=1)
     straggler, second, third, fourth = join_workers(core)

@@ -33,9 +33,14 @@ class BatchSelector:
         self.requested_since = None
 
     def request(self, leader: int, version: int, now: float) -> SendBatch | ResendBatch | None:
-        """Notes a request; returns the batch if it was selected before and all leaders wait."""
+        """Notes a request; returns the batch if it was selected before and all leaders wait.
+
+        The version may be that of the step in progress, whose report is still to come: the first
+        rank, a leader too, sends it before its own request.
+        """
         self.requests[leader] = version
-        if list(self.requests.values()).count(version) < self._settings.data_parallel_size:
+        num_waiting = list(self.requests.values()).count(version)
+        if num_waiting < self._settings.data_parallel_size or version > self._state.version:
             return None
         if version < self._state.version:
             self.requests.clear()

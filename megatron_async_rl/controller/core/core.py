@@ -273,7 +273,8 @@ class Core:
     # ---- trainer
 
     def _batch_requested(self, event: inputs.BatchRequested, now: float) -> Actions:
-        if event.version > self.version:
+        # another leader's request may overtake the first rank's report of the step
+        if event.version > self.version + bool(self.state.in_batch):
             return self._fence()
         batch = self.batch_selector.request(event.leader, event.version, now)
         return [batch] if batch else self._advance(now)
