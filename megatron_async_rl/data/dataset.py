@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -65,52 +65,28 @@ def read_evaluation(
 
 
 def read_source(
-    source: SourceConfig | str,
+    source: SourceConfig,
     setting: str,
     config: Config,
     tokenizer: Tokenizer,
     report: Report = logger.warning,
 ) -> list[Prompt]:
-    """Reads and tokenizes a source, or the file of that path; `setting` is its name in errors.
+    """Reads and tokenizes a source; `setting` is its name in errors.
 
     Raises DataError as `read_rows`, and for prompts that are too long or have tokens outside the
     model's vocabulary. `report` is called with the number of prompts that the source's limits or
     data.overlong = drop leave out.
     """
-    if isinstance(source, str):
-        source = SourceConfig(path=source)
-    prompts: list[Prompt] = []
-    left_out: Counter[str] = Counter()
-    vocab_size = HfConfig(config.model.path).vocab_size
-    for place, prompt_id, fields in read_rows(source, setting, config):
-        try:
-            ids, prompt = _tokenize(fields["prompt"], source, config, tokenizer)
-        except (ConfigError, DataError) as e:
-            raise type(e)(f"{place}: {e.problem}", e.remedy) from None
-        if reason := _left_out(len(ids), source, config):
-            left_out[reason] += 1
-            continue
-        _check_length(len(ids), place, config)
-        _check_vocabulary(ids, place, vocab_size, config)
+    prompts = []
+    for prompt_id, fields, ids in _read(source, setting, config, tokenizer, report):
         end = tokenizer.decode(ids[-_MAX_TAG_TOKENS:])
         opening_tag = thinking.opened_by(end, config.reward.thinking_tags)
-        prompts.append(Prompt(prompt_id, ids, fields | {"prompt": prompt}, opening_tag))
-    _report_left_out(left_out, len(prompts), f"{setting} = {source.path}", report)
+        prompts.append(Prompt(prompt_id, ids, fields, opening_tag))
     return prompts
 
 
-def _report_left_out(left_out: Counter[str], num_left: int, name: str, report: Report) -> None:
-    """Reports each reason with its number of prompts. Raises DataError if no prompt is left."""
-    total = num_left + left_out.total()
-    for reason, count in left_out.items():
-        text = f"{count:,} of {total:,} prompts of {name} {reason}"
-        if not num_left:
-            raise DataError(f"{text}: none is left", "change these settings, or the dataset")
-        report(text)
-
-
 def check_source(
-    source: SourceConfig | str,
+    source: SourceConfig,
     setting: str,
     config: Config,
     report: Report = logger.warning,
@@ -118,44 +94,58 @@ def check_source(
 ) -> int:
     """Returns the number of rows, for preflight, which reads all of them.
 
-    Raises ConfigError or DataError and reports as `read_source`, but tokenizes only the first row,
+    Raises ConfigError or DataError and reports as `read_source`, but tokenizes only the first text,
     the first chat, and rows that may be too long: a tokenizer makes at most one token of a byte. So
     it does not count the shorter ones that min_prompt_tokens leaves out. `tokenizes`: False reads
     the rows alone.
     """
-    if isinstance(source, str):
-        source = SourceConfig(path=source)
-    count, rendered = 0, False
-    left_out: Counter[str] = Counter()
-    longest = _max_tokens(config)
-    if source.max_prompt_tokens is not None:
-        longest = min(longest, source.max_prompt_tokens)
-    tokenizer = Tokenizer(config.model.path) if tokenizes else None
-    vocab_size = HfConfig(config.model.path).vocab_size if tokenizes else 0
-    for place, _, fields in read_rows(source, setting, config):
-        count += 1
-        if tokenizer is None:
-            continue
-        prompt = _prompt(fields["prompt"], source)
+    if not tokenizes:
+        return sum(1 for _ in read_rows(source, setting, config))
+    longest = min(_max_tokens(config), source.max_prompt_tokens or _max_tokens(config))
+    kinds: Counter[bool] = Counter()  # of prompts: whether they are chats
+
+    def is_tokenized(prompt: str | list[Any]) -> bool:
         is_chat = config.data.chat_template or isinstance(prompt, list)
-        is_long = len(str(prompt).encode(errors="replace")) > longest
-        if not (count == 1 or is_long or (is_chat and not rendered)):
-            continue
-        rendered = rendered or is_chat
-        try:
-            ids, _ = _tokenize(fields["prompt"], source, config, tokenizer)
-        except (ConfigError, DataError) as e:
-            raise type(e)(f"{place}: {e.problem}", e.remedy) from None
-        _check_vocabulary(ids, place, vocab_size, config)
-        if is_long:
-            num_tokens = len(ids)
-            if reason := _left_out(num_tokens, source, config):
+        kinds[is_chat] += 1
+        return kinds[is_chat] == 1 or len(str(prompt).encode(errors="replace")) > longest
+
+    source = msgspec.structs.replace(source, min_prompt_tokens=1)
+    for _ in _read(source, setting, config, Tokenizer(config.model.path), report, is_tokenized):
+        pass
+    return kinds.total()
+
+
+def _read(
+    source: SourceConfig,
+    setting: str,
+    config: Config,
+    tokenizer: Tokenizer,
+    report: Report,
+    is_tokenized: Callable[[str | list[Any]], bool] = lambda prompt: True,
+) -> Iterator[tuple[str, dict[str, Any], np.ndarray]]:
+    """Yields id, fields and tokens of the rows that are not left out; no tokens of some rows."""
+    left_out: Counter[str] = Counter()
+    num_left = 0
+    vocab_size = HfConfig(config.model.path).vocab_size
+    for place, prompt_id, fields in read_rows(source, setting, config):
+        prompt, ids = _prompt(fields["prompt"], source), np.empty(0, np.int32)
+        if is_tokenized(prompt):
+            try:
+                ids = _tokenize(prompt, config, tokenizer)
+            except (ConfigError, DataError) as e:
+                raise type(e)(f"{place}: {e.problem}", e.remedy) from None
+            if reason := _left_out(len(ids), source, config):
                 left_out[reason] += 1
-            else:
-                _check_length(num_tokens, place, config)
-    name = f"{setting} = {source.path}"
-    _report_left_out(left_out, count - left_out.total(), name, report)
-    return count
+                continue
+            _check(ids, place, vocab_size, config)
+        num_left += 1
+        yield prompt_id, fields | {"prompt": prompt}, ids
+    total = num_left + left_out.total()
+    for reason, count in left_out.items():
+        text = f"{count:,} of {total:,} prompts of {setting} = {source.path} {reason}"
+        if not num_left:
+            raise DataError(f"{text}: none is left", "change these settings, or the dataset")
+        report(text)
 
 
 def evaluation_config(config: Config, chosen: EvaluationSet) -> Config:
@@ -169,18 +159,15 @@ def _max_tokens(config: Config) -> int:
     return config.model.context_tokens - config.rollout.max_new_tokens
 
 
-def _check_length(num_tokens: int, place: str, config: Config) -> None:
-    """Raises DataError for an empty prompt, and for one that leaves no room for a response."""
-    if not 0 < num_tokens <= _max_tokens(config):
+def _check(ids: np.ndarray, place: str, vocab_size: int, config: Config) -> None:
+    """Raises DataError for a prompt that leaves no room for a response, and for tokens that the
+    model does not have: a server would crash."""
+    if len(ids) > _max_tokens(config):
         raise DataError(
-            f"{place}: the prompt has {num_tokens} tokens, must be 1 to {_max_tokens(config)} "
+            f"{place}: the prompt has {len(ids)} tokens, must be 1 to {_max_tokens(config)} "
             "(model.context_tokens - rollout.max_new_tokens)",
             "shorten it, change one of these settings, or set data.overlong=drop",
         )
-
-
-def _check_vocabulary(ids: np.ndarray, place: str, vocab_size: int, config: Config) -> None:
-    """Raises DataError for tokens that the model does not have: a server would crash."""
     if ids.max(initial=0) >= vocab_size:
         raise DataError(
             f"{place}: token id {ids.max()} is outside the model's vocabulary of {vocab_size}",
@@ -211,14 +198,11 @@ def _prompt(prompt: str | list[Any], source: SourceConfig) -> str | list[Any]:
     return [{"role": "system", "content": source.system_prompt}, *own]
 
 
-def _tokenize(
-    prompt: str | list[Any], source: SourceConfig, config: Config, tokenizer: Tokenizer
-) -> tuple[np.ndarray, str | list[Any]]:
-    """Returns [num_tokens] int32 of a text or of chat messages, and the prompt itself."""
-    prompt = _prompt(prompt, source)
+def _tokenize(prompt: str | list[Any], config: Config, tokenizer: Tokenizer) -> np.ndarray:
+    """Returns [num_tokens] int32 of a text or of chat messages."""
     if isinstance(prompt, list) or config.data.chat_template:
-        return tokenizer.encode(_render(prompt, config, tokenizer)), prompt
-    return tokenizer.encode(prompt, add_bos=config.data.add_bos), prompt
+        return tokenizer.encode(_render(prompt, config, tokenizer))
+    return tokenizer.encode(prompt, add_bos=config.data.add_bos)
 
 
 def _render(prompt: str | list[Any], config: Config, tokenizer: Tokenizer) -> str:

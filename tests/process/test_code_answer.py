@@ -21,6 +21,7 @@ from tiny_model import make_model
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.datasets import SourceConfig
 from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
 from megatron_async_rl.data.code_tests import read_tests
 from megatron_async_rl.data.dataset import read_source
@@ -254,7 +255,9 @@ def test_row_without_valid_tests_is_refused(
         read_tests(row)
     config = code_config(tmp_path, STDIO, FUNCTION, row)
     with pytest.raises(DataError, match=f"row 3: {re.escape(words)}"):
-        read_source(config.data.train, "data.train", config, Tokenizer(config.model.path))
+        read_source(
+            SourceConfig(path=config.data.train), "data.train", config, Tokenizer(config.model.path)
+        )
     [check] = [check for check in config_checks(config, print) if check.name == "dataset train"]
     assert not check.ok and f"row 3: {words}" in check.detail
 
@@ -267,7 +270,9 @@ def test_preflight_checks_the_sandbox(python: str, ok: bool, words: str, tmp_pat
     config = code_config(tmp_path, STDIO, FUNCTION, python=python)
     assert [
         p.row["tests"]
-        for p in read_source(config.data.train, "data.train", config, Tokenizer(config.model.path))
+        for p in read_source(
+            SourceConfig(path=config.data.train), "data.train", config, Tokenizer(config.model.path)
+        )
     ] == [
         STDIO["tests"],
         FUNCTION["tests"],

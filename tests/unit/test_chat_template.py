@@ -14,6 +14,7 @@ from tiny_model import make_model
 
 from megatron_async_rl.config import load
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.datasets import SourceConfig
 from megatron_async_rl.data import chat_template
 from megatron_async_rl.data.dataset import check_source, read_source
 from megatron_async_rl.data.tokenizer import Tokenizer
@@ -161,7 +162,10 @@ def test_unknown_or_ambiguous_template_names_the_known_ones(folder: Path) -> Non
 def test_any_error_of_a_template_is_a_data_error_with_the_row(folder: Path, template: str) -> None:
     (folder / "chat_template.jinja").write_text(template)
     config, path = settings(folder, chat_template=True, prompt="1+2=")
-    for read in (lambda: check_source(path, "data.train", config), lambda: prompts(config)):
+    for read in (
+        lambda: check_source(SourceConfig(path=path), "data.train", config),
+        lambda: prompts(config),
+    ):
         with pytest.raises(DataError, match=r"data\.train = .*, row 1: the chat template rejects"):
             read()
 
@@ -182,7 +186,7 @@ def test_missing_template_is_found_before_a_start(
 ) -> None:
     config, path = settings(folder, chat_template=chat, prompt=prompt)
     with pytest.raises(ConfigError, match=problem):
-        check_source(path, "data.train", config)
+        check_source(SourceConfig(path=path), "data.train", config)
     with pytest.raises(ConfigError, match=problem):
         prompts(config)
 
@@ -282,4 +286,6 @@ def settings(folder: Path, prompt: Any, **data: Any) -> tuple[Config, str]:
 
 
 def prompts(config: Config) -> list[Any]:
-    return read_source(config.data.train, "data.train", config, Tokenizer(config.model.path))
+    return read_source(
+        SourceConfig(path=config.data.train), "data.train", config, Tokenizer(config.model.path)
+    )

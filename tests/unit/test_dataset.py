@@ -12,7 +12,7 @@ from tiny_model import make_model
 
 from megatron_async_rl.config import load
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.config.datasets import EvaluationConfig, EvaluationSet
+from megatron_async_rl.config.datasets import EvaluationConfig, EvaluationSet, SourceConfig
 from megatron_async_rl.data import math_rows
 from megatron_async_rl.data.dataset import check_source, read_source
 from megatron_async_rl.data.digests import changed_data, record_data
@@ -40,7 +40,9 @@ def read(settings: Config, path: Path, *rows: Any) -> list[Prompt]:
     path.write_text(
         "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     )
-    return read_source(str(path), "data.train", settings, Tokenizer(settings.model.path))
+    return read_source(
+        SourceConfig(path=str(path)), "data.train", settings, Tokenizer(settings.model.path)
+    )
 
 
 def test_rows_become_prompts_with_ids_and_fields(settings: Config, tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_byte_order_mark_is_skipped(settings: Config, tmp_path: Path) -> None:
     path.write_bytes(
         b'\xef\xbb\xbf{"prompt": "1", "answer": "1"}\r\n\r\n{"prompt": "2", "answer": "2"}'
     )
-    assert check_source(str(path), "data.train", settings) == 2
+    assert check_source(SourceConfig(path=str(path)), "data.train", settings) == 2
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_unreadable_bytes_are_one_line_with_the_row(
     path = tmp_path / "d.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=problem):
-        check_source(str(path), "data.train", settings)
+        check_source(SourceConfig(path=str(path)), "data.train", settings)
 
 
 def test_number_that_no_message_can_carry_is_refused(settings: Config, tmp_path: Path) -> None:
@@ -238,7 +240,7 @@ def test_overlong_prompt_is_refused_with_its_row_before_the_start(
     with pytest.raises(DataError, match=problem):
         read(settings, tmp_path / "d.jsonl", *rows)
     with pytest.raises(DataError, match=problem):
-        check_source(str(tmp_path / "d.jsonl"), "data.train", settings)
+        check_source(SourceConfig(path=str(tmp_path / "d.jsonl")), "data.train", settings)
 
 
 def test_overlong_prompts_are_dropped_and_counted(settings: Config, tmp_path: Path) -> None:
@@ -247,15 +249,17 @@ def test_overlong_prompts_are_dropped_and_counted(settings: Config, tmp_path: Pa
     lengths, reports = (11, 10, 300, 1), list[str]()
     path.write_text("".join(f'{{"prompt": "{"1" * n}", "answer": "1"}}\n' for n in lengths))
     tokenizer = Tokenizer(settings.model.path)
-    prompts = read_source(str(path), "data.train", config, tokenizer, reports.append)
+    prompts = read_source(
+        SourceConfig(path=str(path)), "data.train", config, tokenizer, reports.append
+    )
     assert [len(prompt.ids) for prompt in prompts] == [10, 1]
-    assert check_source(str(path), "data.train", config, reports.append) == 4
+    assert check_source(SourceConfig(path=str(path)), "data.train", config, reports.append) == 4
     [report, checked] = reports
     assert checked == report
     assert report.startswith(f"2 of 4 prompts of data.train = {path} have more than 10 tokens")
     path.write_text(path.read_text().splitlines(keepends=True)[0])
     none_is_left = r"1 of 1 prompts .*data\.overlong = drop\): none is left"
     with pytest.raises(DataError, match=none_is_left):
-        read_source(str(path), "data.train", config, tokenizer, reports.append)
+        read_source(SourceConfig(path=str(path)), "data.train", config, tokenizer, reports.append)
     with pytest.raises(DataError, match=none_is_left):
-        check_source(str(path), "data.train", config)
+        check_source(SourceConfig(path=str(path)), "data.train", config)

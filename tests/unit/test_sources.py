@@ -19,6 +19,7 @@ from tiny_model import make_model
 
 from megatron_async_rl.config import load
 from megatron_async_rl.config.config import Config
+from megatron_async_rl.config.datasets import SourceConfig
 from megatron_async_rl.data import readers, success_rate
 from megatron_async_rl.data.dataset import check_source, read_source, read_training
 from megatron_async_rl.data.digests import changed_data, record_data
@@ -515,5 +516,7 @@ def test_ids_of_several_sources_are_distinct(model: Path, tmp_path: Path) -> Non
 def test_evaluation_set_is_read_as_a_source(model: Path, tmp_path: Path) -> None:
     config = make_config(model, "unused")
     path = str(write_parquet(tmp_path / "d.parquet", ROWS))
-    prompts = read_source(path, "evaluation.sets.a.path", config, Tokenizer(model))
+    prompts = read_source(
+        SourceConfig(path=path), "evaluation.sets.a.path", config, Tokenizer(model)
+    )
     assert [prompt.row for prompt in prompts] == ROWS
