@@ -26,8 +26,8 @@ generated tokens of the batch, std biased. All computations are in float64.
 
 A user's estimator has the same interface as the built-in ones: (shaped rewards [G, S], generated
 tokens [G, S], AdvantageConfig) -> advantages, and one with the parameter `turns` gets the Turns of
-the samples, too. It must depend on nothing else: after a restart of the trainer a batch is sent
-again.
+the samples, too. It must depend on nothing else: after a restart of the trainer the advantages of a
+batch are computed again.
 
 Suffixes: G groups of the batch, S samples of a group, K turns and N generated tokens of one sample.
 """
@@ -102,7 +102,7 @@ def sample_advantages(
 
 
 def needs_turns(config: AdvantageConfig) -> bool:
-    """Tells whether the estimator, or the critic in its place, reads the rewards of turns."""
+    """Returns whether the estimator, or the critic in its place, reads the rewards of turns."""
     return config.uses_critic or hooks.takes(hooks.load(SETTING, config.estimator), "turns")
 
 
@@ -144,7 +144,7 @@ def token_means(advantages: Advantages) -> np.ndarray:
 
 
 def _checked(returned: object, counts_GS: np.ndarray, estimator: str, part: str) -> Advantages:
-    """Returns what an estimator returned, in float64. Raises HookFailed if its form is wrong.
+    """Returns the result of an estimator in float64. Raises HookFailed if its form is wrong.
 
     It is one value per sample, or one per part of a sample, of which there are `counts_GS`.
     """

@@ -1,4 +1,4 @@
-"""The controller: one queue, one loop. The core decides (core/core.py), this file carries out.
+"""The controller: one queue and one loop. The core decides (core/core.py), this file executes.
 
     sockets --> _receive --MessageArrived--+
     clock   --> _tick    --Tick------------+--> queue --> _loop: actions = core.handle(event)
@@ -21,13 +21,13 @@ or a worker. A task that needs a decision submits an event and waits until it is
 Messages that other processes cannot undo are sent only when the journal is on disk: a batch
 (delivery.py), a weight update (coordinator.py), a checkpoint (saving.py).
 
-Every process may end and come back. A worker that comes back says hello and has no work at first:
+Every process may end and be restarted. A restarted worker sends Hello and has no work at first:
 
     rollout worker  is STALE until it takes a verified update
     reward worker   gets the requests that are waiting
     trainer         starts from its checkpoint and gets the recorded batches again; the weights that
                     it offers are not needed until it is back at the newest version
-    controller      reads the journal; servers that kept their weights meanwhile go on serving
+    controller      reads the journal; servers that kept their weights meanwhile continue
 
 The trainer waits in GetBatch until the core selects a batch. Rollout workers never wait for the
 trainer, except paused during a weight update; admission (max_staleness) limits generation.
@@ -137,7 +137,8 @@ class Controller:
     async def run(self) -> None:
         """Runs to the end and tells all workers. Raises Error if the run fails.
 
-        Any other exception is a crash: as after a kill, the workers join the next start.
+        Any other exception is a crash: the workers then join the restarted controller, as after a
+        kill.
         """
         preempted = asyncio.Event()
         interrupted = asyncio.Event()
@@ -277,7 +278,7 @@ class Controller:
             version = await self.updates.next()
             if version < self.config.run.steps:
                 await self.evaluations.begin(version)
-        await self.evaluations.ended()  # one that training did not wait for
+        await self.evaluations.ended()  # training does not wait for one
         if any(worker.is_serving for worker in self.core.fleet.rollout.values()):
             await self.evaluations.begin(version)
             await self.evaluations.ended()

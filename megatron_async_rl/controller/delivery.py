@@ -55,7 +55,7 @@ class BatchDelivery:
         self._pending = self.awaited_since = None
 
     def send(self, batch: SendBatch | ResendBatch) -> None:
-        """Has the batch sent by `run`, instead of one that is still pending."""
+        """Makes `run` send the batch, in place of one that is still pending."""
         self._pending = batch
         self._changed.set()
 
@@ -119,7 +119,7 @@ class BatchDelivery:
 def training_batch(
     groups: list[Group], config: Config
 ) -> tuple[np.ndarray, np.ndarray, list[TrainSample]]:
-    """Returns (rewards [groups, samples], mean advantages [groups, samples], what is trained).
+    """Returns (rewards [groups, samples], mean advantages [groups, samples], training samples).
 
     It depends on the recorded samples and rewards alone, so a batch that is sent again is the same.
     """
@@ -137,7 +137,7 @@ def training_batch(
             for g, group in enumerate(groups)
         ]
     advantages = sample_advantages(rewards, tokens, algorithm, config.rollout.max_new_tokens, turns)
-    values: Advantages = advantages  # what the trainer gets
+    values: Advantages = advantages  # for the trainer
     if turns and algorithm.advantage.uses_critic:
         assert isinstance(advantages, np.ndarray)
         shaped = shaped_turns(turns, advantages, reward_scale(algorithm))

@@ -1,8 +1,8 @@
-"""Which scored groups are not trained on (`algorithm.filters`), by the rules in their order.
+"""Filters scored groups (`algorithm.filters`) by the configured rules in their order.
 
 A user's filter has the same interface as the built-in ones: (rewards of the group, generated tokens
 of each sample, row of the dataset, FilterConfig) -> whether the group is kept. It must depend on
-nothing else: a restarted controller asks again.
+nothing else: a restarted controller calls it again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _keeps(
     lengths: list[int],
     row: dict[str, Any],
 ) -> bool:
-    """Asks a filter. Raises HookFailed if it does not return a boolean."""
+    """Calls a filter. Raises HookFailed if it does not return a boolean."""
     kept = function(rewards, lengths, row, config)
     if not isinstance(kept, bool | np.bool_):
         raise HookFailed(

@@ -71,7 +71,7 @@ class MessageHandlers:
     async def handle(
         self, peer: Peer, message: AnyMessage | UnknownHello | Malformed
     ) -> list[CoreEvent]:
-        """Returns the events that the message stands for; none from a worker that must rejoin.
+        """Returns the events of the message; none from a worker that must rejoin.
 
         The sender of a wrong message is refused, and its work is given to others.
         """

@@ -57,7 +57,7 @@ class CheckpointCommitter:
             self._prune_before(event.version - 1)  # a restarted recorder requests the newest again
 
     def checkpoint_saved(self, saved: CheckpointSaved) -> None:
-        """Has `run` commit the checkpoint as of the events so far."""
+        """Makes `run` commit the checkpoint with the events so far."""
         self._saved.put_nowait((saved, self._journal.last_seq, self._core.state.ledger.admitted))
 
     @property

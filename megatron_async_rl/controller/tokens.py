@@ -30,7 +30,7 @@ _DTYPES = {"ids": np.int32, "logprobs": np.float32, "versions": np.int32}
 def token_fault(
     tokens: Sample | Partial, prompt: Prompt, oldest: int, newest: int, settings: CoreSettings
 ) -> str:
-    """Returns why no server of this run can have generated the tokens; empty if one can.
+    """Returns why the tokens cannot be of a server of this run; empty if they can.
 
     Versions must be from `oldest` to `newest`. The tokens of a single turn are the prompt and then
     the response. Other workflows choose the context, but in a partial sample it comes first.

@@ -57,8 +57,8 @@ def single_turns(rewards_GS: np.ndarray, tokens_GS: np.ndarray) -> TurnsGS:
 def shaped_turns(turns_GS: TurnsGS, shaped_GS: np.ndarray, scale: float) -> TurnsGS:
     """Returns the turns with shaped rewards, which add up to the shaped reward of the sample.
 
-    A turn's reward is multiplied by `scale`. The last turn takes what is left: offset, clipping and
-    the overlong penalty are of the whole sample.
+    A turn's reward is multiplied by `scale`. The last turn gets the rest: offset, clipping and the
+    overlong penalty are those of the whole sample.
     """
 
     def shaped(turns: Turns, reward: float) -> Turns:

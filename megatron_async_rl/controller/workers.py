@@ -62,7 +62,7 @@ class Workers:
         return before is not None
 
     def conflict(self, hello: Hello) -> str:
-        """Returns why there is no place for one more worker such as this; empty if there is."""
+        """Returns why one more worker such as this cannot join; empty if it can."""
         if hello.name not in self._by_name and len(self._by_name) >= MAX_WORKERS:
             return f"{hello.name}: {MAX_WORKERS} workers have joined, which is the limit"
         for worker in self.leaders if hello.leader >= 0 else []:

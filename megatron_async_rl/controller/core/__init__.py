@@ -1,1 +1,1 @@
-"""The state machine that decides: pure, no sockets, no clock, no threads."""
+"""The state machine of the controller: no sockets, clock or threads."""

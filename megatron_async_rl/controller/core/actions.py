@@ -86,7 +86,7 @@ class ReportError:
 
 @dataclass(frozen=True)
 class ReportScoringError:
-    """A score that a reward worker did not report as failed is none. `where`: worker and sample."""
+    """A scoring attempt failed without such a report of its worker. `where`: worker and sample."""
 
     where: str
     error: str

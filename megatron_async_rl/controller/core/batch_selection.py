@@ -1,4 +1,4 @@
-"""Which groups are trained together, and on which version: where staleness is bounded.
+"""Selects the groups of a batch and the version that they train: here staleness is bounded.
 
 The oldest groups are selected first, after those older than max_staleness were dropped. With
 straggler_policy = wait, selection first waits, bounded, for groups that the next version would make
@@ -35,8 +35,8 @@ class BatchSelector:
     def request(self, leader: int, version: int, now: float) -> SendBatch | ResendBatch | None:
         """Notes a request; returns the batch if it was selected before and all leaders wait.
 
-        The version may be that of the step in progress, whose report is still to come: the first
-        rank, a leader too, sends it before its own request.
+        The version may be that of the step in progress: the first rank, a leader too, reports the
+        step before its own request.
         """
         self.requests[leader] = version
         num_waiting = list(self.requests.values()).count(version)

@@ -1,4 +1,4 @@
-"""Decides what to generate, score and train: a state machine without sockets, clock or threads.
+"""The decisions of the controller: a state machine without sockets, clock or threads.
 
 `handle` takes one event (inputs.py) and returns the actions that follow (actions.py). Time is an
 argument and prompts come from an injected source, so the same code runs in the controller, in a
@@ -204,7 +204,7 @@ class Core:
         if fault := self.leases.fault(group, reply.sample):
             self.num_fenced_messages += 1
             error = actions.ReportError(f"{worker}: sample {reply.key} is refused: {fault}")
-            # like a failure: another server may do better
+            # treated as a failure: another server may succeed
             return [error, *self._release(group), *self._advance(now)]
         self.state.record(events.SampleReturned(group.group_id, reply.key.index, reply.sample))
         self.leases.sample_returned(group)
@@ -258,7 +258,7 @@ class Core:
         return followed + self._advance(now)
 
     def _no_score(self, task: ScoringTask, error: str) -> Actions:
-        """Ends an attempt whose failure the reward worker does not know of."""
+        """Ends an attempt that failed without a report of the reward worker."""
         where = f"{task.worker}: no score for sample {task.request.key}"
         return [actions.ReportScoringError(where, error), *self._scoring_failed(task, error)]
 
@@ -311,7 +311,7 @@ class Core:
         self.state.check()
         return followed
 
-    # ---- inside
+    # ---- helpers
 
     def _advance(self, now: float) -> Actions:
         """Does everything that has become possible: scoring, selection, leases, admissions."""

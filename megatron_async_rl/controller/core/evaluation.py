@@ -1,4 +1,4 @@
-"""The evaluation that runs: which servers its samples may use, and when it is complete.
+"""The running evaluation: which servers its samples may use, and when it is complete.
 
     pause         every server of exactly that version; no training group is leased meanwhile
     held_server   one of these, which is held at the version and gets no training group
@@ -41,7 +41,7 @@ class Evaluation:
         return next((w for w in self._fleet.rollout.values() if w.is_held), None)
 
     def has_server(self) -> bool:
-        """Whether a server can generate the samples now, or take them when it has room."""
+        """Returns whether a server can generate the samples now, or when it has room."""
         return any(map(self._may_use, self._fleet.rollout.values()))
 
     def begin(self, request: EvaluationRequested) -> list[Action]:
@@ -59,7 +59,7 @@ class Evaluation:
     def hold_server(self) -> None:
         """In mode held_server, holds the least loaded server of the version, if it needs one.
 
-        Another server must go on to serve training.
+        Another server must continue to serve training.
         """
         if self.mode != "held_server" or self.held_server():
             return
@@ -88,7 +88,7 @@ class Evaluation:
         return [reported] if self._open else [reported, *self._finish("")]
 
     def abandon(self, reason: str) -> list[Action]:
-        """Ends the evaluation without its open samples, whose late replies are then fenced."""
+        """Ends the evaluation without its open samples; their late replies are then fenced."""
         if self.mode is None:
             return []
         for group_id in self._open:
@@ -112,5 +112,5 @@ class Evaluation:
         return server.is_serving and (self.mode == "mixed" or self._is_chosen(server))
 
     def _is_chosen(self, place: EvalLine | RolloutWorker) -> bool:
-        """Whether the samples of an exact version may run there."""
+        """Returns whether samples of an exact version may run on this worker."""
         return place.version == self.version and place.is_held == (self.mode == "held_server")

@@ -44,12 +44,12 @@ class Worker:
 
     @property
     def line(self) -> Line | None:
-        """Where it waits for work; None if it gets none."""
+        """The line in which it waits for work; None if it gets none."""
         return Line(self.capacity, 0)
 
     @property
     def eval_line(self) -> EvalLine | None:
-        """Where it waits for samples of an evaluation."""
+        """The line in which it waits for samples of an evaluation."""
         return None
 
     @property

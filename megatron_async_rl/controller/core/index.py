@@ -13,7 +13,7 @@ from megatron_async_rl.protocol.types import Purpose
 
 
 class LazyHeap:
-    """Ids ordered by a key. An entry whose id has left or has another key is skipped when met."""
+    """Ids ordered by a key. An outdated entry (id removed, or key changed) is skipped when met."""
 
     def __init__(self) -> None:
         self._keys: dict[int, float] = {}

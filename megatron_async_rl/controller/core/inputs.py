@@ -65,7 +65,7 @@ class ServerUpdated(ServerEvent):
 
 @dataclass(frozen=True)
 class UpdateFailed(ServerEvent):
-    """The server did not take the weights, through no fault of its own."""
+    """The server did not take the weights, for a reason that is not its own failure."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ With E this expectation, a server is full if
 
 or if it reported pressure: more of its KV cache in use than kv_lease_limit, or requests that queue
 while more than half is in use. It stays so until it reports otherwise. A server without a sample is
-never full. The capacity and the use are what SGLang reports in heartbeats; until the first report
-the number of samples (rollout.max_concurrent_samples) is the only limit.
+never full. Capacity and use are those that SGLang reports in heartbeats; until the first report the
+number of samples (rollout.max_concurrent_samples) is the only limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_async_rl.controller.core.settings import CoreSettings
 from megatron_async_rl.protocol.types import Prompt, Sample
 
 PRIOR_WEIGHT = 8  # samples that the prior counts as
-WINDOW = 1024  # samples that a mean is over, so that it follows a policy whose answers grow
+WINDOW = 1024  # samples of a mean, so that it follows the lengths of a changing policy
 QUEUE_USE = 0.5  # of the KV cache; with less in use a queue is of requests that wait for prefill
 
 
@@ -59,7 +59,7 @@ class KvLimit:
         self._lengths = lengths
 
     def report(self, server: RolloutWorker, engine: dict[str, float]) -> bool:
-        """Takes figures of a heartbeat; returns whether the server has room that it had not."""
+        """Takes figures of a heartbeat; returns whether the server has got room by them."""
         capacity, use = engine.get("kv_capacity_tokens"), engine.get("kv_use_fraction")
         if self._limit is None or capacity is None or use is None:
             return False

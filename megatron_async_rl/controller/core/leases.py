@@ -70,7 +70,7 @@ class Leases:
         return sends
 
     def _free_server(self, num_samples: int, oldest_allowed: int) -> RolloutWorker | None:
-        """Returns the least loaded server that is not full by the present expectation either."""
+        """Returns the least loaded server that is not full by the present expectation."""
         while server := self._fleet.rollout.least_loaded(num_samples, oldest_allowed):
             self.kv_limit.update(server)
             if not server.is_full:
@@ -115,7 +115,7 @@ class Leases:
         return group if key.index in group.missing else None
 
     def fault(self, group: Group, tokens: Sample | Partial) -> str:
-        """Returns why no server of this run can have generated the tokens; empty if one can."""
+        """Returns why the tokens cannot be of a server of this run; empty if they can."""
         newest = self._state.version if group.exact_version is None else group.exact_version
         return token_fault(tokens, group.prompt, group.floor_version, newest, self._settings)
 

@@ -7,8 +7,8 @@ evaluation come last.
 
 A request is assigned to the least loaded reward worker until a deadline. An infrastructure error or
 a missed deadline is a failed attempt: the request is queued again, until it has failed
-reward.max_attempts times. The loss of a reward worker is no attempt. Nothing of this survives a
-restart of the controller, which queues every sample without a reward again.
+reward.max_attempts times. The loss of a reward worker does not count as an attempt. A restarted
+controller starts with an empty queue and enqueues every sample without a reward.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ScoringQueue:
         self.assigned: dict[tuple[SampleKey, int], ScoringTask] = {}
 
     def enqueue_sample(self, group: Group, index: int) -> None:
-        """Queues the reward of a finished sample; records the one that it brings along."""
+        """Queues the scoring of a finished sample, or records the reward that it carries."""
         key = SampleKey(self._state.epoch, group.group_id, group.attempt, index)
         sample = group.samples[index]
         assert sample is not None
@@ -88,7 +88,7 @@ class ScoringQueue:
         self._enqueue(ScoringTask(request, requester))
 
     def assign(self, now: float) -> list[Send]:
-        """Assigns requests as far as reward workers are free; answers those whose lease ended."""
+        """Assigns requests as far as reward workers are free; answers requests of ended leases."""
         sends: list[Send] = []
         while self._queue and (worker := self._fleet.reward.least_loaded(1, 0)):
             task = self._queue.popleft()
@@ -112,7 +112,7 @@ class ScoringQueue:
         return task
 
     def fault(self, task: ScoringTask, result: ScoreResult) -> str:
-        """Returns why a result is no score for its sample; empty if it is one."""
+        """Returns why a result is not a valid score of its sample; empty if it is."""
         for reward in (result.reward, *result.turn_rewards):
             if reward is not None and not abs(reward) <= MAX_REWARD:  # nan
                 return f"the reward is {reward}"
@@ -139,7 +139,7 @@ class ScoringQueue:
         return group
 
     def take_expired(self, now: float) -> list[ScoringTask]:
-        """Ends the assignments whose deadline has passed; they were made in that order."""
+        """Ends the overdue assignments; assignments are in the order of their deadlines."""
         by_deadline = self.assigned.values()
         expired = list(itertools.takewhile(lambda task: now > task.deadline, by_deadline))
         for task in expired:
@@ -189,9 +189,9 @@ def credited(
 ) -> tuple[float, list[float]]:
     """Returns (reward, rewards of the turns, empty if only the last one has a reward).
 
-    To the rewards that the sample brings along it adds the scores of the turns or, without these,
-    the score of the whole, which is the last turn's; scores are multiplied by `discount`. The
-    reward is the sum. Raises ValueError unless there is one score per turn.
+    It adds the scores of the turns to the rewards that the sample carries or, without these, the
+    score of the whole, which is the last turn's; scores are multiplied by `discount`. The reward is
+    the sum. Raises ValueError unless there is one score per turn.
     """
     if not turn_scores and not sample.turn_rewards:
         return score * discount, []

@@ -60,7 +60,7 @@ class ControllerState:
         return group
 
     def record(self, event: events.JournalEvent) -> None:
-        """Applies a change and records it, unless it is about an evaluation: those are repeated."""
+        """Applies a change. Records it too, except in an evaluation, which is repeated instead."""
         group = self.groups.get(getattr(event, "group_id", -1))
         if group is None or group.purpose == "train":
             self.recorded.append(event)

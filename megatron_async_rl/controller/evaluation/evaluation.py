@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class _Running:
-    """The evaluation that runs."""
+    """The running evaluation."""
 
     version: int
     mode: EvaluationMode
@@ -110,7 +110,7 @@ class Evaluations:
         self._running = _Running(version, mode, file, num_samples, time.monotonic())
         self._idle.clear()
         if version in (0, self._config.run.steps) and mode == "pause":
-            self._context.progress.state = "evaluating"  # nothing else is going on
+            self._context.progress.state = "evaluating"  # nothing else happens
         self._show(self._running)
         if snapshot := self._catch_up.snapshot_of(version):
             self._snapshot.enter_context(self._catch_up.keeping(snapshot))
@@ -230,7 +230,7 @@ class Evaluations:
             await self._context.queue.submit(EvaluationAbandoned(reason))
 
     def _obstacle(self, running: _Running) -> str:
-        """Returns why the evaluation must be abandoned; empty if it need not be."""
+        """Returns why the evaluation must be abandoned; empty if it can continue."""
         core = self._core
         if core.evaluation.held_server():
             others = [w for w in core.fleet.rollout.values() if not (w.is_held or w.is_fenced)]
@@ -255,7 +255,7 @@ class Evaluations:
     # ---- samples
 
     def _tasks(self) -> list[EvaluationTask]:
-        """Returns all samples, those first whose problem had the longest responses last time.
+        """Returns all samples, those with the longest responses in the last evaluation first.
 
         A long response that starts last would leave all servers but one idle at the end.
         """
@@ -277,7 +277,7 @@ class Evaluations:
         return sorted(tasks, key=known_tokens, reverse=True)
 
     def _header(self) -> dict[str, Any]:
-        """Returns what the samples depend on besides the version."""
+        """Returns the settings that the samples depend on besides the version."""
         sets = {name: msgspec.to_builtins(self._settings.sets[name]) for name in self._prompts}
         return {
             "model": self._config.model.path,

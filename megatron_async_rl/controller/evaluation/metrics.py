@@ -1,7 +1,7 @@
 """Metrics of one evaluation set from its samples. docs/evaluation.md defines each.
 
-A sample that could not be generated or scored is no sample: it is counted in `failed`, and a
-problem without any scored sample is left out. Nothing is estimated from no samples.
+A sample that could not be generated or scored is only counted in `failed`, and a problem without
+any scored sample is left out. A metric without samples is absent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Z_95 = 1.959964  # of the standard normal distribution, two-sided
 
 @dataclass
 class SetMetrics:
-    """`values`: metric -> number. `left_out`: metric -> why there is none."""
+    """`values`: metric -> number. `left_out`: metric -> why it is absent."""
 
     values: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)

@@ -36,7 +36,7 @@ class _SetResult(msgspec.Struct):
 
 
 class _Result(msgspec.Struct):
-    """What is read back of a result."""
+    """The fields of a result that are read back."""
 
     version: int
     sets: dict[str, _SetResult]

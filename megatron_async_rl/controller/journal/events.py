@@ -84,7 +84,7 @@ class GroupDropped(JournalEvent, frozen=True):
 
 
 class StepReported(JournalEvent, frozen=True):
-    """What the display of a later controller shows of the step to `version`."""
+    """Figures of the step to `version`, which the display of a restarted controller shows."""
 
     version: int
     reward_mean: float

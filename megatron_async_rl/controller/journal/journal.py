@@ -6,8 +6,8 @@ more than the journal.
 
 A row is an event; one with arrays is stored in files beside the database (array_store.py), and its
 row holds the location. Rows and arrays have checksums (reader.py). If the disk is full, the writer
-keeps its events, tries again every second and reports it (`error`); only `durable()` waits. If the
-database turns out to be damaged, `append` and `durable` raise DataError, which ends the run.
+keeps its events, retries every second and reports the error (`error`); only `durable()` waits. If
+the database turns out to be damaged, `append` and `durable` raise DataError, which ends the run.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Journal:
                 f"the journal {self.path} cannot be opened: there is no folder {self.path.parent}",
                 "set run.dir to the folder of a run",
             )
-        code = getattr(error, "sqlite_errorname", "")  # ours have none
+        code = getattr(error, "sqlite_errorname", "")  # errors of this package have none
         if code.removeprefix("SQLITE_").split("_")[0] not in NOT_OPENED:
             return None
         return DataError(
@@ -193,7 +193,7 @@ class Journal:
             self._retry(self._write_mark, bool(waiters))
             for waiter in waiters:
                 if not waiter.set_running_or_notify_cancel():
-                    continue  # nobody waits any more
+                    continue  # the waiting task was cancelled
                 if self._damage:
                     waiter.set_exception(self._damage)
                 elif not self.error:
@@ -271,7 +271,7 @@ class Journal:
 
     def _write_mark(self, durably: bool) -> None:
         self._mark.write(self._totals.last_seq, self._totals.num_commits)
-        if durably:  # a batch or an update is about to leave
+        if durably:  # a batch or an update is about to be sent
             self._mark.sync()
 
     def _row(self, seq: int, event: JournalEvent | PartialTail) -> _Row:

@@ -1,8 +1,8 @@
 """The high-water mark: the newest event and the commits on disk, in a file beside the database.
 
-SQLite ends a damaged WAL at its last intact commit and says nothing, so the database alone cannot
-tell that it was rewound. The mark is overwritten after each commit and forced to disk before a
-batch or an update leaves; it is never ahead of the database.
+SQLite silently ends a damaged WAL at its last intact commit, so the database alone does not show
+that it was rewound. The mark is overwritten after each commit and synced to disk before a batch or
+an update is sent; it is never ahead of the database.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def read_events(
 ) -> Iterator[AnyEvent]:
     """Yields all events in order, up to sequence number `until`.
 
-    `on_damage` gets a text for each damage: the file, and what is lost. It raises DataError unless
-    another function is given, which has the rest read as far as possible.
+    `on_damage` gets a text for each damage: the file and the lost content. By default it raises
+    DataError; with another function the rest is read as far as possible.
     """
     if until is None and (damage := find_rewind(path)):
         on_damage(damage)

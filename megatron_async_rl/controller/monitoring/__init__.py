@@ -1,1 +1,1 @@
-"""What the controller observes of the run: progress, scores, lengths and stalls."""
+"""Monitors of the run: progress, scores, lengths, mismatch and stalls."""

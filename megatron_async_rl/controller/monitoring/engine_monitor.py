@@ -1,4 +1,4 @@
-"""What the servers report of themselves in heartbeats: means per step, and the newest of each.
+"""Figures that servers report in heartbeats: means per step, and the newest of each server.
 
 A step shorter than the time between heartbeats may have none; it then has no figures.
 """

@@ -1,8 +1,8 @@
 """Detects starved long answers by the lengths of sampled, trained and dropped answers.
 
 A staleness bound hits long answers first: they take longest, so they are the oldest when a batch is
-selected and the first to exceed their lease. If they are not trained, the policy learns to be brief
-for no reason of the task. Warns if one of these holds:
+selected and the first to exceed their lease. If they are not trained, the policy learns to answer
+briefly although the task does not ask for it. Warns if one of these holds:
 
     mean length trained / sampled < MEAN_RATIO
     trained share of the longest tenth of samples < TAIL_RATIO * trained share of all samples, and
@@ -33,7 +33,7 @@ WINDOW = 128  # most recent trained and dropped groups that are compared
 MIN_GROUPS = 16  # trained groups that a comparison needs
 MEAN_RATIO = 0.75
 TAIL_RATIO = 0.5
-_IGNORED = DropReason.RUN_ENDED.value  # being pending at the end is no choice by length
+_IGNORED = DropReason.RUN_ENDED.value  # groups pending at the end were not selected by length
 _REMEDY = {
     DropReason.STALE: "set staleness.straggler_policy=wait, or raise staleness.max_staleness",
     DropReason.GENERATION_FAILED: "raise rollout.lease_timeout_s, or lower rollout.max_new_tokens",

@@ -1,9 +1,10 @@
 """Measures at every step how much engine and trainer differ under the same weights.
 
-Tokens of a batch were mostly sampled by older weights, so their logprobs say nothing about a fault.
-Therefore a probe: the controller chooses a few windows of tokens of the batch trained on version v,
-one server that serves v computes their logprobs by a prefill, and the trainer returns its own under
-v (trainer/probe.py). Nothing waits for it; a step whose probe is not complete has no figures.
+Tokens of a batch were mostly sampled by older weights, so their logprobs do not reveal a fault. The
+controller therefore uses a probe: it chooses a few windows of tokens of the batch trained on
+version v, one server that serves v computes their logprobs by a prefill, and the trainer returns
+its own under v (trainer/probe.py). No process waits for it; a step without a complete probe has no
+figures.
 
 The engine's logprobs of input tokens are those of temperature 1, so with another
 rollout.temperature nothing can be compared but the sampled tokens of staleness 0, which the loss
@@ -46,7 +47,7 @@ class MismatchMonitor:
     def choose(
         self, version: int, samples: list[TrainSample], servers: Iterable[RolloutWorker]
     ) -> tuple[str, ProbeRequest] | None:
-        """Marks samples of the batch; returns a server and what it is asked, if one serves it.
+        """Marks samples of the batch; returns a server and its request, if one serves `version`.
 
         The servers that serve `version` take turns over the steps.
         """

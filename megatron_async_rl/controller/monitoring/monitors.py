@@ -1,4 +1,4 @@
-"""All monitors of a run, by the moments at which they look: messages, journal events, steps."""
+"""All monitors of a run, called for messages, journal events and steps."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Progress:
         self.ledger: dict[str, int] = {}
         self.last_progress = time.monotonic()
         self.lost: list[str] = []  # silent workers, which the supervisor should restart
-        self.evaluating = ""  # the evaluation that runs
+        self.evaluating = ""  # the running evaluation
         self._log = run_log
         self._write_error = ""
         self._server_names = [f"rollout-{i}" for i in range(config.rollout.servers)]
@@ -153,7 +153,7 @@ class Progress:
             status.eta_s = (status.steps - status.version) * float(np.mean(self._step_times))
 
     def step_done(self, version: int, stats: dict[str, float]) -> StepReported:
-        """Returns what a later controller needs to know of the step."""
+        """Returns the figures of the step that a restarted controller needs."""
         now = time.monotonic()
         self.last_progress = now
         step_s = now - self._last_step

@@ -1,8 +1,8 @@
 """Notices a run that cannot learn: no group passes the filters, or rewards are all equal.
 
-Without a batch no step is trained, while generation goes on: the stall limit
-run.no_progress_timeout_s does not apply. So a warning names the reasons early, and the run ends
-after faults.max_filtered_groups groups in a row.
+Without a batch no step is trained, but generation continues, so the limit run.no_progress_timeout_s
+does not apply. A warning therefore names the reasons early, and the run ends after
+faults.max_filtered_groups groups in a row.
 """
 
 from __future__ import annotations

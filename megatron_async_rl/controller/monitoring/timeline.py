@@ -1,4 +1,4 @@
-"""Writes what all processes did during a step as a Chrome trace: run.dir/trace/vN.json.
+"""Writes the activity of all processes during a step as a Chrome trace: run.dir/trace/vN.json.
 
 For the steps in `monitor.trace_steps`; https://ui.perfetto.dev shows it. The controller sees every
 message, so that one clock times all spans: a sample from its lease to its return, a score, a

@@ -1,4 +1,4 @@
-"""Ends a stalled run (run.no_progress_timeout_s); says which process waits for which."""
+"""Ends a stalled run (run.no_progress_timeout_s); reports which process waits for which."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def dump_stacks(workers: Workers) -> None:
 
 
 def who_waits(core: Core, workers: Workers, awaited_since: float | None, journal_error: str) -> str:
-    """Describes the stall."""
+    """Describes the stall: which process waits for which, and since when."""
     fleet, now = core.fleet, time.monotonic()
     states = Counter(group.state.value for group in core.state.groups.values())
     groups = ", ".join(f"{count} {state}" for state, count in states.items())

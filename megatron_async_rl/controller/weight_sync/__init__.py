@@ -1,1 +1,1 @@
-"""Weight updates as the controller drives them."""
+"""The controller's part of weight updates."""

@@ -42,7 +42,7 @@ class BroadcastPublisher:
         self._groups: list[str] = []
         self._num_formations = 0
         self._num_updates = 0
-        self._suspects: set[str] = set()  # failed in a broken collective once, which is forgiven
+        self._suspects: set[str] = set()  # failed once in a broken collective; next time: fenced
         self._trusted: set[str] = set()  # took the last update; others are verified regardless
 
     def start_epoch(self, epoch: int) -> None:

@@ -1,6 +1,6 @@
 """Lets a server that joined late, restarted or fell behind load the newest snapshot by itself.
 
-It gets no work before every tensor in the engine matches the digest that the trainer computed when
+It gets no work until every tensor in the engine matches the digest that the trainer computed when
 it wrote the snapshot. The trainer is not involved; without a snapshot that is new enough, the
 server waits for the next update.
 """

@@ -1,4 +1,4 @@
-"""Which servers get which weights, and when; the publishers run each update.
+"""Decides which servers get which weights, and when; the publishers run each update.
 
 the trainer offers v+1 after its step          -> the servers that lack it are updated
 a server has no weights while the trainer      -> Republish: the trainer offers its weights again

@@ -91,7 +91,7 @@ class UpdateSession:
         self._deadline = time.monotonic() + self.timeout_s
 
     def lost(self, name: str) -> None:
-        """Fences a server whose process is gone, if the running update includes it."""
+        """Fences a server with a lost process, if the running update includes it."""
         if name in self._servers and name not in self.outcome.fenced:
             self.outcome.fenced[name] = (
                 "lost during the update: its process failed, was silent or was replaced"
@@ -139,7 +139,7 @@ class UpdateSession:
     ) -> dict[str, M]:
         """Returns the replies of a kind and the `match`ing version or group, by name.
 
-        A server that does not reply or is lost is fenced and left out. A server that replies with
+        A server that does not reply, or is lost, is fenced and left out. A server that replies with
         an error is fenced too, or noted in `failed` if that is given. A source's error is returned.
         When one of the servers `stop_with` fails, the sources that are awaited are told to stop.
         """
