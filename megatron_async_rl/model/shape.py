@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from megatron_async_rl.model.families import TOP, Family, Rule
 
@@ -232,3 +233,8 @@ def shard_shape(name: str, shape: ModelShape, tp: int = 1) -> tuple[int, ...]:
     if mapping.rule.split is not None:
         sizes[mapping.rule.split] //= tp
     return tuple(sizes)
+
+
+def num_parameters(shape: ModelShape) -> int:
+    """Returns the elements of all parameters, with the padding of the vocabulary."""
+    return sum(prod(shard_shape(name, shape)) for name in parameter_names(shape))

@@ -13,7 +13,13 @@ from safetensors.torch import save_file
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.families import FAMILIES, Family
-from megatron_async_rl.model.shape import ModelShape, map_parameter, parameter_names, shard_shape
+from megatron_async_rl.model.shape import (
+    ModelShape,
+    map_parameter,
+    num_parameters,
+    parameter_names,
+    shard_shape,
+)
 from megatron_async_rl.weights.load import SafetensorsFolder
 from megatron_async_rl.weights.mapping import from_hf, to_hf
 
@@ -173,3 +179,13 @@ def test_incomplete_folder_error_names_the_tensor(tmp_path: Path) -> None:
         folder.tensor_shape("model.norm.weight")
     assert folder.tensor_shape("other") == (4, 6)
     assert folder.read("other", (slice(1, 3), slice(None))).shape == (2, 6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_number_of_parameters_counts_padding_and_all_experts(tied: bool) -> None:
+    """So does the check of the disk before a checkpoint."""
+    attention = 16 * 8 * 6 * 2 + 16 * 4 * 6 * 2 + 2 * 6  # queries, output; keys, values; two norms
+    layer = attention + 2 * 16 + 4 * 16 + 4 * 3 * 16 * 12  # norms, router, experts
+    vocabulary = 52 * 16 * (1 if tied else 2)
+    family = next(family for family in FAMILIES if family.name == "qwen3_moe")
+    assert num_parameters(tiny_shape(family, tied)) == 2 * layer + 16 + vocabulary

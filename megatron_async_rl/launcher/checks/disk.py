@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from math import prod
 from pathlib import Path
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.shape import map_parameter, parameter_names
+from megatron_async_rl.model.shape import num_parameters
 from megatron_async_rl.storage import checkpoints, snapshots
 
 GIB = 1 << 30
@@ -47,7 +46,7 @@ def check_run_folder(config: Config) -> str:
 def check_disk(config: Config) -> str:
     """Raises ConfigError if the file system of run.dir has too little free space.
 
-    What an earlier start of the run keeps there counts as free, because it is replaced.
+    Files of an earlier start of the run count as free space, because they are replaced.
     """
     run_dir = config.run_dir.absolute()
     folder = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
@@ -72,11 +71,7 @@ def needed_bytes(config: Config) -> dict[str, int]:
     if not config.has_trainer:
         return {}
     run, shape = config.run, HfConfig(config.model.path).shape()
-    parameters = sum(
-        prod(sizes)
-        for name in parameter_names(shape)
-        for _, sizes in map_parameter(name, shape).pieces
-    )
+    parameters = num_parameters(shape)
     stored = _ELEMENT_BYTES.get(HfConfig(config.model.path).dtype_name or "float32", 4)
     exports = 1 + (run.steps // run.export_every if run.export_every else 0)
     parts = {f"for {exports} exported policies": exports * parameters * stored}

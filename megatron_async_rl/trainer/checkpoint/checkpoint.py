@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron_async_rl import processes
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import DataError
+from megatron_async_rl.model.shape import num_parameters
 from megatron_async_rl.storage import checkpoints
 from megatron_async_rl.trainer.model.build import TrainerModel
 
@@ -136,12 +136,14 @@ class Checkpointer:
 
     def _start_save(self, version: int) -> None:
         folder = self._folder(version)
-        needed, problem = self._num_bytes(), ""
+        problem = ""
         # Checked before the save: a rank that fails during it leaves the others waiting.
         if dist.get_rank() == 0:
             try:
                 shutil.rmtree(folder, ignore_errors=True)  # unfinished, of an earlier incarnation
                 folder.mkdir(parents=True)
+                parameters = sum(num_parameters(m.shape) for m in self._models().values())
+                needed = BYTES_PER_PARAMETER * parameters + MARGIN_BYTES
                 if (free := shutil.disk_usage(folder).free) < needed:
                     problem = f"needs {needed:,} bytes, the disk has {free:,}"
             except OSError as e:
@@ -165,17 +167,6 @@ class Checkpointer:
         if self._asynchronous:
             self._queue.schedule_async_request(request)
         self._writing = True
-
-    def _num_bytes(self) -> int:
-        """Returns an upper bound of the size of a checkpoint."""
-        own = elements_share(
-            (p for model in self._models().values() for p in model.parameters()),
-            mpu.get_data_parallel_world_size(),
-            mpu.get_expert_data_parallel_world_size(),
-        )
-        total = torch.tensor([own], dtype=torch.float64, device=self._model.device)
-        dist.all_reduce(total)
-        return math.ceil(BYTES_PER_PARAMETER * float(total)) + MARGIN_BYTES
 
     def _digest(self) -> None:
         """Writes the digests of this rank's shards and, on rank 0, of the files of no rank."""
@@ -238,19 +229,6 @@ class Checkpointer:
         tensor = torch.tensor([int(flag)], device=self._model.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor)
-
-
-def elements_share(
-    parameters: Iterable[torch.nn.Parameter], replicas: int, expert_replicas: int
-) -> float:
-    """Returns the elements of a rank's parameters, each divided by the ranks that hold it.
-
-    Megatron marks parameters of expert parallelism, which fewer ranks hold, by allreduce = False.
-    """
-    return sum(
-        p.numel() / (replicas if getattr(p, "allreduce", True) else expert_replicas)
-        for p in parameters
-    )
 
 
 def _metadata() -> dict[str, Any]:
