@@ -35,7 +35,7 @@ class Hook:
     built_in: Mapping[str, str] = field(default_factory=dict)
     """Name -> package.module:name; "" if the process that uses it has its own code for it."""
     is_class: bool = False
-    """A class with the method `run`, whose constructor's arguments have defaults."""
+    """A class with the method `run`; the arguments of its constructor have defaults."""
     may_be_async: bool = False
     """The function's result is awaited if it is a coroutine."""
     optional: str = ""
@@ -72,6 +72,7 @@ HOOKS = {
             "code": "",
             "reasoning_gym": "megatron_async_rl.reward.reasoning_gym_answer:score",
         },
+        may_be_async=True,
         optional="turns",
     ),
     "rollout.workflow": Hook(
@@ -91,7 +92,7 @@ HOOKS = {
 
 
 def is_custom(value: str | None) -> bool:
-    """Tells whether a setting names a user's hook, not a built-in one."""
+    """Returns whether a setting names a user's hook, not a built-in one."""
     return value is not None and ":" in value
 
 
@@ -257,7 +258,7 @@ def _signature_problem(loaded: Any, hook: Hook) -> str:
 
 
 def takes(function: Callable[..., Any], parameter: str) -> bool:
-    """Tells whether a function has this parameter, such as the optional one of its hook."""
+    """Returns whether a function has this parameter, such as the optional one of its hook."""
     try:
         return parameter in inspect.signature(function).parameters
     except (TypeError, ValueError):  # a builtin without a signature, or no function
@@ -270,6 +271,6 @@ def _accepts(function: Callable[..., Any], count: int, **named: None) -> bool:
         inspect.signature(function).bind(*range(count), **named)
     except TypeError:
         return False
-    except ValueError:  # a builtin without a signature: the call will tell
+    except ValueError:  # a builtin without a signature: the call decides
         return True
     return True

@@ -95,6 +95,7 @@ def run(
     results = [*checks(config, lambda text: console.print(text, highlight=False)), *results]
     table = Table("", "", "", box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    table.columns[2].overflow = "fold"  # a long path is shown whole
     for check in results:
         mark = "[green]ok[/]" if check.ok else "[bold red]no[/]"
         remedy = "" if check.ok or not check.remedy else f"\n-> {check.remedy}"

@@ -114,4 +114,7 @@ def _unreadable(path: Path, form: str, error: Exception) -> DataError:
     if not path.exists():
         return DataError(f"{path} cannot be read: No such file or directory")
     problem = str(error).splitlines()[0].rstrip(".")
-    return DataError(f"{path} cannot be read as {form}: {problem}", "save or download it again")
+    return DataError(
+        f"{path} cannot be read as {form}: {problem}",
+        "save or download it again, or correct its `format`",
+    )

@@ -30,7 +30,7 @@ _OTHER_KINDS = (
     (b"\x1f\x8b", _COMPRESSED),
     (b"PK\x03\x04", _COMPRESSED),
     (b"\x28\xb5\x2f\xfd", _COMPRESSED),
-    (b"PAR1", "not JSON but Parquet: name the file .parquet"),
+    (b"PAR1", "not JSON but Parquet: name the file .parquet, or set `format` to parquet"),
     (
         b"version https://git-lfs",
         "not JSON but a pointer of git lfs: fetch the file (git lfs pull)",
@@ -68,6 +68,8 @@ def find_files(path: str, form: str = "auto", split: str | None = None) -> list[
         if root.exists() and not root.is_file():
             problem = f"{path} is a pipe or device, and a dataset is read several times"
             raise DataError(problem, "save it as a file")
+        if split is not None and root.exists():
+            raise DataError(f"{path} is one file, without split {split!r}", "remove `split`")
         return [(root, _format(root) if form == "auto" else form)]
     folder = _dataset_folder(root, split)
     if (folder / "state.json").exists():

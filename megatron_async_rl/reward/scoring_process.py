@@ -6,6 +6,8 @@ an error, never a reward of 0.
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import itertools
 import math
 import numbers
@@ -43,6 +45,7 @@ class Outcome(NamedTuple):
 _function: Callable[..., Any] | None = None
 _load_error = ""
 _sandbox: Sandbox | None = None
+_runner = asyncio.Runner()  # one event loop for all calls: a client of the user's is bound to it
 
 
 def initialize(function: str, sandbox: SandboxSettings) -> None:
@@ -92,15 +95,16 @@ def score_code(response: str, tests: CodeTests, limits: Limits, timeout_s: float
 
 
 def score_custom(prompt: str, response: str, row: dict[str, Any], text_ends: list[int]) -> Outcome:
-    """Calls the user's function, which returns a number, or a list of one per turn, and with it
-    perhaps a dict of metrics."""
+    """Calls the user's function, which may be async and returns a number, or a list of one per
+    turn, and with it perhaps a dict of metrics."""
     if _function is None:
         return Outcome(None, _load_error)
     optional = {}
     if hooks.takes(_function, "turns"):
         optional["turns"] = turn_texts(response, text_ends)
     try:
-        return _outcome(_function(prompt, response, row, **optional))
+        result = _function(prompt, response, row, **optional)
+        return _outcome(_runner.run(result) if inspect.iscoroutine(result) else result)
     # as text: some exceptions cannot be pickled, and CancelledError would end the worker's task
     except BaseException as e:
         return Outcome(None, user_error(e))
@@ -112,7 +116,7 @@ def _outcome(value: Any) -> Outcome:
     if isinstance(value, tuple) and len(value) == 2:
         value, metrics = value
     given = value if isinstance(value, list) else [value]
-    if not all(isinstance(n, numbers.Real) for n in given) or not isinstance(metrics, Mapping):
+    if not all(_is_number(n) for n in given) or not isinstance(metrics, Mapping):
         found = type(value if metrics == {} else metrics).__name__
         wanted = "a number or a list of numbers, or one of these and a dict of metrics"
         return Outcome(None, f"the reward function returned a {found}, must be {wanted}")
@@ -124,10 +128,15 @@ def _outcome(value: Any) -> Outcome:
         return Outcome(None, "the reward function returned an empty list")
     # plain and few, so that the result can be sent; the worker leaves out what is no metric
     plain = {
-        str(name)[:100]: _as_float(number) if isinstance(number, numbers.Real) else math.nan
+        str(name)[:100]: _as_float(number) if _is_number(number) else math.nan
         for name, number in itertools.islice(metrics.items(), 100)
     }
     return Outcome(math.fsum(rewards), "", plain, rewards if isinstance(value, list) else [])
+
+
+def _is_number(value: Any) -> bool:
+    """Tells numbers from other values; arrays and tensors without dimensions are numbers too."""
+    return isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
 
 
 def _as_float(number: Any) -> float:

@@ -88,8 +88,10 @@ def test_clock_jump_is_an_infrastructure_error(
 
 
 CUSTOM = """
-import os, sys, time
+import asyncio, os, sys, time
 from pathlib import Path
+
+import numpy as np
 
 loaded = os.getpid()
 
@@ -116,6 +118,13 @@ def judge(prompt, response, row):
         case "three": return 1.0, {}, 2
         case "no dict": return 1.0, [2.0]
     return 0.5 if (prompt, row["answer"]) == ("2+2=", "4") else 0.25
+
+loop = set()
+
+async def asked(prompt, response, row):
+    await asyncio.sleep(0)
+    loop.add(asyncio.get_running_loop())
+    return np.bool_(len(loop) == 1), {"length": np.array(len(response))}
 
 def each_turn(prompt, response, row, turns):
     rewards = [float(len(turn)) for turn in turns]
@@ -161,6 +170,15 @@ def test_broken_reward_function_is_an_infrastructure_error(custom: str) -> None:
         assert (await worker.score(good)).reward == 0.5
 
     with_worker(test, function=custom, timeout_s=1.0)
+
+
+def test_async_reward_function_keeps_its_event_loop(custom: str) -> None:
+    async def test(worker: RewardWorker) -> None:
+        for response in ("a", "bcd"):
+            scored = await worker.score(score_request(response))
+            assert (scored.reward, scored.metrics) == (1.0, {"length": len(response)})
+
+    with_worker(test, function="our_rewards:asked")
 
 
 def test_reward_function_scores_each_turn(custom: str) -> None:

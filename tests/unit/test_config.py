@@ -153,7 +153,7 @@ def test_missing_required_setting_error_describes_it(key: str) -> None:
 def test_missing_section_is_rejected() -> None:
     incomplete = config_tree()
     del incomplete["model"]
-    with pytest.raises(ConfigError, match="model is not set.* at least path, context_tokens"):
+    with pytest.raises(ConfigError, match=r"model is not set.* at least path, context_tokens"):
         load.from_tree(incomplete)
 
 

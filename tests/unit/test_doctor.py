@@ -495,8 +495,8 @@ def test_key_that_the_installed_version_does_not_have_is_refused_before_the_star
         ("def f(a): pass", {"reward": {"function": "mine:f"}}, ["parameters (a)"]),
         ("f = 3", {"reward": {"function": "mine:f"}}, ["it is a int"]),
         (
-            "async def f(prompt, response, row): pass",
-            {"reward": {"function": "mine:f"}},
+            "async def f(path, source): pass",
+            {"data": {"reader": "mine:f"}},
             ["it is async"],
         ),
         ("1 / 0", {"rollout": {"workflow": "mine:W"}}, ["ZeroDivisionError", "mine.py, line 1"]),

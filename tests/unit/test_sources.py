@@ -271,6 +271,7 @@ def test_preflight_counts_the_prompts_beyond_max_prompt_tokens(model: Path, tmp_
         ({"path": "folder"}, "folder has no dataset in it"),
         ({"path": "dict"}, "dict has several splits; set `split` to one of test, train"),
         ({"path": "dict", "split": "dev"}, "dict has no split 'dev'"),
+        ({"path": "d.jsonl", "split": "train"}, "d.jsonl is one file, without split 'train'; rem"),
         ({"path": "torn"}, "data-00000-of-00001.arrow is missing"),
         ({"path": "shards"}, "shards has several splits; set `split` to one of test, train"),
         ({"path": "named"}, "named has several splits; set `split` to one of test, train"),

@@ -21,7 +21,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.engine_env import engine_python
 from megatron_async_rl.errors import ConfigError, Error
 from megatron_async_rl.installed import Say
-from megatron_async_rl.model import engine_types
+from megatron_async_rl.model.engine import engine_types
 
 HOOK_TIMEOUT_S = 120.0
 _LOAD_HOOKS = """
@@ -139,5 +139,6 @@ def check_hooks(config: Config) -> str:
             "correct the module; python -c 'import MODULE' shows more",
         ) from None
     if problems:
-        raise ConfigError("; ".join(problem for problem, _ in problems), problems[0][1])
+        *others, last = (ConfigError(problem, remedy) for problem, remedy in problems)
+        raise ConfigError("; ".join([*map(str, others), last.problem]), last.remedy)
     return f"{names} can be imported"
