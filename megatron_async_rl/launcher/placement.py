@@ -64,16 +64,6 @@ class Placement:
         return table
 
 
-@dataclass(frozen=True)
-class _Demand:
-    """GPUs needed per trainer host and per server; 0 for a run on CPUs."""
-
-    trainer_hosts: int
-    per_host: int  # trainer ranks
-    servers: int
-    per_server: int
-
-
 def assign_nodes(config: Config, num_nodes: int, gpus_per_node: int) -> Placement:
     """Raises ConfigError, with the sums and the remedy, if the run does not fit."""
     if num_nodes < 1:
@@ -82,28 +72,21 @@ def assign_nodes(config: Config, num_nodes: int, gpus_per_node: int) -> Placemen
     if config.has_trainer and not config.on_cpu:
         hosts = trainer_hosts(config, gpus_per_node)
     config = replace(config, trainer=replace(config.trainer, hosts=hosts))
-    demand = _Demand(
-        trainer_hosts=hosts,
-        per_host=config.ranks_per_host if config.has_trainer and not config.on_cpu else 0,
-        servers=config.rollout.servers,
-        per_server=0 if config.on_cpu else config.engine_tp,
-    )
-    _check_fit(demand, num_nodes, gpus_per_node)
+    per_host = config.ranks_per_host if config.has_trainer and not config.on_cpu else 0
+    per_server = 0 if config.on_cpu else config.engine_tp
+    _check_fit(config, per_host, num_nodes, gpus_per_node)
 
     names: list[list[str]] = [[] for _ in range(num_nodes)]
     gpus = [0] * num_nodes
     names[0].append("controller")
     for node, name in enumerate(config.trainer_names):
         names[node].append(name)
-        gpus[node] += demand.per_host
-    for server in range(demand.servers):
-        if demand.per_server:
-            free = (n for n in range(num_nodes) if gpus_per_node - gpus[n] >= demand.per_server)
-            node = next(free)
-        else:
-            node = (hosts + server) % num_nodes
+        gpus[node] += per_host
+    for server in range(config.rollout.servers):
+        free = (n for n in range(num_nodes) if gpus_per_node - gpus[n] >= per_server)
+        node = (hosts + server) % num_nodes if config.on_cpu else next(free)
         names[node].append(f"rollout-{server}")
-        gpus[node] += demand.per_server
+        gpus[node] += per_server
     names[0] += [f"reward-{number}" for number in range(config.reward.workers)]
     return Placement(hosts, names, gpus, gpus_per_node)
 
@@ -141,9 +124,10 @@ def trainer_hosts(config: Config, gpus_per_node: int) -> int:
     )
 
 
-def _check_fit(demand: _Demand, num_nodes: int, gpus_per_node: int) -> None:
-    hosts, per_host, per_server = demand.trainer_hosts, demand.per_host, demand.per_server
-    if not per_server:
+def _check_fit(config: Config, per_host: int, num_nodes: int, gpus_per_node: int) -> None:
+    """Raises ConfigError; `per_host`: GPUs of each trainer host."""
+    hosts, servers, per_server = config.trainer.hosts, config.rollout.servers, config.engine_tp
+    if config.on_cpu:
         if num_nodes < hosts:
             raise ConfigError(
                 f"trainer.hosts = {hosts} is more than the {num_nodes} nodes; request {hosts} "
@@ -158,11 +142,11 @@ def _check_fit(demand: _Demand, num_nodes: int, gpus_per_node: int) -> None:
         )
     beside_trainers = hosts * ((gpus_per_node - per_host) // per_server)
     per_node = gpus_per_node // per_server
-    needed = hosts + -(-max(0, demand.servers - beside_trainers) // per_node)
+    needed = hosts + -(-max(0, servers - beside_trainers) // per_node)
     if num_nodes >= needed:
         return
     parts = [f"{hosts} nodes with {per_host} trainer ranks each"] if per_host else []
-    parts.append(f"rollout.servers = {demand.servers} of sglang.tp_size = {per_server}")
+    parts.append(f"rollout.servers = {servers} of sglang.tp_size = {per_server}")
     remedy = f"request {needed} nodes (--nodes={needed})"
     room = beside_trainers + (num_nodes - hosts) * per_node
     if num_nodes >= hosts and room > 0:
