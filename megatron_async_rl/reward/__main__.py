@@ -14,11 +14,11 @@ The first task to end ends the process. The controller keeps the queue bounded: 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 
 from megatron_async_rl import processes
@@ -100,10 +100,4 @@ async def _send_heartbeats(link: Link, queue: asyncio.Queue[ScoreRequest]) -> No
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_async_rl.reward", description="A reward worker of a run."
-    )
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("name")
-    arguments = parser.parse_args()
-    processes.main(lambda: asyncio.run(_serve(arguments.run_dir, arguments.name)))
+    processes.main(lambda: asyncio.run(_serve(Path(sys.argv[1]), sys.argv[2])))

@@ -1,4 +1,4 @@
-"""What an agent needs to reach the policy. Imports nothing of the worker."""
+"""The connection settings of an agent. Imports nothing of the worker."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Finds the exact tokens of a request's messages: what was sampled comes back as it was sampled.
+"""Finds the exact tokens of a request's messages: sampled tokens return as they were sampled.
 
 A client returns a reply as a message, with the text and the tool calls that were read from it. The
 history puts the sampled text in its place before it renders the chat, so that the rendering begins
-with the text of an earlier turn, whose ids are taken as they are (transcript.py).
+with the text of an earlier turn; the ids of that turn are used unchanged (transcript.py).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class History:
         return found
 
     def _log_break(self, text: str, request: ChatRequest) -> None:
-        """Names the message and the first token in which a request leaves what was sampled."""
+        """Logs the message and the first token in which a request differs from the sampled text."""
         found = self._transcript.nearest_break(text)
         if found is None or not any(m.get("role") == "assistant" for m in request.messages):
             return
@@ -138,7 +138,7 @@ class History:
         )
 
     def _reaches(self, request: ChatRequest, number: int, offset: int) -> bool:
-        """Tells whether the text of the messages up to `number` is longer than `offset`."""
+        """Returns whether the text of the messages up to `number` is longer than `offset`."""
         try:
             return len(self._render(request, number + 1)) > offset
         except RequestError:  # some templates reject a part of a conversation
@@ -146,7 +146,7 @@ class History:
 
 
 def _reply_key(message: Message) -> str:
-    """Returns what identifies an assistant message; clients may add fields of their own."""
+    """Returns the identity of an assistant message; clients may add fields of their own."""
     calls = [
         (call.get("id"), call.get("function", {}).get("name"))
         for call in message.get("tool_calls") or []
@@ -155,6 +155,6 @@ def _reply_key(message: Message) -> str:
 
 
 def _conversation_key(messages: list[Message]) -> str:
-    """Returns what identifies the last of these messages and all before it."""
+    """Returns the identity of the last of these messages with all before it."""
     parts = [[m.get("role"), m.get("tool_call_id"), _reply_key(m)] for m in messages]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -7,7 +7,7 @@ crash, a leak or threads hurt that episode alone. One JSON object per line:
              {"kill": 1}                                 end it, with all that it has started
     stdout   {"id": 1, "reward": 0.5 or null} or {"id": 1, "error": "..."}
 
-What agents print goes to LOG. The host ends with its parent, and the agents with the host.
+The output of agents goes to LOG. The host ends with its parent, and the agents with the host.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Host:
         os.write(self._output, line.encode())
 
     def _end(self, fd: int) -> int:
-        """Kills what is left of an episode; returns the status of its process."""
+        """Kills the remaining processes of an episode; returns the status of its own process."""
         episode = self._episodes.pop(fd)
         self._selector.unregister(fd)
         os.close(fd)
@@ -139,7 +139,7 @@ async def _result(awaitable: Any) -> Any:
 
 
 def _load_clients() -> None:
-    """Makes the clients that the agent's module has imported load what they load at first use.
+    """Loads the parts of the agent's clients that they would load at their first use.
 
     Each fork would otherwise do so by itself, which takes more CPU time than a short episode.
     """

@@ -175,7 +175,7 @@ async def _last_output(process: asyncio.subprocess.Process) -> bytes:
 async def _output_of(
     process: asyncio.subprocess.Process, read: Callable[[], Coroutine[Any, Any, bytes]]
 ) -> bytes:
-    """Returns what `read` returns; nothing once the process has ended and all of it is read.
+    """Returns the output of `read`; empty once the process has ended and all output is read.
 
     A process that it started may hold the output open for longer.
     """
@@ -183,7 +183,7 @@ async def _output_of(
     try:
         while process.returncode is None and not reading.done():
             await asyncio.wait([reading], timeout=POLL_S)
-        done, _ = await asyncio.wait([reading], timeout=POLL_S)  # what it wrote before its end
+        done, _ = await asyncio.wait([reading], timeout=POLL_S)  # its output before its end
         return reading.result() if done else b""
     finally:
         reading.cancel()

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from aiohttp import web
@@ -24,7 +24,8 @@ from megatron_async_rl.rollout.agents.session import Session
 logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 << 20
 
-Handler = Callable[[Session, dict[str, Any]], Awaitable[tuple[Any, Iterable[Any] | None]]]
+Answer = dict[str, Any] | list[Any]  # a whole reply, or the events of a streamed one
+Handler = Callable[[Session, dict[str, Any]], Coroutine[Any, Any, Answer]]
 
 
 class Endpoint:
@@ -38,7 +39,7 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        """Without `/v1`: what ANTHROPIC_BASE_URL takes."""
+        """The address without `/v1`, as for ANTHROPIC_BASE_URL."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self.port}"
 
@@ -60,7 +61,7 @@ class Endpoint:
             app,
             access_log=None,
             shutdown_timeout=1.0,
-            handler_cancellation=True,  # a request whose client is gone is not generated
+            handler_cancellation=True,  # a disconnected client ends its request
         )
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, 0)
@@ -88,10 +89,10 @@ class Endpoint:
             self._session(request)  # before a body without a valid key is read
             body = _read_object(await request.read())
             session = self._session(request)  # which may have ended meanwhile
-            task = asyncio.create_task(_run(handler, session, body))
+            task = asyncio.create_task(handler(session, body))
             self._tasks[session.key].add(task)
             try:
-                whole, stream = await task
+                answer = await task
             except asyncio.CancelledError:
                 if session.key in self._sessions:
                     task.cancel()  # the client has closed the connection
@@ -101,9 +102,9 @@ class Endpoint:
                 raise RequestError(401, "the episode has ended", "authentication_error") from None
             finally:
                 self._tasks.get(session.key, set()).discard(task)
-            if stream is None:
-                return web.json_response(whole)
-            return await _send_events(request, stream)
+            if isinstance(answer, list):
+                return await _send_events(request, answer)
+            return web.json_response(answer)
 
         return handle
 
@@ -158,43 +159,39 @@ def _read_object(data: bytes) -> dict[str, Any]:
     return body
 
 
-async def _run(handler: Handler, session: Session, body: dict[str, Any]) -> Any:
-    return await handler(session, body)
-
-
-async def _chat(session: Session, body: dict[str, Any]) -> tuple[Any, Iterable[Any] | None]:
+async def _chat(session: Session, body: dict[str, Any]) -> Answer:
     request = chat.parse_chat(body)
     replies = await session.complete(request)
     if request.stream:
-        return None, [*chat.chat_chunks(request, replies, session.tokenizer), "[DONE]"]
-    return chat.chat_completion(request, replies, session.tokenizer), None
+        return [*chat.chat_chunks(request, replies, session.tokenizer), "[DONE]"]
+    return chat.chat_completion(request, replies, session.tokenizer)
 
 
-async def _completion(session: Session, body: dict[str, Any]) -> tuple[Any, Iterable[Any] | None]:
+async def _completion(session: Session, body: dict[str, Any]) -> Answer:
     request = chat.parse_completion(body)
     whole = chat.completion(request, await session.complete(request), session.tokenizer)
-    return (None, [whole, "[DONE]"]) if request.stream else (whole, None)
+    return [whole, "[DONE]"] if request.stream else whole
 
 
-async def _response(session: Session, body: dict[str, Any]) -> tuple[Any, Iterable[Any] | None]:
+async def _response(session: Session, body: dict[str, Any]) -> Answer:
     request = responses.parse(body, session)
     [reply] = await session.complete(request)
     whole = responses.response(body, request, reply, session)
-    return (None, responses.events(whole)) if request.stream else (whole, None)
+    return responses.events(whole) if request.stream else whole
 
 
-async def _message(session: Session, body: dict[str, Any]) -> tuple[Any, Iterable[Any] | None]:
+async def _message(session: Session, body: dict[str, Any]) -> Answer:
     request = anthropic.parse_messages(body)
     [reply] = await session.complete(request)
-    return (None, anthropic.events(reply)) if request.stream else (anthropic.message(reply), None)
+    return anthropic.events(reply) if request.stream else anthropic.message(reply)
 
 
-async def _reward(session: Session, body: dict[str, Any]) -> tuple[Any, Iterable[Any] | None]:
+async def _reward(session: Session, body: dict[str, Any]) -> Answer:
     """Takes the reward of a turn, by default of the last one: {"reward": number, "turn": 0}."""
-    return session.rewards.post(body, len(session.transcript.turns)), None
+    return session.rewards.post(body, len(session.transcript.turns))
 
 
-async def _send_events(request: web.Request, stream: Iterable[Any]) -> web.StreamResponse:
+async def _send_events(request: web.Request, stream: list[Any]) -> web.StreamResponse:
     response = web.StreamResponse(
         headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
     )
@@ -209,11 +206,9 @@ async def _send_events(request: web.Request, stream: Iterable[Any]) -> web.Strea
 
 def _error(request: web.Request, error: RequestError) -> web.Response:
     """Returns the error in the form of the API that was called."""
+    body: dict[str, Any] = {"error": {"message": error.message, "type": error.kind}}
     if request.path == "/v1/messages":
-        body: dict[str, Any] = {
-            "type": "error",
-            "error": {"type": error.kind, "message": error.message},
-        }
+        body["type"] = "error"
     else:
-        body = {"error": {"message": error.message, "type": error.kind, "code": error.status}}
+        body["error"]["code"] = error.status
     return web.json_response(body, status=error.status)

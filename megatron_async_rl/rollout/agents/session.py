@@ -59,7 +59,7 @@ class Session:
         self.num_requests = 0
         self._policy, self._sampling, self._settings = policy, sampling, settings
         self._slots = asyncio.Semaphore(MAX_CONCURRENT)
-        self._num_starting = 0  # branches whose first turn is not in the transcript yet
+        self._num_starting = 0  # branches without a turn in the transcript so far
         self._continued: set[int] = set()  # turns without a child that a request continues
         self._history = History(
             policy.tokenizer, settings.template, self.transcript, settings.breaks

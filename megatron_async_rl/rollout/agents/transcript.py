@@ -1,10 +1,10 @@
 """The exact tokens of an episode: a tree of requests, of which each leaf is a training sequence.
 
 A request is text: the chat template's rendering of its messages. If the text begins with the whole
-text of an earlier turn (its prompt and what was sampled), the request continues that turn: its ids
-are the turn's ids, as sampled, and then those of the new text. Nothing that was sampled is ever
-tokenized again. A request that begins otherwise, as after a compaction of the history, by a
-sub-agent or as a retry, starts a branch.
+text of an earlier turn (its prompt and the sampled text), the request continues that turn: its ids
+are the turn's ids, as sampled, and then those of the new text. Sampled text is never tokenized
+again. A request that begins otherwise, as after a compaction of the history, by a sub-agent or as a
+retry, starts a branch.
 
 Turns are numbered from 0 in the order of their ends; the agent may give each a reward, posted
 during the episode or returned. Of several for one turn the last counts.
@@ -45,7 +45,7 @@ class Turn:
     completion: Completion
     parent: Turn | None
     num_children: int = 0
-    raw: str = ""  # what was sampled, without the token that ended it
+    raw: str = ""  # the sampled text, without the token that ended it
     number: int = field(default=0)  # in the order of their ends
 
     @property
@@ -66,7 +66,7 @@ class Transcript:
         self.turns: list[Turn] = []
 
     def continued(self, text: str) -> Turn | None:
-        """Returns the longest turn whose whole text begins `text`."""
+        """Returns the longest turn of which the whole text begins `text`."""
         matches = [turn for turn in self.turns if text.startswith(turn.text)]
         return max(matches, key=lambda turn: len(turn.text), default=None)
 
@@ -187,7 +187,7 @@ class TurnRewards(dict[int, float]):
         return {"reward": self[turn], "turn": turn}
 
     def give(self, returned: Returned, num_turns: int) -> None:
-        """Takes what the agent returned. Raises HookFailed if it does not fit the turns."""
+        """Takes the result of the agent. Raises HookFailed if it does not fit the turns."""
         if isinstance(returned, list):
             if len(returned) != num_turns:
                 raise HookFailed(
@@ -209,7 +209,7 @@ class TurnRewards(dict[int, float]):
 
 
 def checked_rewards(value: Any, where: str) -> Returned:
-    """Returns what an agent returned, as JSON. Raises HookFailed if these are no rewards."""
+    """Returns the result of an agent as JSON. Raises HookFailed if it contains no valid rewards."""
     if value is None:
         return None
     numbers, turns = value if isinstance(value, list) else [value], []

@@ -20,7 +20,7 @@ from megatron_async_rl.rollout.workflow import Policy
 
 
 class AgentWorkflow:
-    """`log`: what agents print is appended to it."""
+    """`log`: the output of agents is appended to it."""
 
     def __init__(self, config: Config, log: Path) -> None:
         data, rollout = config.data, config.rollout

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_async_rl.rollout.agents.apis.request import RequestError
+
+Kind = TypeVar("Kind")
 
 
 def read_json(text: str | bytes) -> Any:
@@ -34,10 +36,7 @@ class Fields:
         return value
 
     def object(self, name: str) -> dict[str, Any]:
-        value = self._body.get(name)
-        if not isinstance(value, dict):
-            raise RequestError(400, f"{name} must be an object")
-        return value
+        return _of_type(dict, name, self._body.get(name), "an object")
 
     def json_object(self, name: str) -> dict[str, Any]:
         """Returns an object, or one that is written as a JSON text."""
@@ -47,15 +46,10 @@ class Fields:
                 value = read_json(value)
             except ValueError:
                 raise RequestError(400, f"{name} is not JSON in Unicode") from None
-        if not isinstance(value, dict):
-            raise RequestError(400, f"{name} must be a JSON object")
-        return value
+        return _of_type(dict, name, value, "a JSON object")
 
     def text(self, name: str) -> str:
-        value = self._body.get(name)
-        if not isinstance(value, str):
-            raise RequestError(400, f"{name} must be a string")
-        return value
+        return _of_type(str, name, self._body.get(name), "a string")
 
     def texts(self, name: str) -> tuple[str, ...]:
         """Returns one text or a list of them as a tuple."""
@@ -69,11 +63,7 @@ class Fields:
 
     def integer(self, name: str, default: int | None = None) -> int | None:
         value = self._body.get(name)
-        if value is None:
-            return default
-        if type(value) is not int:
-            raise RequestError(400, f"{name} must be an integer")
-        return value
+        return default if value is None else _of_type(int, name, value, "an integer")
 
     def count(self, name: str) -> int:
         """Returns 1 if the field is missing."""
@@ -81,7 +71,10 @@ class Fields:
         return 1 if value is None else value
 
     def boolean(self, name: str) -> bool:
-        value = self._body.get(name) or False
-        if not isinstance(value, bool):
-            raise RequestError(400, f"{name} must be true or false")
-        return value
+        return _of_type(bool, name, self._body.get(name) or False, "true or false")
+
+
+def _of_type(kind: type[Kind], name: str, value: Any, wanted: str) -> Kind:
+    if type(value) is not kind:  # a bool is no int
+        raise RequestError(400, f"{name} must be {wanted}")
+    return value

@@ -1,4 +1,4 @@
-"""What all APIs have in common: a request in OpenAI's terms, its replies, and its errors."""
+"""Types that all APIs share: a request in OpenAI's terms, its replies, and its errors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True)
 class Reply:
-    """One completion: what the client reads, and the tokens behind it."""
+    """One completion: the text and calls for the client, and its tokens."""
 
     content: str
     calls: list[ToolCall]
