@@ -24,7 +24,7 @@ def own_address(controller: str) -> str:
 
 
 def interface_of(address: str) -> str:
-    """Returns the interface whose first IPv4 address is `address`, or ""."""
+    """Returns the interface that has `address` as its first IPv4 address, or ""."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an address

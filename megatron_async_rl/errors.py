@@ -1,4 +1,4 @@
-"""The errors that a person may have to act on; their texts are written for the terminal.
+"""Errors that may need action by the user; their texts are written for the terminal.
 
 A process ends with one `error: ...` line and exit code 2 on any of them, and with 75 on Preempted
 (processes.main).

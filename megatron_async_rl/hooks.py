@@ -201,7 +201,7 @@ def digests(config: Any) -> dict[str, str]:
 
 
 def check_lines(setting: str, value: str, checks: Sequence[tuple[str, str]]) -> list[str]:
-    """Returns the lines that say how (check, problem) of a hook ended: one for each problem."""
+    """Returns a line for each problem among the checks (name, problem) of a hook, or a summary."""
     failed = [
         f"FAILED {setting} = {value}: {name}: {problem}" for name, problem in checks if problem
     ]

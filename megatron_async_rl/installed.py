@@ -1,7 +1,7 @@
 """The settings that the installed SGLang and Megatron-Core have, for the rules of passed_on.py.
 
-Each library is asked in a process of its own Python, because its import takes seconds and this
-package imports neither. The answer is kept in the cache folder under the library's version.
+Each library is queried in a process of its own Python, because its import takes seconds and this
+package imports neither. The result is kept in the cache folder under the library's version.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ Say = Callable[[str], None]  # shows a line before something that takes seconds
 
 
 def engine_settings(python: Path, say: Say = lambda text: None) -> KnownSettings:
-    """Returns the settings of the SGLang of that Python. Raises Error if it cannot be asked."""
+    """Returns the settings of the SGLang of that Python. Raises Error if it cannot be queried."""
     version = _output([str(python), "-I", "-c", _ENGINE_VERSION])
     library = f"SGLang {version.split()[0]}"
     command = [str(python), "-I", "-c", _ENGINE_SETTINGS]
@@ -99,7 +99,7 @@ def _cached(library: str, identity: str, command: list[str], say: Say) -> KnownS
             f"{library} gave no list of its settings: {e}", "install a supported version"
         ) from e
     known = KnownSettings(library, settings)
-    with contextlib.suppress(OSError):  # asked again the next time
+    with contextlib.suppress(OSError):  # queried again the next time
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomic(path, msgspec.json.encode(known))
     return known

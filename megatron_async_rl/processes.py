@@ -1,13 +1,13 @@
-"""How our processes start children and how they end, with one error line and no orphan process.
+"""Starts and ends processes: child processes, one error line, exit codes, no orphan process.
 
 A child dies with its parent: it asks the kernel for SIGKILL as parent-death signal, which also ends
 a process stuck in a collective. A parent that died before the child could ask is noticed by walking
 up the parents to the launcher. Each child has a process group of its own: stopping it stops all it
 started, and Ctrl-C on a terminal reaches only the launcher.
 
-Slurm sends SIGTERM to every process of a job at once. So SIGTERM is blocked from the start in
-processes that must not end before their work is saved and cannot tell its sender: torchrun,
-SGLang, and all their children (`sigterm_blocked`). Only SIGKILL stops those.
+Slurm sends SIGTERM to every process of a job at once. Processes that must not end before their work
+is saved cannot tell who sent it, so they block SIGTERM from the start: torchrun, SGLang, and all
+their children (`sigterm_blocked`). Only SIGKILL stops those.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def start(
 
 
 def stop(children: Iterable[subprocess.Popen[bytes]], grace_s: float) -> None:
-    """Sends SIGTERM to each child's process group, and SIGKILL to what is left after `grace_s`.
+    """Sends SIGTERM to each child's process group, and SIGKILL to the rest after `grace_s`.
 
     Groups with SIGTERM blocked get SIGKILL at once.
     """

@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     run.flag(
         "--new-if-complete",
-        "the same, but only if the run in run.dir is complete; otherwise it is resumed",
+        "as --from-scratch, but only if the run in run.dir is complete; else it is resumed",
     )
     run.option(
         "--elsewhere",
@@ -62,13 +62,15 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--model", metavar="FOLDER", type=Path, help="Hugging Face folder; default: model.path"
     )
-    source.add_argument("--run", metavar="RUN_DIR", type=Path, help="a run's policy")
-    evaluate.option("--version", "N", "with --run: its version; default: the newest", int)
-    evaluate.option("--sets", "NAME,...", "default: all sets", default="")
-    evaluate.option("--out", "FOLDER", "finished samples and result; continued if begun", Path)
+    source.add_argument("--run", metavar="RUN_DIR", type=Path, help="evaluate the policy of a run")
+    evaluate.option("--version", "N", "with --run: version to evaluate; default: the newest", int)
+    evaluate.option("--sets", "NAME,...", "sets to evaluate; default: all", default="")
+    evaluate.option(
+        "--out", "FOLDER", "samples and result; continues an evaluation that is in it", Path
+    )
 
     join = commands.add_parser("join", help="start processes of an existing run on this host")
-    join.run_dir("its run.dir, on a file system that all hosts share")
+    join.run_dir("run.dir of the run, on a file system that all hosts share")
     join.add_argument(
         "names",
         metavar="NAME",
@@ -112,10 +114,12 @@ def make_parser() -> argparse.ArgumentParser:
         "plan", help="predict step time and throughput on N GPUs, and the best split; needs no GPU"
     )
     plan.config("YAML file; of model.path only config.json is needed")
-    plan.option("--gpus", "N", "to split; default: predict the split of CONFIG", int)
+    plan.option("--gpus", "N", "GPUs to split; default: predict the split of CONFIG", int)
     plan.option("--gpu", "NAME", "h100 (default), h200 or h800", default="h100")
-    plan.option("--mean-tokens", "M", "mean response; default: a third of the limit", int)
-    plan.option("--prompt-tokens", "P", "mean prompt", int)
+    plan.option(
+        "--mean-tokens", "M", "mean length of a response; default: a third of the limit", int
+    )
+    plan.option("--prompt-tokens", "P", "mean length of a prompt; default: 256", int)
     plan.option("--calibrate", "RUN_DIR", "take costs and lengths from this run", Path)
 
     routes = commands.add_parser(
@@ -132,7 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     prepare = commands.add_parser("prepare", help="turn a published dataset into rows to train on")
-    prepare.add_argument("kind", metavar="KIND", help="its format, see docs/data.md, such as gsm8k")
+    prepare.add_argument("kind", metavar="KIND", help="format of IN, such as gsm8k (docs/data.md)")
     prepare.add_argument("source", metavar="IN", help="file or folder: JSONL, JSON, Parquet, Arrow")
     prepare.add_argument("out", metavar="OUT", type=Path, help="JSONL file to write")
     prepare.option("--split", "NAME", "the split, if IN has several")
@@ -143,10 +147,16 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         help="evaluation sets whose problems OUT must not contain",
     )
-    prepare.option("--ngram", "N", "words that count as the same problem", int, default=13)
-    prepare.option("--val", "N", "rows to write to OUT.val.jsonl instead", int, default=0)
-    prepare.option("--max-tests", "N", "tests to keep of each row", int)
-    prepare.option("--model", "FOLDER", "count the prompts' tokens as it does")
+    prepare.option(
+        "--ngram",
+        "N",
+        "consecutive words that problems may not share; default: 13",
+        int,
+        default=13,
+    )
+    prepare.option("--val", "N", "number of rows to write to OUT.val.jsonl instead", int, default=0)
+    prepare.option("--max-tests", "N", "number of tests to keep of each row", int)
+    prepare.option("--model", "FOLDER", "report prompt lengths in tokens of this model")
 
     replay = commands.add_parser("replay", help="train one saved batch without rollout workers")
     replay.add_argument(
@@ -175,8 +185,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="find the first operation of the model in which engine and trainer differ",
     )
     compare.config()
-    compare.option("--prompts", "N", "default: 4", int, default=4)
+    compare.option("--prompts", "N", "number of prompts; default: 4", int, default=4)
     compare.add_argument(
-        "--tokens", metavar="N", type=int, default=16, help="sampled for each prompt; default: 16"
+        "--tokens", metavar="N", type=int, default=16, help="tokens per prompt; default: 16"
     )
     return parser

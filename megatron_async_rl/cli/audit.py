@@ -1,8 +1,8 @@
 """`audit`: recomputes sample accounting and staleness of a run from its journal and sample log, and
 verifies the checksums of all files that a run continues from.
 
-It shares no code with the controller's core, so that an error there shows here. It changes nothing
-and continues after a damage; every damaged file is named, with its lost content.
+It shares no code with the controller's core, so that it reveals errors of the core. It changes
+nothing and continues after a damage; every damaged file is named, with its lost content.
 """
 
 from __future__ import annotations

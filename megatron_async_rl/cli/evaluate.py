@@ -102,7 +102,7 @@ def _chosen_sets(config: Config, names: Collection[str]) -> dict[str, object]:
 
 
 def _forget_failed(out: Path) -> None:
-    """Has an evaluation with failed samples continued: the scored samples stay in its file."""
+    """Lets an evaluation with failed samples continue: the scored samples stay in its file."""
     for _, results in records.read_results(out):
         if any(result.metrics.get("failed") for result in results):
             records.result_path(out, 0).unlink()

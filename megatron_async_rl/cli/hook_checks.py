@@ -21,9 +21,9 @@ TOLERANCE = 1e-9
 
 
 def check_hooks(config: Config, say: Callable[[str], None]) -> bool:
-    """Loads the configured hooks and checks the advantages; says the result of each in one line.
+    """Loads the configured hooks and checks the advantages; prints one line for each result.
 
-    Returns whether all is well.
+    Returns whether all checks passed.
     """
     passed = True
     for setting, value in hooks.custom_hooks(config).items():

@@ -1,7 +1,7 @@
 """`status`: shows the state of a run or, if it is over or dead, how it ended and how to continue.
 
-status.json is only as true as the process that writes it. A run is dead if no `run` holds the lock
-of run.dir and the controller that status.json names is gone: its pid on this host, or from another
+status.json is out of date once its writer has ended. A run is dead if no `run` holds the lock of
+run.dir and the controller that status.json names is gone: its pid on this host, or from another
 host, where pids cannot be checked, if it has been silent for SILENT_S.
 """
 

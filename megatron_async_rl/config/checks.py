@@ -84,7 +84,7 @@ def _check_lengths(config: Config) -> None:
 
 
 def _check_paths(config: Config) -> None:
-    """Refuses what only a shell expands: a folder named ~ would be made."""
+    """Refuses ~ and variables, which only a shell expands: a folder named ~ would be made."""
     keys = ("run.dir", "model.path", "data.train", "data.filter.run", "sandbox.python")
     paths = {key: config.value(key) for key in keys}
     paths |= {f"{setting}.path": source.path for setting, source in _sources(config)}

@@ -19,7 +19,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.explain import explain
 from megatron_async_rl.errors import ConfigError, DataError
 
-_OLD_TAGS = ("int", "float", "timestamp")  # whose YAML 1.1 forms are replaced below
+_OLD_TAGS = ("int", "float", "timestamp")  # their YAML 1.1 forms are replaced below
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -90,7 +90,7 @@ class RolloutConfig(Section, frozen=True, kw_only=True):
     kv_lease_limit: PositiveFloat | None = 0.9
     """A server gets samples until the tokens that they are expected to hold, by the lengths of
     earlier samples, reach this fraction of its KV cache. Null leaves it to `max_concurrent_samples`
-    alone: what does not fit then queues in the server."""
+    alone: samples that do not fit then queue in the server."""
     workflow: str = "single_turn"
     """`single_turn`, `multi_turn_math`, `python_tool`, or package.module:Class of a user-defined
     workflow (docs/workflows.md)."""
@@ -144,9 +144,9 @@ class RewardConfig(Section, frozen=True, kw_only=True):
     max_attempts: PositiveInt = 3
     """Attempts to score one response before its group is dropped."""
     thinking_tags: tuple[Text, ...] = ("<think>", "</think>")
-    """Opening and closing tags of thinking, in turn. `math` and `code` read what follows the last
-    closing tag; a response whose thinking is not closed has no answer, also if the prompt opened
-    it. An empty list: no tags."""
+    """Opening and closing tags of thinking, alternating. `math` and `code` read the text after the
+    last closing tag; a response whose thinking is not closed has no answer, also if the prompt
+    opened it. An empty list: no tags."""
 
 
 class SandboxConfig(Section, frozen=True, kw_only=True):
@@ -288,5 +288,5 @@ class MonitorConfig(Section, frozen=True, kw_only=True):
     run.dir/trace. https://ui.perfetto.dev shows it."""
     mismatch_probe_samples: Annotated[int, msgspec.Meta(ge=0, le=256)] = 4
     """Samples of each step of which 256 tokens are also scored by a server with the weights under
-    training, and compared with the trainer. Needs rollout.temperature = 1. 0 disables it. A probe
-    takes a number from the server's random generator (sglang.random_seed)."""
+    training, and compared with the trainer. Needs rollout.temperature = 1. 0 disables it. Each
+    probe advances the server's random generator (sglang.random_seed) by one number."""

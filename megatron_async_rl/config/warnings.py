@@ -1,4 +1,4 @@
-"""Settings without effect: another setting excludes them, which is no error but may be a mistake.
+"""Finds settings without effect: another setting excludes them, which may be a mistake.
 
 `run` shows each as one line at its start, `doctor` below its checks. A setting counts as set if its
 value is not the default.

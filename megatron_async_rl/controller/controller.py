@@ -135,7 +135,7 @@ class Controller:
         self.workers.timeline.begin(self.core.version)
 
     async def run(self) -> None:
-        """Runs to the end and tells all workers. Raises Error if the run fails.
+        """Runs to the end and notifies all workers. Raises Error if the run fails.
 
         Any other exception is a crash: the workers then join the restarted controller, as after a
         kill.

@@ -110,7 +110,7 @@ class MessageHandlers:
         return rules.Limits(self._core.version, *self._sizes)
 
     def is_trusted(self, name: str) -> bool:
-        """Returns False for a worker that the core considers lost: it must say hello first."""
+        """Returns False for a worker that the core considers lost: it must send Hello first."""
         fleet = self._core.fleet
         is_trainer = self._workers[name].hello.role == "trainer"
         return is_trainer or name in fleet.rollout or name in fleet.reward

@@ -30,7 +30,7 @@ class Worker:
 
 
 class Workers:
-    """The newest incarnation of every worker that ever said hello."""
+    """The newest incarnation of every worker that has joined."""
 
     def __init__(self, hub: Hub, timeline: Timeline) -> None:
         self.hub = hub
@@ -82,7 +82,7 @@ class Workers:
         return self._refused.get(peer, "")
 
     def name_of(self, peer: Peer) -> str | None:
-        """Returns None for a socket that has not said hello since this controller started."""
+        """Returns None for a socket that has not sent Hello since this controller started."""
         return self._names.get(peer)
 
     @property

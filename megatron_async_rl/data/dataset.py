@@ -1,4 +1,4 @@
-"""Prompts: the rows of the sources, tokenized, and left out where settings say so.
+"""Prompts: the rows of the sources, tokenized and filtered by the settings.
 
 The controller reads all of them at its start; preflight runs `check_source`, which tokenizes long
 rows only.

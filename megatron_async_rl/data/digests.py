@@ -23,7 +23,7 @@ def record_data(run_dir: Path, config: Config) -> None:
 
 
 def changed_data(run_dir: Path, config: Config) -> str:
-    """Returns which dataset has changed since the last start of the run, "" if none has.
+    """Returns the dataset that has changed since the last start of the run, "" if none has.
 
     Raises DataError if the digests are damaged.
     """

@@ -31,7 +31,8 @@ class PromptStream:
         self._shares = [source.weight / total for source in sources]
         self._taken = [0] * len(sources)
         self._prompts = [
-            # a single source has no number in its seed: runs of earlier versions must go on
+            # a single source has no number in its seed, so that runs of earlier versions can
+            # continue
             _shuffled(source.prompts, [seed] if len(sources) == 1 else [seed, index])
             for index, source in enumerate(sources)
         ]

@@ -4,7 +4,7 @@ The source's path is a YAML file with a list of tasks, in reasoning-gym's own na
 
     - {name: basic_arithmetic, size: 2000, seed: 1, config: {max_terms: 2}}
 
-`reward.function: reasoning_gym` makes the same task again from the row and asks its scorer. Six of
+`reward.function: reasoning_gym` generates the same task from the row and calls its scorer. Six of
 the 105 generators of reasoning-gym 0.1.25 depend on Python's hash seed, so a row also has the task
 itself, as plain data.
 """

@@ -19,7 +19,7 @@ def opened_by(prompt: str, tags: Sequence[str]) -> str:
 
 
 def after_thinking(response: str, tags: Sequence[str]) -> str:
-    """Returns the text after the thinking, "" while the thinking goes on.
+    """Returns the text after the thinking, "" if the thinking is not closed.
 
     A closing tag without an opening one ends thinking that the prompt began.
     """

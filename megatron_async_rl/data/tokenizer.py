@@ -88,7 +88,7 @@ class Tokenizer:
         return np.asarray([*prefix, *ids], np.int32)
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
-        """Leaves out special tokens, but for `kept_tokens`."""
+        """Returns the text without special tokens, except `kept_tokens`."""
         numbers = [int(i) for i in ids]
         parts: list[str] = []
         begin = 0

@@ -33,7 +33,7 @@ def _is_device(name: str, indices: list[str] | None) -> bool:
 
 
 def _installed_gpus() -> list[str] | None:
-    """Returns the indices of the GPUs of this host; None if there is no driver to ask."""
+    """Returns the indices of the GPUs of this host; None without a driver."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]

@@ -6,7 +6,7 @@ keys come from the run's folder, which all hosts share.
     a name that is in use    the new process takes it over: the controller requeues the old one's
                              samples and rejects its messages, its launcher does not restart it
     `run` started again      has new keys: the processes here are restarted with them
-    end of the run           ends this launcher; so does a controller whose status.json is unchanged
+    end of the run           ends this launcher; so does a controller without news in status.json
                              for run.no_progress_timeout_s
 """
 

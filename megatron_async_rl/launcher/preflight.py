@@ -1,7 +1,7 @@
 """Checks before a run starts: that engine, model, datasets and host fit the configuration.
 
-`run` calls `preflight`, which raises an error with all problems; `doctor` prints every Check.
-Nothing heavy is imported here (checks/settings.py asks other processes). Rows of a dataset and
+`run` calls `preflight`, which raises an error with all problems; `doctor` prints every Check. No
+large package is imported here (checks/settings.py uses other processes). Rows of a dataset and
 parallel layouts are checked by the code that the controller and the trainer use, so the messages
 are the same.
 """
@@ -59,7 +59,8 @@ class Check:
 def preflight(config: Config, elsewhere: Collection[str] = (), say: Say = print) -> None:
     """Raises an error that lists all failed checks with remedies; its type is the first one's.
 
-    `elsewhere`: processes that other hosts start. `say` shows a line before what takes seconds.
+    `elsewhere`: processes that other hosts start. `say` shows a line before a check that takes
+    seconds.
     """
     here = [name for name in roles.names(config) if name not in elsewhere]
     checks = [check_engine(), *config_checks(config, say), check_gpus(config, here)]

@@ -139,7 +139,7 @@ def _is_kept(run_dir: Path, config: Config, existing: ExistingRun) -> bool:
     """Returns whether the run in run_dir is resumed; False if it is renamed.
 
     Raises ConfigError if it cannot be resumed with these settings. A run that has not trained on
-    any sample claims nothing: it is renamed instead.
+    any sample is renamed instead.
     """
     if existing == "rename":
         return False

@@ -77,7 +77,7 @@ class Session:
             self.interrupted = number
 
     def _forward_sigterm(self) -> None:
-        """To the controller, which tells the others; without it to the workers beside a trainer.
+        """Sends SIGTERM to the controller, which notifies the others, else to the workers.
 
         A trainer here saves when its controller, on another host, is preempted too. Workers without
         one need no signal: `poll` ends and they are stopped.

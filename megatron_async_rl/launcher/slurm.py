@@ -7,7 +7,7 @@ and writes the other nodes' process names to a file beside run.dir; each of them
 never read.
 
 SIGTERM preempts all nodes; each task's exit code then asks to requeue the job (75). Slurm may send
-it to every process of a node, repeatedly: processes.py says which of them block it.
+it to every process of a node, repeatedly: processes.py defines which of them block it.
 """
 
 from __future__ import annotations

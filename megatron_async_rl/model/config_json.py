@@ -22,7 +22,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# What a family with a bias in its routers may have, of what its config.json can express.
+# Values that config.json may have in a family with a bias in its routers.
 _BIASED_ROUTER: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("norm_topk_prob", (True, None)),
     ("n_group", (1, None)),
@@ -241,7 +241,7 @@ class HfConfig:
         if self.raw.get("layer_types") not in (None, types):
             raise DataError(
                 f"{self._key}: config.json has other layer_types than full_attention_interval = "
-                f"{interval}, which SGLang goes by",
+                f"{interval}, which SGLang uses",
                 "use a model whose full attention is in the last of every so many layers",
             )
         heads = [self._integer(f"linear_num_{name}_heads") for name in ("key", "value")]

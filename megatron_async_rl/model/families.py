@@ -8,7 +8,7 @@ named dimensions, the dimension that tensor parallelism splits, and how the part
   qkv      per KV head: its query heads, its key head, its value head. A rank holds whole KV
            groups, so its rows of q, of k and of v are each contiguous in the Hugging Face tensors
   gated_qkv  the same, where q_proj has behind each query head the gate of its output; here the
-           gates of a group stand behind its query heads
+           gates of a group follow its query heads
   conv     per key head of a linear attention: the channels of queries, of keys and of its value
            heads, which the one Hugging Face tensor has one after another for all heads
 
@@ -34,10 +34,10 @@ class Rule:
     """Dimension that tensor parallelism splits; None: every rank holds the whole parameter."""
     join: Join = "one"
     fp32: bool = False
-    """Sent in float32, as which the engine holds it, whatever the precision of the others."""
+    """Sent in float32, as the engine holds it, with any precision of the other parameters."""
     beside: str = ""
-    """Parameter of the same layer in whose bucket it is sent. The engine fuses the two and forgets
-    one that comes without the other."""
+    """Parameter of the same layer that shares its bucket. The engine fuses the two and loses one
+    that comes without the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def _qkv(tensor: str, query: str, key: str, join: Join = "qkv") -> Rule:
 
 
 def _mlp(megatron: str, hf: str, width: str) -> tuple[Rule, Rule]:
-    """Returns the rules of a gated MLP whose hidden dimension is `width`."""
+    """Returns the rules of a gated MLP with the hidden dimension `width`."""
     pieces = tuple((f"{hf}.{name}_proj.weight", f"{width} hidden") for name in ("gate", "up"))
     return (
         Rule(f"{megatron}.linear_fc1.weight", pieces, 0, "stack"),

@@ -37,7 +37,7 @@ def nominal_tflops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """What the FLOPs of a model depend on.
+    """The sizes that determine the FLOPs of a model.
 
     Forward, a token costs 2 FLOPs for each weight of a matrix product, and causal attention over a
     sequence of n tokens 2 n^2 for each layer, query head and channel: half of two products of

@@ -1,10 +1,10 @@
 """The experts that the engine chose, which the trainer uses again (rollout.routing_replay).
 
-A sample has `width` = layers x top_k numbers for each token: the experts at the position before it,
-whose output the token was sampled from, as the engine computed that position. So they stand beside
-the token's logprob and version, and the first token of a sequence has none. A layer without experts
-and a position that the engine did not compute have the same number top_k times, which is no choice:
-there the trainer's router chooses itself.
+A sample has `width` = layers x top_k numbers for each token: the experts that the engine chose at
+the position before it, from which the token was sampled. They are stored beside the token's logprob
+and version, and the first token of a sequence has none. A layer without experts and a position that
+the engine did not compute have the same number top_k times, which marks a missing choice: there the
+trainer's router chooses.
 
 Memory, journal and wire: `width` bytes per token, 384 for Qwen3-30B-A3B (48 x 8).
 Source: R3, rollout routing replay, arXiv 2510.11370.

@@ -76,7 +76,7 @@ class _Background:
             with contextlib.closing(self._make()) as opened:
                 while item := self._items.get():
                     opened.scalars(*item)
-        except Exception:  # whatever the package raises: the run continues without it
+        except Exception:  # any error of the package: the run continues without it
             logger.exception("monitor.loggers: %s failed and gets no more scalars", self._name)
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from megatron_async_rl.observability.evaluation_table import before_and_after, courses
 from megatron_async_rl.observability.status import FINAL_STATES, RunStatus, ServerStatus
 
-SILENT_S = 60.0  # an unfinished run whose status is older than this is marked
+SILENT_S = 60.0  # an unfinished run with an older status is marked
 MAX_SERVER_ROWS = 8  # larger fleets are shown as counts
 SPARK_WIDTH = 24
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -3,7 +3,7 @@
 One request at a time, in a thread of its own: the controller's loop does not wait for it. The text
 format is version 0.0.4 (https://prometheus.io/docs/instrumenting/exposition_formats/); each tag is
 a gauge, `train/loss` is megatron_async_rl_train_loss. Tags that would have the same name, such as
-user/a.b and user/a-b, are told apart by a label `tag`.
+user/a.b and user/a-b, are distinguished by a label `tag`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def metric_name(tag: str) -> str:
-    """Returns the name of a tag; what Prometheus does not allow in names becomes `_`."""
+    """Returns the name of a tag; characters that Prometheus does not allow become `_`."""
     return f"{PREFIX}_{re.sub(r'[^a-zA-Z0-9_]', '_', tag)}"
 
 

@@ -1,6 +1,6 @@
 """The constants of GPUs and engines that analytic costs use, each with its source.
 
-One set for all models and workloads. docs/planning.md says which measurement gave which constant;
+One set for all models and workloads. docs/planning.md names the measurement of each constant;
 docs/results/2026-11-plan.md keeps these measurements apart from predictions.
 """
 

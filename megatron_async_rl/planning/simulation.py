@@ -1,8 +1,8 @@
 """Simulates a run on a virtual clock: the controller's own core, simulated servers and trainer.
 
 The core admits, leases, selects batches and bounds staleness as in a real run; servers (server.py),
-trainer and weight updates take the time that the costs say. Failures are not simulated. To be fast,
-one token of the core's samples stands for `grain` tokens.
+trainer and weight updates take the time that the costs give. Failures are not simulated. To be
+fast, one token of the core's samples stands for `grain` tokens.
 """
 
 from __future__ import annotations

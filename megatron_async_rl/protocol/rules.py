@@ -1,4 +1,4 @@
-"""Which worker may send which message, with which values: the one table that each message passes.
+"""Rules for messages of workers: senders, ranges of fields. Each message is checked against them.
 
 controller/handlers.py calls `hello_problem` for each Hello and `problem` for each other message,
 before any other code reads it. A message with a problem costs its sender the connection and changes

@@ -87,7 +87,7 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return int(np.count_nonzero(self.generated))
 
     def sequences(self) -> list[slice]:
-        """Returns the places of the training sequences in the arrays; one, but for agents."""
+        """Returns the places of the training sequences in the arrays; one, except with agents."""
         edges = [*(self.starts or [0]), len(self.ids)]
         return [slice(start, end) for start, end in itertools.pairwise(edges)]
 

@@ -1,7 +1,7 @@
-"""Metrics of the user's own, from a reward function or a workflow, on their way to user/NAME.
+"""User metrics, from a reward function or a workflow; they are written as user/NAME.
 
-The processes that run the user's code leave out what is no metric (MetricFilter); the controller
-refuses a message that has such values nevertheless (rules.py).
+The processes that run the user's code drop invalid metrics (MetricFilter); the controller refuses a
+message that has such values nevertheless (rules.py).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _RULE = (
 
 
 def are_valid(metrics: Mapping[str, float]) -> bool:
-    """Tells whether names, values and their number are within bounds."""
+    """Returns whether names, values and their number are within bounds."""
     return len(metrics) <= MAX_NAMES and all(
         _NAME.fullmatch(name) and abs(float(value)) <= MAX_VALUE for name, value in metrics.items()
     )
 
 
 class MetricFilter:
-    """Leaves out what is no metric; warns once per name."""
+    """Drops invalid metrics; warns once per name."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger

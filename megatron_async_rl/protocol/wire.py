@@ -3,7 +3,7 @@
 A long array of few runs, such as the versions or advantages of tokens, is run-length encoded: a
 sample of 32k tokens takes 262 KB instead of 393, on the wire and in the journal.
 
-SCHEMA, a digest of all message types, tells incompatible package versions apart; read_unknown_hello
+SCHEMA, a digest of all message types, identifies incompatible package versions; read_unknown_hello
 reads the Hello of another version well enough to refuse it by name.
 """
 

@@ -1,10 +1,9 @@
 # ruff: noqa: RUF001 - statements with unicode characters
 r"""Finds the final answer in a response.
 
-Only the text after the thinking counts; unfinished thinking has no answer. In that text the
-answer is, in this order: the last complete box; what follows the last `####`, `answer:` or
-`answer is`; the last formula or number. A formula counts as a whole: the 3 of $2\sqrt{3}$ is no
-answer.
+Only the text after the thinking counts; unfinished thinking has no answer. In that text the answer
+is, in this order: the last complete box; the text after the last `####`, `answer:` or `answer is`;
+the last formula or number. A formula counts as a whole: the 3 of $2\sqrt{3}$ is no answer.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ _RETRACTING = (
     "but ", "wrong", "correct", "not right", "mistake", "error", "scratch", "no,", "no:", "sorry",
     "first ", "naive", "tempting", "initial", "might think", "would have",
 )  # fmt: skip
-# what takes a statement back: `a common wrong answer is 5`, `the answer is 5, but that ...`
+# words that withdraw a statement: `a common wrong answer is 5`, `the answer is 5, but that ...`
 _DOUBTED = re.compile(
     r"\b(?:first\s+(?:thought|guess)|wrong|incorrect|naive|tempting|initial|might\s+think|"
     r"would\s+have\s+been)\b[^.!?\n]*$",
@@ -100,7 +99,7 @@ def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
     if close >= 0 and (begin := text.rfind("<answer>", 0, close)) >= 0:
         content = text[begin + len("<answer>") : close].strip()
         return formulas.unwrap(content) if len(content) <= _MAX_TAIL_CHARS else content
-    unclosed = text.find("\\boxed")  # cut off: its answer may go on
+    unclosed = text.find("\\boxed")  # cut off: its answer may be incomplete
     return _stated_answer((text if unclosed < 0 else text[:unclosed])[-_MAX_TAIL_CHARS:])
 
 

@@ -1,7 +1,8 @@
 r"""Finds the formula, number or words of an answer that is not boxed (final_answer.py).
 
-`first` reads what a statement such as `the answer is` names, `last` the end of a text without a
-statement. A formula counts as a whole; formulas joined by `and`, `or` or a comma are one answer.
+`first` reads the answer that a statement such as `the answer is` names, `last` the end of a text
+without a statement. A formula counts as a whole; formulas joined by `and`, `or` or a comma are one
+answer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 
 from megatron_async_rl.reward.math.numerals import MONTHS
 
-# what stands before a number or name that the question gave: `divisors of 196`, `when $x > 0$`
+# words before a number or name that the question gave: `divisors of 196`, `when $x > 0$`
 _CONTEXT = re.compile(
     r"\b(?:of\s+the|of\s+all|than|divided\s+by|divisible\s+by|out\s+of|modulo|factor\s+of|factors\s+of|"
     r"divisors\s+of|divisor\s+of|multiple\s+of|multiples\s+of)\s*$",
@@ -34,7 +35,7 @@ _ADVERB = re.compile(
 )
 _NAME = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?")
 _BARE_NAME = re.compile(r"\\?[a-z]+(?:_\{?\w+\}?)?|(?:\\(?:triangle|angle)\s*)?[A-Z]{2,4}")
-# what explains an answer, as in `42, which is even` and `42 (since 6 * 7 = 42)`
+# explanations of an answer, as in `42, which is even` and `42 (since 6 * 7 = 42)`
 _EXPLANATION = re.compile(
     r",?\s+\(?(?:which|because|since|as|so|i\.e\.|that\s+is|not|see)\b.*",
     re.DOTALL,
@@ -60,7 +61,7 @@ _DENIED = re.compile(
 _PART = re.compile(
     r"(\d[\d,.]*)\s+of\s+(?:the|these|those|his|her|their|its|all|every)\s+\d[\d,.]*"
 )
-# the result of a calculation, with what it counts: the 26 of `13 * 2 = 26 inches in 13 years`
+# the result of a calculation, with its unit: the 26 of `13 * 2 = 26 inches in 13 years`
 _RESULT = re.compile(
     r"=\s*\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?=\s+(?:in|for|at|on|a|per|by|of|to|each)\b|"
     r"\s+(?!and\b|but\b|hundred|thousand|million|billion|trillion|dozen|squared|cubed|percent|sqrt)[a-z]{3})"

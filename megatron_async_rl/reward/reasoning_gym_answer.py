@@ -1,7 +1,7 @@
 """`reward.function: reasoning_gym`: the task's own scorer, for rows of data.reader: reasoning_gym.
 
-The answer is the text of the last <answer>...</answer>, as reasoning-gym's system prompts ask for.
-Scores are from 0 to 1; many tasks give part of it for an answer that is nearly right.
+The answer is the text of the last <answer>...</answer>, as in reasoning-gym's system prompts.
+Scores are from 0 to 1; many tasks give a fraction for an answer that is nearly right.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ MATH_MEMORY_BYTES = 4 << 30  # address space of a process that runs the built-in
 
 
 class Outcome(NamedTuple):
-    """What came of one scoring attempt. `reward` is None if it failed."""
+    """The result of one scoring attempt. `reward` is None if it failed."""
 
     reward: float | None
     error: str = ""
@@ -111,7 +111,7 @@ def score_custom(prompt: str, response: str, row: dict[str, Any], text_ends: lis
 
 
 def _outcome(value: Any) -> Outcome:
-    """Reads what a reward function returned; an object of the user's own may raise at any use."""
+    """Reads the result of a reward function; an object of the user's own may raise at any use."""
     metrics: Any = {}
     if isinstance(value, tuple) and len(value) == 2:
         value, metrics = value
@@ -126,7 +126,7 @@ def _outcome(value: Any) -> Outcome:
             return Outcome(None, f"the reward function returned {reward}")
     if not rewards:
         return Outcome(None, "the reward function returned an empty list")
-    # plain and few, so that the result can be sent; the worker leaves out what is no metric
+    # plain and few, so that the result can be sent; the worker drops invalid metrics
     plain = {
         str(name)[:100]: _as_float(number) if _is_number(number) else math.nan
         for name, number in itertools.islice(metrics.items(), 100)

@@ -126,7 +126,7 @@ class RewardWorker:
         return _result(request, outcome, started, answer)
 
     def _task(self, request: ScoreRequest) -> tuple[Callable[..., Outcome], tuple[Any, ...]]:
-        """Returns a function and its arguments. Raises DataError if the row lacks what it needs."""
+        """Returns a function and its arguments. Raises DataError if the row lacks a field."""
         row, response = request.row, request.response
         if self._function == "math":
             return scoring_process.score_math, self._answers(request)

@@ -100,7 +100,7 @@ class EngineClient:
             return False
 
     async def can_generate(self) -> bool:
-        """Generates one token: a server whose scheduler hangs may still answer other calls."""
+        """Generates one token: a server with a hanging scheduler may still answer other calls."""
         try:
             await self._call("GET", "/health_generate", None, self._api, PROBE_S)
         except EngineError:

@@ -25,7 +25,7 @@ class Gate:
 
     @property
     def idle_s(self) -> float:
-        """Seconds since the start in which the server generated nothing, for whatever reason."""
+        """Seconds since the start in which the server generated nothing, for any reason."""
         self._count_idle()
         return self._idle_s
 

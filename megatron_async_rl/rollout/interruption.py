@@ -38,7 +38,7 @@ OLDEST_THAT_PAUSES = (0, 5, 21)
 class Interruption:
     """Called by weight_update.py in the order stop, wait_drained, resume; all raise EngineError."""
 
-    interrupts = True  # requests in flight go on after the update
+    interrupts = True  # requests in flight continue after the update
     flushes_cache = True  # the update must drop the prefix cache
     freezes = False  # after `stop` the server runs nothing, not even aborted requests
 

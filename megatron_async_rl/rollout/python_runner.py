@@ -1,6 +1,6 @@
 """Runs the Python programs that the policy writes, in the code sandbox of this host.
 
-Used by the workflow python_tool and by agents whose requests declare the tool `python`.
+Used by the workflow python_tool, and for agents' requests with the tool `python`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PythonRunner:
         return await self.run(code)
 
     async def run(self, code: str) -> str:
-        """Returns what the program prints. Raises SandboxError and SandboxLost."""
+        """Returns the output of the program. Raises SandboxError and SandboxLost."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._run, code)
 
     def _run(self, code: str) -> str:

@@ -35,7 +35,7 @@ class BadCall:
 
 
 def find(text: str) -> list[ToolCall | BadCall]:
-    """Returns what stands between the tags of calls, in order."""
+    """Returns the texts between the tags of calls, in order."""
     return [_read(match[1]) for match in _CALL.finditer(text)]
 
 

@@ -31,7 +31,7 @@ from megatron_async_rl.storage import snapshots
 from megatron_async_rl.storage.snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
-IDLE_AFTER = 3  # after this many engine calls an aborted request has surely left the running batch
+IDLE_AFTER = 3  # after this many engine calls no aborted request is left in the running batch
 FLUSH_TIMEOUT_S = 5.0
 
 UpdateStep = (

@@ -104,7 +104,7 @@ class Episode:
         self._num_context = 0
 
     def has_room(self, context: Sized, context_tokens: int) -> bool:
-        """Tells whether a turn behind `context` can have a token, given model.context_tokens."""
+        """Returns whether a turn after `context` can have a token, given model.context_tokens."""
         return len(self.ids) + len(context) < context_tokens
 
     def add_context(self, ids: Iterable[int]) -> None:

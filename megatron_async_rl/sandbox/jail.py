@@ -67,7 +67,7 @@ ALLOWED = {
     "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "epoll_pwait": 281, "eventfd2": 290,
     "epoll_create1": 291, "dup3": 292, "pipe2": 293, "getrandom": 318, "statx": 332, "rseq": 334,
 }
-# System calls that no honest program makes, not even by mistake: they kill it.
+# System calls that no correct program makes, not even by mistake: they kill the program.
 FATAL = {
     "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "mount": 165,
     "umount2": 166, "pivot_root": 155, "chroot": 161, "unshare": 272, "setns": 308, "bpf": 321,

@@ -3,7 +3,7 @@
 zygote.py calls `run_script` (reads stdin, prints) or `run_calls` (one function, many argument
 lists) after jail.confine. Both return the exit code; results and prints are only ever data.
 
-The process ends with os._exit, so `run_script` does itself what an interpreter does at its end, in
+The process ends with os._exit, so `run_script` itself does the final steps of an interpreter, in
 the same order: waits for threads, runs atexit callbacks, frees the module, flushes stdout.
 
 Standard library only, Python 3.9 or newer.
@@ -97,7 +97,7 @@ def run_calls(source: bytes, name: str, calls: list[list[Any]], starter: dict[st
     """Calls the program's function `name`, or that method of a new Solution, per argument list.
 
     Writes each returned value to descriptor 3 as a frame: four bytes of length (little-endian),
-    then JSON. What the program prints is discarded.
+    then JSON. The output of the program is discarded.
     """
     _open_streams()
     results = io.BufferedWriter(io.FileIO(3, "w"))
@@ -158,7 +158,7 @@ def _execute(source: bytes, name: str, module: types.ModuleType | None = None) -
 
 
 def _exit_code(action: Callable[[], object]) -> int:
-    """Returns the exit code that an interpreter gives to what `action` raises, 0 for nothing."""
+    """Returns the exit code of an interpreter for the exception of `action`, 0 without one."""
     try:
         action()
     except SystemExit as e:

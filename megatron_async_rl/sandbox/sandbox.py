@@ -266,7 +266,7 @@ def _readable(descriptors: list[int], timeout_s: float) -> list[int]:
 
 
 def _kill_all(zygote: subprocess.Popen[bytes]) -> None:
-    """Kills the zygote and, if the interpreter is a script, what it started: all of its session."""
+    """Kills the zygote's session: also its children, if the interpreter is a script."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(zygote.pid, signal.SIGKILL)
 

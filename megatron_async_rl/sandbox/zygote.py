@@ -120,7 +120,7 @@ def wait(
 ) -> tuple[bool, bool]:
     """Returns whether the program ended by itself, and whether it is to be killed.
 
-    A message or, if its threads are `counted`, more than jail.MAX_THREADS of them ask for that.
+    A message ends it, and so do more than jail.MAX_THREADS threads if they are `counted`.
     """
     sources: list[int | socket.socket] = [handle, link]
     while (remaining_s := deadline - time.monotonic()) > 0:

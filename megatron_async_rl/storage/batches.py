@@ -17,7 +17,7 @@ import numpy as np
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import NO_EXPERTS, TrainSample
 
-# what numpy and zipfile raise for an archive with changed bytes
+# errors of numpy and zipfile for an archive with changed bytes
 _DAMAGES = (
     ValueError, KeyError, TypeError, EOFError, AttributeError, NotImplementedError, OverflowError,
     MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error,
@@ -68,7 +68,7 @@ def load(path: Path) -> tuple[int, list[TrainSample]]:
 
 
 def _divide(flat: np.ndarray, lengths: np.ndarray) -> bool:
-    """Tells whether the lengths divide a flat array of numbers completely."""
+    """Returns whether the lengths divide a flat array of numbers completely."""
     return (
         flat.ndim == lengths.ndim == 1
         and flat.dtype.kind in "fiu"

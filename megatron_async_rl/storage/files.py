@@ -21,7 +21,7 @@ def digest(path: Path) -> str:
 
 
 def read_json(path: Path, kind: type[T], lost: str, remedy: str) -> T:
-    """Returns the content of a JSON file. Raises DataError with what is lost if it is damaged."""
+    """Returns the content of a JSON file. Raises DataError, which names the loss, if damaged."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as e:

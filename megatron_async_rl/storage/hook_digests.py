@@ -1,6 +1,6 @@
 """run.dir/hooks.json: which source files the user's hooks of a run had at its last start.
 
-`run` records them and says what has changed since; each checkpoint's manifest has a copy.
+`run` records them and reports changes; each checkpoint's manifest has a copy.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ class WeightPublisher:
         link.send(weight_messages.GroupJoined(order.group, error))
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields what this source sends. Collective, see reshard.own_tensors."""
+        """Yields the tensors that this source sends. Collective, see reshard.own_tensors."""
         tensors = reshard.own_tensors(self._modules, self._shape, self._dtype)
         return self._quantizer(tensors) if self._quantizer else tensors
 
@@ -286,7 +286,7 @@ class WeightPublisher:
         )
 
     def _check_weights(self) -> None:
-        """Raises PublishError for a weight that fp8 cannot represent; no server has a verdict."""
+        """Raises PublishError for a weight that fp8 cannot represent; no server resumes on it."""
         if self._quantizer:
             self._quantizer.check()
 
@@ -295,8 +295,8 @@ class WeightPublisher:
 def _stopped_by_message(link: SyncLink, group: UpdateGroup) -> Iterator[None]:
     """Stops the broadcasts of the block when the controller sends a message, which stays unread.
 
-    While a source sends, the controller has nothing to tell it but that the attempt is void: a
-    server failed (AbandonUpdate), the run ends, or the controller was restarted.
+    While a source sends, the controller only sends it a message if the attempt is void: a server
+    failed (AbandonUpdate), the run ends, or the controller was restarted.
     """
     end = os.eventfd(0)
 

@@ -140,7 +140,7 @@ class UpdateGroup:
         self._check_stopped()
 
     def stop(self, reason: str) -> None:
-        """Ends pending broadcasts, whose calls then raise RuntimeError; for another thread.
+        """Ends pending broadcasts, so that their calls raise RuntimeError; for another thread.
 
         The group is unusable; the thread that sends must abort it.
         """

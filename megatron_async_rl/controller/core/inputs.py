@@ -16,7 +16,7 @@ from megatron_async_rl.protocol.messages import Message
 
 @dataclass(frozen=True)
 class RolloutJoined:
-    """A rollout worker said hello. `serving`: the verified version that its server holds, or -1."""
+    """A rollout worker sent Hello. `serving`: the verified version that its server holds, or -1."""
 
     worker: str
     capacity: int
@@ -70,7 +70,7 @@ class UpdateFailed(ServerEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerFenced(ServerEvent):
-    """The weights of the server cannot be trusted: it loses its work and is told to end."""
+    """The weights of the server cannot be trusted: it loses its work and must end."""
 
     reason: str
 

@@ -213,7 +213,7 @@ def read_totals(db: sqlite3.Connection) -> Totals:
     if schema not in (0, SCHEMA):
         raise sqlite3.DatabaseError(f"it has schema {schema}, this program reads {SCHEMA}")
     if not db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
-        return Totals()  # an empty file, which the mark tells from a new one
+        return Totals()  # an empty file, which the mark distinguishes from a new one
     columns = ", ".join(Totals.__struct_fields__)
     rows = db.execute(f"SELECT {columns} FROM totals").fetchall()
     if len(rows) != 1 or not all(type(value) is int for value in rows[0]):

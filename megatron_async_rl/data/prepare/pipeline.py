@@ -1,4 +1,4 @@
-"""Reads a published dataset, converts its rows, leaves out some, and writes ours with a report.
+"""Reads a published dataset, converts and filters its rows, and writes them with a report.
 
 Every row that is read is either written or counted under the reason why it was dropped. The output
 depends on the input files and options alone.

@@ -62,7 +62,7 @@ def equal(expected: str, answer: str) -> bool | None:
     except Contradiction:
         return False
     except (Unreadable, TooLarge, ArithmeticError, RecursionError):
-        # words never equal what cannot be read
+        # words never equal an unreadable answer
         is_open = "\\ldots" in answer and "\\ldots" not in expected
         is_open = is_open or _is_cut_off(answer) or _HEDGE.search(answer) is not None
         # of prose, math-verify would take some number
@@ -158,7 +158,7 @@ def _all(results: Iterable[bool | None]) -> bool | None:
 
 
 def _equal_items(gold: Part, given: Part) -> bool | None:
-    """Compares lists, sets and unions in any order; their kinds may differ but for unions."""
+    """Compares lists, sets and unions in any order; their kinds may differ, except unions."""
     if isinstance(gold, Items) and isinstance(given, Items):
         kinds = {gold.kind, given.kind}
         if "union" in kinds and kinds & {"list", "set"}:

@@ -1,8 +1,8 @@
-r"""Reads LaTeX formulas into syntax trees, whose values evaluation.py computes.
+r"""Reads LaTeX formulas into syntax trees; evaluation.py computes their values.
 
-Two formulas are equal if they have the same values at several points: variables get fixed
-rational values, so that polynomials and fractions are compared exactly. `parse` takes bounded time
-and raises Unreadable for what it does not know.
+Two formulas are equal if they have the same values at several points: variables get fixed rational
+values, so that polynomials and fractions are compared exactly. `parse` takes bounded time and
+raises Unreadable for unknown notation.
 """
 
 from __future__ import annotations

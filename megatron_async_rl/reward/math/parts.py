@@ -1,4 +1,4 @@
-"""What an answer can be; `structure.read` returns one of these classes."""
+"""The kinds of answers; `structure.read` returns one of these classes."""
 
 from __future__ import annotations
 

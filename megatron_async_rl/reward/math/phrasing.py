@@ -1,4 +1,4 @@
-r"""Removes what stands around an answer: `the area is`, `x \in`, (approximately), a conclusion.
+r"""Removes the words around an answer: `the area is`, `x \in`, (approximately), a conclusion.
 
 `bare` takes an answer in the notation of normal_form.py; structure.py reads the rest.
 """
@@ -67,7 +67,7 @@ _PART_OF = re.compile(r"(\d[\d,]*)\s+(?:out\s+of|in|over)\s+(\d[\d,]*)")
 _ANGLES = re.compile(r"<([^<>=]*,[^<>=]*)>")
 _UNION_LETTER = re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])")
 _POINT = re.compile(r"[A-Z]'?\s*(?=\([^()]*,[^()]*\)$)")  # A(1, 2)
-# what follows a conclusion is the answer
+# the answer is the text after a conclusion
 _CONCLUSION = re.compile(
     r"^(?:=|\\(?:equiv|to|rightarrow)(?![A-Za-z]))|"
     r"^.*\\(?:Rightarrow|implies|Longrightarrow|therefore|iff|Leftrightarrow)(?![A-Za-z])",

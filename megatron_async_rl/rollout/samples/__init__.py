@@ -1,1 +1,1 @@
-"""What a rollout worker keeps of samples while they grow."""
+"""State of unfinished samples in a rollout worker: partial samples, experts."""

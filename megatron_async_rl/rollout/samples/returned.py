@@ -1,4 +1,4 @@
-"""Checks what a workflow returned, so that a fault fails its sample and not the rollout worker.
+"""Checks the result of a workflow, so that a fault fails its sample and not the rollout worker.
 
 The controller refuses a message that it cannot read, or with values out of range, and its sender
 with it. Anything that a user's code has put into a sample is therefore checked before it is sent.

@@ -26,7 +26,7 @@ class CallExperts:
 
     @property
     def num_known(self) -> int:
-        """Positions whose experts are known; the next request asks for those behind them."""
+        """Number of positions with known experts; the next request asks for the later ones."""
         return sum(map(len, self._parts))
 
     def add(self, returned: np.ndarray | None, num_tokens: int) -> None:

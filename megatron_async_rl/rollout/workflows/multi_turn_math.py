@@ -19,7 +19,7 @@ FEEDBACK = (
 
 
 class MultiTurnMath:
-    """Asks the reward function about each turn but the last; `success` is a right answer's score.
+    """Scores each turn but the last; `success` is the score of a right answer.
 
     In `feedback`, {prompt} stands for the row's prompt, if that is a text.
     """

@@ -1,6 +1,6 @@
 """The policy may call Python while it answers: its programs run in the sandbox.
 
-A call is written as the model's chat template says (`<tool_call>{"name": "python", "arguments":
+A call has the form of the model's chat template (`<tool_call>{"name": "python", "arguments":
 {"code": ...}}</tool_call>`, the form of Qwen and Hermes), or is a fenced Python program that ends
 the turn. The program's output is given back as a message; its tokens are context and not trained.
 The reward function scores the text of the last turn.

@@ -1,4 +1,4 @@
-"""Checks a policy objective for what the trainer relies on, on the CPU in float64; for selftest.
+"""Checks the properties of a policy objective that the trainer relies on; for selftest.
 
     for check, problem in objective_checks(config.algorithm):  # problem: "" if it holds
         ...
@@ -51,7 +51,7 @@ Pack = Sequence[Tokens]
 
 
 def objective_checks(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
-    """Yields (what is checked, problem), the problem empty if it holds.
+    """Yields (name of the check, problem), the problem empty if it passes.
 
     Ends where a problem makes the following checks meaningless. Raises ConfigError or HookFailed if
     the objective cannot be loaded or called.
@@ -84,7 +84,7 @@ def objective_checks(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
 
 
 def sign_note(algorithm: AlgorithmConfig) -> str:
-    """Returns a remark if a step would make tokens of positive advantage less likely, or ""."""
+    """Returns a note if a step would make tokens of positive advantage less likely, or ""."""
     pack = samples(0.0)
     _, gradient = _evaluated(pack, algorithm)
     advantages_T = torch.where(_joined(pack, "mask_T"), _joined(pack, "advantages_T"), 0.0)

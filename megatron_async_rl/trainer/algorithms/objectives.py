@@ -183,7 +183,7 @@ def _clipped(u_T: Tensor, advantages_T: Tensor, config: LossConfig) -> tuple[Ten
     loss_T = torch.maximum(plain_T, clipped_T)
     metrics = {"importance_weight": u_T, "clipped": clipped_T > plain_T}
     if config.dual_clip is not None:
-        # Bounds a token of negative advantage whose probability grew a lot; it has no gradient
+        # Bounds a token of negative advantage and a much larger probability; it has no gradient
         # then.
         bound_T = config.dual_clip * advantages_T.abs()
         metrics["dual_clipped"] = loss_T > bound_T

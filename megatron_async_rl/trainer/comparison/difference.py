@@ -1,4 +1,4 @@
-"""Judges how much two outputs of one operation differ, and prints the table."""
+"""Measures how much two outputs of one operation differ, and prints the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads what SGLang writes with debug_tensor_dump_output_folder: the outputs of its modules.
+"""Reads the outputs of SGLang's modules, as debug_tensor_dump_output_folder writes them.
 
 A folder per rank, TP0_PP0_Rank0_pid1 and so on, has a file per forward pass. The file has the
 outputs of all modules without children by name, and the input ids of the pass.

@@ -1,8 +1,8 @@
-"""Which operations of a layer are compared, and what each is called in SGLang and in Megatron.
+"""The operations of a layer that are compared, with their names in SGLang and in Megatron.
 
-Only what both libraries compute as the output (or input) of a module can be compared: Megatron
-fuses norms into the linear layer after them, and some engines fuse more. An operation that one of
-them does not show is left out.
+Only outputs (or inputs) of modules in both libraries can be compared: Megatron fuses norms into the
+linear layer after them, and some engines fuse more. An operation that one of them does not expose
+is left out.
 
 Suffixes: T tokens of a sequence.
 """
@@ -34,7 +34,7 @@ class Operation:
     trainer: str
     held: Held
     look_at: str
-    """What to look at if this is the first operation that differs."""
+    """Parts to check if this is the first operation that differs."""
     output: int = 0
     """Of the engine's outputs, which one; an output that a layer lacks is left out."""
     is_input: bool = False

@@ -121,7 +121,7 @@ def _report(model: Any, folder: Path, sequences: list[ComparedSequence]) -> None
         f"the first operation that differs by more than rounding is {first}: by "
         f"{difference.relative:.2g} of its root mean square (rounding explains "
         f"{comparison.bound(first):.2g}), at most {difference.largest:.3g}",
-        f"look at {LOOK_AT[first.split(': ')[-1]]}",
+        f"check {LOOK_AT[first.split(': ')[-1]]}",
     )
 
 

@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) of Megatron's local layer.
 
-Megatron's own class splits the projections to latent vectors over tensor-parallel ranks, of which
-the gradient of the shared key is then wrong: each rank has that of its own heads. Here every rank
-has these projections whole, as with Transformer Engine, and with its parameter names. RoPE is
+Megatron's own class splits the projections to latent vectors over tensor-parallel ranks, which
+makes the gradient of the shared key wrong: each rank has only that of its own heads. Here every
+rank has the whole projections, as with Transformer Engine, and with its parameter names. RoPE is
 computed in float32.
 
 Suffixes: T tokens of the pack that this rank holds, S those of this rank's part with sequence
@@ -62,7 +62,7 @@ class PackedLatentAttention(MultiLatentAttention):
         self.linear_kv_up_proj = self._split_linear(up, latent, key_and_value)
 
     def _split_linear(self, cls: type, inputs: int, outputs: int) -> ColumnParallelLinear:
-        """Builds a linear layer whose outputs are split over the tensor-parallel ranks."""
+        """Builds a linear layer with outputs split over the tensor-parallel ranks."""
         return cls(
             inputs,
             outputs,

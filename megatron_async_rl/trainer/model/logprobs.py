@@ -1,7 +1,7 @@
 """Logprobs of given tokens and entropy, from logits split over tensor-parallel ranks by vocabulary.
 
 Megatron's vocab_parallel_cross_entropy makes a float32 copy of all logits, overwrites them in
-place, and has no temperature, no entropy and no padded vocabulary rows. Here the work goes in
+place, and has no temperature, no entropy and no padded vocabulary rows. Here the work is done in
 chunks of at most CHUNK_ELEMENTS logits, and backward recomputes the softmax. Each rank reduces its
 part of the vocabulary to four numbers per token, which one collective gathers.
 

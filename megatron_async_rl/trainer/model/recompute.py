@@ -1,7 +1,8 @@
 """Selective activation recomputation: backward rebuilds cheap tensors instead of keeping them.
 
-For tensors that one pass over memory makes from others that are kept anyway: they are two thirds of
-a layer's activations and take at most a tenth of its time. Recomputing whole layers costs a third.
+It is used for tensors that one pass over memory computes from tensors that are kept anyway. They
+are two thirds of a layer's activations and take at most a tenth of its time; recomputing whole
+layers costs a third.
 """
 
 from __future__ import annotations
