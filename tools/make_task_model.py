@@ -4,7 +4,7 @@ r"""Pre-trains a tiny model with a chat template for one of three configurations
 
 OUT_DIR becomes a Hugging Face folder, in a minute or two of CPU time, with the rows train.jsonl
 beside it (reasoning_gym has its own). As with make_tiny_model.py, the text that the model imitates
-is careless on purpose, and RL has to find out from the reward which habit pays off:
+is careless on purpose, and RL has to learn from the reward which habit is right:
 
     multi_turn_math  "13+9=": two answers in five are right, the others are random; after "Wrong."
                      three in five are right.

@@ -8,8 +8,8 @@ SwiGLU, RoPE; two KV heads, an even number of layers and an even vocabulary, so 
 The base model is wrong two times in three on purpose. Its text imitates careless authors
 (`arithmetic.Habits`): half of them answer without any working, and the others often forget a carry.
 Every step of the right procedure is in the data and is learned, but a sample from the model has the
-habits of the data. RL need not teach it digits; it has to find out, from the reward alone, that
-showing the working and carrying pay off.
+habits of the data. RL need not teach it digits; it has to learn, from the reward alone, to show the
+working and to carry.
 
 Training stops by measurement, not by step count, on problems that are never trained:
 

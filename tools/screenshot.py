@@ -1,4 +1,4 @@
-"""Makes a picture of a run.
+"""Makes a picture of a run: its live display, TensorBoard, or a trace.
 
 python tools/screenshot.py RUN_DIR OUT.svg    the live display
 python tools/screenshot.py RUN_DIR OUT.png    the first page of TensorBoard; needs Chromium

@@ -101,7 +101,7 @@ class Study:
                 say(f"{child.run.run_dir.name}: exit code {code} after {took_s:.0f} s")
 
     def stop(self) -> None:
-        """Has all runs save their state; kills those that do not end in time."""
+        """Makes all runs save their state; kills those that do not end in time."""
         for child in self.children:
             child.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_GRACE_S
@@ -143,14 +143,14 @@ def main() -> int:
         nargs="+",
         default=DEFAULT_CASES,
         metavar="ETA:OBJECTIVE",
-        help="without: max_staleness 0, 1, 4, 8, each with decoupled_ppo and ppo",
+        help="default: max_staleness 0, 1, 4, 8, each with decoupled_ppo and ppo",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument(
         "--set", metavar="key=value", action="append", default=[], help="a setting for every run"
     )
     parser.add_argument("--parallel", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--gpus", nargs="+", default=[], help="shared by the runs, by index")
+    parser.add_argument("--gpus", nargs="+", default=[], help="indices of GPUs that the runs share")
     parser.add_argument(
         "--first-port",
         type=int,

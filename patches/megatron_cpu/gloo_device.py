@@ -1,7 +1,8 @@
 """All gloo process groups of a process share one device, with one thread and one listening socket.
 
-torch gives each group a device of its own, whose thread wakes up 100 times a second to look for
-events. Of 60 groups, about as many as Megatron creates in every rank, that takes 4 % of a core.
+torch gives each group a device of its own, with a thread that wakes up 100 times a second to look
+for events. With 60 groups, about as many as Megatron creates in every rank, this takes 4 % of a
+core.
 """
 
 from __future__ import annotations

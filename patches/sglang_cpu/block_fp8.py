@@ -51,7 +51,7 @@ def experts(self, layer, dispatch_output):
 
 
 def install():
-    """Replaces what the methods do with layers of fp8 blocks, and allows float32 activations."""
+    """Replaces the methods for layers of fp8 blocks, and allows float32 activations."""
     fp8.dispatch_w8a8_block_fp8_linear = lambda **_: linear
     for method in (fp8.Fp8LinearMethod, fp8.Fp8MoEMethod):
         # packs weights for AMX

@@ -2,7 +2,7 @@
 
 Parent death: each process that SGLang spawns asks the kernel to be killed with its parent. SGLang
 asks for the same, but only after seconds of imports: if the server is killed in that time, the
-scheduler would go on running and keep its GPU memory.
+scheduler would keep running and hold its GPU memory.
 
 SIGTERM: stays blocked in all of these processes, as the rollout worker that starts the server
 requests (blocked_sigterm.py).

@@ -6,7 +6,7 @@
 CPU time of Core.handle only: one thread, no sockets, no journal. Each server runs 64 samples in
 groups of 8 (16 where the table says 512 x 16) and reports its KV cache, which limits leases too;
 samples return in random order (seeded) and are scored at once. Memory is that of an admitted group
-whose samples have not returned, prompt included, as tracemalloc counts it.
+without returned samples, prompt included, as tracemalloc counts it.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--events", type=int, default=2000, help="timed after each change")
+    parser.add_argument("--events", type=int, default=2000, help="events to time after each change")
     arguments = parser.parse_args()
     columns = "us per event | events/s | us per tick | us per heartbeat"
     print(f"| state | {columns} | slowest event of the change, ms |")

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 # ruff: noqa: RUF001 - rules that write answers with unicode characters
-r"""Counts wrong decisions of the built-in `math` reward on answers made from real problems' golds.
+r"""Counts wrong decisions of the built-in `math` reward on rewritten answers of real problems.
 
     python tools/bench/bench_math_answers.py DATA_DIR [--scale 1] [--show 20] [--peers]
 
-DATA_DIR holds the golds of MATH, GSM8K, AIME and AMC (`*.jsonl` and `*.json` files with `answer`).
+DATA_DIR holds the answers (golds) of MATH, GSM8K, AIME and AMC: `*.jsonl` and `*.json` files with
+the field `answer`.
 Rules below rewrite each gold into answers that are right or wrong by construction. SIZES says
 how many of each class are scored, `--scale` multiplies it. `--peers` adds math-verify with its
 default extraction, as AReaL and verl call it.
@@ -620,8 +621,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of answers")
-    parser.add_argument("--show", type=int, default=0, help="rules with errors to print per class")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of answers")
+    parser.add_argument("--show", type=int, default=0, help="rules with errors to print, per class")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -7,7 +7,7 @@
 64 servers and a trainer, by the simulation of `plan` (planning/simulation.py), which runs the
 controller's core: 8B on H100, costs by planning/hardware.py, answers log-normal with mean 8k and at
 most 32k tokens. At an update a server computes its running samples again (weights.kv_cache:
-recompute). The trainer goes on after the first wave, as if others passed the weights on.
+recompute). The trainer continues after the first wave, as if servers passed the weights on.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=14)
-    parser.add_argument("--spread-s", type=float, default=80.0, help="from first to last wave")
+    parser.add_argument("--spread-s", type=float, default=80.0, help="time from first to last wave")
     parser.add_argument("--waves", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--kv-lease-limit", type=float, default=0.9, help="0: none")
+    parser.add_argument("--kv-lease-limit", type=float, default=0.9, help="0: no limit")
     arguments = parser.parse_args()
     columns = "step s | tokens/s | mean staleness | max | trainer waits | retracted"
     print(f"| max_staleness | waves | {columns} |")

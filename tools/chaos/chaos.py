@@ -64,21 +64,21 @@ def main() -> int:
     parser.add_argument(
         "--faults",
         default=",".join(f for f in FAULTS if f not in ("F8", "F10")),
-        help="default: all but F8, which needs two hosts, and F10, which needs --disk-mb",
+        help="default: all except F8, which needs two hosts, and F10, which needs --disk-mb",
     )
     parser.add_argument("--rounds", type=int, default=1, help="injections of each fault")
-    parser.add_argument("--seed", type=int, default=1, help="of the random moments")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the random times")
     parser.add_argument(
         "--recover-limit-s",
         type=float,
         default=150.0,
-        help="time in which a fault must be survived",
+        help="seconds within which a fault must be survived",
     )
     parser.add_argument(
         "--limit-s",
         type=float,
         default=float("inf"),
-        help="inject no further fault after so many seconds",
+        help="inject no further fault after this many seconds",
     )
     parser.add_argument(
         "--disk-mb",
