@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import cmath
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -60,32 +60,26 @@ def read_numeral(token: str) -> Fraction:
     return Fraction(number)
 
 
-def variables(node: Node) -> frozenset[str]:
-    if node[0] == "variable":
-        return frozenset((node[1],))
-    found: frozenset[str] = frozenset()
+def nodes(node: Node) -> Iterator[Node]:
+    """Yields the node and all below it."""
+    yield node
     for part in node[1:]:
         if isinstance(part, tuple):
-            found |= variables(part)
-    return found
+            yield from nodes(part)
+
+
+def variables(node: Node) -> frozenset[str]:
+    return frozenset(one[1] for one in nodes(node) if one[0] == "variable")
 
 
 def within_bars(node: Node) -> frozenset[str]:
     """Returns the variables in absolute values."""
-    if node[0] == "abs":
-        return variables(node)
-    found: frozenset[str] = frozenset()
-    for part in node[1:]:
-        if isinstance(part, tuple):
-            found |= within_bars(part)
-    return found
+    return frozenset().union(*(variables(one) for one in nodes(node) if one[0] == "abs"))
 
 
 def counts(node: Node) -> bool:
     """Returns whether a formula has factorials or binomials, which are of whole numbers."""
-    if node[0] in ("!", "binom"):
-        return True
-    return any(isinstance(part, tuple) and counts(part) for part in node[1:])
+    return any(one[0] in ("!", "binom") for one in nodes(node))
 
 
 def points(names: frozenset[str], whole: bool = False) -> list[dict[str, Fraction]]:
@@ -174,7 +168,7 @@ def _add(a: Value, b: Value) -> Value:
     if _both_exact(a, b):
         return a + b
     total = _finite(complex(a) + complex(b))
-    # what cancels to rounding errors is zero
+    # a sum that cancels to rounding errors is zero
     return total if abs(total) > 1e-14 * max(abs(complex(a)), abs(complex(b))) else Fraction(0)
 
 
