@@ -6,7 +6,8 @@ run): one of the hub, one of the workers. The hub writes its address beside them
 workers wait for that file, so no port is chosen before it is bound.
 
 A restarted controller has the same address and keys, so workers reconnect by themselves. It knows
-none of them: it answers their first message with RejoinRequest, and they say hello again.
+none of them: it answers each message from before their hello with RejoinRequest, and they say hello
+again, once for all of these.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ LINGER_MS = 2000  # for messages queued at close
 HANDSHAKE_MS = 4000  # a connection that has not authenticated by then is closed
 BACKLOG = 1024  # connections that the kernel holds until they are accepted
 REBIND_S = 30.0  # for an earlier controller's port to become free
+REJOIN_S = 10.0  # for the answer to a hello; meanwhile no other is said
 _REPEATED = (
     messages.GetBatch, weight_messages.PublishOffer, messages.StepDone, messages.CheckpointSaved
 )  # fmt: skip
@@ -117,7 +119,7 @@ class Hub:
             return Peer(peer.bytes), unknown or Malformed(str(e))
 
     async def _receive(self) -> list[zmq.Frame]:
-        """Takes a message that is there without asyncio, which would cost more than the message."""
+        """Receives a waiting message without asyncio, which would cost more than the message."""
         self._in_a_row += 1
         if self._in_a_row > MAX_IN_A_ROW:
             self._in_a_row = 0
@@ -163,6 +165,27 @@ class Hub:
         self._context.term()
 
 
+class _Rejoining:
+    """Which RejoinRequests ask for a hello.
+
+    Heartbeats wait in the socket while the controller restarts, and each is answered by a request.
+    A second hello would take from the worker what the first one gave: its leases, its offer.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None  # when a hello was said that is not answered yet
+
+    def needs_hello(self) -> bool:
+        now = time.monotonic()
+        if self._since is not None and now - self._since < REJOIN_S:
+            return False
+        self._since = now
+        return True
+
+    def welcomed(self) -> None:
+        self._since = None
+
+
 class Link:
     """A worker's socket under asyncio."""
 
@@ -171,9 +194,10 @@ class Link:
         self._context = zmq.asyncio.Context()
         self._socket = _connect(self._context, run_dir, timeout_s)
         self._codec = Codec()
+        self._rejoining = _Rejoining()
 
     async def join(self, hello: Hello | Callable[[], Hello], timeout_s: float = 60.0) -> int:
-        """Says hello and returns the controller's epoch.
+        """Sends Hello and returns the controller's epoch.
 
         Raises ProtocolError if refused or not answered.
         A callable is called for every RejoinRequest too: all earlier leases are void then.
@@ -190,10 +214,13 @@ class Link:
         while True:
             message = await self._receive()
             if isinstance(message, messages.RejoinRequest):
-                await self.send(self._hello())
+                if self._rejoining.needs_hello():
+                    await self.send(self._hello())
             elif isinstance(message, Refused):
                 raise _refused(message)
-            elif not isinstance(message, messages.Welcome):
+            elif isinstance(message, messages.Welcome):
+                self._rejoining.welcomed()
+            else:
                 return message
 
     async def _receive(self) -> AnyMessage:
@@ -217,7 +244,7 @@ class SyncLink:
     duplicates.
     """
 
-    ended: messages.Shutdown | None = None  # set when it was received, in whatever call
+    ended: messages.Shutdown | None = None  # set when it was received, by any call
 
     def __init__(self, run_dir: Path, timeout_s: float = 60.0) -> None:
         self._context = zmq.Context()
@@ -225,6 +252,7 @@ class SyncLink:
         self._codec = Codec()
         self._controller = (run_dir / "controller.address").read_text().strip()
         self._hello: Hello | None = None
+        self._rejoining = _Rejoining()
         self._unanswered: list[Message] = []
 
     @property
@@ -252,14 +280,16 @@ class SyncLink:
                 self._send(messages.Heartbeat())  # makes a restarted controller send RejoinRequest
                 raise
             if isinstance(message, messages.RejoinRequest) and self._hello is not None:
-                for again in (self._hello, *self._unanswered):
-                    self._send(again)
+                if self._rejoining.needs_hello():
+                    for again in (self._hello, *self._unanswered):
+                        self._send(again)
             elif isinstance(message, Refused):
                 raise _refused(message)
-            elif not isinstance(message, messages.Welcome):
+            elif isinstance(message, messages.Welcome):
+                self._rejoining.welcomed()
+            else:
                 break
-        if isinstance(message, messages.TrainBatch | weight_messages.Published | messages.Shutdown):
-            self._unanswered.clear()
+        self._unanswered = [m for m in self._unanswered if not _answers(message, m)]
         if isinstance(message, messages.Shutdown):
             self.ended = message
         return message
@@ -290,6 +320,22 @@ class SyncLink:
     def close(self) -> None:
         self._socket.close()
         self._context.term()
+
+
+def _answers(message: AnyMessage, sent: Any) -> bool:
+    """Tells whether the controller has taken what was sent, one of _REPEATED, by this message.
+
+    A batch that was asked for waits through a weight update (Republish), and a batch of an earlier
+    version is one that arrives twice.
+    """
+    match message:
+        case messages.Shutdown():
+            return True
+        case messages.TrainBatch():
+            return bool(sent.version <= message.version)
+        case weight_messages.Published():
+            return sent.version <= message.version and not isinstance(sent, messages.GetBatch)
+    return False
 
 
 def _epoch(answer: AnyMessage) -> int:

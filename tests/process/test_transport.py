@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import resource
 import socket
 import stat
@@ -35,6 +36,7 @@ from megatron_async_rl.protocol.messages import (
 )
 from megatron_async_rl.protocol.transport import Hub, Link, Peer, SyncLink, with_versions
 from megatron_async_rl.protocol.types import TrainSample
+from megatron_async_rl.protocol.weight_messages import Published
 from megatron_async_rl.protocol.wire import Codec, Malformed
 
 TIMEOUT_S = 10.0
@@ -368,21 +370,34 @@ def test_free_port_is_unprivileged() -> None:
     assert 1024 <= free_port() < 65536
 
 
+async def received_in(hub: Hub, seconds: float) -> list[object]:
+    found: list[object] = []
+    with contextlib.suppress(TimeoutError):
+        while True:
+            found.append((await asyncio.wait_for(hub.receive(), seconds))[1])
+    return found
+
+
 def test_workers_rejoin_a_restarted_controller_and_repeat_requests(
     tmp_path: Path,
 ) -> None:
+    """They say hello once, however many messages waited for the controller."""
+
     async def first(hub: Hub) -> None:
         sync, link = SyncLink(tmp_path), Link(tmp_path)
         trainer = Hello("trainer", "trainer-0", 1, leader=0)
         joined = asyncio.create_task(asyncio.to_thread(sync.join, trainer))
         await welcome(hub, 1)
         assert await joined == 1
-        hellos = iter([HELLO, Hello("reward", "reward-0", 2)])
+        hellos = iter([HELLO, Hello("reward", "reward-0", 2), HELLO])
         joining = asyncio.create_task(link.join(lambda: next(hellos)))
         await welcome(hub, 1)
         await joining
         sync.send(GetBatch(4))
-        await hub.receive()
+        peer, _ = await hub.receive()
+        for message in (Published(4, 1), TrainBatch(3, [])):  # which answer another request
+            await hub.send(peer, message)
+            assert await asyncio.to_thread(sync.receive, 5.0) == message
         first.links = sync, link
 
     run_with_hub(tmp_path, first)
@@ -390,27 +405,31 @@ def test_workers_rejoin_a_restarted_controller_and_repeat_requests(
 
     async def second(hub: Hub) -> None:
         sync, link = first.links
-        await link.send(Heartbeat())
+        for _ in range(3):
+            await link.send(Heartbeat())
+            sync.send(Heartbeat())
         waiting = asyncio.create_task(asyncio.to_thread(sync.receive, 5.0))
-        sync.send(Heartbeat())
         unknown: dict[Peer, None] = {}
         told: list[object] = []
         receiving = asyncio.create_task(link.receive())
-        while len(told) < 3:
+        num_heartbeats = 0
+        while num_heartbeats < 6 or len(told) < 3:
             peer, message = await hub.receive()
             if isinstance(message, Heartbeat):
+                num_heartbeats += 1
                 unknown[peer] = None
                 await hub.send(peer, RejoinRequest())
             else:
                 told.append(message)
                 if isinstance(message, Hello):
                     await hub.send(peer, Welcome(2))
-                if isinstance(message, GetBatch) or (
-                    isinstance(message, Hello) and message.role == "reward"
-                ):
-                    await hub.send(peer, Shutdown("over"))
-        assert GetBatch(4) in told and with_versions(Hello("reward", "reward-0", 2)) in told
+        for peer in unknown:
+            await hub.send(peer, Shutdown("over"))
         assert await waiting == await receiving == Shutdown("over")
+        told += await received_in(hub, 0.3)
+        hello = with_versions(Hello("reward", "reward-0", 2))
+        trainer = with_versions(Hello("trainer", "trainer-0", 1, leader=0))
+        assert sorted(map(str, told)) == sorted(map(str, [hello, trainer, GetBatch(4)]))
         assert sync.ended == Shutdown("over")
         sync.close()
         link.close()
