@@ -49,10 +49,11 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 def sample_lengths_and_attention_length() -> tuple[list[int], float]:
     sys.path.insert(0, str(TOOLS / "bench"))
     try:
+        import bench_models
         import trainer_scenarios as scenarios
     finally:
         sys.path.pop(0)
-    shape = scenarios.COMMON | scenarios.SHAPES["tiny"]
+    shape = bench_models.SHAPES["tiny"]
     lengths = [len(s.ids) for s in scenarios.samples_of("64-256", 1500, shape["vocab_size"])]
     # length at which causal attention (6 n^2 H D) costs as much as the products (6 n weights)
     h, d, heads, groups = (

@@ -31,7 +31,9 @@ sys.path.insert(0, str(ROOT))
 
 import aiohttp
 import numpy as np
-from bench_publish_setup import SHAPES, make_config, make_model, make_parser
+from bench_models import SHAPES, make_model
+from bench_parts import running_server
+from bench_publish_setup import make_config, server_parser
 from msgspec import structs
 
 from megatron_async_rl.config.sections import SandboxConfig
@@ -40,7 +42,6 @@ from megatron_async_rl.rollout.agents.history import ChatTemplate
 from megatron_async_rl.rollout.agents.server import Endpoint
 from megatron_async_rl.rollout.agents.session import Session, SessionSettings
 from megatron_async_rl.rollout.engine_client import Sampling
-from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.gate import Gate
 from megatron_async_rl.rollout.generation import Generator
 from megatron_async_rl.rollout.python_runner import PythonRunner
@@ -54,13 +55,13 @@ CHAT_TEMPLATE = (
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = server_parser(__doc__)
     parser.add_argument("--sessions", type=int, default=256)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--user-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--client", metavar="URL", help="internal: be the clients' process")
+    parser.add_argument("--client", metavar="URL", help="internal: run the process of the clients")
     parser.set_defaults(interrupts=[])  # for make_config
     arguments = parser.parse_args()
     arguments.requests = arguments.sessions
@@ -79,18 +80,13 @@ class EnginePolicy:
 
 async def benchmark(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
-    (out / "logs").mkdir(parents=True)
-    (out / "keys").mkdir(mode=0o700)
     model = make_model(out / "model", SHAPES[arguments.model])
     write_tokenizer(model, SHAPES[arguments.model]["vocab_size"])
     length = (arguments.new_tokens + arguments.user_tokens + 4) * arguments.turns + 8
     config = make_config(arguments, model, out)
     config = structs.replace(config, model=structs.replace(config.model, context_tokens=length))
-    server = SGLangServer(config, out, "rollout-0")
     rows: dict[str, list[dict[str, Any]]] = {"direct": [], "endpoint": []}
-    try:
-        await server.start()
-        await server.client.relabel(0)
+    async with running_server(config, out) as server:
         tokenizer, gate = Tokenizer(model), Gate()
         gate.open()
         generator = Generator(
@@ -110,8 +106,6 @@ async def benchmark(arguments: argparse.Namespace) -> None:
                 row = await measured(converse, policy, arguments, 2 * number + (mode == "direct"))
                 rows[mode].append(row)
                 print(json.dumps({"mode": mode} | row), flush=True)
-    finally:
-        await server.stop()
     medians = {
         mode: statistics.median(row["tokens_per_s"] for row in found)
         for mode, found in rows.items()

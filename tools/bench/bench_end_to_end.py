@@ -15,8 +15,8 @@ Random weights, one SGLang server, one trainer rank, real processes. Rows (bound
 
 Each row is a process of its own, of at most --limit-s seconds, and is kept in OUT/WORKLOAD/rows:
 running again continues with the rows that are missing. A run is stopped after --steps, of which 1
-and 2 do not count; it would go on, so that the last steps generate as the others do. The tables
-at the end compare every row with the bounds of the same machine:
+and 2 do not count; it is longer, so that the last steps generate as the others do. The tables at
+the end compare every row with the bounds of the same machine:
 
     generation   tokens/s of the server alone
     training     tokens of a step over the trainer's own seconds in eta0: the same batches, while
@@ -31,8 +31,8 @@ Two groups of shares sum to 100 % of a step each. The trainer's: waits for a bat
     idle         no request, without the pause
     prefill      of interrupted samples after updates: their tokens, from the timeline of the steps
                  (monitor.trace_steps), at the prefill rate of the server alone
-    KV wait      what is left, times the fraction of requests that are queued in the server
-    decode       what is left then, with the first prefill of the prompts
+    KV wait      the rest, times the fraction of requests that are queued in the server
+    decode       the remaining time, with the first prefill of the prompts
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -56,26 +55,14 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import planted_lengths
 import yaml
-from bench_publish_setup import CPU_ENGINE
+from bench_models import make_model, shape_of
+from bench_parts import CPU_ENGINE, GPU_ENGINE, make_parser, running_server, start_run
 
 from megatron_async_rl import processes
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.rollout.engine_client import EngineClient, Sampling
-from megatron_async_rl.rollout.engine_process import SGLangServer
 
-SHAPES: dict[str, tuple[int, ...]] = {  # hidden, MLP, layers, heads, key-value heads, head size
-    "1.7b": (2048, 6144, 28, 16, 8, 128),
-    "0.6b": (1024, 3072, 28, 16, 8, 128),
-    "tiny": (64, 128, 2, 4, 2, 32),
-}
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+SHAPES = ("1.7b", "0.6b", "tiny")
 # mean and largest length, groups of a step, samples of a group
 WORKLOADS = {
     "generation": (1000, 4096, 32, 8),
@@ -116,18 +103,16 @@ COLUMNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of every row")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--shape", choices=list(SHAPES), default="1.7b")
+    parser.add_argument("--shape", choices=SHAPES, default="1.7b")
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=FULL_SIZE)
     parser.add_argument("--concurrent", type=int, default=256, help="samples in flight")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--limit-s", type=float, default=450.0, help="of one row")
-    parser.add_argument("--last-start-s", type=float, help="starts no row later than this")
+    parser.add_argument("--limit-s", type=float, default=450.0, help="time limit of one row")
+    parser.add_argument("--last-start-s", type=float, help="start no row after this many seconds")
     parser.add_argument("--bound-s", type=float, default=30.0)
     parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_intermixed_args()
@@ -170,34 +155,12 @@ def measure(out: Path, row: str, arguments: argparse.Namespace, is_late: bool) -
 
 def make_inputs(out: Path, shape: str) -> None:
     """Writes a model folder without weights, and a dataset of random words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    model = out / "model"
-    if model.exists():
+    if (out / "model").exists():
         return
-    model.mkdir(parents=True)
-    config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        **dict(zip(SIZES, SHAPES[shape], strict=True)),
-        "vocab_size": 151936 if shape != "tiny" else NUM_WORDS + 24,
-    }
-    (model / "config.json").write_text(json.dumps(config))
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
-    vocabulary = {"<end>": 0, "<pad>": 1, "<unk>": 2}
-    vocabulary |= {f"w{number}": number + 3 for number in range(NUM_WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(model / "tokenizer.json"))
+    sizes = shape_of(shape) | {"tie_word_embeddings": True}
+    if shape == "tiny":
+        sizes["vocab_size"] = NUM_WORDS + 24
+    make_model(out / "model", sizes, NUM_WORDS)
     rng = random.Random(0)
     with (out / "train.jsonl").open("w") as file:
         for _ in range(4000):
@@ -208,10 +171,7 @@ def make_inputs(out: Path, shape: str) -> None:
 def settings(out: Path, row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     _, most, groups, samples = WORKLOADS[arguments.workload]
     context = most + PROMPT_WORDS + 32
-    engine: dict[str, Any] = {
-        "dtype": "bfloat16",
-        "attention_backend": "triton",
-        "sampling_backend": "pytorch",
+    engine: dict[str, Any] = GPU_ENGINE | {
         "mem_fraction_static": 0.8,
         "max_running_requests": arguments.concurrent,
     }
@@ -264,14 +224,8 @@ def measure_run(out: Path, row: str, arguments: argparse.Namespace) -> dict[str,
     run_dir = Path(tree["run"]["dir"])
     tree["run"]["steps"] = ENDLESS
     path.write_text(yaml.safe_dump(tree))
-    paths = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     with log.open("w") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "megatron_async_rl", "run", str(path), "--from-scratch"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+        child = start_run(path, [], output)
     deadline = time.monotonic() + arguments.limit_s
     last_trace = run_dir / "trace" / f"v{arguments.steps - 1}.json"
     while child.poll() is None and not last_trace.exists() and time.monotonic() < deadline:
@@ -333,12 +287,7 @@ async def measure_bounds(
     """Measures the server alone: its rates at the run's load, and half of a batch to its end."""
     tree = settings(out, "bounds", arguments)
     run_dir = Path(tree["run"]["dir"])
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    (run_dir / "keys").mkdir(mode=0o700, exist_ok=True)
-    server = SGLangServer(configuration.from_tree(tree), run_dir, "rollout-0", temporary)
-    try:
-        await server.start()
-        await server.client.relabel(0)
+    async with running_server(configuration.from_tree(tree), run_dir, temporary) as server:
         await at_load(server.client, arguments)  # warm-up: kernels of all batch sizes
         await server.client.flush_cache(10.0)
         found = await at_load(server.client, arguments)
@@ -348,8 +297,6 @@ async def measure_bounds(
         half = planned_lengths(arguments)[: groups * samples // 2]
         await generate_all(server.client, [PROMPT_WORDS] * len(half), half)
         return found | {"half_batch_s": round(time.monotonic() - started, 2)}
-    finally:
-        await server.stop()
 
 
 def planned_lengths(arguments: argparse.Namespace) -> list[int]:

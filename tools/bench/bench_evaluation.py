@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import yaml
 from bench_end_to_end import PROMPT_WORDS, WARM_UP_STEPS, make_inputs
-from bench_publish_setup import CPU_ENGINE
+from bench_parts import CPU_ENGINE, make_parser, start_run
 
 MODES = ("held_server", "mixed")
 WITH, NEAREST = 0.5, 10
@@ -47,9 +45,7 @@ class Step(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of every run")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
@@ -92,13 +88,8 @@ def measure(out: Path, mode: str, arguments: argparse.Namespace) -> list[Step]:
     }
     path = out / f"{mode}.yaml"
     path.write_text(yaml.safe_dump(tree))
-    paths = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, "-m", "megatron_async_rl", "run", str(path), "--from-scratch"]
-    subprocess.run(
-        [*command, *arguments.overrides],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        check=True,
-    )
+    if code := start_run(path, arguments.overrides).wait():
+        raise SystemExit(f"the run ended with exit code {code}")
     return read_steps(out / mode)
 
 

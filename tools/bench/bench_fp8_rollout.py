@@ -40,21 +40,20 @@ sys.path.insert(0, str(ROOT))
 
 import bench_fp8_trainer
 import numpy as np
-from bench_publish_setup import CPU_ENGINE, GPU_ENGINE, make_model, memory_of
-from trainer_scenarios import COMMON
-from trainer_scenarios import SHAPES as PUBLISHED
+from bench_control import Control, environment, num_bytes, of_rank
+from bench_models import make_model, shape_of
+from bench_parts import CPU_ENGINE, GPU_ENGINE, make_parser, make_run_folder, memory_of
 
 from megatron_async_rl import processes
 from megatron_async_rl.addresses import free_port
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.weight_sync.broadcast import BroadcastPublisher
-from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
+from megatron_async_rl.controller.weight_sync.session import UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.errors import Error
-from megatron_async_rl.protocol.messages import Failed, Hello, Shutdown, Welcome
-from megatron_async_rl.protocol.transport import Hub, Link, Peer
-from megatron_async_rl.protocol.weight_messages import PublishOffer
+from megatron_async_rl.protocol.messages import Shutdown
+from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.worker import RolloutWorker
@@ -65,9 +64,8 @@ PARTS = ("update", "decode", "mismatch")
 PROMPT_TOKENS = 64
 TIMEOUT_S = 120.0
 # whole blocks of 128 x 128
-TINY = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "head_dim": 32}
-SHAPES = {name: COMMON | PUBLISHED[name] for name in ("0.6b", "1.7b", "8b", "30b-a3b")}
-SHAPES["tiny"] = COMMON | PUBLISHED["tiny"] | TINY | {"num_key_value_heads": 4}
+TINY = {"hidden_size": 128, "intermediate_size": 384, "num_key_value_heads": 4}
+MODELS = ("0.6b", "1.7b", "8b", "30b-a3b", "tiny")
 
 
 @dataclass
@@ -81,11 +79,9 @@ class Member:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--model", choices=sorted(SHAPES), default="8b")
+    parser.add_argument("--model", choices=MODELS, default="8b")
     parser.add_argument("--layers", type=int, help="layers to keep of the model; default: all")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--transport", choices=["network", "disk"], default="network")
@@ -155,39 +151,33 @@ class Bench:
         self._arguments = arguments
         self._out: Path = arguments.out
         self._rows: list[dict[str, Any]] = []
-        self._peers: dict[str, Peer] = {}
-        self._joined = asyncio.Condition()
-        self._offers: asyncio.Queue[tuple[str, PublishOffer]] = asyncio.Queue()
         self._members: dict[str, Member] = {}
-        self._session: UpdateSession | None = None
         self._workers: list[asyncio.Task[None]] = []
         self._version = 0
 
     async def run(self) -> None:
-        for folder in ("logs", "keys"):
-            (self._out / folder).mkdir(parents=True, mode=0o700)
-        sizes = dict(SHAPES[self._arguments.model])
-        sizes["num_hidden_layers"] = self._arguments.layers or sizes["num_hidden_layers"]
+        make_run_folder(self._out)
+        sizes = shape_of(self._arguments.model, self._arguments.layers)
+        if self._arguments.model == "tiny":
+            sizes |= TINY
         model = make_model(self._out / "model", sizes)
         self._vocab_size = sizes["vocab_size"]
         configs = {name: make_config(self._arguments, model, name) for name in FORMATS}
         for name, config in configs.items():
             (self._out / f"{name}.yaml").write_text(configuration.dump(config))
-        self._hub = Hub(self._out)
-        receiving = asyncio.create_task(self._receive())
+        self._control = Control(self._out)
+        receiving = asyncio.create_task(self._control.receive())
         trainer = self._start_trainer()
         try:
             await _until_one_ends(self._measure(configs), receiving, _ended(trainer))
         finally:
-            for name in self._peers:
-                await self._hub.send(self._peers[name], Shutdown("the benchmark is over"))
+            await self._control.close()
             for task in (receiving, *self._workers):
                 task.cancel()
             await asyncio.gather(*self._workers, return_exceptions=True)
             for member in self._members.values():
                 await member.server.stop()
             processes.stop([trainer], 10.0)
-            self._hub.close()
         text = table(self._rows)
         (self._out / "table.md").write_text(text)
         print(text)
@@ -218,7 +208,7 @@ class Bench:
         await server.start()
         worker = RolloutWorker(name, config, Link(self._out), server, SingleTurn())
         self._workers.append(asyncio.create_task(worker.run()))
-        session = UpdateSession(self._send, TIMEOUT_S)
+        session = UpdateSession(self._control.send, TIMEOUT_S)
         publisher: TrainerPublisher | BroadcastPublisher = BroadcastPublisher(session, 1, 1)
         if self._arguments.transport == "disk":
             publisher = TrainerPublisher(session, config, SnapshotStore(config))
@@ -227,43 +217,13 @@ class Bench:
         memory = await memory_of(server)
         seconds = round(time.monotonic() - started, 1)
         self._report("start", name, seconds=seconds, memory_gib=memory)
-        async with self._joined:
-            await asyncio.wait_for(self._joined.wait_for(lambda: name in self._peers), TIMEOUT_S)
+        await self._control.wait_for(name, TIMEOUT_S)
 
     def _start_trainer(self) -> Any:
         command = [sys.executable, __file__, str(self._out), "--role", "trainer"]
-        environment = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "NCCL_CUMEM_ENABLE": "0",
-            "NCCL_NVLS_ENABLE": "0",
-            "PYTHONPATH": processes.python_path(),
-        }
-        if not self._arguments.cpu:
-            environment["CUDA_VISIBLE_DEVICES"] = self._arguments.gpus.split(",")[0]
-        return processes.start(command, self._out / "logs" / "trainer.log", environment)
-
-    async def _send(self, name: str, message: Any) -> None:
-        await self._hub.send(self._peers[name], message)
-
-    async def _receive(self) -> None:
-        while True:
-            peer, message = await self._hub.receive()
-            name = next((n for n, p in self._peers.items() if p == peer), "")
-            if isinstance(message, Hello):
-                self._peers[message.name] = peer
-                await self._hub.send(peer, Welcome(0))
-                async with self._joined:
-                    self._joined.notify_all()
-            elif isinstance(message, PublishOffer):
-                self._offers.put_nowait((name, message))
-            elif isinstance(message, Failed):
-                raise Error(f"{name}: {message.error}")
-            elif self._session:
-                self._session.inbox.put_nowait((name, message))
+        gpu = None if self._arguments.cpu else self._arguments.gpus.split(",")[0]
+        variables = environment(gpu) | of_rank(0, 1, free_port())
+        return processes.start(command, self._out / "logs" / "trainer.log", variables)
 
     def _report(self, part: str, name: str, **figures: Any) -> None:
         row = {"part": part, "format": name, "model": self._arguments.model} | figures
@@ -275,13 +235,9 @@ class Bench:
     async def _update(self, name: str) -> None:
         """Takes the trainer's next offer, which is of this format."""
         member, is_first = self._members[name], self._version < len(FORMATS)
-        source, offer = await asyncio.wait_for(self._offers.get(), 3 * TIMEOUT_S)
-        self._session = member.publisher.session
-        outcome: Outcome = await member.publisher.publish(self._version, {source: offer}, [name])
+        outcome, offer = await self._control.publish(member.publisher, self._version, name)
         seconds = {phase: round(value, 4) for phase, value in outcome.seconds.items()}
-        tensors = [tensor for bucket in offer.buckets for tensor in bucket.tensors]
-        sent = sum(bench_fp8_trainer.num_bytes(t.dtype, t.shape) for t in tensors)
-        figures = {"bytes": sent, "buckets": len(offer.buckets), "seconds": seconds}
+        figures = {"bytes": num_bytes(offer), "buckets": len(offer.buckets), "seconds": seconds}
         digests_equal = outcome.serving == [name]  # or the server is fenced
         self._version += 1
         if not digests_equal:
@@ -318,7 +274,7 @@ class Bench:
                 for prompt, output in await self._generate(name, self._arguments.samples, seed=7)
             ]
             bench_fp8_trainer.hand_over(self._out / f"{name}.samples.json", samples)
-        await self._send("trainer-0", Shutdown("no more updates"))
+        await self._control.send("trainer-0", Shutdown("no more updates"))
         for name in FORMATS:
             answer = self._out / f"{name}.mismatch.json"
             while not answer.exists():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ from megatron_async_rl.protocol.messages import Hello
 from megatron_async_rl.protocol.transport import SyncLink
 from megatron_async_rl.protocol.types import TrainSample
 
-ITEM_BYTES = {"float32": 4, "float8_e4m3fn": 1}
 WAIT_S = 5.0
 
 
 def run(out: Path) -> None:
-    """Publishes as bf16 and fp8 in turn until told to stop; then answers each file of samples."""
+    """Publishes as bf16 and fp8 in turn until stopped; then answers each file of samples."""
     from megatron_async_rl import patches
 
     patches.prepare_megatron()
@@ -83,7 +81,3 @@ def hand_over(path: Path, value: Any) -> None:
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
-
-
-def num_bytes(dtype: str, shape: list[int]) -> int:
-    return prod(shape) * ITEM_BYTES.get(dtype, 2)

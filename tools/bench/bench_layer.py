@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures what the product's layer costs: generation of a whole run over that of its bare server.
+"""Measures the cost of the product's layer: generation of a whole run over that of a bare server.
 
     python tools/bench/bench_layer.py OUT
     python tools/bench/bench_layer.py OUT --shape tiny --cpu --concurrent 16 --new-tokens 32
@@ -23,11 +23,9 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -41,6 +39,7 @@ import aiohttp
 import bench_end_to_end as end_to_end
 import psutil
 import yaml
+from bench_parts import make_parser, start_run
 
 from megatron_async_rl.addresses import free_port
 
@@ -49,15 +48,13 @@ PATIENCE_S = 600.0  # heartbeats and leases outlive the time in which the worker
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the run")
-    parser.add_argument("--shape", choices=list(end_to_end.SHAPES), default="1.7b")
+    parser.add_argument("--shape", choices=end_to_end.SHAPES, default="1.7b")
     parser.add_argument("--concurrent", type=int, default=256, help="samples in flight")
     parser.add_argument("--new-tokens", type=int, default=400)
-    parser.add_argument("--waves", type=int, default=4, help="of a figure, the first not counted")
+    parser.add_argument("--waves", type=int, default=4, help="per figure; the first does not count")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_intermixed_args()
@@ -112,17 +109,9 @@ def running(out: Path, arguments: argparse.Namespace) -> Iterator[tuple[int, Pat
     path, ends = out / "layer.yaml", out / "ends"
     path.write_text(yaml.safe_dump(tree))
     ends.write_bytes(b"")
-    paths = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     planted = {"PLANTED_MEAN": str(arguments.new_tokens), "PLANTED_SIGMA": "0"}
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PLANTED_ENDS": str(ends)}
     with (out / "layer.log").open("w") as log:
-        command = [sys.executable, "-m", "megatron_async_rl", "run", str(path), "--from-scratch"]
-        child = subprocess.Popen(
-            [*command, *arguments.overrides],
-            env=os.environ | planted | environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        child = start_run(path, arguments.overrides, log, PLANTED_ENDS=str(ends), **planted)
     try:
         while len(read_ends(ends)) < 2 * arguments.concurrent:
             if child.poll() is not None:

@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import statistics
 import subprocess
 import sys
@@ -52,14 +51,18 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import bench_publish_roles
+from bench_control import environment, of_rank
+from bench_models import SHAPES, make_model
+from bench_parts import make_run_folder
 from bench_publish_control import Bench
-from bench_publish_setup import SHAPES, make_config, make_model, make_parser, model_bytes
+from bench_publish_setup import make_config, server_parser
 
 from megatron_async_rl import processes
 from megatron_async_rl.addresses import free_port
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.errors import Error
-from megatron_async_rl.protocol.transport import Hub
+from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.shape import num_parameters
 
 PHASES = (
     *("interrupt", "drain", "gather", "trainer_digest", "wire", "first_bucket"),
@@ -115,7 +118,7 @@ def table(rows: list[dict[str, Any]], plain: dict[int, float]) -> str:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = server_parser(__doc__)
     parser.add_argument("--trainer-tp", type=int, default=1)
     parser.add_argument(
         "--engine-gpu",
@@ -135,7 +138,7 @@ def main() -> None:
         "--no-radix-cache", action="store_true", help="an engine without prefix cache"
     )
     parser.add_argument(
-        "--updates", type=int, default=7, help="per round; every second one verifies digests"
+        "--updates", type=int, default=7, help="per round; every second update verifies digests"
     )
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=4096)
@@ -172,60 +175,34 @@ def main() -> None:
 def start(
     arguments: argparse.Namespace, name: str, command: list[str], gpus: range, **extra: str
 ) -> Any:
-    environment = {
-        "NCCL_CUMEM_ENABLE": "0",
-        "NCCL_NVLS_ENABLE": "0",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "PYTHONUNBUFFERED": "1",
-    } | extra
-    if arguments.device == "cuda":
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
-    return processes.start(command, arguments.out / "logs" / f"{name}.log", environment)
+    visible = ",".join(map(str, gpus)) if arguments.device == "cuda" else None
+    log = arguments.out / "logs" / f"{name}.log"
+    return processes.start(command, log, environment(visible) | extra)
 
 
 async def benchmark(arguments: argparse.Namespace) -> None:
     out = arguments.out
-    (out / "logs").mkdir(parents=True)
-    (out / "keys").mkdir(mode=0o700)
+    make_run_folder(out)
     config = make_config(arguments, make_model(out / "model", SHAPES[arguments.model]), out)
     (out / "config.yaml").write_text(configuration.dump(config))
     trainer_gpus = range(arguments.trainer_tp)
     first = arguments.trainer_tp if arguments.engine_gpu is None else arguments.engine_gpu
     engine_gpus = range(first, first + arguments.engine_tp)
-    hub = Hub(out)
+    bench = Bench(arguments)
     children: list[subprocess.Popen[bytes]] = []
-    me = [
-        sys.executable,
-        __file__,
-        str(out),
-        "--updates",
-        str(arguments.updates),
-        "--buckets",
-        *arguments.buckets,
-    ]
-    me += [
-        "--gap-s",
-        *map(str, arguments.gap_s),
-        "--interrupts",
-        *arguments.interrupts,
-        *(["--no-radix-cache"] if arguments.no_radix_cache else []),
-    ]
+    me = [sys.executable, __file__, str(out), "--updates", str(arguments.updates)]
+    me += ["--buckets", *arguments.buckets, "--gap-s", *map(str, arguments.gap_s)]
+    me += ["--interrupts", *arguments.interrupts]
+    me += ["--no-radix-cache"] if arguments.no_radix_cache else []
     try:
         children.append(start(arguments, "rollout-0", [*me, "--role", "rollout"], engine_gpus))
         plain = await measure_plain(arguments, me, trainer_gpus, engine_gpus)
-        port = str(free_port())
+        port = free_port()
+        command = [*me, "--role", "trainer", *(["--kill"] if arguments.kill else [])]
         for rank in trainer_gpus:
-            command = [*me, "--role", "trainer", *(["--kill"] if arguments.kill else [])]
-            ranks = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(arguments.trainer_tp),
-            }
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            children.append(
-                start(arguments, f"trainer-{rank}", command, trainer_gpus, **ranks, **meeting)
-            )
-        bench = Bench(hub, arguments, children[0].pid)
+            ranks = of_rank(rank, arguments.trainer_tp, port)
+            children.append(start(arguments, f"trainer-{rank}", command, trainer_gpus, **ranks))
+        bench.rollout_pid = children[0].pid
         loops = [asyncio.create_task(loop()) for loop in (bench.run, bench.receive)]
         loops.append(
             asyncio.create_task(until_one_fails(children[1:] if arguments.kill else children))
@@ -233,8 +210,7 @@ async def benchmark(arguments: argparse.Namespace) -> None:
         done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
         for task in loops[1:]:
             task.cancel()
-        rows = next(iter(done)).result()
-        text = table(rows, plain)
+        text = table(next(iter(done)).result(), plain)
         (out / "table.md").write_text(text)
         print(
             text,
@@ -242,22 +218,17 @@ async def benchmark(arguments: argparse.Namespace) -> None:
             sep="",
         )
     finally:
+        await bench.close()
         processes.stop(children, 10.0)
-        hub.close()
 
 
 async def measure_plain(
     arguments: argparse.Namespace, command: list[str], trainer_gpus: range, engine_gpus: range
 ) -> dict[int, float]:
     """Returns the seconds of a plain broadcast by bucket size."""
-    more = [
-        "--role",
-        "baseline",
-        "--device",
-        arguments.device,
-        "--total-bytes",
-        str(model_bytes(arguments)),
-    ]
+    parameters = num_parameters(HfConfig(arguments.out / "model").shape())
+    total = str(parameters * (4 if arguments.device == "cpu" else 2))
+    more = ["--role", "baseline", "--device", arguments.device, "--total-bytes", total]
     more += ["--port", str(free_port())]
     pair = [
         start(arguments, f"baseline-{rank}", [*command, *more, "--rank", str(rank)], gpus[:1])

@@ -29,17 +29,18 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-from bench_publish_setup import PROMPT_TOKENS, SHAPES, make_config, make_model, make_parser
+from bench_models import SHAPES, make_model
+from bench_parts import running_server
+from bench_publish_setup import PROMPT_TOKENS, make_config, server_parser
 
 from megatron_async_rl.rollout.engine_client import EngineClient, Sampling
-from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.interruption import Pause
 
 MODES: dict[str, Literal["retract", "in_place"]] = {"retract": "retract", "keep": "in_place"}
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = server_parser(__doc__)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=2048)
     parser.add_argument(
@@ -52,21 +53,13 @@ def main() -> None:
 
 async def benchmark(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
-    (out / "logs").mkdir(parents=True)
-    (out / "keys").mkdir(mode=0o700)
     model = make_model(out / "model", SHAPES[arguments.model])
-    server = SGLangServer(make_config(arguments, model, out), out, "rollout-0")
-    try:
-        await server.start()
-        await server.client.relabel(0)  # a new server calls its weights "default"
-        await generate(
-            server.client, arguments, "none", num_pauses=1
-        )  # warm-up: compiles kernels, allocates memory
+    async with running_server(make_config(arguments, model, out), out) as server:
+        # warm-up: compiles kernels, allocates memory
+        await generate(server.client, arguments, "none", num_pauses=1)
         for interrupt in arguments.interrupts:
             row = await generate(server.client, arguments, interrupt, arguments.pauses)
             print(json.dumps({"sglang": arguments.sglang} | row), flush=True)
-    finally:
-        await server.stop()
 
 
 async def generate(

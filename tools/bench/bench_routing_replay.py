@@ -12,7 +12,6 @@ step, and the share of choices (positions x layers) in which the two differ by a
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -31,6 +30,7 @@ prepare_megatron()
 import numpy as np
 import torch
 from arithmetic import Habits, draw_problems
+from bench_parts import CPU_ENGINE, make_parser, running_server
 from make_tiny_model import encode, make_optimizers, make_tokenizer, train_step
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -39,7 +39,6 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.protocol.types import TrainSample, join_segments
 from megatron_async_rl.rollout.engine_client import Sampling
-from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.samples.routing import CallExperts
 from megatron_async_rl.trainer import parallel, step
 from megatron_async_rl.trainer.data.microbatch import Packing, pack
@@ -50,21 +49,18 @@ ROUTER_SCALE = 0.02
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--engine-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--samples", type=int, default=48)
-    parser.add_argument("--top-k", type=int, default=2, help="of 16 experts")
+    parser.add_argument("--top-k", type=int, default=2, help="experts per token, of 16")
     parser.add_argument("--train-steps", type=int, default=120)
     arguments = parser.parse_args()
     models = {"random": 0, "trained": arguments.train_steps}
     models["trained, router too"] = arguments.train_steps
     for name, steps in models.items():
         out = arguments.out / name
-        for folder in ("logs", "keys"):
-            (out / folder).mkdir(parents=True)
+        out.mkdir(parents=True)
         make_model(out / "model", arguments.top_k, steps, frozen="router" not in name)
         config = make_config(out, arguments.engine_dtype, "fp32")
         samples = asyncio.run(sample(config, out, arguments.samples))
@@ -127,16 +123,8 @@ def make_config(out: Path, engine_dtype: str, precision: str) -> Config:
             "algorithm": {"prompts_per_step": 2, "samples_per_prompt": 2},
             "trainer": {"precision": precision, "max_tokens_per_microbatch": 1 << 16},
             "megatron": {"lr": 1e-6},
-            "sglang": {
-                "device": "cpu",
-                "dtype": engine_dtype,
-                "attention_backend": "torch_native",
-                "sampling_backend": "pytorch",
-                "mem_fraction_static": 0.1,
-                "max_total_tokens": 8192,
-                "disable_overlap_schedule": True,
-                "random_seed": 0,
-            },
+            "sglang": CPU_ENGINE
+            | {"dtype": engine_dtype, "max_total_tokens": 8192, "random_seed": 0},
         }
     )
 
@@ -147,10 +135,7 @@ async def sample(config: Config, out: Path, count: int) -> list[TrainSample]:
     assert routing
     tokenizer = make_tokenizer()
     prompts = [tokenizer(p.prompt)["input_ids"] for p in islice(draw_problems("train", 1), count)]
-    server = SGLangServer(config, out, "rollout-0")
-    try:
-        await server.start()
-        await server.client.relabel(0)
+    async with running_server(config, out) as server:
         sampling = Sampling(NEW_TOKENS, 1.0, [])
 
         async def generate(prompt: list[int]) -> TrainSample:
@@ -163,8 +148,6 @@ async def sample(config: Config, out: Path, count: int) -> list[TrainSample]:
             return TrainSample(tokens.ids, tokens.logprobs, tokens.versions, zeros, experts=beside)
 
         return await asyncio.gather(*map(generate, prompts))
-    finally:
-        await server.stop()
 
 
 def compare(config: Config, samples: list[TrainSample]) -> list[dict[str, Any]]:

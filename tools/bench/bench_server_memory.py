@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares the estimate of a server's GPU memory with what a running server reports.
+"""Compares the estimate of a server's GPU memory with the figures of a running server.
 
     python tools/bench/bench_server_memory.py OUT 1.7b 8b 30b-a3b:8
     python tools/bench/bench_server_memory.py OUT tiny --device cpu
@@ -23,16 +23,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench_publish_setup import make_config, make_model, make_parser, memory_of
-from trainer_scenarios import COMMON, SHAPES
+from bench_models import make_model, shape_of
+from bench_parts import memory_of, running_server
+from bench_publish_setup import make_config, server_parser
 
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.memory import GIB, server_memory
-from megatron_async_rl.rollout.engine_process import SGLangServer
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = server_parser(__doc__)
     parser.add_argument("scenarios", nargs="+", metavar="MODEL[:LAYERS]")
     parser.set_defaults(interrupts=[], new_tokens=4032, requests=256)
     arguments = parser.parse_args()
@@ -54,19 +54,11 @@ async def measure(scenario: str, arguments: argparse.Namespace) -> dict[str, Any
     name, _, layers = scenario.partition(":")
     out: Path = arguments.out / scenario.replace(":", "-")
     shutil.rmtree(out, ignore_errors=True)
-    (out / "logs").mkdir(parents=True)
-    (out / "keys").mkdir(mode=0o700)
-    sizes = COMMON | SHAPES[name]
-    sizes["num_hidden_layers"] = int(layers or sizes["num_hidden_layers"])
-    model = make_model(out / "model", sizes)
+    model = make_model(out / "model", shape_of(name, layers))
     config = make_config(arguments, model, out)
     expected = server_memory(config, HfConfig(model))
-    server = SGLangServer(config, out, "rollout-0")
-    try:
-        await server.start()
+    async with running_server(config, out) as server:
         used = await memory_of(server)
-    finally:
-        await server.stop()
     return {
         "scenario": scenario,
         "estimate": {"weights_gib": expected.weights / GIB, "kv_bytes": expected.kv_per_token},

@@ -1,6 +1,6 @@
 """Measures tokens/s, model-FLOPs utilization and peak memory of the product's own train_step.
 
-Beside the peak stands the estimate of `doctor` and `slurm --plan`.
+The peak is printed beside the estimate of `doctor` and `slurm --plan`.
 
     bench=tools/bench/bench_trainer.py
     torchrun --nproc-per-node 1 $bench model=8b,layers=12 model=1.7b,mix=8k,recompute=full
@@ -37,7 +37,6 @@ the optimizer.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -57,16 +56,10 @@ import megatron.core
 import numpy as np
 import torch
 import torch.distributed as dist
+from bench_models import shape_of
+from bench_parts import make_parser
 from megatron.core import parallel_state as mpu
-from trainer_scenarios import (
-    COMMON,
-    SHAPES,
-    make_config,
-    mean_and_longest,
-    model_flops,
-    samples_of,
-    scenario,
-)
+from trainer_scenarios import make_config, mean_and_longest, samples_of, scenario
 
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.memory import GIB, trainer_memory
@@ -115,9 +108,7 @@ def matrix_rate(size: int = 8192, count: int = 20) -> float:
 
 
 def run(s: dict[str, str], rate: float) -> dict[str, Any]:
-    shape = COMMON | SHAPES[s["model"]]
-    if s["layers"]:
-        shape["num_hidden_layers"] = int(s["layers"])
+    shape = shape_of(s["model"], s["layers"])
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(shape, s, Path(folder))
         estimate = trainer_memory(config, HfConfig(config.model.path)).peak / GIB
@@ -145,7 +136,7 @@ def run(s: dict[str, str], rate: float) -> dict[str, Any]:
     if s["profile"]:
         profile(once, Path(s["profile"]))
     median, world = statistics.median(seconds), dist.get_world_size()
-    flops = model_flops(shape, lengths)
+    flops = model.flops.training(lengths)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
     return s | {
         "layers": shape["num_hidden_layers"],
@@ -160,7 +151,6 @@ def run(s: dict[str, str], rate: float) -> dict[str, Any]:
         "utilization": flops / median / world / rate,
         "packing": stats["train/packing_efficiency"],
         "imbalance": stats["train/packing_imbalance"],
-        "largest_over_mean": stats["train/packing_imbalance"],
         "peak_gib": peak,
         "estimate_gib": estimate,
     }
@@ -188,7 +178,7 @@ COLUMNS = (
 def row(r: dict[str, Any]) -> str:
     cells = [
         r["model"],
-        r["experts"] if "num_experts" in SHAPES[r["model"]] else "",
+        r["experts"] if "num_experts" in shape_of(r["model"]) else "",
         r["layers"],
         r["tp"],
         r["mix"],
@@ -213,9 +203,7 @@ def row(r: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("scenarios", nargs="+", type=scenario)
     parser.add_argument(
         "--json", type=Path, help="also write the figures to this file, one JSON object per line"

@@ -1,4 +1,4 @@
-"""The scenarios of tools/bench/bench_trainer.py: model shapes, length mixes, model FLOPs."""
+"""The scenarios of tools/bench/bench_trainer.py: keys, length mixes, settings."""
 
 from __future__ import annotations
 
@@ -15,70 +15,6 @@ from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.protocol.types import NOT_GENERATED, TrainSample
 
-# config.json of Qwen3; vocabulary and embeddings as published
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "1.7b": {
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
-    "0.6b": {
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
-    "30b-a3b": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "norm_topk_prob": True,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "vocab_size": 1001,
-    },
-}
-SHAPES["tiny-moe"] = SHAPES["tiny"] | {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "norm_topk_prob": True,
-}
-COMMON = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 151936,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 40960,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
 MIXES = {
     "8k": (2048, 8192),
     "32k": (8192, 32768),
@@ -137,18 +73,6 @@ def samples_of(mix: str, tokens: int, vocab: int) -> list[TrainSample]:
         )
         total += length
     return samples
-
-
-def model_flops(shape: dict[str, Any], lengths: list[int]) -> float:
-    h, heads, d = (shape[k] for k in ("hidden_size", "num_attention_heads", "head_dim"))
-    if experts := shape.get("num_experts", 0):
-        mlp = 3 * h * shape["num_experts_per_tok"] * shape["moe_intermediate_size"] + h * experts
-    else:
-        mlp = 3 * h * shape["intermediate_size"]
-    layer = h * d * (2 * heads + 2 * shape["num_key_value_heads"]) + mlp
-    weights = shape["num_hidden_layers"] * layer + h * shape["vocab_size"]
-    attention = 6 * shape["num_hidden_layers"] * heads * d * sum(n * n for n in lengths)
-    return 6.0 * weights * sum(lengths) + attention
 
 
 def make_config(shape: dict[str, Any], s: dict[str, str], folder: Path) -> Config:
