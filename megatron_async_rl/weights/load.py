@@ -27,9 +27,20 @@ class SafetensorsFolder:
     """Reads parts of tensors from a Hugging Face folder, by name and index."""
 
     def __init__(self, path: str | Path) -> None:
+        """Raises DataError if the folder has no weights."""
         self._path = Path(path)
         self._open: dict[str, Any] = {}
-        self._file_of: dict[str, str] | None = None
+        index = self._path / "model.safetensors.index.json"
+        single = self._path / "model.safetensors"
+        if index.is_file():
+            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif single.is_file():
+            self._file_of = dict.fromkeys(self._file(single.name).keys(), single.name)
+        else:
+            raise DataError(
+                f"model.path = {self._path} has neither {single.name} nor {index.name}",
+                "convert the weights to safetensors",
+            )
 
     def read(self, name: str, index: Index) -> Tensor:
         """Returns part of a tensor, in the stored element type. Raises DataError if missing."""
@@ -40,33 +51,17 @@ class SafetensorsFolder:
 
     def _slice(self, name: str) -> Any:
         """Returns safetensors' lazy handle on a tensor."""
-        files = self._files()
-        if name not in files:
+        if name not in self._file_of:
             raise DataError(
                 f"model.path = {self._path} has no tensor {name}, which the model needs",
                 "download the model again",
             )
-        file = files[name]
-        if file not in self._open:
-            self._open[file] = safe_open(str(self._path / file), framework="pt")
-        return self._open[file].get_slice(name)
+        return self._file(self._file_of[name]).get_slice(name)
 
-    def _files(self) -> dict[str, str]:
-        """Returns tensor name -> file name."""
-        if self._file_of is None:
-            index = self._path / "model.safetensors.index.json"
-            single = self._path / "model.safetensors"
-            if index.is_file():
-                self._file_of = json.loads(index.read_text())["weight_map"]
-            elif single.is_file():
-                with safe_open(str(single), framework="pt") as file:
-                    self._file_of = dict.fromkeys(file.keys(), single.name)
-            else:
-                raise DataError(
-                    f"model.path = {self._path} has neither {single.name} nor {index.name}",
-                    "convert the weights to safetensors",
-                )
-        return self._file_of
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(str(self._path / name), framework="pt")
+        return self._open[name]
 
 
 @torch.no_grad()

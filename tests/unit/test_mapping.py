@@ -171,10 +171,11 @@ def test_vocabulary_is_padded_to_the_multiple(tmp_path: Path) -> None:
 
 
 def test_incomplete_folder_error_names_the_tensor(tmp_path: Path) -> None:
-    folder = SafetensorsFolder(write_config(tmp_path))
+    write_config(tmp_path)
     with pytest.raises(DataError, match="safetensors"):
-        folder.tensor_shape("model.norm.weight")
+        SafetensorsFolder(tmp_path)
     save_file({"other": torch.zeros(4, 6)}, tmp_path / "model.safetensors")
+    folder = SafetensorsFolder(tmp_path)
     with pytest.raises(DataError, match=r"no tensor model\.norm\.weight"):
         folder.tensor_shape("model.norm.weight")
     assert folder.tensor_shape("other") == (4, 6)
