@@ -12,13 +12,14 @@ with several sequences may mix.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
 NOT_GENERATED = -1
-MAX_REWARD = 1e9  # of either sign; a larger one, or NaN, is no reward
+MAX_REWARD = 1e9  # of either sign; a larger one, or NaN, is invalid
 TURN_BREAK = "\n\n"  # between the texts of the turns in Sample.text
 PROBE_TOKENS = 256  # at most, of each sample of a mismatch probe
 NO_EXPERTS = np.empty(0, np.uint8)
@@ -208,15 +209,25 @@ def join_segments(
     prompt_ids: np.ndarray, segments: list[Segment], stop: StopReason, text: str
 ) -> Sample:
     """Returns the sample of a single turn: the prompt, then the segments in order."""
-    num_prompt = len(prompt_ids)
-    ids = [token for segment in segments for token in segment.ids]
-    logprobs = [logprob for segment in segments for logprob in segment.logprobs]
-    versions = [segment.version for segment in segments for _ in segment.ids]
-    return Sample(
-        ids=np.concatenate([np.asarray(prompt_ids, np.int32), np.asarray(ids, np.int32)]),
-        logprobs=np.asarray([0.0] * num_prompt + logprobs, np.float32),
-        versions=np.asarray([NOT_GENERATED] * num_prompt + versions, np.int32),
-        stop=stop,
-        text=text,
-        num_interrupts=max(0, len(segments) - 1),
-    )
+    ids = np.asarray([token for segment in segments for token in segment.ids], np.int32)
+    tokens = np.concatenate([np.asarray(prompt_ids, np.int32), ids])
+    arrays = token_arrays(tokens, [(len(prompt_ids), segments)])
+    return Sample(*arrays, stop, text, num_interrupts=max(0, len(segments) - 1))
+
+
+def token_arrays(
+    ids: Sequence[int] | np.ndarray, turns: Iterable[tuple[int, list[Segment]]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns ids, logprobs and versions of a sequence, as in a Sample.
+
+    `turns`: the place of the first token, and the segments, of each turn that is trained.
+    """
+    logprobs = np.zeros(len(ids), np.float32)
+    versions = np.full(len(ids), NOT_GENERATED, np.int32)
+    for place, segments in turns:
+        for segment in segments:
+            end = place + len(segment.ids)
+            logprobs[place:end] = segment.logprobs
+            versions[place:end] = segment.version
+            place = end
+    return np.asarray(ids, np.int32), logprobs, versions

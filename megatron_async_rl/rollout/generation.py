@@ -6,13 +6,14 @@ the server prefills under the new weights:
 
     wait until the gate is open -> request -> append the tokens -> "abort"? repeat : return
 
-A stop text may begin before an interruption and end behind it, or be spelled in more tokens than
-the server expects, so it is searched for here too.
+A stop text may begin before an interruption and end after it, or be spelled in more tokens than the
+server expects, so it is searched for here too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import bisect
 import dataclasses
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
@@ -151,8 +152,4 @@ def num_tokens_to_stop(
 
     if not is_complete(len(window)):
         return None
-    low, high = 0, len(window)  # is_complete(low) is false, is_complete(high) true
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_complete(middle) else (middle, high)
-    return start + high
+    return start + bisect.bisect_left(range(len(window)), True, key=is_complete)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from megatron_async_rl.protocol.types import (
     Sample,
     SampleKey,
     Segment,
-    join_segments,
+    token_arrays,
 )
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.generation import Generator
@@ -113,11 +114,8 @@ class SamplePolicy:
 
         partial = self._resumed(ids)
         experts = self._experts.begin(ids, partial) if self._experts else None
-
-        async def save(segments: list[Segment], interrupted: bool) -> None:
-            await self._save(ids, segments, interrupted, experts)
-
         resumed = partial.segments() if partial else []
+        save = functools.partial(self._save, ids, experts)
         completion = await generator.generate(ids, sampling, resumed, save, experts)
         if self._experts and experts:
             self._experts.end([*ids, *completion.ids], experts)
@@ -151,20 +149,20 @@ class SamplePolicy:
         partial = self._partial
         if partial is None or partial.ids[: partial.num_input].tolist() != ids:
             return None
-        self._partial = None  # another call with this input samples by itself
+        self._partial = None  # another call with this input starts from the beginning
         return partial
 
     async def _save(
         self,
         ids: list[int],
+        experts: CallExperts | None,
         segments: list[Segment],
         interrupted: bool,
-        experts: CallExperts | None,
     ) -> None:
         """Keeps the tokens so far; those of an interrupted call go to the controller too."""
-        tokens = join_segments(np.asarray(ids, np.int32), segments, "length", "")
-        chosen = experts.of_tokens(len(tokens.ids)) if experts else NO_EXPERTS
-        partial = Partial(tokens.ids, tokens.logprobs, tokens.versions, chosen)
+        tokens = [*ids, *(token for segment in segments for token in segment.ids)]
+        chosen = experts.of_tokens(len(tokens)) if experts else NO_EXPERTS
+        partial = Partial(*token_arrays(tokens, [(len(ids), segments)]), chosen)
         self._services.partials.keep(self._sample_id, partial)
         if interrupted:
             await self._services.send(PartialSample(self._key, partial))

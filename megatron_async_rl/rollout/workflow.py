@@ -24,7 +24,7 @@ from megatron_async_rl.protocol.types import (
     Segment,
     StopReason,
     generated_runs,
-    join_segments,
+    token_arrays,
 )
 from megatron_async_rl.rollout.engine_client import Sampling
 
@@ -82,9 +82,9 @@ class Episode:
 
     def __init__(self, prompt_ids: np.ndarray) -> None:
         self.ids: list[int] = prompt_ids.tolist()
-        self._num_context = len(self.ids)  # since the last turn
-        self._turns: list[Sample] = []
-        self._starts: list[int] = []  # of the turns
+        self._end = 0  # of the last turn
+        self._turns: list[tuple[int, list[Segment]]] = []  # with the place of the first token
+        self._starts: list[int] = []  # of the turns that have a token
         self._rewards: list[float] = []
         self.metrics: dict[str, float] = {}  # yours, by name; their means are shown as user/NAME
 
@@ -98,10 +98,9 @@ class Episode:
             self._rewards.append(reward)
         elif self._rewards:
             self._rewards[-1] += reward
-        context = np.asarray(self.ids[len(self.ids) - self._num_context :], np.int32)
-        self._turns.append(join_segments(context, turn.segments, turn.stop, ""))
+        self._turns.append((len(self.ids), turn.segments))
         self.ids += turn.ids
-        self._num_context = 0
+        self._end = len(self.ids)
 
     def has_room(self, context: Sized, context_tokens: int) -> bool:
         """Returns whether a turn after `context` can have a token, given model.context_tokens."""
@@ -109,9 +108,7 @@ class Episode:
 
     def add_context(self, ids: Iterable[int]) -> None:
         """Appends tokens that the policy did not sample; they are not trained."""
-        context = [int(token) for token in ids]
-        self.ids += context
-        self._num_context += len(context)
+        self.ids += [int(token) for token in ids]
 
     def sample(
         self, stop: StopReason, text: str, discount: float = 1.0, reward: float | None = None
@@ -121,20 +118,20 @@ class Episode:
         The last turn's reward is `reward`, or without it the score of `text` times `discount`, and
         the one given to `add_turn`. The sample's reward is the sum over its turns.
         """
-        if not (turns := self._turns):
+        if not self._turns:
             raise DataError(
                 "an episode without a turn: nothing was sampled",
                 "call policy.generate and add_turn before sample",
             )
-        versions = np.concatenate([turn.versions for turn in turns])
+        ids, logprobs, versions = token_arrays(self.ids[: self._end], self._turns)
         are_apart = self._starts == [start for start, _ in generated_runs(versions)]
         return Sample(
-            ids=np.concatenate([turn.ids for turn in turns]),
-            logprobs=np.concatenate([turn.logprobs for turn in turns]),
+            ids=ids,
+            logprobs=logprobs,
             versions=versions,
             stop=stop,
             text=text,
-            num_interrupts=sum(turn.num_interrupts for turn in turns),
+            num_interrupts=sum(max(0, len(segments) - 1) for _, segments in self._turns),
             discount=discount,
             metrics=self.metrics,
             reward=reward,

@@ -15,6 +15,7 @@ of them and are context in the others.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,11 +26,12 @@ import numpy as np
 from megatron_async_rl.errors import DataError, HookFailed
 from megatron_async_rl.protocol.types import (
     MAX_REWARD,
-    NOT_GENERATED,
     TURN_BREAK,
     Sample,
+    Segment,
     StopReason,
     generated_runs,
+    token_arrays,
 )
 from megatron_async_rl.rollout.agents.apis.fields import Fields
 from megatron_async_rl.rollout.agents.apis.request import RequestError
@@ -135,30 +137,20 @@ def _sequence(
     Turns that are in `starts` are context; those that are trained here are added, by number, with
     the place of their first token.
     """
-    ids = np.asarray(leaf.ids, np.int32)
-    logprobs = np.zeros(len(ids), np.float32)
-    versions = np.full(len(ids), NOT_GENERATED, np.int32)
+    trained: list[tuple[int, list[Segment]]] = []
     turn: Turn | None = leaf
     while turn:
         if turn.number not in starts:
             starts[turn.number] = offset + turn.num_prompt
-            position = turn.num_prompt
-            for segment in turn.completion.segments:
-                end = position + len(segment.ids)
-                logprobs[position:end] = segment.logprobs
-                versions[position:end] = segment.version
-                position = end
+            trained.append((turn.num_prompt, turn.completion.segments))
         turn = turn.parent
-    return ids, logprobs, versions
+    return token_arrays(leaf.ids, trained)
 
 
 def _num_common(a: str, b: str) -> int:
     """Returns the number of leading characters in common, by bisection."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
-    return low
+    lengths = range(1, min(len(a), len(b)) + 1)
+    return bisect.bisect_left(lengths, True, key=lambda length: a[:length] != b[:length])
 
 
 # ---- the rewards that the agent gives
