@@ -21,7 +21,7 @@ from megatron.core import parallel_state as mpu
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import ProtocolError
-from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol import messages, weight_messages
 from megatron_async_rl.protocol.transport import SyncLink
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.protocol.wire import AnyMessage, Codec
@@ -76,6 +76,8 @@ class ControllerClient:
                 republish(version)
             elif isinstance(message, messages.TrainBatch) and message.version < version:
                 pass  # requested twice, because the controller restarted
+            elif isinstance(message, weight_messages.Published):
+                pass  # offered twice, likewise
             elif message is not None:
                 break
         if isinstance(message, messages.Shutdown):

@@ -133,6 +133,10 @@ class WeightPublisher:
             match message:
                 case weight_messages.OpenGroup():
                     self._open_group(message, link)
+                case weight_messages.SendBuckets() | weight_messages.WriteSnapshot() if (
+                    message.version != version
+                ):
+                    logger.warning("an order to send version %d is ignored", message.version)
                 case weight_messages.SendBuckets():
                     command = Command.SEND_AND_DIGEST if message.verify else Command.SEND
                     self._broadcast_command(command)
@@ -158,7 +162,7 @@ class WeightPublisher:
         return True
 
     def _broadcast_command(self, command: Command) -> Command:
-        """Returns the first source's command on all ranks that gather and are no sources."""
+        """Returns the first source's command on all ranks that only gather."""
         if self._command_group is None or self._command_group.size() == 1:
             return command
         tensor = torch.tensor([command])

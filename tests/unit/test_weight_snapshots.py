@@ -27,7 +27,7 @@ from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinat
 from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.protocol.messages import Message, Shutdown
+from megatron_async_rl.protocol.messages import Hello, Message, Shutdown
 from megatron_async_rl.protocol.weight_messages import (
     BucketsSent,
     GroupJoined,
@@ -84,13 +84,16 @@ class Cluster:
         timeout_s = self.config.weights.update_timeout_s
         self.session = UpdateSession(self.send, timeout_s, self.submit)
         self.publisher = TrainerPublisher(self.session, self.config, self.folders)
-        # this class replaces the queue and the workers; journal and progress are not used
-        context = Context(self.config, self.core, self, self, None, None)  # type: ignore[arg-type]
+        # this class replaces the queue, the workers and the journal; progress is not used
+        context = Context(self.config, self.core, self, self, self, None)  # type: ignore[arg-type]
         self.catch_up = CatchUp(context, self.folders)
         self.updates = UpdateCoordinator(context, self.publisher, self.catch_up)
 
     async def submit(self, event: inputs.CoreEvent) -> None:
         await self.apply(self.core.handle(event, 0.0))
+
+    async def durable(self) -> None:
+        """Nothing is written here."""
 
     async def apply(self, actions: list[Any]) -> None:
         self.core.state.take_events()
@@ -244,6 +247,39 @@ def test_lost_server_is_not_awaited(tmp_path: Path, model: Path, kind: type) -> 
         assert (await cluster.publish(2)).serving == SERVERS
 
     in_loop(body)
+
+
+def test_offer_of_a_trainer_that_has_restarted_is_void(tmp_path: Path, model: Path) -> None:
+    """Its successor has the weights of an older version, and would send them as those offered."""
+    cluster = Cluster(tmp_path, model)
+    cluster.core.state.version = 2
+    updates = cluster.updates
+
+    def offer(version: int) -> None:
+        for source in range(2):
+            updates.offered(f"trainer-{source}", PublishOffer(version, source, 2, [], "gloo"))
+
+    async def body() -> None:
+        evaluating, evaluated = asyncio.Event(), asyncio.Event()
+
+        async def allow_update(version: int) -> None:
+            evaluating.set()
+            await evaluated.wait()
+
+        updates._allow_update = allow_update
+        conductor = asyncio.create_task(updates.next())
+        offer(2)
+        await evaluating.wait()
+        for source in range(2):
+            updates.worker_joined(Hello("trainer", f"trainer-{source}", 1, source, stage=source))
+        offer(1)
+        evaluated.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        conductor.cancel()
+
+    in_loop(body)
+    assert [message for _, message in cluster.log] == [Published(1, 0)] * 2
 
 
 def test_stale_server_catches_up_within_max_staleness(tmp_path: Path, model: Path) -> None:

@@ -48,6 +48,7 @@ class UpdateCoordinator:
         self._catch_up = catch_up
         self._offers: dict[str, PublishOffer] = {}  # by weight source
         self._all_offered = asyncio.Event()
+        self._num_joined_sources = 0
         self._requested_for: frozenset[str] = frozenset()  # servers that caused a Republish
         self._being_updated: frozenset[str] = frozenset()
         self._running: asyncio.Task[None] | None = None
@@ -78,6 +79,7 @@ class UpdateCoordinator:
             self._requested_for = frozenset()
             self._offers.pop(hello.name, None)
             self._all_offered.clear()  # until this source has offered again
+            self._num_joined_sources += hello.stage >= 0
             if self._running and hello.stage >= 0:
                 self._running.cancel()  # it waits for replies of the earlier incarnation
 
@@ -111,12 +113,18 @@ class UpdateCoordinator:
         """
         done = False
         while not done:
-            offers = await self._next_offers()
+            offers, num_joined = await self._next_offers(), self._num_joined_sources
             version = min(offer.version for offer in offers.values())
             if self._allow_update:
                 await self._allow_update(version)
             servers = await self._servers_without(version)
-            if self._is_needed(version, servers):
+            is_needed = self._is_needed(version, servers)
+            if is_needed:
+                await self._context.journal.durable()  # StepDone, before any server has the weights
+            if self._num_joined_sources != num_joined:
+                logger.warning("the trainer restarted: its offer of version %d is void", version)
+                continue
+            if is_needed:
                 done = await self._run_update(version, offers, servers)
                 await self._context.queue.submit(inputs.BatchesHeld(False))
             else:
@@ -151,7 +159,6 @@ class UpdateCoordinator:
         self, version: int, offers: dict[str, PublishOffer], servers: list[str]
     ) -> bool:
         """Returns False if the trainer must offer its weights once more."""
-        await self._context.journal.durable()  # StepDone, before any server has these weights
         self._running = asyncio.create_task(self._update(version, offers, servers))
         try:
             await self._running
