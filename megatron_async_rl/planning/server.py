@@ -70,10 +70,6 @@ class Server:
         return not self._running and not self._waiting
 
     @property
-    def num_running(self) -> int:
-        return len(self._running)
-
-    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 

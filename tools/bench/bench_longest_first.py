@@ -11,7 +11,6 @@ the order of the data.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from dataclasses import replace
@@ -23,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import bench_end_to_end as end_to_end
 import numpy as np
+from bench_parts import make_parser
 from bench_plan import PROMPT_TOKENS, Planted
 
 from megatron_async_rl.planning.costs import Costs
@@ -75,9 +75,7 @@ def simulate(run: Planted, concurrent: int, seed: int, longest_first: bool) -> P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=4)
     arguments = parser.parse_args()
     print(

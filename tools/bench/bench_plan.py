@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import bench_end_to_end as end_to_end
 import numpy as np
+from bench_parts import make_parser
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
@@ -297,9 +298,7 @@ def sweep_config(folder: Path, eta: int) -> Config:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    make_parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for shape in ("0.6b", "1.7b"):

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from bench_publish_setup import parse_bucket, rounds
@@ -68,34 +69,16 @@ class InterruptionByRound:
         self._plan = plan
         self._mode = modes[plan[0]]
 
-    @property
-    def interrupts(self) -> bool:
-        return self._mode.interrupts
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mode, name)
 
     @property
     def flushes_cache(self) -> bool:
         return self._has_prefixes and self._mode.flushes_cache
 
-    @property
-    def freezes(self) -> bool:
-        return self._mode.freezes
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return self._mode.seconds
-
     async def stop(self) -> None:
         self._mode = self._modes[self._plan.pop(0) if self._plan else "abort"]
         await self._mode.stop()
-
-    async def wait_drained(self) -> None:
-        await self._mode.wait_drained()
-
-    async def resume(self) -> None:
-        await self._mode.resume()
-
-    def cache_key(self) -> str | None:
-        return self._mode.cache_key()
 
 
 def rollout(arguments: argparse.Namespace) -> None:
