@@ -20,11 +20,13 @@ _BOX = (
 )
 _BRACES = re.compile(_BOX + r"\s*(?:\[[^\[\]{}]{0,20}\]\s*){0,2}(\{)?|\\.|[{}]", re.DOTALL)
 _SIMPLE_BOX = re.compile(r"\\boxed\s*\{(\s*[^{}\\$\s][^{}\\$]*)\}")
-_BARE_BOX = re.compile(r"\s*(?:\\[dt]?frac\s*\d\s*\d|\\[A-Za-z]+|[-+]?[\d.,]*\d|[A-Za-z])")
+_BARE_BOX = re.compile(
+    r"\s*(?:\\[dt]?frac\s*(?:\d\s*\d|\{[^{}]*\}\s*\{[^{}]*\})|\\[A-Za-z]+|[-+]?[\d.,]*\d|[A-Za-z])"
+)
 # the text allowed between two boxes of one answer, as in `\boxed{2} or \boxed{3}`
 _BETWEEN = re.compile(
-    r"(?:[\s,;:$.*&]|\\text|\\[()\[\],;]|[{}]|\\quad|\b(?:and|or|either|maybe|perhaps|possibly|"
-    r"alternatively|also|otherwise|else|could|might|may|be|it|is|the|answer|even)\b){0,24}",
+    r"(?:[\s,;:$.*&]|\\text|\\[()\[\],; ]|[{}]|\\quad|(?<=and \$)[a-z]\s*=|"
+    r"\b(?:and|or|either|maybe|perhaps|possibly|alternatively|also|otherwise|else|could|might|may|be|it|is|the|answer|even)\b){0,24}",
     re.IGNORECASE,
 )
 _JOINS = re.compile(r"\b(?:and|or|maybe|perhaps|possibly|alternatively)\b|^[\s$]*[,;]", re.I)

@@ -73,7 +73,10 @@ _TAKEN_BACK = re.compile(
     re.IGNORECASE,
 )
 _OPTION = re.compile(
-    r"\b(?:option|choice|answer)\s*\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)", re.IGNORECASE
+    r"\b(?:option|choice|answer)\s*\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)|"
+    r"\b(?:so|thus|hence|therefore),?\s*\(?((?-i:[A-J]))\)?\s+is\s+(?:the\s+)?(?:correct|right)|"
+    r"\bI\s+(?:choose|pick|select)\s+\(?((?-i:[A-J]))\)?(?!\w)|(?:故选|应选|答案选)\s*[:：]?\s*\(?([A-J])\b",
+    re.IGNORECASE,
 )
 _ELLIPSIS = re.compile(r"(?<=\d)\.{3}(?!\d)")
 
@@ -106,7 +109,7 @@ def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
 def _stated_answer(text: str) -> str:
     if "..." in text:
         text = _ELLIPSIS.sub(r"\\ldots ", text)
-    if options := _OPTION.findall(text):
+    if options := ["".join(groups) for groups in _OPTION.findall(text)]:
         return ", ".join(dict.fromkeys(options))
     text = text.replace("。", ". ")
     if "matrix}" in text:

@@ -49,7 +49,8 @@ _JOINED = re.compile(
 )
 # a command with its text, or a word
 _WORD = re.compile(
-    r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|(?<![\\A-Za-z])[A-Za-z][A-Za-z'\u2019-]*"
+    r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|(?<![\\A-Za-z])[A-Za-z][A-Za-z'\u2019-]*|"
+    r"(?!(?<=\d)[\u4e07\u842c\u4ebf\u5104\u5146\u5343\u767e\u5341])[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]+"
 )
 _OUT_OF = re.compile(r"(\d+)\s+out\s+of\s+(\d+)")
 # before a number that is denied or only a bound
@@ -69,7 +70,7 @@ _RESULT = re.compile(
 _FURTHER = re.compile(
     r"[,;=]|\.\s|\b(?:so|thus|therefore|hence|or|but|leaving|which|means|is|are|was|were)\b"
 )
-_CHOICE_LINE = re.compile(r"\(([A-J])\)")
+_CHOICE_LINE = re.compile(r"(?:\(([A-J])\)|([A-HJ]))\.?")  # I is a word
 _JOINING = frozenset(("and", "or", "maybe", "perhaps", "possibly"))
 _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc ln log exp sqrt pi lim max min gcd lcm mod infinity inf".split()
@@ -113,7 +114,7 @@ def _join_spans(text: str, match: re.Match[str]) -> str:
         unit = re.match(r"(?:\\?%|\s*(?:degrees|percent)\b|\s*\u00b0)", after)
         if unit:
             return f"{parts[0]} {unit[0]}"
-        either = re.match(r"\s*,?\s*(?:or|and)\s+(?:maybe\s+)?([-+]?[\d.]*\d)", after)
+        either = re.match(r"\s*,?\s*(?:or|and)\s+(?:maybe\s+)?([-+]?[\d.]*\d(?:\s*\\?%)?)", after)
         if either:
             parts.append(either[1])
     return ", ".join(parts)
@@ -149,7 +150,7 @@ def last(text: str) -> str:
     last = spans[-1] if spans else None
     tail = text if last is None else text[last.end() :]
     if choice := _CHOICE_LINE.fullmatch(tail.strip().rpartition("\n")[2]):
-        return choice[1]
+        return choice[1] or choice[2]
     bold = list(_BOLD.finditer(tail))
     if bold and not tail[bold[-1].end() :].strip(_TRAILING):
         return unwrap(bold[-1][2])

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 from megatron_async_rl.reward.math import (
-    choices,
     normal_form,
     number_equality,
+    phrasing,
     relations,
     structure,
+    words,
 )
 from megatron_async_rl.reward.math.evaluation import (
     Contradiction,
@@ -24,6 +25,7 @@ from megatron_async_rl.reward.math.evaluation import (
     variables,
 )
 from megatron_async_rl.reward.math.parts import (
+    INFINITY,
     BasedNumber,
     Clock,
     Congruence,
@@ -48,17 +50,24 @@ _AND_WORD = re.compile(r"\band\b")
 
 def equal(expected: str, answer: str) -> bool | None:
     """Returns whether two normalized answers are equal, None where math-verify has to decide."""
-    if (chosen := choices.equal(expected, answer)) is not None:
+    if (chosen := words.equal_choices(expected, answer)) is not None:
         return chosen
     own, constant = _CONSTANT.search(expected), _CONSTANT.search(answer)
     if own and constant and own.start() and expected.endswith("C"):
         expected, answer = expected[: own.start()], answer[: constant.start()]
+    if "\\mathbb" in expected or "\\mathbb" in answer:
+        expected, answer = phrasing.share_condition(expected, answer)
+    answer = phrasing.share_argument(expected, answer)
     try:
         gold = structure.read(expected)
     except (Unreadable, TooLarge, ArithmeticError, RecursionError):
-        return _equal_texts(expected, answer)
+        equal_texts = _equal_texts(expected, answer)
+        return bool(equal_texts) if "{cases}" in expected else equal_texts
     try:
         given = structure.read(answer)
+        if relations.needs_expansion(expected, gold, answer, given):  # a = b = 1 is (1, 1)
+            expected, answer = map(relations.expand_chains, (expected, answer))
+            gold, given = structure.read(expected), structure.read(answer)
     except Contradiction:
         return False
     except (Unreadable, TooLarge, ArithmeticError, RecursionError):
@@ -66,13 +75,17 @@ def equal(expected: str, answer: str) -> bool | None:
         is_open = "\\ldots" in answer and "\\ldots" not in expected
         is_open = is_open or _is_cut_off(answer) or _HEDGE.search(answer) is not None
         # of prose, math-verify would take some number
-        is_open = is_open or len(_PROSE_WORD.findall(answer)) > 2
+        is_open = is_open or len(_PROSE_WORD.findall(answer)) > 2 or "{cases}" in expected
         return False if is_open or isinstance(gold, Words) else None
     if relations.names_other_coordinate(expected, answer):
         return False
+    if isinstance(given, Equation) and relations.is_line(expected, gold, given):
+        return True
     names, given_names = relations.named_values(expected), relations.named_values(answer)
     if not names and isinstance(gold, Sequence | Matrix):
         given = relations.sorted_by_name(given, given_names)
+    elif 0 < len(set(names) & set(given_names)) < len(given_names):
+        return False  # other names
     elif names:
         gold, given = relations.in_order(gold, given, names, given_names)
     try:
@@ -137,8 +150,13 @@ def _equal(gold: Part, given: Part) -> bool | None:
             return False
         return _equal_all(gold.items, given.items)
     if isinstance(gold, Clock) and isinstance(given, Clock):
-        return _equal_times(gold, given)
-    return isinstance(gold, Words) and isinstance(given, Words) and gold.text == given.text
+        return gold.is_same_time(given)
+    text, other = (gold, given) if isinstance(gold, Words) else (given, gold)
+    if isinstance(text, Words) and isinstance(other, Number):
+        if text.text == "infinitely many":
+            return other.node == INFINITY
+        return number_equality.rational(other) in text.values
+    return isinstance(text, Words) and isinstance(other, Words) and text.text == other.text
 
 
 def _equal_all(left: tuple[Part, ...], right: tuple[Part, ...]) -> bool | None:
@@ -237,10 +255,14 @@ def _equal_congruences(gold: Part, given: Part) -> bool | None:
         if a is None or b is None:
             return _equal(gold.residue, given.residue)
         return (a - b) % gold.modulus == 0
-    if isinstance(gold, Congruence):
-        return _equal(gold.residue, given)
-    assert isinstance(given, Congruence)
-    return _equal(gold, given.residue)
+    one, other = (gold, given) if isinstance(gold, Congruence) else (given, gold)
+    assert isinstance(one, Congruence)
+    if isinstance(other, Equation) and other.name:
+        other = other.right_part
+    if isinstance(other, Number) and variables(other.node):
+        residue = number_equality.rational(one.residue)
+        return number_equality.is_residue_class(other.node, residue, one.modulus)
+    return _equal(gold.residue if one is gold else gold, given.residue if one is given else given)
 
 
 def _equal_equations(gold: Part, given: Part) -> bool | None:
@@ -299,17 +321,3 @@ def _equal_ratios(gold: Part, given: Part) -> bool | None:
         else:
             return False
     return number_equality.same_ratio(*terms)
-
-
-def _equal_times(gold: Clock, given: Clock) -> bool:
-    halves = {gold.half, given.half} - {""}
-    if gold.numbers == given.numbers:
-        return len(halves) < 2
-    return len(halves) == 1 and _hours_of_day(gold) == _hours_of_day(given)
-
-
-def _hours_of_day(clock: Clock) -> tuple[int, ...]:
-    hours, *rest = map(int, clock.numbers)
-    if clock.half:
-        hours = hours % 12 + (12 if clock.half == "p" else 0)
-    return (hours, *rest)

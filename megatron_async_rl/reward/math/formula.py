@@ -20,6 +20,7 @@ from megatron_async_rl.reward.math.evaluation import (
     read_numeral,
 )
 
+UNIT_VECTORS = ("i", "j", "k")
 _MAX_DEPTH = 40
 _MAX_TOKENS = 400
 
@@ -223,9 +224,19 @@ class _Parser:
             return self.function(name)
         if name == "pi":
             return ("constant", "pi")
+        if name == "vec":  # of i, j or k: a unit vector (normal_form.py)
+            return self.unit_vector()
         if name in _GREEK:
             return self.variable(name)
         raise Unreadable
+
+    def unit_vector(self) -> Node:
+        self.take("{")
+        name = self.take()
+        self.take("}")
+        if name not in UNIT_VECTORS:
+            raise Unreadable
+        return ("variable", f"vec {name}")
 
     def variable(self, name: str) -> Node:
         if self.peek() == "_":
@@ -266,7 +277,7 @@ class _Parser:
         return call if exponent is None else ("^", call, exponent)
 
 
-_ATOMS = frozenset(("frac", "binom", "sqrt", "cbrt", "pi", *FUNCTIONS, *_GREEK))
+_ATOMS = frozenset(("frac", "binom", "sqrt", "cbrt", "pi", "vec", *FUNCTIONS, *_GREEK))
 
 
 def _call(name: str, argument: Node, base: Node | None) -> Node:

@@ -41,6 +41,11 @@ _OUTER = re.compile(
     re.DOTALL,
 )
 _ONE_CELL = re.compile(r"\s*\\begin\s*\{array\}\s*\{[^{}]*\}(?P<body>[^&]*)\\end\s*\{array\}\s*")
+_UNIT_LETTER = r"\s*(?:\\([ij])math|([ijk]))\s*"
+_ARROW = r"\\(?:mathbf|boldsymbol|bm|hat|widehat|vec|overrightarrow)\s*"
+_UNIT_VECTOR = re.compile(  # \mathbf{i}, \hat{\jmath}, \hat{\mathbf{k}}
+    rf"{_ARROW}(?:\{{\s*{_ARROW}\{{{_UNIT_LETTER}\}}\s*\}}|\{{{_UNIT_LETTER}\}}|{_UNIT_LETTER}(?![A-Za-z]))"
+)
 _CASES = re.compile(r"\\begin\s*\{cases\}(.*?)\\end\s*\{cases\}", re.DOTALL)
 _INFIX = re.compile(r"\{([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}")
 _INFIX_COMMANDS = {"over": "frac", "choose": "binom"}
@@ -67,6 +72,7 @@ _UNIT_FRACTION = re.compile(
     r"\{\s*\\(?:text|mathrm)\{\s*([a-z]+)\s*\}(?:\^\{?\d\}?)?\s*\}$"
 )
 _ENDS = " \t\n,;:"
+OPEN, CLOSE = "([{", ")]}"
 _MARKS = ("__", "*", "_", '"', "'")
 _MAX_REWRITTEN_CHARS = 2_000
 MAX_CHARS = 600  # longer answers are left to math-verify
@@ -138,6 +144,9 @@ def _rewrite_layout(text: str) -> str:
     if "\\num" in text or "\\ang" in text:
         text = _SIMPLE_QUANTITY.sub(lambda m: m[2] + "^\\circ " * (m[1] == "ang"), text)
     text = _BARE_FONT.sub("", text)
+    if "j" in text:
+        for _ in range(2):  # of \hat{\mathbf j} the inner one first
+            text = _UNIT_VECTOR.sub(lambda m: f"\\vec{{{''.join(filter(None, m.groups()))}}}", text)
     if "color" in text:
         text = _COLOR.sub("", text)
     if "\\over" in text or "\\choose" in text:
@@ -147,7 +156,9 @@ def _rewrite_layout(text: str) -> str:
         if outer := _OUTER.fullmatch(text) or _ONE_CELL.fullmatch(text):
             text = outer["body"] if "\\\\" not in outer["body"] or "matrix" in text else text
         if "matrix" not in text and "array" not in text:
-            text = _ENVIRONMENT.sub("", _CASES.sub(_join_cases, text))
+            text = _CASES.sub(_join_cases, text)
+            if "{cases}" not in text:
+                text = _ENVIRONMENT.sub("", text)
     return text
 
 
@@ -180,7 +191,8 @@ def unwrap_text(text: str) -> str:
     if "\\" not in text:
         return " ".join(text.split())
     text = _UNIT_FRACTION.sub(r" \1/\2", text)
-    if text[-1] == "}" and (wrapper := _WRAPPER.match(text)) and _closes_at_end(text):
+    wrapper = _WRAPPER.match(text) if text[-1] == "}" else None
+    if wrapper and closes_at_end(text, wrapper[0], "}"):
         text = text[wrapper.end() : -1]
     for _ in range(4):
         text, count = _TEXT.subn(r" \1 ", text)
@@ -189,12 +201,14 @@ def unwrap_text(text: str) -> str:
     return " ".join(text.split()).replace(" ,", ",")
 
 
-def _closes_at_end(text: str) -> bool:
-    """Returns whether the first brace closes at the end of the text."""
+def closes_at_end(text: str, opening: str, ending: str) -> bool:
+    """Returns whether the bracket that ends `opening` is closed by `ending`, the text's end."""
     depth = 0
-    for i, ch in enumerate(text):
-        if ch in "{}" and text[i - 1 : i] != "\\":
-            depth += 1 if ch == "{" else -1
-            if depth == 0:
-                return i == len(text) - 1
-    return False
+    for i, ch in enumerate(text[: len(text) - len(ending)]):
+        if ch in OPEN:
+            depth += 1
+        elif ch in CLOSE:
+            depth -= 1
+            if depth <= 0 and i >= len(opening):
+                return False
+    return True

@@ -1,13 +1,20 @@
-"""Compares formulas by their values: exactly where they are rational, else to 1e-9 relative."""
+"""Compares formulas by their values: exactly where they are rational, else to 1e-9 relative.
+
+Values that agree so far are compared again with 60 digits, so that 1 - e^{-30} is not 1. Formulas
+with complex numbers or angles, and long decimals, which may be rounded, are not.
+"""
 
 from __future__ import annotations
 
+import decimal
 import re
+from decimal import Decimal
 from fractions import Fraction
 
 from megatron_async_rl.reward.math.evaluation import (
     Node,
     TooLarge,
+    Unreadable,
     Value,
     counts,
     points,
@@ -20,6 +27,11 @@ from megatron_async_rl.reward.math.parts import Number, Part, is_infinite
 _RELATIVE = 1e-9  # of values in double precision
 _MIN_ROUNDED_DIGITS = 6  # and places, of a decimal that rounds a fraction or root
 _UNIT_POWER = re.compile(r"\^\s*\{?\s*(-?\d)")
+_CONTEXT = decimal.Context(prec=60)
+_PI = Decimal("3.141592653589793238462643383279502884197169399375105820974944592")
+_SHARP = Decimal("1e-40")  # relative, of what 60 digits compute
+_TINY = Decimal("1e-45")
+_COARSE = Decimal("1e-9")  # beyond it another branch of a root or logarithm is the reason
 _TEN: Node = ("call", "log", ("number", Fraction(10)))
 
 
@@ -60,7 +72,76 @@ def is_huge(node: Node) -> bool:
 
 
 def _same_values(a: Node, b: Node) -> bool:
-    return all(_same_value(value(a, point), value(b, point)) for point in _points(a, b))
+    first, *others = _points(a, b)
+    for point in (first, *others):
+        left, right = value(a, point), value(b, point)
+        if not _same_value(left, right):
+            return False
+        # a zero may be what rounding errors have left
+        is_exact = left != 0 and isinstance(left, Fraction) and isinstance(right, Fraction)
+        if not is_exact and point is first and a != b and _differ(a, b, point):
+            return False
+    return True
+
+
+def _differ(a: Node, b: Node, at: dict[str, Fraction]) -> bool:
+    """Returns whether two formulas that agree in double precision have different values at a point.
+
+    False if one of them cannot be computed here.
+    """
+    try:
+        with decimal.localcontext(_CONTEXT):
+            left, right = _precise_value(a, at), _precise_value(b, at)
+            size, difference = max(abs(left), abs(right)), abs(left - right)
+            return max(_SHARP * size, _TINY) < difference < _COARSE * max(size, Decimal(1))
+    except (Unreadable, TooLarge, ArithmeticError, RecursionError):
+        return False
+
+
+def _precise_value(node: Node, at: dict[str, Fraction]) -> Decimal:
+    kind = node[0]
+    if kind in ("number", "!", "binom"):
+        number = value(node, at)
+        if not isinstance(number, Fraction) or _may_be_rounded(number):
+            raise Unreadable
+        return _decimal(number)
+    if kind == "variable":
+        return _decimal(at[node[1]])
+    if kind == "constant" and node[1] != "i":
+        return _PI if node[1] == "pi" else Decimal(1).exp()
+    if kind == "call" and node[1] in ("exp", "ln", "log"):
+        argument = _precise_value(node[2], at)
+        return argument.exp() if node[1] == "exp" else argument.ln()
+    if kind not in ("group", "negative", "abs", "+", "mixed", "-", "*", "/", "root", "^"):
+        raise Unreadable
+    first = _precise_value(node[1], at)
+    if kind == "group":
+        return first
+    if kind == "negative":
+        return -first
+    if kind == "abs":
+        return abs(first)
+    second = _precise_value(node[2], at)
+    if kind in ("+", "mixed"):
+        return first + second
+    if kind == "-":
+        return first - second
+    if kind == "*":
+        return first * second
+    if kind == "/":
+        return first / second
+    if kind == "root" and first < 0 and second % 2 == 1:
+        return -((-first) ** (1 / second))
+    return first ** (1 / second if kind == "root" else second)
+
+
+def _decimal(number: Fraction) -> Decimal:
+    return Decimal(number.numerator) / Decimal(number.denominator)
+
+
+def _may_be_rounded(number: Fraction) -> bool:
+    """True for a decimal of 8 to 17 places."""
+    return 10**8 <= number.denominator <= 10**17 and 10**17 % number.denominator == 0
 
 
 def _points(a: Node, b: Node) -> list[dict[str, Fraction]]:
@@ -101,15 +182,18 @@ def _close(a: complex, b: complex) -> bool:
 
 
 def _is_rounding(gold: Number, given: Number, a: Value, b: Value) -> bool:
-    """True if one is the other rounded or cut to at least six digits, as 0.333333 for 1/3."""
+    """True if one is the other rounded or cut to at least six digits: 0.666667, 0.666666 of 2/3."""
     for rounded, exact, number in ((given, gold, a), (gold, given, b)):
         if rounded.places is None or exact.places is not None or rounded.places > 300:
             continue
         digits = rounded.text.replace(",", "").lstrip("-+ ").replace(".", "").lstrip("0")
         if min(len(digits), rounded.places) < _MIN_ROUNDED_DIGITS or _terminates(number):
             continue
-        difference = abs(complex(a) - complex(b))
-        return difference <= 10.0**-rounded.places
+        short, full = (complex(b), complex(a)) if rounded is given else (complex(a), complex(b))
+        difference, unit = abs(short - full), 10.0**-rounded.places
+        is_cut = abs(short) < abs(full) and difference < unit
+        # the second term is for decimals that a program has computed
+        return is_cut or difference <= 0.5 * unit + 1e-15 * abs(full)
     return False
 
 
@@ -149,3 +233,14 @@ def same_ratio(a: list[Node], b: list[Node]) -> bool:
         _same_values(("*", a[0], right), ("*", b[0], left))
         for left, right in zip(a[1:], b[1:], strict=True)
     )
+
+
+def is_residue_class(node: Node, residue: Fraction | None, modulus: int) -> bool:
+    """Returns whether a formula such as 4k + 1 gives the numbers of a residue class."""
+    names = variables(node)
+    if residue is None or len(names) > 1:
+        return False
+    first, second, third = (value(node, dict.fromkeys(names, Fraction(k))) for k in range(3))
+    if not isinstance(first, Fraction) or third - second != second - first:
+        return False
+    return abs(second - first) == modulus and (first - residue) % modulus == 0

@@ -38,6 +38,7 @@ _CLOCK = re.compile(
 )
 _MORNING = re.compile(r"in the morning$")
 _AFTERNOON = re.compile(r"in the (?:afternoon|evening)$")
+_TWELVE = re.compile(r"(?:12(?::00)?\s+)?(noon|midnight)", re.IGNORECASE)
 _SPACED_COLON = re.compile(r"\s*:\s*")
 _TIME = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 _RATIO_WORD = re.compile(r"(\d+(?:\.\d+)?)\s+to\s+(\d+(?:\.\d+)?)")
@@ -74,6 +75,16 @@ _QUANTITY_UNITS = {  # of quantities in two units, such as 5 feet 3 inches
 }
 _UNIT_NAMES = {name: unit for unit, names in _QUANTITY_UNITS.items() for name in names.split()}
 _QUANTITY = re.compile(r"(\d+)\s*([a-z]+)\.?,?\s*(?:and\s+)?(\d+)\s*([a-z]+)\.?", re.IGNORECASE)
+_SMALLER_UNITS = {
+    ("week", "day"): 7,
+    ("day", "hour"): 24,
+    ("hour", "minute"): 60,
+    ("minute", "second"): 60,
+    ("year", "month"): 12,
+    ("foot", "inch"): 12,
+    ("pound", "ounce"): 16,
+}
+_ANGLE = re.compile(r"(\d{1,9})\s*\^\\circ\s*(\d{1,2})\s*'")
 _DECIMAL = re.compile(r"[-+]?\s*(?:\d[\d,]*)?\.(\d+)")
 _MIXED = re.compile(r"(?<![\d./}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
 _REPEATING = re.compile(
@@ -100,6 +111,14 @@ _PARTS = {
     for number, name in enumerate("third fourth fifth sixth seventh eighth ninth tenth".split(), 3)
     for plural in ("", "s")
 } | {"half": 2, "halves": 2, "quarter": 4, "quarters": 4}
+_TENS = dict(
+    zip("thirty forty fifty sixty seventy eighty ninety".split(), range(30, 100, 10), strict=True)
+)
+_CARDINALS |= _TENS | {
+    f"{ten}-{one}": number + _CARDINALS[one]
+    for ten, number in (_TENS | {"twenty": 20}).items()
+    for one in "one two three four five six seven eight nine".split()
+}
 _SPELLED = re.compile(r"([a-z]+)(?:[ -]([a-z]+))?", re.IGNORECASE)
 
 
@@ -110,6 +129,8 @@ def spell_out(text: str) -> str:
     if match is None or number is None:
         return text
     second = (match[2] or "").lower()
+    if f"{match[1].lower()}-{second}" in _CARDINALS:
+        return str(_CARDINALS[f"{match[1].lower()}-{second}"])
     if second in _PARTS:
         return f"{number}/{_PARTS[second]}"
     return f"{number} {second}".strip() if not second or second in _SCALES else text
@@ -149,6 +170,12 @@ def read_based_chain(text: str) -> BasedNumber | None:
     return next((one for one in reversed(based) if one.base != 10), based[0])
 
 
+def read_twelve(text: str) -> Clock | None:
+    """Reads noon, 12 noon and midnight."""
+    match = _TWELVE.fullmatch(text)
+    return match and Clock(("12", "00"), "p" if match[1].lower() == "noon" else "a")
+
+
 def read_time_or_ratio(text: str) -> Clock | Ratio | None:
     """Reads 10:30 a.m., 3 pm, 3:4, 3 to 4 and x:2x."""
     text = _SPACED_COLON.sub(":", text)
@@ -177,13 +204,21 @@ def read_date(text: str) -> Words | None:
 
 
 def read_quantity(text: str) -> Words | Number | None:
-    """Reads a quantity in two units: 5 feet 3 inches, 3 dollars and 54 cents."""
+    """Reads a quantity in two units: 5 feet 3 inches, 3 dollars and 54 cents, 45 degrees 30'."""
+    if "'" in text and (angle := _ANGLE.fullmatch(text)):
+        return Number(("number", int(angle[1]) + Fraction(int(angle[2]), 60)), text)
     if (match := _QUANTITY.fullmatch(text)) is None:
         return None
-    names = [_UNIT_NAMES.get(match[i].lower()) for i in (2, 4)]
-    if names == ["dollar", "cent"] and len(match[3]) < 3:
+    large, small = (_UNIT_NAMES.get(match[i].lower()) for i in (2, 4))
+    if not large or not small:
+        return None
+    if (large, small) == ("dollar", "cent") and len(match[3]) < 3:
         return read_number(f"{match[1]}.{match[3]:0>2}")
-    return Words(f"{match[1]} {names[0]} {match[3]} {names[1]}") if all(names) else None
+    values: tuple[Fraction, ...] = ()
+    if factor := _SMALLER_UNITS.get((large, small)):
+        total = int(match[1]) * factor + int(match[3])
+        values = Fraction(total, factor), Fraction(total)
+    return Words(f"{match[1]} {large} {match[3]} {small}", values)
 
 
 def read_number(text: str) -> Number:

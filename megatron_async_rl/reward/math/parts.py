@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from megatron_async_rl.reward.math.evaluation import Node
 
@@ -65,6 +66,19 @@ class Clock:
     numbers: tuple[str, ...]
     half: str  # "a", "p" or ""
 
+    def is_same_time(self, other: Clock) -> bool:
+        """3:45 is 3:45 p.m., which is 15:45."""
+        halves = {self.half, other.half} - {""}
+        if self.numbers == other.numbers:
+            return len(halves) < 2
+        return len(halves) == 1 and self._of_day() == other._of_day()
+
+    def _of_day(self) -> tuple[int, ...]:
+        hours, *rest = map(int, self.numbers)
+        if self.half:
+            hours = hours % 12 + (12 if self.half == "p" else 0)
+        return (hours, *rest)
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -80,6 +94,7 @@ class Congruence:
 @dataclass(frozen=True)
 class Words:
     text: str
+    values: tuple[Fraction, ...] = ()  # of a quantity such as 3 hours 30 minutes, in each unit
 
 
 Part = (

@@ -16,17 +16,29 @@ _ELEMENT = re.compile(
 )
 _OF_REALS = re.compile(r"(?:,\s*|\s+for\s+)[A-Za-z]\s*\\in\s*\\mathbb\s*\{?\s*R\s*\}?$")
 _OF_INTEGERS = re.compile(  # the end of `x = n\pi, n \in Z`
-    r"(?:,\s*(?:where\s+)?|\s+(?:for|where)\s+(?:all\s+|any\s+|some\s+)?(?:integers?\s+)?)([a-z])"
-    r"(?:\s*\\in\s*\\mathbb\s*\{?\s*Z\s*\}?|\s+is\s+(?:an|any)\s+integer|$)"
+    r"(?:[,(]\s*\(?\s*(?:where\s+)?|\s+(?:for|where)\s+(?:all\s+|any\s+|some\s+)?(?:integers?\s+)?)([a-z])"
+    r"(?:\s*\\in\s*\\mathbb\s*\{?\s*Z\s*\}?|\s+is\s+(?:an|any)\s+integer|$)\s*\)?"
+)
+# the end of `cx for all real c`, which restricts nothing
+_FOR_ALL = re.compile(
+    r"\s*,?\s*\(?(?:for|where)\s+(?:(?:all|any|every|each|some)\s+)(?:(?:real|positive|natural|complex|arbitrary)\s+)?"
+    r"(?:(?:constants?|numbers?|values?\s+of)\s+)?[A-Za-z](?:\s*\\in\s*\\mathbb\s*\{?\s*[RNCQ]\s*\}?)?\s*\)?$|"
+    r"\s*,?\s*\(?where\s+[A-Za-z]\s+is\s+(?:a|an|any)\s+(?:real\s+|arbitrary\s+)*(?:constant|number)\)?$"
 )
 _REAL = re.compile(r"^[a-z]\s*\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*,\s*(?=[a-z])")
 _CHOOSE = re.compile(  # _5C_2, ^5C_2
     r"(?:\{\s*\})?[_^]\s*\{?(\w+)\}?\s*C\s*_\s*\{?(\w+)\}?"
 )
-_FUNCTION = re.compile(r"^(?:[A-Za-z]\s*\\mapsto\s*|[fghpFGHP]\s*\(\s*[a-z]\s*\)\s*=)")
-_NEGATIVE = re.compile(r"^(?:negative|minus)\s+(?=[\d\\])", re.IGNORECASE)
+_CHOOSE_AFTER = re.compile(r"(?<![A-Za-z\\])C\s*_\s*\{?(\d+)\}?\s*\^\s*\{?(\d+)\}?")  # C_5^2
+_MAPPING = re.compile(r"^[A-Za-z]\s*\\mapsto\s*")
+_FUNCTION = re.compile(
+    r"(?<![A-Za-z\\])([fghpFGHP])\s*\(\s*[a-z]\s*\)\s*(?:=|\\equiv(?![A-Za-z])(?!.*mod))"
+)
+_ARGUMENT = re.compile(r"[fghpFGHP]\s*\(\s*([a-z])\s*\)\s*=")
+_INTEGER_NAME = re.compile(r"(?<![A-Za-z\\])[klmn](?![A-Za-z])")
+_NEGATIVE = re.compile(r"^(?:negative|minus)\s+(?=[\d\\]|inf)", re.IGNORECASE)
 _REALS = re.compile(
-    r"\\mathbb\s*\{?\s*R\s*\}?|(?i:(?:all|any)\s+reals?(?:\s+numbers?)?)|"
+    r"\\mathbb\s*\{?\s*R\s*\}?|(?i:(?:the\s+set\s+of\s+)?(?:all|any)\s+reals?(?:\s+numbers?)?)|"
     r"\(?-\\infty\s*<\s*[a-z]\s*<\s*\\infty\)?"
 )
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|sim)(?![A-Za-z])")
@@ -46,6 +58,7 @@ _SENTENCE = re.compile(
     r"(?:the\s+)?(?:ordered\s+)?(?:interval|point|points|line|vector|pair|triple|value|number|integer|"
     r"domain|range|solution|solutions|set|equation|plane|curve)s?\s*:?\s+(?=[-+\d\\(\[{.])|"
     r"(?:all\s+)?(?:real\s+)?(?:(?:numbers?|values?)\s+)?(?:of\s+)?[a-z]?\s*such\s+that\s+|"
+    r"(?:in\s+)?(?:the\s+)?year\s+(?=\d)|in\s+(?=\d{4}$)|"
     r"all\s+(?:real\s+)?(?:numbers|values)\s+(?:of\s+[a-z]\s+)?(?:with\s+)?(?=[-+\d\\(.]|[a-z]\s*[<>\\])",
     re.IGNORECASE,
 )
@@ -90,13 +103,18 @@ def bare(text: str) -> str:
         if (sentence := _SENTENCE.match(text)) and not _DENIAL.search(sentence[0]):
             text = text[sentence.end() :].removesuffix(".")
         if "y" not in text:
-            text = _FUNCTION.sub("y=", text)
+            text = _MAPPING.sub("y=", text)
+            if len(set(_FUNCTION.findall(text))) == 1:
+                text = _FUNCTION.sub("y=", text)
     if "U" in text:
         text = _UNION_LETTER.sub(r"\\cup ", text)
     if "C" in text:
         text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
+        text = _CHOOSE_AFTER.sub(r"\\binom{\1}{\2}", text)
     if "mathbb" in text or "integer" in text:
         text = _name_integer(text)
+    if "for " in text or "where " in text:
+        text = _FOR_ALL.sub("", text)
     if "\\in" in text:
         text = _REAL.sub("", text)
         text = _ELEMENT.sub("", _OF_REALS.sub("", text))
@@ -120,15 +138,40 @@ def bare(text: str) -> str:
     return text.strip()
 
 
+def share_condition(expected: str, answer: str) -> tuple[str, str]:
+    r"""Returns both answers with the end `k \in Z` if one has it and the other has only a k."""
+    texts = [normal_form.unwrap_text(expected), normal_form.unwrap_text(answer)]
+    has_condition = ["in" in text and _OF_INTEGERS.search(text) is not None for text in texts]
+    if has_condition[0] == has_condition[1]:
+        return expected, answer
+    index = has_condition.index(False)
+    names = set(_INTEGER_NAME.findall(texts[index]))
+    if len(names) == 1:
+        texts[index] += f", {names.pop()} \\in \\mathbb{{Z}}"
+    return texts[0], texts[1]
+
+
+def share_argument(expected: str, answer: str) -> str:
+    """Returns the answer f(t) = 2t + 1 with the argument of the expected f(x) = 2x + 1."""
+    own, other = _ARGUMENT.match(expected), _ARGUMENT.match(answer)
+    if not own or not other or own[1] == other[1] or _letter(own[1]).search(answer):
+        return answer
+    return _letter(other[1]).sub(own[1], answer)
+
+
+def _letter(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![A-Za-z\\]){name}(?![A-Za-z])")
+
+
 def _name_integer(text: str) -> str:
     """Returns an answer for all integers with n as their name, without the condition."""
     match = _OF_INTEGERS.search(text)
     if match is None or text[match.end() :].strip(" .") or "in" not in match[0]:
         return text
     rest, name = text[: match.start()], match[1]
-    if name != "n" and re.search(r"(?<![A-Za-z\\])n(?![A-Za-z])", rest):
+    if name != "n" and _letter("n").search(rest):
         return rest
-    return re.sub(rf"(?<![A-Za-z\\]){name}(?![A-Za-z])", "n", rest)
+    return _letter(name).sub("n", rest)
 
 
 def _is_rounding(exact: str, rounded: str) -> bool:

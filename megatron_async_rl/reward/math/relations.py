@@ -7,6 +7,7 @@ their names: AB = 9, CD = 4 is not AB = 4, CD = 9.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable
 
@@ -44,6 +45,9 @@ _NAME = re.compile(
 )
 _SUM = re.compile(r"[\w)}|]\s*[-+]\s*[\w(\\|]")
 _INDEX = re.compile(r"_\{?\w+\}?")
+_CHAIN = re.compile(
+    r"(?<![A-Za-z\\=])([a-z](?:\s*=\s*[a-z])+)\s*=\s*([^=,;A-Za-z]+)(?=,|;|$|\s+and\b)"
+)
 _COORDINATE = re.compile(r"([xyz])\s*=")
 _NAMED = re.compile(r"(?:^|,|;|\band\b|\})\s*([A-Za-z]{1,3})\s*=")
 _LOW_END, _HIGH_END = Number(NEGATIVE_INFINITY, ""), Number(INFINITY, "")
@@ -100,7 +104,12 @@ def _read_absolute(sign: str, bound: Part) -> Part:
 
 
 def reals_without(holes: Part) -> Part:
-    r"""Returns the real numbers without a number, or without those of a list or set."""
+    r"""Returns the real numbers without a number, an interval, or the items of a list or set."""
+    if isinstance(holes, Sequence) and len(holes.items) == 2:
+        below = Sequence("(" + ")]"[holes.brackets[0] == "("], (_LOW_END, holes.items[0]))
+        above = Sequence("(["[holes.brackets[1] == ")"] + ")", (holes.items[1], _HIGH_END))
+        halves = [half for half in (below, above) if half.items[0] != half.items[1]]
+        return halves[0] if len(halves) == 1 else Items("union", tuple(halves))
     return _without(list(holes.items) if isinstance(holes, Items) else [holes])
 
 
@@ -111,27 +120,39 @@ def _without(holes: list[Part]) -> Part:
     return Items("union", tuple(Sequence("()", pair) for pair in itertools.pairwise(ends)))
 
 
-def intersection(first: Part, second: Part) -> Part | None:
-    """Returns the interval where two half-lines overlap, such as x > 3 and x < 5, else None."""
-    if not (isinstance(first, Sequence) and isinstance(second, Sequence)):
-        return None
-    bounded_below = [not _is_end(half.items[0], _LOW_END) for half in (first, second)]
-    if bounded_below == [False, True]:
-        first, second, bounded_below = second, first, [True, False]
-    if bounded_below != [True, False] or not _is_end(first.items[1], _HIGH_END):
-        return None
-    if _is_end(second.items[1], _HIGH_END):
-        return None
+def intersection(first: Part | None, second: Part) -> Part | None:
+    r"""Returns where two intervals or unions overlap, such as x > 3 and x \ne 4, else None."""
     try:
-        if _real_value(first.items[0]) >= _real_value(second.items[1]):
-            return None
+        pieces = [_overlap(a, b) for a in _intervals(first) for b in _intervals(second)]
     except Unreadable:
         return None
-    return Sequence(first.brackets[0] + second.brackets[1], (first.items[0], second.items[1]))
+    found = tuple(piece for piece in pieces if piece is not None)
+    if len(found) < 2:
+        return found[0] if found else None
+    return Items("union", found)
 
 
-def _is_end(part: Part, end: Number) -> bool:
-    return isinstance(part, Number) and is_infinite(part) and part.node == end.node
+def _intervals(part: Part | None) -> list[Sequence]:
+    items = part.items if isinstance(part, Items) else (part,)
+    intervals = [item for item in items if isinstance(item, Sequence) and len(item.items) == 2]
+    if len(intervals) < len(items):
+        raise Unreadable
+    return intervals
+
+
+def _overlap(a: Sequence, b: Sequence) -> Sequence | None:
+    both = (a, b)  # of two equal ends the open one counts
+    low = max(both, key=lambda one: (_end_value(one.items[0]), one.brackets[0] == "("))
+    high = min(both, key=lambda one: (_end_value(one.items[1]), one.brackets[1] != ")"))
+    if _end_value(low.items[0]) >= _end_value(high.items[1]):
+        return None
+    return Sequence(low.brackets[0] + high.brackets[1], (low.items[0], high.items[1]))
+
+
+def _end_value(part: Part) -> float:
+    if isinstance(part, Number) and is_infinite(part):
+        return math.inf if part.node == INFINITY else -math.inf
+    return _real_value(part)
 
 
 def _real_value(part: Part) -> float:
@@ -206,6 +227,29 @@ def _left_node(left: str) -> Node:
         raise
     except Unreadable:
         return ("variable", left)  # such as an operation of the question: 3 \# 4
+
+
+def needs_expansion(expected: str, gold: Part, answer: str, given: Part) -> bool:
+    """Returns whether x = y = 0 is to be compared with a tuple, a list or another chain."""
+    chains = [_CHAIN.search(text) is not None for text in (expected, answer)]
+    several = [isinstance(part, Sequence | Items) for part in (gold, given)]
+    return all(chains) or (chains[0] and several[1]) or (chains[1] and several[0])
+
+
+def expand_chains(text: str) -> str:
+    """Returns `x = 0, y = 0, z = 5` for `x = y = 0, z = 5`."""
+    return _CHAIN.sub(
+        lambda m: ", ".join(f"{name.strip()} = {m[2].strip()}" for name in m[1].split("=")), text
+    )
+
+
+def is_line(expected: str, gold: Part, given: Equation) -> bool:
+    """Returns whether x - 4 = 0 is the expected x = 4, which was read as the number 4."""
+    name = _COORDINATE.match(expected)
+    if name is None or given.name or not isinstance(gold, Number):
+        return False
+    own = ("-", ("variable", name[1]), gold.node)
+    return number_equality.proportional(own, ("-", given.left, given.right))
 
 
 def names_other_coordinate(expected: str, answer: str) -> bool:

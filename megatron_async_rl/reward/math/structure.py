@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import re
+from fractions import Fraction
 
-from megatron_async_rl.reward.math import numerals, phrasing, relations
-from megatron_async_rl.reward.math.evaluation import Unreadable
+from megatron_async_rl.reward.math import normal_form, numerals, phrasing, relations, words
+from megatron_async_rl.reward.math.evaluation import Node, Unreadable, points, value, variables
 from megatron_async_rl.reward.math.parts import (
     Congruence,
     Items,
@@ -27,14 +28,16 @@ _MAX_DEPTH = 6
 _SPLIT_WORDS = re.compile(r"\s+(?:and|or)\s+|\s*(?:;|\\\\)\s*")
 _JOIN = re.compile(r",\s*(?:and|or)\s+")
 _BRACKETS = {"\\{": ("\\}",), "(": (")", "]"), "[": (")", "]")}
-_OPEN, _CLOSE = "([{", ")]}"
-_WORD_TEXT = re.compile(r"[^\W\d_][^\W\d_'.-]*(?:[ ,'-]+[^\W\d_'.-]+)*")
 _MATRIX = re.compile(
     r"(?P<factor>[^&]{0,40}?)(?:"
     r"[\[(]?\s*\\begin\s*\{(?P<kind>[pbvBV]?)matrix\}(?P<a>.*)\\end\s*\{(?P=kind)matrix\}\s*[\])]?|"
     r"[\[(|]?\s*\\begin\s*\{array\}\s*\{[^{}]*\}(?P<b>.*)\\end\s*\{array\}\s*[\])|]?)",
     re.DOTALL,
 )
+_CASES = re.compile(
+    r"(?:[^=\\]{1,20}=)?\s*\\begin\s*\{cases\}(.*)\\end\s*\{cases\}[\s.]*", re.DOTALL
+)
+_CONDITION_WORDS = re.compile(r"^(?:if|for|when)\b\s*|\bis(?:\s+an?)?\b\s*")
 _CONGRUENCE = re.compile(
     r"(?:[^=<>]{1,40}?\\equiv(?![A-Za-z])\s*)?(?P<residue>[^=<>]{1,80}?)\s*"
     r"(?:\\pmod|\\?\(\s*\\?b?mod|\\b?mod|mod|modulo)\s*\{?\s*(?P<modulus>\d{1,12})\s*\}?\s*\)?"
@@ -46,11 +49,9 @@ _TRANSPOSED = re.compile(
 _IN_PARENTHESES = re.compile(r"\([^()]*\)")
 _HOLES = re.compile(r"([A-Za-z])\s*\\ne(?![A-Za-z])\s*(.+)")
 _WITHOUT = re.compile(
-    r"\(-\\infty,\\infty\)\s*(?:\\(?:setminus|backslash|smallsetminus)(?![A-Za-z])|-|"
+    r"([(\[][^()\[\]]+[)\]])\s*(?:\\(?:setminus|backslash|smallsetminus)(?![A-Za-z])|-|"
     r"except(?:\s+for)?)\s*(.+)"
 )
-_NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?")
-_AND_OR = re.compile(r"\b(?:and|or)\b")
 
 
 @functools.lru_cache(maxsize=8192)
@@ -63,8 +64,12 @@ def _read(text: str, depth: int) -> Part:
     text = text.strip()
     if depth > _MAX_DEPTH or not text:
         raise Unreadable
-    if words := _words(text) or numerals.read_date(text) or numerals.read_quantity(text):
-        return words
+    if twelve := numerals.read_twelve(text):
+        return twelve
+    if found := words.read(text) or numerals.read_date(text) or numerals.read_quantity(text):
+        return found
+    if "{cases}" in text and (cases := _CASES.fullmatch(text)):
+        return _read_cases(cases[1], depth)
     if "\\begin" in text and "=" in text:
         return _read(text.rpartition("=")[2], depth + 1)
     if "\\begin" in text and (matrix := _MATRIX.fullmatch(text)):
@@ -77,10 +82,15 @@ def _read(text: str, depth: int) -> Part:
         return sequence
     if text == "\\emptyset":
         return Words("empty set")
+    if "\\mathbb" in text and (numbers := words.read_number_set(text)):
+        return numbers
     if "\\cup" in text:
         return Items("union", _read_all(re.split(r"\\cup(?![A-Za-z])", text), depth))
-    if without := _WITHOUT.fullmatch(text):
-        return relations.reals_without(_read(without[1], depth + 1))
+    if "," in text and (without := _WITHOUT.fullmatch(text)):
+        whole, holes = _read(without[1], depth + 1), _read(without[2], depth + 1)
+        rest = relations.intersection(whole, relations.reals_without(holes))
+        if is_interval(whole) and rest is not None:
+            return rest
     if "\\ne" in text and (holes := _HOLES.fullmatch(text)):
         listed = re.sub(rf"\b{holes[1]}\s*\\ne(?![A-Za-z])", "", holes[2])
         return relations.reals_without(_read(listed, depth + 1))
@@ -91,9 +101,9 @@ def _read(text: str, depth: int) -> Part:
     if based := numerals.read_based(text):
         return based
     if (":" in text or text[-1] in "mM." or " to " in text) and (
-        value := numerals.read_time_or_ratio(text)
+        terms := numerals.read_time_or_ratio(text)
     ):
-        return value
+        return terms
     if "," in text and len(parts := _split_commas(text)) > 1:
         return _list_of(parts, depth)
     if "mod" in text and (match := _CONGRUENCE.fullmatch(text)):
@@ -109,27 +119,8 @@ def _read(text: str, depth: int) -> Part:
         if "_" in text and (based := numerals.read_based_chain(text)):
             return based
         return relations.read_equation(text, depth, _read)
-    return numerals.read_number(text)
-
-
-def _words(text: str) -> Words | None:
-    if _WORD_TEXT.fullmatch(text) is None:
-        return None
-    letters = sum(map(str.isalpha, _AND_OR.sub("", text)))
-    # BC is not CB, whatever they name
-    is_pair = len(text) == 2 and text.isupper() and text.isalpha()
-    is_short = letters < 3 and not is_pair and text.casefold() != "no"
-    if is_short or text in ("pi", "sin", "cos", "tan", "log"):
-        return None
-    return Words(fold_words(text))
-
-
-def fold_words(text: str) -> str:
-    text = " ".join(text.casefold().replace(".", "").split()).strip(" ,")
-    text = re.sub(r",?\s+and\s+", ", ", text)
-    if _NO_SOLUTION.fullmatch(text):
-        return "empty set"
-    return re.sub(r"^(?:the|an|a)\s+", "", text)
+    number = numerals.read_number(text)
+    return _components(number) if "\\vec{j}" in text else number
 
 
 def _read_all(parts: list[str], depth: int) -> tuple[Part, ...]:
@@ -146,7 +137,7 @@ def _list_of(parts: list[str], depth: int, either: bool = False) -> Items | Part
         return _flat_list(items)
     if not any(map(relations.COMPARISON.search, parts)):
         return Items("either", items) if either else _flat_list(items)
-    if len(items) == 2 and not either and (overlap := relations.intersection(*items)):
+    if not either and (overlap := functools.reduce(relations.intersection, items[1:], items[0])):
         return overlap
     flat: list[Part] = []
     for item in items:
@@ -168,9 +159,9 @@ def _split_commas(text: str, everywhere: bool = False) -> list[str]:
     """
     parts, depth, begin = [], 0, 0
     for i, ch in enumerate(text):
-        if ch in _OPEN:
+        if ch in normal_form.OPEN:
             depth += 1
-        elif ch in _CLOSE:
+        elif ch in normal_form.CLOSE:
             depth -= 1
         elif depth == 0 and (ch == "," or (everywhere and ch == ";")):
             parts.append(text[begin:i].strip())
@@ -198,7 +189,7 @@ def _read_brackets(text: str, depth: int) -> Part | None:
     if opening is None:
         return None
     ending = next((end for end in _BRACKETS[opening] if text.endswith(end)), None)
-    if ending is None or not _closes_at_end(text, opening, ending):
+    if ending is None or not normal_form.closes_at_end(text, opening, ending):
         return None
     inner = text[len(opening) : -len(ending)].strip()
     if opening == "\\{":
@@ -217,29 +208,18 @@ def _read_set(inner: str, depth: int) -> Part:
         return Words("empty set")
     if builder := relations.SET_BUILDER.fullmatch(inner):
         return _read(builder[1], depth + 1)
-    return Items("set", _read_all(_split_commas(inner, everywhere=True), depth))
+    items = _flat_list(_read_all(_split_commas(inner, everywhere=True), depth)).items
+    return Items("set", items)
 
 
 def _read_braces(text: str, depth: int) -> Part | None:
     """Reads plain braces: {1, 2} is a set, {x = 1} is x = 1."""
-    if not (text.endswith("}") and _closes_at_end(text, "{", "}")):
+    if not (text.endswith("}") and normal_form.closes_at_end(text, "{", "}")):
         return None
     inner = text[1:-1].strip()
     if len(_split_commas(inner)) > 1 or relations.SET_BUILDER.fullmatch(inner):
         return _read_set(inner, depth)
     return _read(inner, depth + 1)
-
-
-def _closes_at_end(text: str, opening: str, ending: str) -> bool:
-    depth = 0
-    for i, ch in enumerate(text[: len(text) - len(ending)]):
-        if ch in _OPEN:
-            depth += 1
-        elif ch in _CLOSE:
-            depth -= 1
-            if depth <= 0 and i >= len(opening):
-                return False
-    return True
 
 
 def _read_matrix(match: re.Match[str], depth: int) -> Matrix:
@@ -248,12 +228,22 @@ def _read_matrix(match: re.Match[str], depth: int) -> Matrix:
     factor = match["factor"].strip().replace("\\cdot", "")
     if len(lines) > 20:
         raise Unreadable
-    if factor.endswith("="):
-        factor = ""  # A = a matrix
     rows = [[_read(cell, depth + 1) for cell in line.split("&")] for line in lines]
     if factor:
         rows = [[_multiplied(factor, cell) for cell in row] for row in rows]
     return Matrix(tuple(map(tuple, rows)), match["kind"] in ("v", "V"))
+
+
+def _read_cases(body: str, depth: int) -> Items:
+    """Reads a function by cases: pairs of a value and its condition, as in `x & if x > 0`."""
+    pairs: list[Part] = []
+    for line in filter(str.strip, body.split("\\\\")):
+        before, _, condition = line.partition("&" if "&" in line else ",")
+        condition = _CONDITION_WORDS.sub("", condition.strip(" ,.&"))
+        condition = "otherwise" if condition == "else" else condition
+        pair = _read(before.strip(" ,"), depth + 1), _read(condition, depth + 1)
+        pairs.append(Sequence("cases", pair))
+    return Items("cases", tuple(pairs))
 
 
 def _transposed(part: Part) -> Part | None:
@@ -272,6 +262,24 @@ def _multiplied(factor: str, cell: Part) -> Number:
     if not isinstance(cell, Number):
         raise Unreadable
     return Number(("*", number.node, cell.node), "")
+
+
+def _components(number: Number) -> Number | Sequence:
+    """Returns 3i - 4j, of unit vectors, as the tuple (3, -4)."""
+    names = ["vec i", "vec j", "vec k"]
+    if "vec k" not in variables(number.node):
+        names.pop()
+    rest = _assigned(number.node, names, "")
+    if value(rest, points(variables(rest))[0]) != 0:
+        return number
+    return Sequence("()", tuple(Number(_assigned(number.node, names, name), "") for name in names))
+
+
+def _assigned(node: Node, names: list[str], chosen: str) -> Node:
+    """Returns a formula with 1 for the chosen variable and 0 for the others of `names`."""
+    if node[0] == "variable" and node[1] in names:
+        return ("number", Fraction(node[1] == chosen))
+    return tuple(_assigned(one, names, chosen) if isinstance(one, tuple) else one for one in node)
 
 
 def _choose_signs(text: str, plus: str, minus: str) -> str:
