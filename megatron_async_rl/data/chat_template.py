@@ -56,7 +56,7 @@ def read_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, 
             return {entry["name"]: entry["template"] for entry in template}
         except (KeyError, TypeError):
             raise DataError(
-                f"{folder / 'tokenizer_config.json'}: chat_template is no list of objects with "
+                f"{folder / 'tokenizer_config.json'}: chat_template is not a list of objects with "
                 "`name` and `template`",
                 "correct it",
             ) from None
@@ -113,8 +113,11 @@ def render(
     """Returns the text up to the start of the response. Raises DataError if the template fails."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    if not all(isinstance(message, dict) for message in messages):
-        raise DataError("`prompt` is a list, so its entries must be messages: {role, content}")
+    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+        raise DataError(
+            "`prompt` is a list, so its entries must be messages: {role, content}",
+            'write them as [{"role": "user", "content": "..."}]',
+        )
     chosen: dict[str, Any] = {"add_generation_prompt": True} | special_tokens | variables
     if chosen.get("continue_final_message") and chosen["add_generation_prompt"]:
         raise DataError(

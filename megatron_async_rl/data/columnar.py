@@ -28,7 +28,7 @@ def read_parquet(path: Path, names: Collection[str]) -> Rows:
 
     try:
         with pq.ParquetFile(path) as file:
-            columns = _columns(file.schema_arrow, names)
+            columns = _columns(path, file.schema_arrow, names)
             yield from _numbered(path, file.iter_batches(_BATCH_ROWS, columns=columns))
     except (pa.ArrowException, OSError) as e:
         raise _unreadable(path, "Parquet", e) from None
@@ -46,15 +46,21 @@ def read_arrow(path: Path, names: Collection[str]) -> Rows:
             except pa.ArrowInvalid:
                 reader = pa.ipc.open_file(file)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            columns = _columns(reader.schema, names)
+            columns = _columns(path, reader.schema, names)
             yield from _numbered(path, (batch.select(columns) for batch in batches))
     except (pa.ArrowException, OSError) as e:
         raise _unreadable(path, "Arrow", e) from None
 
 
-def _columns(schema: pa.Schema, names: Collection[str]) -> list[str]:
-    """Returns the names of the columns to read; all, if one is missing, for the error message."""
+def _columns(path: Path, schema: pa.Schema, names: Collection[str]) -> list[str]:
+    """Returns the names of the columns to read; all, if one is missing, for the error message.
+
+    Raises DataError for one of bytes.
+    """
     readable = [field.name for field in schema if not _has_bytes(field.type)]
+    if unreadable := {*names} & {*schema.names} - {*readable}:
+        name = sorted(unreadable)[0]
+        raise DataError(f"{path}: the column `{name}` holds bytes", "convert it to texts")
     needed = {name if name in readable else name.partition(".")[0] for name in names}
     known = bool(needed) and needed <= {*readable}
     return [name for name in readable if name in needed] if known else readable

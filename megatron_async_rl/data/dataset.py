@@ -137,7 +137,7 @@ def _read(
             if reason := _left_out(len(ids), source, config):
                 left_out[reason] += 1
                 continue
-            _check(ids, place, vocab_size, config)
+            _check(ids, place, vocab_size, tokenizer, config)
         num_left += 1
         yield prompt_id, fields | {"prompt": prompt}, ids
     total = num_left + left_out.total()
@@ -159,10 +159,12 @@ def _max_tokens(config: Config) -> int:
     return config.model.context_tokens - config.rollout.max_new_tokens
 
 
-def _check(ids: np.ndarray, place: str, vocab_size: int, config: Config) -> None:
-    """Raises DataError for a prompt that leaves no room for a response, and for tokens that the
-    model does not have: a server would crash."""
-    if len(ids) > _max_tokens(config):
+def _check(
+    ids: np.ndarray, place: str, vocab_size: int, tokenizer: Tokenizer, config: Config
+) -> None:
+    """Raises DataError for an empty prompt, one that leaves no room for a response, one that the
+    tokenizer cannot write, and for tokens that the model does not have: a server would crash."""
+    if not 0 < len(ids) <= _max_tokens(config):
         raise DataError(
             f"{place}: the prompt has {len(ids)} tokens, must be 1 to {_max_tokens(config)} "
             "(model.context_tokens - rollout.max_new_tokens)",
@@ -172,6 +174,13 @@ def _check(ids: np.ndarray, place: str, vocab_size: int, config: Config) -> None
         raise DataError(
             f"{place}: token id {ids.max()} is outside the model's vocabulary of {vocab_size}",
             f"put the model's own tokenizer into model.path = {config.model.path}",
+        )
+    num_unknown = np.count_nonzero(ids == tokenizer.unk_id)
+    if num_unknown > len(ids) / 2:
+        raise DataError(
+            f"{place}: the tokenizer in model.path = {config.model.path} knows only "
+            f"{len(ids) - num_unknown} of the prompt's {len(ids)} tokens",
+            "use another model: the quickstart's, for example, knows digits and signs only",
         )
 
 

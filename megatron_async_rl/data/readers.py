@@ -107,7 +107,10 @@ def decode_json(text: bytes) -> Any:
     try:
         return msgspec.json.decode(text)
     except msgspec.DecodeError as e:
-        raise DataError(_kind_of(text) or f"not JSON: {e}") from None
+        problem = _kind_of(text) or f"not JSON: {e}"
+        if re.search(rb"\bNaN\b|\bInfinity\b", text):
+            problem += " (NaN and Infinity are not in JSON: write null)"
+        raise DataError(problem) from None
     except UnicodeDecodeError:
         raise DataError(_kind_of(text) or "not UTF-8: save the file as UTF-8") from None
     except RecursionError:
@@ -115,7 +118,7 @@ def decode_json(text: bytes) -> Any:
 
 
 def _kind_of(text: bytes) -> str:
-    """Returns the problem of bytes that are the begin of another kind of file, "" if unknown."""
+    """Returns the problem of bytes that begin another kind of file, "" if unknown."""
     return next((problem for start, problem in _OTHER_KINDS if text.startswith(start)), "")
 
 
@@ -206,10 +209,27 @@ def _read_jsonl(path: Path, names: Collection[str]) -> _Rows:
                 line = line.removeprefix(codecs.BOM_UTF8)  # also of files put together
                 if line.strip():
                     with _at(f"{path}, row {number}"):
-                        row = _object(decode_json(line))
+                        row = _object(_decode_line(line, path))
                     yield number, row
     except OSError as e:
         raise DataError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def _decode_line(line: bytes, path: Path) -> Any:
+    """Returns the value in a line. Raises DataError, with a remedy for a file of another format."""
+    try:
+        return decode_json(line)
+    except DataError as e:
+        if not e.problem.startswith("not JSON: "):
+            raise
+        if path.suffix.lower() not in _SUFFIXES:
+            known = ", ".join(_SUFFIXES)
+            remedy = f"convert the file to one of {known}, or write a data.reader for it"
+        elif line.strip() in (b"[", b"{"):
+            remedy = "write each row in one line, or a list of rows in a file named .json"
+        else:
+            raise
+        raise DataError(e.problem, remedy) from None
 
 
 def _read_json(path: Path, names: Collection[str]) -> _Rows:
@@ -238,7 +258,7 @@ def _at(place: str) -> Iterator[None]:
     try:
         yield
     except DataError as e:
-        raise DataError(f"{place}: {e}") from None
+        raise DataError(f"{place}: {e.problem}", e.remedy) from None
 
 
 def _plain(rows: _Rows) -> _Rows:

@@ -6,6 +6,7 @@ tokenizes. Rows are numbered from 1, as editors number lines.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,16 +131,30 @@ def _value(columns: dict[str, Any], name: str) -> Any:
     value: Any = columns
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
-            known = ", ".join(columns) or "none"
+            known = ", ".join(_column_names(columns)) or "none"
             raise DataError(f"no column `{name}`; the columns are: {known}", "correct `fields`")
         value = value[part]
     return value
 
 
+def _column_names(columns: dict[str, Any]) -> Iterator[str]:
+    """Yields the names of columns, and of values in a nested column."""
+    for name, value in columns.items():
+        if isinstance(value, dict) and value:
+            yield from (f"{name}.{inner}" for inner in _column_names(value))
+        else:
+            yield name
+
+
 def _checked(fields: dict[str, Any], reward_function: str) -> dict[str, Any]:
     """Returns the row if it has the fields that the reward function needs. Raises DataError."""
-    if not isinstance(fields.get("prompt"), str | list) or not fields["prompt"]:
-        raise DataError("no `prompt`")
+    if "prompt" not in fields:
+        raise DataError(
+            f"no `prompt`; the columns are: {', '.join(_column_names(fields)) or 'none'}",
+            "name the column of each field, such as {path: ..., fields: {prompt: question}}",
+        )
+    if not isinstance(prompt := fields["prompt"], str | list) or not prompt:
+        raise DataError(f"`prompt` is {reprlib.repr(prompt)}, must be a text or a list of messages")
     if reward_function == "math":
         math_rows.read_answer(fields)
     if reward_function == "code":

@@ -67,6 +67,7 @@ class Tokenizer:
         }
         self.vocab_size: int = self._backend.get_vocab_size()
         self.bos_id = self._special_id("bos_token")
+        self.unk_id = self._special_id("unk_token")
         self._prefix = self._own_prefix(settings.get("add_bos_token") is not False)
         self.eos_ids = self._eos_ids(folder)
         if not self.eos_ids:
@@ -160,6 +161,6 @@ class Tokenizer:
         ids = list(named if isinstance(named, list) else [] if named is None else [named])
         if not all(type(number) is int for number in ids):
             file = folder / "generation_config.json"
-            raise DataError(f"{file}: eos_token_id = {named!r} is no token id", "correct it")
+            raise DataError(f"{file}: eos_token_id = {named!r} is not a token id", "correct it")
         eos = self._special_id("eos_token")
         return frozenset(ids if eos is None else [*ids, eos])

@@ -68,14 +68,14 @@ def test_prompt_that_opens_thinking_names_its_tag(settings: Config, tmp_path: Pa
     ("row", "complaint"),
     [
         ("{not json", "row 2: not JSON"),
-        ({"answer": "1"}, "row 2: no `prompt`"),
+        ({"answer": "1"}, "row 2: no `prompt`; the columns are: answer"),
         ({"prompt": "1+2="}, "row 2: no `answer`"),
         ({"prompt": "1+2=", "answer": ""}, "row 2: no `answer`"),
         (
             {"prompt": "12345678901", "answer": "1"},
             "row 2: the prompt has 11 tokens, must be 1 to 10",
         ),
-        ({"prompt": "", "answer": "1"}, "row 2: no `prompt`"),
+        ({"prompt": "", "answer": "1"}, "row 2: `prompt` is ''"),
         ({"prompt": "1", "answer": "1", "id": "first"}, "row 2: duplicate id 'first'"),
     ],
 )

@@ -271,6 +271,15 @@ def test_preflight_counts_the_prompts_beyond_max_prompt_tokens(model: Path, tmp_
         ({"path": "folder"}, "folder has no dataset in it"),
         ({"path": "dict"}, "dict has several splits; set `split` to one of test, train"),
         ({"path": "dict", "split": "dev"}, "dict has no split 'dev'"),
+        ({"path": "d.csv"}, r"row 1: not JSON: .* convert .* \.arrow, or write a data\.reader"),
+        ({"path": "pretty.jsonl"}, "row 1: not JSON: .* write each row in one line, or a list of"),
+        ({"path": "nan.jsonl"}, r"row 1: not JSON: .*NaN and Infinity are not in JSON: write null"),
+        ({"path": "other.jsonl"}, r"no `prompt`; the columns are: question, a\.b; name .* fields:"),
+        ({"path": "null.jsonl"}, "row 1: `prompt` is None, must be a text or a list of messages"),
+        ({"path": "roles.jsonl"}, "row 1: `prompt` is a list, so its entries must be messages"),
+        ({"path": "words.jsonl"}, "row 1: the tokenizer in .* knows only 1 of the prompt's 3 tok"),
+        ({"path": "bytes.parquet", "fields": {"prompt": "q"}}, "the column `q` holds bytes; conv"),
+        ({"path": "other.jsonl", "fields": {"prompt": "a.c"}}, r"the columns are: question, a\.b"),
         ({"path": "d.jsonl", "split": "train"}, "d.jsonl is one file, without split 'train'; rem"),
         ({"path": "torn"}, "data-00000-of-00001.arrow is missing"),
         ({"path": "shards"}, "shards has several splits; set `split` to one of test, train"),
@@ -300,6 +309,17 @@ def test_unusable_source_error_is_one_line_with_file_and_remedy(
     write_jsonl(Path("d.jsonl"), ROWS)
     write_parquet(Path("d.parquet"), ROWS)
     pq.write_table(pa.Table.from_pylist(ROWS[:1])[:0], "empty.parquet")
+    pq.write_table(pa.table({"q": [b"1+1="]}), "bytes.parquet")
+    for name, text in {
+        "d.csv": "question,solution\n1+1=,2",
+        "pretty.jsonl": '{\n"prompt": "1"}',
+        "nan.jsonl": '{"prompt": "1", "answer": NaN}',
+        "other.jsonl": '{"question": "1", "a": {"b": 2}}',
+        "null.jsonl": '{"prompt": null}',
+        "roles.jsonl": '{"prompt": [{"from": "human", "value": "1"}], "answer": "1"}',
+        "words.jsonl": '{"prompt": "W1W", "answer": "1"}',
+    }.items():
+        Path(name).write_text(text)
     for name in ("damaged.parquet", "damaged.arrow"):
         Path(name).write_bytes(b"PAR1 and no more")
     Path("folder").mkdir()
@@ -405,7 +425,7 @@ def test_rows_of_an_own_reader_become_prompts(model: Path, reader: Path) -> None
     source = {"path": str(reader / "d.txt"), "split": "="}
     [prompts] = training(make_config(model, [source], reader="own_reader:read"))
     assert [prompt.row["prompt"] for prompt in prompts] == ["1+1=", "2+2="]
-    source |= {"format": "jsonl", "path": str(write_jsonl(reader / "d.jsonl", ROWS))}
+    source = {"format": "jsonl", "path": str(write_jsonl(reader / "d.jsonl", ROWS))}
     [prompts] = training(make_config(model, [source], reader="own_reader:read"))
     assert [prompt.row for prompt in prompts] == ROWS  # a format is read by its own reader
 
