@@ -16,13 +16,11 @@ import logging
 import multiprocessing
 import time
 from collections.abc import Callable
-from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
-from megatron_async_rl import hooks
 from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
 from megatron_async_rl.data import thinking
 from megatron_async_rl.data.code_tests import read_tests
@@ -58,7 +56,6 @@ class RewardWorker:
         self._sandbox = sandbox
         self._function = config.function
         self._thinking_tags = config.thinking_tags
-        hooks.check_name("reward.function", self._function)
         self.slots = config.processes_per_worker * PREFETCH
         self._metrics = MetricFilter(log)
         self._pool: ProcessPool | None = None
@@ -74,7 +71,7 @@ class RewardWorker:
         setting = f"reward.function = {self._function!r}"
         try:
             error = await self._run(scoring_process.load_error, (), START_TIMEOUT_S)
-        except (TimeoutError, FutureTimeout):
+        except TimeoutError:
             error = f"{setting} was not loaded within {START_TIMEOUT_S:.0f} s"
         except (BrokenProcessPool, ProcessExpired) as e:
             error = f"{setting} cannot be loaded: the process that loaded it died ({e})"
@@ -112,7 +109,7 @@ class RewardWorker:
             outcome = outcome._replace(metrics=self._metrics.valid(outcome.metrics))
         except DataError as e:
             outcome = Outcome(None, f"DataError: {e}")
-        except FutureTimeout:  # the pool killed the scoring process
+        except TimeoutError:  # the pool killed the scoring process
             taken_s = time.perf_counter() - started
             if taken_s < timeout_s:  # the pool uses the wall clock
                 killed = f"killed after {taken_s:.1f} s of {timeout_s:g} s"
