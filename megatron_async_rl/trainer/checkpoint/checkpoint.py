@@ -11,8 +11,9 @@ from __future__ import annotations
 import inspect
 import logging
 import shutil
-import threading
 from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,7 @@ class Checkpointer:
         self._queue = AsyncCallsQueue()
         self._version = -1  # last saved or being saved
         self._writing = False
-        self._digest_thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._digests: Future[None] | None = None
 
     def load(self) -> int:
         """Loads the newest undamaged checkpoint and returns its version; 0 if there is none yet.
@@ -116,19 +116,17 @@ class Checkpointer:
             else:
                 self._writing = False
             if not self._writing:
-                self._digest_thread = threading.Thread(target=self._digest, name="digests")
-                self._digest_thread.start()
-        if self._digest_thread and not self._writing:
+                self._digests = ThreadPoolExecutor(1, "digests").submit(self._digest)
+        if self._digests and not self._writing:
             if wait:
-                self._digest_thread.join()
-            if self._on_any_rank(self._digest_thread.is_alive()):
+                futures.wait([self._digests])
+            if self._on_any_rank(not self._digests.done()):
                 return
-            self._digest_thread = None
-            if self._error:
-                logger.error("checkpoint of version %d: %s", self._version, self._error)
-            if not self._on_any_rank(self._error is not None) and dist.get_rank() == 0:
+            error, self._digests = self._digests.exception(), None
+            if error:
+                logger.error("checkpoint of version %d: %s", self._version, error)
+            if not self._on_any_rank(error is not None) and dist.get_rank() == 0:
                 self._on_saved(self._version, checkpoints.folder_name(self._version))
-            self._error = None
 
     def close(self) -> None:
         """Stops Megatron's writer processes."""
@@ -171,18 +169,15 @@ class Checkpointer:
     def _digest(self) -> None:
         """Writes the digests of this rank's shards and, on rank 0, of the files of no rank."""
         folder, rank = self._folder(self._version), dist.get_rank()
-        try:
-            names = [
-                path.name
-                for path in folder.iterdir()
-                if path.is_file() and not path.name.startswith("digests.")
-            ]
-            mine = [name for name in names if name.startswith(f"__{rank}_")]
-            if rank == 0:
-                mine += [name for name in names if not name.startswith("__")]
-            checkpoints.write_digests(folder, rank, mine)
-        except OSError as e:
-            self._error = e
+        names = [
+            path.name
+            for path in folder.iterdir()
+            if path.is_file() and not path.name.startswith("digests.")
+        ]
+        mine = [name for name in names if name.startswith(f"__{rank}_")]
+        if rank == 0:
+            mine += [name for name in names if not name.startswith("__")]
+        checkpoints.write_digests(folder, rank, mine)
 
     def _load(self, folder: Path) -> None:
         state = dist_checkpointing.load(self._state(loading=True), str(folder))

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.shape import ModelShape
-from megatron_async_rl.storage import snapshots
+from megatron_async_rl.storage import exported, snapshots
 from megatron_async_rl.weights.parameters import Modules
 from megatron_async_rl.weights.reshard import own_tensors, source_number, takes_part
 
@@ -31,7 +32,7 @@ def export_hf(
 
     Each weight source (weights/reshard.py) writes its own files; configuration and tokenizer files
     are copied from source_dir; the dtype is that of its config.json. out_dir appears complete, by
-    a rename, and replaces an older one.
+    a rename, and replaces an older one; it has the digests of its files (storage/exported.py).
     """
     source, out = Path(source_dir), Path(out_dir)
     partial = out.with_name(f".{out.name}.partial")
@@ -44,8 +45,9 @@ def export_hf(
         _write_part(tensors, partial, source_number())
     dist.barrier()
     if dist.get_rank() == 0:
-        _write_index(partial)
+        digests = _write_index(partial)
         snapshots.copy_settings(source, partial)
+        exported.write_digests(partial, digests)
         _replace(partial, out)
         logger.info("exported the policy to %s", out)
     dist.barrier()
@@ -57,15 +59,18 @@ def _stored_dtype(source: Path) -> torch.dtype | None:
 
 
 def _write_part(tensors: Iterator[tuple[str, Tensor]], folder: Path, number: int) -> None:
-    """Saves tensors in files of about FILE_BYTES, and a list of each file's tensors."""
+    """Saves tensors in files of about FILE_BYTES, and a list of each file's tensors and digest."""
     held: dict[str, Tensor] = {}
     file_of: dict[str, str] = {}
     sizes: list[int] = []
+    digests: dict[str, Future[str]] = {}
+    pool = ThreadPoolExecutor(4)  # sha256 releases the interpreter lock
 
     def flush() -> None:
         name = f"model-{number + 1:05d}-{len(sizes) + 1:05d}.safetensors"
         save_file(held, folder / name, metadata={"format": "pt"})
         file_of.update(dict.fromkeys(held, name))
+        digests[name] = pool.submit(exported.synced_digest, folder / name)
         sizes.append(sum(t.nbytes for t in held.values()))
         held.clear()
 
@@ -77,21 +82,28 @@ def _write_part(tensors: Iterator[tuple[str, Tensor]], folder: Path, number: int
     if held:
         flush()
     if file_of:
+        found = {name: computed.result() for name, computed in digests.items()}
         (folder / f".part-{number}.json").write_text(
-            json.dumps({"bytes": sum(sizes), "file_of": file_of})
+            json.dumps({"bytes": sum(sizes), "file_of": file_of, "digests": found})
         )
+    pool.shutdown()
 
 
-def _write_index(folder: Path) -> None:
+def _write_index(folder: Path) -> dict[str, str]:
+    """Names the files of all parts; returns their digests by name."""
     lists = sorted(folder.glob(".part-*.json"))
     parts = [json.loads(path.read_text()) for path in lists]
     weight_map = {name: file for part in parts for name, file in part["file_of"].items()}
-    if len(set(weight_map.values())) == 1:
-        (folder / next(iter(weight_map.values()))).rename(folder / "model.safetensors")
+    digests = {name: digest for part in parts for name, digest in part["digests"].items()}
+    if len(digests) == 1:
+        [(name, digest)] = digests.items()
+        (folder / name).rename(folder / "model.safetensors")
+        digests = {"model.safetensors": digest}
     else:
         snapshots.write_index(folder, weight_map, sum(part["bytes"] for part in parts))
     for path in lists:
         path.unlink()
+    return digests
 
 
 def _replace(partial: Path, out: Path) -> None:
