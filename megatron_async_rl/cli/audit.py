@@ -24,7 +24,7 @@ from megatron_async_rl.errors import DataError
 from megatron_async_rl.launcher.checks.weights import check_weights
 from megatron_async_rl.observability.sample_log import SAMPLES_FILE, SampleLine, read_samples
 from megatron_async_rl.observability.status import STATUS_FILE, read_status
-from megatron_async_rl.storage import checkpoints, hook_digests, snapshots
+from megatron_async_rl.storage import checkpoints, exported, hook_digests, snapshots
 
 UNKNOWN = 1 << 30  # max_staleness if config.yaml cannot be read
 
@@ -157,10 +157,18 @@ def _check_records(run_dir: Path, result: Audit) -> None:
     for path, error in records.damaged_results(run_dir):
         result.damages.append(f"{path} is damaged: {error}; lost: the result of an evaluation")
     for folder in sorted(run_dir.glob("policy*")):
-        try:
-            check_weights(sorted(folder.glob("*.safetensors")), False, "lost: the exported policy")
-        except DataError as e:
-            result.damages.append(str(e))
+        if not (folder / exported.DIGESTS_FILE).exists():
+            result.notes.append(
+                f"{folder} has no {exported.DIGESTS_FILE}: it is of an earlier version of this "
+                "program, or was changed; its files are checked for their lengths only"
+            )
+            try:
+                check_weights(sorted(folder.glob("*.safetensors")), False, "")
+            except DataError as e:
+                result.damages.append(f"{e}; lost: the exported policy")
+            continue
+        damages = list(exported.find_damage(folder))
+        result.damages += [f"{damage}; lost: the exported policy" for damage in damages]
 
 
 class _Journal:
@@ -285,4 +293,7 @@ def _check_staleness(line: SampleLine, eta: int, result: Audit) -> None:
             f"group {line.group_id} was trained on {line.version} with tokens {line.versions}"
         )
     if any(a > b for (a, _), (b, _) in pairwise(line.versions)):
-        result.breaches.append(f"the versions of group {line.group_id} decrease: {line.versions}")
+        result.notes.append(
+            f"the versions of group {line.group_id} decrease: {line.versions}; a server that was "
+            "behind has continued its sample"
+        )

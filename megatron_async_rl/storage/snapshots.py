@@ -28,6 +28,7 @@ import msgspec
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import FileEntry
+from megatron_async_rl.storage.exported import DIGESTS_FILE
 from megatron_async_rl.storage.files import digest, sync, write_atomic
 
 DigestKind = Literal["sha256", "tiles"]
@@ -117,7 +118,8 @@ def commit(
 def copy_settings(model_path: Path, folder: Path) -> None:
     """Copies all files of a Hugging Face folder but its weights: config.json, tokenizer, ..."""
     for file in model_path.iterdir():
-        if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
+        is_copied = not file.name.endswith(_WEIGHT_FILES) and file.name != DIGESTS_FILE
+        if file.is_file() and is_copied:
             shutil.copyfile(file, folder / file.name)
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from megatron_async_rl.config.algorithm import AlgorithmConfig
 from megatron_async_rl.protocol.types import TrainSample
-from megatron_async_rl.storage import batches
+from megatron_async_rl.storage import batches, exported
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,  # odd: padded under TP
@@ -383,6 +383,7 @@ def test_export_returns_the_loaded_weights_bit_for_bit(layout_folder: Path, fami
     for name, tensor in source.state_dict().items():
         assert torch.equal(export.state_dict()[name], tensor), name
     files = {f.name for f in (layout_folder / f"export {family}").iterdir()}
+    assert not list(exported.find_damage(layout_folder / f"export {family}"))
     assert {
         "config.json",
         "generation_config.json",
@@ -448,7 +449,7 @@ def test_m2po_masks_tokens_by_the_whole_batch(results: dict[str, Any]) -> None:
 
 
 def test_checkpoint_of_grouped_experts_resumes_in_another_layout(results: dict[str, Any]) -> None:
-    """With Adam's moments and linear attention: TP 2 and EP 2, then PP 2 and EP 2."""
+    """With Adam's moments and linear attention: TP 2 and EP 2, then PP 2 (3 layers and 1), EP 2."""
     saved, loaded = results["moe checkpoint"]["saved"], results["moe checkpoint"]["loaded"]
     for key in ("train/loss", "train/grad_norm", "train/entropy"):
         assert loaded[key] == pytest.approx(saved[key], rel=1e-4), key

@@ -25,7 +25,7 @@ from megatron_async_rl.errors import DataError
 from megatron_async_rl.launcher import run
 from megatron_async_rl.observability.sample_log import last_version, read_samples
 from megatron_async_rl.protocol.wire import Codec
-from megatron_async_rl.storage import checkpoints, hook_digests
+from megatron_async_rl.storage import checkpoints, exported, hook_digests
 
 ETA = 1  # max_staleness of journal_events
 NUM_DAMAGES = 60  # of each kind of folder
@@ -189,6 +189,33 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (run_dir / f"{record}.json").write_text(json.dumps(content))
     assert main(["audit", str(run_dir)]) == 0
     return run_dir
+
+
+def test_changed_file_of_an_exported_policy_is_named(
+    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "run" / "policy-v2"
+    shutil.copytree(whole_run, run_dir)
+    out.mkdir()
+    header = json.dumps({"w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    weights = out / "model.safetensors"
+    weights.write_bytes(len(header).to_bytes(8, "little") + header + b"abcd")
+    (out / "config.json").write_text("{}")
+    exported.write_digests(out, {})
+    assert main(["audit", str(run_dir)]) == 0
+    assert "policy" not in capsys.readouterr().out
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # the header does not show it
+    assert main(["audit", str(run_dir)]) == 1
+    damage = f"damage: {weights} does not match its digest; lost: the exported policy"
+    assert damage in capsys.readouterr().out.splitlines()
+    weights.write_bytes(whole)
+    (out / "config.json").unlink()
+    assert main(["audit", str(run_dir)]) == 1
+    assert f"{out / 'config.json'}: No such file" in capsys.readouterr().out
+    (out / exported.DIGESTS_FILE).unlink()
+    assert main(["audit", str(run_dir)]) == 0
+    assert f"note: {out} has no digests.json" in capsys.readouterr().out
 
 
 def test_missing_records_of_the_last_start_are_named(whole_run: Path, tmp_path: Path) -> None:
