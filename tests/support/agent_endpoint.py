@@ -10,13 +10,13 @@ from typing import Any
 import anthropic
 import openai
 
+from megatron_async_rl.config.datasets import DataConfig
 from megatron_async_rl.config.sections import SandboxConfig
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import EngineError
 from megatron_async_rl.protocol.types import Sample, Segment
 from megatron_async_rl.rollout.agents.apis import chat
 from megatron_async_rl.rollout.agents.client import ClientSettings
-from megatron_async_rl.rollout.agents.history import ChatTemplate
 from megatron_async_rl.rollout.agents.server import Endpoint
 from megatron_async_rl.rollout.agents.session import Session, SessionSettings
 from megatron_async_rl.rollout.engine_client import Sampling
@@ -70,7 +70,7 @@ class Served:
     ) -> None:
         self.policy, self.endpoint = policy, endpoint
         self._settings = SessionSettings(
-            ChatTemplate(None, {}, None), max_requests, PythonRunner(sandbox, processes=1)
+            DataConfig(train="-"), max_requests, PythonRunner(sandbox, processes=1)
         )
         self.session = self.another()
 

@@ -36,9 +36,9 @@ from bench_parts import running_server
 from bench_publish_setup import make_config, server_parser
 from msgspec import structs
 
+from megatron_async_rl.config.datasets import DataConfig
 from megatron_async_rl.config.sections import SandboxConfig
 from megatron_async_rl.data.tokenizer import Tokenizer
-from megatron_async_rl.rollout.agents.history import ChatTemplate
 from megatron_async_rl.rollout.agents.server import Endpoint
 from megatron_async_rl.rollout.agents.session import Session, SessionSettings
 from megatron_async_rl.rollout.engine_client import Sampling
@@ -162,7 +162,7 @@ async def through_endpoint(
     try:
         sampling = Sampling(arguments.new_tokens, 1.0, [])
         python = PythonRunner(SandboxConfig())
-        settings = SessionSettings(ChatTemplate(None, {}, None), arguments.turns, python)
+        settings = SessionSettings(DataConfig(train="-"), arguments.turns, python)
         sessions = [
             Session(policy, sampling, settings)  # type: ignore[arg-type]
             for _ in range(arguments.sessions)

@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_async_rl.config.datasets import DataConfig
 from megatron_async_rl.data.chat_template import PYTHON_TOOL
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import DataError
@@ -21,19 +22,10 @@ from megatron_async_rl.observability.error_log import ErrorLog
 from megatron_async_rl.rollout.agents.apis.request import PYTHON, ChatRequest, RequestError
 from megatron_async_rl.rollout.agents.transcript import Transcript, Turn
 
-LONG_TEXT = 1 << 16  # characters that are tokenized beside the event loop
+LONG_TEXT = 1 << 16  # characters; longer texts are tokenized in a thread
 BREAK_CHARS = 200  # of which the first token is logged
 
 Message = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """The settings of data.* that decide how messages become text."""
-
-    name: str | None
-    variables: dict[str, Any]
-    add_bos: bool | None
 
 
 @dataclass(frozen=True)
@@ -51,11 +43,11 @@ class History:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        template: ChatTemplate,
+        data: DataConfig,
         transcript: Transcript,
         breaks: ErrorLog,
     ) -> None:
-        self._tokenizer, self._template = tokenizer, template
+        self._tokenizer, self._data = tokenizer, data
         self._transcript, self._breaks = transcript, breaks
         self._sampled: dict[str, str] = {}  # a reply as sent -> its text as sampled
         # a conversation up to a reply -> the messages that stand for the reply: turns that call
@@ -74,7 +66,7 @@ class History:
             return Place(text, parent.ids + await self._encode(text[len(parent.text) :]), parent)
         if request.prompt is None:
             self._log_break(text, request)
-        add_bos = self._template.add_bos if request.prompt is not None else False
+        add_bos = self._data.add_bos if request.prompt is not None else False
         return Place(text, await self._encode(text, add_bos), None)
 
     def remember(self, request: ChatRequest, reply: Message, sampled: list[Message]) -> None:
@@ -93,7 +85,7 @@ class History:
 
     def _render(self, request: ChatRequest, count: int | None = None) -> str:
         """With `count`, renders the first messages only, without the start of a response."""
-        variables = self._template.variables
+        variables = self._data.chat_template_kwargs
         if request.tools:
             tools = [PYTHON_TOOL if tool == PYTHON else tool for tool in request.tools]
             variables = variables | {"tools": tools}
@@ -101,7 +93,7 @@ class History:
             variables = variables | {"add_generation_prompt": False}
         messages = self._as_sampled(request.messages[:count])
         try:
-            return self._tokenizer.render_chat(messages, self._template.name, variables)
+            return self._tokenizer.render_chat(messages, self._data.chat_template_name, variables)
         except DataError as e:
             raise RequestError(400, str(e)) from None
 
@@ -120,16 +112,17 @@ class History:
 
     def _log_break(self, text: str, request: ChatRequest) -> None:
         """Logs the message and the first token in which a request differs from the sampled text."""
-        found = self._transcript.nearest_break(text)
+        found = self._transcript.nearest(text)
         if found is None or not any(m.get("role") == "assistant" for m in request.messages):
             return
+        turn, offset = found
         last = len(request.messages) - 1
         number = bisect.bisect_left(
-            range(last), True, key=lambda n: self._reaches(request, n, found.offset)
+            range(last), True, key=lambda n: self._reaches(request, n, offset)
         )
         old, new = (
             self._tokenizer.decode_all(self._tokenizer.encode(rest)[:1].tolist())
-            for rest in (whole[found.offset :][:BREAK_CHARS] for whole in (found.turn.text, text))
+            for rest in (whole[offset:][:BREAK_CHARS] for whole in (turn.text, text))
         )
         self._breaks.log(
             f"message {number} ({request.messages[number].get('role')}) does not continue the "

@@ -140,7 +140,7 @@ class Endpoint:
             return _error(request, RequestError(400, "the body is nested too deeply: flatten it"))
         except web.HTTPException as e:
             return _error(request, RequestError(e.status, e.reason))
-        except Exception as e:  # a fault of ours: the client gets a JSON error, the log the rest
+        except Exception as e:  # a bug here: the client gets a JSON error, the log the rest
             self._errors.log(f"a request to {request.path} failed", user_error(e))
             return _error(request, RequestError(500, f"{type(e).__name__}: {e}", "api_error"))
 

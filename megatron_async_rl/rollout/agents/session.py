@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_async_rl.config.config import MAX_SEQUENCES
+from megatron_async_rl.config.datasets import DataConfig
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import DataError, EngineError
 from megatron_async_rl.observability.error_log import ErrorLog
@@ -26,7 +27,7 @@ from megatron_async_rl.rollout.agents.apis.request import (
     Reply,
     RequestError,
 )
-from megatron_async_rl.rollout.agents.history import ChatTemplate, History, Place
+from megatron_async_rl.rollout.agents.history import History, Place
 from megatron_async_rl.rollout.agents.transcript import Transcript, Turn, TurnRewards
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.python_runner import PythonRunner
@@ -43,7 +44,7 @@ MAX_COMPLETIONS = 8  # `n` of a request
 class SessionSettings:
     """Shared by all sessions of a rollout worker."""
 
-    template: ChatTemplate
+    data: DataConfig
     max_requests: int
     python: PythonRunner
     breaks: ErrorLog = field(default_factory=lambda: ErrorLog(logger))  # of prefixes
@@ -61,9 +62,7 @@ class Session:
         self._slots = asyncio.Semaphore(MAX_CONCURRENT)
         self._num_starting = 0  # branches without a turn in the transcript so far
         self._continued: set[int] = set()  # turns without a child that a request continues
-        self._history = History(
-            policy.tokenizer, settings.template, self.transcript, settings.breaks
-        )
+        self._history = History(policy.tokenizer, settings.data, self.transcript, settings.breaks)
 
     @property
     def tokenizer(self) -> Tokenizer:

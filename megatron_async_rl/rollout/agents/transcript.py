@@ -55,14 +55,6 @@ class Turn:
         return len(self.ids) - len(self.completion.ids)
 
 
-@dataclass(frozen=True)
-class Break:
-    """Where a request departs from the turn with which it shares the most text."""
-
-    turn: Turn
-    offset: int  # characters in common
-
-
 class Transcript:
     def __init__(self) -> None:
         self.turns: list[Turn] = []
@@ -72,10 +64,10 @@ class Transcript:
         matches = [turn for turn in self.turns if text.startswith(turn.text)]
         return max(matches, key=lambda turn: len(turn.text), default=None)
 
-    def nearest_break(self, text: str) -> Break | None:
-        """Returns where `text` departs from the turn that it shares the most text with."""
-        breaks = [Break(turn, _num_common(turn.text, text)) for turn in self.turns]
-        return max(breaks, key=lambda b: b.offset, default=None)
+    def nearest(self, text: str) -> tuple[Turn, int] | None:
+        """Returns the turn that begins with the most characters of `text`, and their number."""
+        shared = [(turn, _num_common(turn.text, text)) for turn in self.turns]
+        return max(shared, key=lambda found: found[1], default=None)
 
     def add(self, turn: Turn) -> None:
         turn.number = len(self.turns)

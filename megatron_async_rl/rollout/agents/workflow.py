@@ -10,7 +10,6 @@ from megatron_async_rl.errors import EngineError, HookFailed
 from megatron_async_rl.protocol.types import Prompt, Sample
 from megatron_async_rl.rollout.agents.apis import chat
 from megatron_async_rl.rollout.agents.client import ClientSettings
-from megatron_async_rl.rollout.agents.history import ChatTemplate
 from megatron_async_rl.rollout.agents.runner import CommandRunner, FunctionRunner
 from megatron_async_rl.rollout.agents.server import Endpoint
 from megatron_async_rl.rollout.agents.session import Session, SessionSettings
@@ -23,12 +22,10 @@ class AgentWorkflow:
     """`log`: the output of agents is appended to it."""
 
     def __init__(self, config: Config, log: Path) -> None:
-        data, rollout = config.data, config.rollout
+        rollout = config.rollout
         self._timeout_s = rollout.agent_timeout_s
-        template = ChatTemplate(data.chat_template_name, data.chat_template_kwargs, data.add_bos)
-        self._settings = SessionSettings(
-            template, rollout.agent_max_requests, PythonRunner(config.sandbox)
-        )
+        python = PythonRunner(config.sandbox)
+        self._settings = SessionSettings(config.data, rollout.agent_max_requests, python)
         self._endpoint = Endpoint(rollout.agent_host)
         self._runner: FunctionRunner | CommandRunner
         if rollout.agent_command is not None:
