@@ -202,10 +202,13 @@ def digests(config: Any) -> dict[str, str]:
 
 def check_lines(setting: str, value: str, checks: Sequence[tuple[str, str]]) -> list[str]:
     """Returns a line for each problem among the checks (name, problem) of a hook, or a summary."""
+    hook = f"{setting} = {value}"
     failed = [
-        f"FAILED {setting} = {value}: {name}: {problem}" for name, problem in checks if problem
+        f"FAILED {hook}: {name}: {problem.removeprefix(f'{hook} ')}"
+        for name, problem in checks
+        if problem
     ]
-    return failed or [f"{setting} = {value}: {len(checks)} checks passed"]
+    return failed or [f"{hook}: {len(checks)} checks passed"]
 
 
 def _cannot_load(setting: str, value: str, problem: str) -> ConfigError:

@@ -167,7 +167,9 @@ def _checked(returned: object, counts_GS: np.ndarray, estimator: str, part: str)
         except (TypeError, ValueError):
             raise wrong(f"a {type(returned).__name__}") from None
         shapes = [[a.shape for a in row] for row in advantages]
-        if shapes != [[(n,) for n in row] for row in counts_GS.tolist()]:
+        if shapes == [[()] * len(row) for row in counts_GS]:  # lists of numbers, or a tensor
+            advantages = np.asarray(advantages)
+        elif shapes != [[(n,) for n in row] for row in counts_GS.tolist()]:
             raise wrong(f"lists of other lengths than the samples have {part}s")
     if not all(np.isfinite(a).all() for row in advantages for a in row):
         raise wrong("nan or infinity")

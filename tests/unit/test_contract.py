@@ -15,7 +15,12 @@ from config_builders import algorithm_config
 from megatron_async_rl import hooks
 from megatron_async_rl.cli.hook_checks import advantage_checks
 from megatron_async_rl.config.algorithm import AdvantageConfig, AlgorithmConfig
-from megatron_async_rl.controller.advantage import check_estimator, sample_advantages, token_means
+from megatron_async_rl.controller.advantage import (
+    check_estimator,
+    sample_advantages,
+    shaped_rewards,
+    token_means,
+)
 from megatron_async_rl.errors import ConfigError, HookFailed
 from megatron_async_rl.trainer.algorithms import contract, objectives
 from megatron_async_rl.trainer.algorithms.loss import SUMS, policy_loss, sum_names
@@ -106,6 +111,13 @@ def short(rewards, lengths, config):
 
 def texts(rewards, lengths, config):
     return "advantages"
+
+def listed(rewards, lengths, config):
+    return (rewards * lengths).tolist()
+
+def tensor(rewards, lengths, config):
+    import torch
+    return torch.as_tensor(rewards * lengths)
 
 def raises(rewards, lengths, config):
     return rewards / config.options["scale"]
@@ -244,6 +256,13 @@ def test_planted_fault_of_an_estimator_is_named(fault: str, check: str, words: s
     checks = dict(advantage_checks(algorithm(advantage=f"our_advantages:{fault}")))
     assert words in checks[check]
     assert [name for name, problem in checks.items() if problem] == [check]
+
+
+@pytest.mark.parametrize("form", ["listed", "tensor"])
+def test_advantages_may_be_lists_of_numbers_or_a_tensor(form: str) -> None:
+    rewards, tokens = np.random.default_rng(0).random((5, 4)), np.full((5, 4), 3)
+    got = sample_advantages(rewards, tokens, algorithm(advantage=f"our_advantages:{form}"))
+    assert np.array_equal(got, shaped_rewards(rewards, algorithm()) * 3)
 
 
 def test_estimator_that_fails_is_refused_at_the_start() -> None:
