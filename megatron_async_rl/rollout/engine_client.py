@@ -26,6 +26,7 @@ from megatron_async_rl.protocol.types import Segment
 from megatron_async_rl.protocol.weight_messages import Bucket, JoinGroup
 
 OLDEST, NEWEST = (0, 5, 16), (0, 5, 23)
+HEALTH_S = 5.0
 PROBE_S = 30.0  # SGLang itself ends a probe after 20 s
 KEEP_ALIVE_S = 2.0  # SGLang closes a connection after 5 idle seconds and loses a request sent then
 LOAD_S = 1.0  # a heartbeat waits no longer for the server's figures
@@ -92,17 +93,15 @@ class EngineClient:
             )
 
     async def is_healthy(self) -> bool:
-        url, timeout = self._base_url + "/health", aiohttp.ClientTimeout(total=5)
-        try:
-            async with self._session.get(url, timeout=timeout) as reply:
-                return reply.status == 200
-        except (aiohttp.ClientError, TimeoutError):
-            return False
+        return await self._answers("/health", HEALTH_S)
 
     async def can_generate(self) -> bool:
         """Generates one token: a server with a hanging scheduler may still answer other calls."""
+        return await self._answers("/health_generate", PROBE_S)
+
+    async def _answers(self, path: str, timeout_s: float) -> bool:
         try:
-            await self._call("GET", "/health_generate", None, self._api, PROBE_S)
+            await self._call("GET", path, None, self._api, timeout_s)
         except EngineError:
             return False
         return True

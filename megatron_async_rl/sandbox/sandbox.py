@@ -34,13 +34,6 @@ OUT_OF_MEMORY_CODE = 71  # program.py's exit code for it
 START_S = 30.0
 GRACE_S = 2.0  # the zygote enforces wall_s itself; after this much more the zygote counts as hung
 OLDEST_PYTHON = (3, 9)
-PRELOAD = tuple(
-    (
-        "math itertools collections heapq bisect functools string re operator random copy typing "
-        "fractions decimal datetime statistics io types array json time threading cmath numbers "
-        "enum dataclasses abc textwrap calendar hashlib queue contextlib"
-    ).split()
-)
 
 
 class SandboxError(Error):
@@ -73,7 +66,6 @@ class SandboxSettings:
     python: str  # the interpreter that runs the programs
     # the minimum required; namespaces are used wherever the host provides them
     isolation: Literal["namespaces", "landlock"] = "namespaces"
-    preload: tuple[str, ...] = PRELOAD
     disabled_layers: tuple[str, ...] = ()  # only for tests of the remaining layers
 
 
@@ -107,7 +99,6 @@ class Sandbox:
         python = self._settings.python
         settings = {
             "isolation": self._settings.isolation,
-            "preload": self._settings.preload,
             "readable": _library_folders(python),
             "disabled_layers": self._settings.disabled_layers,
         }
@@ -226,27 +217,27 @@ class Sandbox:
         output, report = bytearray(), None
         deadline = time.monotonic() + limits.wall_s + GRACE_S
         is_open = True
+
+        def read() -> bool:
+            """Returns whether more output may come."""
+            chunk = os.read(read_end, 1 << 16)
+            output.extend(chunk)
+            return bool(chunk) and len(output) <= limits.output_bytes
+
         while report is None:
             sources = [self._socket.fileno(), *([read_end] if is_open else [])]
             ready = _readable(sources, max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise TimeoutError("the zygote did not report how the program ended")
             if read_end in ready:
-                chunk = os.read(read_end, 1 << 16)
-                output += chunk
-                is_open = bool(chunk)
+                is_open = read()
                 if len(output) > limits.output_bytes:
-                    is_open = False
                     self._socket.send(b"kill")
             if self._socket.fileno() in ready:
                 report = json.loads(self._socket.recv(1 << 12))
-        while is_open and len(output) <= limits.output_bytes:
-            # the write end may still be open elsewhere, so never block
-            if not _readable([read_end], 0.0):
-                break
-            chunk = os.read(read_end, 1 << 16)
-            output += chunk
-            is_open = bool(chunk)
+        # the write end may still be open elsewhere, so never block
+        while is_open and _readable([read_end], 0.0):
+            is_open = read()
         return bytes(output), report
 
     def _last_stderr_line(self) -> str:

@@ -33,6 +33,10 @@ import program
 
 del sys.path[0]
 
+PRELOAD = (  # what many programs import, beside program.STARTER_MODULES
+    "abc calendar cmath contextlib dataclasses decimal enum fractions hashlib numbers queue "
+    "textwrap threading types"
+).split()
 POLL_S = 0.01  # between two counts of a program's threads, where no namespace limits them
 
 
@@ -62,7 +66,7 @@ def main() -> None:
     jail.die_with_parent()
     error = error or jail.unreadable_folder(settings["readable"])
     if not error:
-        for module in settings["preload"]:
+        for module in PRELOAD:
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
         settings["starter"] = program.starter_names()
