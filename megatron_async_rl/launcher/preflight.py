@@ -285,7 +285,7 @@ def _controller_host(config: Config) -> str:
         socket.create_server((host, 0)).close()
     except OSError as e:
         raise ConfigError(
-            f"run.host = {host!r} is no address of this host: {e}",
+            f"run.host = {host!r} is not an address of this host: {e}",
             "set run.host to an address of this host (ip addr shows them), or to 127.0.0.1 for a "
             "run on this host alone",
         ) from None

@@ -5,12 +5,14 @@ Preflight, the trainer and `plan-weights` apply the same rules, each with the sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
-from megatron_async_rl.model import block_fp8
-from megatron_async_rl.model.engine_layout import VOCABULARY_MULTIPLE
+from megatron_async_rl.model.engine import block_fp8
+from megatron_async_rl.model.engine.engine_layout import VOCABULARY_MULTIPLE
+from megatron_async_rl.model.pipeline_split import PipelineSplit
 from megatron_async_rl.model.shape import ModelShape
 
 
@@ -22,6 +24,7 @@ class Layout:
     pp: int = 1
     vpp: int = 1
     """Chunks of layers on each pipeline stage; more than 1: an interleaved pipeline."""
+    split: PipelineSplit = field(default_factory=PipelineSplit)
     ep: int = 1
     etp: int = 1
     cp: int = 1
@@ -38,6 +41,7 @@ class Layout:
             tp=size("tensor_model"),
             pp=size("pipeline_model"),
             vpp=size("virtual_pipeline_model"),
+            split=PipelineSplit.from_config(config),
             ep=size("expert_model"),
             etp=config.megatron.get("expert_tensor_parallel_size", size("tensor_model")),
             cp=size("context"),
@@ -47,9 +51,25 @@ class Layout:
             quantized=config.sends_fp8,
         )
 
+    def chunk_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Returns the layers of each chunk in the order of the layers. Raises ConfigError."""
+        return self.split.chunk_layers(self.pp, self.vpp, num_layers)
+
+    def stage_layers(self, num_layers: int) -> list[int]:
+        """Returns the number of layers of each pipeline stage. Raises ConfigError."""
+        chunks = self.chunk_layers(num_layers)
+        return [sum(chunks[stage :: self.pp]) for stage in range(self.pp)]
+
     def stage_of(self, layer: int, num_layers: int) -> int:
         """Returns the pipeline stage of a layer. Interleaved pipelines deal chunks in turn."""
-        return layer // (num_layers // (self.pp * self.vpp)) % self.pp
+        return _stages(self, num_layers)[layer]
+
+
+@functools.lru_cache(maxsize=8)
+def _stages(layout: Layout, num_layers: int) -> list[int]:
+    """Returns the pipeline stage of each layer."""
+    chunks = enumerate(layout.chunk_layers(num_layers))
+    return [number % layout.pp for number, size in chunks for _ in range(size)]
 
 
 def check(layout: Layout, shape: ModelShape) -> None:
@@ -66,20 +86,13 @@ def check_trainer(layout: Layout, shape: ModelShape) -> None:
     }
     split_by_tp |= _mlp_sizes(shape) | _linear_sizes(shape)
     _check_divides("megatron.tensor_model_parallel_size", layout.tp, split_by_tp)
-    layers = {"num_hidden_layers": shape.num_layers}
-    _check_divides("megatron.pipeline_model_parallel_size", layout.pp, layers)
-    if layout.vpp > 1:
-        key = f"megatron.virtual_pipeline_model_parallel_size = {layout.vpp}"
-        if layout.pp == 1:
-            raise ConfigError(
-                f"{key} needs pipeline_model_parallel_size >= 2", "raise that, or remove the key"
-            )
-        if shape.num_layers % (layout.pp * layout.vpp):
-            raise ConfigError(
-                f"{key} times pipeline_model_parallel_size = {layout.pp} does not divide the "
-                f"model's num_hidden_layers = {shape.num_layers}",
-                "change one of the two sizes",
-            )
+    if layout.vpp > 1 and layout.pp == 1:
+        raise ConfigError(
+            f"megatron.virtual_pipeline_model_parallel_size = {layout.vpp} needs "
+            "pipeline_model_parallel_size >= 2",
+            "raise that, or remove the key",
+        )
+    layout.chunk_layers(shape.num_layers)
     if shape.num_experts:
         experts = {"num_experts": shape.num_experts}
         _check_divides("megatron.expert_model_parallel_size", layout.ep, experts)

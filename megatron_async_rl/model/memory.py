@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.model import block_fp8
 from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.engine import block_fp8
 from megatron_async_rl.model.layout import Layout
 from megatron_async_rl.model.shape import ModelShape
 
@@ -55,7 +55,7 @@ class ServerMemory:
 def trainer_memory(config: Config, hf: HfConfig) -> TrainerMemory:
     """Returns the estimate for the rank that needs most."""
     shape, layout = hf.shape(), Layout.from_config(config)
-    stages = [_stage(stage, config, hf, shape, layout) for stage in {0, layout.pp - 1}]
+    stages = [_stage(stage, config, hf, shape, layout) for stage in range(layout.pp)]
     return max(stages, key=lambda memory: memory.peak)
 
 
@@ -102,7 +102,7 @@ def summary(config: Config) -> list[str]:
 def _stage(
     stage: int, config: Config, hf: HfConfig, shape: ModelShape, layout: Layout
 ) -> TrainerMemory:
-    num_layers = shape.num_layers // layout.pp
+    num_layers = layout.stage_layers(shape.num_layers)[stage]
     is_last = stage == layout.pp - 1
     dense, experts = layer_parameters(shape)
     num_vocabulary = (stage == 0) + (is_last and not (shape.tied and layout.pp == 1))
@@ -138,7 +138,7 @@ def _activations(
     The number of micro-batches in flight is that of 1F1B, and of its interleaved form
     (Korthikanti et al., arXiv 2205.05198, section 4.2.3).
     """
-    num_layers = shape.num_layers // layout.pp
+    num_layers = layout.stage_layers(shape.num_layers)[stage]
     splits_sequence = config.megatron.get("sequence_parallel") or shape.num_experts
     boundary = shape.hidden_size / (layout.tp if splits_sequence else 1)
     dims = shape.dims

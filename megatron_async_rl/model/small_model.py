@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.layout import Layout
 
 VOCAB_SIZE = 251
 MAX_SAMPLE_TOKENS = 60
@@ -26,15 +27,28 @@ _SIZES = {
 }
 
 
+def small_chunks(config: Config) -> tuple[int, ...]:
+    """Returns the layers of each pipeline chunk of the small model: 1, and 2 for larger chunks.
+
+    A chunk without layers stays so. Raises ConfigError if the layers of model.path are not split.
+    """
+    num_layers = HfConfig(config.model.path).shape().num_layers
+    chunks = Layout.from_config(config).chunk_layers(num_layers)
+    if len(chunks) == 1:
+        return (2,)
+    least = min(filter(None, chunks))
+    return tuple(min(size, 1 + (size > least)) for size in chunks)
+
+
 def small_model(config: Config) -> dict[str, Any]:
     """Returns the config.json of a narrow and shallow model.
 
     Family and numbers of heads and experts are those of model.path, so every layout that fits that
-    model fits this one. Raises DataError if model.path has no config.json.
+    model fits this one. Raises DataError if model.path has no config.json, ConfigError as
+    small_chunks.
     """
     given = dict(HfConfig(config.model.path).raw)
     given.pop("layer_types", None)  # of the given number of layers
-    stages = config.parallel_size("pipeline_model") * config.parallel_size("virtual_pipeline_model")
     heads = given["num_attention_heads"]
     sizes = {
         name: size
@@ -44,6 +58,6 @@ def small_model(config: Config) -> dict[str, Any]:
     return given | sizes | {
         "hidden_size": 16 * heads,
         "intermediate_size": 24 * heads,
-        "num_hidden_layers": max(2, stages),
+        "num_hidden_layers": sum(small_chunks(config)),
         "max_position_embeddings": 4 * MAX_SAMPLE_TOKENS,
     }  # fmt: skip

@@ -18,8 +18,9 @@ import msgspec
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
-from megatron_async_rl.model import block_fp8, engine_layout, layout
+from megatron_async_rl.model import layout
 from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.engine import block_fp8, engine_layout
 from megatron_async_rl.model.layout import Layout
 from megatron_async_rl.model.shape import ModelShape, map_parameter, parameter_names
 

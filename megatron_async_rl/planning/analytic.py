@@ -84,7 +84,7 @@ def engine_of(config: Config, size: ModelSize) -> Engine:
 def decode_costs(config: Config, size: ModelSize, gpu: Gpu, engine: Engine) -> DecodeCosts:
     """Returns the additive costs of a decode step.
 
-    Experts are read once by a batch of the configured size, whatever the batch of the step.
+    Each step is assumed to read the experts that a batch of the configured size uses.
     """
     tp, batch = config.engine_tp, config.rollout.max_concurrent_samples
     touched = 1 - (1 - size.expert_share) ** batch if size.expert_share else 0.0
@@ -110,23 +110,25 @@ def prefill_costs(config: Config, size: ModelSize, gpu: Gpu, engine: Engine) -> 
 def train_costs(config: Config, shape: ModelShape, size: ModelSize, gpu: Gpu) -> TrainCosts:
     """Returns the costs of a training step, by micro-batches of the configured token budget."""
     layout, algorithm = Layout.from_config(config), config.algorithm
-    split = layout.tp * layout.pp * layout.cp
+    # micro-batches pass a pipeline at the pace of its largest stage
+    stages = size.layers / max(layout.stage_layers(size.layers))
+    split = layout.tp * stages * layout.cp
     recomputes = config.megatron.get("recompute_granularity") == "full"
     work = 4 / 3 if recomputes else 1.0
     work *= 2 if algorithm.advantage.uses_critic else 1  # the critic is as large
     token_s = work * _forward_backward_token_s(size, gpu) / split
     if layout.tp > 1:  # gathers and scatters of activations, eight in each layer
         moved = 8 * 2 * size.layer_width * (layout.tp - 1) / layout.tp
-        token_s += moved / (layout.pp * layout.cp * hardware.TENSOR_PARALLEL_BYTES_S)
-    parameters = size.total / (layout.tp * layout.pp * (layout.ep if size.expert_share else 1))
+        token_s += moved / (stages * layout.cp * hardware.TENSOR_PARALLEL_BYTES_S)
+    parameters = size.total / (layout.tp * stages * (layout.ep if size.expert_share else 1))
     replicas = layout.dp
-    link = gpu.nvlink_bytes if split * replicas <= GPUS_PER_NODE else gpu.nic_bytes
+    link = gpu.nvlink_bytes if config.trainer_ranks <= GPUS_PER_NODE else gpu.nic_bytes
     reduced_s = 6 * parameters * (replicas - 1) / replicas / (link * hardware.UPDATE_SHARE)
     optimizer_s = hardware.OPTIMIZER_BYTES * parameters / gpu.hbm_bytes / replicas
     return TrainCosts(
         token_s=token_s,
         token_pair_s=work * 6 * size.attention_width / (split * hardware.TRAIN_ATTENTION_FLOPS),
-        microbatch_s=hardware.LAYER_LAUNCH_S * size.layers / layout.pp,
+        microbatch_s=hardware.LAYER_LAUNCH_S * size.layers / stages,
         microbatch_tokens=config.trainer.max_tokens_per_microbatch * hardware.PACKING,
         minibatches=algorithm.minibatches,
         minibatch_s=optimizer_s + reduced_s,

@@ -24,8 +24,8 @@ from megatron_async_rl.config.checks import ENGINE_SPARE_TOKENS, GRAPH_SIZES
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
 from megatron_async_rl.errors import ConfigError, EngineError
-from megatron_async_rl.model.block_fp8 import quantization_config
-from megatron_async_rl.model.engine_types import convolution_dtype
+from megatron_async_rl.model.engine.block_fp8 import quantization_config
+from megatron_async_rl.model.engine.engine_types import convolution_dtype
 from megatron_async_rl.patches import patches_dir
 from megatron_async_rl.rollout.engine_client import EngineClient
 from megatron_async_rl.storage import snapshots
@@ -175,6 +175,8 @@ class SGLangServer:
             "grammar_backend": "none",
             # a CPU has no kernels to warm up, and the warm-up begins with a wait of a second
             "skip_server_warmup": self._config.on_cpu,
+            # on a CPU, an idle scheduler would occupy one of the cores that the others need
+            "sleep_on_idle": self._config.on_cpu,
             # on a CPU, SGLang's cache of linear attention's states needs it
             "disable_overlap_schedule": bool(self._config.on_cpu and self._convolution_dtype),
             # stored among the others, they would have other digests

@@ -20,7 +20,8 @@ from megatron_async_rl import hooks, patches, processes
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import SelftestFailed
-from megatron_async_rl.model.small_model import MAX_SAMPLE_TOKENS, VOCAB_SIZE
+from megatron_async_rl.model import pipeline_split
+from megatron_async_rl.model.small_model import MAX_SAMPLE_TOKENS, VOCAB_SIZE, small_chunks
 from megatron_async_rl.protocol.types import NOT_GENERATED, TrainSample
 
 TOLERANCE = 1e-4  # of the largest entry of a gradient
@@ -56,7 +57,8 @@ def variants(config: Config, folder: Path) -> dict[str, Config]:
     # Every rank keeps its whole gradient, for the comparison.
     megatron = {k: v for k, v in tree["megatron"].items() if not k.startswith("overlap_")}
     megatron["use_distributed_optimizer"] = False
-    prefixes = ("recompute_", "pipeline_", "num_layers_in_")
+    megatron = {k: v for k, v in megatron.items() if k not in pipeline_split.KEYS}
+    prefixes = ("recompute_", "pipeline_")
     plain = {
         key: value
         for key, value in megatron.items()
@@ -64,6 +66,9 @@ def variants(config: Config, folder: Path) -> dict[str, Config]:
         and key != "sequence_parallel"
         and not key.startswith(prefixes)
     }
+    chunks = small_chunks(config)
+    if len(set(chunks)) > 1:
+        megatron["pipeline_model_parallel_layout"] = pipeline_split.megatron_layout(chunks)
     return {
         "yours": configuration.from_tree(tree | {"megatron": megatron}),
         "TP1 PP1 CP1": configuration.from_tree(

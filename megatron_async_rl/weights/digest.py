@@ -1,8 +1,8 @@
 """Digests of the tensors that each server must hold after a weight update.
 
 SGLang's `/weights_checker` hashes a server's own tensors, which are fused and split
-(model/engine_layout.py). The trainer arranges the tensors that it sends in the same way and hashes
-them too: an equal digest proves that the bytes arrived at the right place on every rank.
+(model/engine/engine_layout.py). The trainer arranges the tensors that it sends in the same way and
+hashes them too: an equal digest proves that the bytes arrived at the right place on every rank.
 
 A server on a CPU reports the first 8 bytes of sha256 over a tensor's bytes, one on a GPU the sum
 of tile hashes (tile_hash.py). Both kinds can be computed on either device.
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.model import engine_layout
-from megatron_async_rl.model.block_fp8 import SCALE_SUFFIX
-from megatron_async_rl.model.engine_layout import EngineSlot, engine_slot
+from megatron_async_rl.model.engine import engine_layout
+from megatron_async_rl.model.engine.block_fp8 import SCALE_SUFFIX
+from megatron_async_rl.model.engine.engine_layout import EngineSlot, engine_slot
 from megatron_async_rl.model.shape import ModelShape
 from megatron_async_rl.storage.snapshots import DigestKind
 from megatron_async_rl.weights import tile_hash

@@ -1,7 +1,7 @@
 """Quantizes Hugging Face tensors on their way to the servers (weights.quantization).
 
 Whole tensors are quantized, after the gather, so that every trainer and engine layout has the same
-bytes. model/block_fp8.py says which tensors, and under which names.
+bytes. model/engine/block_fp8.py says which tensors, and under which names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.model.block_fp8 import BLOCK, SCALE_SUFFIX, is_quantized, scale_shape
+from megatron_async_rl.model.engine.block_fp8 import BLOCK, SCALE_SUFFIX, is_quantized, scale_shape
 from megatron_async_rl.weights.reshard import TensorInfo
 
 FP8 = torch.float8_e4m3fn
@@ -75,7 +75,7 @@ class Quantizer:
 
 
 def quantized_infos(infos: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
-    """Yields what a Quantizer yields for these tensors."""
+    """Yields the TensorInfo of each tensor that a Quantizer makes of these."""
     for info in infos:
         if not is_quantized(info.name):
             yield info

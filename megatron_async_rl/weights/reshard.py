@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
-from megatron_async_rl.model.block_fp8 import is_quantized
+from megatron_async_rl.model.engine.block_fp8 import is_quantized
 from megatron_async_rl.model.shape import ModelShape, map_parameter
 from megatron_async_rl.weights.mapping import to_hf
 from megatron_async_rl.weights.parameters import (

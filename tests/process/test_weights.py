@@ -34,6 +34,7 @@ from megatron_async_rl.protocol.messages import (
     Shutdown,
 )
 
+FIRST = "num_layers_in_first_pipeline_stage"
 FP8 = {"quantization": "fp8_block", "bucket_bytes": 60_000}
 LAYOUTS: list[
     tuple[str, dict[str, int], dict[str, Any]]
@@ -54,7 +55,8 @@ LAYOUTS: list[
     ("qwen3_moe", {"tensor_model": 2, "expert_model": 2, "expert_tensor": 1}, {}),
     ("glm4_moe", {"tensor_model": 2, "pipeline_model": 2}, {"dtype": "bfloat16"}),
     ("deepseek_v3", {"tensor_model": 2, "expert_model": 2}, {"dtype": "bfloat16"}),
-    ("deepseek_v3 full queries", {"pipeline_model": 2}, {}),
+    # no experts on the first stage
+    ("deepseek_v3 full queries", {"pipeline_model": 2, "expert_model": 2, FIRST: 1}, {}),
     ("qwen3_next", {"tensor_model": 2, "pipeline_model": 2}, {"dtype": "bfloat16"}),
     ("qwen3_moe of tiles", {"tensor_model": 2, "expert_model": 2}, {"bucket_bytes": 200_000}),
     ("qwen3 of blocks", {"tensor_model": 4}, FP8),

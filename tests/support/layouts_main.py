@@ -321,12 +321,19 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
             budget=40,
             replay=True,
             virtual_pipeline_model_parallel_size=2,
+            pipeline_model_parallel_layout="E|tt|t|tL",
             recompute_granularity="full",
             recompute_method="uniform",
             recompute_num_layers=1,
         ),
         "moe sequential tp2 pp2 ep2": make_config(
-            moe, 2, 2, expert_tensor_parallel_size=1, moe_grouped_gemm=False, **ep2
+            moe,
+            2,
+            2,
+            num_layers_in_first_pipeline_stage=1,
+            expert_tensor_parallel_size=1,
+            moe_grouped_gemm=False,
+            **ep2,
         ),
     }
     for name, config in layouts.items():
@@ -471,7 +478,9 @@ def moe_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:
     """Saves after a step in one layout of experts; returns the next step there and in another."""
     layouts = {
         "saved": make_config(folder, 2, 1, expert_model_parallel_size=2),
-        "loaded": make_config(folder, 1, 2, expert_model_parallel_size=2),
+        "loaded": make_config(
+            folder, 1, 2, expert_model_parallel_size=2, num_layers_in_last_pipeline_stage=1
+        ),
     }
     steps = {}
     saved: list[tuple[int, str]] = []

@@ -139,6 +139,7 @@ TINY_FAMILIES["glm4_moe"] = {
     "partial_rotary_factor": 0.5,
     "num_nextn_predict_layers": 0,
     "num_key_value_heads": 2,
+    "num_hidden_layers": 5,  # odd: stages of a pipeline differ
 }
 TINY_FAMILIES["deepseek_v3"] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -249,7 +250,10 @@ def make_model_folder(folder: Path, family: str, scale: float = 1.0) -> Path:
 def weights_config_tree(
     model: Path, sizes: dict[str, int], weights: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns the configuration of NUM_RANKS trainer ranks; `sizes` are parallel sizes."""
+    """Returns the configuration of NUM_RANKS trainer ranks.
+
+    `sizes`: parallel sizes, and numbers of layers under Megatron's name.
+    """
     ranks = 1
     for name in ("tensor_model", "pipeline_model", "context"):
         ranks *= sizes.get(name, 1)
@@ -265,6 +269,9 @@ def weights_config_tree(
             "collective_timeout_s": 100,
         },
         "weights": {"bucket_bytes": 20000, "update_timeout_s": UPDATE_TIMEOUT_S} | weights,
-        "megatron": {f"{name}_parallel_size": size for name, size in sizes.items()},
+        "megatron": {
+            name if "layers" in name else f"{name}_parallel_size": size
+            for name, size in sizes.items()
+        },
         "sglang": {} if model.name.endswith("tiles") else {"device": "cpu"},
     }

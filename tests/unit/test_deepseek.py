@@ -210,7 +210,7 @@ def test_other_numbers_of_heads_of_keys_are_refused(tmp_path: Path) -> None:
 
 
 def test_fp8_rollout_is_refused(tmp_path: Path) -> None:
-    from megatron_async_rl.model import block_fp8
+    from megatron_async_rl.model.engine import block_fp8
 
     plan_config(tmp_path, V3)
     with pytest.raises(ConfigError, match=r"deepseek_v3.*no projection of plain attention"):

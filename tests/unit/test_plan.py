@@ -166,7 +166,7 @@ def test_plan_with_a_gap_or_overlap_is_rejected(tmp_path: Path) -> None:
     [
         (DENSE_32B, {"tensor_model": 16}, "num_key_value_heads = 8"),
         (DENSE_32B, {"engine": 3}, "sglang.tp_size = 3"),
-        (DENSE_32B, {"pipeline_model": 2, "virtual_pipeline_model": 3}, "num_hidden_layers = 64"),
+        (DENSE_32B, {"pipeline_model": 2, "virtual_pipeline_model": 33}, "num_hidden_layers = 64"),
         (DENSE_32B, {"virtual_pipeline_model": 2}, "pipeline_model_parallel_size >= 2"),
         (DENSE_32B, {"expert_model": 2}, "has no experts"),
         (MOE_235B, {"expert_model": 3}, "num_experts = 128"),

@@ -17,8 +17,8 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.warnings import warnings
 from megatron_async_rl.errors import ConfigError, PublishError
 from megatron_async_rl.model import layout, memory, weight_plan
-from megatron_async_rl.model.block_fp8 import is_quantized
 from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.engine.block_fp8 import is_quantized
 from megatron_async_rl.model.families import FAMILIES
 from megatron_async_rl.model.layout import Layout
 from megatron_async_rl.model.shape import ModelShape, map_parameter, parameter_names

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_async_rl.errors import ConfigError, DataError
-from megatron_async_rl.model import engine_types, memory, weight_plan
+from megatron_async_rl.model import memory, weight_plan
 from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.engine import engine_types
 from megatron_async_rl.model.families import FAMILIES
 from megatron_async_rl.model.flops import ModelFlops
 from megatron_async_rl.model.shape import map_parameter

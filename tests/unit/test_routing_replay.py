@@ -35,7 +35,7 @@ from megatron_async_rl.rollout.gate import Gate
 from megatron_async_rl.rollout.generation import Generator
 from megatron_async_rl.rollout.samples.routing import CallExperts, SampleExperts
 from megatron_async_rl.trainer.data.microbatch import Packing, pack
-from megatron_async_rl.trainer.model.routing import RouterReplay
+from megatron_async_rl.trainer.model.routing import RouterReplay, RoutingReplay
 
 ROUTING = Routing(num_layers=3, top_k=2, num_experts=200)
 WIDTH = ROUTING.width
@@ -316,6 +316,12 @@ def replaying(folder: Path, model: dict[str, Any], **changes: Any) -> Config:
     (folder / "config.json").write_text(json.dumps(model))
     settings = {"model.path": str(folder), "rollout.routing_replay": True} | changes
     return configuration.from_tree(config_tree(**settings))
+
+
+def test_pipeline_stage_without_experts_replays_nothing() -> None:
+    replay = RoutingReplay([torch.nn.Linear(2, 2)], ROUTING)
+    with replay.of(torch.zeros(5, ROUTING.num_layers, ROUTING.top_k, dtype=torch.long)):
+        pass
 
 
 def test_published_models_take_a_byte_per_layer_and_expert(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.weight_sync.broadcast import BroadcastPublisher
 from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
 from megatron_async_rl.errors import DataError, PublishError
-from megatron_async_rl.model.block_fp8 import quantization_config
+from megatron_async_rl.model.engine.block_fp8 import quantization_config
 from megatron_async_rl.protocol.weight_messages import (
     LoadSnapshot,
     PublishOffer,
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class SnapshotStore:
-    """The snapshots of this run whose digests fit its engines, and which of them are being read."""
+    """The snapshots of this run with digests for its engines, and which of them are being read."""
 
     def __init__(self, config: Config) -> None:
         self._run_dir = config.run_dir.resolve()

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_async_rl.config import passed_on
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
-from megatron_async_rl.model import layout
+from megatron_async_rl.model import layout, pipeline_split
 from megatron_async_rl.model.config_json import Architecture
 from megatron_async_rl.model.shape import LatentShape, LinearShape, ModelShape
 
@@ -42,7 +42,7 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OwnConfig:
-    """Names of Megatron's command line that are no fields of megatron.core's config classes."""
+    """Names of Megatron's command line without a field in megatron.core's config classes."""
 
     make_vocab_size_divisible_by: int = 1
 
@@ -177,6 +177,10 @@ def transformer_config(
         # variable_seq_lengths refuses the default, also without experts.
         "moe_token_dispatcher_type": "alltoall",
     }
+    sizes = layout.Layout.from_config(config)
+    chunks = sizes.chunk_layers(shape.num_layers)
+    if sizes.split.is_automatic and len(set(chunks)) > 1:
+        fields["pipeline_model_parallel_layout"] = pipeline_split.megatron_layout(chunks)
     if shape.num_experts:
         fields |= {
             "num_moe_experts": shape.num_experts,

@@ -1,9 +1,9 @@
 """Routing replay: the routers of a model choose the experts that the engine chose.
 
 megatron.core's TopKRouter asks its `router_replay`, where it has one, for the experts of a token,
-and computes their weights from its own scores, so gradients reach the router as usual. The class
-that megatron.core has for it hands out the same experts until it is told otherwise; here each pass
-of a micro-batch sets its own, and a recomputation in backward gets those of its forward pass.
+and computes their weights from its own scores, so gradients reach the router as usual.
+megatron.core's class for it returns the same experts until others are set; here each pass of a
+micro-batch sets its own, and a recomputation in backward gets those of its forward pass.
 
 Suffixes: T positions of a micro-batch that this rank holds, L layers, K experts per token.
 """
@@ -32,13 +32,14 @@ class RoutingReplay:
     def __init__(self, modules: list[Any], routing: Routing) -> None:
         self.routing = routing
         routers = [router for module in modules for router in _routers(module)]
-        self._layers = torch.tensor([router.layer_number - 1 for router in routers])
+        numbers = [router.layer_number - 1 for router in routers]  # none: a stage without experts
+        self._layers = torch.tensor(numbers, dtype=torch.long)
         self._replays = [RouterReplay() for _ in routers]
         for router, replay in zip(routers, self._replays, strict=True):
             router.router_replay = replay
 
     def clear(self) -> None:
-        """Forgets the experts of passes whose backward was never run."""
+        """Forgets the experts of passes without a backward."""
         for replay in self._replays:
             replay.recomputed.clear()
 
@@ -60,7 +61,7 @@ class RoutingReplay:
 
 
 class RouterReplay:
-    """What one router chooses."""
+    """The choice of one router."""
 
     def __init__(self) -> None:
         self.experts_TK: Tensor | None = None  # of the forward pass in progress

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.engine_layout import engine_ranges, engine_split
+from megatron_async_rl.model.engine.engine_layout import engine_ranges, engine_split
 from megatron_async_rl.model.shape import ModelShape, map_parameter, parameter_names
 
 BLOCK = 128
