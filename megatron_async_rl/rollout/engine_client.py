@@ -13,7 +13,7 @@ Any call raises EngineError, and EngineTimeout at its deadline.
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,8 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Sampling:
+    """By SGLang's names."""
+
     max_new_tokens: int
     temperature: float  # 0 is greedy
     stop_token_ids: list[int]
@@ -138,19 +140,10 @@ class EngineClient:
         """
         request: dict[str, Any] = {
             "input_ids": ids,
-            "sampling_params": {
-                "max_new_tokens": sampling.max_new_tokens,
-                "temperature": sampling.temperature,
-                "stop_token_ids": sampling.stop_token_ids,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k or -1,
-                "min_p": sampling.min_p,
-            },
+            "sampling_params": asdict(sampling) | {"top_k": sampling.top_k or -1},
             "return_logprob": True,
             "logprob_start_len": -1,  # of the response only
         }
-        if sampling.stop:
-            request["sampling_params"]["stop"] = list(sampling.stop)
         if cache_key is not None:
             request["extra_key"] = cache_key
         if experts_from is not None:
