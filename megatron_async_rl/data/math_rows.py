@@ -25,7 +25,7 @@ _BARE_BOX = re.compile(
 )
 # the text allowed between two boxes of one answer, as in `\boxed{2} or \boxed{3}`
 _BETWEEN = re.compile(
-    r"(?:[\s,;:$.*&]|\\text|\\[()\[\],; ]|[{}]|\\quad|(?<=and \$)[a-z]\s*=|"
+    r"(?:[\s,;:$.*&]|\\text|\\[()\[\],; ]|[{}]|\\quad|(?<![a-z\\])[a-z]\s*=|"
     r"\b(?:and|or|either|maybe|perhaps|possibly|alternatively|also|otherwise|else|could|might|may|be|it|is|the|answer|even)\b){0,24}",
     re.IGNORECASE,
 )

@@ -20,7 +20,7 @@ _MAX_TAIL_CHARS = 2_000  # of an answer that is not boxed: its statement is in t
 
 _STATEMENT = re.compile(
     r"####|\b(?:final\s+)?(?:answer|result|solution|option|choice|ans)\b"
-    r"(?:[^\n.:=]{0,60}?\s*(?:\*\*|__)?\s*(?::|\bis\b|\bare\b)|[^\n.:=\d]{0,60}?=(?!=))\s*(?:\*\*(?=[\s:]))?:?",
+    r"(?:[^\n.:=]{0,60}?\s*(?:\*\*|__)?\s*(?::|\bis\b|\bare\b|\b(?:should|must|would|will)\s+be\b)|[^\n.:=\d]{0,60}?=(?!=))\s*(?:\*\*(?=[\s:]))?:?",
     re.IGNORECASE,
 )
 # other languages' statements, `Answer -> 5` and `Answer - 5` at the start of a line
@@ -75,7 +75,12 @@ _TAKEN_BACK = re.compile(
 _OPTION = re.compile(
     r"\b(?:option|choice|answer)\s*\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)|"
     r"\b(?:so|thus|hence|therefore),?\s*\(?((?-i:[A-J]))\)?\s+is\s+(?:the\s+)?(?:correct|right)|"
-    r"\bI\s+(?:choose|pick|select)\s+\(?((?-i:[A-J]))\)?(?!\w)|(?:故选|应选|答案选)\s*[:：]?\s*\(?([A-J])\b",
+    r"\bI\s+(?:would\s+)?(?:choose|pick|select)\s+\(?((?-i:[A-J]))\)?(?!\w)",
+    re.IGNORECASE,
+)
+_LAST_OPTION = re.compile(  # Hence, option C.
+    r"(?:(?:\bis|,)\s+(?:the\s+)?(?:option|choice)\s*\(?((?-i:[A-J]))\)?(?::[^\n]*)?|"
+    r"(?<!不)选择?\s*[:：]?\s*\(?([A-J])\)?)[.。\s]*$",
     re.IGNORECASE,
 )
 _ELLIPSIS = re.compile(r"(?<=\d)\.{3}(?!\d)")
@@ -111,6 +116,8 @@ def _stated_answer(text: str) -> str:
         text = _ELLIPSIS.sub(r"\\ldots ", text)
     if options := ["".join(groups) for groups in _OPTION.findall(text)]:
         return ", ".join(dict.fromkeys(options))
+    if option := _LAST_OPTION.search(text):
+        return option[1] or option[2]
     text = text.replace("。", ". ")
     if "matrix}" in text:
         text = _LINE_OF_MATRIX.sub(" ", text)

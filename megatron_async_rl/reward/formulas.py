@@ -70,7 +70,7 @@ _RESULT = re.compile(
 _FURTHER = re.compile(
     r"[,;=]|\.\s|\b(?:so|thus|therefore|hence|or|but|leaving|which|means|is|are|was|were)\b"
 )
-_CHOICE_LINE = re.compile(r"(?:\(([A-J])\)|([A-HJ]))\.?")  # I is a word
+_CHOICE_LINE = re.compile(r"(?:\(([A-J])\)|([A-HJ]))\.?|([A-HJ])[.)]\s+\S.{0,60}")  # I is a word
 _JOINING = frozenset(("and", "or", "maybe", "perhaps", "possibly"))
 _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc ln log exp sqrt pi lim max min gcd lcm mod infinity inf".split()
@@ -149,8 +149,10 @@ def last(text: str) -> str:
     spans = list(_DELIMITED.finditer(text))
     last = spans[-1] if spans else None
     tail = text if last is None else text[last.end() :]
-    if choice := _CHOICE_LINE.fullmatch(tail.strip().rpartition("\n")[2]):
-        return choice[1] or choice[2]
+    before, _, line = tail.strip().rpartition("\n")
+    is_listed = _CHOICE_LINE.fullmatch(before.rpartition("\n")[2])  # as one of several options
+    if (choice := _CHOICE_LINE.fullmatch(line)) and not (choice[3] and is_listed):
+        return choice[1] or choice[2] or choice[3]
     bold = list(_BOLD.finditer(tail))
     if bold and not tail[bold[-1].end() :].strip(_TRAILING):
         return unwrap(bold[-1][2])

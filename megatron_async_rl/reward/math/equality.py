@@ -57,6 +57,8 @@ def equal(expected: str, answer: str) -> bool | None:
         expected, answer = expected[: own.start()], answer[: constant.start()]
     if "\\mathbb" in expected or "\\mathbb" in answer:
         expected, answer = phrasing.share_condition(expected, answer)
+    if ("\\ne" in expected) != ("\\ne" in answer):
+        expected, answer = map(phrasing.without_hole, (expected, answer))
     answer = phrasing.share_argument(expected, answer)
     try:
         gold = structure.read(expected)

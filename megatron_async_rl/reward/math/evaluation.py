@@ -23,7 +23,7 @@ class Unreadable(Exception):
 
 
 class Contradiction(Unreadable):
-    """A statement about numbers that is no answer, such as 42 = 41, or several numbers."""
+    """A statement about numbers that is not an answer, such as 42 = 41, or several numbers."""
 
 
 class TooLarge(Exception):
@@ -43,6 +43,12 @@ FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     "sinh": cmath.sinh,
     "cosh": cmath.cosh,
     "tanh": cmath.tanh,
+    "arcsinh": cmath.asinh,
+    "arccosh": cmath.acosh,
+    "arctanh": cmath.atanh,
+    "arsinh": cmath.asinh,
+    "arcosh": cmath.acosh,
+    "artanh": cmath.atanh,
     "ln": cmath.log,
     "log": cmath.log,
     "exp": cmath.exp,

@@ -41,7 +41,7 @@ _AFTERNOON = re.compile(r"in the (?:afternoon|evening)$")
 _TWELVE = re.compile(r"(?:12(?::00)?\s+)?(noon|midnight)", re.IGNORECASE)
 _SPACED_COLON = re.compile(r"\s*:\s*")
 _TIME = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
-_RATIO_WORD = re.compile(r"(\d+(?:\.\d+)?)\s+to\s+(\d+(?:\.\d+)?)")
+_RATIO_WORDS = re.compile(r"\d+(?:\.\d+)?(?:\s+to\s+\d+(?:\.\d+)?)+")
 _MONTHS = "january february march april may june july august september october november december"
 _MONTH_NUMBERS = {name: number for number, name in enumerate(_MONTHS.split(), start=1)}
 MONTHS = frozenset(_MONTH_NUMBERS)
@@ -186,8 +186,8 @@ def read_time_or_ratio(text: str) -> Clock | Ratio | None:
     if clock and (half or _TIME.fullmatch(text)):
         hours, *rest = (part.strip() for part in (clock[1] or clock[3]).split(":"))
         return Clock((hours.lstrip("0") or "0", *(rest or ["00"])), half)
-    if words := _RATIO_WORD.fullmatch(text):
-        return Ratio((read_number(words[1]), read_number(words[2])))
+    if _RATIO_WORDS.fullmatch(text):
+        text = re.sub(r"\s+to\s+", ":", text)
     terms = text.split(":")
     if not 2 <= len(terms) <= 5 or "=" in text:
         return None

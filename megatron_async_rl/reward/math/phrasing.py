@@ -34,6 +34,9 @@ _MAPPING = re.compile(r"^[A-Za-z]\s*\\mapsto\s*")
 _FUNCTION = re.compile(
     r"(?<![A-Za-z\\])([fghpFGHP])\s*\(\s*[a-z]\s*\)\s*(?:=|\\equiv(?![A-Za-z])(?!.*mod))"
 )
+_HOLE = re.compile(
+    r"(?!.*\\(?:[lg]e|in)(?![A-Za-z]))([^=<>,]*[a-z][^=<>,]*),\s*(?:where\s+|for\s+)?\(?[a-z]\s*\\ne(?![A-Za-z])[^=<>,]*"
+)
 _ARGUMENT = re.compile(r"[fghpFGHP]\s*\(\s*([a-z])\s*\)\s*=")
 _INTEGER_NAME = re.compile(r"(?<![A-Za-z\\])[klmn](?![A-Za-z])")
 _NEGATIVE = re.compile(r"^(?:negative|minus)\s+(?=[\d\\]|inf)", re.IGNORECASE)
@@ -86,6 +89,10 @@ _CONCLUSION = re.compile(
     r"^.*\\(?:Rightarrow|implies|Longrightarrow|therefore|iff|Leftrightarrow)(?![A-Za-z])",
     re.DOTALL,
 )
+_CJK_LEAD = re.compile(  # of an answer such as `there are 42`, but not of `minus 42` and the like
+    "(?!\\D*[\u8d1f\u975e\u4e0d\u5c11\u591a\u5c0f\u5927\u81f3\u8d85\u767e\u5343\u4e07\u5341\u5206\u500d\u7b2c])"
+    "[\u4e00-\u9fff]{1,12}[:,]?\\s*(?=[-+.\\d\\\\(])"
+)
 _END_OF_WORD = re.compile(r"(?<=[A-Za-z]{3})\.$")
 _DIGIT_GROUPS = re.compile(r"(?<=\d)[_'](?=\d{3}(?!\d))")
 
@@ -97,6 +104,8 @@ def bare(text: str) -> str:
     text = _END_OF_WORD.sub("", text)
     if not 0 < len(text) <= normal_form.MAX_CHARS:
         raise Unreadable
+    if not text[0].isascii():
+        text = text[match.end() :] if (match := _CJK_LEAD.match(text)) else text
     if text[0].isalpha():
         text = _POINT.sub("", _LEAD.sub("", text, count=1), count=1)
         text = numerals.spell_out(_NEGATIVE.sub("-", text))
@@ -149,6 +158,12 @@ def share_condition(expected: str, answer: str) -> tuple[str, str]:
     if len(names) == 1:
         texts[index] += f", {names.pop()} \\in \\mathbb{{Z}}"
     return texts[0], texts[1]
+
+
+def without_hole(text: str) -> str:
+    r"""Returns the formula of `\frac{x^2-9}{x-3}, x \ne 3`."""
+    match = _HOLE.fullmatch(text)
+    return match[1] if match else text
 
 
 def share_argument(expected: str, answer: str) -> str:

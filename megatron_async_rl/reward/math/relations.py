@@ -49,6 +49,7 @@ _CHAIN = re.compile(
     r"(?<![A-Za-z\\=])([a-z](?:\s*=\s*[a-z])+)\s*=\s*([^=,;A-Za-z]+)(?=,|;|$|\s+and\b)"
 )
 _COORDINATE = re.compile(r"([xyz])\s*=")
+_NAMED_PART = re.compile(r"\s*([A-Za-z])\s*=\s*([^=]+)")
 _NAMED = re.compile(r"(?:^|,|;|\band\b|\})\s*([A-Za-z]{1,3})\s*=")
 _LOW_END, _HIGH_END = Number(NEGATIVE_INFINITY, ""), Number(INFINITY, "")
 
@@ -262,6 +263,18 @@ def named_values(text: str) -> list[str]:
     """Returns the names of AB = 9, CD = 4 if they differ; x = 1, x = 2 and x_1 = 1 are a list."""
     names = _NAMED.findall(text)
     return names if len(names) > 1 and len(set(names)) == len(names) == text.count("=") else []
+
+
+def group_by_name(parts: list[str]) -> list[list[str]]:
+    """Returns the values of x = 1, y = 2, x = 3, y = 4 as [1, 2], [3, 4], by name; else []."""
+    named = [match for part in parts if (match := _NAMED_PART.fullmatch(part))]
+    size = len({match[1] for match in named})
+    if len(named) < len(parts) or not 1 < size < len(parts) or len(parts) % size:
+        return []
+    groups = [sorted(named[i : i + size], key=lambda m: m[1]) for i in range(0, len(parts), size)]
+    if any(len({match[1] for match in group}) < size for group in groups):
+        return []
+    return [[match[2] for match in group] for group in groups]
 
 
 def in_order(

@@ -47,6 +47,7 @@ _TRANSPOSED = re.compile(
     r"(.*[\])])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\{\s*T\s*\})\s*\}?", re.DOTALL
 )
 _IN_PARENTHESES = re.compile(r"\([^()]*\)")
+_LABEL = re.compile(r"(?:(?<=[\s,;])|^)\((?:i{1,3}|iv|[1-6]|[a-f])\)(?=\s)")
 _HOLES = re.compile(r"([A-Za-z])\s*\\ne(?![A-Za-z])\s*(.+)")
 _WITHOUT = re.compile(
     r"([(\[][^()\[\]]+[)\]])\s*(?:\\(?:setminus|backslash|smallsetminus)(?![A-Za-z])|-|"
@@ -68,6 +69,10 @@ def _read(text: str, depth: int) -> Part:
         return twelve
     if found := words.read(text) or numerals.read_date(text) or numerals.read_quantity(text):
         return found
+    if text[0] == "(" and len(labelled := _LABEL.split(text)) > 2:  # (i) 3 (ii) 5
+        first, *others = (part.strip(" ,;") for part in labelled)
+        if not first and all(others):
+            return Sequence("()", _read_all(others, depth))
     if "{cases}" in text and (cases := _CASES.fullmatch(text)):
         return _read_cases(cases[1], depth)
     if "\\begin" in text and "=" in text:
@@ -131,10 +136,12 @@ def _read_all(parts: list[str], depth: int) -> tuple[Part, ...]:
 
 def _list_of(parts: list[str], depth: int, either: bool = False) -> Items | Part:
     """Returns a list; a union or intersection of inequalities. `either`: joined by `or`."""
+    if groups := relations.group_by_name(parts):
+        return Items("list", tuple(Sequence("()", _read_all(group, depth)) for group in groups))
     items = _read_all(parts, depth)
     is_union = [isinstance(item, Items) and item.kind == "union" for item in items]
     if not all(union or is_interval(item) for union, item in zip(is_union, items, strict=True)):
-        return _flat_list(items)
+        return Items("either" if either else "list", _flat_list(items).items)
     if not any(map(relations.COMPARISON.search, parts)):
         return Items("either", items) if either else _flat_list(items)
     if not either and (overlap := functools.reduce(relations.intersection, items[1:], items[0])):
@@ -200,6 +207,8 @@ def _read_brackets(text: str, depth: int) -> Part | None:
             inside = _read(inner, depth + 1)
             return inside if not isinstance(inside, Number) else None
         return None
+    if text.count("\\pm") == 1 and opening == "(":
+        return _flat_list(_read_all([text.replace("\\pm", sign) for sign in "+-"], depth))
     return Sequence(opening + ending, _read_all(parts, depth))
 
 
