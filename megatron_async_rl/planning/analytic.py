@@ -13,6 +13,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model import memory
 from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.flops import ModelFlops
 from megatron_async_rl.model.layout import Layout
 from megatron_async_rl.model.shape import ModelShape
 from megatron_async_rl.planning import hardware
@@ -27,29 +28,27 @@ GPUS_PER_NODE = 8
 class ModelSize:
     """Parameter counts of one model, by their use for a token."""
 
-    active: float  # that a token is multiplied with; the output layer, not the embedding
+    flops: ModelFlops  # of which `weights` are those that a token is multiplied with
     total: float
     dense: float  # of `total`: not in experts
     expert_share: float  # of the experts that each token uses; 0 without experts
     kv_bytes: float  # of a token, on one of the server's GPUs
-    attention_width: float  # layers * query heads * head size
     layer_width: float  # layers * hidden size
     layers: int
 
 
-def model_size(hf: HfConfig, num_bytes: int = 2, engine_tp: int = 1) -> ModelSize:
+def model_size(hf: HfConfig, engine_tp: int) -> ModelSize:
     shape = hf.shape()
     dense, expert = memory.layer_parameters(shape)
     vocabulary = memory.vocabulary_parameters(shape)
     top_k = hf.architecture().router_top_k if shape.num_experts else 0
     layers = shape.num_layers
     return ModelSize(
-        active=layers * (dense + expert * top_k) + vocabulary,
+        flops=ModelFlops.of(shape, top_k),
         total=layers * (dense + expert * shape.num_experts) + vocabulary * (1 if shape.tied else 2),
         dense=layers * dense + vocabulary,
         expert_share=top_k / shape.num_experts if shape.num_experts else 0.0,
-        kv_bytes=layers * shape.cached_per_token(engine_tp) * num_bytes,
-        attention_width=layers * shape.attention_width,
+        kv_bytes=layers * shape.cached_per_token(engine_tp) * 2,
         layer_width=layers * shape.hidden_size,
         layers=layers,
     )
@@ -57,7 +56,7 @@ def model_size(hf: HfConfig, num_bytes: int = 2, engine_tp: int = 1) -> ModelSiz
 
 def costs(config: Config, hf: HfConfig, gpu: Gpu, engine: Engine | None = None) -> Costs:
     """Returns the costs of a run on such GPUs; `engine`: None uses the constants of SGLang 0.5."""
-    size = model_size(hf, engine_tp=config.engine_tp)
+    size = model_size(hf, config.engine_tp)
     engine = engine or engine_of(config, size)
     return Costs(
         decode=decode_costs(config, size, gpu, engine),
@@ -90,7 +89,7 @@ def decode_costs(config: Config, size: ModelSize, gpu: Gpu, engine: Engine) -> D
     touched = 1 - (1 - size.expert_share) ** batch if size.expert_share else 0.0
     read_bytes = 2 * (size.dense + (size.total - size.dense) * touched)
     layer_s = engine.layer_s + (engine.tensor_parallel_layer_s if tp > 1 else 0.0)
-    products_s = 2 * size.active / (tp * engine.matrix_share * gpu.matrix_flops)
+    products_s = 2 * size.flops.weights / (tp * engine.matrix_share * gpu.matrix_flops)
     return DecodeCosts(
         step_s=size.layers * layer_s + read_bytes / (tp * engine.weight_share * gpu.hbm_bytes),
         sample_s=engine.sample_s + products_s,
@@ -103,7 +102,7 @@ def prefill_costs(config: Config, size: ModelSize, gpu: Gpu, engine: Engine) -> 
     tp = config.engine_tp
     return PrefillCosts(
         token_s=_forward_backward_token_s(size, gpu) / 3 / tp,
-        token_pair_s=2 * size.attention_width / (tp * engine.prefill_attention_flops),
+        token_pair_s=2 * size.flops.attention_width / (tp * engine.prefill_attention_flops),
     )
 
 
@@ -127,7 +126,10 @@ def train_costs(config: Config, shape: ModelShape, size: ModelSize, gpu: Gpu) ->
     optimizer_s = hardware.OPTIMIZER_BYTES * parameters / gpu.hbm_bytes / replicas
     return TrainCosts(
         token_s=token_s,
-        token_pair_s=work * 6 * size.attention_width / (split * hardware.TRAIN_ATTENTION_FLOPS),
+        token_pair_s=work
+        * 6
+        * size.flops.attention_width
+        / (split * hardware.TRAIN_ATTENTION_FLOPS),
         microbatch_s=hardware.LAYER_LAUNCH_S * size.layers / stages,
         microbatch_tokens=config.trainer.max_tokens_per_microbatch * hardware.PACKING,
         minibatches=algorithm.minibatches,
@@ -179,6 +181,6 @@ def _forward_passes(config: Config) -> float:
 
 def _forward_backward_token_s(size: ModelSize, gpu: Gpu) -> float:
     """Returns the seconds of a token on one GPU, without attention and communication."""
-    products_s = 6 * size.active / (hardware.TRAIN_MATRIX_SHARE * gpu.matrix_flops)
+    products_s = 6 * size.flops.weights / (hardware.TRAIN_MATRIX_SHARE * gpu.matrix_flops)
     traffic = hardware.TRAIN_BYTES * size.layer_width
     return products_s + traffic / (hardware.HBM_SHARE * gpu.hbm_bytes)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import multiprocessing
 import random
@@ -52,7 +53,10 @@ class Case(NamedTuple):
     rule: str
     response: str
     gold: str
-    right: bool
+
+    @property
+    def right(self) -> bool:
+        return self.kind in REFUSED
 
 
 Rule = Callable[[str, random.Random], "str | None"]
@@ -430,6 +434,9 @@ THINKING = {
     "reopened": "<think>12</think> so <think>the answer is \\boxed{{{}}}",
 }
 
+INSIDE = (r"\sqrt{{{}}}", "{}x", r"{}\pi", "{}!", r"\frac{{1}}{{{}}}", "{}^2", "2^{{{}}}")
+AROUND = ("The answer is ${}$.", "**${}$**", "Hence $y = {}$.", "So it is {}.")
+
 
 def read_golds(folder: Path) -> Iterator[str]:
     """Yields the golds of all files, without those that this benchmark cannot rewrite safely."""
@@ -448,10 +455,10 @@ def read_solutions(folder: Path) -> Iterator[Case]:
         text, mark, gold = str(row.get("answer", "")).rpartition("####")
         if mark:
             text = re.sub(r"<<[^<>]*>>", "", text).strip()
-            yield Case("solution", "GSM8K", text, gold.strip(), True)
+            yield Case("solution", "GSM8K", text, gold.strip())
         elif "subject" in row and (box := BOX.search(row["solution"])):
             text = row["solution"][: box.start()] + box[1] + row["solution"][box.end() :]
-            yield Case("solution", "MATH", text, box[1], True)
+            yield Case("solution", "MATH", text, box[1])
 
 
 def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
@@ -467,69 +474,36 @@ def make_cases(
 ) -> list[Case]:
     classes: dict[str, list[Case]] = {name: [] for name in SIZES} | {"solution": solutions}
     for gold in golds:
-        classes["same"].append(Case("same", "same", f"So it is $\\boxed{{{gold}}}$.", gold, True))
+
+        def add(kind: str, rule: str, response: str, gold: str = gold) -> None:
+            classes[kind].append(Case(kind, rule, response, gold))
+
+        add("same", "same", f"So it is $\\boxed{{{gold}}}$.")
         for rule, rewrite in EQUIVALENT.items():
             if (text := rewrite(gold, rng)) is not None:
-                classes["equivalent"].append(
-                    Case("equivalent", rule, f"So it is $\\boxed{{{text}}}$.", gold, True)
-                )
+                add("equivalent", rule, f"So it is $\\boxed{{{text}}}$.")
         wrongs = {rule: text for rule, make in WRONG.items() if (text := make(gold, rng))}
         for rule, text in wrongs.items():
-            classes["wrong"].append(Case("wrong", rule, f"It is $\\boxed{{{text}}}$.", gold, False))
+            add("wrong", rule, f"It is $\\boxed{{{text}}}$.")
             for name in ("answer is", "hashes", "display", "bold"):
-                if name == "display" and RELATION.search(text):
-                    continue
-                classes["unboxed wrong"].append(
-                    Case(
-                        "unboxed wrong",
-                        f"{name}, {rule}",
-                        TEMPLATES[name].format(text),
-                        gold,
-                        False,
-                    )
-                )
+                if name != "display" or not RELATION.search(text):
+                    add("unboxed wrong", f"{name}, {rule}", TEMPLATES[name].format(text))
         for rule, template in TEMPLATES.items():
             if ("$" in gold and "$" in template) or (rule == "display" and RELATION.search(gold)):
                 continue
-            classes["unboxed right"].append(
-                Case("unboxed right", rule, template.format(gold), gold, True)
-            )
-        if integer(gold) is not None:
-            for inside in (
-                r"\sqrt{{{}}}",
-                "{}x",
-                r"{}\pi",
-                "{}!",
-                r"\frac{{1}}{{{}}}",
-                "{}^2",
-                "2^{{{}}}",
-            ):
-                if gold in ("0", "1", "2") or gold.startswith("-"):
-                    continue
-                for template in (
-                    "The answer is ${}$.",
-                    "**${}$**",
-                    "Hence $y = {}$.",
-                    "So it is {}.",
-                ):
-                    text = inside.format(gold)
-                    if text in (f"{gold}x", f"{gold}!") and template == "So it is {}.":
-                        continue
-                    classes["unboxed wrong"].append(
-                        Case(
-                            "unboxed wrong", f"inside {inside}", template.format(text), gold, False
-                        )
-                    )
+            add("unboxed right", rule, template.format(gold))
+        if integer(gold) is not None and gold not in ("0", "1", "2") and gold[0] != "-":
+            for inside, template in itertools.product(INSIDE, AROUND):
+                text = inside.format(gold)
+                if text not in (f"{gold}x", f"{gold}!") or template != "So it is {}.":
+                    add("unboxed wrong", f"inside {inside}", template.format(text))
         for wrong in list(wrongs.values())[:1]:
             if integer(gold) is None and fraction(gold) is None:
                 continue
             for rule, template in HEDGED.items():
-                text = template.format(a=gold, b=wrong)
-                classes["hedged"].append(Case("hedged", rule, text, gold, False))
+                add("hedged", rule, template.format(a=gold, b=wrong))
         for rule, template in THINKING.items():
-            classes["unfinished thinking"].append(
-                Case("unfinished thinking", rule, template.format(gold), gold, False)
-            )
+            add("unfinished thinking", rule, template.format(gold))
     for cases in classes.values():
         rng.shuffle(cases)
     # every rule gets its share: rare rules first
