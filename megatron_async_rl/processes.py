@@ -177,7 +177,7 @@ def stop(children: Iterable[subprocess.Popen[bytes]], grace_s: float) -> None:
 def temporary_folder() -> Iterator[Path]:
     """Makes a folder for temporary files of children; it is removed even if this process is killed.
 
-    torchrun, multiprocessing and SGLang leave folders and sockets in TMPDIR. run.dir is no place
+    torchrun, multiprocessing and SGLang leave folders and sockets in TMPDIR. run.dir is unsuitable
     for them: the path of a socket has at most 107 bytes, and a shared disk may refuse sockets.
     """
     folder = tempfile.mkdtemp(prefix="marl-")

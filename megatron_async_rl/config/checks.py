@@ -135,7 +135,7 @@ def _check_evaluation(config: Config) -> None:
         setting = f"evaluation.sets.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
             raise ConfigError(
-                f"evaluation.sets: {name!r} is no name of a set: expected letters, digits, _ and -",
+                f"evaluation.sets: {name!r} cannot name a set: expected letters, digits, _ and -",
                 "rename it: files and TensorBoard tags contain it",
             )
         limit = chosen.max_new_tokens or 0

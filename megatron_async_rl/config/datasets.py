@@ -112,4 +112,4 @@ class EvaluationConfig(Section, frozen=True, kw_only=True):
     mode: Literal["pause", "held_server", "mixed"] = "pause"
     """`pause` generates no training samples meanwhile. `held_server` keeps one of the servers at
     the version until its evaluation is complete, while training continues with the others. `mixed`
-    evaluates on all servers behind training, over several versions."""
+    evaluates on all servers with lower priority than training, over several versions."""

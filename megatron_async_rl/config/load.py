@@ -190,7 +190,9 @@ def _check_values(tree: dict[Any, Any], path: str) -> None:
             raise ConfigError(f"{setting} = {value}: expected a number of at most 64 bits")
         if not isinstance(value, str | int | float | list | tuple | dict | None):
             kind = type(value).__name__
-            raise ConfigError(f"{setting} = {value!r}: a {kind} is no value", "write it in quotes")
+            raise ConfigError(
+                f"{setting} = {value!r}: a {kind} is not a value", "write it in quotes"
+            )
         for node, name in [(value, setting), *_items(value, setting)]:
             if isinstance(node, dict):
                 _check_values(node, name)

@@ -220,7 +220,7 @@ def check(section: str, values: dict[str, Any], known: KnownSettings) -> None:
         if allowed and value not in allowed and not isinstance(value, list):
             choices = ", ".join(str(choice) for choice in allowed if choice is not None)
             raise ConfigError(
-                f"{section}.{key} = {value!r} is no choice of {known.library}",
+                f"{section}.{key} = {value!r} is not a choice of {known.library}",
                 f"use one of {choices}",
             )
 

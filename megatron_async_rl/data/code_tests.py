@@ -35,7 +35,7 @@ def read_tests(row: dict[str, Any]) -> CodeTests:
     input_type: type = list if function else str
     for number, test in enumerate(tests, 1):
         if not isinstance(test, dict) or not {"input", "output"} <= test.keys():
-            raise DataError(f"test {number} is no object with `input` and `output`")
+            raise DataError(f"test {number} is not an object with `input` and `output`")
         if isinstance(test["input"], input_type) and (function or isinstance(test["output"], str)):
             continue
         if function:

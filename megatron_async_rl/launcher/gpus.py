@@ -15,8 +15,8 @@ from megatron_async_rl.errors import ConfigError
 def visible_gpus() -> list[str]:
     """Returns the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them.
 
-    As CUDA does, it ignores the first entry of that variable that is no device, such as -1, and
-    all behind it.
+    As CUDA does, it ignores the first entry of that variable that is not a device, such as -1, and
+    all later entries.
     """
     indices = _installed_gpus()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -38,6 +38,7 @@ from megatron_async_rl.launcher.checks.settings import (
 from megatron_async_rl.launcher.checks.weights import check_weights
 from megatron_async_rl.model import layout, memory
 from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.engine import engine_versions
 from megatron_async_rl.model.layout import Layout
 from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.observability.loggers import check_installed
@@ -63,7 +64,7 @@ def preflight(config: Config, elsewhere: Collection[str] = (), say: Say = print)
     seconds.
     """
     here = [name for name in roles.names(config) if name not in elsewhere]
-    checks = [check_engine(), *config_checks(config, say), check_gpus(config, here)]
+    checks = [check_engine(config), *config_checks(config, say), check_gpus(config, here)]
     failed = [check for check in checks if not check.ok]
     if len(failed) == 1:
         raise failed[0].error(failed[0].detail, failed[0].remedy)
@@ -129,8 +130,8 @@ def check_gpus(config: Config, names: Collection[str]) -> Check:
     return Check("GPUs", True, f"{needed} of {len(visible)} used")
 
 
-def check_engine() -> Check:
-    """Checks that there is a Python environment with a supported SGLang."""
+def check_engine(config: Config | None) -> Check:
+    """Checks that there is an environment with a supported SGLang, new enough for `config`."""
     python = engine_python()
     if python is None:
         remedy = f"{SETUP}, or set {ENGINE_VARIABLE}"
@@ -152,6 +153,11 @@ def check_engine() -> Check:
     if not SpecifierSet(SGLANG_VERSIONS).contains(version, prereleases=True):
         problem = f"{python} has SGLang {version}, supported is {SGLANG_VERSIONS}"
         return Check("engine", False, problem, remedy)
+    try:
+        if config:
+            engine_versions.check(config, engine_versions.parsed(version))
+    except ConfigError as e:
+        return Check("engine", False, e.problem, e.remedy)
     return Check("engine", True, f"SGLang {version} ({python})")
 
 

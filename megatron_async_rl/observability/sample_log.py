@@ -35,7 +35,7 @@ class TrainedGroup(msgspec.Struct, frozen=True):
     samples: list[Sample]
     rewards: list[float]  # one per sample: the sum over its turns
     advantages: list[float]  # one per sample: the mean over its tokens
-    turn_rewards: dict[int, list[float]] = {}  # by index; of the others the last turn has it all
+    turn_rewards: dict[int, list[float]] = {}  # by index; elsewhere the last turn has it all
 
 
 class SampleLine(

@@ -3,8 +3,8 @@
 controller/handlers.py calls `hello_problem` for each Hello and `problem` for each other message,
 before any other code reads it. A message with a problem costs its sender the connection and changes
 nothing. Leases and the state of an update are checked later, where they are kept: a message that
-does not fit them may be late, which is no fault of its sender. The tokens of samples are checked in
-controller/tokens.py.
+does not fit them may be late, which is not an error of its sender. The tokens of samples are
+checked in controller/tokens.py.
 
 RULES: message type -> senders that may send it, and a check of its fields together.
 FIELDS: name of a field, in any message and in the structs that it contains -> its range.

@@ -153,7 +153,7 @@ def _passes_calls(
 
 
 def _matches(compare: Callable[[Any, Any], bool], output: Any, expected: Any) -> bool:
-    """Returns False if the comparison fails: the output is the program's, and so is the fault."""
+    """Returns False if the comparison raises, because of the output of the program."""
     try:
         return compare(output, expected)
     except Exception:  # such as a frame that is JSON but none of program.to_plain's

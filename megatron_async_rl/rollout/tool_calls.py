@@ -29,7 +29,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class BadCall:
-    """A text between the tags of a call that is no call."""
+    """An invalid text between the tags of a call."""
 
     error: str
 

@@ -6,7 +6,7 @@ and prefix.
 
 A receiver may fail during a broadcast. gloo reports it, or its timeout ends the wait. NCCL reports
 nothing: its kernel waits on the GPU, and torch's watchdog would end this process. So NCCL's own
-timeout is set out of reach, the deadline is kept here, and a late broadcast is aborted. `stop` ends
+timeout is set very high, the deadline is checked here, and a late broadcast is aborted. `stop` ends
 a broadcast earlier, from another thread: NCCL by an abort; gloo, which has none, by a shutdown of
 its connections.
 """

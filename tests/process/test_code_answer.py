@@ -238,8 +238,8 @@ def test_malformed_result_is_the_programs_own_fault(expected: Any) -> None:
     [
         ({}, "no `tests`"),
         ({"tests": []}, "no `tests`"),
-        ({"tests": ["assert add(1, 2) == 3"]}, "test 1 is no object"),
-        ({"tests": [{"input": "1"}]}, "test 1 is no object with `input` and `output`"),
+        ({"tests": ["assert add(1, 2) == 3"]}, "test 1 is not an object"),
+        ({"tests": [{"input": "1"}]}, "test 1 is not an object with `input` and `output`"),
         ({"tests": [{"input": "1", "output": 2}]}, "test 1: `input` and `output` must be texts"),
         (
             {"function": "f", "tests": [{"input": "1", "output": 2}]},

@@ -415,8 +415,8 @@ def test_whole_numbers_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: i
 
 @pytest.mark.parametrize(("text", "words"), [
     ("99999999999999999999", "run.steps = 99999999999999999999: expected a number of at most"),
-    ("!!binary aGk=", "a bytes is no value; write it in quotes"),
-    ("!!set {a}", "a set is no value"),
+    ("!!binary aGk=", "a bytes is not a value; write it in quotes"),
+    ("!!set {a}", "a set is not a value"),
     ("!!int text", "is not YAML: expected a value that fits its tag"),
     ("!!bool maybe", "is not YAML: expected a value that fits its tag"),
     ("!!timestamp text", "is not YAML: expected a value that fits its tag"),

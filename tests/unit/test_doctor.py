@@ -355,6 +355,14 @@ def test_unsupported_engine_is_rejected(script: str, words: str) -> None:
         preflight(make_config())
 
 
+def test_engine_too_old_for_a_setting_is_rejected() -> None:
+    make_python(Path("engine/bin/python"), version="0.5.20")
+    assert result("engine", make_config()).ok
+    old = result("engine", make_config(weights={"quantization": "fp8_block"}))
+    assert "weights.quantization = fp8_block needs SGLang 0.5.21" in old.detail
+    assert "0.5.20" in old.detail and "remove weights.quantization" in old.remedy
+
+
 def test_engine_variable_without_interpreter_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENGINE_VARIABLE, "/none/python")
     with pytest.raises(ConfigError, match=f"/none/python does not run.*{ENGINE_VARIABLE}"):

@@ -263,7 +263,7 @@ def test_damaged_result_is_named_and_evaluated_again(
     ("evaluation", "message"),
     [
         ({"sets": SETS, "mode": "held_server"}, "held_server needs rollout.servers >= 2"),
-        ({"sets": {"a b": {"path": "x"}}}, "'a b' is no name of a set"),
+        ({"sets": {"a b": {"path": "x"}}}, "'a b' cannot name a set"),
         ({"sets": {"a": {"path": "x", "samples": 2}}}, "a.samples = 2 with temperature = 0"),
         ({"sets": {"a": {"path": "x", "max_new_tokens": 128}}}, "no room for a prompt"),
         ({"sets": {"a": {"samples": 2}}}, "evaluation.sets.a.path is not set"),

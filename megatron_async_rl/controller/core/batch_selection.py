@@ -6,9 +6,9 @@ stale. At most B = prompts_per_step such groups can exist (at most (v + 1) * B g
 at version <= v - max_staleness, and v * B of them are trained), so waiting always suffices and
 drops nothing.
 
-A batch leaves when all data-parallel leaders request it. A trainer that restarts from a checkpoint
-requests versions that were trained before: it gets the recorded batches again (SendBatch or
-ResendBatch), which changes nothing in the ledger, and ends up with the same weights.
+A batch is sent when all data-parallel leaders have requested it. A trainer that restarts from a
+checkpoint requests versions that were trained before: it gets the recorded batches again (SendBatch
+or ResendBatch), which changes nothing in the ledger, and ends up with the same weights.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     pause         every server of exactly that version; no training group is leased meanwhile
     held_server   one of these, which is held at the version and gets no training group
-    mixed         every server, at most a share of its capacity (MIXED_SHARE), behind training
+    mixed         every server, at most a share of its capacity (MIXED_SHARE), after training
 
 Each sample is a group of its own, outside of ledger and journal, and its load is counted apart from
 that of training (`eval_load`): in the last two modes training is admitted, leased and selected as

@@ -1,1 +1,1 @@
-"""What a server stores of the weights: how its tensors are fused, split, typed and quantized."""
+"""SGLang: how a server stores weights (fused, split, typed, quantized), and needed versions."""

@@ -35,8 +35,8 @@ class ReturnedSamples:
     ) -> list[Frame]:
         """Returns the frames of a message with the sample that `complete` makes of this one.
 
-        Numbers become plain ones, and values that are no metrics are left out. Raises DataError if
-        it is none that can be sent.
+        Numbers become plain ones, and invalid metrics are dropped. Raises DataError if the result
+        cannot be sent.
         """
         if not isinstance(returned, Sample):
             raise self._fault(f"a {type(returned).__name__}", "a Sample")
