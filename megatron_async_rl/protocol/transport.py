@@ -16,7 +16,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from megatron_async_rl import __version__, addresses
-from megatron_async_rl.errors import ConfigError, ProtocolError
+from megatron_async_rl.errors import ConfigError, Error, ProtocolError
 from megatron_async_rl.protocol import messages, weight_messages, wire
 from megatron_async_rl.protocol.messages import Hello, Message, Refused
 from megatron_async_rl.protocol.wire import (
@@ -231,6 +231,24 @@ class Link:
 
     async def send_encoded(self, frames: list[wire.Frame]) -> None:
         await self._socket.send_multipart(frames, copy=False)
+
+    async def serve(self, *loops: Coroutine[Any, Any, object]) -> None:
+        """Runs the loops of a worker until the first one ends, and cancels the others.
+
+        Reports an Error of theirs to the controller, and raises it.
+        """
+        tasks = [asyncio.create_task(loop) for loop in loops]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except Error as e:
+            await self.send(messages.Failed(str(e)))
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     def close(self) -> None:
         self._socket.close()

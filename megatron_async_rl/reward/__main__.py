@@ -23,8 +23,8 @@ from pathlib import Path
 
 from megatron_async_rl import processes
 from megatron_async_rl.config import load
-from megatron_async_rl.errors import Error, ProtocolError
-from megatron_async_rl.protocol.messages import Failed, Heartbeat, Hello, ScoreRequest, Shutdown
+from megatron_async_rl.errors import ProtocolError
+from megatron_async_rl.protocol.messages import Heartbeat, Hello, ScoreRequest, Shutdown
 from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.reward.worker import RewardWorker
 
@@ -41,34 +41,18 @@ async def _serve(run_dir: Path, name: str) -> None:
     try:
         capacity = config.reward.processes_per_worker * REQUESTS_PER_PROCESS
         await link.join(Hello(role="reward", name=name, pid=os.getpid(), capacity=capacity))
-        try:
-            await _work(link, worker)
-        except Error as e:
-            await link.send(Failed(error=str(e)))
-            raise
+        sigterm = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, sigterm.set)
+        queue: asyncio.Queue[ScoreRequest] = asyncio.Queue()
+        await link.serve(
+            _send_heartbeats(link, queue),
+            _receive(link, worker, queue),
+            sigterm.wait(),
+            *(_score(link, worker, queue) for _ in range(worker.slots)),
+        )
     finally:
         worker.stop()
         link.close()
-
-
-async def _work(link: Link, worker: RewardWorker) -> None:
-    sigterm = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, sigterm.set)
-    queue: asyncio.Queue[ScoreRequest] = asyncio.Queue()
-    tasks = [
-        asyncio.create_task(_send_heartbeats(link, queue)),
-        asyncio.create_task(_receive(link, worker, queue)),
-        asyncio.create_task(sigterm.wait()),
-        *(asyncio.create_task(_score(link, worker, queue)) for _ in range(worker.slots)),
-    ]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-    for task in done:
-        task.result()
 
 
 async def _receive(link: Link, worker: RewardWorker, queue: asyncio.Queue[ScoreRequest]) -> None:

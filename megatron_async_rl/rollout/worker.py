@@ -26,7 +26,7 @@ from typing import Any
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import Tokenizer, fingerprint
-from megatron_async_rl.errors import EngineError, Error, Preempted, ProtocolError
+from megatron_async_rl.errors import EngineError, Preempted, ProtocolError
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.observability.error_log import ErrorLog, user_error
@@ -90,23 +90,16 @@ class RolloutWorker:
     async def run(self) -> None:
         """Serves until Shutdown. Raises EngineError if the server dies, Preempted at SIGTERM."""
         await self._link.join(self._hello)
-        coroutines = (
-            self._receive(),
-            self._send_heartbeats(),
-            self._probe(),
-            self._server.watch(),
-            self._wait_sigterm(),
-        )
-        loops = [asyncio.create_task(coroutine) for coroutine in coroutines]
         try:
-            done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        except Error as e:
-            await self._link.send(messages.Failed(str(e)))
-            raise
+            await self._link.serve(
+                self._receive(),
+                self._send_heartbeats(),
+                self._probe(),
+                self._server.watch(),
+                self._wait_sigterm(),
+            )
         finally:
-            for task in [*loops, *self._tasks]:
+            for task in self._tasks:
                 task.cancel()
 
     def _hello(self) -> messages.Hello:

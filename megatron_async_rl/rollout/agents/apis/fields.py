@@ -20,10 +20,8 @@ def read_json(text: str | bytes) -> Any:
 
 
 class Fields:
-    def __init__(self, body: Any) -> None:
-        if not isinstance(body, dict):
-            raise RequestError(400, f"expected a JSON object, found a {type(body).__name__}")
-        self._body: dict[str, Any] = body
+    def __init__(self, body: dict[str, Any]) -> None:
+        self._body = body
 
     def objects(self, name: str, required: bool = False) -> list[dict[str, Any]]:
         value = self._body.get(name)
