@@ -64,7 +64,7 @@ def checks(config: Config | None, say: Say = print) -> list[Check]:
         _pyzmq(),
         _curve(),
         _apex(),
-        check_engine(),
+        check_engine(config),
         _patches(),
         Check("devices", True, ", ".join(gpus) if gpus else "CPU (no GPU is visible)"),
         _cores(),

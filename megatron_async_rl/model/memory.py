@@ -9,7 +9,7 @@ parallelism were not measured.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.model.config_json import HfConfig
@@ -34,14 +34,7 @@ class TrainerMemory:
 
     @property
     def peak(self) -> float:
-        return (
-            self.weights
-            + self.gradients
-            + self.optimizer
-            + self.reference
-            + self.activations
-            + self.logits
-        )
+        return sum(astuple(self))
 
 
 @dataclass(frozen=True)
@@ -79,11 +72,7 @@ def summary(config: Config) -> list[str]:
     lines = []
     if config.has_trainer:
         trainer = trainer_memory(config, hf)
-        parts = [
-            f"{name} {getattr(trainer, name) / GIB:.1f}"
-            for name in ("weights", "gradients", "optimizer", "reference", "activations", "logits")
-            if getattr(trainer, name)
-        ]
+        parts = [f"{name} {size / GIB:.1f}" for name, size in asdict(trainer).items() if size]
         lines.append(
             f"trainer: about {trainer.peak / GIB:.0f} GiB per GPU at the peak ({', '.join(parts)}),"
             " without CUDA context and NCCL"

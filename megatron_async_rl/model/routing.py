@@ -55,7 +55,7 @@ def replayed_routing(config: Config) -> Routing | None:
             f"({shape.family.architecture}) has no experts",
             "remove rollout.routing_replay",
         )
-    top_k = int(model.raw.get("num_experts_per_tok", 0))
+    top_k = model.integer("num_experts_per_tok", least=0, default=0)
     if top_k < 2:
         raise ConfigError(
             f"rollout.routing_replay = true, but model.path = {config.model.path} has "

@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 
 from megatron_async_rl.errors import EngineError, EngineTimeout
+from megatron_async_rl.model.engine import engine_versions
 from megatron_async_rl.protocol.types import Segment
 from megatron_async_rl.protocol.weight_messages import Bucket, JoinGroup
 
@@ -86,7 +87,7 @@ class EngineClient:
     async def connect(self) -> None:
         """Reads the server's SGLang version. Raises EngineError for an unsupported one."""
         info = await self._call("GET", "/server_info", None, self._api)
-        self.version = tuple(int(part) for part in info["version"].split(".")[:3] if part.isdigit())
+        self.version = engine_versions.parsed(info["version"])
         if not OLDEST <= self.version <= NEWEST:
             oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
             raise EngineError(

@@ -31,7 +31,6 @@ from megatron_async_rl.rollout.engine_client import EngineClient
 from megatron_async_rl.storage import snapshots
 
 POLL_S = 0.25
-FP8_SINCE = (0, 5, 21)  # earlier versions receive tensors of one element type in a bucket
 START_TRIES = 3  # another process may take the chosen port before the server binds it
 _NAMES_ERROR = re.compile(r"\w*(Error|Exception)\b|\berror:")
 
@@ -144,11 +143,6 @@ class SGLangServer:
                 raise self._error(reason)
             await asyncio.sleep(POLL_S)
         await self.client.connect()
-        if self._quantization_config and self.client.version < FP8_SINCE:
-            raise EngineError(
-                f"weights.quantization = fp8_block needs SGLang {'.'.join(map(str, FP8_SINCE))} or "
-                "newer: install it in the engine's environment (tools/setup_env.sh)"
-            )
 
     def _lost_port(self) -> bool:
         """Returns whether another process took the port before this server bound it.

@@ -26,13 +26,12 @@ import time
 from typing import Literal
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.errors import ConfigError, EngineError
+from megatron_async_rl.errors import EngineError
 from megatron_async_rl.rollout.engine_client import EngineClient
 from megatron_async_rl.rollout.gate import Gate
 
 ABORT_INTERVAL_S = 0.05  # an abort misses requests on their way to the scheduler, so it is repeated
 FINISH_SHARE = 0.9  # of weights.update_timeout_s: the error must arrive before the controller's own
-OLDEST_THAT_PAUSES = (0, 5, 21)
 
 
 class Interruption:
@@ -146,24 +145,10 @@ class Pause(Interruption):
 
 
 def make_interruption(config: Config, client: EngineClient, gate: Gate) -> Interruption:
-    """Follows `weights.interrupt` and `weights.kv_cache`. Raises ConfigError for an old SGLang."""
+    """Follows `weights.interrupt` and `weights.kv_cache`."""
     keep = config.weights.kv_cache == "keep"
     if config.weights.interrupt == "finish":
         return Finish(gate, config.weights.update_timeout_s)
     if not keep and config.weights.interrupt == "abort":
         return Abort(client, gate, config.rollout.request_timeout_s)
-    if client.version < OLDEST_THAT_PAUSES:
-        versions = (OLDEST_THAT_PAUSES, client.version)
-        needed, found = (".".join(map(str, version)) for version in versions)
-        if keep:
-            setting = "weights.kv_cache = keep"
-            reason = "a token could be labelled with weights that did not sample it"
-        else:
-            setting = "weights.interrupt = retract"
-            reason = "it cannot drop prefixes of the old weights while requests are queued"
-        raise ConfigError(
-            f"{setting} needs SGLang {needed} or newer, this is {found}: {reason}; install a newer "
-            "one in the engine's environment, or set weights.kv_cache=recompute "
-            "weights.interrupt=abort"
-        )
     return Pause(client, "in_place" if keep else "retract")

@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import EngineError
+from megatron_async_rl.model.engine import engine_versions
 from megatron_async_rl.protocol import weight_messages
 from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.rollout.engine_client import EngineClient
@@ -57,6 +58,7 @@ class WeightUpdates:
         loaded_folder: Path | None = None,
     ) -> None:
         self.version = -1  # of the weights when last verified
+        engine_versions.check(config, client.version)
         self.interruption = make_interruption(config, client, gate)
         self._timeout_s = config.weights.update_timeout_s
         self._link = link

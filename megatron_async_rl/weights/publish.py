@@ -74,7 +74,8 @@ class WeightPublisher:
         is_commanded = self._takes_part and (is_first or not is_source)
         self._command_group = gloo_group(stage, stages, is_commanded, timeout)
         self._source_group = gloo_group(stage, stages, is_source, timeout)
-        parameter = next(modules[0].parameters())
+        # a chunk of an interleaved pipeline may have no layers
+        parameter = next(parameter for module in modules for parameter in module.parameters())
         self._device = parameter.device
         self._backend = "nccl" if parameter.is_cuda else "gloo"
         sent_as = config.weights.dtype
@@ -207,13 +208,11 @@ class WeightPublisher:
         is_first = reshard.is_first_of_stage()
         if digests.can_sum_experts(self._element_bytes):
             if self._source_group is not None:
-                totals = digests.expert_sums()
-                dist.all_reduce(totals, group=self._source_group)
-                scales = digests.expert_scales(mpu.get_expert_model_parallel_rank())
-                dist.all_reduce(scales, group=self._source_group)
+                parts = digests.expert_parts(mpu.get_expert_model_parallel_rank())
+                for part in parts:
+                    dist.all_reduce(part, group=self._source_group)
                 if is_first:
-                    digests.set_expert_sums(totals)
-                    digests.set_expert_scales(scales)
+                    digests.set_expert_parts(*parts)
             return digests.result()
         experts = EngineDigests(self._shape, digests.engine_tp, self._digest_kind)
         tensors = reshard.hf_tensors(self._modules, self._shape, self._dtype, only_experts=True)

@@ -10,6 +10,7 @@ import pytest
 from update_parts import Sent, make_config
 
 from megatron_async_rl.errors import ConfigError, EngineError
+from megatron_async_rl.model.engine import engine_versions
 from megatron_async_rl.protocol.weight_messages import (
     AbandonUpdate,
     Bucket,
@@ -267,17 +268,22 @@ def interruption_of(version: tuple[int, ...], **weights: str) -> Any:
     return make_interruption(make_config(Path("m"), Path("r"), **weights), Engine(*version), Gate())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("weights", [{"interrupt": "retract"}, {"kv_cache": "keep"}], ids=str)
-@pytest.mark.parametrize("version", [(0, 5, 16), (0, 5, 17), (0, 5, 20)])
-def test_engine_too_old_for_interrupt_mode_is_rejected(
-    version: tuple[int, ...], weights: dict[str, str]
-) -> None:
+@pytest.mark.parametrize(
+    "weights",
+    [{"interrupt": "retract"}, {"kv_cache": "keep"}, {"quantization": "fp8_block"}],
+    ids=str,
+)
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.17.post2", "0.5.20"])
+def test_engine_too_old_for_a_setting_is_rejected(version: str, weights: dict[str, str]) -> None:
+    config, found = make_config(Path("m"), Path("r"), **weights), engine_versions.parsed(version)
     [(key, value)] = weights.items()
     with pytest.raises(
         ConfigError,
-        match=rf"weights\.{key} = {value} needs SGLang 0\.5\.21 .* this is 0\.5\.{version[2]}",
+        match=rf"weights\.{key} = {value} needs SGLang 0\.5\.21 .* this is {version[:6]}",
     ):
-        interruption_of(version, **weights)
+        engine_versions.check(config, found)
+    engine_versions.check(config, (0, 5, 21))
+    engine_versions.check(make_config(Path("m"), Path("r")), found)
 
 
 def test_abort_and_finish_work_with_any_engine_and_newer_ones_pause() -> None:

@@ -176,6 +176,7 @@ def test_projections_to_latent_vectors_share_a_bucket(tmp_path: Path) -> None:
         ("rope_scaling", V3["rope_scaling"] | {"type": "longrope"}),
         ("rope_scaling", V3["rope_scaling"] | {"attention_factor": 2.0}),
         ("rope_scaling", {"type": "yarn", "factor": 4.0}),
+        ("rope_scaling", V3["rope_scaling"] | {"original_max_position_embeddings": 0.5}),
         ("quantization_config", {"quant_method": "fp8"}),
     ],
 )
@@ -185,6 +186,37 @@ def test_model_that_megatron_would_compute_differently_is_refused(
     plan_config(tmp_path, V3 | {key: value})
     named = "|".join((key, "longrope", "attention_factor", "original_max_position_embeddings"))
     with pytest.raises(DataError, match=named):
+        HfConfig(tmp_path).architecture()
+
+
+@pytest.mark.parametrize(
+    "values, problem",
+    [
+        ({"n_group": 7}, r"n_group = 7, which does not divide its 256 experts"),
+        ({"n_group": 2}, r"topk_group = 4, more than n_group = 2"),
+        ({"n_group": 1}, r"topk_group = 4, more than n_group = 1"),
+        ({"n_group": 256}, r"topk_group = 4 groups of 1 experts \(n_group = 256\) have 4"),
+        ({"n_group": 256, "topk_group": 8}, r"n_group = 256 for 256 .* by its best 2"),
+        ({"num_experts_per_tok": 300}, r"num_experts_per_tok = 300, but 256 experts"),
+    ],
+)
+def test_groups_without_enough_experts_are_refused(
+    tmp_path: Path, values: dict[str, int], problem: str
+) -> None:
+    plan_config(tmp_path, V3 | values)
+    with pytest.raises(DataError, match=problem):
+        HfConfig(tmp_path).architecture()
+
+
+@pytest.mark.parametrize("name", ["factor", "original_max_position_embeddings", "beta_fast"])
+def test_numbers_of_yarn_are_read_where_the_engine_reads_them(tmp_path: Path, name: str) -> None:
+    """At the top level the engine does not see them."""
+    rope = {key: value for key, value in V3["rope_scaling"].items() if key != name}
+    plan_config(tmp_path, V3 | {"rope_scaling": rope, name: 7})
+    if name == "beta_fast":  # has a default
+        assert HfConfig(tmp_path).architecture().yarn["beta_fast"] == 32.0  # type: ignore[index]
+        return
+    with pytest.raises(DataError, match=f"{name} = None in its rope_parameters or rope_scaling"):
         HfConfig(tmp_path).architecture()
 
 
