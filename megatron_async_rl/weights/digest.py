@@ -62,10 +62,9 @@ class EngineDigests:
     """Digests of a server's tensors, computed from the Hugging Face tensors in the order sent.
 
     The parts of a fused tensor are held until all have been added. With several `expert_owners`
-    (weight sources of one pipeline stage) an object sees the experts of one of them: tile sums of
-    experts are then added up over the owners (`expert_sums`, `set_expert_sums`), and the scales of
-    fp8 experts exchanged (`expert_scales`, `set_expert_scales`). Where that is
-    impossible (`can_sum_experts`) experts are skipped; another object must see all of them.
+    (weight sources of one pipeline stage) an object sees the experts of one of them: their tile
+    sums, and the scales of fp8 experts, are then added up over the owners (`expert_parts`). Where
+    that is impossible (`can_sum_experts`) experts are skipped; another object must see all of them.
 
     A tensor given to `add` may be overwritten once its Megatron parameter is complete. On a GPU
     nothing waits for the device before `result`.
@@ -105,36 +104,25 @@ class EngineDigests:
         num_bytes = rows * self._shape.hidden_size * element_bytes
         return self._kind == "tiles" and num_bytes % _TILE_BYTES == 0
 
-    def expert_sums(self) -> Tensor:
-        """Returns this owner's tile sums, [fused expert tensors] int64 on the CPU.
+    def expert_parts(self, owner: int) -> list[Tensor]:
+        """Returns this owner's part of the experts' digests, on the CPU, in the same order on all.
 
-        The order is the same on all owners.
+        The tile sums, [fused tensors] int64, and the scales of fp8 experts, [owners, elements]
+        float32, of which those of other owners are zero.
         """
-        if not self._expert_sums:
-            return torch.zeros(0, dtype=torch.int64)
-        return torch.stack(list(self._expert_sums.values())).cpu()
-
-    def set_expert_sums(self, totals: Tensor) -> None:
-        """Takes the sum of all owners' expert_sums (mod 2^64) into `result`."""
-        for name, total in zip(self._expert_sums, totals.tolist(), strict=True):
-            self._digests[name] = tile_hash.finish(total)
-
-    def expert_scales(self, owner: int) -> Tensor:
-        """Returns the scales of all owners' fp8 experts, [owners, elements] float32 on the CPU.
-
-        Those of other owners are zero: the sum over the owners is for `set_expert_scales`. The
-        order is the same on all owners.
-        """
+        sums = list(self._expert_sums.values())
         own = [scale.flatten().cpu() for _, _, scale in self._expert_scales]
         flat = torch.cat(own) if own else torch.zeros(0)
         scales = torch.zeros(self._expert_owners, len(flat))
         scales[owner] = flat
-        return scales
+        return [torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64), scales]
 
-    def set_expert_scales(self, totals: Tensor) -> None:
-        """Takes the sum of all owners' expert_scales into `result`; the experts are in order."""
+    def set_expert_parts(self, totals: Tensor, scales: Tensor) -> None:
+        """Takes the sums of all owners' expert_parts (mod 2^64) into `result`."""
+        for name, total in zip(self._expert_sums, totals.tolist(), strict=True):
+            self._digests[name] = tile_hash.finish(total)
         sizes = [scale.numel() for _, _, scale in self._expert_scales]
-        for owner, flat in enumerate(totals):
+        for owner, flat in enumerate(scales):
             parts = zip(self._expert_scales, flat.split(sizes), strict=True)
             for (name, slot, scale), values in parts:
                 fused = self._incomplete.setdefault(name, _IncompleteTensor())
