@@ -78,4 +78,4 @@ def test_recipe_has_the_published_hyper_parameters(path: Path) -> None:
     assert [megatron[name] for name in adam] == [2e-5, 0.9, 0.95, 1e-5, 0.05, 1.0]
     assert config.rollout.max_new_tokens == 27648 and config.model.context_tokens == 28672
     assert (algorithm.loss.clip_eps, algorithm.reward_shaping.scale) == (0.2, 5.0)
-    assert "Not run by us" in path.read_text()
+    assert "This recipe has not been run" in path.read_text()
