@@ -31,7 +31,7 @@ class Hook:
     """The functions or classes that a setting may name."""
 
     parameters: tuple[str, ...]
-    """Of the function, in order; of `run`, if the hook is a class."""
+    """Parameters of the function, in order; of `run`, if the hook is a class."""
     built_in: Mapping[str, str] = field(default_factory=dict)
     """Name -> package.module:name; "" if the process that uses it has its own code for it."""
     is_class: bool = False
@@ -269,7 +269,7 @@ def takes(function: Callable[..., Any], parameter: str) -> bool:
 
 
 def _accepts(function: Callable[..., Any], count: int, **named: None) -> bool:
-    """Tells whether a function can be called with this many positional arguments, and these."""
+    """Returns whether a function accepts this many positional arguments, and the named ones."""
     try:
         inspect.signature(function).bind(*range(count), **named)
     except TypeError:

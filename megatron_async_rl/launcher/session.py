@@ -131,7 +131,7 @@ class Session:
         processes.stop(self.supervisor.processes, grace_s)
 
     def wait_for_workers(self) -> None:
-        """After a regular end: lets the workers, told by the controller, end by themselves."""
+        """Lets the workers end by themselves after a regular end, at the controller's order."""
         if self.supervisor.failed or self.interrupted or self.preempted:
             return
         deadline = time.monotonic() + WORKER_EXIT_S

@@ -77,7 +77,7 @@ class ModelShape:
     num_experts: int = 0
     expert_ffn_hidden_size: int = 0
     shared_ffn_hidden_size: int = 0
-    """Of all shared experts of a layer together, which every token passes."""
+    """Sum over the shared experts of a layer; every token passes all of them."""
     num_dense_layers: int = 0
     """The first layers, which have an MLP instead of experts."""
     latent: LatentShape | None = None

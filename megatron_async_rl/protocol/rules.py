@@ -198,7 +198,7 @@ def _by_name(
 
 
 def _is_entry(value: Any) -> bool:
-    """Of a list: the name of a tensor, or a struct."""
+    """Accepts entries of a list: names of tensors, and structs with valid fields."""
     return bool(_TENSOR.fullmatch(value)) if isinstance(value, str) else not field_problem(value)
 
 

@@ -419,5 +419,5 @@ def _make_keys(run_dir: Path) -> Path:
 
 
 def has_curve() -> bool:
-    """Whether this build of libzmq can encrypt and authenticate."""
+    """Returns whether this build of libzmq can encrypt and authenticate."""
     return bool(zmq.has("curve"))

@@ -93,7 +93,7 @@ class Recorder:
         self._link.send(messages.StepDone(batch.version + 1, metrics))
 
     def offer(self, version: int) -> bool:
-        """Has the servers relabel their weights as `version`; returns False if the run is over."""
+        """Lets the servers relabel their weights as `version`; returns False if the run is over."""
         self._link.send(weight_messages.PublishOffer(version, 0, 1, [], "gloo"))
         while not isinstance(message := self._receive(), weight_messages.Published):
             if isinstance(message, messages.Shutdown):

@@ -54,7 +54,7 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Sampling:
-    """By SGLang's names."""
+    """Sampling parameters, by SGLang's names."""
 
     max_new_tokens: int
     temperature: float  # 0 is greedy

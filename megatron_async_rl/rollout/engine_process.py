@@ -95,7 +95,7 @@ class SGLangServer:
                 snapshots.release(newest, self._name)
 
     async def watch(self) -> None:
-        """Never returns. Raises EngineError when the server ends."""
+        """Waits until the server ends, and then raises EngineError."""
         assert self._child
         code = await asyncio.to_thread(self._child.wait)
         raise self._error(f"ended with exit code {code}")

@@ -103,7 +103,7 @@ def die_with_parent() -> None:
 
 
 def drop_privileges() -> None:
-    """If root, switches to uid and gid 65534; otherwise keeps the current user."""
+    """Switches to uid and gid 65534 if root; otherwise keeps the current user."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)

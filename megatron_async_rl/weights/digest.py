@@ -99,7 +99,7 @@ class EngineDigests:
                 self._add_part(f"{rank}:{slot.tensor}", slot, local)
 
     def can_sum_experts(self, element_bytes: int) -> bool:
-        """True if expert digests can be summed over owners: each expert is whole hash tiles."""
+        """Returns whether digests of experts can be summed over owners: they are whole tiles."""
         rows = self._shape.expert_ffn_hidden_size // self.engine_tp
         num_bytes = rows * self._shape.hidden_size * element_bytes
         return self._kind == "tiles" and num_bytes % _TILE_BYTES == 0

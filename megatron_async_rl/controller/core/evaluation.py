@@ -57,7 +57,7 @@ class Evaluation:
         return []
 
     def hold_server(self) -> None:
-        """In mode held_server, holds the least loaded server of the version, if it needs one.
+        """Holds the least loaded server of the version, if mode held_server needs one.
 
         Another server must continue to serve training.
         """

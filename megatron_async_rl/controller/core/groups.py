@@ -49,7 +49,7 @@ class Group:
     samples: list[Sample | None]
     rewards: list[float | None]
     turn_rewards: dict[int, list[float]] = field(default_factory=dict)
-    """By index, see SampleScored: of the samples in which not only the last turn has a reward."""
+    """Rewards of turns by index, for samples in which not only the last turn has one."""
     state: GroupState = GroupState.QUEUED
     attempt: int = 0  # number of leases so far; replies under an earlier one are fenced
     failed_on: list[str] = field(default_factory=list)  # the workers of the failed leases

@@ -56,12 +56,12 @@ class GroupIndex(UserDict[int, Group]):
         self._by_age.discard(group_id)
 
     def changed(self, group: Group) -> None:
-        """Must be called when the group's oldest_version has changed."""
+        """Updates the index after the group's oldest_version has changed."""
         if group.purpose == "train":
             self._by_age.put(group.group_id, group.oldest_version)
 
     def has_older_than(self, version: int) -> bool:
-        """True if a training group has a token older than `version`."""
+        """Returns whether a training group has a token older than `version`."""
         first = self._by_age.first()
         return first is not None and first[0] < version
 

@@ -31,7 +31,7 @@ ALLOCATE_BYTES = 8 << 20
 
 
 class ArrayLocation(msgspec.Struct, frozen=True, array_like=True):
-    """Where the frames of one event are, one after another."""
+    """The place of the frames of one event, which follow one another."""
 
     segment: int
     offset: int

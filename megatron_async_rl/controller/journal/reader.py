@@ -40,7 +40,7 @@ OnDamage = Callable[[str], None]
 
 
 class Totals(msgspec.Struct):
-    """Of the rows in the table; pruned ones are subtracted."""
+    """Totals over the rows in the table; pruned rows are subtracted."""
 
     num_commits: int = 0
     last_seq: int = 0

@@ -36,7 +36,7 @@ class CatchUp:
         self.wanted: Snapshot | None = None  # for one server without weights: an evaluation's
 
     def is_busy(self, name: str | None = None) -> bool:
-        """Whether this server, or any, is catching up."""
+        """Returns whether this server, or any, is catching up."""
         return name in self._busy if name else bool(self._busy)
 
     def snapshot_of(self, version: int) -> Snapshot | None:

@@ -112,7 +112,7 @@ class UpdateSession:
             await self._send(name, message)
 
     async def release(self) -> None:
-        """Tells the sources that their part is done."""
+        """Notifies the sources that their part is done."""
         for source in sorted(self._sources):
             await self.send(source, Published(self.outcome.version, len(self.outcome.serving)))
 
@@ -203,10 +203,10 @@ class RelabelPublisher:
         self.session = session
 
     def start_epoch(self, epoch: int) -> None:
-        """Nothing to do: there are no update groups."""
+        """Does nothing: there are no update groups."""
 
     def forget_worker(self, name: str) -> None:
-        """Nothing to do: there are no update groups."""
+        """Does nothing: there are no update groups."""
 
     async def publish(
         self, version: int, offers: dict[str, PublishOffer], servers: list[str]
@@ -219,4 +219,4 @@ class RelabelPublisher:
         return await self.session.end()
 
     async def finish(self) -> None:
-        """Nothing to do once the servers serve."""
+        """Does nothing: an update has ended once the servers serve."""

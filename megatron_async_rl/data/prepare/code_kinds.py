@@ -23,7 +23,7 @@ _CHECKER = re.compile(
 
 
 def apps(row: dict[str, Any]) -> dict[str, Any]:
-    """APPS and TACO: `input_output` is JSON of {inputs, outputs, fn_name}."""
+    """Converts APPS and TACO: `input_output` is JSON of {inputs, outputs, fn_name}."""
     prompt = statement(row, "question", "problem")
     cases = from_json(row.get("input_output") or {})
     if not isinstance(cases, dict):
@@ -35,7 +35,7 @@ def apps(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def deepcoder(row: dict[str, Any]) -> dict[str, Any]:
-    """DeepCoder: `tests` is JSON, as in APPS or a list of {input, output} that may be typed."""
+    """Converts DeepCoder: `tests` is JSON, as in APPS or a list of {input, output}, maybe typed."""
     prompt = statement(row, "problem", "question")
     cases = from_json(row.get("tests") or [])
     if isinstance(cases, dict):
@@ -48,7 +48,7 @@ def deepcoder(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def codecontests(row: dict[str, Any]) -> dict[str, Any]:
-    """CodeContests: three groups of tests, each as {input: [...], output: [...]}."""
+    """Converts CodeContests: three groups of tests, each as {input: [...], output: [...]}."""
     prompt = statement(row, "description")
     if text(row, "input_file") or text(row, "output_file"):
         raise Unusable("reads or writes a file")
@@ -64,7 +64,7 @@ def codecontests(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def codeforces(row: dict[str, Any]) -> dict[str, Any]:
-    """Codeforces (open-r1): the statement in parts, `official_tests` and `examples`."""
+    """Converts Codeforces (open-r1): the statement in parts, `official_tests` and `examples`."""
     prompt = statement(row, "description")
     if text(row, "generated_checker"):
         raise Unusable("needs a checker")

@@ -25,7 +25,7 @@ _NO_EFFECT = {"PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP
 
 
 def convert(row: dict[str, Any]) -> dict[str, Any]:
-    """Public and private tests; with `metadata.func_name` they call a method of Solution."""
+    """Converts a row; with `metadata.func_name` its tests call a method of Solution."""
     prompt = statement(row, "question_content")
     details = from_json(row.get("metadata") or {})
     function = (details.get("func_name") if isinstance(details, dict) else "") or ""

@@ -20,7 +20,7 @@ _MAX_WORDS = 12  # of an answer: a longer one is prose, which no comparison veri
 
 
 def gsm8k(row: dict[str, Any]) -> dict[str, Any]:
-    """`answer` is a solution that ends in #### and the result."""
+    """Converts a row in which `answer` is a solution that ends in #### and the result."""
     prompt = statement(row, "question")
     _, marker, answer = text(row, "answer").rpartition("####")
     if not marker:
@@ -29,7 +29,7 @@ def gsm8k(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def problem(row: dict[str, Any]) -> dict[str, Any]:
-    """The answer is `answer`, else the last box of `solution`."""
+    """Converts a row with the answer in `answer`, else in the last box of `solution`."""
     prompt = statement(row, "problem", "question", "Problem", "Question")
     answer = row.get("answer", row.get("Answer"))
     if answer in (None, ""):

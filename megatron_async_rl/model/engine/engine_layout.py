@@ -34,7 +34,7 @@ _FUSED_EXPERTS = re.compile(r".*\.w(13|2)_weight(_scale_inv)?")
 
 @dataclass(frozen=True, slots=True)
 class EngineSlot:
-    """Where an SGLang server stores a Hugging Face tensor."""
+    """The place of a Hugging Face tensor in an SGLang server."""
 
     tensor: str
     """Name of the fused engine tensor."""

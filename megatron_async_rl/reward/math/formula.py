@@ -180,7 +180,7 @@ class _Parser:
         return node
 
     def argument(self) -> Node:
-        r"""An argument of a command such as \frac: a group, or one digit or letter."""
+        r"""Reads the argument of a command such as \frac: a group, or one digit or letter."""
         token = self.peek()
         if token == "{":
             return self.group("{")

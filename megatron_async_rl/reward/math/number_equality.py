@@ -53,7 +53,7 @@ def equal_numbers(gold: Number, given: Number) -> bool:
 
 
 def is_huge(node: Node) -> bool:
-    """True if the outermost operation gives a number of more than MAX_BITS: 4608!, 2^{43200}."""
+    """Returns whether the outermost operation gives more than MAX_BITS bits: 4608!, 2^{43200}."""
     while node[0] in ("group", "negative"):
         node = node[1]
     if variables(node) or node[0] not in ("!", "^", "binom"):
@@ -216,7 +216,7 @@ def rational(part: Part) -> Fraction | None:
 
 
 def proportional(a: Node, b: Node) -> bool:
-    """Two equations f = 0 and g = 0 are the same if f / g is a constant."""
+    """Returns whether f / g is a constant: then f = 0 and g = 0 are the same equation."""
     ratios = []
     for point in _points(a, b):
         above, below = value(a, point), value(b, point)

@@ -254,7 +254,7 @@ def is_line(expected: str, gold: Part, given: Equation) -> bool:
 
 
 def names_other_coordinate(expected: str, answer: str) -> bool:
-    """True for y = 2 where x = 2 is expected: another line."""
+    """Returns True for y = 2 where x = 2 is expected: another line."""
     names = [_COORDINATE.match(text) for text in (expected, answer)]
     return names[0] is not None and names[1] is not None and names[0][1] != names[1][1]
 

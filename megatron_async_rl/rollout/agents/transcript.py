@@ -152,7 +152,7 @@ Returned = float | list[float] | dict[int, float] | None
 
 
 class TurnRewards(dict[int, float]):
-    """By the number of the turn; empty if the agent gave none."""
+    """Rewards by the number of the turn; empty if the agent gave none."""
 
     def post(self, body: dict[str, Any], num_turns: int) -> dict[str, Any]:
         """Takes the body of /v1/reward; returns the answer. Raises RequestError."""

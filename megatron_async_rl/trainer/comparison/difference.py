@@ -26,7 +26,7 @@ _ROUNDINGS, _SUMS = 2.0, 64.0
 
 @dataclass
 class Difference:
-    """Of the trainer's output from the engine's, over all sequences."""
+    """The difference of the trainer's output from the engine's, over all sequences."""
 
     squares: float = 0.0
     reference: float = 0.0
@@ -57,7 +57,7 @@ class Comparison:
     num_experts_chosen: int = 0
     differences: dict[str, Difference] = field(default_factory=dict)
     other_experts: dict[int, list[float]] = field(default_factory=dict)
-    """By layer: for each sequence, the fraction of its tokens that choose other experts."""
+    """Fraction of the tokens of each sequence that choose other experts, by layer."""
 
     def add(self, engine: dict[str, Tensor], trainer: dict[str, Tensor], num_tokens: int) -> None:
         """Compares the operations that both sides have, of the first `num_tokens` tokens."""

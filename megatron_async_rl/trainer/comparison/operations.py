@@ -36,7 +36,7 @@ class Operation:
     look_at: str
     """Parts to check if this is the first operation that differs."""
     output: int = 0
-    """Of the engine's outputs, which one; an output that a layer lacks is left out."""
+    """Index of the engine's output; an output that a layer lacks is left out."""
     is_input: bool = False
     """The input of the trainer's module, not its output."""
     replicated: bool = True

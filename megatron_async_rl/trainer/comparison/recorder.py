@@ -34,8 +34,8 @@ class Recorder:
     def __init__(self, model: TrainerModel, keeps: bool) -> None:
         self._keeps = keeps
         self.outputs: dict[str, Tensor] = {}
-        """By the name of the operation: [T, columns] of the whole sequence, padding included. And
-        the biases of routers, with which they choose."""
+        """Outputs by the name of the operation: [T, columns] of the whole sequence with padding;
+        also the biases with which routers choose."""
         self._config = model.config
         self._hooks: list[RemovableHandle] = []
         self._groups = model.shape.num_query_groups

@@ -164,7 +164,7 @@ class TokenGroups:
     counts: list[int]
     """Tokens of each expert."""
     ends_E: Tensor | None
-    """Where each expert's tokens end, on their device; None: no kernel is used."""
+    """End of each expert's tokens, on their device; None: no kernel is used."""
 
     @classmethod
     def of(cls, tokens_per_expert: Tensor, use_kernel: bool) -> TokenGroups:

@@ -45,7 +45,7 @@ class RoutingReplay:
 
     @contextmanager
     def of(self, experts_TLK: Tensor | None) -> Iterator[None]:
-        """Has the routers choose these experts in a forward pass; None: by themselves."""
+        """Makes the routers choose these experts in a forward pass; None: their own choice."""
         if experts_TLK is None:
             yield
             return
