@@ -1,4 +1,4 @@
-"""Reads single fields of a model folder's config.json; config_json.py gives them their meaning."""
+"""Reads single fields of a model folder's config.json; config_json.py interprets them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ConfigFields:
     ) -> float:
         """Returns a number of the top level, or of `part` alone if given; null means default.
 
-        Raises DataError if it is no number, or missing without a default.
+        Raises DataError if it is not a number, or missing without a default.
         """
         return float(self._value(key, default, part, (int, float), "a number"))
 

@@ -18,7 +18,7 @@ _FIRST, _LAST = (f"num_layers_in_{name}_pipeline_stage" for name in ("first", "l
 _EMBEDDING, _LOSS = (f"account_for_{name}_in_pipeline_split" for name in ("embedding", "loss"))
 _LAYOUT = "pipeline_model_parallel_layout"
 KEYS = (_FIRST, _LAST, _EMBEDDING, _LOSS, _LAYOUT)
-"""Keys under `megatron:`. Without one of them the chunks are as equal as possible."""
+"""Keys under `megatron:`. Without any of them the chunks are as equal as possible."""
 _LETTERS = {"E": "embedding", "t": "decoder", "L": "loss"}
 
 

@@ -31,8 +31,8 @@ def is_scaled(fields: ConfigFields) -> bool:
 def settings(fields: ConfigFields, family: Family) -> dict[str, Any]:
     """Returns the fields of Architecture for rotary embeddings.
 
-    rope_theta and partial_rotary_factor may stand at the top level instead, all others not. Raises
-    DataError for what Megatron or the engine would compute differently.
+    Only rope_theta and partial_rotary_factor may be at the top level instead. Raises DataError for
+    values that Megatron or the engine would compute differently.
     """
     rope, latent = _parameters(fields), family.latent_attention
     if family.linear_layer:

@@ -171,7 +171,7 @@ class ParameterMapping:
     """(Hugging Face name, full shape) in joining order."""
 
     bucket: str
-    """Megatron parameter with whose tensors it is sent in one bucket, mostly itself."""
+    """Megatron parameter that shares its bucket; mostly the parameter itself."""
 
     @property
     def in_vocabulary(self) -> bool:

@@ -6,8 +6,8 @@ run): one of the hub, one of the workers. The hub writes its address beside them
 workers wait for that file, so no port is chosen before it is bound.
 
 A restarted controller has the same address and keys, so workers reconnect by themselves. It knows
-none of them: it answers each message from before their hello with RejoinRequest, and they say hello
-again, once for all of these.
+none of them: it answers each message that was sent before Hello with RejoinRequest, and a worker
+then sends one Hello for all of these.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LINGER_MS = 2000  # for messages queued at close
 HANDSHAKE_MS = 4000  # a connection that has not authenticated by then is closed
 BACKLOG = 1024  # connections that the kernel holds until they are accepted
 REBIND_S = 30.0  # for an earlier controller's port to become free
-REJOIN_S = 10.0  # for the answer to a hello; meanwhile no other is said
+REJOIN_S = 10.0  # for the answer to a Hello; until then no second one is sent
 _REPEATED = (
     messages.GetBatch, weight_messages.PublishOffer, messages.StepDone, messages.CheckpointSaved
 )  # fmt: skip
@@ -166,14 +166,14 @@ class Hub:
 
 
 class _Rejoining:
-    """Which RejoinRequests ask for a hello.
+    """Decides which RejoinRequests are answered by a Hello.
 
-    Heartbeats wait in the socket while the controller restarts, and each is answered by a request.
-    A second hello would take from the worker what the first one gave: its leases, its offer.
+    Heartbeats wait in the socket while the controller restarts, and each gets a RejoinRequest. A
+    second Hello would void the leases and the offer that followed the first one.
     """
 
     def __init__(self) -> None:
-        self._since: float | None = None  # when a hello was said that is not answered yet
+        self._since: float | None = None  # when the unanswered Hello was sent
 
     def needs_hello(self) -> bool:
         now = time.monotonic()
@@ -341,10 +341,10 @@ class SyncLink:
 
 
 def _answers(message: AnyMessage, sent: Any) -> bool:
-    """Tells whether the controller has taken what was sent, one of _REPEATED, by this message.
+    """Returns whether this message answers `sent`, a message of one of the types in _REPEATED.
 
-    A batch that was asked for waits through a weight update (Republish), and a batch of an earlier
-    version is one that arrives twice.
+    A requested batch is still awaited after a weight update (Republish). A batch of an earlier
+    version is a duplicate.
     """
     match message:
         case messages.Shutdown():

@@ -33,7 +33,7 @@ import program
 
 del sys.path[0]
 
-PRELOAD = (  # what many programs import, beside program.STARTER_MODULES
+PRELOAD = (  # modules of many programs, beside program.STARTER_MODULES
     "abc calendar cmath contextlib dataclasses decimal enum fractions hashlib numbers queue "
     "textwrap threading types"
 ).split()

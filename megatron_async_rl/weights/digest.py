@@ -54,7 +54,7 @@ class _IncompleteTensor:
     """An engine tensor of which some parts have been added."""
 
     parts: dict[int, Tensor] = field(default_factory=dict)
-    num_hashed: int = 0  # expert parts whose tiles are in `tile_sum`
+    num_hashed: int = 0  # expert parts with their tiles in `tile_sum`
     tile_sum: Tensor | None = None
 
 

@@ -450,7 +450,7 @@ def read_golds(folder: Path) -> Iterator[str]:
 
 
 def read_solutions(folder: Path) -> Iterator[Case]:
-    """Yields the worked solutions of GSM8K and of MATH, whose end states the answer unboxed."""
+    """Yields the worked solutions of GSM8K and of MATH, which end in the answer without a box."""
     for row in read_rows(folder):
         text, mark, gold = str(row.get("answer", "")).rpartition("####")
         if mark:

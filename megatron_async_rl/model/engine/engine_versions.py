@@ -19,7 +19,7 @@ def parsed(version: str) -> tuple[int, ...]:
 
 
 def _demands(config: Config) -> Iterator[tuple[str, str, str]]:
-    """Yields the settings that need version NEEDED: setting, reason, what to set instead."""
+    """Yields the settings that need version NEEDED: setting, reason, remedy."""
     weights, instead = config.weights, "set weights.kv_cache=recompute weights.interrupt=abort"
     if weights.kv_cache == "keep":
         reason = "a token could be labelled with weights that did not sample it"
