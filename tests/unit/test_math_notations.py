@@ -1,9 +1,8 @@
 # ruff: noqa: RUF001 - answers with unicode characters
 r"""The built-in `math` reward on many notations of each kind of answer, and their wrong twins.
 
-A line is `gold <- answer ;; answer`. The answers of RIGHT and WRONG stand in a box, those of
-RIGHT_TEXTS and WRONG_TEXTS are whole responses (\u00b6 is a line break). All are decided without
-math-verify.
+The tables have the form of tests/support/math_tables.py. The answers of RIGHT and WRONG stand in a
+box, those of RIGHT_TEXTS and WRONG_TEXTS are whole responses. All are decided without math-verify.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from __future__ import annotations
 import random
 
 import pytest
-
-from megatron_async_rl.reward import math_answer
+from math_tables import cases, decision
 
 WORK = "We set up $3x + 4 = 19$.\n\n1. Subtract 4: $3x = 15$.\n2. Divide by 3.\n\n"
 
@@ -1082,20 +1080,6 @@ B <- Option A is correct. Option B is correct too.
 36 <- There are 16 of the 36 left. ;; Answer: 37<|eot_id|> ;; There are $16$ divisors of 36.
 15 <- So $k-1 = 15$, and $k = 16$.
 """
-
-
-def cases(table: str) -> list[tuple[str, str]]:
-    """Returns (answer, gold) of each answer of a table."""
-    rows = [line.split(" <- ", 1) for line in table.strip().splitlines() if line[0] != "#"]
-    return [
-        (answer.replace("\u00b6", "\n"), gold)
-        for gold, answers in rows
-        for answer in answers.split(" ;; ")
-    ]
-
-
-def decision(response: str, gold: str) -> bool | None:
-    return math_answer.compare_plain(*math_answer.read_answers(response, {"answer": gold}))
 
 
 @pytest.mark.parametrize(("answer", "gold"), cases(RIGHT))

@@ -55,11 +55,7 @@ def equal(expected: str, answer: str) -> bool | None:
     own, constant = _CONSTANT.search(expected), _CONSTANT.search(answer)
     if own and constant and own.start() and expected.endswith("C"):
         expected, answer = expected[: own.start()], answer[: constant.start()]
-    if "\\mathbb" in expected or "\\mathbb" in answer:
-        expected, answer = phrasing.share_condition(expected, answer)
-    if ("\\ne" in expected) != ("\\ne" in answer):
-        expected, answer = map(phrasing.without_hole, (expected, answer))
-    answer = phrasing.share_argument(expected, answer)
+    expected, answer = phrasing.aligned(expected, answer)
     try:
         gold = structure.read(expected)
     except (Unreadable, TooLarge, ArithmeticError, RecursionError):

@@ -147,8 +147,26 @@ def bare(text: str) -> str:
     return text.strip()
 
 
-def share_condition(expected: str, answer: str) -> tuple[str, str]:
-    r"""Returns both answers with the end `k \in Z` if one has it and the other has only a k."""
+def aligned(expected: str, answer: str) -> tuple[str, str]:
+    r"""Returns both answers with what only one of them says about its variables.
+
+    These are `k \in \mathbb{Z}`, `x \ne 3` after a fraction, and the argument of `f(t) = 2t`.
+    """
+    if max(len(expected), len(answer)) > normal_form.MAX_CHARS:
+        return expected, answer
+    if "\\mathbb" in expected or "\\mathbb" in answer:
+        expected, answer = _share_condition(expected, answer)
+    if ("\\ne" in expected) != ("\\ne" in answer):
+        expected, answer = (
+            match[1] if (match := _HOLE.fullmatch(text)) else text for text in (expected, answer)
+        )
+    own, other = _ARGUMENT.match(expected), _ARGUMENT.match(answer)
+    if own and other and own[1] != other[1] and not _letter(own[1]).search(answer):
+        answer = _letter(other[1]).sub(own[1], answer)
+    return expected, answer
+
+
+def _share_condition(expected: str, answer: str) -> tuple[str, str]:
     texts = [normal_form.unwrap_text(expected), normal_form.unwrap_text(answer)]
     has_condition = ["in" in text and _OF_INTEGERS.search(text) is not None for text in texts]
     if has_condition[0] == has_condition[1]:
@@ -158,20 +176,6 @@ def share_condition(expected: str, answer: str) -> tuple[str, str]:
     if len(names) == 1:
         texts[index] += f", {names.pop()} \\in \\mathbb{{Z}}"
     return texts[0], texts[1]
-
-
-def without_hole(text: str) -> str:
-    r"""Returns the formula of `\frac{x^2-9}{x-3}, x \ne 3`."""
-    match = _HOLE.fullmatch(text)
-    return match[1] if match else text
-
-
-def share_argument(expected: str, answer: str) -> str:
-    """Returns the answer f(t) = 2t + 1 with the argument of the expected f(x) = 2x + 1."""
-    own, other = _ARGUMENT.match(expected), _ARGUMENT.match(answer)
-    if not own or not other or own[1] == other[1] or _letter(own[1]).search(answer):
-        return answer
-    return _letter(other[1]).sub(own[1], answer)
 
 
 def _letter(name: str) -> re.Pattern[str]:

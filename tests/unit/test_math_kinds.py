@@ -1,0 +1,203 @@
+# ruff: noqa: RUF001 - answers with unicode characters
+r"""Kinds of answers that the built-in `math` reward once decided wrongly, and their wrong twins.
+
+The tables have the form of tests/support/math_tables.py, and that of test_math_notations.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+from math_tables import cases, decision
+
+RIGHT = r"""
+18 <- 18\text{ minutes and } 0 \text{ seconds} ;; 18 eggs left
+21 <- twenty-one ;; twenty one
+(-\infty, -2] \cup [5, \infty) <- \mathbb{R} \setminus (-2,5) ;; x \le -2 \text{ or } x \ge 5
+(-2, 3) \cup (3, \infty) <- x > -2, x \neq 3 ;; x > -2 \text{ and } x \ne 3
+(-2, 3) \cup (3, \infty) <- (-2, \infty) \setminus \{3\}
+(0,1)\cup(1,2) <- 0<x<2, x\ne1 ;; (1,2)\cup(0,1)
+(0, 0, 5) <- x = y = 0, z = 5 ;; (0,0,5)
+\mathbf{i} - 2\mathbf{j} + 3\mathbf{k} <- (1,-2,3) ;; \langle 1, -2, 3 \rangle
+\mathbf{i} - 2\mathbf{j} + 3\mathbf{k} <- \hat{i} - 2\hat{j} + 3\hat{k} ;; \vec{i}-2\vec{j}+3\vec{k}
+\mathbf{i} - 2\mathbf{j} + 3\mathbf{k} <- \begin{pmatrix} 1 \\ -2 \\ 3 \end{pmatrix}
+\begin{pmatrix} 3 \\ -4 \end{pmatrix} <- 3\mathbf{i} - 4\mathbf{j} ;; (3,-4)
+3n^2 + n <- 3n^2+n \text{ for all } n ;; n(3n+1)
+f(x) = x + 1 \text{ and } f(x) = -x <- f(x)=-x \text{ or } f(x)=x+1 ;; x+1, -x
+f(x) = cx <- f(x) = cx \text{ for some constant } c ;; f(x)=cx, c \in \mathbb{R}
+x = 4 <- x-4=0 ;; x = 4.0
+\text{Saturday} <- \text{on Saturday} ;; Saturday
+\text{Infinitely many} <- \infty ;; \text{infinite} ;; \text{infinitely many solutions}
+\text{all positive integers} <- \mathbb{Z}^+ ;; \mathbb{Z}_{>0} ;; \mathbb{N}
+\text{Alice and Bob} <- Bob and Alice ;; Alice, Bob
+\text{(D)} <- 选项D ;; D
+ACD <- A、C、D ;; A C D
+15 <- 15。 ;; 答：15
+x\ge 2 <- x ≧ 2 ;; x⩾2
+12:00 \text{ noon} <- 12:00 PM ;; noon ;; 12 noon
+2023 <- \text{the year } 2023 ;; year 2023 ;; in 2023
+n \equiv 1 \pmod{4} <- n = 4k+1 ;; 4k+1
+\binom{20}{10} <- C_{20}^{10} ;; 184756
+\frac{1}{2}\ln 3 <- \operatorname{artanh}\frac12 ;; \ln\sqrt{3}
+\{-1, 0, 1\} <- \{0, \pm 1\} ;; -1,0,1
+\frac{\pi}{6} + 2k\pi, k \in \mathbb{Z} <- \frac{\pi}{6} + 2\pi k
+\frac{\pi}{6} + 2k\pi, k \in \mathbb{Z} <- x = \frac{\pi}{6}+2k\pi \ (k\in\mathbb{Z})
+f(x) = 2x + 1 <- f(t) = 2t+1 ;; f(n) = 2n+1
+3.5 <- 3 hours 30 minutes ;; 3\text{ hours and }30\text{ minutes}
+210 <- 3 hours 30 minutes ;; 3 h 30 min
+63 <- 5 feet 3 inches ;; 5 ft 3 in
+45.5^\circ <- 45^\circ 30' ;; 45.5
+f(x) = 0 \text{ and } f(x) = x <- f(x)=x \text{ or } f(x)=0 ;; f(x) \equiv 0, f(x) = x
+f(x) = 0 \text{ and } f(x) = x <- f(x) = x, 0
+(1, 1, 1) <- a=b=c=1 ;; x=y=z=1
+x = y = z = 2 <- (2,2,2) ;; (x,y,z) = (2,2,2)
+(-\infty, -3) \cup (-3, 3) \cup (3, \infty) <- \mathbb{R} \setminus \{\pm 3\} ;; x \ne \pm 3
+[2, 5) \cup (5, \infty) <- x \ge 2, x \ne 5 ;; x \geq 2 \text{ and } x \neq 5
+[2, 5) \cup (5, \infty) <- [2,\infty) \setminus \{5\} ;; \{x \mid x \ge 2, x \ne 5\}
+(-\infty, 0) \cup (4, \infty) <- \mathbb{R} \setminus [0,4] ;; x<0 \text{ or } x>4
+\mathbb{R} <- \text{the set of all real numbers} ;; (-\infty, \infty)
+\frac{\pi}{3} + k\pi, k\in\mathbb{Z} <- x=\frac{\pi}{3}+k\pi\ (k\in\mathbb{Z}) ;; \frac{\pi}{3}+n\pi
+x \equiv 2 \pmod{5} <- x = 5k+2 ;; 5n+2 ;; x = 5t + 2, t \in \mathbb{Z} ;; 5k-3
+2\mathbf{i} + \mathbf{j} - \mathbf{k} <- (2,1,-1) ;; \langle 2,1,-1\rangle
+2\mathbf{i} + \mathbf{j} - \mathbf{k} <- 2\hat{i}+\hat{j}-\hat{k}
+2\mathbf{i} + \mathbf{j} - \mathbf{k} <- 2\hat{\mathbf{i}}+\hat{\mathbf{j}}-\hat{\mathbf{k}}
+2\mathbf{i} + \mathbf{j} - \mathbf{k} <- \begin{pmatrix}2\\1\\-1\end{pmatrix}
+2\mathbf{i} + \mathbf{j} - \mathbf{k} <- 2\vec{i}+\vec{j}-\vec{k}
+\frac{1}{3}(2\mathbf{i}-\mathbf{j}+2\mathbf{k}) <- \left(\frac23,-\frac13,\frac23\right)
+e^x \mathbf{i} + t\mathbf{j} <- (e^x, t) ;; \langle e^x, t\rangle
+\text{red and blue} <- blue and red ;; \text{Red and Blue}
+\infty <- infinity ;; \text{infinity} ;; \text{infinitely many} ;; Infinitely many solutions
+-\infty <- \text{negative infinity} ;; minus infinity
+12:00 \text{ a.m.} <- midnight ;; 12 midnight
+seventy-five <- 75 ;; seventy-five
+75 <- seventy-five ;; seventy five
+p=3,q=2 \text{ or } p=2,q=3 <- (p,q)=(3,2),(2,3) ;; (3,2), (2,3)
+2:3:4 <- 2 to 3 to 4 ;; 4:6:8
+(3, 0), (-3, 0) <- (\pm 3, 0) ;; (-3,0) \text{ and } (3,0)
+\frac{x+2}{x-3}, x \ne 3 <- \frac{x+2}{x-3} ;; \frac{x+2}{x-3}, x\neq 3
+\text{Friday} <- on Friday ;; Friday
+\ln(1+\sqrt{2}) <- \operatorname{arsinh} 1 ;; \sinh^{-1}(1)
+0 <- zero ;; \text{zero}
+A = 3, B = -2 <- B=-2, A=3 ;; (3,-2)
+\sqrt{2} <- 1.414214 ;; 1.414213
+\text{(i) } 3 \text{ (ii) } 5 <- \text{(i) } 3 \text{ (ii) } 5 ;; (i) 3 (ii) 5
+9 \text{ or } 10 <- 9, 10 ;; 10 or 9
+"""
+WRONG = r"""
+1/3 <- 0.333334 ;; 0.3333333334 ;; 0.33333 ;; 33.33\%
+1 <- 1-e^{-30} ;; e^{10^{-12}} ;; 1-e^{-40} ;; 1-e^{-25} ;; \sqrt{1+10^{-14}} ;; e^{10^{-13}}
+1 <- 1+\ln(1+10^{-12}) ;; \frac{e^{30}}{e^{30}+1}
+0 <- \sqrt{2}-1.4142135623730950488 ;; e^{-40} ;; 10^{-40} ;; 2^{-60}
+2 <- 2+e^{-35} ;; \sqrt{4+10^{-15}} ;; 1.\overline{98}
+f(x) = \begin{cases} x & x \ge 0 \\ -x & x < 0 \end{cases} <- x ;; -x ;; f(x)=x ;; \pm x ;; -|x|
+A = 3, B = -2 <- A = 3, C = -2 ;; A=-2, B=3 ;; (-2,3) ;; A=3
+45.5^\circ <- 45^\circ 5' ;; 45^\circ ;; 45.3^\circ ;; 455^\circ
+x = y = z = 2 <- x=y=2 ;; (2,2) ;; (2,2,3) ;; x = y = z = 3
+\begin{cases} x^2 & x \le 1 \\ 2x-1 & x > 1 \end{cases} <- x^2 ;; 2x-1 ;; x^2, 2x-1
+\begin{cases} x^2 & x \le 1 \\ 2x-1 & x > 1 \end{cases} <- \begin{cases} x^2 & x \le 1 \end{cases}
+\begin{cases} x^2 & x \le 1 \\ 2x-1 & x > 1 \end{cases} <- x \le 1
+\begin{cases} 1 & n \text{ even} \\ 0 & n \text{ odd} \end{cases} <- 1 ;; 0,1
+[2, 5) \cup (5, \infty) <- [2,\infty)\setminus\{4\} ;; x\ge 2 ;; x \ne 5 ;; x > 2, x\ne 5
+\mathbb{R} <- \mathbb{Z} ;; \mathbb{Q} ;; \mathbb{R}^+ ;; \mathbb{R}\setminus\{0\}
+\mathbb{Z} <- \mathbb{R} ;; \mathbb{Z}^+ ;; \mathbb{N} ;; \mathbb{Q}
+2\mathbf{i} + \mathbf{j} - \mathbf{k} <- 2\hat{i}-\hat{j}+\hat{k} ;; (2,1,1) ;; (2,1) ;; 2+1-1
+\sqrt{2} <- 1.41421357 ;; 1.414215 ;; 1.41421 ;; 1.414212
+262537412640768744 <- e^{\pi\sqrt{163}} ;; 262537412640768743 ;; 2.62537412640768744\times 10^{16}
+\frac{1}{e} <- 0.367880 ;; 0.3678 ;; e
+p=3,q=2 \text{ or } p=2,q=3 <- p=3,q=3 \text{ or } p=2,q=2 ;; p=3,q=2 ;; (3,2) ;; 2,3
+\text{(i) } 3 \text{ (ii) } 5 <- \text{(i) } 5 \text{ (ii) } 3 ;; 3 ;; 5 ;; 15
+9 \text{ or } 10 <- 9:10 ;; 9 ;; 10 ;; 9.5
+21 <- twelve ;; twenty ;; 20 1 ;; 2, 1
+(-\infty, -2] \cup [5, \infty) <- [-2,5] ;; -2 \le x \le 5 ;; x \le -2 \text{ and } x\ge 6
+(-\infty, -2] \cup [5, \infty) <- (-\infty,-2)\cup(5,\infty)
+(-2, 3) \cup (3, \infty) <- (-2,\infty) ;; x>-2 ;; x\ne 3 ;; (-2,3)
+(0, 0, 5) <- (0,5) ;; (5,0,0) ;; 5 ;; 005
+\mathbf{i} - 2\mathbf{j} + 3\mathbf{k} <- \mathbf{i} + 2\mathbf{j} + 3\mathbf{k} ;; (1,2,3)
+\mathbf{i} - 2\mathbf{j} + 3\mathbf{k} <- (1,-2) ;; 1-2+3
+\begin{pmatrix} 3 \\ -4 \end{pmatrix} <- \begin{pmatrix} 3 & -4 \end{pmatrix}
+\begin{pmatrix} 3 \\ -4 \end{pmatrix} <- \begin{pmatrix} -3 \\ 4 \end{pmatrix}
+\begin{pmatrix} 3 \\ -4 \end{pmatrix} <- \begin{pmatrix} 3 \\ -4 \\ 0\end{pmatrix}
+3n^2 + n <- 3n^2 - n ;; n(3n+2) ;; 3n+n^2 ;; 4n^3
+f(x) = x + 1 \text{ and } f(x) = -x <- f(x)=x+1 ;; f(x) = -x ;; f(x)=x+1, f(x)=x
+f(x) = cx <- f(x) = x ;; f(x)=c ;; f(x)=cx+d ;; f(x) = c/x
+x = 4 <- y=4 ;; x=-4 ;; x+4=0 ;; x\ne 4
+\text{Saturday} <- Sunday ;; Saturday or Sunday ;; not Saturday ;; Monday
+\text{Infinitely many} <- none ;; 0 ;; finitely many ;; 1
+\text{all positive integers} <- all integers ;; all positive even integers
+\text{all positive integers} <- all positive real numbers ;; all negative integers
+\text{Alice and Bob} <- Alice ;; Bob ;; Alice and Carol ;; Alice, Bob and Carol
+\text{(D)} <- B ;; (A) ;; (D) and (E) ;; D or E
+ACD <- AC ;; ACDE ;; CDA ;; ABD
+15 <- 51 ;; １６ ;; 十六 ;; 15万
+2023 <- 2023 BC and 5 ;; 2024 ;; 20 23 ;; 2,023,000
+n \equiv 1 \pmod{4} <- n\equiv 1 \pmod{2} ;; n\equiv 3\pmod 4 ;; n \equiv 1 \pmod 8 ;; 4
+\binom{20}{10} <- \binom{10}{20} ;; 20! ;; \frac{20}{10} ;; \binom{20}{9}
+\{-1, 0, 1\} <- \{-1,1\} ;; [-1,1] ;; -1<x<1 ;; \pm 1
+\frac{\pi}{6} + 2k\pi, k \in \mathbb{Z} <- \frac{\pi}{6} ;; \frac{\pi}{6}+k\pi
+\frac{\pi}{6} + 2k\pi, k \in \mathbb{Z} <- \frac{\pi}{3}+2k\pi ;; -\frac{\pi}{6}+2k\pi
+f(x) = 2x + 1 <- 2x-1 ;; x+1 ;; f(x)=x+2 ;; f(x)=2x
+3.5 <- 3 hours 50 minutes ;; 3 hours 5 minutes ;; 3 hours ;; 30 minutes
+210 <- 2 hours 10 minutes ;; 3 hours 30 seconds ;; 3 hours ;; 30
+63 <- 6 feet 3 inches ;; 5 feet 13 inches ;; 5.3
+f(x) = 0 \text{ and } f(x) = x <- f(x)=x ;; f(x)=0 ;; f(x) = 0, f(x)=-x ;; f(x)=x, f(x)=1
+(1, 1, 1) <- a=b=c=2 ;; a=b=1 ;; 1 ;; a=b=c
+(-\infty, -3) \cup (-3, 3) \cup (3, \infty) <- x\ne 3 ;; (-3,3) ;; \mathbb{R} ;; x = \pm 3
+(-\infty, 0) \cup (4, \infty) <- \mathbb{R}\setminus(0,4) ;; \mathbb{R}\setminus\{0,4\} ;; [0,4]
+(-\infty, 0) \cup (4, \infty) <- (0,4)
+\frac{\pi}{3} + k\pi, k\in\mathbb{Z} <- \frac{\pi}{3}+2k\pi ;; \frac{\pi}{3}
+\frac{\pi}{3} + k\pi, k\in\mathbb{Z} <- \frac{\pi}{6}+k\pi, k\in\mathbb{Z}
+\frac{\pi}{3} + k\pi, k\in\mathbb{Z} <- \frac{\pi}{3}+k, k\in\mathbb{Z}
+x \equiv 2 \pmod{5} <- x = 5k+3 ;; 5k ;; x = 10k+2 ;; x\equiv 2 \pmod{10}
+\frac{1}{3}(2\mathbf{i}-\mathbf{j}+2\mathbf{k}) <- (2,-1,2) ;; \frac13
+\frac{1}{3}(2\mathbf{i}-\mathbf{j}+2\mathbf{k}) <- \left(\frac23,\frac13,\frac23\right) ;; 1
+\text{red and blue} <- red or blue ;; red ;; red and green ;; red, blue and green
+\infty <- -\infty ;; 0 ;; finite ;; \text{does not exist}
+12:00 \text{ a.m.} <- noon ;; 12:00 PM ;; 12 ;; 1:00 a.m.
+75 <- seventy ;; seventy-six ;; fifty-seven ;; seven-five
+(3, 0), (-3, 0) <- (3,0) ;; (0,3),(0,-3) ;; (0,\pm3) ;; \pm3
+\frac{x+2}{x-3}, x \ne 3 <- \frac{x-2}{x-3} ;; \frac{x+2}{x+3}, x\ne -3 ;; \frac{x+2}{x-3}, x\ne -2
+\frac{x+2}{x-3}, x \ne 3 <- x \ne 3
+\ln(1+\sqrt{2}) <- \ln 1+\ln\sqrt2 ;; \ln(1-\sqrt2) ;; \ln\sqrt{3} ;; 1+\sqrt2
+"""
+RIGHT_TEXTS = r"""
+3, 5 <- $x = \boxed{3}$ and $y = \boxed{5}$ ;; \boxed{3}\ \text{and}\ \boxed{5}
+\frac{1}{2} <- \boxed\frac{1}{2} ;; \boxed\frac12
+42 <- the answer is forty-two ;; 所以一共有42个苹果。
+42 <- 所以他有42元钱。 ;; 一共42人 ;; 答：一共有42个。
+B <- B ;; I choose B. ;; 故选B。 ;; 故选：B ;; 答案选B ;; Thus, B is correct.
+\frac{3}{4} <- The answer is $\frac{3}{4}$, or 75%. ;; The answer is $\frac{3}{4}$.
+5 <- So the answer should be $5$, not $6$. ;; \boxed5
+(3, 4) <- $x = \boxed{3}$, $y = \boxed{4}$ ;; $x=\boxed{3}$ and $y=\boxed{4}$
+C <- C. 12 ;; Hence, option C. ;; The correct answer is option C: 12 ;; I would choose (C). ;; 选C
+C <- 所以选C。 ;; 因此选择C。
+"""
+WRONG_TEXTS = r"""
+(3, 4) <- The answer is 3 or 4. ;; The point is $(4, 3)$. ;; x=4, y=3
+(3, 4) <- $x = \boxed{4}$, $y = \boxed{3}$
+3, 5 <- The roots are $\boxed{3}$. The other is 5. ;; $\boxed{3}$
+3, 5 <- $\boxed{3}$ and $\boxed{4}$ and $\boxed{5}$ ;; \boxed{35}
+\frac{1}{2} <- \boxed{\frac{1} ;; \boxed{\frac{1}{ ;; \boxed{1} ;; \boxed{\frac{1}{2}
+42 <- The answer is 41, not 42. ;; The answer is not 42 ;; 42 is not the answer; the answer is 43.
+42 <- The answer is 42 or 43.
+B <- The answer is (A). ;; The answer is A, B. ;; Options A and B are both correct.
+B <- The answer is not B.
+\frac{3}{4} <- The answer is $\frac{4}{3}$. ;; The answer is 3 or 4. ;; The answer is 3.
+\frac{3}{4} <- The answer is 4.
+5 <- $x^5 = 1$, so $x = 1$ ;; x = 5 or x = -5 ;; x = 5, 6 ;; x > 5
+C <- The correct answer is A. ;; The answer is B or C. ;; C is wrong. The answer is B.
+C <- The answer is not C.
+"""
+
+
+@pytest.mark.parametrize(
+    ("table", "form", "wanted"),
+    [
+        (RIGHT, "\\boxed{{{}}}", True),
+        (WRONG, "\\boxed{{{}}}", False),
+        (RIGHT_TEXTS, "{}", True),
+        (WRONG_TEXTS, "{}", False),
+    ],
+    ids=["right", "wrong", "right texts", "wrong texts"],
+)
+def test_answers_of_these_kinds_are_decided_right(table: str, form: str, wanted: bool) -> None:
+    decided = {(gold, text): decision(form.format(text), gold) for text, gold in cases(table)}
+    assert [case for case, verdict in decided.items() if verdict is not wanted] == []
