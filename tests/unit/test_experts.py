@@ -68,6 +68,9 @@ def test_weighted_swiglu_matches_the_formula() -> None:
     gate, up = x.chunk(2, 1)
     torch.testing.assert_close(swiglu(x, weight), F.silu(gate) * up * weight[:, None])
     assert torch.autograd.gradcheck(swiglu, (x, weight))
+    none = swiglu(x[:0], weight[:0])  # experts that got no tokens
+    none.sum().backward()
+    assert none.shape == (0, gate.size(1)) and x.grad is not None and not x.grad.any()
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,9 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_T: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight_T)
-        return _swiglu_forward(x.reshape(-1, x.size(-1)), weight_T).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.size(-1))
+        # not -1: experts without tokens have no elements
+        return _swiglu_forward(rows, weight_T).view(*x.shape[:-1], x.size(-1) // 2)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
