@@ -74,6 +74,7 @@ from megatron_async_rl.protocol.transport import Hub
 
 logger = logging.getLogger(__name__)
 TICK_S = 1.0
+REJOIN_TICKS = 10  # from the first server that joins a restarted controller to the last
 DRAIN_SHARE = 0.8  # of faults.shutdown_grace_s, within which the trainer must save
 
 
@@ -265,8 +266,13 @@ class Controller:
             progress.write(core.fleet, self.monitors.engines.newest)
 
     async def _conduct(self) -> None:
-        version = -1
-        if not self.core.admitting:
+        version, update = -1, None
+        if self.core.admitting:
+            update = asyncio.create_task(self.updates.next())
+            version = await self._kept_version(update)
+            if version < self.config.run.steps:
+                await self.evaluations.begin(version)
+        else:
             await self.workers.wait_for_all(self.config, self.progress.say)
             version = await self.updates.next()
             await self.evaluations.begin(version)
@@ -275,7 +281,8 @@ class Controller:
             self.progress.begin_training()
             await self.queue.submit(inputs.AdmissionOpened())
         while version < self.config.run.steps:
-            version = await self.updates.next()
+            version = await (update or self.updates.next())
+            update = None
             if version < self.config.run.steps:
                 await self.evaluations.begin(version)
         await self.evaluations.ended()  # training does not wait for one
@@ -290,6 +297,20 @@ class Controller:
         await self.saving.finished()
         await self.journal.durable()
         self.progress.end("finished", "", self._ledger())
+
+    async def _kept_version(self, update: asyncio.Task[int]) -> int:
+        """Returns the version that servers have kept over a restart of the controller, -1 if none.
+
+        No offer tells of it: the trainer makes the next one after its step, and none after its
+        last, when it may have ended. Waits until the servers have joined, or `update` begins.
+        """
+        seen = 0  # ticks since a server with the newest version has joined
+        while not update.done() and seen < REJOIN_TICKS:
+            await asyncio.wait([update], timeout=TICK_S)
+            fleet, version = self.core.fleet.rollout, self.core.version
+            is_kept = any(w.is_serving and w.version == version for w in fleet.values())
+            seen = seen + 1 if is_kept and self.updates.is_idle else 0
+        return -1 if update.done() else self.core.version
 
     async def _drain(self, preempted: asyncio.Event) -> None:
         """At SIGTERM lets rollout workers return their tokens and the trainer save.

@@ -15,12 +15,19 @@ from controller_shell import ask, hello_of, with_controller
 from journal_builders import journal_events, write_checkpoint
 
 from megatron_async_rl import __version__
+from megatron_async_rl.controller import controller as controller_module
 from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import DataError, Error
-from megatron_async_rl.protocol.messages import Heartbeat, Refused, RejoinRequest, Welcome
+from megatron_async_rl.protocol.messages import (
+    Heartbeat,
+    Refused,
+    RejoinRequest,
+    Shutdown,
+    Welcome,
+)
 from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.protocol.weight_messages import (
     Bucket,
@@ -290,6 +297,24 @@ def test_second_hello_of_a_trainer_withdraws_its_offer(
         finally:
             trainer.close()
             judge.close()
+
+    with_controller(model_and_dataset, tmp_path, test)
+
+
+def test_controller_that_restarts_after_the_last_update_ends_the_run(
+    model_and_dataset: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer has ended, so no offer of weights will come."""
+    monkeypatch.setattr(controller_module, "REJOIN_TICKS", 1)
+
+    async def test(controller: Controller, link: Link) -> None:
+        controller.core.admitting = True  # as after a restart; `run` has not begun
+        controller.core.state.version = 5  # run.steps
+        hello = hello_of(model_and_dataset, "rollout", "rollout-0", serving=5)
+        assert isinstance(await ask(link, hello), Welcome)
+        while not isinstance(message := await link._receive(), Shutdown):
+            pass
+        assert message.reason == "the run is complete"
 
     with_controller(model_and_dataset, tmp_path, test)
 

@@ -53,6 +53,12 @@ class UpdateCoordinator:
         self._being_updated: frozenset[str] = frozenset()
         self._running: asyncio.Task[None] | None = None
         self._allow_update = allow_update
+        self._is_waiting = False  # for the next offers
+
+    @property
+    def is_idle(self) -> bool:
+        """True while no weight source has an offer that is not served yet."""
+        return self._is_waiting and not self._offers
 
     # ---- reports of the loop
 
@@ -88,7 +94,7 @@ class UpdateCoordinator:
         self._catch_up.start(self._being_updated)
 
     def must_republish(self) -> bool:
-        """Whether the trainer, which waits for a batch, must offer its weights once more.
+        """Returns whether the trainer, which waits for a batch, must offer its weights again.
 
         True once per set of servers that need them; the loop then holds the batches and asks.
         """
@@ -135,8 +141,10 @@ class UpdateCoordinator:
         return version
 
     async def _next_offers(self) -> dict[str, PublishOffer]:
+        self._is_waiting = True
         while not self._all_offered.is_set():  # a source may rejoin before this task continues
             await self._all_offered.wait()
+        self._is_waiting = False
         self._all_offered.clear()
         offers, self._offers = self._offers, {}
         return offers
