@@ -321,7 +321,7 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
             budget=40,
             replay=True,
             virtual_pipeline_model_parallel_size=2,
-            pipeline_model_parallel_layout="E|tt|t|tL",
+            pipeline_model_parallel_layout="Ett||t|tL",
             recompute_granularity="full",
             recompute_method="uniform",
             recompute_num_layers=1,
