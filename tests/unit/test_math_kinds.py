@@ -76,11 +76,30 @@ p=3,q=2 \text{ or } p=2,q=3 <- (p,q)=(3,2),(2,3) ;; (3,2), (2,3)
 \frac{x+2}{x-3}, x \ne 3 <- \frac{x+2}{x-3} ;; \frac{x+2}{x-3}, x\neq 3
 \text{Friday} <- on Friday ;; Friday
 \ln(1+\sqrt{2}) <- \operatorname{arsinh} 1 ;; \sinh^{-1}(1)
+(x, y) = (1, 2), (2, 1) <- x=1,y=2 \text{ and } x=2,y=1 ;; x=1, y=2; x=2, y=1
+x = 0, y = 0 \text{ or } x = 3, y = 3 <- (0,0),(3,3) ;; (3,3) \text{ or } (0,0)
+a = b = c = \frac{1}{3} <- (\frac13,\frac13,\frac13) ;; a=b=c=1/3
+n = 2^k, k \in \mathbb{N} <- n=2^k ;; 2^k \text{ for } k \in \mathbb{N} ;; n = 2^m, m\in\mathbb{N}
+\text{all odd } n <- odd n ;; all odd n
+\text{all primes} <- primes ;; all primes
+n \ge 3 <- \text{all } n \ge 3 ;; \text{all integers } n\ge3
+m \neq 0 \text{ and } m < 1 <- m<1, m\ne0 ;; (-\infty,0)\cup(0,1) ;; m<1 \text{ and } m\neq 0
+x = -1 <- x+1=0 ;; -1
+a_n = 2n - 1 <- a_k = 2k - 1 ;; 2n-1
+A \cup B = \{1,2,3\} <- \{1,2,3\} ;; \{3,2,1\}
+②③ <- ②, ③ ;; ②③
+\text{①④} <- ①, ④ ;; ①④
+3 \text{ m/s}^2 <- 3\text{ m s}^{-2} ;; 3
+1\frac{2}{3}\text{ hours} <- 1 hour 40 minutes ;; \frac53
+100\text{ minutes} <- 1 hour 40 minutes ;; 100
+3 \text{ feet } 6 \text{ inches} <- 3.5 \text{ feet} ;; 42 inches
+\text{7 minutes and 30 seconds} <- 7.5 minutes ;; 450 seconds
 0 <- zero ;; \text{zero}
 A = 3, B = -2 <- B=-2, A=3 ;; (3,-2)
 \sqrt{2} <- 1.414214 ;; 1.414213
 \text{(i) } 3 \text{ (ii) } 5 <- \text{(i) } 3 \text{ (ii) } 5 ;; (i) 3 (ii) 5
 9 \text{ or } 10 <- 9, 10 ;; 10 or 9
+\lfloor \log_2 n \rfloor + 1 <- 1+\lfloor\log_2 n\rfloor ;; \lfloor \log_2 n\rfloor+1
 """
 WRONG = r"""
 1/3 <- 0.333334 ;; 0.3333333334 ;; 0.33333 ;; 33.33\%
@@ -106,6 +125,15 @@ x = y = z = 2 <- x=y=2 ;; (2,2) ;; (2,2,3) ;; x = y = z = 3
 p=3,q=2 \text{ or } p=2,q=3 <- p=3,q=3 \text{ or } p=2,q=2 ;; p=3,q=2 ;; (3,2) ;; 2,3
 \text{(i) } 3 \text{ (ii) } 5 <- \text{(i) } 5 \text{ (ii) } 3 ;; 3 ;; 5 ;; 15
 9 \text{ or } 10 <- 9:10 ;; 9 ;; 10 ;; 9.5
+x = 0, y = 0 \text{ or } x = 3, y = 3 <- x=0,y=3 \text{ or } x=3,y=0 ;; (0,3),(3,0) ;; (0,0)
+x = 0, y = 0 \text{ or } x = 3, y = 3 <- x=0 \text{ or } x=3
+a = b = c = \frac{1}{3} <- a=b=\frac13 ;; a=b=c=1 ;; (\frac13,\frac13) ;; (\frac13,\frac13,\frac23)
+n = 2^k, k \in \mathbb{N} <- 2k ;; k^2 ;; n=2^{k+1} ;; n = 3^k ;; 2
+\lfloor \log_2 n \rfloor + 1 <- \lceil\log_2 n\rceil ;; \lfloor\log_2 n\rfloor ;; \log_2 n+1
+\lfloor \log_2 n \rfloor + 1 <- \lfloor\log_3 n\rfloor+1
+m \neq 0 \text{ and } m < 1 <- m<1 ;; m\ne 0 ;; m \le 1, m\ne 0 ;; (0,1) ;; m<1 \text{ or } m\ne 0
+m \neq 0 \text{ and } m < 1 <- m<1, m\ne \frac12
+5 <- \begin{cases} 5 & x>0 \\ 6 & x \le 0 \end{cases} ;; 5^\circ 30' ;; a=b=5, c=4 ;; \{5, \pm 1\}
 21 <- twelve ;; twenty ;; 20 1 ;; 2, 1
 (-\infty, -2] \cup [5, \infty) <- [-2,5] ;; -2 \le x \le 5 ;; x \le -2 \text{ and } x\ge 6
 (-\infty, -2] \cup [5, \infty) <- (-\infty,-2)\cup(5,\infty)
@@ -157,6 +185,18 @@ x \equiv 2 \pmod{5} <- x = 5k+3 ;; 5k ;; x = 10k+2 ;; x\equiv 2 \pmod{10}
 \frac{x+2}{x-3}, x \ne 3 <- \frac{x-2}{x-3} ;; \frac{x+2}{x+3}, x\ne -3 ;; \frac{x+2}{x-3}, x\ne -2
 \frac{x+2}{x-3}, x \ne 3 <- x \ne 3
 \ln(1+\sqrt{2}) <- \ln 1+\ln\sqrt2 ;; \ln(1-\sqrt2) ;; \ln\sqrt{3} ;; 1+\sqrt2
+(x, y) = (1, 2), (2, 1) <- x=1,y=2 ;; (1,2) ;; (1,1),(2,2) ;; x=1,y=1; x=2,y=2
+\text{all odd } n <- all even n ;; all n ;; no odd n ;; odd primes
+\text{all primes} <- all odd primes ;; composites ;; no primes ;; all integers
+n \ge 3 <- n\ge 2 ;; n\le 3 ;; n=3 ;; 3
+x = -1 <- x=1 ;; y=-1 ;; x-1=0 ;; y+1=0
+a_n = 2n - 1 <- 2n+1 ;; a_n=2n ;; a_n = n^2 ;; 2^n-1
+A \cup B = \{1,2,3\} <- \{1,2\} ;; \{1,2,3,4\} ;; 6 ;; (3,2,2)
+②③ <- ②④ ;; ③ ;; ①②③ ;; ②
+1\frac{2}{3}\text{ hours} <- 1 hour 20 minutes ;; 1.23 ;; \frac23 ;; 1 hour 2 minutes
+100\text{ minutes} <- 1 hour 4 minutes ;; 1 hour ;; 1.4 hours ;; 10 minutes
+3 \text{ feet } 6 \text{ inches} <- 36 inches ;; 3.6 feet ;; 6 feet 3 inches ;; 9
+\text{7 minutes and 30 seconds} <- 7.3 minutes ;; 30 seconds ;; 7 minutes ;; 37
 """
 RIGHT_TEXTS = r"""
 3, 5 <- $x = \boxed{3}$ and $y = \boxed{5}$ ;; \boxed{3}\ \text{and}\ \boxed{5}

@@ -12,6 +12,7 @@ from fractions import Fraction
 from megatron_async_rl.reward.math import (
     normal_form,
     number_equality,
+    numerals,
     phrasing,
     relations,
     structure,
@@ -153,7 +154,7 @@ def _equal(gold: Part, given: Part) -> bool | None:
     if isinstance(text, Words) and isinstance(other, Number):
         if text.text == "infinitely many":
             return other.node == INFINITY
-        return number_equality.rational(other) in text.values
+        return numerals.is_quantity(text, number_equality.rational(other), other.unit)
     return isinstance(text, Words) and isinstance(other, Words) and text.text == other.text
 
 

@@ -88,6 +88,11 @@ def counts(node: Node) -> bool:
     return any(one[0] in ("!", "binom") for one in nodes(node))
 
 
+def rounds(node: Node) -> bool:
+    """Returns whether a formula has floors or ceilings, which jump at whole numbers."""
+    return any(one[0] in ("lfloor", "lceil") for one in nodes(node))
+
+
 def points(names: frozenset[str], whole: bool = False) -> list[dict[str, Fraction]]:
     """Returns the assignments at which formulas in these variables are compared."""
     if not names:

@@ -52,6 +52,7 @@ _INFIX_COMMANDS = {"over": "frac", "choose": "binom"}
 _SLASHED = re.compile(r"\^\{?(\d+)\}?\s*/\s*_\{?(\d+)\}?")  # ^3/_7
 _PYTHON_POWER = re.compile(r"(?<=[\w)])\*\*(?=[\w({-])")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
+_CIRCLED = re.compile("([\u2460-\u2473])(?=[\u2460-\u2473])")  # items of a list, not digits
 _RAISED_FRACTION = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹]+)[\u2044/]([₀₁₂₃₄₅₆₇₈₉]+)")
 _THOUSANDS = re.compile(
     r"\\(?:text|mathpunct|mathord)\s*\{,\}(?=\d{3})|,\s*\\!\s*(?=\d{3})|\{,\}(?=\d{3})|(?<=\d)\\[,;:!](?=\d{3}(?!\d))"
@@ -109,6 +110,7 @@ def _rewrite(text: str) -> str:
     if "**" in text:
         text = _PYTHON_POWER.sub("^", text)
     if not text.isascii():
+        text = _CIRCLED.sub(r"\1, ", text)
         text = _RAISED_FRACTION.sub(
             lambda m: f"\\frac{{{m[1].translate(_SUPERSCRIPTS)}}}{{{m[2].translate(_SUBSCRIPTS)}}}",
             text,

@@ -18,6 +18,7 @@ from megatron_async_rl.reward.math.evaluation import (
     Value,
     counts,
     points,
+    rounds,
     value,
     variables,
     within_bars,
@@ -26,7 +27,7 @@ from megatron_async_rl.reward.math.parts import Number, Part, is_infinite
 
 _RELATIVE = 1e-9  # of values in double precision
 _MIN_ROUNDED_DIGITS = 6  # and places, of a decimal that rounds a fraction or root
-_UNIT_POWER = re.compile(r"\^\s*\{?\s*(-?\d)")
+_UNIT_POWER = re.compile(r"\^\s*\{?\s*-?(\d)")
 _CONTEXT = decimal.Context(prec=60)
 _PI = Decimal("3.141592653589793238462643383279502884197169399375105820974944592")
 _SHARP = Decimal("1e-40")  # relative, of what 60 digits compute
@@ -152,6 +153,8 @@ def _points(a: Node, b: Node) -> list[dict[str, Fraction]]:
     if counts(a) or counts(b):
         return points(names, whole=True)
     found = points(names)
+    if rounds(a) or rounds(b):
+        found += points(names, whole=True)
     signed = sorted(within_bars(a) | within_bars(b))
     for factors in ((-1, -1), (9, -9), (-9, 9)) if signed else ():
         scales = {name: factors[i % 2] for i, name in enumerate(signed)}

@@ -214,11 +214,17 @@ def read_quantity(text: str) -> Words | Number | None:
         return None
     if (large, small) == ("dollar", "cent") and len(match[3]) < 3:
         return read_number(f"{match[1]}.{match[3]:0>2}")
-    values: tuple[Fraction, ...] = ()
+    values: tuple[tuple[str, Fraction], ...] = ()
     if factor := _SMALLER_UNITS.get((large, small)):
         total = int(match[1]) * factor + int(match[3])
-        values = Fraction(total, factor), Fraction(total)
+        values = (large, Fraction(total, factor)), (small, Fraction(total))
     return Words(f"{match[1]} {large} {match[3]} {small}", values)
+
+
+def is_quantity(words: Words, number: Fraction | None, unit: str) -> bool:
+    """Returns whether 3 hours 30 minutes is a number, in its unit if it has one."""
+    own = _UNIT_NAMES.get(unit.lower())
+    return any(number == total and own in (None, name) for name, total in words.values)
 
 
 def read_number(text: str) -> Number:

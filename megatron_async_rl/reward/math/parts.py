@@ -94,7 +94,7 @@ class Congruence:
 @dataclass(frozen=True)
 class Words:
     text: str
-    values: tuple[Fraction, ...] = ()  # of a quantity such as 3 hours 30 minutes, in each unit
+    values: tuple[tuple[str, Fraction], ...] = ()  # of 3 hours 30 minutes, in each unit
 
 
 Part = (

@@ -17,7 +17,7 @@ _ELEMENT = re.compile(
 _OF_REALS = re.compile(r"(?:,\s*|\s+for\s+)[A-Za-z]\s*\\in\s*\\mathbb\s*\{?\s*R\s*\}?$")
 _OF_INTEGERS = re.compile(  # the end of `x = n\pi, n \in Z`
     r"(?:[,(]\s*\(?\s*(?:where\s+)?|\s+(?:for|where)\s+(?:all\s+|any\s+|some\s+)?(?:integers?\s+)?)([a-z])"
-    r"(?:\s*\\in\s*\\mathbb\s*\{?\s*Z\s*\}?|\s+is\s+(?:an|any)\s+integer|$)\s*\)?"
+    r"(?:\s*\\in\s*\\mathbb\s*\{?\s*[ZN]\s*\}?(?:[_^]\{?[^{}]{1,9}\}?)?|\s+is\s+(?:an|any)\s+integer|$)\s*\)?"
 )
 # the end of `cx for all real c`, which restricts nothing
 _FOR_ALL = re.compile(
@@ -37,7 +37,11 @@ _FUNCTION = re.compile(
 _HOLE = re.compile(
     r"(?!.*\\(?:[lg]e|in)(?![A-Za-z]))([^=<>,]*[a-z][^=<>,]*),\s*(?:where\s+|for\s+)?\(?[a-z]\s*\\ne(?![A-Za-z])[^=<>,]*"
 )
-_ARGUMENT = re.compile(r"[fghpFGHP]\s*\(\s*([a-z])\s*\)\s*=")
+_ARGUMENT = re.compile(r"(?:[fghpFGHP]\s*\(|[A-Za-z]_\{?)\s*([a-z])\s*[)}]?\s*=")
+_SET_NAME = re.compile(  # A \cup B =
+    r"^[A-Z\s(]*(?:\\(?:cup|cap|complement)(?![A-Za-z])[A-Z\s()_{}]*)+=\s*(?=\\?[{(\[\\])"
+)
+_VALUE_OF = re.compile(r"^[a-z]\s*=")
 _INTEGER_NAME = re.compile(r"(?<![A-Za-z\\])[klmn](?![A-Za-z])")
 _NEGATIVE = re.compile(r"^(?:negative|minus)\s+(?=[\d\\]|inf)", re.IGNORECASE)
 _REALS = re.compile(
@@ -62,6 +66,7 @@ _SENTENCE = re.compile(
     r"domain|range|solution|solutions|set|equation|plane|curve)s?\s*:?\s+(?=[-+\d\\(\[{.])|"
     r"(?:all\s+)?(?:real\s+)?(?:(?:numbers?|values?)\s+)?(?:of\s+)?[a-z]?\s*such\s+that\s+|"
     r"(?:in\s+)?(?:the\s+)?year\s+(?=\d)|in\s+(?=\d{4}$)|"
+    r"all\s+(?:(?:positive\s+)?integers\s+|natural\s+numbers\s+)?(?=[a-z]\s*(?:[<>]|\\[lg]e))|"
     r"all\s+(?:real\s+)?(?:numbers|values)\s+(?:of\s+[a-z]\s+)?(?:with\s+)?(?=[-+\d\\(.]|[a-z]\s*[<>\\])",
     re.IGNORECASE,
 )
@@ -115,6 +120,8 @@ def bare(text: str) -> str:
             text = _MAPPING.sub("y=", text)
             if len(set(_FUNCTION.findall(text))) == 1:
                 text = _FUNCTION.sub("y=", text)
+    if "\\c" in text:
+        text = _SET_NAME.sub("", text)
     if "U" in text:
         text = _UNION_LETTER.sub(r"\\cup ", text)
     if "C" in text:
@@ -172,7 +179,7 @@ def _share_condition(expected: str, answer: str) -> tuple[str, str]:
     if has_condition[0] == has_condition[1]:
         return expected, answer
     index = has_condition.index(False)
-    names = set(_INTEGER_NAME.findall(texts[index]))
+    names = set(_INTEGER_NAME.findall(_VALUE_OF.sub("", texts[index])))
     if len(names) == 1:
         texts[index] += f", {names.pop()} \\in \\mathbb{{Z}}"
     return texts[0], texts[1]
@@ -187,7 +194,7 @@ def _name_integer(text: str) -> str:
     match = _OF_INTEGERS.search(text)
     if match is None or text[match.end() :].strip(" .") or "in" not in match[0]:
         return text
-    rest, name = text[: match.start()], match[1]
+    rest, name = _VALUE_OF.sub("", text[: match.start()]), match[1]
     if name != "n" and _letter("n").search(rest):
         return rest
     return _letter(name).sub("n", rest)

@@ -46,7 +46,7 @@ _NAME = re.compile(
 _SUM = re.compile(r"[\w)}|]\s*[-+]\s*[\w(\\|]")
 _INDEX = re.compile(r"_\{?\w+\}?")
 _CHAIN = re.compile(
-    r"(?<![A-Za-z\\=])([a-z](?:\s*=\s*[a-z])+)\s*=\s*([^=,;A-Za-z]+)(?=,|;|$|\s+and\b)"
+    r"(?<![A-Za-z\\=])([a-z](?:\s*=\s*[a-z])+)\s*=\s*((?:\\[A-Za-z]+|[^=,;A-Za-z])+)(?=,|;|$|\s+(?:and|or)\b)"
 )
 _COORDINATE = re.compile(r"([xyz])\s*=")
 _NAMED_PART = re.compile(r"\s*([A-Za-z])\s*=\s*([^=]+)")

@@ -98,7 +98,8 @@ def _read(text: str, depth: int) -> Part:
             return rest
     if "\\ne" in text and (holes := _HOLES.fullmatch(text)):
         listed = re.sub(rf"\b{holes[1]}\s*\\ne(?![A-Za-z])", "", holes[2])
-        return relations.reals_without(_read(listed, depth + 1))
+        if not relations.COMPARISON.search(listed):
+            return relations.reals_without(_read(listed, depth + 1))
     if " and " in text or " or " in text or ";" in text or "\\\\" in text:
         parts = [part for part in _SPLIT_WORDS.split(_JOIN.sub(", ", text)) if part.strip()]
         parts = [piece for part in parts for piece in _split_commas(part)]
