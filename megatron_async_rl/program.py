@@ -1,8 +1,9 @@
-"""The name under which the command line was started, for messages that name a command."""
+"""Texts of messages for the user who typed a command: the command again, and its folder."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,3 +15,13 @@ def program() -> str:
     if Path(sys.argv[0]).name == "__main__.py":
         return "python -m megatron_async_rl"
     return "megatron-async-rl"
+
+
+def command(*words: str | os.PathLike[str]) -> str:
+    """Returns a command line that can be copied into a shell."""
+    return " ".join([program(), *(shlex.quote(os.fspath(word)) for word in words)])
+
+
+def looked_up_in(path: Path) -> str:
+    """Returns the end of a message that a file is missing: the folder of a relative path."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}"

@@ -19,7 +19,7 @@ from megatron_async_rl.errors import DataError
 from megatron_async_rl.launcher.claims import has_launcher
 from megatron_async_rl.observability import panel, terminal
 from megatron_async_rl.observability.status import FINAL_STATES, RunStatus, read_status
-from megatron_async_rl.program import program
+from megatron_async_rl.program import command
 
 END_LINES = 20  # of a log: an error above them did not end the process
 
@@ -38,8 +38,8 @@ def run(run_dir: Path, watch: bool = False) -> int:
         console.print(panel.render(status))
     console.print(panel.ledger_table(status))
     if status.state in ("failed", "stopped"):
-        command = f"{program()} run {run_dir / 'config.yaml'}"
-        text = f"continue, from the folder in which it was started: {command}"
+        resume = command("run", run_dir / "config.yaml")
+        text = f"continue, from the folder in which it was started: {resume}"
         console.print(text, soft_wrap=True, highlight=False, markup=False)
     return 0
 

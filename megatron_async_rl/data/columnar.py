@@ -117,8 +117,6 @@ def _shortest(value: Any, kind: pa.DataType) -> Any:
 
 
 def _unreadable(path: Path, form: str, error: Exception) -> DataError:
-    if not path.exists():
-        return DataError(f"{path} cannot be read: No such file or directory")
     problem = str(error).splitlines()[0].rstrip(".")
     return DataError(
         f"{path} cannot be read as {form}: {problem}",

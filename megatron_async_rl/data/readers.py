@@ -19,6 +19,7 @@ import msgspec
 
 from megatron_async_rl.data import columnar
 from megatron_async_rl.errors import DataError
+from megatron_async_rl.program import looked_up_in
 
 _SUFFIXES = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}
@@ -64,11 +65,13 @@ def find_files(path: str, form: str = "auto", split: str | None = None) -> list[
     Raises DataError if the folder has none, or several splits and none is chosen.
     """
     root = Path(path)
+    if not root.exists():
+        raise DataError(f"{path} cannot be read: No such file or directory{looked_up_in(root)}")
     if not root.is_dir():
-        if root.exists() and not root.is_file():
+        if not root.is_file():
             problem = f"{path} is a pipe or device, and a dataset is read several times"
             raise DataError(problem, "save it as a file")
-        if split is not None and root.exists():
+        if split is not None:
             raise DataError(f"{path} is one file, without split {split!r}", "remove `split`")
         return [(root, _format(root) if form == "auto" else form)]
     folder = _dataset_folder(root, split)
@@ -127,7 +130,7 @@ def _kind_of(text: bytes) -> str:
 
 def _format(path: Path) -> str:
     form = _SUFFIXES.get(path.suffix.lower(), "jsonl")
-    if form == "json" and path.exists():  # many JSONL files are named .json
+    if form == "json":  # many JSONL files are named .json
         with path.open("rb") as file:
             start = file.read(256).removeprefix(codecs.BOM_UTF8).lstrip()
         return "json" if start.startswith(b"[") else "jsonl"

@@ -9,6 +9,7 @@ are the same.
 from __future__ import annotations
 
 import json
+import shlex
 import socket
 import subprocess
 from collections.abc import Callable, Collection, Iterator
@@ -42,6 +43,7 @@ from megatron_async_rl.model.engine import engine_versions
 from megatron_async_rl.model.layout import Layout
 from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.observability.loggers import check_installed
+from megatron_async_rl.program import looked_up_in
 from megatron_async_rl.sandbox.sandbox import Sandbox, SandboxError, SandboxSettings
 
 SETUP = "bash tools/setup_env.sh"
@@ -164,12 +166,13 @@ def check_engine(config: Config | None) -> Check:
 def _model_files(config: Config) -> str:
     """Checks that the folder is complete and can be read; model.random_init needs no weights."""
     path = Path(config.model.path)
+    name = shlex.quote(str(path))
     remedy = (
-        f"the quickstart's model: python tools/make_tiny_model.py {path}; "
-        f"another: hf download OWNER/NAME --local-dir {path}"
+        f"the quickstart's model: python tools/make_tiny_model.py {name}; "
+        f"another: hf download OWNER/NAME --local-dir {name}"
     )
     if not path.is_dir():
-        raise DataError(f"model.path = {path}: no such folder", remedy)
+        raise DataError(f"model.path = {path}: no such folder{looked_up_in(path)}", remedy)
     missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
     weights = sorted(path.glob("*.safetensors"))
     if not config.model.random_init:

@@ -40,7 +40,7 @@ from megatron_async_rl.launcher.supervisor import Supervisor
 from megatron_async_rl.observability import panel, terminal
 from megatron_async_rl.observability.sample_log import SAMPLES_FILE
 from megatron_async_rl.observability.status import find_status, read_status
-from megatron_async_rl.program import program
+from megatron_async_rl.program import command
 from megatron_async_rl.storage import hook_digests
 from megatron_async_rl.storage.hook_digests import HOOKS_FILE
 
@@ -116,7 +116,7 @@ def run(
         result = "policy" if config.has_trainer else "batches"
         if config.run.steps:
             show(console, f"{result}: {run_dir / result}")
-        show(console, f"metrics: {program()} tensorboard {run_dir}")
+        show(console, f"metrics: {command('tensorboard', run_dir)}")
         return 0
 
 

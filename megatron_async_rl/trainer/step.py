@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import NonFiniteStep
-from megatron_async_rl.program import program
+from megatron_async_rl.program import command
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.storage import batches
 from megatron_async_rl.trainer import optimizer_step, passes, pipeline, report
@@ -159,8 +159,8 @@ def _save_refused_batch(samples: Sequence[TrainSample], version: int, config: Co
     if mpu.get_model_parallel_group().rank() == 0 and mpu.get_context_parallel_rank() == 0:
         name = f"v{version}-replica{mpu.get_data_parallel_rank()}.npz"
         batches.save(folder / name, version, list(samples))
-    files = f"{folder}/v{version}-replica*.npz"
-    return f"The batch is saved; to train it again: {program()} replay {files}"
+    files = f"v{version}-replica*.npz"
+    return f"The batch is saved; to train it again: {command('replay', folder)}/{files}"
 
 
 def _loss_step(

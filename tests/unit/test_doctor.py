@@ -141,12 +141,12 @@ def test_every_failing_check_has_a_remedy() -> None:
         (
             {"model": {"path": "none"}},
             DataError,
-            ["model.path = none", "python tools/make_tiny_model.py none"],
+            ["model.path = none: no such folder in /", "python tools/make_tiny_model.py none"],
         ),
         (
             {"data": {"train": "none.jsonl"}},
             DataError,
-            ["data.train = none.jsonl cannot be read", "set data.train"],
+            ["data.train = none.jsonl cannot be read: No such file or directory in /", "set data"],
         ),
         (
             {"evaluation": {"sets": {"held_out": {"path": "none.jsonl"}}}},

@@ -37,12 +37,12 @@ def shown(run_dir: Path, capsys: pytest.CaptureFixture[str], *options: str) -> s
 def test_run_whose_controller_is_gone_is_dead(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / "my run"
     write_run(run_dir, ended_process())
     text = shown(run_dir, capsys)
     assert "failed" in text and "dead since 0:0" in text and "it was training" in text
     assert "no log ends with an error: killed" in text and "1:22 left" not in text
-    assert f"run {run_dir}/config.yaml" in text
+    assert f"run '{run_dir}/config.yaml'" in text  # can be copied into a shell
 
 
 def test_error_that_ended_the_run_is_shown(
