@@ -110,7 +110,7 @@ class WeightUpdates:
                         await self._update_from_buckets(message, verdict)
                 case weight_messages.LoadSnapshot():
                     async with self._engine:
-                        await self._update_from_snapshot(message)
+                        await self._update_from_snapshot(message, verdict)
                 case weight_messages.Relabel():
                     await self._relabel(message.version)
         except EngineError as e:
@@ -190,10 +190,15 @@ class WeightUpdates:
         num_buckets = sum(len(stage.buckets) for stage in update.stages)
         return self.interruption.freezes or num_buckets >= IDLE_AFTER
 
-    async def _update_from_snapshot(self, order: weight_messages.LoadSnapshot) -> None:
+    async def _update_from_snapshot(
+        self, order: weight_messages.LoadSnapshot, verdict: asyncio.Future[Verdict]
+    ) -> None:
+        """`verdict` is cancelled by a newer step, which finds the gate closed."""
         started = time.monotonic()
         snapshot = await asyncio.to_thread(_read_verified, Path(order.folder))
         check_files_s = time.monotonic() - started
+        if verdict.cancelled():
+            return
         await self._interrupt()
         self._phase_started = time.monotonic()
         flush, freezes = self.interruption.flushes_cache, self.interruption.freezes
@@ -212,6 +217,8 @@ class WeightUpdates:
         check_digests(digests, snapshot.manifest.digests)
         self._end_phase("digest")
         self._seconds["check_files"] = check_files_s
+        if verdict.cancelled():
+            return
         await self._resume(order.version)
 
     async def _relabel(self, version: int) -> None:

@@ -7,6 +7,7 @@ them each sample has.
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import NO_EXPERTS, TrainSample
+from megatron_async_rl.storage.files import sync
 
 # errors of numpy and zipfile for an archive with changed bytes
 _DAMAGES = (
@@ -26,7 +28,7 @@ _FIELDS = {"ids": np.int32, "logprobs": np.float32, "versions": np.int32, "advan
 
 
 def save(path: Path, version: int, samples: list[TrainSample]) -> None:
-    """Writes a batch; `path` appears when the file is complete."""
+    """Writes a batch; `path` appears when the file is complete, and is on disk on return."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lengths = np.array([len(s.ids) for s in samples], np.int64)
     arrays: dict[str, Any] = {"version": np.int64(version), "lengths": lengths}
@@ -38,7 +40,10 @@ def save(path: Path, version: int, samples: list[TrainSample]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
+    sync(path.parent)
 
 
 def load(path: Path) -> tuple[int, list[TrainSample]]:

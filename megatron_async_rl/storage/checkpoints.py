@@ -58,7 +58,7 @@ def write_digests(folder: Path, rank: int, names: Iterable[str]) -> None:
 def commit(
     run_dir: Path, version: int, folder: str, journal_seq: int, prompts: int
 ) -> CheckpointManifest:
-    """Makes a written folder a checkpoint. Raises DataError if a file has no digest."""
+    """Makes a written folder a checkpoint. Raises DataError if a file, or all, have no digest."""
     path = run_dir / FOLDER / folder
     files: dict[str, str] = {}
     for part in sorted(path.glob("digests.*.json")):
@@ -68,6 +68,8 @@ def commit(
     if names != files.keys():
         different = sorted(names ^ files.keys())
         raise DataError(f"checkpoint {path}: files and digests differ: {different}")
+    if not names:
+        raise DataError(f"checkpoint {path} has no files")
     hooks = hook_digests.read(run_dir)
     manifest = CheckpointManifest(version, folder, journal_seq, prompts, files, hooks)
     manifest = msgspec.structs.replace(manifest, sha256=manifest.digest())

@@ -14,6 +14,7 @@ from megatron_async_rl.model.engine import engine_versions
 from megatron_async_rl.protocol.weight_messages import (
     AbandonUpdate,
     Bucket,
+    LoadSnapshot,
     ReceiveBuckets,
     StageBuckets,
     Updated,
@@ -24,6 +25,8 @@ from megatron_async_rl.protocol.weight_messages import (
 from megatron_async_rl.rollout.gate import Gate
 from megatron_async_rl.rollout.interruption import Abort, Finish, Pause, make_interruption
 from megatron_async_rl.rollout.weight_update import WeightUpdates
+from megatron_async_rl.storage import snapshots
+from megatron_async_rl.storage.snapshots import SnapshotManifest
 
 
 class Engine:
@@ -34,6 +37,7 @@ class Engine:
         self.asked: list[str] = []
         self.serves = 3  # the version of the weights
         self.broken = asyncio.Event()  # of the broadcast, while it is awaited
+        self.loading = asyncio.Event()
         self.waits = False
 
     async def pause(self, mode: str) -> None:
@@ -59,6 +63,16 @@ class Engine:
 
     async def flush_cache(self, patience_s: float) -> None:
         self.asked.append("flush")
+
+    async def load_folder(self, folder: Path, version: int, flush: bool, timeout_s: float) -> None:
+        self.asked.append("load")
+        self.loading.set()
+        self.serves = version
+        if self.waits:
+            await self.broken.wait()
+
+    async def checksums(self) -> dict[str, str]:
+        return {"0:w": "ab"}
 
     async def served_version(self) -> str:
         return str(self.serves)
@@ -191,6 +205,31 @@ def test_new_step_waits_for_the_engine_and_an_old_one_reports_nothing() -> None:
     sent = run_updates(scenario)
     assert [type(message) for message in sent] == [UpdateReady, UpdateReady, Updated]
     assert not sent[-1].error
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_snapshot_of_an_earlier_controller_opens_no_gate_for_an_update(
+    tmp_path: Path, loads: bool
+) -> None:
+    """The controller restarted while this server verified the files, or loaded them."""
+    (tmp_path / "config.json").write_text("{}")
+    manifest = SnapshotManifest(2, {}, 1, "sha256", {"0:w": "ab"})
+    snapshot = snapshots.commit(snapshots.begin(tmp_path, 2), [], manifest, tmp_path)
+
+    async def scenario(updates: WeightUpdates, engine: Engine, gate: Gate) -> None:
+        gate.open()
+        engine.waits = loads
+        late = asyncio.create_task(updates.handle(LoadSnapshot(2, str(snapshot.path))))
+        if loads:
+            await engine.loading.wait()
+        await settled(late)
+        await updates.handle(UpdateWeights(3))
+        engine.broken.set()
+        await late
+        assert not gate.is_open
+        assert engine.asked == (["load", "flush"] if loads else [])
+
+    assert [type(message) for message in run_updates(scenario)] == [UpdateReady]
 
 
 def test_finish_lets_running_requests_end_and_holds_new_ones_back() -> None:

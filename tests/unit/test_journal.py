@@ -239,6 +239,8 @@ def test_folder_with_an_unfinished_file_is_not_committed(tmp_path: Path) -> None
     (folder / "__0_0.distcp").write_bytes(b"x")
     with pytest.raises(DataError, match="files and digests differ"):
         checkpoints.commit(tmp_path, 1, "v000001", 0, 0)
+    with pytest.raises(DataError, match="v000002 has no files"):  # pruned meanwhile
+        checkpoints.commit(tmp_path, 2, "v000002", 0, 0)
 
 
 def test_prune_keeps_two_checkpoints_and_unfinished_folders(tmp_path: Path) -> None:
