@@ -12,8 +12,10 @@ same server and with --concurrent samples in flight:
     bare     the rollout worker is stopped (SIGSTOP) and this process sends SGLang the same requests
     tokens   the same without logprobs, which the product needs and other users do not
 
-A figure is the rate between the end of the first wave of samples and that of the last. Prints one
-line of JSON per figure, then the ratios of the medians.
+Samples that start together end together, so a figure is the rate from the end of one wave of
+samples to the end of the --waves-th after it. That is the worst case for the product, which then
+returns and leases a whole wave at once; with other lengths it does so while the server generates.
+Prints one line of JSON per figure, then the ratios of the medians.
 """
 
 from __future__ import annotations
@@ -129,11 +131,12 @@ def read_ends(path: Path) -> list[float]:
 
 def rate_of_run(path: Path, arguments: argparse.Namespace) -> float:
     """Returns tokens/s of the coming waves; the one that runs now may have begun before a stop."""
-    first = len(read_ends(path)) + 2 * arguments.concurrent
-    last = first + (arguments.waves - 1) * arguments.concurrent
-    while len(ends := read_ends(path)) <= last:
+    wave = arguments.concurrent
+    first = (len(read_ends(path)) // wave + 2) * wave
+    last = first + arguments.waves * wave
+    while len(ends := read_ends(path)) < last:
         time.sleep(0.2)
-    return (last - first) * arguments.new_tokens / (ends[last] - ends[first])
+    return (last - first) * arguments.new_tokens / (ends[last - 1] - ends[first - 1])
 
 
 @contextlib.contextmanager
@@ -162,7 +165,7 @@ async def rate_of_server(
     request["sampling_params"]["ignore_eos"] = True
     if logprobs:
         request |= {"return_logprob": True, "logprob_start_len": -1}
-    num_waves, ends = arguments.waves, []
+    num_waves, ends = arguments.waves + 1, []
     vocabulary = range(3, end_to_end.NUM_WORDS)
 
     async def one_after_another(prompts: list[list[int]]) -> None:
@@ -183,8 +186,8 @@ async def rate_of_server(
         groups = [prompts() for _ in range(arguments.concurrent // GROUP)]
         await asyncio.gather(*(one_after_another(group) for group in groups * GROUP))
     ends.sort()
-    first, last = arguments.concurrent, num_waves * arguments.concurrent - 1
-    return (last - first) * arguments.new_tokens / (ends[last] - ends[first])
+    num_counted = len(ends) - arguments.concurrent
+    return num_counted * arguments.new_tokens / (ends[-1] - ends[arguments.concurrent - 1])
 
 
 if __name__ == "__main__":

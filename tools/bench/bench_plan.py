@@ -162,6 +162,21 @@ BALANCED: Measured = {
     "eta8": (4.5, 21_785, 0.06, 0.22, 0.68, 0.017, 2.56, 1.80, 3.16),
     "bounds": (5.87, 23_824, 12_125),
 }
+BALANCED_H100: Measured = {
+    "eta0": (11.9, 8_019, 0.66, 0.07, 0.26, 0.340, 1.00, 0.72, 0),
+    "overlap": (7.7, 12_408, 0.00, 0.10, 0.39, 0.007, 1.55, 1.12, 1),
+    "eta1": (7.6, 12_560, 0.49, 0.11, 0.38, 0.123, 1.57, 1.13, 0.94),
+    "eta2": (5.7, 17_465, 0.29, 0.14, 0.54, 0.009, 2.18, 1.57, 1.86),
+    "eta4": (6.3, 16_635, 0.32, 0.14, 0.51, 0.011, 2.07, 1.50, 3.04),
+    "eta8": (4.6, 21_186, 0.12, 0.20, 0.65, 0.015, 2.64, 1.91, 3.15),
+    "eta8-keep": (5.0, 19_365, 0.21, 0.17, 0.60, 0.011, 2.41, 1.74, 2.87),
+    "bounds": (6.68, 24_573, 11_098),
+}
+TRAINING_H100: Measured = {
+    "eta0": (8.8, 8_395, 0.56, 0.10, 0.33, 0.431, 1.00, 0.62, 0),
+    "eta8-keep": (3.9, 18_632, 0.01, 0.21, 0.74, 0.013, 2.22, 1.38, 2.68),
+    "bounds": (3.63, 19_710, 13_464),
+}
 
 
 def whole_runs(
@@ -308,12 +323,20 @@ def main() -> None:
             {row: Planted(folder / "0.6b", "0.6b", "balanced-600", row, 7) for row in rows}, SMALL
         )
         print(table("0.6B, mean length 600, 2 H100", small), flush=True)
-        runs = {
-            row: Planted(folder / "1.7b", "1.7b", "balanced", row, 7, (), "h200")
-            for row in ("eta0", "eta8")
-        }
-        balanced = whole_runs(runs, BALANCED, is_cut_off=True)
-        print(table("1.7B, balanced, 2 H200", balanced), flush=True)
+        balanced: list[Figure] = []
+        for workload, gpu, measured in (
+            ("balanced", "h200", BALANCED),
+            ("balanced", "h100", BALANCED_H100),
+            ("training", "h100", TRAINING_H100),
+        ):
+            runs = {
+                row: Planted(folder / "1.7b", "1.7b", workload, row, 7, (), gpu)
+                for row in measured
+                if row != "bounds"
+            }
+            found = whole_runs(runs, measured, is_cut_off=True)
+            print(table(f"1.7B, {workload}, 2 {gpu.upper()}", found), flush=True)
+            balanced += found
         large = generation_bound(folder / "1.7b")
         print(table("1.7B, generation-bound, 2 H100", large), flush=True)
         absolute, ratios = sweep(folder / "distill")

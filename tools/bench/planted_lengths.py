@@ -16,7 +16,6 @@ import hashlib
 import os
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,9 @@ import numpy as np
 from megatron_async_rl.protocol.types import Prompt, Sample, join_segments
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.workflow import Policy
+
+ENDS = os.environ.get("PLANTED_ENDS")
+_ends_fd = os.open(ENDS, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if ENDS else -1
 
 
 def length(prompt: str, index: int) -> int:
@@ -49,14 +51,9 @@ class PlantedLengths:
             prompt.ids.tolist(),
             dataclasses.replace(sampling, max_new_tokens=planted, stop_token_ids=[]),
         )
-        record_end()
+        if ENDS:
+            os.write(_ends_fd, f"{time.monotonic()}\n".encode())
         return join_segments(prompt.ids, turn.segments, turn.stop, str(index % 2))
-
-
-def record_end() -> None:
-    if ends := os.environ.get("PLANTED_ENDS"):
-        with Path(ends).open("a") as file:
-            print(time.monotonic(), file=file)
 
 
 def coin(prompt: str, response: str, row: dict[str, Any]) -> float:
