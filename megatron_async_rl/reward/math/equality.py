@@ -38,13 +38,13 @@ from megatron_async_rl.reward.math.parts import (
     Ratio,
     Sequence,
     Words,
+    as_matrix,
     is_infinite,
 )
 
 _CONSTANT = re.compile(r"\+\s*[CcKk]$")  # of integration
 _HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b|\?", re.IGNORECASE)
 _PROSE_WORD = re.compile(r"(?<![\\A-Za-z])(?!sin|cos|tan|log|exp|sqrt|arc|text)[A-Za-z]{3,}")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _AND = re.compile(r"\b(?:and|if)\b|,")
 _AND_WORD = re.compile(r"\band\b")
 
@@ -72,7 +72,7 @@ def equal(expected: str, answer: str) -> bool | None:
     except (Unreadable, TooLarge, ArithmeticError, RecursionError):
         # words never equal an unreadable answer
         is_open = "\\ldots" in answer and "\\ldots" not in expected
-        is_open = is_open or _is_cut_off(answer) or _HEDGE.search(answer) is not None
+        is_open = is_open or normal_form.is_cut_off(answer) or _HEDGE.search(answer) is not None
         # of prose, math-verify would take some number
         is_open = is_open or len(_PROSE_WORD.findall(answer)) > 2 or "{cases}" in expected
         return False if is_open or isinstance(gold, Words) else None
@@ -101,18 +101,6 @@ def _only_one_is_huge(gold: Part, given: Part) -> bool:
     if not (isinstance(gold, Number) and isinstance(given, Number)):
         return False
     return number_equality.is_huge(gold.node) != number_equality.is_huge(given.node)
-
-
-def _is_cut_off(text: str) -> bool:
-    """True for an open brace, and for an operator at the end."""
-    if text.endswith(("+", "-", "*", "/", "=", "^", "_", "\\cdot")):
-        return True
-    depth = 0
-    for match in _BRACE.finditer(text):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth < 0:
-            return True
-    return depth != 0
 
 
 def _equal_texts(expected: str, answer: str) -> bool | None:
@@ -287,24 +275,12 @@ def _equal_equations(gold: Part, given: Part) -> bool | None:
 def _equal_matrices(gold: Part, given: Part) -> bool | None:
     if isinstance(gold, Number) or isinstance(given, Number):
         return None  # may be a determinant
-    left, right = _matrix(gold), _matrix(given)
+    left, right = as_matrix(gold), as_matrix(given)
     if left is None or right is None or left.is_determinant != right.is_determinant:
         return False
     if [len(row) for row in left.rows] != [len(row) for row in right.rows]:
         return False
     return _all(_equal_all(a, b) for a, b in zip(left.rows, right.rows, strict=True))
-
-
-def _matrix(part: Part) -> Matrix | None:
-    """Returns a matrix; a tuple is a column vector, [[1, 2], [3, 4]] has two rows."""
-    if isinstance(part, Matrix):
-        return part
-    if not isinstance(part, Sequence) or part.brackets not in ("()", "[]"):
-        return None
-    rows = [item.items for item in part.items if isinstance(item, Sequence)]
-    if len(rows) == len(part.items):
-        return Matrix(tuple(rows), is_determinant=False)
-    return Matrix(tuple((item,) for item in part.items), is_determinant=False)
 
 
 def _equal_ratios(gold: Part, given: Part) -> bool | None:

@@ -66,6 +66,27 @@ def read_numeral(token: str) -> Fraction:
     return Fraction(number)
 
 
+def is_whole(node: Node) -> bool:
+    if node[0] == "negative":
+        node = node[1]
+    return node[0] == "number" and node[1].denominator == 1
+
+
+def mixed(whole: Node, fraction: Node) -> Node:
+    r"""2\frac{1}{2} is 5/2; with anything but a proper fraction of numbers it is a product."""
+    if whole[0] == "negative":
+        return ("negative", mixed(whole[1], fraction))
+    if fraction[0] == "/":
+        above, below = (_unwrap(part) for part in fraction[1:])
+        if above[0] == below[0] == "number" and 0 < above[1] < below[1]:
+            return ("mixed", whole, fraction)
+    return ("*", whole, fraction)
+
+
+def _unwrap(node: Node) -> Node:
+    return _unwrap(node[1]) if node[0] == "group" else node
+
+
 def nodes(node: Node) -> Iterator[Node]:
     """Yields the node and all below it."""
     yield node

@@ -17,6 +17,8 @@ from megatron_async_rl.reward.math.evaluation import (
     Contradiction,
     Node,
     Unreadable,
+    is_whole,
+    mixed,
     read_numeral,
 )
 
@@ -112,8 +114,8 @@ class _Parser:
                     raise Unreadable
                 self.take()
                 node = ("/", node, self.signed())
-            elif token == "\\frac" and _is_whole(node):
-                node = _mixed(node, self.power())
+            elif token == "\\frac" and is_whole(node):
+                node = mixed(node, self.power())
             elif self.starts_factor(token):
                 previous = node
                 node = ("*", node, self.power())
@@ -289,24 +291,3 @@ def _call(name: str, argument: Node, base: Node | None) -> Node:
     if name != "log":
         raise Unreadable
     return ("/", call, ("call", "log", base))
-
-
-def _is_whole(node: Node) -> bool:
-    if node[0] == "negative":
-        node = node[1]
-    return node[0] == "number" and node[1].denominator == 1
-
-
-def _mixed(whole: Node, fraction: Node) -> Node:
-    r"""2\frac{1}{2} is 5/2; with anything but a proper fraction of numbers it is a product."""
-    if whole[0] == "negative":
-        return ("negative", _mixed(whole[1], fraction))
-    if fraction[0] == "/":
-        above, below = (_unwrap(part) for part in fraction[1:])
-        if above[0] == below[0] == "number" and 0 < above[1] < below[1]:
-            return ("mixed", whole, fraction)
-    return ("*", whole, fraction)
-
-
-def _unwrap(node: Node) -> Node:
-    return _unwrap(node[1]) if node[0] == "group" else node

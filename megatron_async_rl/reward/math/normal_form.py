@@ -72,6 +72,7 @@ _UNIT_FRACTION = re.compile(
     r"\\frac\s*\{\s*\\(?:text|mathrm)\{\s*([a-z]+)\s*\}\s*\}\s*"
     r"\{\s*\\(?:text|mathrm)\{\s*([a-z]+)\s*\}(?:\^\{?\d\}?)?\s*\}$"
 )
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _ENDS = " \t\n,;:"
 OPEN, CLOSE = "([{", ")]}"
 _MARKS = ("__", "*", "_", '"', "'")
@@ -214,3 +215,15 @@ def closes_at_end(text: str, opening: str, ending: str) -> bool:
             if depth <= 0 and i >= len(opening):
                 return False
     return True
+
+
+def is_cut_off(text: str) -> bool:
+    """True for an open brace, and for an operator at the end."""
+    if text.endswith(("+", "-", "*", "/", "=", "^", "_", "\\cdot")):
+        return True
+    depth = 0
+    for match in _BRACE.finditer(text):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth < 0:
+            return True
+    return depth != 0

@@ -111,3 +111,15 @@ def is_infinite(number: Number) -> bool:
 
 def is_interval(part: Part) -> bool:
     return isinstance(part, Sequence) and len(part.items) == 2
+
+
+def as_matrix(part: Part) -> Matrix | None:
+    """Returns a matrix; a tuple is a column vector, [[1, 2], [3, 4]] has two rows."""
+    if isinstance(part, Matrix):
+        return part
+    if not isinstance(part, Sequence) or part.brackets not in ("()", "[]"):
+        return None
+    rows = [item.items for item in part.items if isinstance(item, Sequence)]
+    if len(rows) == len(part.items):
+        return Matrix(tuple(rows), is_determinant=False)
+    return Matrix(tuple((item,) for item in part.items), is_determinant=False)
