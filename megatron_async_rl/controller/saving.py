@@ -62,10 +62,14 @@ class CheckpointCommitter:
 
     @property
     def newest_is_saved(self) -> bool:
-        """True if the newest version has a complete checkpoint, or is the one before any step."""
+        """True if the newest version has a complete checkpoint, or needs none.
+
+        It needs none before any step, and with checkpoint.every = 0.
+        """
         version = self._core.version
         saved = checkpoints.list_manifests(self._config.run_dir)
-        return version == 0 or any(manifest.version == version for manifest in saved)
+        needed = version > 0 and self._config.checkpoint.every > 0
+        return not needed or any(manifest.version == version for manifest in saved)
 
     async def run(self) -> None:
         while True:
