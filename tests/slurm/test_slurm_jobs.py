@@ -21,7 +21,7 @@ import pytest
 from needs import needs_engine
 from paths import ROOT, SUPPORT
 from tiny_model import make_dataset, make_model
-from whole_runs import RunInputs, assert_no_process_left
+from whole_runs import SHORT_ROLLOUT, RunInputs, assert_no_process_left
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.observability.status import RunStatus, read_status
@@ -165,7 +165,7 @@ def job(cluster: dict[str, str], inputs: RunInputs, tmp_path: Path) -> Iterator[
         standard: dict[str, dict[str, Any]] = {
             "run": {"steps": steps, "export_every": 0},
             "evaluation": {"sets": {}},
-            "rollout": {"max_new_tokens": 12, "max_concurrent_samples": 16},
+            "rollout": SHORT_ROLLOUT,
             "megatron": {"tensor_model_parallel_size": 1},
             "checkpoint": {"every": 4},
         }

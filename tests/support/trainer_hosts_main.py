@@ -16,7 +16,7 @@ import msgspec
 import psutil
 from chaos_parts import namespaces
 from hosts import START_S, Host, wait_until
-from whole_runs import RunInputs
+from whole_runs import SHORT_ROLLOUT, RunInputs
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.node.incarnations import FOLDER, TrainerIncarnation
@@ -34,7 +34,7 @@ class Job:
             run={"steps": 5000, "export_every": 0, "host": namespaces.HOST_A}
             | {"dir": str(self.run_dir)},
             evaluation={"sets": {}},
-            rollout={"max_new_tokens": 12, "max_concurrent_samples": 16},
+            rollout=SHORT_ROLLOUT,
             faults={"heartbeat_timeout_s": 15, "restart_backoff_s": 0.1, "max_restarts": 3},
             trainer={"hosts": 2, "start_timeout_s": 100},
             megatron={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2},

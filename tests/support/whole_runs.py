@@ -24,6 +24,8 @@ from megatron_async_rl.observability.sample_log import SampleLine, read_samples
 from megatron_async_rl.observability.status import RunStatus, read_status
 
 RUN_STEPS, RUN_MAX_STALENESS = 6, 3
+# `rollout:` of runs in which no update has to interrupt a request: a batch takes 0.2 s instead of 2
+SHORT_ROLLOUT = {"max_new_tokens": 12, "max_concurrent_samples": 16}
 
 
 @dataclass

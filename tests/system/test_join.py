@@ -14,7 +14,7 @@ import pytest
 from controller_shell import ask, hello_of, with_controller
 from hosts import Host, wait_until
 from needs import needs_engine
-from whole_runs import RunInputs
+from whole_runs import SHORT_ROLLOUT, RunInputs
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.config import load
@@ -113,7 +113,7 @@ def test_lost_host_is_replaced_and_refused_when_it_returns(
         run_dir,
         run={"steps": 5000, "export_every": 0},
         evaluation={"sets": {}},
-        rollout={"lease_timeout_s": 30, "max_new_tokens": 12, "max_concurrent_samples": 16},
+        rollout=SHORT_ROLLOUT | {"lease_timeout_s": 30},
         faults={"heartbeat_timeout_s": 5, "restart_backoff_s": 0.1},
         weights={"update_timeout_s": 10.0},  # the host may be lost during an update
         megatron={"tensor_model_parallel_size": 1},

@@ -122,11 +122,12 @@ def test_requests_may_stay_in_the_engine_during_updates(
 
     process/test_interruption.py checks the later spans.
     """
-    child = start_run(run_inputs.config(tmp_path / "run", evaluation={"sets": {}}, weights=weights))
+    settings = {"run": {"steps": 4}, "evaluation": {"sets": {}}, "weights": weights}
+    child = start_run(run_inputs.config(tmp_path / "run", **settings))
     output, errors = child.communicate(timeout=300)
     assert child.returncode == 0, output[-3000:] + errors[-3000:]
     run = FinishedRun(tmp_path / "run", output)
-    assert run.status.ledger["trained"] == RUN_STEPS * 4 and run.status.ledger["pending"] == 0
+    assert run.status.ledger["trained"] == 4 * 4 and run.status.ledger["pending"] == 0
     spanning = [line for line in run.samples if len(line.versions) >= 2]
     spans = 1 if "kv_cache" in weights else None
     wrong_version = max(

@@ -10,7 +10,13 @@ from pathlib import Path
 import psutil
 from descendants import Descendants
 from needs import needs_engine
-from whole_runs import START_TIMEOUT_S, make_run_inputs, start_run, wait_for_version
+from whole_runs import (
+    SHORT_ROLLOUT,
+    START_TIMEOUT_S,
+    make_run_inputs,
+    start_run,
+    wait_for_version,
+)
 
 from megatron_async_rl.observability.status import read_status
 
@@ -44,6 +50,7 @@ def test_restart_limit_and_second_sigterm_end_the_run(tmp_path: Path) -> None:
         run_dir,
         run={"steps": 5000, "export_every": 0},
         evaluation={"sets": {}},
+        rollout=SHORT_ROLLOUT,
         faults={"max_restarts": 1, "restart_backoff_s": 0.1},
         megatron={"tensor_model_parallel_size": 1},
         checkpoint={"every": 2},

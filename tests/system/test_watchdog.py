@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 from descendants import Descendants
 from needs import needs_engine
-from whole_runs import make_run_inputs, start_run, wait_for_version
+from whole_runs import SHORT_ROLLOUT, make_run_inputs, start_run, wait_for_version
 
 pytestmark = needs_engine
 
@@ -23,6 +23,7 @@ def test_stopped_processes_are_one_error_with_all_stacks(tmp_path: Path) -> None
         run_dir,
         run={"steps": 5000, "export_every": 0, "no_progress_timeout_s": 8},
         evaluation={"sets": {}},
+        rollout=SHORT_ROLLOUT,
         megatron={"tensor_model_parallel_size": 1},
         checkpoint={"every": 0},
     )
