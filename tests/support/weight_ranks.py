@@ -97,7 +97,10 @@ class WeightController:
 
 @contextmanager
 def weight_processes(
-    folder: Path, work: list[dict[str, Any]], receivers: dict[str, list[str]]
+    folder: Path,
+    work: list[dict[str, Any]],
+    receivers: dict[str, list[str]],
+    num_ranks: int = NUM_RANKS,
 ) -> Iterator[None]:
     """Runs the ranks over `work` and the receivers, each with the behaviors of its incarnations.
 
@@ -107,7 +110,7 @@ def weight_processes(
     (folder / "work.json").write_text(json.dumps(work))
     environment = python_environment(TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1")
     torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node".split()]
-    commands = [[*torchrun, str(NUM_RANKS), str(SUPPORT / "weights_main.py"), str(folder)]]
+    commands = [[*torchrun, str(num_ranks), str(SUPPORT / "weights_main.py"), str(folder)]]
     commands += [
         [sys.executable, str(SUPPORT / "weights_receiver.py"), str(folder), name, *behaviors]
         for name, behaviors in receivers.items()

@@ -27,7 +27,13 @@ from torch.distributed.elastic.rendezvous import (
     c10d_rendezvous_backend,
 )
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
-from whole_runs import RunInputs, assert_no_process_left, processes_of_run, start_run
+from whole_runs import (
+    SHORT_ROLLOUT,
+    RunInputs,
+    assert_no_process_left,
+    processes_of_run,
+    start_run,
+)
 
 from megatron_async_rl.addresses import free_port
 
@@ -96,6 +102,7 @@ def watched_run(run_inputs: RunInputs) -> Iterator[Listeners]:
         run_dir,
         run={"steps": 2, "export_every": 0},
         evaluation={"sets": {}},
+        rollout=SHORT_ROLLOUT,
         monitor={"prometheus_port": PROMETHEUS_PORT},
     )
     child = start_run(path)
