@@ -246,7 +246,7 @@ class HfConfig(ConfigFields):
             **{name: self.integer(name) for name in names},
         )
 
-    def _router_groups(self) -> dict[str, int]:
+    def _router_groups(self) -> dict[str, Any]:
         """Returns the groups as Megatron computes them: it adds top_k / groups scores of each.
 
         The engine and transformers always add two.
