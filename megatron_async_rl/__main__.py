@@ -21,7 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     args, rest = parser.parse_known_args(arguments)
     if rest and (any(text.startswith("-") for text in rest) or not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        settings = "; settings are written as run.steps=3" if hasattr(args, "overrides") else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{settings}")
     if args.command is None:
         parser.print_help(sys.stderr)
         return 2
@@ -31,6 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _call(args)
     except Error as e:
         sys.stderr.write(f"error: {e}\n")
+        return 2
+    except ModuleNotFoundError as e:
+        if not e.name or e.name.startswith("megatron_async_rl"):
+            raise
+        remedy = "set MEGATRON_ASYNC_RL_PYTHON to the trainer's Python, or unset it and run bash "
+        sys.stderr.write(
+            f"error: {sys.executable} has no package {e.name}; {remedy}tools/setup_env.sh\n"
+        )
         return 2
     except OSError as e:
         if e.filename is None:

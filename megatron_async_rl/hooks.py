@@ -217,7 +217,7 @@ def _cannot_load(setting: str, value: str, problem: str) -> ConfigError:
     return ConfigError(
         f"{setting} = {value!r} cannot be loaded: {' '.join(problem.split())}",
         f"name {names}an importable package.module:{hook.signature}; its folder must be on "
-        "PYTHONPATH (the working directory is)",
+        f"PYTHONPATH, as the working directory {Path.cwd()} is",
     )
 
 

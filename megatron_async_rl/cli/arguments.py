@@ -24,7 +24,8 @@ class _Parser(argparse.ArgumentParser):
     def config(self, text: str = "YAML file, see configs/", optional: bool = False) -> None:
         self.add_argument("config", metavar="CONFIG", help=text, nargs="?" if optional else None)
         text = "settings to override, such as staleness.max_staleness=0"
-        self.add_argument("overrides", metavar="key=value", nargs="*", help=text)
+        # a default, so that it is not named among the required ones
+        self.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=text)
 
     def run_dir(self, text: str = "run.dir of the run") -> None:
         self.add_argument("run_dir", metavar="RUN_DIR", type=Path, help=text)

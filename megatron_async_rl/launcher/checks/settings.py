@@ -139,6 +139,7 @@ def check_hooks(config: Config) -> str:
             "correct the module; python -c 'import MODULE' shows more",
         ) from None
     if problems:
-        *others, last = (ConfigError(problem, remedy) for problem, remedy in problems)
-        raise ConfigError("; ".join([*map(str, others), last.problem]), last.remedy)
+        *others, (problem, remedy) = problems
+        before = [f"{problem}; {remedy.partition('; its folder')[0]}" for problem, remedy in others]
+        raise ConfigError("; ".join([*before, problem]), remedy)
     return f"{names} can be imported"

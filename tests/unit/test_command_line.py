@@ -1,0 +1,49 @@
+"""Wrong command lines: each ends with the problem and the way to write it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from megatron_async_rl.__main__ import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["run"], "the following arguments are required: CONFIG\n"),
+        (["run", "a.yaml", "--steps", "3"], "--steps 3; settings are written as run.steps=3\n"),
+        (["status", "run", "--steps"], "unrecognized arguments: --steps\n"),
+        (["rum"], "invalid choice: 'rum'"),
+    ],
+)
+def test_wrong_argument_is_named(
+    arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert problem in capsys.readouterr().err
+
+
+def test_python_without_the_packages_is_named() -> None:
+    command = [sys.executable, "-S", "-m", "megatron_async_rl", "run", "a.yaml"]
+    environment = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {sys.executable} has no package msgspec; set MEGATRON_")
+
+
+def test_launcher_names_a_python_that_is_not_there(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [ROOT / "launchers" / "megatron-async-rl", "doctor"],
+        env={"MEGATRON_ASYNC_RL_PYTHON": f"{tmp_path}/python", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"error: MEGATRON_ASYNC_RL_PYTHON = {tmp_path}/python is no program; set" in done.stderr
