@@ -50,7 +50,7 @@ class BatchDelivery:
     def batch_requested(self, now: float) -> None:
         self.awaited_since = self.awaited_since or now
 
-    def trainer_joined(self) -> None:
+    def leader_joined(self) -> None:
         """Withdraws the pending batch: a restarted trainer requests its own."""
         self._pending = self.awaited_since = None
 

@@ -161,6 +161,7 @@ class MessageHandlers:
         was_here = self._workers.join(peer, hello)
         await self._workers.hub.send(peer, messages.Welcome(self._core.epoch))
         logger.info("%s joined (pid %d)", hello.name, hello.pid)
+        self._progress.last_progress = time.monotonic()  # a trainer takes long to load
         self._updates.worker_joined(hello)
         if hello.role == "rollout":
             # a server that was lost since this controller started must verify its weights again
@@ -168,7 +169,8 @@ class MessageHandlers:
             return [inputs.RolloutJoined(hello.name, hello.capacity, serving)]
         if hello.role == "reward":
             return [inputs.RewardJoined(hello.name, hello.capacity)]
-        self._delivery.trainer_joined()
+        if hello.leader >= 0:
+            self._delivery.leader_joined()
         return [inputs.TrainerJoined(hello.leader)]
 
     # ---- messages of workers that have joined

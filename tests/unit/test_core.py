@@ -72,6 +72,14 @@ def test_zero_staleness_admits_one_batch_per_version() -> None:
     )
 
 
+@pytest.mark.parametrize("prompts_per_step", [1, 2, 4])
+def test_resumed_run_may_have_another_batch_size(prompts_per_step: int) -> None:
+    core = make_core(max_staleness=1, prompts_per_step=prompts_per_step)
+    state = core.state
+    state.version, state.ledger.admitted, state.ledger.trained = 100, 200, 200  # 2 prompts a step
+    assert len(join_workers(core, version=100)) == 2 * prompts_per_step
+
+
 def test_straggler_is_awaited_and_trained_first() -> None:
     core = make_core(max_staleness=0, prompts_per_step=2)
     first, second = join_workers(core)
@@ -121,6 +129,26 @@ def test_request_of_a_leader_may_overtake_the_report_of_the_step() -> None:
     assert not core.batch_awaited
     actions = core.handle(inputs.BatchRequested(0, 1), 0)
     assert [a.version for a in actions if isinstance(a, SendBatch)] == [1]
+
+
+def test_weight_source_that_rejoins_leaves_the_request_of_the_leaders() -> None:
+    """A source of a later stage joins a restarted controller with its next offer of weights.
+
+    That is, in the middle of an update that was requested while the leaders wait for a batch.
+    """
+    core = make_core()
+    leases = join_workers(core)
+    core.handle(inputs.TrainerJoined(0), 0)
+    core.handle(inputs.BatchRequested(0, 0), 0)
+    core.handle(inputs.BatchesHeld(True), 0)
+    core.handle(inputs.TrainerJoined(-1), 0)
+    assert core.batch_awaited and core.batches_held
+    for lease in leases[:2]:
+        finish_lease(core, lease, 0)
+    actions = core.handle(inputs.BatchesHeld(False), 0)
+    assert [type(action) for action in actions if isinstance(action, SendBatch)] == [SendBatch]
+    core.handle(inputs.TrainerJoined(0), 0)
+    assert not core.batch_selector.requests
 
 
 def test_straggler_wait_ends_at_its_deadline() -> None:

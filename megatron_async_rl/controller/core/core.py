@@ -79,8 +79,9 @@ class Core:
             case inputs.ServerFenced():
                 return self._server_fenced(event, now)
             case inputs.TrainerJoined():
-                self.batch_selector.leader_joined(event.leader)
-                self.batches_held = False
+                if event.leader >= 0:  # others wait for their leader, and join when they offer
+                    self.batch_selector.leader_joined(event.leader)
+                    self.batches_held = False
                 return []
             case inputs.BatchRequested():
                 return self._batch_requested(event, now)

@@ -43,8 +43,13 @@ class Leases:
 
     @property
     def next_step(self) -> int:
-        """The step at which a group admitted now is trained at the latest, if order is kept."""
-        return self._state.ledger.claimed // self._settings.prompts_per_step
+        """The step at which a group admitted now is trained at the latest, if order is kept.
+
+        N // B, for any B that a resumed run has: the trained groups count as one step each.
+        """
+        ledger = self._state.ledger
+        num_waiting = ledger.claimed - ledger.trained
+        return self._state.version + num_waiting // self._settings.prompts_per_step
 
     def lease_queued(self, now: float) -> list[Send]:
         """Leases queued training groups, oldest admission first, as far as servers are free.
