@@ -53,6 +53,11 @@ _VERDICT = re.compile(
     r"(?:indeed\s+)?(?:correct|right|valid|unique|reasonable|verified)\b", re.IGNORECASE
 )
 _END_TOKEN = re.compile(r"(?:\s*(?:<\|\w{2,30}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
+_CODE = re.compile(
+    r"```(?:python3?|py|sympy|cpp|c\+\+|java|javascript|js|matlab)[ \t]*\n.*?(?:\n[ \t]*```|\Z)",
+    re.DOTALL | re.IGNORECASE,
+)
+_BARE_BOX = re.compile(r"(?<![\\A-Za-z])boxed\{")
 _TAG = re.compile(r"</?(b|strong|em|i|u|p|div|span|code|mark|center)>", re.IGNORECASE)
 # a word of each case of the two expressions below
 _RETRACTING = (
@@ -97,6 +102,12 @@ def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
     if text.endswith((">", ">\n")):
         end = text[-_MAX_TAIL_CHARS:]  # a search in all of it could take the square of its length
         text = text[: len(text) - len(end)] + _END_TOKEN.sub("", end)
+    if "```" in text:
+        prose = _CODE.sub("\n", text)  # a box that a program prints is not the answer
+        if boxed_answer(prose) is not None or _STATEMENT.search(prose[-_MAX_TAIL_CHARS:]):
+            text = prose
+    if "\\boxed" not in text:
+        text = _BARE_BOX.sub(r"\\boxed{", text)
     boxed = boxed_answer(text)
     if boxed is not None:
         return boxed

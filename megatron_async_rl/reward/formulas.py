@@ -234,7 +234,7 @@ def _last_bare(text: str) -> str:
     run = line[begin:end]
     run = re.split(r"[.!?;:](?=\s)(?=.*\d)|[:;]\s", run)[-1]
     run = re.sub(r"^(?:[\s,;:!*_)\]=>]|\.(?!\d))*(?:\b(?:and|or)\b[\s,]*)*", "", run)
-    run = re.sub(r"[\s,;:(/]*(?:\b(?:and|or)\b[\s,]*)*$", "", run)
+    run = re.sub(r"(?<![\s,;:(/])[\s,;:(/]*(?:\b(?:and|or)\b[\s,]*)*$", "", run)
     left, equals, right = run.rpartition("=")
     if equals and not re.search(r"[A-Za-z]", left):
         run = right  # words have cut the calculation off: of 4 inches + 1 = 5, its end

@@ -156,8 +156,11 @@ def test_row_without_answer_error_names_the_row(row: dict[str, Any]) -> None:
         r"\boxed{" + r"{a\over " * 200 + "}" * 200 + "}",
         " " * 64_000 + "x>",
         "<answer>" + r"\(" * 30_000 + "</answer>",
+        "```python\n" + "\n" * 60_000,
+        r"\boxed{" + r"\vec{j}\ne a, " * 3_000 + "}",
+        "1 = a" + ", (" * 20_000 + "1",
     ],
-    ids=range(15),
+    ids=range(18),
 )
 def test_no_text_delays_the_check_without_deadline(text: str) -> None:
     started = time.perf_counter()

@@ -203,6 +203,9 @@ RIGHT_TEXTS = r"""
 \frac{1}{2} <- \boxed\frac{1}{2} ;; \boxed\frac12
 42 <- the answer is forty-two ;; 所以一共有42个苹果。
 42 <- 所以他有42元钱。 ;; 一共42人 ;; 答：一共有42个。
+42 <- The final answer is boxed{42}. ;; $boxed{42}$
+42 <- ```python¶print("\\boxed{41}")¶```¶The answer is 42.
+42 <- Running it prints 42, so the answer is 42.¶```python¶print(41 + 1)¶```
 B <- B ;; I choose B. ;; 故选B。 ;; 故选：B ;; 答案选B ;; Thus, B is correct.
 \frac{3}{4} <- The answer is $\frac{3}{4}$, or 75%. ;; The answer is $\frac{3}{4}$.
 5 <- So the answer should be $5$, not $6$. ;; \boxed5
@@ -213,11 +216,11 @@ C <- 所以选C。 ;; 因此选择C。
 WRONG_TEXTS = r"""
 (3, 4) <- The answer is 3 or 4. ;; The point is $(4, 3)$. ;; x=4, y=3
 (3, 4) <- $x = \boxed{4}$, $y = \boxed{3}$
+42 <- ```python¶print("\\boxed{42}")¶```¶The answer is 41. ;; The answer is 41, not 42.
+42 <- The answer is not 42 ;; 42 is not the answer; the answer is 43.
 3, 5 <- The roots are $\boxed{3}$. The other is 5. ;; $\boxed{3}$
 3, 5 <- $\boxed{3}$ and $\boxed{4}$ and $\boxed{5}$ ;; \boxed{35}
 \frac{1}{2} <- \boxed{\frac{1} ;; \boxed{\frac{1}{ ;; \boxed{1} ;; \boxed{\frac{1}{2}
-42 <- The answer is 41, not 42. ;; The answer is not 42 ;; 42 is not the answer; the answer is 43.
-42 <- The answer is 42 or 43.
 B <- The answer is (A). ;; The answer is A, B. ;; Options A and B are both correct.
 B <- The answer is not B.
 \frac{3}{4} <- The answer is $\frac{4}{3}$. ;; The answer is 3 or 4. ;; The answer is 3.
