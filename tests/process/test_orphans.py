@@ -150,8 +150,8 @@ def test_trainer_killed_while_saving_leaves_no_writers(tmp_path: Path, killed: s
         str(model),
         str(run_dir),
         "save-for-ever",
-        "1",
-        "1",
+        "grpo",
+        "1,1,1",
     )
     parent = start_launcher(
         STARTED_RANKS, str(log), *command, "--rdzv-endpoint=127.0.0.1:0", *ranks

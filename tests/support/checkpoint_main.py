@@ -1,11 +1,11 @@
 """Trainer ranks that save and load checkpoints; run by test_checkpoint.py.
 
-`torchrun ... checkpoint_main.py MODEL RUN_DIR COMMAND TP PP [VPP [ADVANTAGE]]`, with COMMAND
+`torchrun ... checkpoint_main.py MODEL RUN_DIR COMMAND ADVANTAGE TP,PP,VPP...`, with COMMAND
 
     save            trains two steps, saves, trains two more while the save may still be running,
                     saves again, and writes the losses of the last two steps
     save-for-ever   saves one version again and again
-    load            loads, in any layout, and trains the same two steps
+    load            loads and trains the same two steps, in one layout after the other
 
 Saving starts processes that import this module, so it does nothing when it is imported.
 """
@@ -20,24 +20,31 @@ from pathlib import Path
 
 def main() -> None:
     from megatron_async_rl import patches, processes
-    from megatron_async_rl.config import load
 
     processes.die_with_parent()
-    model_dir, run_dir, command = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    tp, pp = int(sys.argv[4]), int(sys.argv[5])
-    vpp = int(sys.argv[6]) if len(sys.argv) > 6 else 1
-    advantage = sys.argv[7] if len(sys.argv) > 7 else "grpo"
     patches.prepare_megatron()
+    import torch.distributed as dist
+
+    for layout in sys.argv[5:]:
+        run(*map(int, layout.split(",")))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(tp: int, pp: int, vpp: int) -> None:
     import numpy as np
     import torch.distributed as dist
     from megatron.core import parallel_state as mpu
 
+    from megatron_async_rl.config import load
     from megatron_async_rl.protocol.types import NOT_GENERATED, TrainSample
     from megatron_async_rl.storage import checkpoints
     from megatron_async_rl.trainer import parallel, step
     from megatron_async_rl.trainer.checkpoint.checkpoint import Checkpointer
     from megatron_async_rl.trainer.model import build
 
+    model_dir, run_dir = Path(sys.argv[1]), Path(sys.argv[2])
+    command, advantage = sys.argv[3], sys.argv[4]
     ranks = int(os.environ["WORLD_SIZE"])
     settings = load.from_tree(
         {
@@ -61,6 +68,8 @@ def main() -> None:
             "checkpoint": {"every": 1, "asynchronous": command != "load"},
         }
     )
+    if mpu.model_parallel_is_initialized():
+        parallel.leave_parallel()
     parallel.init_parallel(settings)
     policy = build.build(settings)
     saved: list[tuple[int, str]] = []
@@ -115,12 +124,10 @@ def main() -> None:
         version = saver.load()
         losses = train(2)
         if dist.get_rank() == 0:
-            (run_dir / f"loaded-{tp}-{pp}-{vpp}.json").write_text(
+            (run_dir / f"loaded-{tp}-{pp}-{vpp}-{ranks}.json").write_text(
                 json.dumps({"version": version, "losses": losses})
             )
     saver.close()
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
