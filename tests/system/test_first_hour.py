@@ -24,10 +24,12 @@ from descendants import Descendants
 from needs import needs_engine
 from paths import ROOT, SUPPORT
 from train_samples import make_train_samples
-from whole_runs import RunInputs, wait_for_version
+from whole_runs import SHORT_ROLLOUT, RunInputs, wait_for_version
 
 from megatron_async_rl import processes
 from megatron_async_rl.cli.arguments import make_parser
+from megatron_async_rl.controller.journal.events import BatchTrained
+from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
 from megatron_async_rl.observability.sample_log import read_samples
 from megatron_async_rl.storage import batches
 
@@ -164,6 +166,7 @@ def test_run_is_stopped_killed_interrupted_and_looked_at(
             run_dir,
             run={"steps": 5000, "export_every": 0, "seed": seed},
             evaluation={"sets": {}},
+            rollout=SHORT_ROLLOUT,
             staleness={"max_staleness": 0},
             weights={"bucket_bytes": 65536, "snapshot_every": 1},
             megatron={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2},
@@ -238,9 +241,11 @@ def kill(shell: Shell, config: Path, run_dir: Path) -> None:
 def interrupt(shell: Shell, run_dir: Path) -> None:
     """Ctrl-C, after a resume, prints the reason of its wait. A joined reward worker ends too."""
     config = run_dir / "config.yaml"
+    events = read_events(run_dir / JOURNAL_FILE)
+    trained = max([1, *(event.version for event in events if isinstance(event, BatchTrained))])
     child = shell.start("run", config)
     watch = Descendants(child.pid)
-    wait_for_version(run_dir, 2, ("training",), child)
+    wait_for_version(run_dir, trained + 1, ("training",), child)
     assert "is in use by another run" in shell.type("run", config, code=2)
     joined = shell.start("join", run_dir, "reward-1")
     assert joined.stdout and "started reward-1 for the run" in joined.stdout.readline()
@@ -307,12 +312,13 @@ def test_function_that_always_raises_ends_the_run_with_its_traceback(
         "reward": {"reward": {"function": "loop_reward:broken"}},
         "workflow": {
             "run": {"steps": 5000, "mode": "rollout_only", "export_every": 0},
-            "rollout": {"workflow": "loop_workflow:Broken"},
+            "rollout": SHORT_ROLLOUT | {"workflow": "loop_workflow:Broken"},
             "evaluation": {"sets": {}},
         },
     }
     standard: dict[str, dict[str, Any]] = {
         "run": {"steps": 5000, "export_every": 0},
+        "rollout": SHORT_ROLLOUT,
         "faults": {"max_failed_groups": 8},
         "megatron": {"tensor_model_parallel_size": 1},
     }
@@ -341,6 +347,7 @@ def test_run_in_which_no_group_passes_the_filters_ends_with_the_reason(
         tmp_path / "run",
         run={"steps": 5000, "export_every": 0},
         evaluation={"sets": {}},
+        rollout=SHORT_ROLLOUT,
         reward={"function": "loop_reward:constant"},
         algorithm={
             "prompts_per_step": 4,

@@ -10,7 +10,13 @@ from pathlib import Path
 import psutil
 from descendants import Descendants
 from needs import needs_engine
-from whole_runs import START_TIMEOUT_S, make_run_inputs, start_run, wait_for_version
+from whole_runs import (
+    SHORT_ROLLOUT,
+    START_TIMEOUT_S,
+    make_run_inputs,
+    start_run,
+    wait_for_version,
+)
 
 from megatron_async_rl.observability.status import read_status
 
@@ -22,8 +28,8 @@ def test_hung_server_is_replaced(tmp_path: Path) -> None:
         run_dir,
         run={"steps": 5000, "export_every": 0},
         evaluation={"sets": {}},
-        rollout={"lease_timeout_s": 4.0, "request_timeout_s": 10.0},
-        weights={"update_timeout_s": 10.0},
+        rollout=SHORT_ROLLOUT | {"lease_timeout_s": 4.0, "request_timeout_s": 10.0},
+        weights={"update_timeout_s": 8.0},
         faults={"restart_backoff_s": 0.1},
         megatron={"tensor_model_parallel_size": 1},
     )

@@ -62,6 +62,7 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
         run_dir,
         run={"steps": STEPS},
         data={"train": sources},
+        rollout={"max_new_tokens": 48, "max_concurrent_samples": 8},
         checkpoint={"every": EVERY},
         faults={"restart_backoff_s": 0.1},
         evaluation={"sets": {}},
