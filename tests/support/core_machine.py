@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 
-from core_builders import generated, make_core, scored
+import msgspec
+from core_builders import generated, make_core, make_sample, scored
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -13,13 +15,18 @@ from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, Send, SendBatch
 from megatron_async_rl.controller.core.groups import GroupState
 from megatron_async_rl.controller.filters import filter_rules
+from megatron_async_rl.controller.journal.events import PartialSaved, SampleReturned
 from megatron_async_rl.protocol.messages import (
     Generate,
+    Generated,
     GenerateFailed,
     Heartbeat,
+    Message,
+    PartialSample,
     ScoreRequest,
     StepDone,
 )
+from megatron_async_rl.protocol.types import Partial
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -30,10 +37,17 @@ class CoreMachine(RuleBasedStateMachine):
         wait=st.booleans(),
         equal=st.booleans(),
         kv_lease_limit=st.sampled_from([None, 0.5, 1.0]),
+        leaders=st.integers(1, 3),
         seed=st.integers(0, 1 << 20),
     )
     def begin(
-        self, max_staleness: int, wait: bool, equal: bool, kv_lease_limit: float | None, seed: int
+        self,
+        max_staleness: int,
+        wait: bool,
+        equal: bool,
+        kv_lease_limit: float | None,
+        leaders: int,
+        seed: int,
     ) -> None:
         self.core = make_core(
             max_staleness=max_staleness,
@@ -41,7 +55,9 @@ class CoreMachine(RuleBasedStateMachine):
             filter_rules=filter_rules(FilterConfig(drop_equal_rewards=equal)),
             lease_timeout_s=30.0,
             kv_lease_limit=kv_lease_limit,
+            data_parallel_size=leaders,
         )
+        self.leaders = range(leaders)
         self.random = random.Random(seed)
         self.now = 0.0
         self.leases: list[tuple[str, Generate]] = []
@@ -144,15 +160,65 @@ class CoreMachine(RuleBasedStateMachine):
         for _ in range(1 + again):
             self.take(self.core.handle(inputs.Received(worker, scored(request, reward)), self.now))
 
+    @precondition(lambda self: self.leases)
+    @rule(
+        wrong=st.sampled_from(["epoch", "attempt", "index", "group_id", "worker"]),
+        by=st.sampled_from([-(1 << 40), 1 << 40]),
+    )
+    def answer_another_lease(self, wrong: str, by: int) -> None:
+        worker, lease = self.random.choice(self.leases)
+        reply = generated(lease, self.random.choice(lease.indices), self.core.version)
+        if wrong == "worker":
+            worker = "rollout-x"
+        else:
+            changed = {wrong: getattr(reply.key, wrong) + by}
+            reply = Generated(msgspec.structs.replace(reply.key, **changed), reply.sample)
+        before = len(self.core.state.recorded)
+        assert self.core.handle(inputs.Received(worker, reply), self.now) == []
+        assert len(self.core.state.recorded) == before
+
+    @precondition(lambda self: self.leases)
+    @rule(
+        name=st.sampled_from(["versions", "logprobs", "ids"]),
+        value=st.sampled_from([-(1 << 31), -2]),
+        logprob=st.sampled_from([0.1, math.nan, math.inf, -math.inf]),
+        partial=st.booleans(),
+    )
+    def return_an_impossible_sample(
+        self, name: str, value: int, logprob: float, partial: bool
+    ) -> None:
+        """It is never recorded, and costs at most the lease."""
+        worker, lease = self.random.choice(self.leases)
+        index = self.random.choice(lease.indices)
+        sample = make_sample(self.core.version)
+        array = getattr(sample, name).copy()
+        array[-1] = logprob if name == "logprobs" else value
+        sample = msgspec.structs.replace(sample, **{name: array})
+        before = len(self.core.state.recorded)
+        reply: Message = Generated(lease.key(index), sample)
+        if partial:
+            tokens = Partial(sample.ids, sample.logprobs, sample.versions)
+            reply = PartialSample(lease.key(index), tokens)
+        actions = self.core.handle(inputs.Received(worker, reply), self.now)
+        new = self.core.state.recorded[before:]
+        assert not [e for e in new if isinstance(e, SampleReturned | PartialSaved)]
+        self.take(actions)
+
     @precondition(lambda self: self.batch is None)
     @rule()
     def want_a_batch(self) -> None:
-        self.take(self.core.handle(inputs.BatchRequested(0, self.core.version), self.now))
+        for leader in self.random.sample(self.leaders, len(self.leaders)):
+            if self.batch is None:
+                request = inputs.BatchRequested(leader, self.core.version)
+                self.take(self.core.handle(request, self.now))
 
     @precondition(lambda self: self.batch is not None)
-    @rule()
-    def finish_the_step(self) -> None:
+    @rule(early=st.booleans())
+    def finish_the_step(self, early: bool) -> None:
         assert self.batch is not None
+        for leader in self.leaders[1:] if early else ():
+            request = inputs.BatchRequested(leader, self.core.version + 1)
+            self.take(self.core.handle(request, self.now))
         self.batch = None
         self.take(
             self.core.handle(

@@ -141,7 +141,7 @@ class RecoveringMachine(CoreMachine):
         self.disk: list[JournalEvent] = []
         self.unwritten: list[JournalEvent] = []
         self.steps_done = 0  # by the trainer
-        super().begin(max_staleness, wait, equal, kv_lease_limit, seed)
+        super().begin(max_staleness, wait, equal, kv_lease_limit, leaders=1, seed=seed)
 
     def take(self, actions: list[Action]) -> None:
         self.unwritten += self.core.state.take_events()
@@ -202,7 +202,7 @@ class RecoveringMachine(CoreMachine):
     @rule()
     def finish_the_step(self) -> None:
         self.steps_done += 1
-        super().finish_the_step()
+        super().finish_the_step(early=False)
         self.flush()  # before any server holds the new weights
 
     @precondition(lambda self: self.leases)
