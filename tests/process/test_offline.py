@@ -126,10 +126,12 @@ def test_replay_rejects_batches_of_different_steps(run_dir: Path, tmp_path: Path
     assert done.returncode != 0 and "versions [1, 2]" in done.stderr
 
 
-def test_selftest_of_an_interleaved_pipeline_agrees(run_dir: Path) -> None:
+def test_selftest_of_an_interleaved_pipeline_agrees(run_dir: Path, tmp_path: Path) -> None:
     changes = [
+        f"model.path={make_model(tmp_path / 'model', layers=4)}",
         "megatron.pipeline_model_parallel_size=2",
         "megatron.virtual_pipeline_model_parallel_size=2",
+        "megatron.pipeline_model_parallel_layout=Ett|t||tL",  # chunks of unequal size
     ]
     done = command(
         "selftest", str(run_dir / "config.yaml"), "megatron.tensor_model_parallel_size=1", *changes
