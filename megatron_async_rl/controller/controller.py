@@ -119,21 +119,23 @@ class Controller:
     def _restore(self) -> None:
         """Rebuilds the state from the journal."""
         self.saving.check_journal()
-        recorded = list(self.journal.events())
-        self.core.restore(recorded)
+        self.core.restore(map(self._seen, self.journal.events()))
         self.journal.append(self.core.state.take_events())
         self.publisher.start_epoch(self.core.epoch)
-        for event in recorded:
-            if isinstance(event, events.BatchSelected):
-                self.saving.saw(event)
-            elif isinstance(event, events.StepReported):
-                self.progress.restore(event)
-        if any(isinstance(event, events.GroupAdmitted) for event in recorded):
+        if self.core.state.ledger.admitted:
             self.core.handle(inputs.AdmissionOpened(), time.monotonic())
             ledger = self._ledger()
             self.progress.resumed(self.core.version, ledger, self.core.state.in_batch)
             self.progress.begin_training()
         self.workers.timeline.begin(self.core.version)
+
+    def _seen(self, event: events.AnyEvent) -> events.AnyEvent:
+        """Notes an event of the journal, which is too long to be kept in memory."""
+        if isinstance(event, events.BatchSelected):
+            self.saving.saw(event)
+        elif isinstance(event, events.StepReported):
+            self.progress.restore(event)
+        return event
 
     async def run(self) -> None:
         """Runs to the end and notifies all workers. Raises Error if the run fails.

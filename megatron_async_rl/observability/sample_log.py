@@ -16,6 +16,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
@@ -25,6 +26,7 @@ from megatron_async_rl.protocol.types import Sample
 
 logger = logging.getLogger(__name__)
 SAMPLES_FILE = "samples.jsonl"
+BLOCK_BYTES = 1 << 20
 
 
 class TrainedGroup(msgspec.Struct, frozen=True):
@@ -155,15 +157,26 @@ def last_version(path: Path) -> int:
     """
     if not path.exists():
         return -1
-    last, size = b"", 0
-    with path.open("rb+") as file:
-        for encoded in file:
-            if encoded.endswith(b"\n"):
-                last, size = encoded, size + len(encoded)
-        file.truncate(size)
+    with path.open("rb+") as file:  # from its end: the file of a long run takes an hour to read
+        end = _start_of_line(file, file.seek(0, os.SEEK_END))
+        file.truncate(end)
+        start = _start_of_line(file, end - 1)
+        file.seek(start)
+        last = file.read(end - start)
     if not last:
         return -1
     if line := decode_line(last):
         return line.version
     logger.error("%s: the last line is damaged; lost: its sample", path)
     return max((line.version for line in read_samples(path.parent, logger.error)), default=-1)
+
+
+def _start_of_line(file: BinaryIO, end: int) -> int:
+    """Returns the position behind the last line end before `end`; 0 if there is none."""
+    while end > 0:
+        start = max(0, end - BLOCK_BYTES)
+        file.seek(start)
+        if found := file.read(end - start).rfind(b"\n") + 1:
+            return start + found
+        end = start
+    return 0

@@ -46,6 +46,7 @@ LINGER_MS = 2000  # for messages queued at close
 HANDSHAKE_MS = 4000  # a connection that has not authenticated by then is closed
 BACKLOG = 1024  # connections that the kernel holds until they are accepted
 REBIND_S = 30.0  # for an earlier controller's port to become free
+JOIN_S = 600.0  # for the answer to the first hello: the controller may read a long journal
 REJOIN_S = 10.0  # for the answer to a Hello; until then no second one is sent
 _REPEATED = (
     messages.GetBatch, weight_messages.PublishOffer, messages.StepDone, messages.CheckpointSaved
@@ -196,7 +197,7 @@ class Link:
         self._codec = Codec()
         self._rejoining = _Rejoining()
 
-    async def join(self, hello: Hello | Callable[[], Hello], timeout_s: float = 60.0) -> int:
+    async def join(self, hello: Hello | Callable[[], Hello], timeout_s: float = JOIN_S) -> int:
         """Sends Hello and returns the controller's epoch.
 
         Raises ProtocolError if refused or not answered.
@@ -278,7 +279,7 @@ class SyncLink:
         """This host's address on the route to the controller; loopback if that is on this host."""
         return addresses.own_address(self._controller)
 
-    def join(self, hello: Hello, timeout_s: float = 60.0) -> int:
+    def join(self, hello: Hello, timeout_s: float = JOIN_S) -> int:
         hello = with_versions(hello)
         self.send(hello)
         try:

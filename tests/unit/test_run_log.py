@@ -1,8 +1,10 @@
 import base64
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ from run_log_builders import log_config, read_tensorboard, sample_of_versions, t
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from megatron_async_rl.controller import __main__ as controller_main
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.observability import health_page
+from megatron_async_rl.observability import health_page, sample_log
 from megatron_async_rl.observability.run_log import RunLog
 from megatron_async_rl.observability.sample_log import read_samples
 from megatron_async_rl.observability.status import (
@@ -202,19 +205,39 @@ def test_sample_without_tokens_is_logged(tmp_path: Path) -> None:
     ] == [(3, 0, [])]
 
 
+@pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
 @pytest.mark.parametrize("whole_lines", [0, 2])
-def test_truncated_line_is_the_only_one_lost(tmp_path: Path, whole_lines: int) -> None:
+def test_truncated_line_is_the_only_one_lost(
+    tmp_path: Path, whole_lines: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of the file is read backwards, in blocks."""
+    monkeypatch.setattr(sample_log, "BLOCK_BYTES", block_bytes)
     config = log_config(tmp_path, loggers=[])
     log = RunLog(tmp_path, config)
     log.write_samples(0, [trained_group(sample_of_versions((0, 1)))] * whole_lines)
     log.close()
     with (tmp_path / "samples.jsonl").open("a") as file:
-        file.write('{"version": 0, "text": "' + "x" * 100_000)
+        file.write('{"version": 0, "text": "' + "x" * 10_000)
     assert len(list(read_samples(tmp_path))) == whole_lines
     log = RunLog(tmp_path, config)
     log.write_samples(1, [trained_group(sample_of_versions((0, 1)))])
     log.close()
     assert [line.version for line in read_samples(tmp_path)] == [0] * whole_lines + [1]
+
+
+def test_status_changes_while_a_controller_reads_its_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher kills a controller whose status.json keeps its modification time."""
+    monkeypatch.setattr(controller_main, "TOUCH_S", 0.001)
+    status = tmp_path / "status.json"
+    status.write_text("{}")
+    os.utime(status, (0, 0))
+    with controller_main._shown_alive(status):
+        deadline = time.monotonic() + 20
+        while not status.stat().st_mtime and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert status.stat().st_mtime > 0
 
 
 def test_status_is_read_back_unchanged(tmp_path: Path) -> None:

@@ -362,6 +362,31 @@ def test_failed_catch_up_fences_the_server_unless_data_is_bad(
     in_loop(body)
 
 
+def test_catch_up_that_ends_with_an_exception_leaves_the_server_available(
+    tmp_path: Path, model: Path
+) -> None:
+    cluster = Cluster(tmp_path, model)
+
+    def breaks(message: LoadSnapshot) -> Message | None:
+        raise OSError("Stale file handle")
+
+    async def body() -> None:
+        await cluster.publish(1)
+        cluster.core.state.version = 1
+        cluster.core.handle(inputs.ServerUpdated("rollout-0", version=1), 0.0)
+        cluster.core.handle(inputs.RolloutJoined("rollout-1", 4), 0.0)
+        cluster.faults[("rollout-1", LoadSnapshot)] = breaks
+        cluster.catch_up.start(others=())
+        await asyncio.wait_for(cluster.settle(), SHORT_S)
+        assert "rollout-1" in [server.name for server in cluster.updates._available()]
+        cluster.faults.clear()
+        cluster.catch_up.start(others=())
+        await cluster.settle()
+        assert cluster.core.fleet.rollout["rollout-1"].is_serving
+
+    in_loop(body)
+
+
 def test_network_update_writes_its_snapshot_after_serving(tmp_path: Path, model: Path) -> None:
     cluster = Cluster(tmp_path, model, transport="network", snapshot_every=2)
     publisher = cluster.publisher

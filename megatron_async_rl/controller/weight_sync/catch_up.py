@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Collection
 from contextlib import AbstractContextManager
+from functools import partial
 
 from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.core import inputs
@@ -67,7 +68,7 @@ class CatchUp:
         self._replies[server.name] = asyncio.Queue()
         task = asyncio.create_task(self._load(server.name, server.incarnation, snapshot))
         self._busy[server.name] = task
-        task.add_done_callback(_log_error)
+        task.add_done_callback(partial(self._ended, server.name))
 
     async def one_done(self) -> None:
         """Returns when one of the busy servers is done; at once if there is none."""
@@ -104,7 +105,13 @@ class CatchUp:
                 name, version, snapshot.path, time.monotonic() - started,
             )  # fmt: skip
         await self._queue.submit(event)
-        del self._busy[name]  # unless `forget` has done so, and cancelled this task
+
+    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
+        """After an error the server can be started again, or be given an update."""
+        if self._busy.get(name) is task:  # `forget` has not removed it
+            del self._busy[name]
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("catching up: %s: %s", type(error).__name__, error)
 
     async def _error(self, name: str, version: int) -> str:
         """Returns the server's error, or an empty string if it serves the version."""
@@ -118,8 +125,3 @@ class CatchUp:
                 f"did not load the snapshot of version {version} within "
                 f"weights.update_timeout_s = {self._timeout_s:.0f}"
             )
-
-
-def _log_error(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()):
-        logger.error("catching up: %s: %s", type(error).__name__, error)
