@@ -53,6 +53,9 @@ _VERDICT = re.compile(
     r"(?:indeed\s+)?(?:correct|right|valid|unique|reasonable|verified)\b", re.IGNORECASE
 )
 _END_TOKEN = re.compile(r"(?:\s*(?:<\|\w{2,30}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
+_ANSWER_TAG = re.compile(
+    r"<(answer|final_answer|final)>((?:(?!<\1>).)*?)</\1>", re.DOTALL | re.IGNORECASE
+)
 _CODE = re.compile(
     r"```(?:python3?|py|sympy|cpp|c\+\+|java|javascript|js|matlab)[ \t]*\n.*?(?:\n[ \t]*```|\Z)",
     re.DOTALL | re.IGNORECASE,
@@ -78,14 +81,13 @@ _TAKEN_BACK = re.compile(
     re.IGNORECASE,
 )
 _OPTION = re.compile(
-    r"\b(?:option|choice|answer)\s*\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)|"
-    r"\b(?:so|thus|hence|therefore),?\s*\(?((?-i:[A-J]))\)?\s+is\s+(?:the\s+)?(?:correct|right)|"
-    r"\bI\s+(?:would\s+)?(?:choose|pick|select)\s+\(?((?-i:[A-J]))\)?(?!\w)",
-    re.IGNORECASE,
+    r"\b(?:option|choice|answer)\s*\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)", re.IGNORECASE
 )
-_LAST_OPTION = re.compile(  # Hence, option C.
-    r"(?:(?:\bis|,)\s+(?:the\s+)?(?:option|choice)\s*\(?((?-i:[A-J]))\)?(?::[^\n]*)?|"
-    r"(?<!不)选择?\s*[:：]?\s*\(?([A-J])\)?)[.。\s]*$",
+_LAST_OPTION = re.compile(  # Hence, option C. / I choose C. / Thus, C is correct.
+    r"(?:(?:(?:\bis|,)\s+(?:the\s+)?(?:option|choice)|\bI\s+(?:would\s+)?(?:choose|pick|select))"
+    r"\s*\(?((?-i:[A-J]))\)?(?::[^\n]*)?|"
+    r"\b(?:so|thus|hence|therefore),?\s*\(?((?-i:[A-J]))\)?\s+is\s+(?:the\s+)?(?:correct|right)|"
+    r"(?<!不)(?<!不能)(?<!不会)选择?\s*[:：]?\s*\(?([A-J])\)?)[.。\s]*$",
     re.IGNORECASE,
 )
 _ELLIPSIS = re.compile(r"(?<=\d)\.{3}(?!\d)")
@@ -114,9 +116,8 @@ def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
     text = EMPTY_BOX.sub("", text)
     if "[asy]" in text:
         text = _DRAWING.sub("", text)
-    close = text.rfind("</answer>")
-    if close >= 0 and (begin := text.rfind("<answer>", 0, close)) >= 0:
-        content = text[begin + len("<answer>") : close].strip()
+    if "</" in text and (tagged := list(_ANSWER_TAG.finditer(text))):
+        content = tagged[-1][2].strip()
         return formulas.unwrap(content) if len(content) <= _MAX_TAIL_CHARS else content
     unclosed = text.find("\\boxed")  # cut off: its answer may be incomplete
     return _stated_answer((text if unclosed < 0 else text[:unclosed])[-_MAX_TAIL_CHARS:])
@@ -125,10 +126,10 @@ def final_answer(response: str, thinking_tags: Sequence[str] = ()) -> str:
 def _stated_answer(text: str) -> str:
     if "..." in text:
         text = _ELLIPSIS.sub(r"\\ldots ", text)
-    if options := ["".join(groups) for groups in _OPTION.findall(text)]:
+    if options := _OPTION.findall(text):
         return ", ".join(dict.fromkeys(options))
     if option := _LAST_OPTION.search(text):
-        return option[1] or option[2]
+        return option[1] or option[2] or option[3]
     text = text.replace("。", ". ")
     if "matrix}" in text:
         text = _LINE_OF_MATRIX.sub(" ", text)

@@ -70,7 +70,9 @@ _RESULT = re.compile(
 _FURTHER = re.compile(
     r"[,;=]|\.\s|\b(?:so|thus|therefore|hence|or|but|leaving|which|means|is|are|was|were)\b"
 )
-_CHOICE_LINE = re.compile(r"(?:\(([A-J])\)|([A-HJ]))\.?|([A-HJ])[.)]\s+\S.{0,60}")  # I is a word
+_CHOICE_LINE = re.compile(
+    r"(?:[(\[]([A-J])[)\]]|([A-HJ]))\.?|([A-HJ])[.)]\s+\S.{0,60}"
+)  # I is a word
 _JOINING = frozenset(("and", "or", "maybe", "perhaps", "possibly"))
 _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc ln log exp sqrt pi lim max min gcd lcm mod infinity inf".split()

@@ -94,12 +94,28 @@ A \cup B = \{1,2,3\} <- \{1,2,3\} ;; \{3,2,1\}
 100\text{ minutes} <- 1 hour 40 minutes ;; 100
 3 \text{ feet } 6 \text{ inches} <- 3.5 \text{ feet} ;; 42 inches
 \text{7 minutes and 30 seconds} <- 7.5 minutes ;; 450 seconds
+\mathbb{Z}/2\mathbb{Z} <- \mathbb{Z}_2 ;; \mathbb{Z}/2\mathbb{Z}
+\mathbb{Z} \oplus \mathbb{Z}_2 <- \mathbb{Z}_2 \oplus \mathbb{Z}
+\mathbb{Z} \oplus \mathbb{Z}_2 <- \mathbb{Z}\oplus \mathbb{Z}/2\mathbb{Z}
+O(n \log n) <- \mathcal{O}(n\log n) ;; O(n\log n)
+\Gamma\left(\frac{1}{2}\right) <- \sqrt{\pi} ;; \Gamma(1/2)
+\nabla f = (2x, 2y) <- 2x\mathbf{i}+2y\mathbf{j} ;; (2x,2y)
+\frac{dy}{dx} = \frac{2x}{3y^2} <- y' = \frac{2x}{3y^2} ;; \frac{2x}{3y^2}
+y = Ce^{2x} <- y(x) = C e^{2x} ;; y = C e^{2x}
+y = C_1 e^{x} + C_2 e^{-x} <- y = c_1 e^x + c_2 e^{-x} ;; y(x) = C_1 e^{x} + C_2 e^{-x}
+u(x,t) = e^{-t}\sin x <- u = e^{-t}\sin x ;; e^{-t}\sin x
+\frac{\hbar}{2} <- \hbar/2 ;; \frac{\hbar}{2}
+1.00 \times 10^{-7} \text{ M} <- 10^{-7} ;; 1e-7
+\overline{z} <- \bar{z} ;; \overline{z}
+10^{-3}\ \Omega <- 0.001 ;; 10^{-3}
 0 <- zero ;; \text{zero}
 A = 3, B = -2 <- B=-2, A=3 ;; (3,-2)
 \sqrt{2} <- 1.414214 ;; 1.414213
 \text{(i) } 3 \text{ (ii) } 5 <- \text{(i) } 3 \text{ (ii) } 5 ;; (i) 3 (ii) 5
 9 \text{ or } 10 <- 9, 10 ;; 10 or 9
 \lfloor \log_2 n \rfloor + 1 <- 1+\lfloor\log_2 n\rfloor ;; \lfloor \log_2 n\rfloor+1
+2^{\aleph_0} <- 2^{\aleph_0}
+\operatorname{Re}(z) > 0 <- \text{Re}(z)>0 ;; \Re(z) > 0
 """
 WRONG = r"""
 1/3 <- 0.333334 ;; 0.3333333334 ;; 0.33333 ;; 33.33\%
@@ -134,6 +150,14 @@ n = 2^k, k \in \mathbb{N} <- 2k ;; k^2 ;; n=2^{k+1} ;; n = 3^k ;; 2
 m \neq 0 \text{ and } m < 1 <- m<1 ;; m\ne 0 ;; m \le 1, m\ne 0 ;; (0,1) ;; m<1 \text{ or } m\ne 0
 m \neq 0 \text{ and } m < 1 <- m<1, m\ne \frac12
 5 <- \begin{cases} 5 & x>0 \\ 6 & x \le 0 \end{cases} ;; 5^\circ 30' ;; a=b=5, c=4 ;; \{5, \pm 1\}
+2^{\aleph_0} <- \aleph_0 ;; 2^{\aleph_1} ;; \aleph_1 ;; 2 ;; \infty
+\mathbb{Z}/2\mathbb{Z} <- \mathbb{Z}/3\mathbb{Z} ;; \mathbb{Z} ;; 2\mathbb{Z} ;; \mathbb{Z}_3
+\mathbb{Z}/2\mathbb{Z} <- \frac12
+\mathbb{Z} \oplus \mathbb{Z}_2 <- \mathbb{Z}\oplus\mathbb{Z}_3 ;; \mathbb{Z} ;; \mathbb{Z}_2
+\mathbb{Z} \oplus \mathbb{Z}_2 <- \mathbb{Z} \oplus \mathbb{Z}
+\operatorname{Re}(z) > 0 <- \text{Im}(z)>0 ;; z>0 ;; \text{Re}(z)<0 ;; \text{Re}(z)\ge0
+\frac{\hbar}{2} <- \hbar ;; \frac{h}{2} ;; \frac{1}{2} ;; 2\hbar ;; \frac{\hbar}{4}
+\overline{z} <- z ;; -z ;; |z| ;; \overline{w} ;; \overline{z}^2
 21 <- twelve ;; twenty ;; 20 1 ;; 2, 1
 (-\infty, -2] \cup [5, \infty) <- [-2,5] ;; -2 \le x \le 5 ;; x \le -2 \text{ and } x\ge 6
 (-\infty, -2] \cup [5, \infty) <- (-\infty,-2)\cup(5,\infty)
@@ -197,21 +221,29 @@ A \cup B = \{1,2,3\} <- \{1,2\} ;; \{1,2,3,4\} ;; 6 ;; (3,2,2)
 100\text{ minutes} <- 1 hour 4 minutes ;; 1 hour ;; 1.4 hours ;; 10 minutes
 3 \text{ feet } 6 \text{ inches} <- 36 inches ;; 3.6 feet ;; 6 feet 3 inches ;; 9
 \text{7 minutes and 30 seconds} <- 7.3 minutes ;; 30 seconds ;; 7 minutes ;; 37
+O(n \log n) <- O(n) ;; O(n^2) ;; O(\log n) ;; n\log n^2
+\Gamma\left(\frac{1}{2}\right) <- \pi ;; \frac12 ;; \Gamma(2) ;; \Gamma(\frac13)
+\nabla f = (2x, 2y) <- (2y,2x) ;; 2x+2y ;; (x,y) ;; (2x,-2y)
+\frac{dy}{dx} = \frac{2x}{3y^2} <- \frac{3y^2}{2x} ;; -\frac{2x}{3y^2} ;; \frac{2x}{3y}
+\frac{dy}{dx} = \frac{2x}{3y^2} <- \frac{2}{3}
+y = Ce^{2x} <- y=e^{2x} ;; y=Ce^{x} ;; y = C+e^{2x} ;; y=Ce^{-2x}
+y = C_1 e^{x} + C_2 e^{-x} <- y=C_1e^x ;; C_1e^{2x}+C_2e^{-x} ;; e^x+e^{-x}
+y = C_1 e^{x} + C_2 e^{-x} <- y = C_1\cos x+C_2\sin x
+u(x,t) = e^{-t}\sin x <- e^{t}\sin x ;; e^{-t}\cos x ;; \sin x ;; e^{-x}\sin t
 """
 RIGHT_TEXTS = r"""
 3, 5 <- $x = \boxed{3}$ and $y = \boxed{5}$ ;; \boxed{3}\ \text{and}\ \boxed{5}
 \frac{1}{2} <- \boxed\frac{1}{2} ;; \boxed\frac12
-42 <- the answer is forty-two ;; 所以一共有42个苹果。
-42 <- 所以他有42元钱。 ;; 一共42人 ;; 答：一共有42个。
-42 <- The final answer is boxed{42}. ;; $boxed{42}$
+42 <- the answer is forty-two ;; <ANSWER>42</ANSWER> ;; 所以一共有42个苹果。 ;; 所以他有42元钱。
+42 <- 答：一共有42个。 ;; The final answer is boxed{42}. ;; $boxed{42}$
 42 <- ```python¶print("\\boxed{41}")¶```¶The answer is 42.
 42 <- Running it prints 42, so the answer is 42.¶```python¶print(41 + 1)¶```
 B <- B ;; I choose B. ;; 故选B。 ;; 故选：B ;; 答案选B ;; Thus, B is correct.
 \frac{3}{4} <- The answer is $\frac{3}{4}$, or 75%. ;; The answer is $\frac{3}{4}$.
-5 <- So the answer should be $5$, not $6$. ;; \boxed5
+5 <- <final>5</final> ;; So the answer should be $5$, not $6$.
 (3, 4) <- $x = \boxed{3}$, $y = \boxed{4}$ ;; $x=\boxed{3}$ and $y=\boxed{4}$
-C <- C. 12 ;; Hence, option C. ;; The correct answer is option C: 12 ;; I would choose (C). ;; 选C
-C <- 所以选C。 ;; 因此选择C。
+C <- C. 12 ;; Hence, option C. ;; The correct answer is option C: 12 ;; I would choose (C). ;; [C]
+C <- 选C ;; 所以选C。 ;; 因此选择C。
 """
 WRONG_TEXTS = r"""
 (3, 4) <- The answer is 3 or 4. ;; The point is $(4, 3)$. ;; x=4, y=3

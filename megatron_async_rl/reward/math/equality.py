@@ -76,7 +76,7 @@ def equal(expected: str, answer: str) -> bool | None:
         # of prose, math-verify would take some number
         is_open = is_open or len(_PROSE_WORD.findall(answer)) > 2 or "{cases}" in expected
         return False if is_open or isinstance(gold, Words) else None
-    if relations.names_other_coordinate(expected, answer):
+    if relations.names_other(expected, answer):
         return False
     if isinstance(given, Equation) and relations.is_line(expected, gold, given):
         return True

@@ -52,6 +52,7 @@ FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     "ln": cmath.log,
     "log": cmath.log,
     "exp": cmath.exp,
+    "Gamma": lambda z: complex(math.gamma(z.real)) if z.imag == 0 else cmath.nan,
     "cis": lambda z: cmath.exp(1j * z),
 }
 _TRIGONOMETRIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc", "cis"))

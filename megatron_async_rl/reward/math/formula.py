@@ -32,7 +32,8 @@ _TOKEN = re.compile(
 )
 _GREEK = frozenset(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
-    "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell".split()
+    "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar "
+    "aleph".split()
 )
 _WORDS = sorted((*FUNCTIONS, "sqrt", "cbrt", "pi"), key=len, reverse=True)
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
@@ -222,23 +223,23 @@ class _Parser:
             token = self.peek()
             under = self.group("{") if token == "{" else self.atom()
             return ("root", under, degree)
-        if name in FUNCTIONS:
+        if name in FUNCTIONS and (name != "Gamma" or self.peek() == "("):
             return self.function(name)
         if name == "pi":
             return ("constant", "pi")
-        if name == "vec":  # of i, j or k: a unit vector (normal_form.py)
-            return self.unit_vector()
+        if name in ("vec", "overline"):  # a unit vector (normal_form.py), a conjugate
+            return self.marked_variable(name)
         if name in _GREEK:
             return self.variable(name)
         raise Unreadable
 
-    def unit_vector(self) -> Node:
+    def marked_variable(self, mark: str) -> Node:
         self.take("{")
         name = self.take()
         self.take("}")
-        if name not in UNIT_VECTORS:
+        if not name.isalpha() or (mark == "vec" and name not in UNIT_VECTORS):
             raise Unreadable
-        return ("variable", f"vec {name}")
+        return ("variable", f"{mark} {name}")
 
     def variable(self, name: str) -> Node:
         if self.peek() == "_":
@@ -279,7 +280,7 @@ class _Parser:
         return call if exponent is None else ("^", call, exponent)
 
 
-_ATOMS = frozenset(("frac", "binom", "sqrt", "cbrt", "pi", "vec", *FUNCTIONS, *_GREEK))
+_ATOMS = frozenset(("frac", "binom", "sqrt", "cbrt", "pi", "vec", "overline", *FUNCTIONS, *_GREEK))
 
 
 def _call(name: str, argument: Node, base: Node | None) -> Node:

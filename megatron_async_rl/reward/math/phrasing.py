@@ -37,7 +37,11 @@ _FUNCTION = re.compile(
 _HOLE = re.compile(
     r"(?!.*\\(?:[lg]e|in)(?![A-Za-z]))([^=<>,]*[a-z][^=<>,]*),\s*(?:where\s+|for\s+)?\(?[a-z]\s*\\ne(?![A-Za-z])[^=<>,]*"
 )
+_CONSTANT = re.compile(r"(?<![A-Za-z\\])C(?![A-DF-Za-df-z])")  # C or Ce^x, of integration
+_SMALL_CONSTANT = re.compile(r"(?<![A-Za-z\\])c(?![A-DF-Za-df-z])")
 _ARGUMENT = re.compile(r"(?:[fghpFGHP]\s*\(|[A-Za-z]_\{?)\s*([a-z])\s*[)}]?\s*=")
+_OF_VARIABLES = re.compile(r"^([A-Za-z])\s*\(\s*[a-z](?:\s*,\s*[a-z])*\s*\)\s*=")  # u(x, t) =
+_DERIVATIVE = re.compile(r"^\\frac\s*\{\s*d([a-z])\s*\}\s*\{\s*d[a-z]\s*\}\s*=")
 _SET_NAME = re.compile(  # A \cup B =
     r"^[A-Z\s(]*(?:\\(?:cup|cap|complement)(?![A-Za-z])[A-Z\s()_{}]*)+=\s*(?=\\?[{(\[\\])"
 )
@@ -120,6 +124,9 @@ def bare(text: str) -> str:
             text = _MAPPING.sub("y=", text)
             if len(set(_FUNCTION.findall(text))) == 1:
                 text = _FUNCTION.sub("y=", text)
+        text = _OF_VARIABLES.sub(r"\1=", text)
+    if text.startswith("\\frac"):
+        text = _DERIVATIVE.sub(r"\1'=", text)
     if "\\c" in text:
         text = _SET_NAME.sub("", text)
     if "U" in text:
@@ -167,6 +174,8 @@ def aligned(expected: str, answer: str) -> tuple[str, str]:
         expected, answer = (
             match[1] if (match := _HOLE.fullmatch(text)) else text for text in (expected, answer)
         )
+    if _CONSTANT.search(expected) and not _CONSTANT.search(answer):
+        answer = _SMALL_CONSTANT.sub("C", answer)
     own, other = _ARGUMENT.match(expected), _ARGUMENT.match(answer)
     if own and other and own[1] != other[1] and not _letter(own[1]).search(answer):
         answer = _letter(other[1]).sub(own[1], answer)

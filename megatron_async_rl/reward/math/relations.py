@@ -48,6 +48,7 @@ _INDEX = re.compile(r"_\{?\w+\}?")
 _CHAIN = re.compile(
     r"(?<![A-Za-z\\=])([a-z](?:\s*=\s*[a-z])+)\s*=\s*((?:\\[A-Za-z]+|[^=,;A-Za-z])+)(?=,|;|$|\s+(?:and|or)\b)"
 )
+_PART_NAME = re.compile(r"\b(?:Re|Im|arg)\b")
 _COORDINATE = re.compile(r"([xyz])\s*=")
 _NAMED_PART = re.compile(r"\s*([A-Za-z])\s*=\s*([^=]+)")
 _NAMED = re.compile(r"(?:^|,|;|\band\b|\})\s*([A-Za-z]{1,3})\s*=")
@@ -253,8 +254,10 @@ def is_line(expected: str, gold: Part, given: Equation) -> bool:
     return number_equality.proportional(own, ("-", given.left, given.right))
 
 
-def names_other_coordinate(expected: str, answer: str) -> bool:
-    """Returns True for y = 2 where x = 2 is expected: another line."""
+def names_other(expected: str, answer: str) -> bool:
+    """Returns True for y = 2 instead of x = 2, another line, and Im z > 0 instead of Re z > 0."""
+    if COMPARISON.search(expected) and COMPARISON.search(answer):
+        return set(_PART_NAME.findall(expected)) != set(_PART_NAME.findall(answer))
     names = [_COORDINATE.match(text) for text in (expected, answer)]
     return names[0] is not None and names[1] is not None and names[0][1] != names[1][1]
 

@@ -7,8 +7,9 @@ import re
 _UNITS = frozenset(
     "cm mm km nm dm m kg g mg lb lbs oz ft yd in inch inches feet foot mi mph kph ml mL l L h hr "
     "hrs min mins sec secs s ms Hz kHz MHz GHz rad deg sq cu pm cc ha pt qt gal J kJ N W V A C F K "
-    "Pa kPa mA mV kV kW MW GW kWh dB eV mol KB MB GB TB cents cent US USD EUR GBP INR CAD AUD NZD "
-    "CHF JPY CNY HKD SGD RMB Rs dollars euros pounds units unit percent pts AU st nd rd th".split()
+    "Pa kPa mA mV kV kW MW GW kWh dB eV mol M KB MB GB TB cents cent US USD EUR GBP INR CAD AUD "
+    "NZD CHF JPY CNY HKD SGD RMB Rs dollars euros pounds units unit percent pts AU st nd rd "
+    "th".split()
 )
 _NOT_UNITS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh cis ln log lg exp sqrt cbrt pi "
@@ -24,7 +25,7 @@ _UNIT = re.compile(
     rf"(?<=[\d)}}%\]a-z])(?P<gap>[\s-]*(?:/\s*(?=[A-Za-z]{{3}}))?)(?P<unit>(?<![A-Za-z\\]){_UNIT_PART}"
     rf"(?:(?:\s*(?:/|\\cdot|\*)\s*|\s+){_UNIT_PART}){{0,5}})\s*$"
 )
-_UNIT_SYMBOL = re.compile(r"(?<=\d)\s*\\(?:Omega|mu\s*[A-Za-z]{1,3}|AA)$")
+_UNIT_SYMBOL = re.compile(r"(?<=[\d}])\s*\\(?:Omega|mu\s*[A-Za-z]{1,3}|AA)$")
 _ANGLE_FUNCTION = re.compile(r"sin|cos|tan|cot|sec|csc|cis")
 _ORDINAL = re.compile(r"(?<=\d)\s*\^\s*\{?\s*(?:st|nd|rd|th)\s*\}?$")
 _BRACED = re.compile(r"(?<=\d)\s*\{\s*([A-Za-z]+)\s*\}$")  # of 90{\rm cm}

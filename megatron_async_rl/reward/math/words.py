@@ -14,6 +14,11 @@ _TWO_NAMES = re.compile(r"(\w+) and (\w+)")
 _ARTICLE = re.compile(r"^(?:on |all )?(?:the |an |a )?")
 _NUMBER_SETS = {"Z": "integers", "Q": "rational numbers", "N": "positive integers"}
 _NUMBER_SET = re.compile(r"\\mathbb\s*\{?\s*([ZQN])\s*\}?\s*([\^_]\s*\{?\s*(?:\+|>\s*0)\s*\}?)?")
+_GROUP = re.compile(
+    r"\s*\\mathbb\s*\{?\s*Z\s*\}?\s*(?:_\s*\{?\s*(\w+)\s*\}?|/\s*(\w+?)\s*\\mathbb\s*\{?\s*Z\s*\}?|"
+    r"(\^\s*\{?\s*\d+\s*\}?))?\s*"
+)
+_PRODUCT = re.compile(r"\\oplus|\\cdot|\\bigoplus")
 _NO_WORDS = ("pi", "sin", "cos", "tan", "log", "infinity")
 _AND_OR = re.compile(r"\b(?:and|or)\b")
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*\)?")
@@ -54,10 +59,12 @@ def _fold(text: str) -> str:
 
 
 def read_number_set(text: str) -> Words | None:
-    r"""Reads \mathbb{Z}^+ as positive integers."""
+    r"""Reads \mathbb{Z}^+ as positive integers, and groups: \mathbb{Z}_2 \times \mathbb{Z}."""
     match = _NUMBER_SET.fullmatch(text)
     if match is None:
-        return None
+        factors = [_GROUP.fullmatch(part) for part in _PRODUCT.split(text)]
+        names = [f"Z{one[1] or one[2] or ''}{one[3] or ''}" for one in factors if one]
+        return Words(f"group {sorted(names)}") if len(names) == len(factors) else None
     positive = "positive " if match[2] and match[1] != "N" else ""
     return Words(positive + _NUMBER_SETS[match[1]])
 
