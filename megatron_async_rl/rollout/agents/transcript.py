@@ -19,8 +19,9 @@ import bisect
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from megatron_async_rl.errors import DataError, HookFailed
@@ -147,7 +148,8 @@ def _num_common(a: str, b: str) -> int:
 
 # ---- the rewards that the agent gives
 
-Returned = float | list[float] | dict[int, float] | None
+Reward = Annotated[float, msgspec.Meta(ge=-MAX_REWARD, le=MAX_REWARD)]
+Returned = Reward | list[Reward] | dict[Annotated[int, msgspec.Meta(ge=0)], Reward] | None
 """The reward of the last turn, of every turn, of some turns by number, or none."""
 
 
@@ -158,9 +160,9 @@ class TurnRewards(dict[int, float]):
         """Takes the body of /v1/reward; returns the answer. Raises RequestError."""
         reward: Any = body.get("reward")
         turn = Fields(body).integer("turn", num_turns - 1)
-        if not _is_number(reward):
+        if type(reward) not in (int, float):
             raise RequestError(400, "reward must be a number")
-        if not _is_allowed(reward):
+        if not abs(reward) <= MAX_REWARD:  # or NaN
             raise RequestError(400, f"reward = {reward}, must be finite and at most {MAX_REWARD:g}")
         if not num_turns:
             raise RequestError(400, "no request was answered yet, so there is no turn to reward")
@@ -181,7 +183,7 @@ class TurnRewards(dict[int, float]):
                 )
             self.update(enumerate(returned))
         elif isinstance(returned, dict):
-            if wrong := [turn for turn in returned if not 0 <= turn < num_turns]:
+            if wrong := [turn for turn in returned if turn >= num_turns]:
                 raise HookFailed(
                     f"the agent returned a reward for turn {wrong[0]} of an episode of {num_turns} "
                     "turns",
@@ -193,26 +195,12 @@ class TurnRewards(dict[int, float]):
 
 
 def checked_rewards(value: Any, where: str) -> Returned:
-    """Returns the result of an agent as JSON. Raises HookFailed if it contains no valid rewards."""
-    if value is None:
-        return None
-    numbers, turns = value if isinstance(value, list) else [value], []
-    if isinstance(value, dict):
-        numbers, turns = list(value.values()), list(value)
-    are_turns = all(turn.isdecimal() for turn in turns)
-    if not are_turns or not all(_is_number(number) and _is_allowed(number) for number in numbers):
+    """Returns the result of an agent, given as JSON. Raises HookFailed if it is not rewards."""
+    try:
+        rewards: Returned = msgspec.convert(value, Returned, str_keys=True)
+    except msgspec.ValidationError:
         raise HookFailed(
             f"{where} {value!r}; must be a finite number, a list of one per turn, a mapping "
             "{turn: number}, or None for no reward"
-        )
-    if isinstance(value, dict):
-        return {int(turn): float(number) for turn, number in value.items()}
-    return [float(number) for number in value] if isinstance(value, list) else float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_allowed(reward: float) -> bool:
-    return abs(reward) <= MAX_REWARD  # which is false for NaN
+        ) from None
+    return rewards
