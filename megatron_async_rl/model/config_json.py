@@ -92,8 +92,9 @@ class HfConfig(ConfigFields):
     @property
     def max_positions(self) -> int | None:
         """max_position_embeddings, where given and not extended by rope scaling."""
-        limit = self.raw.get("max_position_embeddings")
-        return None if rotary.is_scaled(self) else limit
+        key = "max_position_embeddings"
+        is_limit = self.raw.get(key) is not None and not rotary.is_scaled(self)
+        return self.integer(key) if is_limit else None
 
     def shape(self, vocab_multiple: int = 1) -> ModelShape:
         """Returns the sizes, with the vocabulary padded to a multiple of `vocab_multiple`.

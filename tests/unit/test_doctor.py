@@ -355,6 +355,11 @@ def test_unsupported_engine_is_rejected(script: str, words: str) -> None:
         preflight(make_config())
 
 
+def test_layers_of_unequal_pipeline_stages_are_shown() -> None:
+    config = make_config(megatron={"pipeline_model_parallel_size": 3})
+    assert "pipeline 3 (layers 1, 2, 1)" in result("trainer layout", config).detail
+
+
 def test_engine_too_old_for_a_setting_is_rejected() -> None:
     make_python(Path("engine/bin/python"), version="0.5.20")
     assert result("engine", make_config()).ok
