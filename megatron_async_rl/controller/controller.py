@@ -40,6 +40,7 @@ import contextlib
 import logging
 import signal
 import time
+from collections.abc import Iterable, Iterator
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.context import Context, EventQueue, MessageArrived
@@ -119,7 +120,7 @@ class Controller:
     def _restore(self) -> None:
         """Rebuilds the state from the journal."""
         self.saving.check_journal()
-        self.core.restore(map(self._seen, self.journal.events()))
+        self.core.restore(self._seen(self.journal.events()))
         self.journal.append(self.core.state.take_events())
         self.publisher.start_epoch(self.core.epoch)
         if self.core.state.ledger.admitted:
@@ -129,13 +130,17 @@ class Controller:
             self.progress.begin_training()
         self.workers.timeline.begin(self.core.version)
 
-    def _seen(self, event: events.AnyEvent) -> events.AnyEvent:
-        """Notes an event of the journal, which is too long to be kept in memory."""
-        if isinstance(event, events.BatchSelected):
-            self.saving.saw(event)
-        elif isinstance(event, events.StepReported):
-            self.progress.restore(event)
-        return event
+    def _seen(self, recorded: Iterable[events.AnyEvent]) -> Iterator[events.AnyEvent]:
+        """Passes the events on, which are too many to be kept, and notes some of them."""
+        held: set[int] = set()  # groups whose samples are not pruned
+        for event in recorded:
+            if isinstance(event, events.SampleReturned):
+                held.add(event.group_id)
+            elif isinstance(event, events.BatchSelected) and held.intersection(event.group_ids):
+                self.saving.saw(event)
+            elif isinstance(event, events.StepReported):
+                self.progress.restore(event)
+            yield event
 
     async def run(self) -> None:
         """Runs to the end and notifies all workers. Raises Error if the run fails.

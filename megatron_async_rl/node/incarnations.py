@@ -67,8 +67,8 @@ class IncarnationFiles:
                 with (self._folder / name).open("rb") as file:
                     mtime_ns = os.fstat(file.fileno()).st_mtime_ns
                     content = msgspec.json.decode(file.read(), type=TrainerIncarnation)
-            except (FileNotFoundError, msgspec.DecodeError):
-                continue
+            except (OSError, msgspec.DecodeError):
+                continue  # not there, or an error of a network file system, which may pass
             if mtime_ns != seen.mtime_ns:
                 seen.content, seen.mtime_ns, seen.at = content, mtime_ns, time.monotonic()
         contents = [seen.content for seen in self._seen.values()]

@@ -106,12 +106,14 @@ class Node:
 
         Raises _Superseded, or Error if the run has failed or another launcher has taken the name.
         """
-        owner = self._claims.owner(self._name)
+        owner, key = self._owner, self._controller_key
+        with contextlib.suppress(OSError):  # of a network file system, which may pass
+            owner, key = self._claims.owner(self._name), controller_key(self._run_dir)
         if owner != self._owner:
             raise Error(
                 f"{self._name} was taken over by {owner}", "to have it back, join here again"
             )
-        if controller_key(self._run_dir) != self._controller_key:
+        if key != self._controller_key:
             self._over_since = -math.inf  # the controller restarted: our launcher restarts us
             return
         newest = self._files.read()

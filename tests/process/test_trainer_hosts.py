@@ -161,6 +161,19 @@ def test_newest_record_wins_and_incarnations_never_decrease(tmp_path: Path) -> N
     assert first.silent(-1) == []  # it has finished
 
 
+def test_record_that_cannot_be_read_keeps_its_last_content(tmp_path: Path) -> None:
+    """A network file system returns errors now and then; they must not restart the trainer."""
+    first, second = (
+        IncarnationFiles(tmp_path, f"trainer-{i}", ["trainer-0", "trainer-1"]) for i in range(2)
+    )
+    second.write(TrainerIncarnation(3, 1, "a"))
+    assert first.read().number == 3
+    (tmp_path / FOLDER / "trainer-1").unlink()
+    (tmp_path / FOLDER / "trainer-1").mkdir()  # reading it raises an OSError
+    assert first.read().number == 3
+    assert first.silent(-1) == ["trainer-1"]  # if it lasts
+
+
 class NodeHarness:
     """Runs nodes in threads, each with a process of one line in place of torchrun."""
 
