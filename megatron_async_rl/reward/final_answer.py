@@ -20,7 +20,7 @@ _MAX_TAIL_CHARS = 2_000  # of an answer that is not boxed: its statement is in t
 
 _STATEMENT = re.compile(
     r"####|\b(?:final\s+)?(?:answer|result|solution|option|choice|ans)\b"
-    r"(?:[^\n.:=]{0,60}?\s*(?:\*\*|__)?\s*(?::|\bis\b|\bare\b|\b(?:should|must|would|will)\s+be\b)|[^\n.:=\d]{0,60}?=(?!=))\s*(?:\*\*(?=[\s:]))?:?",
+    r"(?:[^\n.:=]{0,60}?\s*(?:\*\*|__)?\s*(?::|\bis\b|\bare\b|\b(?:should|must|would|will)\s+be\b(?=[\s:*]*[-+$\\\d(]))|[^\n.:=\d]{0,60}?=(?!=))\s*(?:\*\*(?=[\s:]))?:?",
     re.IGNORECASE,
 )
 # other languages' statements, `Answer -> 5` and `Answer - 5` at the start of a line

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from megatron_async_rl.reward.math import formula, number_equality
 from megatron_async_rl.reward.math.evaluation import (
@@ -122,19 +122,20 @@ def _without(holes: list[Part]) -> Part:
     return Items("union", tuple(Sequence("()", pair) for pair in itertools.pairwise(ends)))
 
 
-def intersection(first: Part | None, second: Part) -> Part | None:
-    r"""Returns where two intervals or unions overlap, such as x > 3 and x \ne 4, else None."""
+def intersection(parts: Iterable[Part]) -> Part | None:
+    r"""Returns where intervals and unions overlap, such as x > 3 and x \ne 4, else None."""
     try:
-        pieces = [_overlap(a, b) for a in _intervals(first) for b in _intervals(second)]
+        first, *others = map(_intervals, parts)
+        for other in others:
+            first = [both for a in first for b in other if (both := _overlap(a, b))]
     except Unreadable:
         return None
-    found = tuple(piece for piece in pieces if piece is not None)
-    if len(found) < 2:
-        return found[0] if found else None
-    return Items("union", found)
+    if len(first) < 2:
+        return first[0] if first else None
+    return Items("union", tuple(first))
 
 
-def _intervals(part: Part | None) -> list[Sequence]:
+def _intervals(part: Part) -> list[Sequence]:
     items = part.items if isinstance(part, Items) else (part,)
     intervals = [item for item in items if isinstance(item, Sequence) and len(item.items) == 2]
     if len(intervals) < len(items):

@@ -92,8 +92,8 @@ def _read(text: str, depth: int) -> Part:
     if "\\cup" in text:
         return Items("union", _read_all(re.split(r"\\cup(?![A-Za-z])", text), depth))
     if "," in text and (without := _WITHOUT.fullmatch(text)):
-        whole, holes = _read(without[1], depth + 1), _read(without[2], depth + 1)
-        rest = relations.intersection(whole, relations.reals_without(holes))
+        whole, removed = _read(without[1], depth + 1), _read(without[2], depth + 1)
+        rest = relations.intersection([whole, relations.reals_without(removed)])
         if is_interval(whole) and rest is not None:
             return rest
     if "\\ne" in text and (holes := _HOLES.fullmatch(text)):
@@ -145,7 +145,7 @@ def _list_of(parts: list[str], depth: int, either: bool = False) -> Items | Part
         return Items("either" if either else "list", _flat_list(items).items)
     if not any(map(relations.COMPARISON.search, parts)):
         return Items("either", items) if either else _flat_list(items)
-    if not either and (overlap := functools.reduce(relations.intersection, items[1:], items[0])):
+    if not either and (overlap := relations.intersection(items)):
         return overlap
     flat: list[Part] = []
     for item in items:
