@@ -42,5 +42,5 @@ def prepare_megatron() -> None:
     gc.disable()  # collections during the imports find nothing and take a sixth of the time
     apply("megatron_cpu")
     apply("megatron_checkpoint")
-    gc.freeze()  # nor do later collections look through what stays
+    gc.freeze()  # later collections then skip the objects that stay
     gc.enable()

@@ -41,7 +41,7 @@ async def _run(run_dir: Path) -> None:
 
 @contextmanager
 def _shown_alive(status: Path) -> Iterator[None]:
-    """Touches status.json in the block, which reads the journal: minutes for millions of events.
+    """Touches status.json while the block reads the journal: minutes for millions of events.
 
     The launcher kills a controller whose file does not change.
     """

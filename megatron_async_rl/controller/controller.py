@@ -131,7 +131,7 @@ class Controller:
         self.workers.timeline.begin(self.core.version)
 
     def _seen(self, recorded: Iterable[events.AnyEvent]) -> Iterator[events.AnyEvent]:
-        """Passes the events on, which are too many to be kept, and notes some of them."""
+        """Yields the events, which are too many to keep, and records some of them."""
         held: set[int] = set()  # groups whose samples are not pruned
         for event in recorded:
             if isinstance(event, events.SampleReturned):

@@ -172,7 +172,7 @@ def last_version(path: Path) -> int:
 
 
 def _start_of_line(file: BinaryIO, end: int) -> int:
-    """Returns the position behind the last line end before `end`; 0 if there is none."""
+    """Returns the position after the last line end before `end`; 0 if there is none."""
     while end > 0:
         start = max(0, end - BLOCK_BYTES)
         file.seek(start)

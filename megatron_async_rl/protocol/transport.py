@@ -46,7 +46,7 @@ LINGER_MS = 2000  # for messages queued at close
 HANDSHAKE_MS = 4000  # a connection that has not authenticated by then is closed
 BACKLOG = 1024  # connections that the kernel holds until they are accepted
 REBIND_S = 30.0  # for an earlier controller's port to become free
-JOIN_S = 600.0  # for the answer to the first hello: the controller may read a long journal
+JOIN_S = 600.0  # for the answer to the first Hello: the controller may read a long journal
 REJOIN_S = 10.0  # for the answer to a Hello; until then no second one is sent
 _REPEATED = (
     messages.GetBatch, weight_messages.PublishOffer, messages.StepDone, messages.CheckpointSaved

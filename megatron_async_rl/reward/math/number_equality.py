@@ -30,7 +30,7 @@ _MIN_ROUNDED_DIGITS = 6  # and places, of a decimal that rounds a fraction or ro
 _UNIT_POWER = re.compile(r"\^\s*\{?\s*-?(\d)")
 _CONTEXT = decimal.Context(prec=60)
 _PI = Decimal("3.141592653589793238462643383279502884197169399375105820974944592")
-_SHARP = Decimal("1e-40")  # relative, of what 60 digits compute
+_SHARP = Decimal("1e-40")  # relative, of values with 60 digits
 _TINY = Decimal("1e-45")
 _COARSE = Decimal("1e-9")  # beyond it another branch of a root or logarithm is the reason
 _TEN: Node = ("call", "log", ("number", Fraction(10)))
@@ -78,7 +78,7 @@ def _same_values(a: Node, b: Node) -> bool:
         left, right = value(a, point), value(b, point)
         if not _same_value(left, right):
             return False
-        # a zero may be what rounding errors have left
+        # a zero may be the rest of rounding errors
         is_exact = left != 0 and isinstance(left, Fraction) and isinstance(right, Fraction)
         if not is_exact and point is first and a != b and _differ(a, b, point):
             return False

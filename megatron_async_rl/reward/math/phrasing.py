@@ -162,7 +162,7 @@ def bare(text: str) -> str:
 
 
 def aligned(expected: str, answer: str) -> tuple[str, str]:
-    r"""Returns both answers with what only one of them says about its variables.
+    r"""Aligns both answers if only one of them has a statement about its variables.
 
     These are `k \in \mathbb{Z}`, `x \ne 3` after a fraction, and the argument of `f(t) = 2t`.
     """
