@@ -479,7 +479,12 @@ def moe_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:
     layouts = {
         "saved": make_config(folder, 2, 1, expert_model_parallel_size=2),
         "loaded": make_config(
-            folder, 1, 2, expert_model_parallel_size=2, num_layers_in_last_pipeline_stage=1
+            folder,
+            1,
+            2,
+            expert_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+            pipeline_model_parallel_layout="Ett|t||tL",
         ),
     }
     steps = {}

@@ -183,7 +183,8 @@ class Checkpointer:
         state = dist_checkpointing.load(self._state(loading=True), str(folder))
         for prefix, model in self._models().items():
             for number, module in enumerate(model.modules):
-                module.load_state_dict(state[f"{prefix}model{number}"])
+                # no entry: a chunk without layers
+                module.load_state_dict(state.get(f"{prefix}model{number}", {}))
             model.optimizer.load_state_dict(state[f"{prefix}optimizer"])
             model.scheduler.load_state_dict(state[f"{prefix}scheduler"])
 
