@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.util import Finalize
@@ -13,6 +14,12 @@ from tiny_model import make_dataset, make_model
 from whole_runs import RunInputs, make_run_inputs
 
 from megatron_async_rl import processes
+
+
+def pytest_collection_finish() -> None:
+    """Gives torch one thread here: others of OpenMP would wait busily on cores that are shared."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
