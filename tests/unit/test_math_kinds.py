@@ -26,6 +26,8 @@ f(x) = x + 1 \text{ and } f(x) = -x <- f(x)=-x \text{ or } f(x)=x+1 ;; x+1, -x
 f(x) = cx <- f(x) = cx \text{ for some constant } c ;; f(x)=cx, c \in \mathbb{R}
 x = 4 <- x-4=0 ;; x = 4.0
 \text{Saturday} <- \text{on Saturday} ;; Saturday
+\text{Yes} <- \text{Yes, it is} ;; Yes, it converges ;; \text{Yes, } f \text{ is continuous}
+\text{Yes} <- yes, always
 \text{Infinitely many} <- \infty ;; \text{infinite} ;; \text{infinitely many solutions}
 \text{all positive integers} <- \mathbb{Z}^+ ;; \mathbb{Z}_{>0} ;; \mathbb{N}
 \text{Alice and Bob} <- Bob and Alice ;; Alice, Bob
@@ -101,13 +103,15 @@ O(n \log n) <- \mathcal{O}(n\log n) ;; O(n\log n)
 \Gamma\left(\frac{1}{2}\right) <- \sqrt{\pi} ;; \Gamma(1/2)
 \nabla f = (2x, 2y) <- 2x\mathbf{i}+2y\mathbf{j} ;; (2x,2y)
 \frac{dy}{dx} = \frac{2x}{3y^2} <- y' = \frac{2x}{3y^2} ;; \frac{2x}{3y^2}
-y = Ce^{2x} <- y(x) = C e^{2x} ;; y = C e^{2x}
+y = Ce^{2x} <- y(x) = C e^{2x} ;; y=ce^{2x}
 y = C_1 e^{x} + C_2 e^{-x} <- y = c_1 e^x + c_2 e^{-x} ;; y(x) = C_1 e^{x} + C_2 e^{-x}
 u(x,t) = e^{-t}\sin x <- u = e^{-t}\sin x ;; e^{-t}\sin x
 \frac{\hbar}{2} <- \hbar/2 ;; \frac{\hbar}{2}
 1.00 \times 10^{-7} \text{ M} <- 10^{-7} ;; 1e-7
 \overline{z} <- \bar{z} ;; \overline{z}
 10^{-3}\ \Omega <- 0.001 ;; 10^{-3}
+\text{No} <- No, it diverges ;; \text{No, because the limit is infinite}
+\text{True} <- True, by compactness ;; true
 0 <- zero ;; \text{zero}
 A = 3, B = -2 <- B=-2, A=3 ;; (3,-2)
 \sqrt{2} <- 1.414214 ;; 1.414213
@@ -173,6 +177,7 @@ f(x) = x + 1 \text{ and } f(x) = -x <- f(x)=x+1 ;; f(x) = -x ;; f(x)=x+1, f(x)=x
 f(x) = cx <- f(x) = x ;; f(x)=c ;; f(x)=cx+d ;; f(x) = c/x
 x = 4 <- y=4 ;; x=-4 ;; x+4=0 ;; x\ne 4
 \text{Saturday} <- Sunday ;; Saturday or Sunday ;; not Saturday ;; Monday
+\text{Yes} <- No ;; not yes ;; Yes or no ;; yes and no
 \text{Infinitely many} <- none ;; 0 ;; finitely many ;; 1
 \text{all positive integers} <- all integers ;; all positive even integers
 \text{all positive integers} <- all positive real numbers ;; all negative integers
@@ -201,6 +206,8 @@ f(x) = 0 \text{ and } f(x) = x <- f(x)=x ;; f(x)=0 ;; f(x) = 0, f(x)=-x ;; f(x)=
 x \equiv 2 \pmod{5} <- x = 5k+3 ;; 5k ;; x = 10k+2 ;; x\equiv 2 \pmod{10}
 \frac{1}{3}(2\mathbf{i}-\mathbf{j}+2\mathbf{k}) <- (2,-1,2) ;; \frac13
 \frac{1}{3}(2\mathbf{i}-\mathbf{j}+2\mathbf{k}) <- \left(\frac23,\frac13,\frac23\right) ;; 1
+\text{No} <- Yes ;; not no ;; None ;; N
+\text{True} <- False ;; not true ;; T or F ;; untrue
 \text{red and blue} <- red or blue ;; red ;; red and green ;; red, blue and green
 \infty <- -\infty ;; 0 ;; finite ;; \text{does not exist}
 12:00 \text{ a.m.} <- noon ;; 12:00 PM ;; 12 ;; 1:00 a.m.

@@ -143,7 +143,9 @@ def _equal(gold: Part, given: Part) -> bool | None:
         if text.text == "infinitely many":
             return other.node == INFINITY
         return numerals.is_quantity(text, number_equality.rational(other), other.unit)
-    return isinstance(text, Words) and isinstance(other, Words) and text.text == other.text
+    if not isinstance(text, Words) or not isinstance(other, Words):
+        return False
+    return text.text in (other.text, other.verdict) or text.verdict == other.text
 
 
 def _equal_all(left: tuple[Part, ...], right: tuple[Part, ...]) -> bool | None:

@@ -218,7 +218,7 @@ def read_quantity(text: str) -> Words | Number | None:
     if factor := _SMALLER_UNITS.get((large, small)):
         total = int(match[1]) * factor + int(match[3])
         values = (large, Fraction(total, factor)), (small, Fraction(total))
-    return Words(f"{match[1]} {large} {match[3]} {small}", values)
+    return Words(f"{match[1]} {large} {match[3]} {small}", values=values)
 
 
 def is_quantity(words: Words, number: Fraction | None, unit: str) -> bool:

@@ -94,6 +94,7 @@ class Congruence:
 @dataclass(frozen=True)
 class Words:
     text: str
+    verdict: str = ""  # the yes of `yes, it is`
     values: tuple[tuple[str, Fraction], ...] = ()  # of 3 hours 30 minutes, in each unit
 
 

@@ -19,6 +19,9 @@ _GROUP = re.compile(
     r"(\^\s*\{?\s*\d+\s*\}?))?\s*"
 )
 _PRODUCT = re.compile(r"\\oplus|\\cdot|\\bigoplus")
+_VERDICT = re.compile(  # Yes, it converges
+    r"(yes|no|true|false),(?!.*\b(?:yes|no|not|true|false|but|if|unless|except|only|or)\b).*", re.I
+)
 _NO_WORDS = ("pi", "sin", "cos", "tan", "log", "infinity")
 _AND_OR = re.compile(r"\b(?:and|or)\b")
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*\)?")
@@ -34,7 +37,7 @@ _LETTER_LIST = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|and|&|,\s*and|\s)\s*\(?[A-J]
 
 
 def read(text: str) -> Words | None:
-    """Returns None for what is not made of words, and for letters that may be variables."""
+    """Returns None for texts other than words, and for letters that may be variables."""
     if _WORD_TEXT.fullmatch(text) is None:
         return None
     letters = sum(map(str.isalpha, _AND_OR.sub("", text)))
@@ -43,7 +46,8 @@ def read(text: str) -> Words | None:
     is_short = letters < 3 and not is_pair and text.casefold() != "no"
     if is_short or text.casefold() in _NO_WORDS:
         return None
-    return Words(_fold(text))
+    verdict = _VERDICT.fullmatch(text)
+    return Words(_fold(text), verdict[1].casefold() if verdict else "")
 
 
 def _fold(text: str) -> str:
