@@ -44,7 +44,7 @@ from megatron_async_rl.model.layout import Layout
 from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.observability.loggers import check_installed
 from megatron_async_rl.program import looked_up_in
-from megatron_async_rl.sandbox.sandbox import Sandbox, SandboxError, SandboxSettings
+from megatron_async_rl.sandbox.sandbox import Sandbox, SandboxError
 
 SETUP = "bash tools/setup_env.sh"
 SGLANG_VERSIONS = ">=0.5.16,<=0.5.23"
@@ -93,7 +93,8 @@ def config_checks(config: Config, say: Say) -> Iterator[Check]:
         yield architecture
         is_known = architecture.ok
         if is_known:
-            yield check("trainer layout", _trainer_layout)
+            trainer = check("trainer layout", _trainer_layout)
+            yield trainer
             yield check("engine layout", _engine_layout)
             if config.rollout.routing_replay:
                 yield check("routing replay", _routing)
@@ -101,7 +102,7 @@ def config_checks(config: Config, say: Say) -> Iterator[Check]:
             if config.has_trainer:
                 yield check("weights type", check_weight_type)
             yield check("disk", check_disk)
-            if not config.on_cpu:
+            if trainer.ok and not config.on_cpu:
                 yield check("GPU memory", lambda _: "; ".join(memory.summary(config)))
     yield check("dataset train", lambda _: _training_data(config, is_known))
     if config.evaluation.sets:
@@ -269,7 +270,7 @@ def _success_rates(config: Config) -> str:
 def _sandbox(config: Config) -> str:
     settings = config.sandbox
     try:
-        with Sandbox(SandboxSettings(settings.python, settings.isolation)) as sandbox:
+        with Sandbox(settings.python, settings.isolation) as sandbox:
             layers = (
                 "namespaces, " if sandbox.has_namespaces else ""
             ) + "limits, Landlock, seccomp"

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from megatron_async_rl import hooks, processes
+from megatron_async_rl.config.sections import SandboxConfig
 from megatron_async_rl.data.code_tests import CodeTests
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.observability.error_log import user_error
@@ -27,7 +28,6 @@ from megatron_async_rl.sandbox.sandbox import (
     Sandbox,
     SandboxError,
     SandboxLost,
-    SandboxSettings,
 )
 
 MATH_MEMORY_BYTES = 4 << 30  # address space of a process that runs the built-in `math`
@@ -48,14 +48,14 @@ _sandbox: Sandbox | None = None
 _runner = asyncio.Runner()  # one event loop for all calls: a client of the user's is bound to it
 
 
-def initialize(function: str, sandbox: SandboxSettings) -> None:
+def initialize(function: str, sandbox: SandboxConfig) -> None:
     """Sets this process's limits and loads its reward function or starts its sandbox."""
     global _function, _load_error, _sandbox
     # pebble's handler would only run once sympy returns to the interpreter
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     processes.die_with_parent()  # the fork server, which dies with the reward worker
     if function == "code":
-        _sandbox = Sandbox(sandbox)
+        _sandbox = Sandbox(sandbox.python, sandbox.isolation)
         try:
             _sandbox.start()
         except SandboxError as e:

@@ -29,7 +29,7 @@ from megatron_async_rl.protocol.messages import MAX_ANSWER, ScoreRequest, ScoreR
 from megatron_async_rl.protocol.user_metrics import MetricFilter
 from megatron_async_rl.reward import math_answer, scoring_process
 from megatron_async_rl.reward.scoring_process import Outcome
-from megatron_async_rl.sandbox.sandbox import Limits, SandboxSettings
+from megatron_async_rl.sandbox.sandbox import Limits
 
 START_TIMEOUT_S = 60.0  # for a scoring process to start and to import the reward function
 MAX_TASKS = 500  # then a scoring process is replaced: sympy's caches only grow
@@ -181,12 +181,11 @@ class RewardWorker:
         if self._function == "math":
             preload.append("math_verify")
         context.set_forkserver_preload(preload)
-        sandbox = SandboxSettings(self._sandbox.python, self._sandbox.isolation)
         self._pool = ProcessPool(
             max_workers=self._config.processes_per_worker,
             max_tasks=MAX_TASKS,
             initializer=scoring_process.initialize,
-            initargs=(self._function, sandbox),
+            initargs=(self._function, self._sandbox),
             context=context,
         )
         self.num_pools += 1

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from megatron_async_rl.config.sections import SandboxConfig
 from megatron_async_rl.rollout.tool_calls import ToolCall
-from megatron_async_rl.sandbox.sandbox import End, Limits, Sandbox, SandboxSettings
+from megatron_async_rl.sandbox.sandbox import End, Limits, Sandbox
 
 # Runs a program so that its errors and its stderr are part of the output.
 _PROGRAM = """\
@@ -59,7 +59,7 @@ class PythonRunner:
         """Runs a program in this thread's sandbox; the kernel ends the sandbox with the thread."""
         settings = self._settings
         if not hasattr(self._local, "sandbox"):
-            self._local.sandbox = Sandbox(SandboxSettings(settings.python, settings.isolation))
+            self._local.sandbox = Sandbox(settings.python, settings.isolation)
         limits = Limits(settings.test_timeout_s, settings.memory_mb << 20)
         result = self._local.sandbox.run(_PROGRAM.format(code=code), b"", limits)
         output = result.output.decode("utf-8", "replace").strip()

@@ -1,6 +1,6 @@
 """Trusted side of the sandbox: starts a zygote, sends it programs, reports how each one ended.
 
-    with Sandbox(SandboxSettings(python="/usr/bin/python3")) as sandbox:
+    with Sandbox("/usr/bin/python3") as sandbox:
         result = sandbox.run(program, b"3 4\n", Limits())         # reads stdin, prints
         result = sandbox.run(program, [[3, 4]], Limits(), "add")  # calls add(3, 4)
 
@@ -62,14 +62,6 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class SandboxSettings:
-    python: str  # the interpreter that runs the programs
-    # the minimum required; namespaces are used wherever the host provides them
-    isolation: Literal["namespaces", "landlock"] = "namespaces"
-    disabled_layers: tuple[str, ...] = ()  # only for tests of the remaining layers
-
-
-@dataclass(frozen=True)
 class Result:
     end: End
     output: bytes
@@ -77,10 +69,19 @@ class Result:
 
 
 class Sandbox:
-    """One zygote; runs one program at a time."""
+    """One zygote; runs one program at a time.
 
-    def __init__(self, settings: SandboxSettings) -> None:
-        self._settings = settings
+    `python`: the interpreter of the programs. `isolation`: the minimum required; namespaces are
+    used wherever the host provides them. `disabled_layers`: for tests of the remaining ones.
+    """
+
+    def __init__(
+        self,
+        python: str,
+        isolation: Literal["namespaces", "landlock"] = "namespaces",
+        disabled_layers: tuple[str, ...] = (),
+    ) -> None:
+        self._python, self._isolation, self._disabled_layers = python, isolation, disabled_layers
         self._zygote: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._num_jobs = 0
@@ -96,11 +97,11 @@ class Sandbox:
 
     def start(self) -> None:
         """Starts the zygote. Raises SandboxError when this host cannot confine as required."""
-        python = self._settings.python
+        python = self._python
         settings = {
-            "isolation": self._settings.isolation,
+            "isolation": self._isolation,
             "readable": _library_folders(python),
-            "disabled_layers": self._settings.disabled_layers,
+            "disabled_layers": self._disabled_layers,
         }
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.num_started += 1
@@ -146,7 +147,7 @@ class Sandbox:
             failure = f"{type(e).__name__}: {e}"
         if failure:
             self.close()
-            raise SandboxError(f"{self._settings.python} runs no program here: {failure}")
+            raise SandboxError(f"{self._python} runs no program here: {failure}")
 
     def close(self) -> None:
         if self._socket is not None:

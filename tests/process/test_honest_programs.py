@@ -15,7 +15,7 @@ from needs import SANDBOX_PYTHON
 from megatron_async_rl.data.code_tests import read_tests
 from megatron_async_rl.reward.code_answer import passes_tests
 from megatron_async_rl.sandbox import jail
-from megatron_async_rl.sandbox.sandbox import Limits, Sandbox, SandboxSettings
+from megatron_async_rl.sandbox.sandbox import Limits, Sandbox
 
 pytestmark = pytest.mark.skipif(
     not (jail.is_supported() and jail.landlock_version() and os.access(SANDBOX_PYTHON, os.X_OK)),
@@ -26,7 +26,7 @@ PATIENT = Limits(wall_s=10.0)  # on a busy machine too
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(SandboxSettings(SANDBOX_PYTHON, isolation="landlock")) as opened:
+    with Sandbox(SANDBOX_PYTHON, isolation="landlock") as opened:
         yield opened
 
 

@@ -32,14 +32,11 @@ from megatron_async_rl.sandbox.sandbox import (
     Sandbox,
     SandboxError,
     SandboxLost,
-    SandboxSettings,
 )
 
 LIMITS = Limits(wall_s=0.6)
 PATIENT = Limits(wall_s=10.0)  # for honest programs, on a busy machine too
-SETTINGS = SandboxSettings(
-    SANDBOX_PYTHON, isolation="landlock"
-)  # with namespaces where the host allows them
+MINIMUM = SANDBOX_PYTHON, "landlock"  # with namespaces where the host allows them
 SECRETS = ["secret-7f3a\n", "secret-91bc\n"]
 TEXTS = CodeTests("", ["3\n", "5\n"], SECRETS)
 SQUARES = CodeTests("", ["3\n", "5\n"], ["9\n", "25\n"])
@@ -55,7 +52,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(SETTINGS) as opened:
+    with Sandbox(*MINIMUM) as opened:
         yield opened
 
 
@@ -180,7 +177,7 @@ def test_each_layer_stops_what_no_other_layer_stops(
     sandbox: Sandbox, layer: str, program: str, shows: str
 ) -> None:
     assert shows not in sandbox.run(program, b"", LIMITS).output.decode()
-    with Sandbox(SandboxSettings(SANDBOX_PYTHON, "landlock", disabled_layers=(layer,))) as weaker:
+    with Sandbox(SANDBOX_PYTHON, "landlock", disabled_layers=(layer,)) as weaker:
         assert shows in weaker.run(program, b"", PATIENT).output.decode()
 
 
@@ -195,13 +192,11 @@ def test_namespaces_keep_a_datagram_in_without_seccomp(sandbox: Sandbox) -> None
         server.bind(("127.0.0.1", 0))
         server.settimeout(0.5)
         program = SENDS.format(port=server.getsockname()[1])
-        with Sandbox(SandboxSettings(SANDBOX_PYTHON, disabled_layers=("seccomp",))) as some:
+        with Sandbox(SANDBOX_PYTHON, disabled_layers=("seccomp",)) as some:
             some.run(program, b"", LIMITS)
         with pytest.raises(TimeoutError):
             server.recv(10)
-        with Sandbox(
-            SandboxSettings(SANDBOX_PYTHON, disabled_layers=("seccomp", "namespaces"))
-        ) as fewer:
+        with Sandbox(SANDBOX_PYTHON, disabled_layers=("seccomp", "namespaces")) as fewer:
             assert fewer.run(program, b"", PATIENT).output == b"sent\n"
         assert server.recv(10) == b"x"
 
@@ -232,7 +227,7 @@ def test_pair_of_sockets_reaches_no_server_of_the_host(sandbox: Sandbox, canary:
         with pytest.raises(TimeoutError):
             server.recv(10)
         layers = ("seccomp", "landlock")
-        with Sandbox(SandboxSettings(SANDBOX_PYTHON, "landlock", disabled_layers=layers)) as s:
+        with Sandbox(SANDBOX_PYTHON, "landlock", disabled_layers=layers) as s:
             assert s.run(program, b"", PATIENT).output == b"1\n"
         assert server.recv(10) == b"x"
 
@@ -259,14 +254,14 @@ print(open(0).read())
 
 @pytest.mark.parametrize("layers", [(), ("namespaces",), ("namespaces", "landlock")])
 def test_input_cannot_be_written_and_no_later_run_sees_it(layers: tuple[str, ...]) -> None:
-    with Sandbox(SandboxSettings(SANDBOX_PYTHON, "landlock", disabled_layers=layers)) as sandbox:
+    with Sandbox(SANDBOX_PYTHON, "landlock", disabled_layers=layers) as sandbox:
         for given in (b"first", b"second"):
             assert sandbox.run(REOPENS_INPUT, given, PATIENT).output == given + b"\n"
 
 
 def test_proc_is_empty_and_streams_have_their_device_names(sandbox: Sandbox) -> None:
     skip_without_namespaces(sandbox)
-    with Sandbox(SandboxSettings(SANDBOX_PYTHON, disabled_layers=("landlock",))) as weaker:
+    with Sandbox(SANDBOX_PYTHON, disabled_layers=("landlock",)) as weaker:
         assert weaker.run("import os\nprint(os.listdir('/proc'))", b"", PATIENT).output == b"[]\n"
     program = "open('/dev/stdout', 'w').write(open('/dev/stdin').read())"
     assert sandbox.run(program, b"3 4", PATIENT).output == b"3 4"
@@ -283,7 +278,7 @@ print(libc.capget(header, data), sum(data), sum(bounds))
 
 def test_programs_have_no_capabilities_in_their_user_namespace(sandbox: Sandbox) -> None:
     skip_without_namespaces(sandbox)
-    with Sandbox(SandboxSettings(SANDBOX_PYTHON, disabled_layers=("seccomp",))) as weaker:
+    with Sandbox(SANDBOX_PYTHON, disabled_layers=("seccomp",)) as weaker:
         assert weaker.run(READS_CAPABILITIES, b"", PATIENT).output == b"0 0 0\n"
 
 
@@ -304,7 +299,7 @@ def test_threads_of_a_program_are_bounded(sandbox: Sandbox) -> None:
     for _ in range(2):  # the threads of the first do not count against the second
         result = sandbox.run(COUNTS_THREADS, b"", PATIENT)
         assert result.output == str(jail.MAX_THREADS).encode()
-    with Sandbox(SandboxSettings(SANDBOX_PYTHON, "landlock", disabled_layers=("namespaces",))) as s:
+    with Sandbox(SANDBOX_PYTHON, "landlock", disabled_layers=("namespaces",)) as s:
         assert s.run(COUNTS_THREADS, b"", PATIENT).end is End.KILLED
         assert_still_works(s)
 
@@ -391,8 +386,8 @@ def python_without_namespaces(tmp_path: Path) -> str:
 
 def test_host_without_the_required_isolation_is_refused(python_without_namespaces: str) -> None:
     with pytest.raises(SandboxError, match=r"no new namespaces: .*not permitted"):
-        Sandbox(SandboxSettings(python_without_namespaces)).start()
-    with Sandbox(SandboxSettings(python_without_namespaces, isolation="landlock")) as sandbox:
+        Sandbox(python_without_namespaces).start()
+    with Sandbox(python_without_namespaces, isolation="landlock") as sandbox:
         assert not sandbox.has_namespaces
         assert_still_works(sandbox)
         for name, text in hostile.ESCAPE.items():
@@ -407,7 +402,7 @@ def test_host_without_the_required_isolation_is_refused(python_without_namespace
 )
 def test_invalid_interpreter_is_refused(python: str, words: str) -> None:
     with pytest.raises(SandboxError, match=words):
-        Sandbox(SandboxSettings(python)).start()
+        Sandbox(python).start()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's programs run as another user")
@@ -418,14 +413,14 @@ def test_interpreter_that_the_programs_user_cannot_read_is_refused_by_folder() -
         (folder / "lib").mkdir()
         (folder / "bin" / "python").symlink_to(SANDBOX_PYTHON)
         with pytest.raises(SandboxError, match=f"user {jail.NOBODY}, which cannot read {folder} "):
-            Sandbox(SandboxSettings(str(folder / "bin" / "python"), "landlock")).start()
+            Sandbox(str(folder / "bin" / "python"), "landlock").start()
     finally:
         shutil.rmtree(folder)
 
 
 def test_interpreter_of_these_tests_runs_programs_or_its_folder_is_named() -> None:
     try:
-        with Sandbox(SandboxSettings(sys.executable, "landlock")) as opened:
+        with Sandbox(sys.executable, "landlock") as opened:
             assert_still_works(opened)
     except SandboxError as e:  # below a folder of root's, without any library
         assert "which cannot read" in str(e), e
@@ -442,7 +437,7 @@ def test_interpreter_that_waits_or_is_a_loop_of_links_is_refused(
     start = time.monotonic()
     for path, words in ((script, "did not start"), (loop, "Too many levels of symbolic links")):
         with pytest.raises(SandboxError, match=words):
-            Sandbox(SandboxSettings(str(path))).start()
+            Sandbox(str(path)).start()
     assert time.monotonic() - start < 20
 
 
@@ -452,11 +447,11 @@ def test_interpreter_that_runs_no_program_is_refused(tmp_path: Path) -> None:
     script.write_text(f'#!/bin/sh\nulimit -v 300000\nexec {SANDBOX_PYTHON} "$@"\n')
     script.chmod(0o755)
     with pytest.raises(SandboxError, match=r"runs no program here: .*could not confine"):
-        Sandbox(SandboxSettings(str(script), "landlock")).start()
+        Sandbox(str(script), "landlock").start()
 
 
 def test_lost_zygote_is_an_error_and_is_replaced_at_once() -> None:
-    with Sandbox(SETTINGS) as sandbox:
+    with Sandbox(*MINIMUM) as sandbox:
         assert_still_works(sandbox)
         children = psutil.Process().children(recursive=True)
         # the first to be killed takes its init with it
@@ -471,7 +466,7 @@ def test_lost_zygote_is_an_error_and_is_replaced_at_once() -> None:
 def test_sandbox_leaves_no_process_and_no_file(sandbox: Sandbox) -> None:
     me = psutil.Process()
     before = {child.pid for child in me.children(recursive=True)}
-    with Sandbox(SETTINGS) as another:
+    with Sandbox(*MINIMUM) as another:
         assert_still_works(another)
         descriptors = me.num_fds()
         for _ in range(100):
@@ -495,7 +490,7 @@ def test_unprivileged_user_is_confined_as_well(sandbox: Sandbox) -> None:
         )
         script = (
             "from megatron_async_rl.sandbox.sandbox import *\n"
-            f"with Sandbox(SandboxSettings({SANDBOX_PYTHON!r})) as sandbox:\n"
+            f"with Sandbox({SANDBOX_PYTHON!r}) as sandbox:\n"
             "    square = sandbox.run('print(int(input()) ** 2)', b'3', Limits())\n"
             "    print(sandbox.has_namespaces, square.output)\n"
             f"    read = sandbox.run({READS_FILE!r}, b'', Limits())\n"

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_async_rl.data.code_tests import CodeTests
 from megatron_async_rl.reward import code_answer
-from megatron_async_rl.sandbox.sandbox import Limits, Sandbox, SandboxSettings
+from megatron_async_rl.sandbox.sandbox import Limits, Sandbox
 
 PROGRAM = "a, b = map(int, input().split())\nprint(a + b)\n"
 ANSWER = f"```python\n{PROGRAM}```"
@@ -42,7 +42,7 @@ def main() -> None:
     plain = rate(1, arguments.seconds, lambda: lambda: run_plainly(arguments.python))
     row = {"cores": os.cpu_count(), "python": arguments.python, "plain_per_s": round(plain, 1)}
     for num_sandboxes in arguments.sandboxes:
-        sandboxes = [Sandbox(SandboxSettings(arguments.python)) for _ in range(num_sandboxes)]
+        sandboxes = [Sandbox(arguments.python) for _ in range(num_sandboxes)]
         for sandbox in sandboxes:
             sandbox.start()
         waiting = iter(sandboxes)
