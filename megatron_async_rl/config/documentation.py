@@ -22,7 +22,8 @@ A run is described by one YAML file, such as [configs/quickstart.yaml](../config
 Settings can be overridden on the command line by their dotted name: `run CONFIG
 staleness.max_staleness=0`. An unknown key, a wrong type or an impossible combination is rejected
 before anything is started, with the setting, its value, the rule and the remedy. The resolved
-configuration is kept as `config.yaml` in `run.dir`.
+configuration is kept as `config.yaml` in `run.dir`. Relative paths start at the folder in which the
+command is typed; `~` and variables are not expanded.
 
 `megatron` and `sglang` pass the settings of Megatron-Core and SGLang through under their own names.
 `run` and `doctor` compare them with the installed versions before anything is started: unknown

@@ -39,7 +39,7 @@ from megatron_async_rl.launcher.session import Session, show
 from megatron_async_rl.launcher.supervisor import Supervisor
 from megatron_async_rl.observability import panel, terminal
 from megatron_async_rl.observability.sample_log import SAMPLES_FILE
-from megatron_async_rl.observability.status import find_status, read_status
+from megatron_async_rl.observability.status import RunStatus, find_status, read_status
 from megatron_async_rl.program import command
 from megatron_async_rl.storage import hook_digests
 from megatron_async_rl.storage.hook_digests import HOOKS_FILE
@@ -98,8 +98,9 @@ def run(
         with processes.temporary_folder() as temporary, session.handle_signals():
             try:
                 here = [name for name in roles.names(config) if name not in elsewhere]
+                previous = find_status(run_dir)
                 session.start(config, here, temporary)
-                _follow(session, console)
+                _follow(session, console, previous)
                 session.wait_for_workers()
             finally:
                 session.stop(console)
@@ -120,11 +121,11 @@ def run(
         return 0
 
 
-def _follow(session: Session, console: Console) -> None:
+def _follow(session: Session, console: Console, previous: RunStatus | None) -> None:
     """Shows the run until it is over."""
     while True:
         try:
-            terminal.follow(session.run_dir, session.poll, console)
+            terminal.follow(session.run_dir, session.poll, console, previous)
             return
         except OSError:  # a full disk below our output: shown again when there is space
             time.sleep(terminal.POLL_S)

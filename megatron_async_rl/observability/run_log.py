@@ -53,6 +53,7 @@ class RunLog:
             self.staleness_worst = earlier.staleness_worst if earlier else None
             self.write_status(
                 RunStatus(
+                    version=earlier.version if earlier else 0,
                     steps=config.run.steps,
                     staleness_limit=self._max_staleness,
                     staleness_worst=self.staleness_worst,

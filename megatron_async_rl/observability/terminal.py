@@ -20,12 +20,18 @@ PLAIN_LINE_S = 5.0  # without a terminal: one line this often before training
 STEP_LINE_S = 60.0  # and during training while no step completes
 
 
-def follow(run_dir: Path, stop: Callable[[], bool], console: Console | None = None) -> None:
-    """Shows the run until `stop()` is true; `stop` is called at every poll."""
+def follow(
+    run_dir: Path,
+    stop: Callable[[], bool],
+    console: Console | None = None,
+    previous: RunStatus | None = None,
+) -> None:
+    """Shows the run until `stop()` is true; `stop` is called at every poll.
+
+    `previous`: the status that an earlier start of the run left, which is not shown.
+    """
     console = console or Console()
-    started, previous = time.monotonic(), find_status(run_dir)
-    if previous and previous.state not in FINAL_STATES:
-        previous = None  # otherwise it may be that of an earlier run
+    started = time.monotonic()
     show(lambda: _read(run_dir, previous, time.monotonic() - started), stop, console)
 
 
@@ -63,7 +69,7 @@ def show(read: Callable[[], RunStatus], stop: Callable[[], bool], console: Conso
 
 
 def _read(run_dir: Path, previous: RunStatus | None, waited_s: float) -> RunStatus:
-    """Returns the status of this run, not the one `previous` that an earlier run left."""
+    """Returns the status of this start, not the one `previous` that an earlier one left."""
     status = find_status(run_dir)
     if status is None or status == previous:
         return RunStatus(message="waiting for the controller", elapsed_s=waited_s)

@@ -77,6 +77,8 @@ def test_stale_and_failed_groups_are_not_filtered() -> None:
         ("reinforce_pp", {"reward/group_std_mean": 0.0, "reward/all_std": 0.5}, False),
         ("reinforce_pp", {"reward/group_std_mean": 0.0, "reward/all_std": 0.0}, True),
         ("gae", {"reward/group_std_mean": 0.0, "reward/all_std": 0.0}, False),
+        ("mine:centered", {"reward/group_std_mean": 0.0, "reward/all_std": 0.0}, True),
+        ("mine:centered", {"reward/group_std_mean": 0.0, "reward/all_std": 0.5}, False),
         ("grpo", {}, False),
     ],
 )

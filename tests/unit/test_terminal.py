@@ -10,7 +10,13 @@ from run_log_builders import log_config
 from megatron_async_rl.__main__ import main
 from megatron_async_rl.observability import panel, terminal
 from megatron_async_rl.observability.run_log import RunLog
-from megatron_async_rl.observability.status import EvaluationResult, RunStatus, ServerStatus
+from megatron_async_rl.observability.status import (
+    EvaluationResult,
+    RunState,
+    RunStatus,
+    ServerStatus,
+    find_status,
+)
 
 
 def make_status(**changes: object) -> RunStatus:
@@ -172,13 +178,19 @@ def test_slow_start_prints_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_end_of_an_earlier_run_is_ignored(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, log_config(tmp_path, loggers=[]))
-    log.write_status(make_status(state="finished"))
+@pytest.mark.parametrize("state", ["finished", "training"])  # ended, or killed
+def test_status_of_an_earlier_start_is_not_shown(tmp_path: Path, state: RunState) -> None:
+    config = log_config(tmp_path, loggers=[])
+    log = RunLog(tmp_path, config)
+    log.write_status(make_status(state=state, version=7))
     log.close()
+    out, previous = io.StringIO(), find_status(tmp_path)
+    terminal.follow(tmp_path, lambda: True, Console(file=out), previous)
+    assert out.getvalue().startswith("starting | waiting for the controller")
+    RunLog(tmp_path, config).close()  # of the restarted controller
     out = io.StringIO()
-    terminal.follow(tmp_path, lambda: True, Console(file=out))
-    assert out.getvalue().startswith("starting")
+    terminal.follow(tmp_path, lambda: True, Console(file=out), previous)
+    assert out.getvalue().startswith("starting | step 7/")
 
 
 def test_terminal_shows_the_panel(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+from megatron_async_rl import hooks
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.core.groups import DropReason
 from megatron_async_rl.controller.journal.events import (
@@ -41,7 +42,9 @@ class SignalMonitor:
 
     def __init__(self, config: Config) -> None:
         self._limit = config.faults.max_filtered_groups
-        self._spread = SPREAD.get(config.algorithm.advantage.estimator, "")
+        estimator = config.algorithm.advantage.estimator
+        self._is_custom = hooks.is_custom(estimator)
+        self._spread = "reward/all_std" if self._is_custom else SPREAD.get(estimator, "")
         self._num_ready = 0
         self._equal_steps = 0  # in a row, without learning signal
         self._begin_row()
@@ -88,10 +91,12 @@ class SignalMonitor:
             return
         self._equal_steps = self._equal_steps + 1 if stats[self._spread] < MIN_SPREAD else 0
         if self._equal_steps == WARN_STEPS:
+            effect = "their advantages are 0, and nothing is learned from them"
+            if self._is_custom:
+                effect = "an estimator that compares samples makes advantages of 0 of them"
             warn(
                 f"all samples that the estimator compares had the same reward in {WARN_STEPS} "
-                f"steps (mean {stats['reward/all_mean']:.3f}): their advantages are 0, and nothing "
-                f"is learned from them; {_REMEDY}"
+                f"steps (mean {stats['reward/all_mean']:.3f}): {effect}; {_REMEDY}"
             )
 
     def _found(self, total: int) -> str:
