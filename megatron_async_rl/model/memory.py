@@ -67,7 +67,11 @@ def server_memory(config: Config, hf: HfConfig) -> ServerMemory:
 
 
 def summary(config: Config) -> list[str]:
-    """Returns lines with the estimates. Raises DataError if config.json cannot be read."""
+    """Returns lines with the estimates.
+
+    Raises DataError if config.json cannot be read, ConfigError if its layers cannot be split over
+    the pipeline.
+    """
     hf = HfConfig(config.model.path)
     lines = []
     if config.has_trainer:

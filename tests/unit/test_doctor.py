@@ -355,6 +355,12 @@ def test_unsupported_engine_is_rejected(script: str, words: str) -> None:
         preflight(make_config())
 
 
+def test_layers_that_do_not_fit_the_pipeline_are_one_problem() -> None:
+    config = make_config(megatron={"pipeline_model_parallel_size": 5})
+    failed = [check.name for check in checks(config) if "pipeline_model_parallel" in check.detail]
+    assert not config.on_cpu and failed == ["trainer layout"]
+
+
 def test_layers_of_unequal_pipeline_stages_are_shown() -> None:
     config = make_config(megatron={"pipeline_model_parallel_size": 3})
     assert "pipeline 3 (layers 1, 2, 1)" in result("trainer layout", config).detail
