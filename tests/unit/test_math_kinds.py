@@ -112,6 +112,10 @@ u(x,t) = e^{-t}\sin x <- u = e^{-t}\sin x ;; e^{-t}\sin x
 10^{-3}\ \Omega <- 0.001 ;; 10^{-3}
 \text{No} <- No, it diverges ;; \text{No, because the limit is infinite}
 \text{True} <- True, by compactness ;; true
+3\text{ R }2 <- 3 r 2 ;; 3\text{ remainder }2
+\text{C and D} <- CD ;; C, D
+\vec{a} + 2\vec{b} <- 2\vec{b}+\vec{a} ;; \vec{a}+2\vec{b}
+x = 2 + t, y = 3 - t <- y=3-t, x=2+t ;; (2+t, 3-t)
 0 <- zero ;; \text{zero}
 A = 3, B = -2 <- B=-2, A=3 ;; (3,-2)
 \sqrt{2} <- 1.414214 ;; 1.414213
@@ -120,6 +124,9 @@ A = 3, B = -2 <- B=-2, A=3 ;; (3,-2)
 \lfloor \log_2 n \rfloor + 1 <- 1+\lfloor\log_2 n\rfloor ;; \lfloor \log_2 n\rfloor+1
 2^{\aleph_0} <- 2^{\aleph_0}
 \operatorname{Re}(z) > 0 <- \text{Re}(z)>0 ;; \Re(z) > 0
+\angle A = 40^\circ, \angle B = 60^\circ <- 40^\circ, 60^\circ
+\angle A = 40^\circ, \angle B = 60^\circ <- \angle B = 60^\circ, \angle A = 40^\circ
+\frac{x-1}{2} = \frac{y+2}{3} = \frac{z}{4} <- \frac{x-1}{2}=\frac{y+2}{3}=\frac{z}{4}
 """
 WRONG = r"""
 1/3 <- 0.333334 ;; 0.3333333334 ;; 0.33333 ;; 33.33\%
@@ -162,6 +169,13 @@ m \neq 0 \text{ and } m < 1 <- m<1, m\ne \frac12
 \operatorname{Re}(z) > 0 <- \text{Im}(z)>0 ;; z>0 ;; \text{Re}(z)<0 ;; \text{Re}(z)\ge0
 \frac{\hbar}{2} <- \hbar ;; \frac{h}{2} ;; \frac{1}{2} ;; 2\hbar ;; \frac{\hbar}{4}
 \overline{z} <- z ;; -z ;; |z| ;; \overline{w} ;; \overline{z}^2
+3\text{ R }2 <- 2 R 3 ;; 3 R 1 ;; 32 ;; 6
+\text{C and D} <- C or D ;; C ;; D ;; B and D
+\angle A = 40^\circ, \angle B = 60^\circ <- \angle A = 60^\circ, \angle B = 40^\circ
+\angle A = 40^\circ, \angle B = 60^\circ <- 60^\circ, 40^\circ ;; 40^\circ ;; 100^\circ
+\vec{a} + 2\vec{b} <- \vec{a}-2\vec{b} ;; 2\vec{a}+\vec{b} ;; \vec{a} ;; 3
+\frac{x-1}{2} = \frac{y+2}{3} = \frac{z}{4} <- \frac{x-1}{2}=\frac{y-2}{3}=\frac{z}{4}
+\frac{x-1}{2} = \frac{y+2}{3} = \frac{z}{4} <- \frac{z}{4} ;; x=1 ;; \frac{x-1}{2}=\frac{y+2}{3}
 21 <- twelve ;; twenty ;; 20 1 ;; 2, 1
 (-\infty, -2] \cup [5, \infty) <- [-2,5] ;; -2 \le x \le 5 ;; x \le -2 \text{ and } x\ge 6
 (-\infty, -2] \cup [5, \infty) <- (-\infty,-2)\cup(5,\infty)
@@ -237,6 +251,7 @@ y = Ce^{2x} <- y=e^{2x} ;; y=Ce^{x} ;; y = C+e^{2x} ;; y=Ce^{-2x}
 y = C_1 e^{x} + C_2 e^{-x} <- y=C_1e^x ;; C_1e^{2x}+C_2e^{-x} ;; e^x+e^{-x}
 y = C_1 e^{x} + C_2 e^{-x} <- y = C_1\cos x+C_2\sin x
 u(x,t) = e^{-t}\sin x <- e^{t}\sin x ;; e^{-t}\cos x ;; \sin x ;; e^{-x}\sin t
+x = 2 + t, y = 3 - t <- (2-t,3+t) ;; (3-t,2+t) ;; (2,3) ;; x=2+t
 """
 RIGHT_TEXTS = r"""
 3, 5 <- $x = \boxed{3}$ and $y = \boxed{5}$ ;; \boxed{3}\ \text{and}\ \boxed{5}

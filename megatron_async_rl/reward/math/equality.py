@@ -64,8 +64,8 @@ def equal(expected: str, answer: str) -> bool | None:
         return bool(equal_texts) if "{cases}" in expected else equal_texts
     try:
         given = structure.read(answer)
-        if relations.needs_expansion(expected, gold, answer, given):  # a = b = 1 is (1, 1)
-            expected, answer = map(relations.expand_chains, (expected, answer))
+        if phrasing.needs_expansion(expected, gold, answer, given):  # a = b = 1 is (1, 1)
+            expected, answer = map(phrasing.expand_chains, (expected, answer))
             gold, given = structure.read(expected), structure.read(answer)
     except Contradiction:
         return False
@@ -126,11 +126,7 @@ def _equal(gold: Part, given: Part) -> bool | None:
         return _equal_matrices(gold, given)
     if isinstance(gold, Ratio) or isinstance(given, Ratio):
         return _equal_ratios(gold, given)
-    if (
-        isinstance(gold, Number)
-        and gold.text.startswith(("\\frac", "-\\frac"))
-        and isinstance(given, Clock)
-    ):
+    if isinstance(given, Clock) and isinstance(gold, Number) and "\\frac" in gold.text[:6]:
         return _equal_ratios(gold, given)  # 17:50 for 17/50
     if isinstance(gold, Sequence) and isinstance(given, Sequence):
         if gold.brackets != given.brackets:
@@ -139,11 +135,13 @@ def _equal(gold: Part, given: Part) -> bool | None:
     if isinstance(gold, Clock) and isinstance(given, Clock):
         return gold.is_same_time(given)
     text, other = (gold, given) if isinstance(gold, Words) else (given, gold)
-    if isinstance(text, Words) and isinstance(other, Number):
+    if not isinstance(text, Words):
+        return False
+    if isinstance(other, Number):
         if text.text == "infinitely many":
             return other.node == INFINITY
         return numerals.is_quantity(text, number_equality.rational(other), other.unit)
-    if not isinstance(text, Words) or not isinstance(other, Words):
+    if not isinstance(other, Words):
         return False
     return text.text in (other.text, other.verdict) or text.verdict == other.text
 
@@ -173,6 +171,8 @@ def _equal_items(gold: Part, given: Part) -> bool | None:
         return _match_all(gold.items, given.items)
     items, other = (gold, given) if isinstance(gold, Items) else (given, gold)
     assert isinstance(items, Items)
+    if items.kind == "chain" and isinstance(last := items.items[-1], Equation):
+        return items is given and _equal(gold, last.right_part)
     if items is given and all(_equal(other, item) for item in items.items):
         return True  # one value in several forms
     if isinstance(other, Matrix) and all(len(row) == 1 for row in other.rows):

@@ -22,7 +22,6 @@ from megatron_async_rl.reward.math.evaluation import (
     read_numeral,
 )
 
-UNIT_VECTORS = ("i", "j", "k")
 _MAX_DEPTH = 40
 _MAX_TOKENS = 400
 
@@ -227,7 +226,7 @@ class _Parser:
             return self.function(name)
         if name == "pi":
             return ("constant", "pi")
-        if name in ("vec", "overline"):  # a unit vector (normal_form.py), a conjugate
+        if name in ("vec", "overline"):  # a vector, a conjugate
             return self.marked_variable(name)
         if name in _GREEK:
             return self.variable(name)
@@ -237,7 +236,7 @@ class _Parser:
         self.take("{")
         name = self.take()
         self.take("}")
-        if not name.isalpha() or (mark == "vec" and name not in UNIT_VECTORS):
+        if not name.isalpha():
             raise Unreadable
         return ("variable", f"{mark} {name}")
 

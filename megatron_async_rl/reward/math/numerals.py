@@ -84,6 +84,7 @@ _SMALLER_UNITS = {
     ("foot", "inch"): 12,
     ("pound", "ounce"): 16,
 }
+_REMAINDER = re.compile(r"(\d+)\s*,?\s+(?:R|r|remainder)\.?\s*(\d+)")  # 3 R 2
 _ANGLE = re.compile(r"(\d{1,9})\s*\^\\circ\s*(\d{1,2})\s*'")
 _DECIMAL = re.compile(r"[-+]?\s*(?:\d[\d,]*)?\.(\d+)")
 _MIXED = re.compile(r"(?<![\d./}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
@@ -207,6 +208,8 @@ def read_quantity(text: str) -> Words | Number | None:
     """Reads a quantity in two units: 5 feet 3 inches, 3 dollars and 54 cents, 45 degrees 30'."""
     if "'" in text and (angle := _ANGLE.fullmatch(text)):
         return Number(("number", int(angle[1]) + Fraction(int(angle[2]), 60)), text)
+    if division := _REMAINDER.fullmatch(text):
+        return Words(f"{division[1]} remainder {division[2]}")
     if (match := _QUANTITY.fullmatch(text)) is None:
         return None
     large, small = (_UNIT_NAMES.get(match[i].lower()) for i in (2, 4))

@@ -33,7 +33,9 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Items:
-    """Items in any order: "list", "set", "union", or "either" for intervals or points with `or`."""
+    """Items in any order: "list", "set", "union", "either" for intervals or points with `or`,
+    "cases" for pairs of a value and a condition, "chain" for equations such as (x-1)/2 = y/3 = z.
+    """
 
     kind: str
     items: tuple[Part, ...]

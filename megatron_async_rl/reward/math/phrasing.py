@@ -9,6 +9,7 @@ import re
 
 from megatron_async_rl.reward.math import normal_form, numerals
 from megatron_async_rl.reward.math.evaluation import TooLarge, Unreadable, value
+from megatron_async_rl.reward.math.parts import Items, Part, Sequence
 
 _OUTWARD = re.compile(r"^([\[\]])([^\[\]()]*[,;][^\[\]()]*)([\[\]])$")  # ]1,2[ is (1,2)
 _ELEMENT = re.compile(
@@ -39,6 +40,9 @@ _HOLE = re.compile(
 )
 _CONSTANT = re.compile(r"(?<![A-Za-z\\])C(?![A-DF-Za-df-z])")  # C or Ce^x, of integration
 _SMALL_CONSTANT = re.compile(r"(?<![A-Za-z\\])c(?![A-DF-Za-df-z])")
+_CHAIN = re.compile(
+    r"(?<![A-Za-z\\=])([a-z](?:\s*=\s*[a-z])+)\s*=\s*((?:\\[A-Za-z]+|[^=,;A-Za-z])+)(?=,|;|$|\s+(?:and|or)\b)"
+)
 _ARGUMENT = re.compile(r"(?:[fghpFGHP]\s*\(|[A-Za-z]_\{?)\s*([a-z])\s*[)}]?\s*=")
 _OF_VARIABLES = re.compile(r"^([A-Za-z])\s*\(\s*[a-z](?:\s*,\s*[a-z])*\s*\)\s*=")  # u(x, t) =
 _DERIVATIVE = re.compile(r"^\\frac\s*\{\s*d([a-z])\s*\}\s*\{\s*d[a-z]\s*\}\s*=")
@@ -192,6 +196,20 @@ def _share_condition(expected: str, answer: str) -> tuple[str, str]:
     if len(names) == 1:
         texts[index] += f", {names.pop()} \\in \\mathbb{{Z}}"
     return texts[0], texts[1]
+
+
+def needs_expansion(expected: str, gold: Part, answer: str, given: Part) -> bool:
+    """Returns whether x = y = 0 is to be compared with a tuple, a list or another chain."""
+    chains = [_CHAIN.search(text) is not None for text in (expected, answer)]
+    several = [isinstance(part, Sequence | Items) for part in (gold, given)]
+    return all(chains) or (chains[0] and several[1]) or (chains[1] and several[0])
+
+
+def expand_chains(text: str) -> str:
+    """Returns `x = 0, y = 0, z = 5` for `x = y = 0, z = 5`."""
+    return _CHAIN.sub(
+        lambda m: ", ".join(f"{name.strip()} = {m[2].strip()}" for name in m[1].split("=")), text
+    )
 
 
 def _letter(name: str) -> re.Pattern[str]:

@@ -45,13 +45,10 @@ _NAME = re.compile(
 )
 _SUM = re.compile(r"[\w)}|]\s*[-+]\s*[\w(\\|]")
 _INDEX = re.compile(r"_\{?\w+\}?")
-_CHAIN = re.compile(
-    r"(?<![A-Za-z\\=])([a-z](?:\s*=\s*[a-z])+)\s*=\s*((?:\\[A-Za-z]+|[^=,;A-Za-z])+)(?=,|;|$|\s+(?:and|or)\b)"
-)
 _PART_NAME = re.compile(r"\b(?:Re|Im|arg)\b")
-_COORDINATE = re.compile(r"([xyz])\s*=")
+_COORDINATE = re.compile(r"([xyz])\s*=[^=]*")
 _NAMED_PART = re.compile(r"\s*([A-Za-z])\s*=\s*([^=]+)")
-_NAMED = re.compile(r"(?:^|,|;|\band\b|\})\s*([A-Za-z]{1,3})\s*=")
+_NAMED = re.compile(r"(?:^|,|;|\band\b|\})\s*(?:m?\s*\\angle\s*)?([A-Za-z]{1,3})\s*=")
 _LOW_END, _HIGH_END = Number(NEGATIVE_INFINITY, ""), Number(INFINITY, "")
 
 
@@ -185,6 +182,8 @@ def read_equation(text: str, depth: int, read: Reader) -> Part:
         chain = [number for side in sides if (number := _read_plain(side))]
         if any(not number_equality.equal_numbers(number, chain[-1]) for number in chain):
             raise Contradiction
+        if len(sides) > 2 and not name and not chain:
+            return _read_equal_ratios(sides)
         if len(sides) > 2 or len(chain) == 2:
             return read(sides[-1], depth + 1)
     right = read(sides[1], depth + 1)
@@ -199,6 +198,15 @@ def read_equation(text: str, depth: int, read: Reader) -> Part:
             raise Contradiction
         return right  # (4/2, 6/2) = (2, 3)
     return Equation(_left_node(left), right.node, name, right)
+
+
+def _read_equal_ratios(sides: list[str]) -> Part:
+    """Reads a line such as (x-1)/2 = (y+2)/3 = z/4; if all sides are the same formula, that."""
+    numbers = [read_number(side) for side in sides]
+    if all(number_equality.equal_numbers(number, numbers[-1]) for number in numbers):
+        return numbers[-1]
+    pairs = itertools.pairwise(numbers)
+    return Items("chain", tuple(Equation(a.node, b.node, False, b) for a, b in pairs))
 
 
 def _same_items(left: Part, right: Sequence) -> bool:
@@ -232,20 +240,6 @@ def _left_node(left: str) -> Node:
         return ("variable", left)  # such as an operation of the question: 3 \# 4
 
 
-def needs_expansion(expected: str, gold: Part, answer: str, given: Part) -> bool:
-    """Returns whether x = y = 0 is to be compared with a tuple, a list or another chain."""
-    chains = [_CHAIN.search(text) is not None for text in (expected, answer)]
-    several = [isinstance(part, Sequence | Items) for part in (gold, given)]
-    return all(chains) or (chains[0] and several[1]) or (chains[1] and several[0])
-
-
-def expand_chains(text: str) -> str:
-    """Returns `x = 0, y = 0, z = 5` for `x = y = 0, z = 5`."""
-    return _CHAIN.sub(
-        lambda m: ", ".join(f"{name.strip()} = {m[2].strip()}" for name in m[1].split("=")), text
-    )
-
-
 def is_line(expected: str, gold: Part, given: Equation) -> bool:
     """Returns whether x - 4 = 0 is the expected x = 4, which was read as the number 4."""
     name = _COORDINATE.match(expected)
@@ -259,7 +253,7 @@ def names_other(expected: str, answer: str) -> bool:
     """Returns True for y = 2 instead of x = 2, another line, and Im z > 0 instead of Re z > 0."""
     if COMPARISON.search(expected) and COMPARISON.search(answer):
         return set(_PART_NAME.findall(expected)) != set(_PART_NAME.findall(answer))
-    names = [_COORDINATE.match(text) for text in (expected, answer)]
+    names = [_COORDINATE.fullmatch(text) for text in (expected, answer)]
     return names[0] is not None and names[1] is not None and names[0][1] != names[1][1]
 
 

@@ -83,6 +83,12 @@ def equal_choices(expected: str, answer: str) -> bool | None:
         if chosen := _chosen(text):
             return chosen == choice[1]
         return False if _LABELLED.match(text) else None  # A) E, or several
+    if _LETTER_LIST.fullmatch(gold):
+        text = unwrap_text(answer)
+        if "or" in text.split():
+            return False
+        if _LETTER_LIST.fullmatch(text) or _LETTERS.fullmatch(text):
+            return sorted(re.findall("[A-J]", text)) == sorted(re.findall("[A-J]", gold))
     if _LETTERS.fullmatch(gold):
         text = unwrap_text(answer)
         if _LETTER_LIST.fullmatch(text):  # B, C for BC, in its order
