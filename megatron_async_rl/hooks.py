@@ -103,6 +103,8 @@ def check_name(setting: str, value: str | None) -> None:
     """
     if value is not None and value not in HOOKS[setting].built_in and not _CUSTOM.fullmatch(value):
         raise _cannot_load(setting, value, "it is neither a known name nor package.module:name")
+    if value is not None and ".py:" in value:
+        raise _cannot_load(setting, value, "it names a file, not a module: leave .py out")
 
 
 def load(setting: str, value: str) -> Any:
@@ -117,7 +119,11 @@ def load(setting: str, value: str) -> Any:
     try:
         loaded = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as e:  # a user's module may raise anything
-        raise _cannot_load(setting, value, f"{type(e).__name__}: {e}{_place(e)}") from e
+        error = _cannot_load(setting, value, f"{type(e).__name__}: {e}{_place(e)}")
+        if isinstance(e, ModuleNotFoundError) and f"{e.name}." not in f"{module}.":
+            remedy = f"install {e.name} for {sys.executable}, or put its folder on PYTHONPATH"
+            raise ConfigError(error.problem, remedy) from e
+        raise error from e
     if problem := _signature_problem(loaded, hook):
         raise _cannot_load(setting, value, problem)
     return loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import TYPE_CHECKING
 
 from megatron_async_rl import hooks
@@ -260,6 +261,14 @@ def _check_agent(config: Config) -> None:
             "exclude each other",
             "set one of them",
         )
+    try:
+        command = shlex.split(rollout.agent_command or "agent")
+    except ValueError as e:
+        raise ConfigError(
+            f"rollout.agent_command = {rollout.agent_command}: {e}", "quote it as in a shell"
+        ) from None
+    if not command:
+        raise ConfigError("rollout.agent_command is empty", "name a program, or remove it")
     if rollout.workflow != "single_turn":
         raise ConfigError(
             f"rollout.workflow = {rollout.workflow} has no effect with an agent",

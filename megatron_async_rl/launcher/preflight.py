@@ -31,6 +31,7 @@ from megatron_async_rl.installed import Say
 from megatron_async_rl.launcher import gpus, roles
 from megatron_async_rl.launcher.checks.disk import check_disk, check_run_folder, size_text
 from megatron_async_rl.launcher.checks.settings import (
+    check_agent_command,
     check_hooks,
     check_megatron,
     check_sglang,
@@ -113,6 +114,8 @@ def config_checks(config: Config, say: Say) -> Iterator[Check]:
         yield check("sandbox", _sandbox)
     if custom_hooks(config) or config.rollout.workflow_options:
         yield check("hooks", check_hooks)
+    if config.rollout.agent_command is not None:
+        yield check("agent", check_agent_command)
     yield check("megatron settings", lambda _: check_megatron(config, say))
     yield check("sglang settings", lambda _: check_sglang(config, say))
     yield check("loggers", check_installed)

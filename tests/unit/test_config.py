@@ -157,6 +157,14 @@ def test_missing_section_is_rejected() -> None:
         load.from_tree(incomplete)
 
 
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [('node "agent.js', ": No closing quotation; quote it as in a shell"), (" ", "is empty; name")],
+)
+def test_agent_command_is_read_as_a_shell_does(command: str, problem: str) -> None:
+    assert problem in error_text(**{"rollout.agent_command": command})
+
+
 @pytest.mark.parametrize("path", ["~/runs/a", "$SCRATCH/a"])
 @pytest.mark.parametrize("key", ["run.dir", "model.path", "data.train", "data.filter.run"])
 def test_path_that_only_a_shell_expands_is_refused(key: str, path: str) -> None:

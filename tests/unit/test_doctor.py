@@ -575,6 +575,12 @@ def test_doctor_accepts_a_login_node_of_a_cluster_with_gpus(
         assert check.ok == ok and "needs 2 GPUs on this host, which has 0" in check.detail
 
 
+def test_program_of_an_agent_is_found_before_the_start() -> None:
+    with pytest.raises(ConfigError, match=r"agent_command = absent agent\.js: there is no pr"):
+        preflight(make_config(rollout={"agent_command": "absent agent.js"}))
+    assert result("agent", make_config(rollout={"agent_command": "sh -c true"})).ok
+
+
 def test_every_hook_that_cannot_be_loaded_is_named() -> None:
     changes = {"reward": {"function": "none:f"}, "rollout": {"workflow": "json:dumps"}}
     with pytest.raises(

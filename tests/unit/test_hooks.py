@@ -59,6 +59,7 @@ def config_with(**changes: object) -> Config:
         ("reward.function", "our_hooks:two", "its parameters (prompt, response) are not"),
         ("reward.function", "our_hooks:swapped", "in another order than ('prompt', 'response'"),
         ("reward.function", "no_such_module:f", "No module named 'no_such_module'"),
+        ("reward.function", "our_hooks.py:three", "it names a file, not a module: leave .py out"),
         ("data.reader", "our_broken_hooks:f", "our_broken_hooks.py, line 2)"),
         ("rollout.workflow", "our_hooks:three", "it is a function, not a class"),
         ("rollout.workflow", "our_hooks:Needs", "constructor needs arguments"),
@@ -73,6 +74,12 @@ def test_hook_that_cannot_be_used_is_named_with_its_remedy(
     text = str(refused.value)
     assert text.startswith(f"{setting} = {value!r} cannot be loaded: ") and "\n" not in text
     assert "PYTHONPATH" in text and all(name in text for name in hooks.HOOKS[setting].built_in)
+
+
+def test_package_that_a_hook_needs_is_to_be_installed(module: str, tmp_path: Path) -> None:
+    (tmp_path / "our_hooks.py").write_text("import no_such_package.part\n")
+    with pytest.raises(ConfigError, match=r"py, line 1\); install no_such_package for /"):
+        hooks.load("reward.function", "our_hooks:three")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +176,8 @@ def test_changed_hook_is_said_at_the_next_start(module: str, tmp_path: Path) -> 
 def test_checkpoint_manifest_has_the_hooks(module: str, tmp_path: Path) -> None:
     folder = tmp_path / checkpoints.FOLDER / "v000001"
     folder.mkdir(parents=True)
-    checkpoints.write_digests(folder, 0, [])
+    (folder / "weights").write_bytes(b"1")
+    checkpoints.write_digests(folder, 0, ["weights"])
     without = checkpoints.commit(tmp_path, 1, folder.name, 0, 0)
     assert without.hooks == {} and checkpoints.list_manifests(tmp_path) == [without]
     hook_digests.record(tmp_path, config_with(**{"reward.function": "our_hooks:three"}))

@@ -7,6 +7,8 @@ hook may do anything when it is imported, of one that has this launcher's module
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -111,6 +113,18 @@ def check_weight_type(config: Config) -> str:
         )
     engine_types.convolution_dtype(config)
     return sent
+
+
+def check_agent_command(config: Config) -> str:
+    """Raises ConfigError if the program of rollout.agent_command is not on this host."""
+    command = config.rollout.agent_command or ""
+    program = shlex.split(command)[0]
+    if (found := shutil.which(program)) is None:
+        raise ConfigError(
+            f"rollout.agent_command = {command}: there is no program {program}",
+            "install it, put its folder on PATH, or write its path",
+        )
+    return found
 
 
 def check_hooks(config: Config) -> str:
