@@ -136,7 +136,8 @@ def run_sample(folder: Path, act: Callable[[], Any], cancel: bool) -> list[Messa
     config = load.from_tree(config_tree(**{"model.path": str(model)}))
 
     async def run() -> list[Message]:
-        link, server = RecordedLink(), SimpleNamespace(client=None, started_from=None)
+        link, client = RecordedLink(), SimpleNamespace(version=(0, 5, 21))
+        server = SimpleNamespace(client=client, started_from=None)
         worker = RolloutWorker("rollout-0", config, link, server, Flow(act))  # type: ignore[arg-type]
         lease = Generate(1, 2, 1, [0], "train", PROMPT, 8, 1.0)
         task = asyncio.create_task(worker._run_sample(lease, 0, None))
