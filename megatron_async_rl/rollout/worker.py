@@ -21,6 +21,7 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -48,7 +49,15 @@ from megatron_async_rl.rollout.workflow import Workflow
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 2.0
 FAILURE_PAUSE_S = 1.0  # a dying server fails all samples at once; its end is to be reported first
+BLOCKED_S = 5.0  # of the event loop, before it is warned of; less happens on a loaded host
 HAND_IN_S = 5.0  # for samples in flight to reach the controller before this process ends
+
+
+async def sleep_late(seconds: float) -> float:
+    """Sleeps, and returns how many seconds too late the event loop came back."""
+    began = time.monotonic()
+    await asyncio.sleep(seconds)
+    return time.monotonic() - began - seconds
 
 
 class RolloutWorker:
@@ -151,7 +160,14 @@ class RolloutWorker:
                 await self._client.load(),
             )
             await self._link.send(heartbeat)
-            await asyncio.sleep(HEARTBEAT_S)
+            blocked_s = await sleep_late(HEARTBEAT_S)
+            if blocked_s > BLOCKED_S:
+                logger.warning(
+                    "all samples of this worker stood still for %.0f s: if rollout.workflow = %s "
+                    "waits or computes so long, it must await asyncio.to_thread(...)",
+                    blocked_s,
+                    self._config.rollout.workflow,
+                )
 
     async def _probe(self) -> None:
         """Raises EngineError if the server generates nothing after a request timed out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_async_rl.protocol.messages import Generated, Hello, ScoreRequest
 from megatron_async_rl.protocol.types import NOT_GENERATED, Sample
 from megatron_async_rl.rollout.python_runner import PythonRunner, shortened
 from megatron_async_rl.rollout.tool_calls import BadCall, ToolCall
+from megatron_async_rl.rollout.worker import sleep_late
 from megatron_async_rl.rollout.workflows.multi_turn_math import FEEDBACK, MultiTurnMath
 from megatron_async_rl.rollout.workflows.python_tool import find_calls
 
@@ -218,3 +220,13 @@ def test_context_is_never_trained(tokenizer: Tokenizer, tmp_path: Path) -> None:
     trained = np.flatnonzero(sample.versions != NOT_GENERATED)
     assert tokenizer.decode_all(sample.ids[trained].tolist()) == f"5{END}6{END}"
     assert not sample.logprobs[sample.versions == NOT_GENERATED].any()
+
+
+def test_workflow_that_blocks_its_worker_is_noticed() -> None:
+    async def late() -> float:
+        sleeping = asyncio.create_task(sleep_late(0.01))
+        await asyncio.sleep(0)
+        time.sleep(0.2)  # noqa: ASYNC251 as a workflow that does not await
+        return await sleeping
+
+    assert asyncio.run(late()) > 0.1
