@@ -182,8 +182,8 @@ def read_equation(text: str, depth: int, read: Reader) -> Part:
         chain = [number for side in sides if (number := _read_plain(side))]
         if any(not number_equality.equal_numbers(number, chain[-1]) for number in chain):
             raise Contradiction
-        if len(sides) > 2 and not name and not chain:
-            return _read_equal_ratios(sides)
+        if len(sides) > 2 and not (name or chain) and (ratios := _read_equal_ratios(sides)):
+            return ratios
         if len(sides) > 2 or len(chain) == 2:
             return read(sides[-1], depth + 1)
     right = read(sides[1], depth + 1)
@@ -200,11 +200,14 @@ def read_equation(text: str, depth: int, read: Reader) -> Part:
     return Equation(_left_node(left), right.node, name, right)
 
 
-def _read_equal_ratios(sides: list[str]) -> Part:
-    """Reads a line such as (x-1)/2 = (y+2)/3 = z/4; if all sides are the same formula, that."""
-    numbers = [read_number(side) for side in sides]
+def _read_equal_ratios(sides: list[str]) -> Part | None:
+    """Reads a line such as (x-1)/2 = (y+2)/3 = z/4; None if all sides are the same formula."""
+    try:
+        numbers = [read_number(side) for side in sides]
+    except Unreadable:
+        return None
     if all(number_equality.equal_numbers(number, numbers[-1]) for number in numbers):
-        return numbers[-1]
+        return None
     pairs = itertools.pairwise(numbers)
     return Items("chain", tuple(Equation(a.node, b.node, False, b) for a, b in pairs))
 
