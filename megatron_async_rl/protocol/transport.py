@@ -47,6 +47,7 @@ HANDSHAKE_MS = 4000  # a connection that has not authenticated by then is closed
 BACKLOG = 1024  # connections that the kernel holds until they are accepted
 REBIND_S = 30.0  # for an earlier controller's port to become free
 JOIN_S = 600.0  # for the answer to the first Hello: the controller may read a long journal
+RESEND_S = 120.0  # without an answer; a connection that breaks loses what was under way
 REJOIN_S = 10.0  # for the answer to a Hello; until then no second one is sent
 _REPEATED = (
     messages.GetBatch, weight_messages.PublishOffer, messages.StepDone, messages.CheckpointSaved
@@ -259,8 +260,8 @@ class Link:
 class SyncLink:
     """A worker's socket for code that blocks: the trainer.
 
-    Repeats its unanswered reports and requests to a restarted controller; both ends accept
-    duplicates.
+    Repeats its unanswered reports and requests to a restarted controller, and after RESEND_S; both
+    ends accept duplicates.
     """
 
     ended: messages.Shutdown | None = None  # set when it was received, by any call
@@ -273,6 +274,7 @@ class SyncLink:
         self._hello: Hello | None = None
         self._rejoining = _Rejoining()
         self._unanswered: list[Message] = []
+        self._silent_since = time.monotonic()  # last message of the controller, or report to it
 
     @property
     def own_address(self) -> str:
@@ -297,7 +299,12 @@ class SyncLink:
                 message = self._receive(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
                 self._send(messages.Heartbeat())  # makes a restarted controller send RejoinRequest
+                if time.monotonic() - self._silent_since > RESEND_S:
+                    self._silent_since = time.monotonic()
+                    for again in self._unanswered:
+                        self._send(again)
                 raise
+            self._silent_since = time.monotonic()
             if isinstance(message, messages.RejoinRequest) and self._hello is not None:
                 if self._rejoining.needs_hello():
                     for again in (self._hello, *self._unanswered):
@@ -326,6 +333,7 @@ class SyncLink:
     def send(self, message: Message) -> None:
         if isinstance(message, _REPEATED):
             self._unanswered.append(message)
+            self._silent_since = time.monotonic()
         self._send(message)
 
     def _receive(self, timeout_s: float) -> AnyMessage:

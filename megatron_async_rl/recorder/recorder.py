@@ -95,10 +95,12 @@ class Recorder:
     def offer(self, version: int) -> bool:
         """Lets the servers relabel their weights as `version`; returns False if the run is over."""
         self._link.send(weight_messages.PublishOffer(version, 0, 1, [], "gloo"))
-        while not isinstance(message := self._receive(), weight_messages.Published):
-            if isinstance(message, messages.Shutdown):
-                return False
-        return True
+        while True:
+            match message := self._receive():
+                case messages.Shutdown():
+                    return False
+                case weight_messages.Published() if message.version >= version:
+                    return True  # an earlier one: that version was offered twice
 
     def _receive(self) -> AnyMessage:
         """Waits without a limit: the controller keeps the deadlines and ends the run."""

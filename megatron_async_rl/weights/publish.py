@@ -148,6 +148,8 @@ class WeightPublisher:
                 case weight_messages.WriteSnapshot():
                     self._broadcast_command(Command.SEND_AND_DIGEST)
                     link.send(self._write_snapshot(message))
+                case weight_messages.Published() if message.version < version:
+                    pass  # an earlier version was offered twice
                 case weight_messages.Published() | messages.Shutdown():
                     self._broadcast_command(Command.DONE)
                     return isinstance(message, weight_messages.Published)

@@ -438,6 +438,33 @@ def test_workers_rejoin_a_restarted_controller_and_repeat_requests(
     assert (tmp_path / "controller.address").read_text() == address
 
 
+def test_request_without_an_answer_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that breaks loses the message under way, and the controller knows the worker."""
+    monkeypatch.setattr(transport, "RESEND_S", 0.1)
+
+    async def test(hub: Hub) -> None:
+        sync = SyncLink(tmp_path)
+        trainer = Hello("trainer", "trainer-0", 1, leader=0)
+        joined = asyncio.create_task(asyncio.to_thread(sync.join, trainer))
+        peer = await welcome(hub)
+        await joined
+        sync.send(GetBatch(4))
+        assert (await hub.receive())[1] == GetBatch(4)
+        with pytest.raises(TimeoutError):
+            await asyncio.to_thread(sync.receive, 0.2)
+        assert [(await hub.receive())[1] for _ in range(2)] == [Heartbeat(), GetBatch(4)]
+        await hub.send(peer, TrainBatch(4, []))
+        assert await asyncio.to_thread(sync.receive, 5.0) == TrainBatch(4, [])
+        with pytest.raises(TimeoutError):
+            await asyncio.to_thread(sync.receive, 0.2)
+        assert [type(m) for m in await received_in(hub, 0.1)] == [Heartbeat]
+        sync.close()
+
+    run_with_hub(tmp_path, test)
+
+
 LINK_PROGRAM = """
 import asyncio, resource, sys
 from pathlib import Path

@@ -282,6 +282,27 @@ def test_offer_of_a_trainer_that_has_restarted_is_void(tmp_path: Path, model: Pa
     assert [message for _, message in cluster.log] == [Published(1, 0)] * 2
 
 
+def test_offer_that_is_repeated_starts_no_second_update(tmp_path: Path, model: Path) -> None:
+    """The trainer has left the update by then, and waits for a batch."""
+    cluster = Cluster(tmp_path, model)
+    updates, offers = cluster.updates, [PublishOffer(0, n, 2, [], "gloo") for n in range(2)]
+
+    async def body() -> None:
+        for name in SERVERS:
+            cluster.core.handle(inputs.ServerUpdated(name, version=0), 0.0)
+        for round_ in range(2):
+            for offer in offers:
+                updates.offered(f"trainer-{offer.source}", offer)
+            if round_ == 0:
+                assert await updates.next() == 0
+        cluster.core.handle(inputs.RolloutJoined("rollout-1", 4), 0.0)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(updates.next(), 0.05)
+        assert cluster.log == [(f"trainer-{n}", Published(0, 0)) for n in range(2)]
+
+    in_loop(body)
+
+
 def test_stale_server_catches_up_within_max_staleness(tmp_path: Path, model: Path) -> None:
     cluster = Cluster(tmp_path, model)
     core, fleet = cluster.core, cluster.core.fleet.rollout

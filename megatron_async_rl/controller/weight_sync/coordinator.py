@@ -48,6 +48,7 @@ class UpdateCoordinator:
         self._catch_up = catch_up
         self._offers: dict[str, PublishOffer] = {}  # by weight source
         self._all_offered = asyncio.Event()
+        self._taken: dict[str, int] = {}  # version of the last offer that `next` took, by source
         self._num_joined_sources = 0
         self._requested_for: frozenset[str] = frozenset()  # servers that caused a Republish
         self._being_updated: frozenset[str] = frozenset()
@@ -63,6 +64,9 @@ class UpdateCoordinator:
     # ---- reports of the loop
 
     def offered(self, name: str, offer: PublishOffer) -> None:
+        """Takes an offer, unless it repeats one that was taken."""
+        if self._taken.get(name) == offer.version:
+            return
         self._offers[name] = offer
         if len(self._offers) == offer.num_sources:
             self._all_offered.set()
@@ -84,6 +88,7 @@ class UpdateCoordinator:
         elif hello.role == "trainer":
             self._requested_for = frozenset()
             self._offers.pop(hello.name, None)
+            self._taken.pop(hello.name, None)
             self._all_offered.clear()  # until this source has offered again
             self._num_joined_sources += hello.stage >= 0
             if self._running and hello.stage >= 0:
@@ -108,6 +113,7 @@ class UpdateCoordinator:
         if stale <= self._requested_for or not self._workers.leaders:
             return False
         self._requested_for = stale
+        self._taken.clear()
         return True
 
     # ---- updates
@@ -147,6 +153,7 @@ class UpdateCoordinator:
         self._is_waiting = False
         self._all_offered.clear()
         offers, self._offers = self._offers, {}
+        self._taken = {name: offer.version for name, offer in offers.items()}
         return offers
 
     async def _servers_without(self, version: int) -> list[str]:
@@ -174,6 +181,7 @@ class UpdateCoordinator:
         except PublishError as e:
             logger.error("the update to version %d failed: %s", version, e)
             self._requested_for = frozenset()
+            self._taken.clear()
             # after the last step no offer follows; only the final evaluation needed this one
             return version == self._core.settings.steps
         except asyncio.CancelledError:
