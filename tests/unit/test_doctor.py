@@ -532,6 +532,16 @@ def test_key_that_the_installed_version_does_not_have_is_refused_before_the_star
             [],
         ),
         (
+            "def f(rewards, lengths, config): return rewards[0]",
+            {"algorithm": {"advantage": {"estimator": "mine:f"}}},
+            ["estimator = mine:f returned an array of shape", "; return an array of shape"],
+        ),
+        (
+            "def f(rewards, lengths, config): return rewards * config.options['scale']",
+            {"algorithm": {"advantage": {"estimator": "mine:f"}}},
+            ["estimator = mine:f failed: KeyError: 'scale' File", 'mine.py", line 1, in f; cor'],
+        ),
+        (
             "raise ValueError('two\\nlines')",
             {"reward": {"function": "mine:f"}},
             ["ValueError: two lines (", "mine.py, line 1"],

@@ -28,9 +28,12 @@ from megatron_async_rl.model.engine import engine_types
 HOOK_TIMEOUT_S = 120.0
 _LOAD_HOOKS = """
 import json, sys
+import msgspec
 from megatron_async_rl import hooks
-from megatron_async_rl.errors import ConfigError
-custom, workflow, options = json.loads(sys.argv[1])
+from megatron_async_rl.config.algorithm import AlgorithmConfig
+from megatron_async_rl.controller import advantage
+from megatron_async_rl.errors import ConfigError, HookFailed
+custom, workflow, options, algorithm = json.loads(sys.argv[1])
 calls = [(hooks.load, item) for item in custom.items() if item[0] != "rollout.workflow"]
 problems = []
 for function, arguments in [*calls, (hooks.workflow, (workflow, options))]:
@@ -38,6 +41,12 @@ for function, arguments in [*calls, (hooks.workflow, (workflow, options))]:
         function(*arguments)
     except ConfigError as e:
         problems.append([e.problem, e.remedy])
+try:
+    if advantage.SETTING in custom and not problems:
+        advantage.check_estimator(msgspec.convert(algorithm, AlgorithmConfig))
+except HookFailed as e:
+    first, *place = e.problem.splitlines()
+    problems.append([" ".join([first, *map(str.strip, place[:1])]), e.remedy or "correct it"])
 print()
 print("problems:" + json.dumps(problems), flush=True)
 """
@@ -128,11 +137,14 @@ def check_agent_command(config: Config) -> str:
 
 
 def check_hooks(config: Config) -> str:
-    """Raises ConfigError for a user's function or class that cannot be imported and called."""
+    """Raises ConfigError for a user's function or class that cannot be imported and called.
+
+    The estimator of advantages is called with a batch; objectives need the trainer (selftest).
+    """
     custom, rollout = hooks.custom_hooks(config), config.rollout
     names = ", ".join(custom.values()) or rollout.workflow
-    argument = msgspec.json.encode((custom, rollout.workflow, rollout.workflow_options)).decode()
-    command = [sys.executable, "-c", _LOAD_HOOKS, argument]
+    arguments = (custom, rollout.workflow, rollout.workflow_options, config.algorithm)
+    command = [sys.executable, "-c", _LOAD_HOOKS, msgspec.json.encode(arguments).decode()]
     env = os.environ | {"PYTHONPATH": processes.python_path()}
     try:
         done = subprocess.run(
