@@ -420,7 +420,7 @@ C <- C: x=3
 3.0 <- 3
 003 <- 3
 10^6 <- 1,000,000 ;; 1\text{ million}
-1000000 <- 1 million
+1000000 <- 1 million ;; 1 million dollars ;; 1.0 million people
 2500000000 <- 2.5\text{ billion}
 0 <- -0 ;; \frac{0}{5}
 2.5 <- \frac{10}{4}

@@ -95,7 +95,11 @@ _REPEATING = re.compile(
 )
 _ELLIPSIS = re.compile(r"([-+]?\d*)\.(\d+)\s*\\ldots")
 _SPACED_NUMBER = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])")
-_SCALE = re.compile(r"([-+]?[\d.,]*\d)\s*(hundred|thousand|million|billion|trillion|dozen)\b", re.I)
+_SCALE = re.compile(
+    r"([-+]?[\d.,]*\d)\s*(hundred|thousand|million|billion|trillion|dozen)\b"
+    r"(?:\s+(?!squared|cubed|plus|minus|times|and|or|percent)[a-z]{3,})?",
+    re.I,
+)
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _SCALES |= {"trillion": 10**12, "dozen": 12}
 
