@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_async_rl import patches
-from megatron_async_rl.errors import Error, Preempted
+from megatron_async_rl.errors import ConfigError, Error, Preempted
 
 EXIT_REQUEUE = 75  # preempted, state saved: run it again (Slurm: requeue on this code)
 EXIT_ERROR = 2  # an Error with a message; any other non-zero code is a crash
 LAUNCHER_VARIABLE = "MEGATRON_ASYNC_RL_LAUNCHER"  # pid of our first process on this host, inherited
+MAX_TMPDIR = 60  # bytes; multiprocessing makes sockets of 46 more below it
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -179,7 +180,15 @@ def temporary_folder() -> Iterator[Path]:
 
     torchrun, multiprocessing and SGLang leave folders and sockets in TMPDIR. run.dir is unsuitable
     for them: the path of a socket has at most 107 bytes, and a shared disk may refuse sockets.
+    Raises ConfigError if that of TMPDIR leaves no room for the names below it.
     """
+    parent = tempfile.gettempdir()
+    if (length := len(os.fsencode(parent))) >= MAX_TMPDIR:
+        raise ConfigError(
+            f"TMPDIR = {parent} has {length} bytes, must have less than {MAX_TMPDIR}: Unix sockets "
+            "are made in it",
+            "set TMPDIR to a short path of this host, such as /tmp",
+        )
     folder = tempfile.mkdtemp(prefix="marl-")
     # for a kill of this process, which closes the pipe; others that die with it may still write
     script = 'trap "" INT TERM HUP; cat; rm -rf "$0" || { sleep 1; rm -rf "$0"; }'

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from paths import ROOT
 
+from megatron_async_rl import processes
 from megatron_async_rl.__main__ import main
+from megatron_async_rl.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -47,3 +50,12 @@ def test_launcher_names_a_python_that_is_not_there(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert f"error: MEGATRON_ASYNC_RL_PYTHON = {tmp_path}/python is no program; set" in done.stderr
+
+
+def test_folder_too_deep_for_sockets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", f"/{'x' * 59}")
+    with (
+        pytest.raises(ConfigError, match=r"TMPDIR = /x+ has 60 bytes, must have less than 60"),
+        processes.temporary_folder(),
+    ):
+        pass
