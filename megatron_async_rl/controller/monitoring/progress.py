@@ -193,11 +193,13 @@ class Progress:
         self._dropped.clear()
         state = ", ".join(f"{name} {count}" for name, count in self.ledger.items())
         reward_mean = math.nan if status.reward_mean is None else status.reward_mean
+        mean = status.reward_all_mean
+        scored = "none" if mean is None else f"{mean:.3f}"
         logger.info(
-            "step %d/%d: reward %.3f (all scored groups %.3f), staleness mean %.2f max %d "
+            "step %d/%d: reward %.3f (all scored groups %s), staleness mean %.2f max %d "
             "(worst %d), loss %.4f, step %.1f s, waited %.1f s; dropped since the last step: %s; "
             "ledger: %s",
-            version, status.steps, reward_mean, stats.get("reward/all_mean", math.nan),
+            version, status.steps, reward_mean, scored,
             status.staleness_mean, status.staleness_max, status.staleness_worst,
             stats.get("train/loss", math.nan), step_s, waited_s, dropped or "none", state,
         )  # fmt: skip
