@@ -121,6 +121,26 @@ def test_prompt_that_fails_on_several_servers_is_dropped_as_poison() -> None:
     assert core.state.ledger.table(0)["dropped.poison"] == 1
 
 
+def test_leader_without_its_share_is_not_left_waiting_for_one_that_trains() -> None:
+    """The controller was killed between the shares of two leaders."""
+    core = make_core(data_parallel_size=2)
+    for lease in join_workers(core)[:2]:
+        finish_lease(core, lease, 0)
+    for leader in range(2):
+        core.handle(inputs.TrainerJoined(leader), 0)
+        core.handle(inputs.BatchRequested(leader, 0), 0)
+    assert core.state.in_batch
+    again = restart_core(core, core.state.take_events())
+    again.handle(inputs.TrainerJoined(1), 0)
+    assert again.handle(inputs.BatchRequested(1, 0), 0) == []
+    [batch] = again.handle(inputs.BatchRequested(1, 0), 0)
+    assert isinstance(batch, SendBatch) and batch.version == 0
+    for leader in range(2):  # a trainer that restarts: all of its leaders request
+        again.handle(inputs.TrainerJoined(leader), 0)
+    assert [again.handle(inputs.BatchRequested(1, 0), 0) for _ in range(3)] == [[], [], []]
+    assert len(again.handle(inputs.BatchRequested(0, 0), 0)) == 1
+
+
 class RecoveringMachine(CoreMachine):
     """Adds a journal and crashes to the state machine of test_core.py.
 

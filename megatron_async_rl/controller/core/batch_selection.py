@@ -26,21 +26,29 @@ class BatchSelector:
         self._state = state
         self.requests: dict[int, int] = {}  # data-parallel leader -> requested version
         self.requested_since: float | None = None  # since all leaders wait for a new batch
+        self._joined: set[int] = set()  # leaders of this epoch
 
     def leader_joined(self, leader: int) -> None:
         """Forgets the request of a restarted leader."""
+        self._joined.add(leader)
         self.requests.pop(leader, None)
         self.requested_since = None
 
     def request(self, leader: int, version: int, now: float) -> SendBatch | ResendBatch | None:
         """Notes a request; returns the batch if it was selected before and all leaders wait.
 
-        The version may be that of the step in progress: the first rank, a leader too, reports the
-        step before its own request.
+        The version may be that of the step in progress, whose report is still to come: the first
+        rank, a leader too, sends it before its own request. A leader that has its share of a
+        recorded batch trains, and does not join a restarted controller: a request that is repeated
+        does not wait for it.
         """
+        is_repeated = self.requests.get(leader) == version
         self.requests[leader] = version
-        num_waiting = list(self.requests.values()).count(version)
-        if num_waiting < self._settings.data_parallel_size or version > self._state.version:
+        waiting = {other for other, wanted in self.requests.items() if wanted == version}
+        is_recorded = version < self._state.version or bool(self._state.in_batch)
+        all_joined = is_repeated and is_recorded and waiting >= self._joined > set()
+        all_wait = all_joined or len(waiting) >= self._settings.data_parallel_size
+        if not all_wait or version > self._state.version:
             return None
         if version < self._state.version:
             self.requests.clear()
