@@ -6,7 +6,9 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
 from megatron_async_rl.model.config_json import HfConfig
 
-_SHORT = {"half": "float16", "float": "float32"}
+_CHOICES = {"half": "float16", "float": "float32"} | {
+    name: name for name in ("float16", "bfloat16", "float32")
+}
 
 
 def weight_dtype(config: Config) -> str:
@@ -16,7 +18,7 @@ def weight_dtype(config: Config) -> str:
     """
     chosen = str(config.sglang.get("dtype", "auto"))
     if chosen != "auto":
-        return _SHORT.get(chosen, chosen)
+        return _CHOICES.get(chosen, "")
     stored = HfConfig(config.model.path).dtype_name or ""
     return "float16" if stored == "float32" else stored
 
