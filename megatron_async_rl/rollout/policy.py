@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,16 @@ class PolicyServices:
     routing: Routing | None = None  # with rollout.routing_replay
 
 
+def plain_ids(ids: Iterable[int]) -> list[int]:
+    """Returns token ids as a list of plain numbers, also those of an array such as prompt.ids."""
+    if isinstance(ids, str | bytes):
+        raise DataError(
+            f"policy.generate got a {type(ids).__name__}, must be token ids",
+            "read them with policy.tokenizer.encode(text)",
+        )
+    return [int(token) for token in ids]
+
+
 class SamplePolicy:
     """One sample under one lease.
 
@@ -107,7 +117,8 @@ class SamplePolicy:
         routing = services.routing if self._resumable else None
         self._experts = SampleExperts(routing) if routing else None
 
-    async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
+    async def generate(self, ids: Iterable[int], sampling: Sampling) -> Completion:
+        ids = plain_ids(ids)
         generator = self._services.generator
         if not self._resumable:
             return await generator.generate(ids, sampling)

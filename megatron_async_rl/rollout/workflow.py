@@ -47,7 +47,7 @@ class Policy(Protocol):
     tokenizer: Tokenizer
     config: Config  # of the run
 
-    async def generate(self, ids: list[int], sampling: Sampling) -> Completion:
+    async def generate(self, ids: Iterable[int], sampling: Sampling) -> Completion:
         """Generates up to `sampling.max_new_tokens`, fewer if model.context_tokens is reached.
 
         Returns an empty completion if no room is left. Raises DataError for ids outside the

@@ -18,10 +18,11 @@ from megatron_async_rl.config import load
 from megatron_async_rl.config.sections import SandboxConfig
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.data.tokenizer import Tokenizer
-from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.protocol import rules
 from megatron_async_rl.protocol.messages import Generated, Hello, ScoreRequest
 from megatron_async_rl.protocol.types import NOT_GENERATED, Sample
+from megatron_async_rl.rollout.policy import plain_ids
 from megatron_async_rl.rollout.python_runner import PythonRunner, shortened
 from megatron_async_rl.rollout.tool_calls import BadCall, ToolCall
 from megatron_async_rl.rollout.worker import sleep_late
@@ -230,3 +231,10 @@ def test_workflow_that_blocks_its_worker_is_noticed() -> None:
         return await sleeping
 
     assert asyncio.run(late()) > 0.1
+
+
+def test_token_ids_may_be_an_array_but_no_text() -> None:
+    ids = plain_ids(np.array([3, 4], np.int32))
+    assert ids == [3, 4] and {type(token) for token in ids} == {int}
+    with pytest.raises(DataError, match=r"got a str, must be token ids; .*tokenizer\.encode"):
+        plain_ids("3")
