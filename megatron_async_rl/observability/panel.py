@@ -102,7 +102,8 @@ def log_line(status: RunStatus) -> str:
     dropped = _dropped(status.ledger)
     drops = f"{sum(dropped.values()):,} groups dropped ({_counts(dropped)})" if dropped else ""
     if status.state == "failed":
-        return f"failed{f' | {drops}' if drops else ''}: {status.message}"
+        message = " ".join(status.message.splitlines()[:2])  # a traceback may follow
+        return f"failed{f' | {drops}' if drops else ''}: {message}"
     rate, ends = status.generate_tokens_per_s, status.state in FINAL_STATES
     worst = f"worst {status.staleness_worst} of {status.staleness_limit}"
     parts = [

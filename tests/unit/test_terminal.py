@@ -164,7 +164,8 @@ def test_without_terminal_each_version_and_state_is_a_line(tmp_path: Path) -> No
 def test_line_of_a_failed_run_counts_the_dropped_groups() -> None:
     line = panel.log_line(make_status(state="failed", message="all groups failed"))
     assert line == "failed | 3 groups dropped (2 stale, 1 reward_unavailable): all groups failed"
-    assert panel.log_line(make_status(state="failed", message="x", ledger={})) == "failed: x"
+    failed = make_status(state="failed", message="the last error:\nx\n  File", ledger={})
+    assert panel.log_line(failed) == "failed: the last error: x"
 
 
 def test_slow_start_prints_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
