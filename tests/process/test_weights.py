@@ -214,7 +214,6 @@ def test_update_without_receivers_fails_and_the_trainer_survives(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     config = weights_config_tree(folders["llama"], {"tensor_model": 2}, {})
-    config["trainer"]["data_parallel_size"] = 1
 
     async def body(control: WeightController) -> None:
         await control.wait_for(lambda: "rollout-0" in control.peers)
@@ -226,7 +225,7 @@ def test_update_without_receivers_fails_and_the_trainer_survives(
         assert outcome.serving == ["rollout-0"]
 
     work, receivers = [{"config": config, "versions": [0, 1]}], {"rollout-0": ["die:1", "ok"]}
-    with weight_processes(tmp_path, work, receivers, num_ranks=2):
+    with weight_processes(tmp_path, work, receivers):
         asyncio.run(drive_updates(tmp_path, body))
 
 
