@@ -17,6 +17,7 @@ from megatron_async_rl.reward import formulas
 
 MAX_TEXT_CHARS = 64 * 1024  # only this much of a response's end is searched
 _MAX_TAIL_CHARS = 2_000  # of an answer that is not boxed: its statement is in the last sentences
+_MAX_STATEMENTS = 20  # tried from the end, each of which may search all of the tail
 
 _STATEMENT = re.compile(
     r"####|\b(?:final\s+)?(?:answer|result|solution|option|choice|ans)\b"
@@ -149,7 +150,8 @@ def _stated_answer(text: str) -> str:
         for match in _STATEMENT.finditer(text)
         if not any(match.start() < other.end() < match.end() for other in others)
     ]
-    for match in sorted(matches + others, key=lambda match: match.end(), reverse=True):
+    statements = sorted(matches + others, key=lambda match: match.end(), reverse=True)
+    for match in statements[:_MAX_STATEMENTS]:
         stated = text[match.end() :].strip()
         if _VERDICT.match(stated) or _is_retracted(text, match):
             continue

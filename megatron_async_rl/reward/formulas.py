@@ -56,7 +56,8 @@ _OUT_OF = re.compile(r"(\d+)\s+out\s+of\s+(\d+)")
 # before a number that is denied or only a bound
 _DENIED = re.compile(
     r"\b(?:not|never|cannot\s+be|can't\s+be|isn't|whether\s+it\s+is)\s*$|"
-    r"\b(?:more|less|greater|fewer|smaller|larger)\s+than\s*$",
+    r"\b(?:more|less|greater|fewer|smaller|larger)\s+than\s*$|"
+    "(?:\u4e0d\u662f|\u4e0d\u4e3a|\u4e0d\u7b49\u4e8e|\u5e76\u975e)\\s*$",  # Chinese: is not
     re.IGNORECASE,
 )
 _PART = re.compile(

@@ -127,6 +127,17 @@ A = 3, B = -2 <- B=-2, A=3 ;; (3,-2)
 \angle A = 40^\circ, \angle B = 60^\circ <- 40^\circ, 60^\circ
 \angle A = 40^\circ, \angle B = 60^\circ <- \angle B = 60^\circ, \angle A = 40^\circ
 \frac{x-1}{2} = \frac{y+2}{3} = \frac{z}{4} <- \frac{x-1}{2}=\frac{y+2}{3}=\frac{z}{4}
+\frac34, \frac12 <- \frac34 \approx 0.75 \text{ or } \frac12 \approx 0.5
+x \ne 3, x \ne 4 <- (-\infty,3)\cup(3,4)\cup(4,\infty) ;; \mathbb{R}\setminus\{3,4\}
+\cos t\mathbf{i} + \sin t\mathbf{j} <- (\cos t, \sin t) ;; \langle \cos t, \sin t \rangle
+\text{No} <- No, it is not linear ;; No, it does not converge
+x = \frac{y-1}{2} = \frac{z}{3} <- x = \frac{y-1}{2} = \frac{z}{3}
+7 <- m+n = 7 = x ;; 3+4 = 7 = x ;; x = y = 7
+2ab <- S = ab+ab = 2ab ;; ab+ab = 2ab = S
+x > 2 \text{ and } x < 5 <- (2,5) ;; 2 < x < 5
+|x| < 2 <- (-2,2) ;; -2 < x < 2
+5 feet 3 inches <- 63 inches tall ;; 5.25 feet ;; 63
+\{\emptyset\} <- \{\varnothing\} ;; \{\{\}\}
 """
 WRONG = r"""
 1/3 <- 0.333334 ;; 0.3333333334 ;; 0.33333 ;; 33.33\%
@@ -252,6 +263,24 @@ y = C_1 e^{x} + C_2 e^{-x} <- y=C_1e^x ;; C_1e^{2x}+C_2e^{-x} ;; e^x+e^{-x}
 y = C_1 e^{x} + C_2 e^{-x} <- y = C_1\cos x+C_2\sin x
 u(x,t) = e^{-t}\sin x <- e^{t}\sin x ;; e^{-t}\cos x ;; \sin x ;; e^{-x}\sin t
 x = 2 + t, y = 3 - t <- (2-t,3+t) ;; (3-t,2+t) ;; (2,3) ;; x=2+t
+\frac34 <- \frac34 \approx 0.75 \text{ or } \frac12 ;; \frac34 \approx 0.75 \text{ or } 1
+x \ne 3, x \ne 4 <- (-\infty,3)\cup(3,\infty) ;; x \ne 3
+(-\infty,3) \cup (3,\infty) <- x \ne 3, x \ne 4 ;; \mathbb{R}\setminus\{3,4\}
+\frac{x}{2} = y = z <- y ;; z ;; \frac{x}{3} = y = z
+x = \frac{y-1}{2} = \frac{z}{3} <- x = \frac{y+1}{2} = \frac{z}{3} ;; \frac{z}{3}
+\frac{x-1}{2} = \frac{y}{3} = z <- \frac{x+1}{2} = \frac{y}{3} = z ;; \frac{y}{3} ;; z
+x > 2 \text{ and } x < 5 <- 2, 5 ;; 2 ;; x = 2, x = 5
+|x| < 2 <- -2, 2 ;; \pm 2
+1 \pmod 4 <- 4|k|+1 ;; 4k(k-1)(k-2)+4k+1 ;; 4k+k(k-1)(k-2)/2+1
+(1,1) <- \mathbf{i}^2+\mathbf{j}^2 ;; |\mathbf{i}|+|\mathbf{j}| ;; \sqrt{\mathbf{i}}+\mathbf{j}
+(0,0) <- \mathbf{i}\mathbf{j}
+5 feet 3 inches <- 63 cm ;; 5.25 yards ;; 63 pounds
+52_8 <- 52_8 = 52_9 ;; 42_{10} = 52_9
+101_2 <- 101_{10} = 101_2
+\emptyset <- \{\emptyset\} ;; \{\{\}\}
+25 <- 25 (incorrect) ;; 25 (at most) ;; 25 (when n is even)
+\text{Yes} <- Yes, when n is even ;; Yes, provided n is odd ;; Yes, sometimes
+C <- C. 12, D. 13 ;; C) 12; D) 13
 """
 RIGHT_TEXTS = r"""
 3, 5 <- $x = \boxed{3}$ and $y = \boxed{5}$ ;; \boxed{3}\ \text{and}\ \boxed{5}
@@ -282,6 +311,7 @@ B <- The answer is not B.
 5 <- $x^5 = 1$, so $x = 1$ ;; x = 5 or x = -5 ;; x = 5, 6 ;; x > 5
 C <- The correct answer is A. ;; The answer is B or C. ;; C is wrong. The answer is B.
 C <- The answer is not C.
+5 <- 答案不是5 ;; 答案不等于5。
 """
 
 

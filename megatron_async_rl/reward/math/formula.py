@@ -270,7 +270,7 @@ class _Parser:
         else:
             node = self.signed()
             while self.peek() and self.starts_factor(self.peek()):
-                if self.peek()[1:] in FUNCTIONS or self.peek() in ("(", "|", "["):
+                if self.peek()[1:] in FUNCTIONS or self.peek() in ("(", "|", "[", "\\vec"):
                     break
                 node = ("*", node, self.power())
         if exponent == ("negative", ("number", Fraction(1))):

@@ -243,7 +243,9 @@ def is_residue_class(node: Node, residue: Fraction | None, modulus: int) -> bool
     names = variables(node)
     if residue is None or len(names) > 1:
         return False
-    first, second, third = (value(node, dict.fromkeys(names, Fraction(k))) for k in range(3))
-    if not isinstance(first, Fraction) or third - second != second - first:
+    first, second = (value(node, dict.fromkeys(names, Fraction(k))) for k in range(2))
+    step = second - first
+    if not isinstance(first, Fraction) or abs(step) != modulus or (first - residue) % modulus:
         return False
-    return abs(second - first) == modulus and (first - residue) % modulus == 0
+    others = (2, -3, 7)  # 4|k| + 1 and 4k + 1 + k(k-1)(k-2) give other numbers
+    return all(value(node, dict.fromkeys(names, Fraction(k))) == first + k * step for k in others)

@@ -9,7 +9,7 @@ import re
 from fractions import Fraction
 
 from megatron_async_rl.reward.math import formula, units
-from megatron_async_rl.reward.math.evaluation import Node, Unreadable
+from megatron_async_rl.reward.math.evaluation import Contradiction, Node, Unreadable
 from megatron_async_rl.reward.math.parts import (
     INFINITY,
     NEGATIVE_INFINITY,
@@ -160,7 +160,7 @@ def read_based(text: str) -> BasedNumber | None:
 
 
 def read_based_chain(text: str) -> BasedNumber | None:
-    """Reads 52_8 = 42_{10}: the number in its last base other than ten, if all are equal."""
+    """Reads 52_8 = 42_{10}: the number in its last base other than ten. Raises Contradiction."""
     sides = [side.strip() for side in text.split("=")]
     numbers = [BasedNumber(side, 10) if side.isdecimal() else read_based(side) for side in sides]
     based = [number for number in numbers if number is not None]
@@ -171,7 +171,7 @@ def read_based_chain(text: str) -> BasedNumber | None:
     except ValueError:
         return None
     if len(values) > 1:
-        return None
+        raise Contradiction
     return next((one for one in reversed(based) if one.base != 10), based[0])
 
 
@@ -230,8 +230,8 @@ def read_quantity(text: str) -> Words | Number | None:
 
 def is_quantity(words: Words, number: Fraction | None, unit: str) -> bool:
     """Returns whether 3 hours 30 minutes is a number, in its unit if it has one."""
-    own = _UNIT_NAMES.get(unit.lower())
-    return any(number == total and own in (None, name) for name, total in words.values)
+    own = [_UNIT_NAMES.get(word) for word in re.findall("[a-z]+", unit.lower())]
+    return any(number == total and (not own or name in own) for name, total in words.values)
 
 
 def read_number(text: str) -> Number:

@@ -57,6 +57,7 @@ _REALS = re.compile(
     r"\(?-\\infty\s*<\s*[a-z]\s*<\s*\\infty\)?"
 )
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|sim)(?![A-Za-z])")
+_APPROXIMATED = re.compile(r"(?<=[\d})])\s*\\(?:approx|simeq|sim)(?![A-Za-z])\s*-?\d+(?:\.\d+)?")
 _BARE_NAME = re.compile(r"\s*\\?[A-Za-z]*\s*")
 _LEAD = re.compile(
     r"^(?:[A-Za-z]+\s+){0,4}?(?:the\s+)?(?:final\s+)?(?:answer|area|length|value|volume|sum|total|result|probability|price|"
@@ -64,7 +65,8 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 _COMMENT = re.compile(
-    r"(?<=[\d}%\])c])\s+\(\s*(?=[^()]*[A-Za-z]{4})[A-Za-z][A-Za-z'-]*(?:[\s,.]+[A-Za-z'-]+){0,8}\.?\s*\)$"
+    r"(?<=[\d}%\])c])\s+\(\s*(?=[^()]*[A-Za-z]{4})(?!(?:wrong|incorrect|when|at\s+(?:most|least))\b)"
+    r"[A-Za-z][A-Za-z'-]*(?:[\s,.]+[A-Za-z'-]+){0,8}\.?\s*\)$"
 )
 # `the total number of ways is 25`, `the point (1, 2)`, `all x such that x > 3`
 _SENTENCE = re.compile(
@@ -176,7 +178,8 @@ def aligned(expected: str, answer: str) -> tuple[str, str]:
         expected, answer = _share_condition(expected, answer)
     if ("\\ne" in expected) != ("\\ne" in answer):
         expected, answer = (
-            match[1] if (match := _HOLE.fullmatch(text)) else text for text in (expected, answer)
+            match[1] if (match := _HOLE.fullmatch(text)) and "\\ne" not in match[1] else text
+            for text in (expected, answer)
         )
     if _CONSTANT.search(expected) and not _CONSTANT.search(answer):
         answer = _SMALL_CONSTANT.sub("C", answer)
@@ -245,6 +248,7 @@ def _inward(match: re.Match[str]) -> str:
 
 def _exact_side(text: str) -> str:
     if "approx" in text or "sim" in text:  # the exact value comes first
+        text = _APPROXIMATED.sub("", text)
         sides = _APPROXIMATELY.split(text)
         text = next((side for side in sides if not _BARE_NAME.fullmatch(side)), text)
     return text.replace("\\langle", "(").replace("\\rangle", ")")

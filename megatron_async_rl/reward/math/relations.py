@@ -95,7 +95,7 @@ def _read_absolute(sign: str, bound: Part) -> Part:
         raise Unreadable
     low = Number(("negative", bound.node), "")
     if sign in ("<", "\\le"):
-        return Sequence("()" if sign == "<" else "[]", (low, bound))
+        return Sequence("()" if sign == "<" else "[]", (low, bound), is_range=True)
     if sign not in (">", "\\ge"):
         raise Unreadable
     low_half = Sequence("()" if sign == ">" else "(]", (_LOW_END, low))
@@ -146,7 +146,7 @@ def _overlap(a: Sequence, b: Sequence) -> Sequence | None:
     high = min(both, key=lambda one: (_end_value(one.items[1]), one.brackets[1] != ")"))
     if _end_value(low.items[0]) >= _end_value(high.items[1]):
         return None
-    return Sequence(low.brackets[0] + high.brackets[1], (low.items[0], high.items[1]))
+    return Sequence(low.brackets[0] + high.brackets[1], (low.items[0], high.items[1]), True)
 
 
 def _end_value(part: Part) -> float:
@@ -171,6 +171,8 @@ def read_equation(text: str, depth: int, read: Reader) -> Part:
         raise Unreadable
     if len(sides) == 2 and not _is_name(sides[0]) and _NAME.fullmatch(sides[1]):
         sides.reverse()
+    if len(sides) > 2 and (ratios := _read_equal_ratios(sides)):
+        return ratios
     while len(sides) > 2 and all(map(_NAME.fullmatch, sides[:2])):
         del sides[0]  # x = q = 3
     if len(sides) > 2 and _NAME.fullmatch(sides[-1]):
@@ -182,8 +184,6 @@ def read_equation(text: str, depth: int, read: Reader) -> Part:
         chain = [number for side in sides if (number := _read_plain(side))]
         if any(not number_equality.equal_numbers(number, chain[-1]) for number in chain):
             raise Contradiction
-        if len(sides) > 2 and not (name or chain) and (ratios := _read_equal_ratios(sides)):
-            return ratios
         if len(sides) > 2 or len(chain) == 2:
             return read(sides[-1], depth + 1)
     right = read(sides[1], depth + 1)
@@ -201,10 +201,15 @@ def read_equation(text: str, depth: int, read: Reader) -> Part:
 
 
 def _read_equal_ratios(sides: list[str]) -> Part | None:
-    """Reads a line such as (x-1)/2 = (y+2)/3 = z/4; None if all sides are the same formula."""
+    """Reads a line such as (x-1)/2 = (y+2)/3 = z; None for a name with its value, or a number."""
     try:
         numbers = [read_number(side) for side in sides]
     except Unreadable:
+        return None
+    names = [variables(number.node) for number in numbers]
+    has_own = len(set(names)) == len(sides) and all(len(own) == 1 for own in names)
+    is_named = not has_own and (_is_name(sides[0]) or _NAME.fullmatch(sides[-1]))  # S = ab/2 = ah/2
+    if is_named or not all(names) or all(map(_NAME.fullmatch, sides)):
         return None
     if all(number_equality.equal_numbers(number, numbers[-1]) for number in numbers):
         return None

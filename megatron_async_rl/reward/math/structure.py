@@ -11,7 +11,8 @@ import re
 from fractions import Fraction
 
 from megatron_async_rl.reward.math import normal_form, numerals, phrasing, relations, words
-from megatron_async_rl.reward.math.evaluation import Node, Unreadable, points, value, variables
+from megatron_async_rl.reward.math.evaluation import Node, Unreadable, variables
+from megatron_async_rl.reward.math.number_equality import equal_numbers
 from megatron_async_rl.reward.math.parts import (
     Congruence,
     Items,
@@ -25,6 +26,7 @@ from megatron_async_rl.reward.math.parts import (
 
 _MAX_ITEMS = 60
 _MAX_DEPTH = 6
+_EMPTY = Words("empty set")
 _SPLIT_WORDS = re.compile(r"\s+(?:and|or)\s+|\s*(?:;|\\\\)\s*")
 _JOIN = re.compile(r",\s*(?:and|or)\s+")
 _BRACKETS = {"\\{": ("\\}",), "(": (")", "]"), "[": (")", "]")}
@@ -86,7 +88,7 @@ def _read(text: str, depth: int) -> Part:
     if sequence := _read_brackets(text, depth):
         return sequence
     if text == "\\emptyset":
-        return Words("empty set")
+        return _EMPTY
     if "\\mathbb" in text and (numbers := words.read_number_set(text)):
         return numbers
     if "\\cup" in text:
@@ -215,11 +217,11 @@ def _read_brackets(text: str, depth: int) -> Part | None:
 
 def _read_set(inner: str, depth: int) -> Part:
     if not inner:
-        return Words("empty set")
+        return _EMPTY
     if builder := relations.SET_BUILDER.fullmatch(inner):
         return _read(builder[1], depth + 1)
     items = _flat_list(_read_all(_split_commas(inner, everywhere=True), depth)).items
-    return Items("set", items)
+    return Words("set of the empty set") if items == (_EMPTY,) else Items("set", items)
 
 
 def _read_braces(text: str, depth: int) -> Part | None:
@@ -279,17 +281,19 @@ def _components(number: Number) -> Number | Sequence:
     names = ["vec i", "vec j", "vec k"]
     if "vec k" not in variables(number.node):
         names.pop()
-    rest = _assigned(number.node, names, "")
-    if value(rest, points(variables(rest))[0]) != 0:
-        return number
-    return Sequence("()", tuple(Number(_assigned(number.node, names, name), "") for name in names))
+    parts = [_assigned(number.node, dict.fromkeys(names, 0) | {name: 1}) for name in names]
+    total = functools.reduce(lambda a, b: ("+", a, b), parts)
+    doubled = _assigned(number.node, dict.fromkeys(names, -2))
+    if not equal_numbers(Number(("/", doubled, ("number", Fraction(-2))), ""), Number(total, "")):
+        return number  # has another term, or a product of vectors
+    return Sequence("()", tuple(Number(part, "") for part in parts))
 
 
-def _assigned(node: Node, names: list[str], chosen: str) -> Node:
-    """Returns a formula with 1 for the chosen variable and 0 for the others of `names`."""
-    if node[0] == "variable" and node[1] in names:
-        return ("number", Fraction(node[1] == chosen))
-    return tuple(_assigned(one, names, chosen) if isinstance(one, tuple) else one for one in node)
+def _assigned(node: Node, numbers: dict[str, int]) -> Node:
+    """Returns a formula with numbers for some of its variables."""
+    if node[0] == "variable" and node[1] in numbers:
+        return ("number", Fraction(numbers[node[1]]))
+    return tuple(_assigned(one, numbers) if isinstance(one, tuple) else one for one in node)
 
 
 def _choose_signs(text: str, plus: str, minus: str) -> str:

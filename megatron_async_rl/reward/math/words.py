@@ -20,7 +20,9 @@ _GROUP = re.compile(
 )
 _PRODUCT = re.compile(r"\\oplus|\\cdot|\\bigoplus")
 _VERDICT = re.compile(  # Yes, it converges
-    r"(yes|no|true|false),(?!.*\b(?:yes|no|not|true|false|but|if|unless|except|only|or)\b).*", re.I
+    r"(?!(?:yes|true),.*\bnot\b)(yes|no|true|false),(?!.*\b(?:yes|no|true|false|but|if|unless|except|"
+    r"only|or|when|provided|assuming|sometimes|usually|mostly|most|although|though|however)\b).*",
+    re.I,
 )
 _NO_WORDS = ("pi", "sin", "cos", "tan", "log", "infinity")
 _AND_OR = re.compile(r"\b(?:and|or)\b")
@@ -30,7 +32,7 @@ _CHOSEN = re.compile(
     r"(?:\{?\(\s*([A-J])\s*\)\}?|([A-J])(?=\s*[).:]|\s*$|\s+-\s|\s+\())[\s).:,-]*(.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_OTHER_CHOICE = re.compile(r"\([A-J]\)|\b(?:or|and)\b|^[A-J]\b")
+_OTHER_CHOICE = re.compile(r"\([A-J]\)|\b(?:or|and)\b|^[A-J]\b|[,;]\s*[A-J][).:]")
 _LABELLED = re.compile(r"\(?[A-J][).:]")
 _LETTERS = re.compile(r"[A-J]{2,}")
 _LETTER_LIST = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|and|&|,\s*and|\s)\s*\(?[A-J]\)?)+")
