@@ -125,6 +125,15 @@ def _check_data(config: Config) -> None:
         )
 
 
+def check_set_name(name: str) -> None:
+    """Raises ConfigError for a name that an evaluation set cannot have."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        raise ConfigError(
+            f"evaluation.sets: {name!r} cannot name a set: expected letters, digits, _ and -",
+            "rename it: files and TensorBoard tags contain it",
+        )
+
+
 def _check_evaluation(config: Config) -> None:
     evaluation, servers = config.evaluation, config.rollout.servers
     if config.run.steps == 0 and config.has_trainer:
@@ -134,11 +143,7 @@ def _check_evaluation(config: Config) -> None:
         )
     for name, chosen in evaluation.sets.items():
         setting = f"evaluation.sets.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
-            raise ConfigError(
-                f"evaluation.sets: {name!r} cannot name a set: expected letters, digits, _ and -",
-                "rename it: files and TensorBoard tags contain it",
-            )
+        check_set_name(name)
         limit = chosen.max_new_tokens or 0
         if limit >= config.model.context_tokens:
             raise ConfigError(
@@ -261,8 +266,9 @@ def _check_agent(config: Config) -> None:
             "exclude each other",
             "set one of them",
         )
+    given = "agent" if rollout.agent_command is None else rollout.agent_command
     try:
-        command = shlex.split(rollout.agent_command or "agent")
+        command = shlex.split(given)
     except ValueError as e:
         raise ConfigError(
             f"rollout.agent_command = {rollout.agent_command}: {e}", "quote it as in a shell"

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 import msgspec
 
 from megatron_async_rl.config import documentation, passed_on
+from megatron_async_rl.config.checks import check_set_name
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.datasets import EvaluationSet
 
@@ -28,7 +29,10 @@ _WORDS = {
 
 
 def explain(message: str, tree: dict[str, Any]) -> str:
-    """Returns the text for an error message of msgspec about a tree of settings."""
+    """Returns the text for an error message of msgspec about a tree of settings.
+
+    Raises ConfigError if the message is about an evaluation set of an impossible name.
+    """
     message = _with_set_name(message, tree)
     match = re.fullmatch(r"(?P<rule>.*?)(?: - at `\$\.?(?P<path>.*?)`)?", message, re.S)
     assert match
@@ -70,6 +74,7 @@ def _with_set_name(message: str, tree: dict[str, Any]) -> str:
         try:
             msgspec.convert(entry, EvaluationSet, strict=True)
         except msgspec.ValidationError:
+            check_set_name(name)  # a dot in it would be taken for one between settings
             return message.replace(place, f"$.evaluation.sets.{name}")
     return message
 

@@ -159,7 +159,11 @@ def test_missing_section_is_rejected() -> None:
 
 @pytest.mark.parametrize(
     ("command", "problem"),
-    [('node "agent.js', ": No closing quotation; quote it as in a shell"), (" ", "is empty; name")],
+    [
+        ('node "agent.js', ": No closing quotation; quote it as in a shell"),
+        (" ", "is empty; name"),
+        ("", "is empty; name"),
+    ],
 )
 def test_agent_command_is_read_as_a_shell_does(command: str, problem: str) -> None:
     assert problem in error_text(**{"rollout.agent_command": command})

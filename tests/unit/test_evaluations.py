@@ -162,6 +162,37 @@ def test_evaluation_that_is_due_while_one_runs_is_skipped_and_said(
     assert (tmp_path / "evaluations" / "v0.json").exists()
 
 
+def test_evaluation_of_a_version_that_is_served_again_continues(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server joined, and the trainer sent it the version once more."""
+    shell = Shell(tmp_path)
+
+    async def body() -> None:
+        for _ in range(2):
+            await shell.evaluations.begin(0)
+        assert len(shell.leases) == 4 and "skipped" not in caplog.text
+
+    in_loop(body)
+
+
+def test_evaluation_of_version_0_leaves_the_state_of_a_run_that_trains(tmp_path: Path) -> None:
+    """It was abandoned, or not configured, when training began; then the run was resumed."""
+    shell = Shell(tmp_path)
+    shell.core.admitting = True
+    shell.progress.begin_training()
+
+    async def body() -> None:
+        await shell.evaluations.begin(0)
+        assert shell.leases and shell.progress.training
+        shell.core.state.version = 8
+        await shell.submit(inputs.EvaluationAbandoned("the run is over"))
+        await shell.evaluations.begin(8)
+        assert shell.progress.state == "evaluating"
+
+    in_loop(body)
+
+
 def test_update_waits_for_an_evaluation_that_pauses(tmp_path: Path) -> None:
     shell = Shell(tmp_path, every=1)
 
@@ -264,6 +295,7 @@ def test_damaged_result_is_named_and_evaluated_again(
     [
         ({"sets": SETS, "mode": "held_server"}, "held_server needs rollout.servers >= 2"),
         ({"sets": {"a b": {"path": "x"}}}, "'a b' cannot name a set"),
+        ({"sets": {"a.b": {"path": "x", "sample": 4}}}, "'a.b' cannot name a set"),
         ({"sets": {"a": {"path": "x", "samples": 2}}}, "a.samples = 2 with temperature = 0"),
         ({"sets": {"a": {"path": "x", "max_new_tokens": 128}}}, "no room for a prompt"),
         ({"sets": {"a": {"samples": 2}}}, "evaluation.sets.a.path is not set"),
