@@ -325,6 +325,11 @@ def test_engine_too_old_for_a_setting_is_rejected(version: str, weights: dict[st
     engine_versions.check(make_config(Path("m"), Path("r")), found)
 
 
+@pytest.mark.parametrize("version", ["0.5.21", "0.5.22.post1", "0.5.22rc1", "0.5.23+cu129"])
+def test_version_of_an_engine_may_have_a_suffix(version: str) -> None:
+    assert engine_versions.parsed(version) == tuple(map(int, version[:6].split(".")))
+
+
 def test_abort_and_finish_work_with_any_engine_and_newer_ones_pause() -> None:
     assert isinstance(interruption_of((0, 5, 16)), Abort)
     assert isinstance(interruption_of((0, 5, 16), interrupt="finish"), Finish)

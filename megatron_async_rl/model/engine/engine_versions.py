@@ -5,6 +5,7 @@ Checked before a run, by the installed version, and by each worker, by its serve
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from megatron_async_rl.config.config import Config
@@ -14,8 +15,9 @@ NEEDED = (0, 5, 21)
 
 
 def parsed(version: str) -> tuple[int, ...]:
-    """Returns the first three numbers of a version such as 0.5.21.post1."""
-    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+    """Returns the first three numbers of a version such as 0.5.21.post1 or 0.5.22rc1+cu129."""
+    numbers = re.match(r"\d+(\.\d+){0,2}", version)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()
 
 
 def _demands(config: Config) -> Iterator[tuple[str, str, str]]:
