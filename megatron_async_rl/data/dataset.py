@@ -180,7 +180,7 @@ def _check(
         raise DataError(
             f"{place}: the tokenizer in model.path = {config.model.path} knows only "
             f"{len(ids) - num_unknown} of the prompt's {len(ids)} tokens",
-            "use another model: the quickstart's, for example, knows digits and signs only",
+            "correct the row, or use another model: the quickstart's knows digits and signs only",
         )
 
 

@@ -111,7 +111,8 @@ def decode_json(text: bytes) -> Any:
         return msgspec.json.decode(text)
     except msgspec.DecodeError as e:
         problem = _kind_of(text) or f"not JSON: {e}"
-        if re.search(rb"\bNaN\b|\bInfinity\b", text):
+        place = re.search(r"\(byte (\d+)\)", str(e))
+        if place and text.startswith((b"NaN", b"Infinity"), int(place[1])):
             problem += " (NaN and Infinity are not in JSON: write null)"
         raise DataError(problem) from None
     except UnicodeDecodeError:
