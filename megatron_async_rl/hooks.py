@@ -120,8 +120,9 @@ def load(setting: str, value: str) -> Any:
         loaded = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as e:  # a user's module may raise anything
         error = _cannot_load(setting, value, f"{type(e).__name__}: {e}{_place(e)}")
-        if isinstance(e, ModuleNotFoundError) and f"{e.name}." not in f"{module}.":
-            remedy = f"install {e.name} for {sys.executable}, or put its folder on PYTHONPATH"
+        missing = e.name if isinstance(e, ModuleNotFoundError) else None
+        if missing and not f"{module}.".startswith(f"{missing}."):
+            remedy = f"install {missing} for {sys.executable}, or put its folder on PYTHONPATH"
             raise ConfigError(error.problem, remedy) from e
         raise error from e
     if problem := _signature_problem(loaded, hook):

@@ -174,14 +174,8 @@ def stop(children: Iterable[subprocess.Popen[bytes]], grace_s: float) -> None:
         child.wait()
 
 
-@contextlib.contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """Makes a folder for temporary files of children; it is removed even if this process is killed.
-
-    torchrun, multiprocessing and SGLang leave folders and sockets in TMPDIR. run.dir is unsuitable
-    for them: the path of a socket has at most 107 bytes, and a shared disk may refuse sockets.
-    Raises ConfigError if that of TMPDIR leaves no room for the names below it.
-    """
+def temporary_parent() -> str:
+    """Returns TMPDIR. Raises ConfigError if its path leaves no room for the names below it."""
     parent = tempfile.gettempdir()
     if (length := len(os.fsencode(parent))) >= MAX_TMPDIR:
         raise ConfigError(
@@ -189,7 +183,18 @@ def temporary_folder() -> Iterator[Path]:
             "are made in it",
             "set TMPDIR to a short path of this host, such as /tmp",
         )
-    folder = tempfile.mkdtemp(prefix="marl-")
+    return parent
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Makes a folder for temporary files of children; it is removed even if this process is killed.
+
+    torchrun, multiprocessing and SGLang leave folders and sockets in TMPDIR. run.dir is unsuitable
+    for them: the path of a socket has at most 107 bytes, and a shared disk may refuse sockets.
+    Raises ConfigError as temporary_parent.
+    """
+    folder = tempfile.mkdtemp(prefix="marl-", dir=temporary_parent())
     # for a kill of this process, which closes the pipe; others that die with it may still write
     script = 'trap "" INT TERM HUP; cat; rm -rf "$0" || { sleep 1; rm -rf "$0"; }'
     remover = subprocess.Popen(

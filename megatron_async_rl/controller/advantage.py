@@ -37,7 +37,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_async_rl import hooks
-from megatron_async_rl.config.algorithm import AdvantageConfig, AlgorithmConfig
+from megatron_async_rl.config.algorithm import AdvantageConfig, AlgorithmConfig, FilterConfig
 from megatron_async_rl.controller.turns import (
     Turns,
     TurnsGS,
@@ -107,10 +107,14 @@ def needs_turns(config: AdvantageConfig) -> bool:
 
 
 def check_estimator(algorithm: AlgorithmConfig) -> None:
-    """Calls the estimator with a batch. Raises ConfigError or HookFailed if it fails."""
+    """Calls the estimator with a batch. Raises ConfigError or HookFailed if it fails.
+
+    With filters no group has equal rewards, which an estimator need not accept then.
+    """
     tokens_GS = np.full((algorithm.prompts_per_step, algorithm.samples_per_prompt), 3)
     rewards_GS = np.zeros(tokens_GS.shape)
-    rewards_GS[0, 0] = 1.0
+    filtered = algorithm.filters != FilterConfig()
+    rewards_GS[: None if filtered else 1, 0] = 1.0
     sample_advantages(rewards_GS, tokens_GS, algorithm, max_new_tokens=8)
 
 

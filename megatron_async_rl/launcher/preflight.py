@@ -18,6 +18,7 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
+from megatron_async_rl import processes
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.config.datasets import SourceConfig
 from megatron_async_rl.data import success_rate
@@ -67,7 +68,7 @@ def preflight(config: Config, elsewhere: Collection[str] = (), say: Say = print)
     seconds.
     """
     here = [name for name in roles.names(config) if name not in elsewhere]
-    checks = [check_engine(config), *config_checks(config, say), check_gpus(config, here)]
+    checks = [check_engine(config), *config_checks(config, say, here), check_gpus(config, here)]
     failed = [check for check in checks if not check.ok]
     if len(failed) == 1:
         raise failed[0].error(failed[0].detail, failed[0].remedy)
@@ -76,8 +77,12 @@ def preflight(config: Config, elsewhere: Collection[str] = (), say: Say = print)
         raise failed[0].error("\n  - ".join([f"{len(failed)} problems", *problems]))
 
 
-def config_checks(config: Config, say: Say) -> Iterator[Check]:
-    """Yields the checks of a configuration; those of the model end at the first that fails."""
+def config_checks(config: Config, say: Say, here: Collection[str] | None = None) -> Iterator[Check]:
+    """Yields the checks of a configuration; those of the model end at the first that fails.
+
+    `here`: the processes of this host; None: all.
+    """
+    here = roles.names(config) if here is None else here
 
     def check(name: str, function: Callable[[Config], str]) -> Check:
         try:
@@ -114,11 +119,13 @@ def config_checks(config: Config, say: Say) -> Iterator[Check]:
         yield check("sandbox", _sandbox)
     if custom_hooks(config) or config.rollout.workflow_options:
         yield check("hooks", check_hooks)
-    if config.rollout.agent_command is not None:
+    runs_agents = any(name.startswith("rollout-") for name in here)
+    if config.rollout.agent_command is not None and runs_agents:
         yield check("agent", check_agent_command)
     yield check("megatron settings", lambda _: check_megatron(config, say))
     yield check("sglang settings", lambda _: check_sglang(config, say))
     yield check("loggers", check_installed)
+    yield check("TMPDIR", lambda _: processes.temporary_parent())
     yield check("controller host", _controller_host)
     yield check("engine port", _engine_port)
 

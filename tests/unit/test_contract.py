@@ -14,7 +14,7 @@ from config_builders import algorithm_config
 
 from megatron_async_rl import hooks
 from megatron_async_rl.cli.hook_checks import advantage_checks
-from megatron_async_rl.config.algorithm import AdvantageConfig, AlgorithmConfig
+from megatron_async_rl.config.algorithm import AdvantageConfig, AlgorithmConfig, FilterConfig
 from megatron_async_rl.controller.advantage import (
     check_estimator,
     sample_advantages,
@@ -268,6 +268,10 @@ def test_advantages_may_be_lists_of_numbers_or_a_tensor(form: str) -> None:
 def test_estimator_that_fails_is_refused_at_the_start() -> None:
     with pytest.raises(HookFailed, match="our_advantages:raises failed: KeyError: 'scale'"):
         check_estimator(algorithm(advantage="our_advantages:raises"))
+    with pytest.raises(HookFailed, match="our_advantages:nan_if_equal returned nan"):
+        check_estimator(algorithm(advantage="our_advantages:nan_if_equal"))
+    no_equal = FilterConfig(drop_equal_rewards=True)
+    check_estimator(algorithm(advantage="our_advantages:nan_if_equal", filters=no_equal))
 
 
 def test_one_advantage_per_token_is_normalized_over_the_batch() -> None:

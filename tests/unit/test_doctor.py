@@ -3,6 +3,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -467,6 +468,18 @@ def test_folder_of_other_files_is_not_taken_for_a_run() -> None:
     assert result("run.dir", make_config(run={"dir": "empty"})).ok
 
 
+def test_new_run_needs_space_for_its_lock_beside_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "job" / "run").mkdir(parents=True)  # as a scheduler makes it
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "job")  # for root
+    config = make_config(run={"dir": "job/run"})
+    check = result("run.dir", config)
+    assert not check.ok and check.detail.endswith("/job cannot be written")
+    (tmp_path / "job" / ".run.lock").write_text("")  # of an earlier start
+    assert result("run.dir", config).ok
+
+
 def test_doctor_prints_every_check_and_fails_if_one_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -539,7 +552,10 @@ def test_key_that_the_installed_version_does_not_have_is_refused_before_the_star
         (
             "def f(rewards, lengths, config): return rewards * config.options['scale']",
             {"algorithm": {"advantage": {"estimator": "mine:f"}}},
-            ["estimator = mine:f failed: KeyError: 'scale' File", 'mine.py", line 1, in f; cor'],
+            [
+                "estimator = mine:f failed: KeyError: 'scale' File",
+                'mine.py", line 1, in f (in a trial with made-up',
+            ],
         ),
         (
             "raise ValueError('two\\nlines')",
@@ -588,7 +604,16 @@ def test_doctor_accepts_a_login_node_of_a_cluster_with_gpus(
 def test_program_of_an_agent_is_found_before_the_start() -> None:
     with pytest.raises(ConfigError, match=r"agent_command = absent agent\.js: there is no pr"):
         preflight(make_config(rollout={"agent_command": "absent agent.js"}))
+    preflight(make_config(rollout={"agent_command": "absent agent.js"}), elsewhere=["rollout-0"])
     assert result("agent", make_config(rollout={"agent_command": "sh -c true"})).ok
+
+
+def test_folder_too_deep_for_sockets_is_found_before_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", f"/{'x' * 59}")
+    with pytest.raises(ConfigError, match=r"TMPDIR = /x+ has 60 bytes.*set TMPDIR to a short path"):
+        preflight(make_config())
 
 
 def test_every_hook_that_cannot_be_loaded_is_named() -> None:

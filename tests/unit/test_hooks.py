@@ -76,9 +76,19 @@ def test_hook_that_cannot_be_used_is_named_with_its_remedy(
     assert "PYTHONPATH" in text and all(name in text for name in hooks.HOOKS[setting].built_in)
 
 
-def test_package_that_a_hook_needs_is_to_be_installed(module: str, tmp_path: Path) -> None:
-    (tmp_path / "our_hooks.py").write_text("import no_such_package.part\n")
-    with pytest.raises(ConfigError, match=r"py, line 1\); install no_such_package for /"):
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("import no_such_package.part", "install no_such_package for /"),
+        ("raise ModuleNotFoundError('hooks', name='hooks')", "install hooks for /"),
+        ("raise ModuleNotFoundError('such')", "name math, code, "),
+    ],
+)
+def test_package_that_a_hook_needs_is_to_be_installed(
+    module: str, tmp_path: Path, text: str, remedy: str
+) -> None:
+    (tmp_path / "our_hooks.py").write_text(f"{text}\n")
+    with pytest.raises(ConfigError, match=rf"py, line 1\); {remedy}"):
         hooks.load("reward.function", "our_hooks:three")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import ConfigError
+from megatron_async_rl.launcher.claims import lock_path
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.shape import num_parameters
 from megatron_async_rl.storage import checkpoints, snapshots
@@ -24,16 +25,21 @@ _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def check_run_folder(config: Config) -> str:
     """Raises ConfigError for a folder that cannot be written, or holds other files than a run's.
 
-    `run` renames the folder of an earlier run: it must not be that of a project or of all runs.
+    `run` renames the folder of an earlier run: it must not be that of a project or of all runs. The
+    lock of a run is a file beside it: for a new one the folder above must be writable, too.
     """
-    run_dir = config.run_dir.absolute()
-    folder = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        problem = "cannot be written" if folder.is_dir() else "is no folder"
-        raise ConfigError(
-            f"run.dir = {run_dir}: {folder} {problem}", "set run.dir to a folder that you can write"
-        )
-    names = sorted(path.name for path in run_dir.iterdir()) if folder == run_dir else []
+    run_dir = config.run_dir.resolve()
+    folder = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    is_old = folder == run_dir
+    needs_lock = is_old and not lock_path(run_dir).exists()
+    for written in [folder, run_dir.parent] if needs_lock else [folder]:
+        if not written.is_dir() or not os.access(written, os.W_OK | os.X_OK):
+            problem = "cannot be written" if written.is_dir() else "is no folder"
+            raise ConfigError(
+                f"run.dir = {run_dir}: {written} {problem}",
+                "set run.dir to a new folder in one that you can write",
+            )
+    names = sorted(path.name for path in run_dir.iterdir()) if is_old else []
     if names and not {*_TRACES} & {*names}:
         others = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise ConfigError(

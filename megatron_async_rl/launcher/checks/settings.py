@@ -45,8 +45,9 @@ try:
     if advantage.SETTING in custom and not problems:
         advantage.check_estimator(msgspec.convert(algorithm, AlgorithmConfig))
 except HookFailed as e:
-    first, *place = e.problem.splitlines()
-    problems.append([" ".join([first, *map(str.strip, place[:1])]), e.remedy or "correct it"])
+    found = [line.strip() for line in e.problem.splitlines()[:2]]
+    trial = "(in a trial with made-up rewards of 0 and 1)"
+    problems.append([" ".join([*found, trial]), e.remedy or "correct it"])
 print()
 print("problems:" + json.dumps(problems), flush=True)
 """
@@ -155,8 +156,8 @@ def check_hooks(config: Config) -> str:
         problems = msgspec.json.decode(printed, type=list[tuple[str, str]])
     except subprocess.TimeoutExpired:
         raise ConfigError(
-            f"{names}: not imported within {HOOK_TIMEOUT_S:.0f} s",
-            "move what takes long out of the import of the module",
+            f"{names}: not imported, or the estimator not called, within {HOOK_TIMEOUT_S:.0f} s",
+            "move what takes long out of the import of the module and out of the estimator",
         ) from None
     except msgspec.DecodeError:
         last_line = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
