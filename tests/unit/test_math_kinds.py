@@ -134,6 +134,8 @@ x \ne 3, x \ne 4 <- (-\infty,3)\cup(3,4)\cup(4,\infty) ;; \mathbb{R}\setminus\{3
 x = \frac{y-1}{2} = \frac{z}{3} <- x = \frac{y-1}{2} = \frac{z}{3}
 7 <- m+n = 7 = x ;; 3+4 = 7 = x ;; x = y = 7
 2ab <- S = ab+ab = 2ab ;; ab+ab = 2ab = S
+\binom{m}{n} <- \frac{m!}{n!(m-n)!} ;; \binom{m}{m-n}
+\frac{m!}{(m-n)!} <- n!\binom{m}{n}
 x > 2 \text{ and } x < 5 <- (2,5) ;; 2 < x < 5
 |x| < 2 <- (-2,2) ;; -2 < x < 2
 5 feet 3 inches <- 63 inches tall ;; 5.25 feet ;; 63
@@ -276,6 +278,10 @@ x > 2 \text{ and } x < 5 <- 2, 5 ;; 2 ;; x = 2, x = 5
 (0,0) <- \mathbf{i}\mathbf{j}
 5 feet 3 inches <- 63 cm ;; 5.25 yards ;; 63 pounds
 52_8 <- 52_8 = 52_9 ;; 42_{10} = 52_9
+a + c <- 2b ;; b ;; a + b
+x + y + z = 0 <- x - y + z = 0 ;; y = 0 ;; 3y = 0 ;; x - 2y + z = 0
+a^2 + b^2 + c^2 <- a^2 + b^2 + (2b-a)^2
+\binom{m}{n} <- 0 ;; 2\binom{m}{n} ;; \binom{m}{n+1} ;; \binom{n}{m}
 101_2 <- 101_{10} = 101_2
 \emptyset <- \{\emptyset\} ;; \{\{\}\}
 25 <- 25 (incorrect) ;; 25 (at most) ;; 25 (when n is even)

@@ -116,19 +116,23 @@ def rounds(node: Node) -> bool:
 
 
 def points(names: frozenset[str], whole: bool = False) -> list[dict[str, Fraction]]:
-    """Returns the assignments at which formulas in these variables are compared."""
+    """Returns the assignments at which formulas in these variables are compared.
+
+    No two sums of a few variables, with small factors, agree at all of them.
+    """
     if not names:
         return [{}]
-    ordered = sorted(names)
-    if whole:
-        return [
-            {name: Fraction(4 + 3 * k + (5 + k) * i) for i, name in enumerate(ordered)}
-            for k in range(4)
-        ]
-    return [
-        {name: Fraction(7 + 13 * k + 5 * i * (k + 2), 11 + 3 * k) for i, name in enumerate(ordered)}
-        for k in range(4)
-    ]
+    assignments: list[dict[str, Fraction]] = []
+    for k in range(4):
+        # without the last term, b would be half of a + c everywhere
+        bent = [i * (i - 1) * (k**3 + i) for i in range(len(names))]
+        if whole:
+            values = [Fraction(4 + 3 * k + (5 + k) * i + bend // 2) for i, bend in enumerate(bent)]
+        else:
+            above = [7 + 13 * k + 5 * i * (k + 2) + bend for i, bend in enumerate(bent)]
+            values = [Fraction(number, 11 + 3 * k) for number in above]
+        assignments.append(dict(zip(sorted(names), values, strict=True)))
+    return assignments
 
 
 def value(node: Node, at: dict[str, Fraction], angle: bool = False) -> Value:

@@ -145,13 +145,25 @@ def _may_be_rounded(number: Fraction) -> bool:
     return 10**8 <= number.denominator <= 10**17 and 10**17 % number.denominator == 0
 
 
+def _is_zero(node: Node, at: dict[str, Fraction]) -> bool:
+    """Returns True also if the formula has no value, such as the factorial of a negative number."""
+    try:
+        return value(node, at) == 0
+    except Unreadable:
+        return True
+
+
 def _points(a: Node, b: Node) -> list[dict[str, Fraction]]:
     """Returns where two formulas are compared; variables in absolute values are also negative."""
     names = variables(a) | variables(b)
     if not names:
         return [{}]
     if counts(a) or counts(b):
-        return points(names, whole=True)
+        found = points(names, whole=True)
+        if _is_zero(a, found[0]):  # as \binom{m}{n}, where m is less than n
+            turned = dict(zip(sorted(names), sorted(names, reverse=True), strict=True))
+            found = [{turned[name]: at for name, at in point.items()} for point in found]
+        return found
     found = points(names)
     if rounds(a) or rounds(b):
         found += points(names, whole=True)
