@@ -12,7 +12,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_CLOSING = "</tool_call>"
+_CALL = re.compile(rf"<tool_call>(.*?){_CLOSING}", re.DOTALL)
 FORM = '{"name": "...", "arguments": {...}}'
 
 
@@ -36,7 +37,7 @@ class BadCall:
 
 def find(text: str) -> list[ToolCall | BadCall]:
     """Returns the texts between the tags of calls, in order."""
-    return [_read(match[1]) for match in _CALL.finditer(text)]
+    return [_read(match[1]) for match in _CALL.finditer(_closed(text)[0])]
 
 
 def split(text: str) -> tuple[str, list[ToolCall]]:
@@ -50,8 +51,16 @@ def split(text: str) -> tuple[str, list[ToolCall]]:
         calls.append(call)
         return ""
 
-    content = _CALL.sub(take, text)
+    closed, rest = _closed(text)
+    content = _CALL.sub(take, closed) + rest
     return (content.strip() if calls else text), calls
+
+
+def _closed(text: str) -> tuple[str, str]:
+    """Returns the text up to the last end of a call, and the rest: a search for an end that does
+    not come would take the square of the number of beginnings."""
+    before, closing, after = text.rpartition(_CLOSING)
+    return before + closing, after
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -283,6 +283,39 @@ def test_openai_streams_completions_and_responses(tokenizer: Tokenizer) -> None:
     asyncio.run(ask())
 
 
+def test_streams_have_the_events_that_the_openai_client_expects(tokenizer: Tokenizer) -> None:
+    """Its helper adds each delta to the item that it has got so far."""
+    call = '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>'
+    tools: list[Any] = [{"type": "function", "name": "add", "parameters": {"type": "object"}}]
+
+    async def ask() -> None:
+        async with serving(tokenizer, f"so{call}{call}", "done", "alpha", "beta") as served:
+            given: list[Any] = [user("2+2")]
+            responses = served.openai.responses
+            async with responses.stream(model="policy", input=given, tools=tools) as stream:
+                events = [event async for event in stream]
+                reply = await stream.get_final_response()
+            snapshots = [e.snapshot for e in events if e.type.endswith(".delta")]
+            assert snapshots == ["so", '{"a": 2}', '{"a": 2}']
+            # the items of a reply come back as one message
+            given += [item.model_dump() for item in reply.output]
+            given += [
+                {"type": "function_call_output", "call_id": item.call_id, "output": "4"}
+                for item in reply.output[1:]
+            ]
+            await responses.create(model="policy", input=given, tools=tools)
+            assert len(served.sample().sequences()) == 1
+
+            stream = await served.chat([user("a")], stream=True)
+            assert [len(chunk.choices) async for chunk in stream] == [1, 1]
+            options = {"include_usage": True}
+            stream = await served.chat([user("a")], stream=True, stream_options=options)
+            *_, last = [chunk async for chunk in stream]
+            assert last.choices == [] and last.usage.completion_tokens == 5
+
+    asyncio.run(ask())
+
+
 def test_framework_that_rewrites_its_history_is_trained_in_branches(
     tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

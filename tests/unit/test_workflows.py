@@ -22,6 +22,7 @@ from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.protocol import rules
 from megatron_async_rl.protocol.messages import Generated, Hello, ScoreRequest
 from megatron_async_rl.protocol.types import NOT_GENERATED, Sample
+from megatron_async_rl.rollout import tool_calls
 from megatron_async_rl.rollout.policy import plain_ids
 from megatron_async_rl.rollout.python_runner import PythonRunner, shortened
 from megatron_async_rl.rollout.tool_calls import BadCall, ToolCall
@@ -136,6 +137,8 @@ def test_tool_prompt_and_tool_message_follow_the_template(tokenizer: Tokenizer) 
         ),
         ("so\n```python\nprint(3)\n```\n", ["print(3)\n"]),
         ("```python\nprint(3)\n```\nprints 3", []),  # not a call: the answer goes on
+        ("```python\nprint(3)\n```\nso\n```python\nprint(4)\n```", ["print(4)\n"]),
+        ("```python\nprint(3)\n```\nprints\n```\n3\n```", []),
         ("```text\n3\n```", []),
         ('<tool_call>{"name": "python", "arguments": {"code": "a', []),  # cut off
     ],
@@ -143,6 +146,16 @@ def test_tool_prompt_and_tool_message_follow_the_template(tokenizer: Tokenizer) 
 def test_calls_are_found_in_the_response(text: str, codes: list[str]) -> None:
     programs = [c.arguments["code"] if isinstance(c, ToolCall) else c for c in find_calls(text)]
     assert programs == codes
+
+
+@pytest.mark.parametrize("text", ["<tool_call>", "a```py\n", "```python\n", "```"])
+def test_repeated_beginning_of_a_call_takes_no_time(text: str) -> None:
+    """A policy may repeat one token up to the limit; all samples of the worker would wait."""
+    started = time.process_time()
+    find_calls(text * 8192)
+    find_calls(f"{text * 8192}```")
+    tool_calls.split(text * 8192)
+    assert time.process_time() - started < 0.5
 
 
 @pytest.mark.parametrize(

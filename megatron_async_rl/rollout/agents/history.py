@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import bisect
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +74,8 @@ class History:
     def remember(self, request: ChatRequest, reply: Message, sampled: list[Message]) -> None:
         """Keeps the messages that stand for a reply, for requests that continue it."""
         if len(sampled) > 1:
-            self._replaced[_conversation_key([*request.messages, reply])] = sampled
+            *_, key = _conversation_keys([*request.messages, reply])
+            self._replaced[key] = sampled
         else:
             self._sampled[_reply_key(reply)] = sampled[0]["content"]
 
@@ -100,10 +103,9 @@ class History:
     def _as_sampled(self, messages: list[Message]) -> list[Message]:
         """Returns the messages with those of this session's replies exactly as sampled."""
         found: list[Message] = []
-        for number, message in enumerate(messages, 1):
-            replacing = None
-            if message.get("role") == "assistant" and self._replaced:
-                replacing = self._replaced.get(_conversation_key(messages[:number]))
+        keys = _conversation_keys(messages) if self._replaced else itertools.repeat("")
+        for message, key in zip(messages, keys, strict=False):
+            replacing = self._replaced.get(key) if message.get("role") == "assistant" else None
             if replacing is None and message.get("role") == "assistant":
                 raw = self._sampled.get(_reply_key(message))
                 replacing = None if raw is None else [{"role": "assistant", "content": raw}]
@@ -147,7 +149,10 @@ def _reply_key(message: Message) -> str:
     return json.dumps([message.get("content") or "", calls])
 
 
-def _conversation_key(messages: list[Message]) -> str:
-    """Returns the identity of the last of these messages with all before it."""
-    parts = [[m.get("role"), m.get("tool_call_id"), _reply_key(m)] for m in messages]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def _conversation_keys(messages: list[Message]) -> Iterator[str]:
+    """Yields the identity of each message with all before it, in one pass over their text."""
+    digest = hashlib.sha256()
+    for message in messages:
+        part = [message.get("role"), message.get("tool_call_id"), _reply_key(message)]
+        digest.update(json.dumps(part).encode())
+        yield digest.hexdigest()

@@ -18,7 +18,7 @@ from megatron_async_rl.rollout.tool_calls import BadCall, ToolCall
 from megatron_async_rl.rollout.workflow import Episode, Policy
 from megatron_async_rl.rollout.workflows import options
 
-_FENCE = re.compile(r"```(?:python|py)[ \t]*\n(.*?)```\s*\Z", re.DOTALL)
+_OPENING = re.compile(r"```(?:python|py)[ \t]*\n")
 
 
 class PythonTool:
@@ -75,5 +75,9 @@ def find_calls(text: str) -> list[ToolCall | BadCall | str]:
     """Returns the calls in a response, in order; without any, the program of a fence at its end."""
     if calls := tool_calls.find(text):
         return [*calls]
-    fence = _FENCE.search(text)
-    return [fence[1]] if fence else []
+    text, closing, after = text.rpartition("```")
+    openings = list(_OPENING.finditer(text))
+    if not closing or after.strip() or not openings:
+        return []
+    program = text[openings[-1].end() :]
+    return [] if "\n```" in f"\n{program}" else [program]  # another block ends the turn

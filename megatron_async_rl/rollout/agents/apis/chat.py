@@ -24,6 +24,7 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
     if not isinstance(choice, dict) and choice not in ("auto", "none", "required", None):
         raise RequestError(400, "tool_choice must be auto, none, required or an object")
     tools = [_tool(tool) for tool in fields.objects("tools")]
+    options = fields.object("stream_options") if body.get("stream_options") else {}
     response_format = body.get("response_format")
     if response_format and fields.object("response_format").get("type") != "text":
         raise RequestError(
@@ -38,6 +39,7 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
         stop=fields.texts("stop"),
         n=fields.count("n"),
         stream=fields.boolean("stream"),
+        stream_usage=Fields(options).boolean("include_usage"),
         logprobs=fields.boolean("logprobs"),
     )
 
@@ -89,7 +91,9 @@ def chat_chunks(
         for part, finish in ((delta, None), ({}, reply.finish)):
             choice = {"index": index, "delta": part, "finish_reason": finish}
             chunks.append({**head, "choices": [choice | {"logprobs": logprobs if part else None}]})
-    return [*chunks, {**head, "choices": [], "usage": usage(replies)}]
+    if request.stream_usage:
+        chunks.append({**head, "choices": [], "usage": usage(replies)})
+    return chunks
 
 
 def completion(request: ChatRequest, replies: list[Reply], tokenizer: Tokenizer) -> dict[str, Any]:

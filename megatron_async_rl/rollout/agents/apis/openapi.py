@@ -78,6 +78,7 @@ _CHAT = _object(
     stop=_STOP,
     n=_NUM_COMPLETIONS,
     stream=_FLAG,
+    stream_options=_object(include_usage=_FLAG),
     logprobs=_FLAG,
 )
 _COMPLETION = _object(

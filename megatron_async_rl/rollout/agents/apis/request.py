@@ -32,6 +32,7 @@ class ChatRequest:
     stop: tuple[str, ...] = ()
     n: int = 1
     stream: bool = False
+    stream_usage: bool = False  # in a chunk of its own, without choices
     logprobs: bool = False
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ def parse(body: dict[str, Any], session: Session) -> ChatRequest:
     if isinstance(given, str):
         messages.append({"role": "user", "content": given})
     else:
-        messages += [_message(item) for item in fields.objects("input", required=True)]
+        messages += _messages(fields.objects("input", required=True))
     tools = [_tool(tool) for tool in fields.objects("tools")]
     return chat.parse_chat(
         {
@@ -88,20 +88,46 @@ def response(
 
 
 def events(whole: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the events of a streamed reply: created, the text in one delta, completed."""
-    empty = whole | {"output": [], "status": "in_progress"}
+    """Returns the events of a streamed reply: each text and each call begins empty, and has one
+    delta."""
+    empty = whole | {"output": [], "status": "in_progress", "incomplete_details": None}
     found: list[dict[str, Any]] = [{"type": "response.created", "response": empty}]
     for index, item in enumerate(whole["output"]):
-        found.append({"type": "response.output_item.added", "output_index": index, "item": item})
+        place = {"item_id": item["id"], "output_index": index}
+        begun = item | {"status": "in_progress"}
+        begun |= {"content": []} if item["type"] == "message" else {"arguments": ""}
+        found.append({"type": "response.output_item.added", "output_index": index, "item": begun})
         if item["type"] == "message":
-            place = {"item_id": item["id"], "output_index": index, "content_index": 0}
-            text = item["content"][0]["text"]
-            found.append({"type": "response.output_text.delta", **place, "delta": text})
-            found.append({"type": "response.output_text.done", **place, "text": text})
+            [part] = item["content"]
+            text, place = part["text"], place | {"content_index": 0}
+            found += [
+                {"type": "response.content_part.added", **place, "part": part | {"text": ""}},
+                {"type": "response.output_text.delta", **place, "delta": text, "logprobs": []},
+                {"type": "response.output_text.done", **place, "text": text, "logprobs": []},
+                {"type": "response.content_part.done", **place, "part": part},
+            ]
+        else:
+            kind, written = "response.function_call_arguments", item["arguments"]
+            found += [
+                {"type": f"{kind}.delta", **place, "delta": written},
+                {"type": f"{kind}.done", **place, "name": item["name"], "arguments": written},
+            ]
         found.append({"type": "response.output_item.done", "output_index": index, "item": item})
     kind = "response.completed" if whole["status"] == "completed" else "response.incomplete"
     found.append({"type": kind, "response": whole})
     return [event | {"sequence_number": number} for number, event in enumerate(found)]
+
+
+def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns chat messages; the text and the calls of one reply are items, but one message."""
+    messages: list[dict[str, Any]] = []
+    for message in map(_message, items):
+        if "tool_calls" in message and messages and messages[-1]["role"] == "assistant":
+            calls = [*messages[-1].get("tool_calls", []), *message["tool_calls"]]
+            messages[-1] = messages[-1] | {"tool_calls": calls}
+        else:
+            messages.append(message)
+    return messages
 
 
 def _message(item: dict[str, Any]) -> dict[str, Any]:
