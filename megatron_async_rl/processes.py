@@ -194,7 +194,7 @@ def temporary_folder() -> Iterator[Path]:
     for them: the path of a socket has at most 107 bytes, and a shared disk may refuse sockets.
     Raises ConfigError as temporary_parent.
     """
-    folder = tempfile.mkdtemp(prefix="marl-", dir=temporary_parent())
+    folder, owner = tempfile.mkdtemp(prefix="marl-", dir=temporary_parent()), os.getpid()
     # for a kill of this process, which closes the pipe; others that die with it may still write
     script = 'trap "" INT TERM HUP; cat; rm -rf "$0" || { sleep 1; rm -rf "$0"; }'
     remover = subprocess.Popen(
@@ -207,9 +207,12 @@ def temporary_folder() -> Iterator[Path]:
     try:
         yield Path(folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.killpg(remover.pid, signal.SIGKILL)  # it may be stopped
-        remover.communicate()
+        if (
+            os.getpid() == owner
+        ):  # multiprocessing's forks drop their finalizers, and with them this
+            shutil.rmtree(folder, ignore_errors=True)
+            os.killpg(remover.pid, signal.SIGKILL)  # it may be stopped
+            remover.communicate()
 
 
 def temporary_environment(folder: Path) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Wrong command lines: each ends with the problem and the way to write it."""
+"""Wrong command lines end with the problem and the way to write it; temporary files of a command."""
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -59,3 +60,16 @@ def test_folder_too_deep_for_sockets_is_refused(monkeypatch: pytest.MonkeyPatch)
         processes.temporary_folder(),
     ):
         pass
+
+
+def test_temporary_folder_survives_the_end_of_a_fork() -> None:
+    context = processes.temporary_folder()
+    folder = context.__enter__()
+    fork = multiprocessing.get_context("fork").Process(
+        target=context.__exit__, args=(None, None, None)
+    )
+    fork.start()
+    fork.join()
+    assert fork.exitcode == 0 and folder.is_dir()
+    context.__exit__(None, None, None)
+    assert not folder.exists()
