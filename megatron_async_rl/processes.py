@@ -207,9 +207,7 @@ def temporary_folder() -> Iterator[Path]:
     try:
         yield Path(folder)
     finally:
-        if (
-            os.getpid() == owner
-        ):  # multiprocessing's forks drop their finalizers, and with them this
+        if os.getpid() == owner:  # a fork of multiprocessing drops its finalizers
             shutil.rmtree(folder, ignore_errors=True)
             os.killpg(remover.pid, signal.SIGKILL)  # it may be stopped
             remover.communicate()

@@ -1,4 +1,4 @@
-"""Wrong command lines end with the problem and the way to write it; temporary files of a command."""
+"""Wrong command lines end with the problem and how to write it; temporary files of a command."""
 
 from __future__ import annotations
 
