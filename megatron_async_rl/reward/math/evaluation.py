@@ -125,7 +125,7 @@ def points(names: frozenset[str], whole: bool = False) -> list[dict[str, Fractio
     assignments: list[dict[str, Fraction]] = []
     for k in range(4):
         # without the last term, b would be half of a + c everywhere
-        bent = [i * (i - 1) * (k**3 + i) for i in range(len(names))]
+        bent = [i * (i - 1) * (k**3 + 2 * i + 4) for i in range(len(names))]
         if whole:
             values = [Fraction(4 + 3 * k + (5 + k) * i + bend // 2) for i, bend in enumerate(bent)]
         else:
