@@ -134,6 +134,7 @@ x \ne 3, x \ne 4 <- (-\infty,3)\cup(3,4)\cup(4,\infty) ;; \mathbb{R}\setminus\{3
 x = \frac{y-1}{2} = \frac{z}{3} <- x = \frac{y-1}{2} = \frac{z}{3}
 7 <- m+n = 7 = x ;; 3+4 = 7 = x ;; x = y = 7
 2ab <- S = ab+ab = 2ab ;; ab+ab = 2ab = S
+\lfloor \frac{m}{n} \rfloor + 1 <- 1+\lfloor m/n \rfloor
 \binom{m}{n} <- \frac{m!}{n!(m-n)!} ;; \binom{m}{m-n}
 \frac{m!}{(m-n)!} <- n!\binom{m}{n}
 x > 2 \text{ and } x < 5 <- (2,5) ;; 2 < x < 5
@@ -281,6 +282,9 @@ x > 2 \text{ and } x < 5 <- 2, 5 ;; 2 ;; x = 2, x = 5
 a + c <- 2b ;; b ;; a + b
 x + y + z = 0 <- x - y + z = 0 ;; y = 0 ;; 3y = 0 ;; x - 2y + z = 0
 a^2 + b^2 + c^2 <- a^2 + b^2 + (2b-a)^2
+\lfloor \frac{a}{y} \rfloor <- 0 ;; 2\lfloor \frac{a}{y} \rfloor ;; \lfloor \frac{2a}{y} \rfloor
+\lceil \frac{n}{3} \rceil <- \lfloor \frac{n}{3} \rfloor + 1 ;; \lfloor \frac{n}{3} \rfloor
+\lceil \frac{m}{n} \rceil <- \lfloor \frac{m}{n} \rfloor + 1 ;; \lfloor \frac{m}{n} \rfloor
 \binom{m}{n} <- 0 ;; 2\binom{m}{n} ;; \binom{m}{n+1} ;; \binom{n}{m}
 101_2 <- 101_{10} = 101_2
 \emptyset <- \{\emptyset\} ;; \{\{\}\}

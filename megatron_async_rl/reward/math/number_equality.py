@@ -158,15 +158,16 @@ def _points(a: Node, b: Node) -> list[dict[str, Fraction]]:
     names = variables(a) | variables(b)
     if not names:
         return [{}]
-    if counts(a) or counts(b):
-        found = points(names, whole=True)
-        if _is_zero(a, found[0]):  # as \binom{m}{n}, where m is less than n
-            turned = dict(zip(sorted(names), sorted(names, reverse=True), strict=True))
-            found = [{turned[name]: at for name, at in point.items()} for point in found]
-        return found
-    found = points(names)
-    if rounds(a) or rounds(b):
-        found += points(names, whole=True)
+    found, is_counted = points(names), counts(a) or counts(b)
+    if is_counted or rounds(a) or rounds(b):
+        whole = points(names, whole=True)
+        if not is_counted:  # quotients are whole: \lceil n/3 \rceil is not \lfloor n/3 \rfloor + 1
+            whole.append({name: Fraction(60 // i) for i, name in enumerate(sorted(names), 1)})
+        turned = dict(zip(sorted(names), sorted(names, reverse=True), strict=True))
+        falling = [{turned[name]: at for name, at in point.items()} for point in whole]
+        if is_counted:  # \binom{m}{n} is 0 if m is less than n
+            return falling if _is_zero(a, whole[0]) else whole
+        found += whole + falling
     signed = sorted(within_bars(a) | within_bars(b))
     for factors in ((-1, -1), (9, -9), (-9, 9)) if signed else ():
         scales = {name: factors[i % 2] for i, name in enumerate(signed)}
