@@ -274,6 +274,7 @@ class SyncLink:
         self._hello: Hello | None = None
         self._rejoining = _Rejoining()
         self._unanswered: list[Message] = []
+        self._early: messages.TrainBatch | None = None  # came before the answer to an offer
         self._silent_since = time.monotonic()  # last message of the controller, or report to it
 
     @property
@@ -292,9 +293,18 @@ class SyncLink:
         return epoch
 
     def receive(self, timeout_s: float) -> AnyMessage:
-        """Returns the next message; answers RejoinRequest by itself. Raises TimeoutError."""
+        """Returns the next message; answers RejoinRequest by itself. Raises TimeoutError.
+
+        Returns a batch after the answer to an outstanding offer: a restarted controller gets the
+        repeated request first and may send the batch at once, during the weight update.
+        """
         deadline = time.monotonic() + timeout_s
+        message: AnyMessage
         while True:
+            is_offering = any(isinstance(m, weight_messages.PublishOffer) for m in self._unanswered)
+            if self._early and not is_offering:
+                message, self._early = self._early, None
+                break
             try:
                 message = self._receive(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
@@ -313,6 +323,8 @@ class SyncLink:
                 raise _refused(message)
             elif isinstance(message, messages.Welcome):
                 self._rejoining.welcomed()
+            elif isinstance(message, messages.TrainBatch) and is_offering:
+                self._early = message
             else:
                 break
         self._unanswered = [m for m in self._unanswered if not _answers(message, m)]

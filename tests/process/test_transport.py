@@ -36,7 +36,7 @@ from megatron_async_rl.protocol.messages import (
 )
 from megatron_async_rl.protocol.transport import Hub, Link, Peer, SyncLink, with_versions
 from megatron_async_rl.protocol.types import TrainSample
-from megatron_async_rl.protocol.weight_messages import Published
+from megatron_async_rl.protocol.weight_messages import Published, PublishOffer
 from megatron_async_rl.protocol.wire import Codec, Malformed
 
 TIMEOUT_S = 10.0
@@ -460,6 +460,28 @@ def test_request_without_an_answer_is_repeated(
         with pytest.raises(TimeoutError):
             await asyncio.to_thread(sync.receive, 0.2)
         assert [type(m) for m in await received_in(hub, 0.1)] == [Heartbeat]
+        sync.close()
+
+    run_with_hub(tmp_path, test)
+
+
+def test_batch_that_arrives_during_a_weight_update_is_returned_after_it(tmp_path: Path) -> None:
+    """The controller restarted after Republish: it gets the request first, then the offer."""
+
+    async def test(hub: Hub) -> None:
+        sync = SyncLink(tmp_path)
+        trainer = Hello("trainer", "trainer-0", 1, leader=0, stage=0)
+        joined = asyncio.create_task(asyncio.to_thread(sync.join, trainer))
+        peer = await welcome(hub)
+        await joined
+        sync.send(GetBatch(4))
+        sync.send(PublishOffer(4, 0, 1, [], "gloo"))
+        for message in (TrainBatch(4, []), TrainBatch(4, []), Published(4, 1)):
+            await hub.send(peer, message)
+        for expected in (Published(4, 1), TrainBatch(4, [])):
+            assert await asyncio.to_thread(sync.receive, 5.0) == expected
+        with pytest.raises(TimeoutError):
+            await asyncio.to_thread(sync.receive, 0.1)
         sync.close()
 
     run_with_hub(tmp_path, test)
