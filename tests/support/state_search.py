@@ -78,6 +78,7 @@ def cloned(core: Core) -> Core:
     was = core.state
     new = Core(RULES, Prompts(was._next_prompt.position), core.epoch)
     new.admitting, new.batches_held = core.admitting, core.batches_held
+    new.resent_version = core.resent_version
     new.num_fenced_messages, new.num_replayed_steps = (
         core.num_fenced_messages,
         core.num_replayed_steps,

@@ -88,6 +88,18 @@ def test_trainer_from_a_checkpoint_gets_recorded_batches() -> None:
     assert (core.version, core.state.ledger.trained, core.num_replayed_steps) == (1, 2, 1)
 
 
+def test_report_that_is_repeated_is_no_progress() -> None:
+    """The trainer repeats it while its weights wait for a server: the run has stalled."""
+    core = make_core(max_staleness=0)
+    for lease in join_workers(core):
+        finish_lease(core, lease, 0)
+    core.handle(inputs.BatchRequested(0, 0), 0)
+    step = inputs.Received("trainer-0", StepDone(1, {}))
+    core.handle(step, 0)
+    assert core.handle(step, 0) == []
+    assert (core.version, core.num_replayed_steps, core.num_fenced_messages) == (1, 0, 1)
+
+
 def test_next_lease_carries_partial_tokens_unless_too_stale() -> None:
     core = make_core(prompts_per_step=1, max_staleness=1)
     lease, other = join_workers(core)

@@ -50,6 +50,7 @@ class Core:
         self.batches_held = False
         self.num_fenced_messages = 0
         self.num_replayed_steps = 0
+        self.resent_version: int | None = None  # of the recorded batch that the trainer repeats
         self.evaluation = Evaluation(self.state, self.fleet, self.leases)
         self._message_handlers: dict[type, Callable[[str, Any, float], Actions]] = {
             messages.Heartbeat: self._heartbeat,
@@ -278,11 +279,16 @@ class Core:
         if event.version > self.version + bool(self.state.in_batch):
             return self._fence()
         batch = self.batch_selector.request(event.leader, event.version, now)
+        if isinstance(batch, actions.ResendBatch):
+            self.resent_version = batch.version
         return [batch] if batch else self._advance(now)
 
     def _step_done(self, worker: str, step: messages.StepDone, now: float) -> Actions:
         """The batch of version - 1 is in the weights: its groups count as trained."""
         if step.version <= self.version:
+            if step.version - 1 != self.resent_version:
+                return self._fence()  # the trainer repeats a report that has no answer yet
+            self.resent_version = None
             self.num_replayed_steps += 1
             return [actions.ReportStep(step.version, None)]
         if step.version != self.version + 1 or not self.state.in_batch:
