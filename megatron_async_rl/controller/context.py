@@ -35,6 +35,11 @@ class EventQueue:
         self._events: deque[tuple[MessageArrived | CoreEvent, Applied | None]] = deque()
         self._arrived = asyncio.Event()
         self._empty = asyncio.Event()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Cancels later calls of `submit`: the loop has ended, and a task may clean up."""
+        self._is_closed = True
 
     async def put(self, message: MessageArrived) -> None:
         """Queues a message; a full queue must become empty before."""
@@ -46,6 +51,8 @@ class EventQueue:
 
     async def submit(self, event: CoreEvent) -> None:
         """Returns when the event is applied: journaled, and its actions carried out."""
+        if self._is_closed:
+            raise asyncio.CancelledError
         applied: Applied = asyncio.get_running_loop().create_future()
         self._events.append((event, applied))
         self._arrived.set()

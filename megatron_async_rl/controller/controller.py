@@ -172,6 +172,7 @@ class Controller:
             self.progress.end("failed", str(e), self._ledger())
             raise
         finally:
+            self.queue.close()
             for task in tasks:
                 task.cancel()
             if reason:
@@ -245,6 +246,7 @@ class Controller:
     async def _request_weights(self) -> None:
         """Gives weights to servers that joined between updates, from a snapshot or the trainer."""
         self.updates.start_catch_up()
+        await self.updates.answer_again()
         if self.updates.must_republish():
             await self._apply(inputs.BatchesHeld(True))  # until the trainer has published
             for leader in self.workers.leaders:  # experts may be on any replica

@@ -319,6 +319,20 @@ def test_update_without_servers_raises_and_releases_sources() -> None:
     assert cluster.sent(Published) == [Published(0, 0)]
 
 
+@pytest.mark.parametrize("kind", [OpenGroup, SendBuckets])
+def test_silent_source_ends_the_update_and_all_sources_are_released(kind: type) -> None:
+    cluster = Cluster(num_stages=2)
+    cluster.publish(0, "rollout-0")
+    cluster.log.clear()
+    cluster.faults[("trainer-1", kind)] = lambda name, message: None
+    with pytest.raises(PublishError, match="trainer-1"):
+        cluster.publish(1, "rollout-0", "rollout-1")
+    assert cluster.sent(Published) == [Published(1, 0)] * 2
+    cluster.faults.clear()
+    assert cluster.publish(2, "rollout-0").serving == ["rollout-0"]  # in new groups
+    assert len(cluster.sent(OpenGroup)) == 4
+
+
 def test_reply_of_an_earlier_update_is_ignored() -> None:
     cluster = Cluster()
     cluster.session.inbox.put_nowait(("rollout-0", Updated(6, {}, error="old trouble")))

@@ -17,7 +17,7 @@ from snapshot_builders import write_part
 from tiny_model import make_model
 
 from megatron_async_rl.config import load as configuration
-from megatron_async_rl.controller.context import Context
+from megatron_async_rl.controller.context import Context, EventQueue
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Send, ServerLost
 from megatron_async_rl.controller.core.core import Core
@@ -84,8 +84,8 @@ class Cluster:
         timeout_s = self.config.weights.update_timeout_s
         self.session = UpdateSession(self.send, timeout_s, self.submit)
         self.publisher = TrainerPublisher(self.session, self.config, self.folders)
-        # this class replaces the queue, the workers and the journal; progress is not used
-        context = Context(self.config, self.core, self, self, self, None)  # type: ignore[arg-type]
+        # this class replaces the queue, the workers, the journal and the display
+        context = Context(self.config, self.core, self, self, self, self)  # type: ignore[arg-type]
         self.catch_up = CatchUp(context, self.folders)
         self.updates = UpdateCoordinator(context, self.publisher, self.catch_up)
 
@@ -94,6 +94,9 @@ class Cluster:
 
     async def durable(self) -> None:
         """Nothing is written here."""
+
+    def published(self, outcome: Outcome) -> None:
+        """Nothing is shown here."""
 
     async def apply(self, actions: list[Any]) -> None:
         self.core.state.take_events()
@@ -298,7 +301,110 @@ def test_offer_that_is_repeated_starts_no_second_update(tmp_path: Path, model: P
         cluster.core.handle(inputs.RolloutJoined("rollout-1", 4), 0.0)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(updates.next(), 0.05)
-        assert cluster.log == [(f"trainer-{n}", Published(0, 0)) for n in range(2)]
+        answers = [(f"trainer-{n}", Published(0, 0)) for n in range(2)]
+        assert cluster.log == answers
+        await updates.answer_again()  # the first answers may be lost with a connection
+        await updates.answer_again()
+        assert cluster.log == answers * 2
+
+    in_loop(body)
+
+
+def test_offer_that_is_repeated_during_its_update_is_not_answered(
+    tmp_path: Path, model: Path
+) -> None:
+    cluster = Cluster(tmp_path, model)
+    offers = [PublishOffer(0, n, 2, [], "gloo") for n in range(2)]
+
+    async def body() -> None:
+        async def allow_update(version: int) -> None:
+            for offer in offers:
+                cluster.updates.offered(f"trainer-{offer.source}", offer)
+            await cluster.updates.answer_again()
+            assert not cluster.log and not cluster.updates.is_idle
+
+        cluster.updates._allow_update = allow_update
+        for offer in offers:
+            cluster.updates.offered(f"trainer-{offer.source}", offer)
+        assert await cluster.updates.next() == 0
+        await cluster.updates.answer_again()
+        assert cluster.sent(Published) == ["trainer-0", "trainer-1"] and cluster.updates.is_idle
+
+    in_loop(body)
+
+
+def test_leader_that_is_no_source_withdraws_no_offer(tmp_path: Path, model: Path) -> None:
+    """All ranks join a restarted controller at the same time, some with their offers."""
+    cluster = Cluster(tmp_path, model)
+
+    async def body() -> None:
+        conductor = asyncio.create_task(cluster.updates.next())
+        await asyncio.sleep(0)
+        for source in range(2):
+            offer = PublishOffer(0, source, 2, [], "gloo")
+            cluster.updates.offered(f"trainer-{source}", offer)
+        cluster.updates.worker_joined(Hello("trainer", "trainer-2", 1, leader=1))
+        assert await asyncio.wait_for(conductor, SHORT_S) == 0
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_source_that_joins_again_alone_waits_for_the_repeated_offer_of_the_other(
+    tmp_path: Path, model: Path, is_running: bool
+) -> None:
+    cluster = Cluster(tmp_path, model)
+    updates, interrupted = cluster.updates, asyncio.Event()
+
+    def offer(source: int) -> None:
+        updates.offered(f"trainer-{source}", PublishOffer(0, source, 2, [], "gloo"))
+
+    def joins_again() -> None:
+        updates.worker_joined(Hello("trainer", "trainer-0", 1, leader=0, stage=0))
+        offer(0)
+        interrupted.set()
+
+    async def body() -> None:
+        async def allow_update(version: int) -> None:
+            if not is_running and not interrupted.is_set():
+                joins_again()
+
+        def writes(message: WriteSnapshot) -> Message | None:
+            if is_running and not interrupted.is_set():
+                asyncio.get_running_loop().call_soon(joins_again)
+                return None
+            return cluster.answer(message)
+
+        updates._allow_update = allow_update
+        cluster.faults[("trainer-1", WriteSnapshot)] = writes
+        conductor = asyncio.create_task(updates.next())
+        for source in range(2):
+            offer(source)
+        await interrupted.wait()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        offer(1)  # after RESEND_S without an answer
+        assert await asyncio.wait_for(conductor, LONG_S / 2) == 0
+
+    in_loop(body)
+
+
+def test_cleanup_of_an_update_does_not_wait_for_a_loop_that_has_ended() -> None:
+    queue = EventQueue()
+
+    async def body() -> None:
+        async def update() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await queue.submit(inputs.ServerFenced("rollout-0", reason="lost"))
+
+        running = asyncio.create_task(update())
+        await asyncio.sleep(0)
+        queue.close()
+        running.cancel()
+        await asyncio.wait([running], timeout=SHORT_S)
+        assert running.cancelled()
 
     in_loop(body)
 

@@ -67,7 +67,12 @@ class BroadcastPublisher:
         Raises PublishError if no server took it. `hold`: does not release the sources on success.
         """
         with self.session.update(version, offers, servers) as outcome:
-            await self._update(version, offers, servers)
+            try:
+                await self._update(version, offers, servers)
+            except PublishError:
+                self.forget_groups()  # only some may have been opened
+                await self.session.release()
+                raise
         return await self.session.end(release=not (hold and outcome.serving))
 
     async def _update(

@@ -49,23 +49,26 @@ class UpdateCoordinator:
         self._offers: dict[str, PublishOffer] = {}  # by weight source
         self._all_offered = asyncio.Event()
         self._taken: dict[str, int] = {}  # version of the last offer that `next` took, by source
+        self._is_busy = False  # with these
+        self._repeated: dict[str, int] = {}  # those that a source repeats after their answer
         self._num_joined_sources = 0
         self._requested_for: frozenset[str] = frozenset()  # servers that caused a Republish
         self._being_updated: frozenset[str] = frozenset()
         self._running: asyncio.Task[None] | None = None
         self._allow_update = allow_update
-        self._is_waiting = False  # for the next offers
 
     @property
     def is_idle(self) -> bool:
         """True while no weight source has an offer that is not served yet."""
-        return self._is_waiting and not self._offers
+        return not self._is_busy and not self._offers
 
     # ---- reports of the loop
 
     def offered(self, name: str, offer: PublishOffer) -> None:
         """Takes an offer, unless it repeats one that was taken."""
         if self._taken.get(name) == offer.version:
+            if not self._is_busy:
+                self._repeated[name] = offer.version
             return
         self._offers[name] = offer
         if len(self._offers) == offer.num_sources:
@@ -87,9 +90,10 @@ class UpdateCoordinator:
             self._requested_for -= {hello.name}
         elif hello.role == "trainer":
             self._requested_for = frozenset()
-            self._offers.pop(hello.name, None)
             self._taken.pop(hello.name, None)
-            self._all_offered.clear()  # until this source has offered again
+            self._repeated.pop(hello.name, None)
+            if self._offers.pop(hello.name, None):
+                self._all_offered.clear()  # until this source has offered again
             self._num_joined_sources += hello.stage >= 0
             if self._running and hello.stage >= 0:
                 self._running.cancel()  # it waits for replies of the earlier incarnation
@@ -97,6 +101,12 @@ class UpdateCoordinator:
     def start_catch_up(self) -> None:
         """Starts to catch up all servers that need it and are not in the running update."""
         self._catch_up.start(self._being_updated)
+
+    async def answer_again(self) -> None:
+        """Answers the offers that sources repeat: a connection that broke has lost the answer."""
+        repeated, self._repeated = self._repeated, {}
+        for name, version in repeated.items():
+            await self._workers.send(name, Published(version, 0))
 
     def must_republish(self) -> bool:
         """Returns whether the trainer, which waits for a batch, must offer its weights again.
@@ -135,22 +145,24 @@ class UpdateCoordinator:
                 await self._context.journal.durable()  # StepDone, before any server has the weights
             if self._num_joined_sources != num_joined:
                 logger.warning("the trainer restarted: its offer of version %d is void", version)
+                self._taken.clear()  # sources that have not joined again repeat their offer
                 continue
             if is_needed:
                 done = await self._run_update(version, offers, servers)
-                await self._context.queue.submit(inputs.BatchesHeld(False))
             else:
                 for name in offers:
                     await self._workers.send(name, Published(version, 0))
                 done = version == self._core.version
-        await self._context.queue.submit(inputs.BatchesHeld(False))
+            self._is_busy = False
+            if is_needed or done:
+                await self._context.queue.submit(inputs.BatchesHeld(False))
         return version
 
     async def _next_offers(self) -> dict[str, PublishOffer]:
-        self._is_waiting = True
+        self._is_busy = False
         while not self._all_offered.is_set():  # a source may rejoin before this task continues
             await self._all_offered.wait()
-        self._is_waiting = False
+        self._is_busy = True
         self._all_offered.clear()
         offers, self._offers = self._offers, {}
         self._taken = {name: offer.version for name, offer in offers.items()}
@@ -192,6 +204,7 @@ class UpdateCoordinator:
                 "the trainer restarted during the update to version %d: waiting for its next offer",
                 version,
             )
+            self._taken.clear()  # see `next`
             return False
         finally:
             self._running = None

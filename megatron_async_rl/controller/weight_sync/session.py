@@ -151,8 +151,9 @@ class UpdateSession:
         waiting = set(names)
         while waiting := waiting - fenced.keys():
             try:
-                remaining_s = self._deadline - time.monotonic()
-                name, message = await asyncio.wait_for(self.inbox.get(), remaining_s)
+                # wait_for of Python 3.11 ignores a cancellation that comes together with a message
+                async with asyncio.timeout(self._deadline - time.monotonic()):
+                    name, message = await self.inbox.get()
             except TimeoutError:
                 for server in waiting - self._sources:
                     fenced[server] = (
