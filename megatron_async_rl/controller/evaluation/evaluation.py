@@ -91,11 +91,12 @@ class Evaluations:
         if not self.is_due(version):
             return
         if running := self._running:
-            logger.warning(
-                "the evaluation of version %d is skipped: that of version %d is not complete "
-                "(raise evaluation.every, or use smaller sets)",
-                version, running.version,
-            )  # fmt: skip
+            if running.version != version:  # servers may have taken this version again
+                logger.warning(
+                    "the evaluation of version %d is skipped: that of version %d is not complete "
+                    "(raise evaluation.every, or use smaller sets)",
+                    version, running.version,
+                )  # fmt: skip
             return
         try:
             file = SampleFile(self._config.run_dir, version, self._header())
@@ -109,7 +110,8 @@ class Evaluations:
         num_samples = len(finished) + len(tasks)
         self._running = _Running(version, mode, file, num_samples, time.monotonic())
         self._idle.clear()
-        if version in (0, self._config.run.steps) and mode == "pause":
+        is_training = self._core.admitting and version < self._config.run.steps
+        if mode == "pause" and not is_training:
             self._context.progress.state = "evaluating"  # nothing else happens
         self._show(self._running)
         if snapshot := self._catch_up.snapshot_of(version):
