@@ -28,8 +28,9 @@ async def _run(run_dir: Path) -> None:
         settings.monitor.mismatch_probe_samples * PROBE_TOKENS,
     )
     with ExitStack() as opened:
+        # it replaces the status of an earlier start, which must not look new
+        run_log = opened.enter_context(closing(RunLog(run_dir, settings)))
         with _shown_alive(run_dir / STATUS_FILE):
-            run_log = opened.enter_context(closing(RunLog(run_dir, settings)))
             journal = opened.enter_context(closing(Journal(run_dir / JOURNAL_FILE)))
             hub = opened.enter_context(closing(Hub(run_dir, settings.run.host, longest_array)))
             controller = Controller(settings, hub, run_log, journal)

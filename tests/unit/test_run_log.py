@@ -1,9 +1,11 @@
+import asyncio
 import base64
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -238,6 +240,24 @@ def test_status_changes_while_a_controller_reads_its_journal(
         while not status.stat().st_mtime and time.monotonic() < deadline:
             time.sleep(0.001)
     assert status.stat().st_mtime > 0
+
+
+def test_status_of_an_earlier_start_is_not_made_newer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`join` takes a finished status that is newer than the keys for that of this start."""
+
+    class Opened(Exception):
+        pass
+
+    def open_log(*_: object) -> None:
+        raise Opened([thread.name for thread in threading.enumerate()])
+
+    monkeypatch.setattr(controller_main, "RunLog", open_log)
+    monkeypatch.setattr(controller_main.load, "load", lambda path: log_config(tmp_path))
+    with pytest.raises(Opened) as opened:
+        asyncio.run(controller_main._run(tmp_path))
+    assert "alive" not in opened.value.args[0]
 
 
 def test_status_is_read_back_unchanged(tmp_path: Path) -> None:
