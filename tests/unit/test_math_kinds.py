@@ -138,6 +138,7 @@ x = \frac{y-1}{2} = \frac{z}{3} <- x = \frac{y-1}{2} = \frac{z}{3}
 \binom{m}{n} <- \frac{m!}{n!(m-n)!} ;; \binom{m}{m-n}
 \frac{m!}{(m-n)!} <- n!\binom{m}{n}
 x > 2 \text{ and } x < 5 <- (2,5) ;; 2 < x < 5
+y = 1, x = 2 <- (2,1) ;; x = 2, y = 1 ;; (x,y) = (2,1) ;; \begin{pmatrix} 2 \\ 1 \end{pmatrix}
 |x| < 2 <- (-2,2) ;; -2 < x < 2
 5 feet 3 inches <- 63 inches tall ;; 5.25 feet ;; 63
 \{\emptyset\} <- \{\varnothing\} ;; \{\{\}\}
@@ -272,6 +273,8 @@ x \ne 3, x \ne 4 <- (-\infty,3)\cup(3,\infty) ;; x \ne 3
 \frac{x}{2} = y = z <- y ;; z ;; \frac{x}{3} = y = z
 x = \frac{y-1}{2} = \frac{z}{3} <- x = \frac{y+1}{2} = \frac{z}{3} ;; \frac{z}{3}
 \frac{x-1}{2} = \frac{y}{3} = z <- \frac{x+1}{2} = \frac{y}{3} = z ;; \frac{y}{3} ;; z
+y = 1, x = 2 <- (1,2) ;; \begin{pmatrix} 1 \\ 2 \end{pmatrix} ;; (x,y) = (1,2)
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} <- 1 < x < 2 ;; 1 \le x \le 2
 x > 2 \text{ and } x < 5 <- 2, 5 ;; 2 ;; x = 2, x = 5
 |x| < 2 <- -2, 2 ;; \pm 2
 1 \pmod 4 <- 4|k|+1 ;; 4k(k-1)(k-2)+4k+1 ;; 4k+k(k-1)(k-2)/2+1

@@ -120,7 +120,7 @@ def as_matrix(part: Part) -> Matrix | None:
     """Returns a matrix; a tuple is a column vector, [[1, 2], [3, 4]] has two rows."""
     if isinstance(part, Matrix):
         return part
-    if not isinstance(part, Sequence) or part.brackets not in ("()", "[]"):
+    if not isinstance(part, Sequence) or part.is_range or part.brackets not in ("()", "[]"):
         return None
     rows = [item.items for item in part.items if isinstance(item, Sequence)]
     if len(rows) == len(part.items):

@@ -25,6 +25,7 @@ from megatron_async_rl.reward.math.parts import (
     NEGATIVE_INFINITY,
     Equation,
     Items,
+    Matrix,
     Number,
     Part,
     Sequence,
@@ -286,7 +287,12 @@ def group_by_name(parts: list[str]) -> list[list[str]]:
 def in_order(
     gold: Part, given: Part, names: list[str], given_names: list[str]
 ) -> tuple[Part, Part]:
-    """Returns two lists of named values as tuples in the order of the first one's names."""
+    """Returns two lists of named values as tuples in the order of the first one's names.
+
+    Beside a tuple, coordinates come in their own order: y = 1, x = 2 is (2, 1).
+    """
+    if isinstance(given, Sequence | Matrix) and set(names) <= set("xyz"):
+        return sorted_by_name(gold, names), given
     if not (isinstance(gold, Items) and isinstance(given, Items) and len(gold.items) == len(names)):
         return gold, given
     items = given.items
