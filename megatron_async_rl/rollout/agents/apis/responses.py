@@ -94,8 +94,8 @@ def events(whole: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{"type": "response.created", "response": empty}]
     for index, item in enumerate(whole["output"]):
         place = {"item_id": item["id"], "output_index": index}
-        begun = item | {"status": "in_progress"}
-        begun |= {"content": []} if item["type"] == "message" else {"arguments": ""}
+        emptied: dict[str, Any] = {"content": []} if "content" in item else {"arguments": ""}
+        begun = item | emptied | {"status": "in_progress"}
         found.append({"type": "response.output_item.added", "output_index": index, "item": begun})
         if item["type"] == "message":
             [part] = item["content"]
