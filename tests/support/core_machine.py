@@ -148,6 +148,24 @@ class CoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.leases)
     @rule()
+    def finish_a_group(self) -> None:
+        """Returns and scores all samples of a lease; by `generate` alone few runs have a batch."""
+        for worker, lease in self.leases:
+            reply = generated(lease, lease.indices[0], lease.floor_version)
+            if group := self.core.leases.group_of(worker, reply):
+                break
+        else:
+            return
+        for index in group.missing:
+            reply = generated(lease, index, lease.floor_version)
+            self.take(self.core.handle(inputs.Received(worker, reply), self.now))
+        for scorer, request in self.scores:
+            if request.key.group_id == group.group_id:
+                result = scored(request, float(request.key.index))
+                self.take(self.core.handle(inputs.Received(scorer, result), self.now))
+
+    @precondition(lambda self: self.leases)
+    @rule()
     def fail(self) -> None:
         worker, lease = self.random.choice(self.leases)
         failed = GenerateFailed(lease.key(lease.indices[0]), "x")

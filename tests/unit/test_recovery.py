@@ -224,10 +224,8 @@ class RecoveringMachine(CoreMachine):
                 ResendBatch(version)
             ]
             assert any(isinstance(f, BatchSelected) and f.version == version for f in self.disk)
-            assert (
-                self.core.handle(inputs.Received("trainer-0", StepDone(version + 1, {})), self.now)
-                == []
-            )
+            step = inputs.Received("trainer-0", StepDone(version + 1, {}))
+            assert self.core.handle(step, self.now) == [ReportStep(version + 1, None)]
         assert self.core.state.ledger.table(self.core.state.pending) == state
 
     @precondition(lambda self: self.batch is not None)
