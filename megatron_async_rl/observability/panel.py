@@ -111,7 +111,7 @@ def log_line(status: RunStatus) -> str:
         status.message,
         f"step {status.version}/{status.steps}" if status.steps else "",
         "" if status.reward_mean is None else f"reward {status.reward_mean:.3f}",
-        "" if rate is None else f"{rate:,.0f} tokens/s generated",
+        "" if rate is None or ends else f"{rate:,.0f} tokens/s generated",
         "" if status.staleness_max is None else f"staleness max {status.staleness_max}, {worst}",
         "" if status.update_s is None else f"update {status.update_s:.2f} s",
         drops,
