@@ -283,6 +283,20 @@ def test_openai_streams_completions_and_responses(tokenizer: Tokenizer) -> None:
     asyncio.run(ask())
 
 
+def test_reply_ends_before_the_stop_text_within_a_token(tokenizer: Tokenizer) -> None:
+    async def ask() -> None:
+        async with serving(tokenizer, "one.\n", "two.\n") as served:
+            reply = await served.chat([user("a")], stop=["\n", "."])
+            assert reply.choices[0].message.content == "one"
+            message = await served.anthropic.messages.create(
+                model="policy", max_tokens=9, messages=[user("a")], stop_sequences=["."]
+            )
+            assert message.content[0].text == "two"
+            assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", ".")
+
+    asyncio.run(ask())
+
+
 def test_streams_have_the_events_that_the_openai_client_expects(tokenizer: Tokenizer) -> None:
     """Its helper adds each delta to the item that it has got so far."""
     call = '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>'

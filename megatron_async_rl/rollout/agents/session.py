@@ -201,9 +201,10 @@ class Session:
 
     def _reply(self, turn: Turn, request: ChatRequest) -> Reply:
         content, stop_text = turn.raw, None
-        for stop in request.stop:
-            if turn.completion.stop == "stop" and content.endswith(stop):
-                content, stop_text = content.removesuffix(stop), stop
+        found = [(content.find(stop), stop) for stop in request.stop if stop in content]
+        if found and turn.completion.stop == "stop":
+            end, stop_text = min(found)
+            content = content[:end]  # its last token may have more than the stop text
         content, calls = tool_calls.split(content) if request.tools else (content, [])
         finish: FinishReason = "tool_calls" if calls else turn.completion.stop
         segments = turn.completion.segments
