@@ -288,6 +288,7 @@ a^2 + b^2 + c^2 <- a^2 + b^2 + (2b-a)^2
 \lfloor \frac{a}{y} \rfloor <- 0 ;; 2\lfloor \frac{a}{y} \rfloor ;; \lfloor \frac{2a}{y} \rfloor
 \lceil \frac{n}{3} \rceil <- \lfloor \frac{n}{3} \rfloor + 1 ;; \lfloor \frac{n}{3} \rfloor
 \lceil \frac{m}{n} \rceil <- \lfloor \frac{m}{n} \rfloor + 1 ;; \lfloor \frac{m}{n} \rfloor
+n <- n + \binom{m}{n} ;; n + \binom{k}{n}
 \binom{m}{n} <- 0 ;; 2\binom{m}{n} ;; \binom{m}{n+1} ;; \binom{n}{m}
 101_2 <- 101_{10} = 101_2
 \emptyset <- \{\emptyset\} ;; \{\{\}\}

@@ -145,12 +145,13 @@ def _may_be_rounded(number: Fraction) -> bool:
     return 10**8 <= number.denominator <= 10**17 and 10**17 % number.denominator == 0
 
 
-def _is_zero(node: Node, at: dict[str, Fraction]) -> bool:
-    """Returns True also if the formula has no value, such as the factorial of a negative number."""
+def _has_value(node: Node, at: dict[str, Fraction]) -> bool:
+    """Returns False for such as the factorial of a negative number."""
     try:
-        return value(node, at) == 0
-    except Unreadable:
-        return True
+        value(node, at)
+    except (Unreadable, TooLarge, ArithmeticError):
+        return False
+    return True
 
 
 def _points(a: Node, b: Node) -> list[dict[str, Fraction]]:
@@ -166,7 +167,8 @@ def _points(a: Node, b: Node) -> list[dict[str, Fraction]]:
         turned = dict(zip(sorted(names), sorted(names, reverse=True), strict=True))
         falling = [{turned[name]: at for name, at in point.items()} for point in whole]
         if is_counted:  # \binom{m}{n} is 0 if m is less than n
-            return falling if _is_zero(a, whole[0]) else whole
+            both = [at for at in whole + falling if _has_value(a, at) and _has_value(b, at)]
+            return both if len(both) > 2 else whole
         found += whole + falling
     signed = sorted(within_bars(a) | within_bars(b))
     for factors in ((-1, -1), (9, -9), (-9, 9)) if signed else ():
