@@ -8,7 +8,7 @@
 #   bash tools/test.sh ARGUMENTS         anything else goes to pytest: tests/unit/test_core.py -k lease
 #
 # TIER and ARGUMENTS run in one pytest process, without the checks. The whole suite runs in as many
-# pytest workers as NUM_WORKERS says (default 3, also on two cores: whole runs often wait).
+# pytest workers as NUM_WORKERS says (default 2; 3 is faster on two cores, but deadlines may be missed).
 # Two environments are built once (tools/setup_env.sh). tests/slurm needs Slurm's daemons, which are
 # installed where this user may run apt-get; elsewhere these tests are skipped.
 set -euo pipefail
@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 slurm_packages=(slurmctld slurmd slurm-client munge)
 # the longest files first, so that the last ones to run are short
 tiers=(tests/slurm tests/system tests/process tests/gpu tests/unit)
-workers=(-n "${NUM_WORKERS:-3}" --dist loadfile --no-loadscope-reorder)
+workers=(-n "${NUM_WORKERS:-2}" --dist loadfile --no-loadscope-reorder)
 
 set_up_python() {
   local environments
