@@ -116,18 +116,22 @@ def compare(got: dict[str, Any], want: dict[str, Any]) -> list[tuple[str, float]
 
 
 def _check_objective(config: Config) -> None:
-    """Writes the problems of the objective, each in one line. Raises SelftestFailed if any."""
+    """Writes the problems of the objective, each in one line. Raises SelftestFailed if any.
+
+    Rank 0 checks alone: another rank that failed first would end it before it has written.
+    """
+    if os.environ["RANK"] != "0":
+        return
     from megatron_async_rl.trainer.algorithms import contract, objectives
 
     name = config.algorithm.loss.objective
     checks = list(contract.objective_checks(config.algorithm))
     failed = any(problem for _, problem in checks)
-    if os.environ["RANK"] == "0":
-        lines = hooks.check_lines(objectives.SETTING, name, checks)
-        if not failed and (note := contract.sign_note(config.algorithm)):
-            lines.append(f"note: {objectives.SETTING} = {name}: {note}")
-        sys.stdout.writelines(f"{line}\n" for line in lines)
-        sys.stdout.flush()
+    lines = hooks.check_lines(objectives.SETTING, name, checks)
+    if not failed and (note := contract.sign_note(config.algorithm)):
+        lines.append(f"note: {objectives.SETTING} = {name}: {note}")
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    sys.stdout.flush()
     if failed:
         raise SelftestFailed(
             f"{objectives.SETTING} = {name} breaks rules of the trainer, see above; do not train "
