@@ -125,11 +125,16 @@ def _mapped(columns: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
 
 
 def _value(columns: dict[str, Any], name: str) -> Any:
-    """Returns the column `name`, or the value in a nested column: `reward_model.ground_truth`."""
+    """Returns the column `name`, or the value in a nested column: `reward_model.ground_truth`.
+
+    None if a column on the way is null in this row.
+    """
     if name in columns:
         return columns[name]
     value: Any = columns
     for part in name.split("."):
+        if value is None:
+            return None
         if not isinstance(value, dict) or part not in value:
             known = ", ".join(_column_names(columns)) or "none"
             raise DataError(f"no column `{name}`; the columns are: {known}", "correct `fields`")

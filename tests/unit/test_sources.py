@@ -166,6 +166,16 @@ def test_short_floats_are_read_as_they_were_written(model: Path, tmp_path: Path)
     assert prompts[0].row["model"] == {"truth": 3.3, "all": [0.2, None]}
 
 
+def test_nested_value_is_null_where_its_column_is(model: Path, tmp_path: Path) -> None:
+    nested = pa.array([None, {"unit": "cm"}], pa.struct([("unit", pa.string())]))
+    columns = {"prompt": ["1+1=", "2+1="], "answer": ["2", "3"], "meta": nested}
+    path = str(tmp_path / "d.parquet")
+    pq.write_table(pa.table(columns), path)
+    fields = {"prompt": "prompt", "answer": "answer", "unit": "meta.unit"}
+    [prompts] = training(make_config(model, [{"path": path, "fields": fields}]))
+    assert [prompt.row["unit"] for prompt in prompts] == [None, "cm"]
+
+
 @pytest.mark.parametrize("kind", [pa.timestamp("ns"), pa.timestamp("us", tz="No/Zone")])
 def test_time_that_python_cannot_hold_is_refused(
     model: Path, tmp_path: Path, kind: pa.DataType
