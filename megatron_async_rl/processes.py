@@ -35,6 +35,7 @@ from megatron_async_rl.errors import ConfigError, Error, Preempted
 EXIT_REQUEUE = 75  # preempted, state saved: run it again (Slurm: requeue on this code)
 EXIT_ERROR = 2  # an Error with a message; any other non-zero code is a crash
 LAUNCHER_VARIABLE = "MEGATRON_ASYNC_RL_LAUNCHER"  # pid of our first process on this host, inherited
+LOG_END_BYTES = 1 << 18  # a log of weeks has gigabytes
 MAX_TMPDIR = 60  # bytes; multiprocessing makes sockets of 46 more below it
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -255,9 +256,32 @@ def _group_is_alive(child: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def error_text(log: Path) -> str | None:
-    """Returns the last `error: ...` of a log with its indented lines; None if there is none."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+def log_size(log: Path) -> int:
+    """Returns the bytes of a log, 0 if there is none: what is written later begins there."""
+    try:
+        return log.stat().st_size
+    except OSError:
+        return 0
+
+
+def log_end(log: Path, begin: int = 0) -> list[str]:
+    """Returns the last lines of a log, of at most LOG_END_BYTES, none written before `begin`.
+
+    A log that is shorter than `begin` was rotated: its first line is later.
+    """
+    try:
+        with log.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            begin = begin if begin <= size else 0
+            file.seek(max(begin, size - LOG_END_BYTES))
+            return file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def error_text(log: Path, begin: int = 0) -> str | None:
+    """Returns the last `error: ...` of `log_end` with its indented lines; None if there is none."""
+    lines = log_end(log, begin)
     starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     if not starts:
         return None

@@ -79,7 +79,7 @@ def _last_error(run_dir: Path) -> str:
     """Returns the error with which the log written last ends, or that there is none."""
     logs = sorted((run_dir / "logs").glob("*.log"), key=lambda log: -log.stat().st_mtime)
     for log in logs:
-        end = log.read_text(errors="replace").splitlines()[-END_LINES:]
+        end = processes.log_end(log)[-END_LINES:]
         text = processes.error_text(log)
         if text and any(line == f"error: {text.splitlines()[0]}" for line in end):
             return f"{text} ({log})"

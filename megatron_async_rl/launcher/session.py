@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Session:
     interrupted: int = 0  # the signal that stops the run at once
     preempted_at: float | None = None
     controller_ended_at: float | None = None  # after preemption
+    log_begins: dict[str, int] = field(default_factory=dict)  # bytes that earlier starts logged
 
     @property
     def preempted(self) -> bool:
@@ -47,6 +48,7 @@ class Session:
         """Starts processes, with their temporary files in `temporary`."""
         variables = processes.temporary_environment(temporary)
         for name, command in roles.commands(config, self.run_dir, names).items():
+            self.log_begins[name] = processes.log_size(self.log_path(name))
             start = partial(
                 processes.start,
                 command.arguments,
@@ -144,11 +146,11 @@ class Session:
         """Returns the error line of the process that failed first, or else the end of its log."""
         failed, log = self.supervisor.failed, self.log_path(self.supervisor.failed)
         lead = f"{self.supervisor.reason}; last error: " if self.supervisor.reason else ""
-        if text := processes.error_text(log):
+        begin = self.log_begins[failed]
+        if text := processes.error_text(log, begin):
             return f"{lead}{text}\n({failed} ended the run; its log: {log})"
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         code = self.supervisor.children[failed].last_code
-        tail = "\n".join(lines[-LOG_TAIL_LINES:])
+        tail = "\n".join(processes.log_end(log, begin)[-LOG_TAIL_LINES:])
         return f"{lead}{failed} ended with exit code {code}; its log: {log}\n{tail}"
 
 

@@ -45,6 +45,7 @@ class Node:
         self._claims = Claims(run_dir)
         self._owner = self._claims.owner(name)
         self._log = run_dir / "logs" / f"{name}.log"
+        self._log_begin = 0  # where that of the newest ranks begins
         self._torchrun: subprocess.Popen[bytes] | None = None
         self._port: socket.socket | None = None  # trainer-0: reserved while the incarnation lasts
         self._controller_key = b""
@@ -207,6 +208,7 @@ class Node:
         )
         host = controller.removeprefix("tcp://").rsplit(":", 1)[0]
         network = addresses.collective_environment(host)
+        self._log_begin = processes.log_size(self._log)
         self._torchrun = processes.start(command, self._log, network, sigterm_blocked=True)
         started = time.monotonic()
         while (code := self._torchrun.poll()) is None:
@@ -230,7 +232,8 @@ class Node:
         faults, own = self._config.faults, self._files.own
         restarts = 0 if time.monotonic() - started > faults.restart_reset_s else own.restarts
         if not self._has_trained:
-            cause = processes.error_text(self._log) or f"its log is {self._log}"
+            text = processes.error_text(self._log, self._log_begin)
+            cause = text or f"its log is {self._log}"
             self._fail(f"{reason} before the first training step: {cause}")
         if restarts >= faults.max_restarts:
             self._fail(

@@ -1,0 +1,50 @@
+"""How a launcher reports the end of its processes, over a real process that is killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from config_builders import trainer_config
+
+from megatron_async_rl import processes
+from megatron_async_rl.launcher.session import Session
+from megatron_async_rl.launcher.supervisor import Supervisor
+
+NAME = "reward-0"
+
+
+def failure_text(run_dir: Path, earlier: str) -> str:
+    """Returns the text of a run whose process is killed, by the log that earlier starts left."""
+    config = trainer_config()
+    supervisor = Supervisor(run_dir, config.faults, lambda _: None)
+    session = Session(run_dir, supervisor, 1.0)
+    log = session.log_path(NAME)
+    log.parent.mkdir()
+    log.write_text(earlier)
+    session.start(config, [NAME], run_dir)
+    [child] = supervisor.processes
+    child.kill()
+    child.wait()
+    assert session.poll()
+    return session.failure_text()
+
+
+def test_error_of_an_earlier_start_is_not_blamed_for_a_kill(tmp_path: Path) -> None:
+    text = failure_text(tmp_path, "error: the port is taken\n  choose another\nlast line\n")
+    log = tmp_path / "logs" / f"{NAME}.log"
+    assert text.strip() == f"{NAME} ended with exit code -9; its log: {log}"
+
+
+def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    size = processes.LOG_END_BYTES
+    log.write_bytes(b"error: old\n" + b"x" * 99 + b"\n" + bytes(size))
+    assert processes.error_text(log) is None
+    with log.open("ab") as file:
+        file.write(b"\nerror: new\n  free space\n\xff\n")
+    assert processes.error_text(log) == "new\nfree space"
+    assert processes.error_text(log, processes.log_size(log)) is None
+    # a log that was rotated since
+    log.write_text("error: after the rotation\n")
+    assert processes.error_text(log, size) == "after the rotation"
+    assert processes.log_end(tmp_path / "none.log") == []
