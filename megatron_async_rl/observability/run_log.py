@@ -21,7 +21,12 @@ from megatron_async_rl.observability import sample_log
 from megatron_async_rl.observability.loggers import ScalarLogger, make_logger
 from megatron_async_rl.observability.prometheus import Prometheus
 from megatron_async_rl.observability.sample_log import SampleLine, TrainedGroup
-from megatron_async_rl.observability.status import STATUS_FILE, RunStatus, find_status
+from megatron_async_rl.observability.status import (
+    STATUS_FILE,
+    RunStatus,
+    bounded,
+    find_status,
+)
 from megatron_async_rl.observability.tensorboard import TensorBoard
 
 TENSORBOARD_DIR = "tensorboard"
@@ -93,7 +98,7 @@ class RunLog:
     def write_status(self, status: RunStatus) -> None:
         """Replaces status.json atomically."""
         status = msgspec.structs.replace(
-            status,
+            bounded(status),
             pid=status.pid or os.getpid(),
             host=status.host or socket.gethostname(),
             elapsed_s=status.elapsed_s or time.monotonic() - self._started,

@@ -5,6 +5,8 @@ The terminal display, `status`, the launchers and the trainer nodes read it.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,8 @@ from megatron_async_rl.errors import DataError
 
 STATUS_FILE = "status.json"
 FINAL_STATES = ("finished", "failed", "stopped")
+MAX_REWARDS = 256  # in the status, of the whole course
+MAX_EVALS = 8  # in the status, of each set besides the first
 
 RunState = Literal[
     "starting", "evaluating", "training", "finishing", "finished", "failed", "stopped"
@@ -77,6 +81,27 @@ class RunStatus(msgspec.Struct):
     interrupted_samples: int = 0  # finished under newer weights than they began with
     lost: list[str] = []  # workers without heartbeat
     notes: list[str] = []  # warnings of this start, the newest last
+
+
+def bounded(status: RunStatus) -> RunStatus:
+    """Returns the status as it is written: its size does not grow with the length of the run.
+
+    Every k-th reward is left, with the first and the newest, and of each evaluation set the first
+    and the newest results; run.dir/evaluations has all. JSON has no number that is not finite.
+    """
+    rewards = [reward for reward in status.reward_history if math.isfinite(reward)]
+    if len(rewards) > MAX_REWARDS:
+        rewards = [*rewards[: -1 : -(-len(rewards) // MAX_REWARDS)], rewards[-1]]
+    first: dict[str, EvaluationResult] = {}
+    newest: defaultdict[str, deque[EvaluationResult]] = defaultdict(lambda: deque(maxlen=MAX_EVALS))
+    for result in status.evals:
+        metrics = {tag: value for tag, value in result.metrics.items() if math.isfinite(value)}
+        known = EvaluationResult(result.version, result.set, metrics)
+        if first.setdefault(result.set, known) is not known:
+            newest[result.set].append(known)
+    evals = [*first.values(), *(result for results in newest.values() for result in results)]
+    evals.sort(key=lambda result: result.version)
+    return msgspec.structs.replace(status, reward_history=rewards, evals=evals)
 
 
 def read_status(run_dir: Path) -> RunStatus:

@@ -1,6 +1,7 @@
 import asyncio
 import base64
 import json
+import math
 import os
 import re
 import subprocess
@@ -280,6 +281,33 @@ def test_status_is_read_back_unchanged(tmp_path: Path) -> None:
     # of the whole run, over restarts
     assert again.staleness_worst == read_status(tmp_path).staleness_worst == 3
     again.close()
+
+
+def test_status_of_a_long_run_stays_small_and_can_be_read(tmp_path: Path) -> None:
+    """Rewards and results are of the whole course; a mean that overflows is no number in JSON."""
+    log = RunLog(tmp_path, log_config(tmp_path, loggers=[]))
+    steps = 100_000
+    results = [
+        EvaluationResult(version, name, {"accuracy": 0.25, "reward_mean": math.inf})
+        for version in range(0, steps, 10)
+        for name in ("aime", "code")
+    ]
+    log.write_status(
+        RunStatus(
+            state="training",
+            reward_history=[math.inf, *(step / steps for step in range(steps)), math.nan],
+            evals=results,
+        )
+    )
+    log.close()
+    assert (tmp_path / "status.json").stat().st_size < 16_384
+    read = read_status(tmp_path)
+    assert read.state == "training" and 200 < len(read.reward_history) < 300
+    assert (read.reward_history[0], read.reward_history[-1]) == (0.0, (steps - 1) / steps)
+    assert read.reward_history == sorted(read.reward_history)
+    versions = [result.version for result in read.evals if result.set == "code"]
+    assert versions == [0, *range(steps - 80, steps, 10)]
+    assert all(result.metrics == {"accuracy": 0.25} for result in read.evals)
 
 
 def test_folder_without_a_run_is_rejected_by_name(tmp_path: Path) -> None:
