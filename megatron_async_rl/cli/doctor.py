@@ -153,7 +153,7 @@ def _pyzmq() -> Check:
 
 def _curve() -> Check:
     try:
-        from megatron_async_rl.protocol.transport import has_curve
+        from megatron_async_rl.protocol.sockets import has_curve
     except ImportError as e:
         return Check("CURVE", False, f"not known: {e}", "pip install --force-reinstall pyzmq")
     if not has_curve():

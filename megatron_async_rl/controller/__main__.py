@@ -15,7 +15,7 @@ from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal
 from megatron_async_rl.observability.run_log import RunLog
 from megatron_async_rl.observability.status import STATUS_FILE
-from megatron_async_rl.protocol.transport import Hub
+from megatron_async_rl.protocol.hub import Hub
 from megatron_async_rl.protocol.types import PROBE_TOKENS
 
 TOUCH_S = 2.0

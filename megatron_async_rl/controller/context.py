@@ -12,7 +12,7 @@ from megatron_async_rl.controller.core.inputs import CoreEvent
 from megatron_async_rl.controller.journal.journal import Journal
 from megatron_async_rl.controller.monitoring.progress import Progress
 from megatron_async_rl.controller.workers import Workers
-from megatron_async_rl.protocol.transport import Peer
+from megatron_async_rl.protocol.hub import Peer
 from megatron_async_rl.protocol.wire import AnyMessage, Malformed, UnknownHello
 
 MAX_QUEUED = 16  # messages; the others wait in their sockets

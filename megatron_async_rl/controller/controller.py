@@ -70,8 +70,8 @@ from megatron_async_rl.data.order import PromptStream
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ConfigError, Error, Preempted
 from megatron_async_rl.observability.run_log import RunLog
+from megatron_async_rl.protocol.hub import Hub
 from megatron_async_rl.protocol.messages import Hello, Republish, Shutdown
-from megatron_async_rl.protocol.transport import Hub
 
 logger = logging.getLogger(__name__)
 TICK_S = 1.0

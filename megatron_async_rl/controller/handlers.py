@@ -23,8 +23,8 @@ from megatron_async_rl.controller.weight_sync.coordinator import UpdateCoordinat
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import Error
 from megatron_async_rl.protocol import messages, rules, weight_messages
+from megatron_async_rl.protocol.hub import Peer
 from megatron_async_rl.protocol.messages import Hello, Refused
-from megatron_async_rl.protocol.transport import Peer
 from megatron_async_rl.protocol.wire import SCHEMA, AnyMessage, Malformed, UnknownHello
 
 logger = logging.getLogger(__name__)

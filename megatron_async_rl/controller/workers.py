@@ -12,8 +12,8 @@ from typing import Any
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.monitoring.timeline import Timeline
 from megatron_async_rl.errors import Error
+from megatron_async_rl.protocol.hub import Hub, Peer
 from megatron_async_rl.protocol.messages import Hello, Message
-from megatron_async_rl.protocol.transport import Hub, Peer
 
 logger = logging.getLogger(__name__)
 MAX_REFUSED = 1024  # sockets remembered as refused

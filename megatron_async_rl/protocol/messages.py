@@ -1,8 +1,8 @@
 """Messages between processes: sender, receiver, and the message that answers each.
 
 The controller is one end of each: workers do not talk to each other. Those of weight updates are
-in weight_messages.py; wire.py encodes messages, transport.py sends them. Replies with an old epoch
-or attempt are fenced: they change only a counter.
+in weight_messages.py; wire.py encodes messages, and hub.py, link.py and sync_link.py send them.
+Replies with an old epoch or attempt are fenced: they change only a counter.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Hello(Message, frozen=True):
     tokenizer: str = (
         ""  # tokenizer.fingerprint of the model folder; empty: not needed by the worker
     )
-    package: str = ""  # version of this package; the transport fills in this and the next
+    package: str = ""  # version of this package; link.py fills in this and the next
     schema: str = ""  # digest of all message types, wire.SCHEMA
 
 

@@ -19,7 +19,7 @@ from megatron_async_rl.config.load import load
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import ProtocolError
 from megatron_async_rl.protocol import messages, weight_messages
-from megatron_async_rl.protocol.transport import SyncLink
+from megatron_async_rl.protocol.sync_link import SyncLink
 from megatron_async_rl.protocol.types import NOT_GENERATED
 from megatron_async_rl.protocol.wire import AnyMessage
 from megatron_async_rl.storage import batches

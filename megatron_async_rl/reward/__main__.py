@@ -24,8 +24,8 @@ from pathlib import Path
 from megatron_async_rl import processes
 from megatron_async_rl.config import load
 from megatron_async_rl.errors import ProtocolError
+from megatron_async_rl.protocol.link import Link
 from megatron_async_rl.protocol.messages import Heartbeat, Hello, ScoreRequest, Shutdown
-from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.reward.worker import RewardWorker
 
 HEARTBEAT_S = 2.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_async_rl import hooks, processes
 from megatron_async_rl.config import load
-from megatron_async_rl.protocol.transport import Link
+from megatron_async_rl.protocol.link import Link
 from megatron_async_rl.rollout.agents.workflow import AgentWorkflow
 from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.worker import RolloutWorker

@@ -24,7 +24,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import EngineError
 from megatron_async_rl.model.engine import engine_versions
 from megatron_async_rl.protocol import weight_messages
-from megatron_async_rl.protocol.transport import Link
+from megatron_async_rl.protocol.link import Link
 from megatron_async_rl.rollout.engine_client import EngineClient
 from megatron_async_rl.rollout.gate import Gate
 from megatron_async_rl.rollout.interruption import make_interruption

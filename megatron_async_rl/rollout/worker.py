@@ -32,7 +32,7 @@ from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.observability.error_log import ErrorLog, user_error
 from megatron_async_rl.protocol import messages, weight_messages
-from megatron_async_rl.protocol.transport import Link
+from megatron_async_rl.protocol.link import Link
 from megatron_async_rl.protocol.types import Partial
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.engine_process import SGLangServer

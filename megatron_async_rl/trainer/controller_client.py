@@ -22,7 +22,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import ProtocolError
 from megatron_async_rl.protocol import messages, weight_messages
-from megatron_async_rl.protocol.transport import SyncLink
+from megatron_async_rl.protocol.sync_link import SyncLink
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.protocol.wire import AnyMessage, Codec
 from megatron_async_rl.weights.parameters import gloo_group

@@ -30,7 +30,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.errors import PublishError
 from megatron_async_rl.model.shape import ModelShape
 from megatron_async_rl.protocol import messages, weight_messages
-from megatron_async_rl.protocol.transport import SyncLink
+from megatron_async_rl.protocol.sync_link import SyncLink
 from megatron_async_rl.storage.snapshots import digest_kind
 from megatron_async_rl.weights import reshard
 from megatron_async_rl.weights.bucket import fill_buckets, plan_buckets, split_bucket

@@ -23,8 +23,8 @@ from megatron_async_rl.controller import handlers as handlers_module
 from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.core.actions import Action, ServerLost
 from megatron_async_rl.observability.status import read_status
+from megatron_async_rl.protocol.link import Link
 from megatron_async_rl.protocol.messages import Heartbeat
-from megatron_async_rl.protocol.transport import Link
 
 HOUR_S = 3600.0
 CLOCKS = {

@@ -28,8 +28,8 @@ from megatron_async_rl.data.dataset import read_source
 from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.launcher.preflight import config_checks
+from megatron_async_rl.protocol.hub import Hub, Peer
 from megatron_async_rl.protocol.messages import ScoreRequest, ScoreResult
-from megatron_async_rl.protocol.transport import Hub, Peer
 from megatron_async_rl.protocol.types import SampleKey
 from megatron_async_rl.reward.code_answer import extract_program, texts_match, values_match
 from megatron_async_rl.reward.worker import RewardWorker

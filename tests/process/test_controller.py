@@ -21,6 +21,7 @@ from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.errors import DataError, Error
+from megatron_async_rl.protocol.link import Link
 from megatron_async_rl.protocol.messages import (
     Heartbeat,
     Refused,
@@ -28,7 +29,6 @@ from megatron_async_rl.protocol.messages import (
     Shutdown,
     Welcome,
 )
-from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.protocol.weight_messages import (
     Bucket,
     Published,

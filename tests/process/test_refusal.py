@@ -14,8 +14,8 @@ from core_builders import make_sample
 from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.protocol import messages as m
+from megatron_async_rl.protocol.link import Link
 from megatron_async_rl.protocol.rules import RULES
-from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.protocol.types import Partial, SampleKey
 
 KEY = SampleKey(1, 0, 1, 0)

@@ -18,10 +18,10 @@ from reward_process import (
     with_reward_process,
 )
 
+from megatron_async_rl.protocol.hub import Hub, Peer
 from megatron_async_rl.protocol.messages import (
     Shutdown,
 )
-from megatron_async_rl.protocol.transport import Hub, Peer
 
 
 def test_reward_process_answers_every_request_and_ends_at_shutdown(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ from paths import python_environment
 
 from megatron_async_rl.addresses import free_port
 from megatron_async_rl.errors import ConfigError, ProtocolError
-from megatron_async_rl.protocol import transport
+from megatron_async_rl.protocol import hub as hub_module
+from megatron_async_rl.protocol import sockets, sync_link
+from megatron_async_rl.protocol.hub import Hub, Peer
+from megatron_async_rl.protocol.link import Link, with_versions
 from megatron_async_rl.protocol.messages import (
     Failed,
     GetBatch,
@@ -34,7 +37,7 @@ from megatron_async_rl.protocol.messages import (
     TrainBatch,
     Welcome,
 )
-from megatron_async_rl.protocol.transport import Hub, Link, Peer, SyncLink, with_versions
+from megatron_async_rl.protocol.sync_link import SyncLink
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.protocol.weight_messages import Published, PublishOffer
 from megatron_async_rl.protocol.wire import Codec, Malformed
@@ -205,7 +208,7 @@ def test_burst_of_messages_arrives_complete_and_blocks_no_task(tmp_path: Path) -
             )
             got.setdefault(peer, []).append(message.version)
         assert list(got.values()) == [list(range(count))] * 2
-        assert turns >= 2 * count / transport.MAX_IN_A_ROW and hub.num_malformed == 0
+        assert turns >= 2 * count / hub_module.MAX_IN_A_ROW and hub.num_malformed == 0
         beside.cancel()
         await asyncio.gather(*senders)
         for link in links:
@@ -240,7 +243,7 @@ def test_malformed_message_is_counted_and_reported_with_its_sender(tmp_path: Pat
 def test_oversized_frame_disconnects_only_its_sender(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "MAX_FRAME_BYTES", 1 << 16)
+    monkeypatch.setattr(sockets, "MAX_FRAME_BYTES", 1 << 16)
 
     async def test(hub: Hub) -> None:
         link = Link(tmp_path)
@@ -280,7 +283,7 @@ def test_hub_without_curve_listens_on_loopback_only(
         (tmp_path / "controller.address").unlink(missing_ok=True)
         assert asyncio.run(open_hub(host)) == zmq.CURVE
     (tmp_path / "controller.address").unlink()
-    monkeypatch.setattr(transport, "has_curve", lambda: False)
+    monkeypatch.setattr(sockets, "has_curve", lambda: False)
     for host in ("0.0.0.0", "10.0.0.1", "::"):
         with pytest.raises(ConfigError, match=f"run.host = {host}: .* CURVE"):
             asyncio.run(open_hub(host))
@@ -442,7 +445,7 @@ def test_request_without_an_answer_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A connection that breaks loses the message under way, and the controller knows the worker."""
-    monkeypatch.setattr(transport, "RESEND_S", 0.1)
+    monkeypatch.setattr(sync_link, "RESEND_S", 0.1)
 
     async def test(hub: Hub) -> None:
         sync = SyncLink(tmp_path)
@@ -491,7 +494,7 @@ LINK_PROGRAM = """
 import asyncio, resource, sys
 from pathlib import Path
 
-from megatron_async_rl.protocol.transport import Link
+from megatron_async_rl.protocol.link import Link
 
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, min(hard, 4096)))
@@ -522,7 +525,7 @@ import asyncio, resource, sys
 from pathlib import Path
 
 from megatron_async_rl.protocol.messages import Welcome
-from megatron_async_rl.protocol.transport import Hub
+from megatron_async_rl.protocol.hub import Hub
 
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, min(hard, int(sys.argv[2]))))
@@ -542,7 +545,7 @@ asyncio.run(main())
     [
         pytest.param(1500, 4096, 5.0, id="fewer-than-the-process-may-open"),
         # the first handshake deadline makes room for the worker
-        pytest.param(600, 512, transport.HANDSHAKE_MS / 1000 + 10, id="more-than-it-may-open"),
+        pytest.param(600, 512, hub_module.HANDSHAKE_MS / 1000 + 10, id="more-than-it-may-open"),
     ],
 )
 def test_worker_joins_in_spite_of_half_open_connections(
@@ -591,7 +594,7 @@ def test_connection_that_does_not_authenticate_is_closed(tmp_path: Path) -> None
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         started = time.monotonic()
         await asyncio.wait_for(reader.read(), TIMEOUT_S)  # the greeting, then the end
-        assert time.monotonic() - started < transport.HANDSHAKE_MS / 1000 + 2
+        assert time.monotonic() - started < hub_module.HANDSHAKE_MS / 1000 + 2
         writer.close()
 
     run_with_hub(tmp_path, test)

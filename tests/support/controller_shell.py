@@ -16,8 +16,9 @@ from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.observability.run_log import RunLog
+from megatron_async_rl.protocol.hub import Hub
+from megatron_async_rl.protocol.link import Link, with_versions
 from megatron_async_rl.protocol.messages import Hello, Message
-from megatron_async_rl.protocol.transport import Hub, Link, with_versions
 
 TIMEOUT_S = 20.0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from weight_ranks import WeightController
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.protocol.transport import Link
+from megatron_async_rl.protocol.link import Link
 from megatron_async_rl.protocol.weight_messages import LoadSnapshot, Updated
 from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.worker import RolloutWorker

@@ -36,7 +36,7 @@ from megatron_async_rl.errors import ProtocolError
 from megatron_async_rl.observability.run_log import RunLog
 from megatron_async_rl.protocol import messages as m
 from megatron_async_rl.protocol import weight_messages as wm
-from megatron_async_rl.protocol.transport import Peer
+from megatron_async_rl.protocol.hub import Peer
 from megatron_async_rl.protocol.types import PROBE_TOKENS, Partial, Segment, join_segments
 from megatron_async_rl.protocol.wire import (
     AnyMessage,

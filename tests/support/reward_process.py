@@ -14,6 +14,7 @@ from typing import Any
 from paths import ROOT
 
 from megatron_async_rl.config import load
+from megatron_async_rl.protocol.hub import Hub, Peer
 from megatron_async_rl.protocol.messages import (
     Heartbeat,
     Hello,
@@ -21,7 +22,6 @@ from megatron_async_rl.protocol.messages import (
     ScoreResult,
     Welcome,
 )
-from megatron_async_rl.protocol.transport import Hub, Peer
 from megatron_async_rl.protocol.types import SampleKey
 
 SLOW_ANSWER = r"\boxed{9^{9^{9^{9}}} + 1}"  # would be evaluated for hours

@@ -23,8 +23,8 @@ from paths import SUPPORT, python_environment
 from megatron_async_rl.controller.weight_sync.broadcast import BroadcastPublisher
 from megatron_async_rl.controller.weight_sync.session import Outcome, UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import TrainerPublisher
+from megatron_async_rl.protocol.hub import Hub, Peer
 from megatron_async_rl.protocol.messages import Hello, Message, Shutdown, Welcome
-from megatron_async_rl.protocol.transport import Hub, Peer
 from megatron_async_rl.protocol.weight_messages import (
     BucketsSent,
     GroupJoined,

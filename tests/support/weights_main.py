@@ -19,7 +19,7 @@ from megatron.core import parallel_state as mpu
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.protocol.messages import Hello
-from megatron_async_rl.protocol.transport import SyncLink
+from megatron_async_rl.protocol.sync_link import SyncLink
 from megatron_async_rl.trainer import parallel
 from megatron_async_rl.trainer.model import build
 from megatron_async_rl.weights.publish import WeightPublisher

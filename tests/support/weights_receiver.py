@@ -27,7 +27,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from megatron_async_rl.errors import EngineError
 from megatron_async_rl.protocol.messages import Hello, Shutdown
-from megatron_async_rl.protocol.transport import SyncLink
+from megatron_async_rl.protocol.sync_link import SyncLink
 from megatron_async_rl.protocol.weight_messages import (
     AbandonUpdate,
     GroupJoined,

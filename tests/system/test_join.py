@@ -23,8 +23,8 @@ from megatron_async_rl.errors import ConfigError, Error, ProtocolError
 from megatron_async_rl.launcher.claims import Claims
 from megatron_async_rl.launcher.join import join
 from megatron_async_rl.observability.status import read_status
+from megatron_async_rl.protocol.link import Link
 from megatron_async_rl.protocol.messages import Heartbeat, Refused, Welcome
-from megatron_async_rl.protocol.transport import Link
 
 
 def test_name_belongs_to_its_last_claimant(tmp_path: Path) -> None:

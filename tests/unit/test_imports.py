@@ -19,6 +19,7 @@ PROCESSES = {"controller", "rollout", "reward", "trainer", "recorder", "node"}
 COMMANDS = {"cli", "launcher.run", "launcher.join", "launcher.slurm"}
 TORCH_USERS = {"trainer", "weights"}
 TORCH_PACKAGES = {"torch", "megatron", "transformer_engine", "apex", "triton"}
+SOCKETS = {f"protocol.{name}" for name in ("sockets", "hub", "link", "sync_link")}  # import zmq
 MAX_FILES = 13  # of one folder, besides __init__.py
 MAX_COLUMNS, MAX_LONG_LINES = 100, 0.02
 
@@ -53,7 +54,7 @@ def rules_of(module: str) -> Iterator[Rule]:
         yield "a process uses no command", lambda name: is_below(name, *COMMANDS)
     if is_below(module, "controller.core"):
         yield "the core is synchronous", lambda name: is_foreign(name, "asyncio")
-        yield "the core sends nothing", lambda name: is_below(name, "protocol.transport")
+        yield "the core sends nothing", lambda name: is_below(name, *SOCKETS)
 
 
 def forbidden_chains(graph: dict[str, set[str]], module: str) -> list[str]:
@@ -62,9 +63,9 @@ def forbidden_chains(graph: dict[str, set[str]], module: str) -> list[str]:
         chain = shortest_chain(graph, module, is_forbidden)
         if chain:
             found.append(f"{' -> '.join(chain)}: {reason}")
-    if module != f"{PACKAGE}.protocol.transport":
+    if not is_below(module, *SOCKETS):
         found += [
-            f"{module} -> {name}: only protocol/transport.py imports zmq"
+            f"{module} -> {name}: only the sockets of protocol/ import zmq"
             for name in sorted(graph[module])
             if is_foreign(name, "zmq")
         ]
@@ -122,7 +123,7 @@ def test_lines_fit_into_the_columns() -> None:
         "controller.controller launcher.supervisor launcher.run",
         "node.node cli.doctor",
         "controller.core.leases controller.handlers asyncio",
-        "controller.core.leases storage.files protocol.transport",
+        "controller.core.leases storage.files protocol.hub",
         "config.load tools.arithmetic",
     ],
 )
@@ -142,10 +143,10 @@ def test_forbidden_chain_is_found(chain: str) -> None:
     [
         ("trainer.step", "torch"),
         ("weights.reshard", "megatron.core"),
-        ("protocol.transport", "zmq"),
+        ("protocol.hub", "zmq"),
         ("controller.handlers", "asyncio"),
         ("controller.core.core", f"{PACKAGE}.protocol.messages"),
-        ("trainer.controller_client", f"{PACKAGE}.protocol.transport"),
+        ("trainer.controller_client", f"{PACKAGE}.protocol.sync_link"),
         ("launcher.run", f"{PACKAGE}.cli.doctor"),
     ],
 )

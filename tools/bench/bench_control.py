@@ -12,8 +12,8 @@ from megatron_async_rl.controller.weight_sync.broadcast import BroadcastPublishe
 from megatron_async_rl.controller.weight_sync.session import Outcome
 from megatron_async_rl.controller.weight_sync.snapshot import TrainerPublisher
 from megatron_async_rl.errors import Error
+from megatron_async_rl.protocol.hub import Hub, Peer
 from megatron_async_rl.protocol.messages import Failed, Hello, Message, Shutdown, Welcome
-from megatron_async_rl.protocol.transport import Hub, Peer
 from megatron_async_rl.protocol.weight_messages import PublishOffer, WeightMessage
 
 ITEM_BYTES = {"float32": 4, "float8_e4m3fn": 1}

@@ -36,6 +36,8 @@ from megatron_async_rl.controller.controller import Controller
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, Journal
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.observability import run_log
+from megatron_async_rl.protocol.hub import Hub
+from megatron_async_rl.protocol.link import Link
 from megatron_async_rl.protocol.messages import (
     CheckpointSaved,
     Generate,
@@ -48,7 +50,6 @@ from megatron_async_rl.protocol.messages import (
     StepDone,
     TrainBatch,
 )
-from megatron_async_rl.protocol.transport import Hub, Link
 from megatron_async_rl.protocol.types import NOT_GENERATED, Sample
 from megatron_async_rl.protocol.weight_messages import (
     Bucket,

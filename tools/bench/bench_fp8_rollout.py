@@ -52,8 +52,8 @@ from megatron_async_rl.controller.weight_sync.broadcast import BroadcastPublishe
 from megatron_async_rl.controller.weight_sync.session import UpdateSession
 from megatron_async_rl.controller.weight_sync.snapshot import SnapshotStore, TrainerPublisher
 from megatron_async_rl.errors import Error
+from megatron_async_rl.protocol.link import Link
 from megatron_async_rl.protocol.messages import Shutdown
-from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.worker import RolloutWorker

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_async_rl.config import load as configuration
 from megatron_async_rl.protocol.messages import Hello
-from megatron_async_rl.protocol.transport import SyncLink
+from megatron_async_rl.protocol.sync_link import SyncLink
 from megatron_async_rl.protocol.types import TrainSample
 
 WAIT_S = 5.0

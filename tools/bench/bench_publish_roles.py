@@ -14,8 +14,9 @@ import msgspec
 from bench_publish_setup import parse_bucket, rounds
 
 from megatron_async_rl.config import load as configuration
+from megatron_async_rl.protocol.link import Link
 from megatron_async_rl.protocol.messages import Hello
-from megatron_async_rl.protocol.transport import Link, SyncLink
+from megatron_async_rl.protocol.sync_link import SyncLink
 from megatron_async_rl.rollout.engine_process import SGLangServer
 from megatron_async_rl.rollout.interruption import Abort, Interruption, Pause
 from megatron_async_rl.rollout.worker import RolloutWorker

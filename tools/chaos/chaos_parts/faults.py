@@ -25,7 +25,8 @@ from megatron_async_rl.controller.journal.events import (
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
 from megatron_async_rl.errors import ProtocolError
 from megatron_async_rl.observability.status import read_status
-from megatron_async_rl.protocol import transport
+from megatron_async_rl.protocol import link as link_module
+from megatron_async_rl.protocol.link import Link
 from megatron_async_rl.protocol.messages import (
     Generated,
     GenerateFailed,
@@ -34,7 +35,6 @@ from megatron_async_rl.protocol.messages import (
     ScoreResult,
     StepDone,
 )
-from megatron_async_rl.protocol.transport import Link
 from megatron_async_rl.protocol.types import SampleKey
 from megatron_async_rl.storage import checkpoints
 
@@ -264,17 +264,19 @@ def f17_peers_of_other_versions(job: Job) -> None:
             link.close()
         return "welcome"
 
-    own = transport.__version__, transport.SCHEMA
+    own = link_module.__version__, link_module.SCHEMA
     for versions, tokenizer, what in (
         (("0.0.1", own[1]), "", f"package version 0.0.1 there, {own[0]} here"),
         ((own[0], "0000"), "", f"message schema 0000 there, {own[1]} here"),
         (own, "0000", "tokenizer 0000 there"),
     ):
-        transport.__version__, transport.SCHEMA = versions  # this process sends them in its hello
+        link_module.__version__, link_module.SCHEMA = (
+            versions  # this process sends them in its hello
+        )
         output = asyncio.run(
             join(Hello("rollout", "rollout-0", os.getpid(), capacity=64, tokenizer=tokenizer))
         )
-        transport.__version__, transport.SCHEMA = own
+        link_module.__version__, link_module.SCHEMA = own
         if what not in output:
             raise RuntimeError(f"a peer with {what} was told {output!r}")
 

@@ -1,0 +1,131 @@
+"""A worker's connection to the controller under asyncio, and how every worker joins.
+
+sync_link.py has the connection for code that blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq.asyncio
+
+from megatron_async_rl import __version__, addresses
+from megatron_async_rl.errors import Error, ProtocolError
+from megatron_async_rl.protocol import messages, sockets, wire
+from megatron_async_rl.protocol.messages import Hello, Message, Refused
+from megatron_async_rl.protocol.wire import SCHEMA, AnyMessage, Codec
+
+JOIN_S = 600.0  # for the answer to the first Hello: the controller may read a long journal
+REJOIN_S = 10.0  # for the answer to a Hello; until then no second one is sent
+
+
+def with_versions(hello: Hello) -> Hello:
+    """Adds the package version and message schema, which the controller compares with its own."""
+    return msgspec.structs.replace(hello, package=__version__, schema=SCHEMA)
+
+
+class Rejoining:
+    """Decides which RejoinRequests are answered by a Hello.
+
+    Heartbeats wait in the socket while the controller restarts, and each gets a RejoinRequest. A
+    second Hello would void the leases and the offer that followed the first one.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None  # when the unanswered Hello was sent
+
+    def needs_hello(self) -> bool:
+        now = time.monotonic()
+        if self._since is not None and now - self._since < REJOIN_S:
+            return False
+        self._since = now
+        return True
+
+    def welcomed(self) -> None:
+        self._since = None
+
+
+class Link:
+    """A worker's socket under asyncio."""
+
+    def __init__(self, run_dir: Path, timeout_s: float = 60.0) -> None:
+        addresses.raise_descriptor_limit()  # a rollout worker has connections for each sample
+        self._context = zmq.asyncio.Context()
+        self._socket = sockets.connect(self._context, run_dir, timeout_s)
+        self._codec = Codec()
+        self._rejoining = Rejoining()
+
+    async def join(self, hello: Hello | Callable[[], Hello], timeout_s: float = JOIN_S) -> int:
+        """Sends Hello and returns the controller's epoch.
+
+        Raises ProtocolError if refused or not answered.
+        A callable is called for every RejoinRequest too: all earlier leases are void then.
+        """
+        self._hello = lambda: with_versions(hello() if callable(hello) else hello)
+        await self.send(self._hello())
+        try:
+            return epoch_of(await asyncio.wait_for(self._receive(), timeout_s))
+        except TimeoutError:
+            raise ProtocolError(f"the controller did not answer within {timeout_s:.0f} s") from None
+
+    async def receive(self) -> AnyMessage:
+        """Returns the next message; answers RejoinRequest by itself."""
+        while True:
+            message = await self._receive()
+            if isinstance(message, messages.RejoinRequest):
+                if self._rejoining.needs_hello():
+                    await self.send(self._hello())
+            elif isinstance(message, Refused):
+                raise refusal(message)
+            elif isinstance(message, messages.Welcome):
+                self._rejoining.welcomed()
+            else:
+                return message
+
+    async def _receive(self) -> AnyMessage:
+        return self._codec.decode(await self._socket.recv_multipart())
+
+    async def send(self, message: Message) -> None:
+        await self.send_encoded(self._codec.encode(message))
+
+    async def send_encoded(self, frames: list[wire.Frame]) -> None:
+        await self._socket.send_multipart(frames, copy=False)
+
+    async def serve(self, *loops: Coroutine[Any, Any, object]) -> None:
+        """Runs the loops of a worker until the first one ends, and cancels the others.
+
+        Reports an Error of theirs to the controller, and raises it.
+        """
+        tasks = [asyncio.create_task(loop) for loop in loops]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except Error as e:
+            await self.send(messages.Failed(str(e)))
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+def epoch_of(answer: AnyMessage) -> int:
+    if isinstance(answer, Refused):
+        raise refusal(answer)
+    if not isinstance(answer, messages.Welcome):
+        raise ProtocolError(f"expected Welcome from the controller, got {type(answer).__name__}")
+    return answer.epoch
+
+
+def refusal(answer: Refused) -> ProtocolError:
+    return ProtocolError(f"the controller refused this worker: {answer.reason}")
