@@ -49,6 +49,7 @@ from megatron_async_rl.errors import HookFailed
 
 GROUP_EPS = 1e-6  # added to a group's standard deviation
 BATCH_EPS = 1e-5  # added outside the square root, as AReaL does
+FLOAT32_MAX = float(np.finfo(np.float32).max)  # the trainer's advantages are float32
 SETTING = "algorithm.advantage.estimator"
 
 Advantages = np.ndarray | list[list[np.ndarray]]
@@ -82,7 +83,7 @@ def sample_advantages(
         turns_GS = turns_GS or single_turns(rewards_GS, tokens_GS)
         turns_GS = shaped_turns(turns_GS, shaped_GS, reward_scale(algorithm))
         num_GS = np.asarray([[len(turns.rewards) for turns in group] for group in turns_GS])
-        returned = estimate(shaped_GS, tokens_GS, config, turns=turns_GS)
+        returned = estimate(shaped_GS, tokens_GS.copy(), config, turns=turns_GS)
         advantages = _checked(returned, num_GS, config.estimator, "turn")
         if not isinstance(advantages, np.ndarray):
             advantages = [
@@ -90,7 +91,7 @@ def sample_advantages(
                 for row in zip(turns_GS, advantages, strict=True)
             ]
     else:
-        returned = estimate(shaped_GS, tokens_GS, config)
+        returned = estimate(shaped_GS, tokens_GS.copy(), config)
         advantages = _checked(returned, tokens_GS, config.estimator, "generated token")
     if not config.batch_normalize or config.uses_critic:
         return advantages
@@ -168,15 +169,18 @@ def _checked(returned: object, counts_GS: np.ndarray, estimator: str, part: str)
     else:
         try:
             advantages = [[np.asarray(a, np.float64) for a in row] for row in returned]  # type: ignore[attr-defined]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # the last: a tensor that requires grad
             raise wrong(f"a {type(returned).__name__}") from None
         shapes = [[a.shape for a in row] for row in advantages]
         if shapes == [[()] * len(row) for row in counts_GS]:  # lists of numbers, or a tensor
             advantages = np.asarray(advantages)
         elif shapes != [[(n,) for n in row] for row in counts_GS.tolist()]:
             raise wrong(f"lists of other lengths than the samples have {part}s")
-    if not all(np.isfinite(a).all() for row in advantages for a in row):
-        raise wrong("nan or infinity")
+    if not all((np.abs(a) <= FLOAT32_MAX).all() for row in advantages for a in row):
+        raise HookFailed(
+            f"{SETTING} = {estimator} returned nan, infinity or a number beyond float32",
+            "return finite numbers, also for equal rewards: a standard deviation may be 0",
+        )
     return advantages
 
 

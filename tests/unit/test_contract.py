@@ -75,6 +75,13 @@ def float_metric(inputs, config):
 def named_metric(inputs, config):
     return loss(inputs, config), {"Far away": inputs.mask_T}
 
+def number_metric(inputs, config):
+    return loss(inputs, config), {"far": 1.0}
+
+def in_place(inputs, config):
+    inputs.advantages_T.mul_(2)
+    return loss(inputs, config)
+
 def nothing(inputs, config):
     return None
 
@@ -111,6 +118,18 @@ def short(rewards, lengths, config):
 
 def texts(rewards, lengths, config):
     return "advantages"
+
+def with_gradient(rewards, lengths, config):
+    import torch
+    return torch.tensor(rewards, requires_grad=True)
+
+def huge(rewards, lengths, config):
+    return rewards * 1e300
+
+def in_place(rewards, lengths, config):
+    rewards -= rewards.mean(1, keepdims=True)
+    lengths[:] = 1
+    return rewards
 
 def listed(rewards, lengths, config):
     return (rewards * lengths).tolist()
@@ -192,7 +211,9 @@ def test_planted_fault_of_an_objective_is_named(fault: str, check: str, words: s
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("summed", "returned the loss of shape (), not (6,)"),
+        ("summed", "returned the loss of shape (), not of shape (6,)"),
+        ("number_metric", "returned the metric 'far' of type float, not of shape (6,)"),
+        ("in_place", "changed inputs.advantages_T in place; make a new tensor"),
         ("float_metric", "returned clipped of type torch.float32, not torch.bool"),
         ("named_metric", "a metric named 'Far away'"),
         ("nothing", "returned NoneType, not a tensor"),
@@ -244,11 +265,13 @@ def test_built_in_estimators_keep_the_contract(estimator: str, batch_normalize: 
     ("fault", "check", "words"),
     [
         ("flat", "rewards", "an array of shape (20,) and type float64; return an array of shape"),
-        ("nan_if_equal", "equal rewards", "returned nan or infinity"),
+        ("nan_if_equal", "equal rewards", "returned nan, infinity or a number"),
         ("random", "repeatable", "use no random numbers"),
         ("by_place", "order of groups", "depend on its place in the batch"),
         ("short", "rewards", "other lengths than the samples have generated tokens"),
         ("texts", "rewards", "returned a str"),
+        ("with_gradient", "rewards", "returned a Tensor; return an array of shape"),
+        ("huge", "rewards", "beyond float32; return finite numbers"),
         ("raises", "rewards", "failed: KeyError: 'scale'"),
     ],
 )
@@ -256,6 +279,17 @@ def test_planted_fault_of_an_estimator_is_named(fault: str, check: str, words: s
     checks = dict(advantage_checks(algorithm(advantage=f"our_advantages:{fault}")))
     assert words in checks[check]
     assert [name for name, problem in checks.items() if problem] == [check]
+
+
+def test_estimator_cannot_change_the_lengths() -> None:
+    """They are the weights of batch_normalize."""
+    lengths_GS = np.array([[1, 5], [7, 3]])
+    rewards_GS = np.array([[0.0, 1.0], [1.0, 0.0]])
+    want, got = (
+        sample_advantages(rewards_GS, lengths_GS, algorithm(advantage=name, batch_normalize=True))
+        for name in ("dr_grpo", "our_advantages:in_place")
+    )
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("form", ["listed", "tensor"])

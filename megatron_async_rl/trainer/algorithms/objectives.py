@@ -60,8 +60,18 @@ class LoadedObjective:
     """Names of the metrics besides KNOWN_METRICS; None until the first call."""
 
     def __call__(self, inputs: ObjectiveInputs, config: LossConfig) -> tuple[Tensor, Metrics]:
-        """Returns the loss per token [T] and metrics [T]. Raises HookFailed for a wrong result."""
-        match self.function(inputs, config):
+        """Returns the loss per token [T] and metrics [T].
+
+        Raises HookFailed for a wrong result, or if the function changed its inputs.
+        """
+        versions = _versions(inputs)
+        returned = self.function(inputs, config)
+        if changed := [name for name, v in _versions(inputs).items() if v != versions[name]]:
+            raise HookFailed(
+                f"{SETTING} = {self.name} changed inputs.{changed[0]} in place",
+                "make a new tensor: the trainer uses the inputs after the call too",
+            )
+        match returned:
             case Tensor() as loss_T:
                 metrics: Metrics = {}
             case (Tensor() as loss_T, dict() as metrics):
@@ -71,8 +81,10 @@ class LoadedObjective:
         shape = tuple(inputs.mask_T.shape)
         for name, value in {"the loss": loss_T, **metrics}.items():
             if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise self._wrong(f"{name} of shape {got}, not {shape}: one entry per token")
+                what = name if value is loss_T else f"the metric {name!r}"
+                is_tensor = isinstance(value, Tensor)
+                got = f"shape {tuple(value.shape)}" if is_tensor else f"type {type(value).__name__}"
+                raise self._wrong(f"{what} of {got}, not of shape {shape}: one entry per token")
         if not loss_T.is_floating_point():
             raise self._wrong(f"a loss of type {loss_T.dtype}")
         for name in {"clipped", "dual_clipped"} & metrics.keys():
@@ -117,12 +129,18 @@ def _load(algorithm: AlgorithmConfig) -> LoadedObjective:
     _, metrics = loaded(_small_inputs(), algorithm.loss)
     own = tuple(sorted(metrics.keys() - {*KNOWN_METRICS}))
     for metric in own:
-        if not _METRIC.fullmatch(metric):
+        if not (isinstance(metric, str) and _METRIC.fullmatch(metric)):
             raise HookFailed(
                 f"{SETTING} = {name} returned a metric named {metric!r}",
                 "use lower-case letters, digits and _",
             )
     return replace(loaded, metrics=own)
+
+
+def _versions(inputs: ObjectiveInputs) -> dict[str, int]:
+    """Returns the number of changes in place of each tensor, as autograd counts them."""
+    values = {name: getattr(inputs, name) for name in ObjectiveInputs.__slots__}
+    return {name: v._version for name, v in values.items() if isinstance(v, Tensor)}
 
 
 def _small_inputs() -> ObjectiveInputs:
