@@ -7,6 +7,7 @@ nothing else: a restarted controller calls it again.
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -58,7 +59,7 @@ def _keeps(
     row: dict[str, Any],
 ) -> bool:
     """Calls a filter. Raises HookFailed if it does not return a boolean."""
-    kept = function(rewards, lengths, row, config)
+    kept = function(rewards, lengths, copy.deepcopy(row), config)  # of the dataset: may not change
     if not isinstance(kept, bool | np.bool_):
         raise HookFailed(
             f"{SETTING} = {config.function} returned a {type(kept).__name__}",

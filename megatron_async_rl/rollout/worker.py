@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 import os
 import signal
 import time
 from collections.abc import Coroutine
 from typing import Any
+
+import msgspec
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import Tokenizer, fingerprint
@@ -218,8 +221,11 @@ class RolloutWorker:
             lease.min_p,
             self._config.rollout.stop,
         )
+        # a workflow may change its row, such as by appending to a list of messages
+        row = copy.deepcopy(lease.prompt.row)
+        prompt = msgspec.structs.replace(lease.prompt, row=row)
         try:
-            sample = await self._workflow.run(lease.prompt, policy, sampling)
+            sample = await self._workflow.run(prompt, policy, sampling)
             frames = self._returned.encoded(key, sample, policy.with_experts)
         except EngineError as e:
             await asyncio.sleep(FAILURE_PAUSE_S)

@@ -26,6 +26,7 @@ def swapped(response, prompt, row): return 1.0
 def any_number(*arguments): return 1.0
 def raises(rewards, lengths, row, config): return rewards[0] / 0
 def says_one(rewards, lengths, row, config): return 1
+def changes_the_row(rewards, lengths, row, config): return row["tests"].pop() > 0
 number = 3
 class Needs:
     def __init__(self, size): pass
@@ -158,6 +159,12 @@ def test_exception_of_a_users_filter_names_setting_and_line(module: str) -> None
 def test_filter_must_return_a_boolean(module: str) -> None:
     with pytest.raises(HookFailed, match=r"our_hooks:says_one returned a int; return True"):
         rule_of("says_one")([1.0], [3], {})
+
+
+def test_filter_cannot_change_the_row(module: str) -> None:
+    row = {"tests": [1, 2]}
+    assert rule_of("changes_the_row")([1.0], [3], row) is True
+    assert row == {"tests": [1, 2]}
 
 
 # ---- digests

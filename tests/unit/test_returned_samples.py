@@ -28,7 +28,7 @@ from megatron_async_rl.rollout.samples.returned import ReturnedSamples
 from megatron_async_rl.rollout.worker import RolloutWorker
 
 KEY = SampleKey(1, 2, 1, 0)
-PROMPT = Prompt("p", np.arange(3, dtype=np.int32), {})
+PROMPT = Prompt("p", np.arange(3, dtype=np.int32), {"messages": []})
 WORKFLOW = "my.module:Flow"
 
 
@@ -126,6 +126,7 @@ class Flow:
         self._act = act
 
     async def run(self, prompt: Prompt, policy: Any, sampling: Any) -> None:
+        prompt.row["messages"].append("of this sample")
         await self._act()
 
 
@@ -141,7 +142,8 @@ def run_sample(folder: Path, act: Callable[[], Any], cancel: bool) -> list[Messa
         worker = RolloutWorker("rollout-0", config, link, server, Flow(act))  # type: ignore[arg-type]
         lease = Generate(1, 2, 1, [0], "train", PROMPT, 8, 1.0)
         task = asyncio.create_task(worker._run_sample(lease, 0, None))
-        await asyncio.sleep(0.01)
+        for _ in range(20):  # `act` has begun
+            await asyncio.sleep(0)
         if cancel:
             task.cancel()
         await task
@@ -159,6 +161,11 @@ def test_workflow_that_ends_otherwise_than_by_an_error_fails_its_sample(
 ) -> None:
     [failed] = run_sample(tmp_path, act, cancel=False)
     assert isinstance(failed, GenerateFailed) and failed.error.startswith(error)
+
+
+def test_workflow_changes_the_row_of_its_own_sample_only(tmp_path: Path) -> None:
+    run_sample(tmp_path, cancels_itself, cancel=False)
+    assert PROMPT.row == {"messages": []}
 
 
 def test_workflow_that_ends_the_program_when_its_lease_has_ended_is_ignored(tmp_path: Path) -> None:
