@@ -653,12 +653,14 @@ def test_killed_host_is_seen_while_another_process_holds_its_output(
         runner = FunctionRunner("my_agents:ends_its_host", tmp_path / "agents.log")
         with pytest.raises(HookFailed, match="exit code -9"):
             await runner.run({}, ClientSettings("u", "k", "a", "m"))
-        helper = psutil.Process(int((tmp_path / "helper").read_text()))
+        file = tmp_path / "helper"
+        await wait_until(lambda: file.exists() and bool(file.read_text()))
+        helper = psutil.Process(int(file.read_text()))
         assert helper.is_running()
         helper.kill()
         await asyncio.sleep(0.05)  # until asyncio has seen the end of the output
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_cancelled_agent_leaves_no_process_and_others_go_on(
@@ -681,7 +683,7 @@ def test_cancelled_agent_leaves_no_process_and_others_go_on(
         await wait_until(lambda: not psutil.pid_exists(sleeper) or is_zombie(sleeper))
         await runner.stop()
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_agent_that_hangs_fails_at_its_deadline(
@@ -725,7 +727,7 @@ def test_command_gets_the_row_and_its_last_line_is_the_reward(tmp_path: Path) ->
     assert (tmp_path / "log").read_text() == "sk-1\n"
     assert asyncio.run(run("sh -c 'cat'")) is None
     in_background = """sh -c 'sleep 30 & echo {\\"reward\\": 0.5}'"""
-    assert asyncio.run(asyncio.wait_for(run(in_background), 5)) == 0.5
+    assert asyncio.run(asyncio.wait_for(run(in_background), 20)) == 0.5
     with pytest.raises(HookFailed, match="exit code 3"):
         asyncio.run(run("sh -c 'exit 3'"))
     with pytest.raises(HookFailed, match="cannot be started"):

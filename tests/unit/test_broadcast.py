@@ -201,7 +201,7 @@ def test_lost_server_is_not_awaited_and_rejoins_the_next_update(
         cluster.faults[("rollout-0", JoinGroup)] = gives_up
     started = time.monotonic()
     outcome = cluster.publish(0, "rollout-0", "rollout-1")
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 12.0  # half of update_timeout_s is 15
     assert outcome.serving == ["rollout-0"]
     assert list(outcome.fenced) == ["rollout-1"] and "lost during" in outcome.fenced["rollout-1"]
     [at] = lost
@@ -238,7 +238,7 @@ def test_sources_are_told_to_stop_as_soon_as_a_server_fails(how: str) -> None:
     cluster.faults |= {(f"trainer-{stage}", AbandonUpdate): stops for stage in (0, 1)}
     started = time.monotonic()
     outcome = cluster.publish(0, "rollout-0", "rollout-1")
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 12.0  # half of update_timeout_s is 15
     assert cluster.sent(AbandonUpdate, "trainer-1") == [AbandonUpdate(0)]
     assert not cluster.sent(AbandonUpdate, "trainer-0")  # it had answered
     assert "rollout-0" in outcome.serving and len(cluster.sent(OpenGroup)) == 4

@@ -271,7 +271,7 @@ def test_database_that_is_damaged_while_it_is_written_fails_all_waits(
     journal.append(journal_events()[:2])
     for _ in range(2):
         with pytest.raises(DataError, match=r"journal\.sqlite is damaged: .*malformed; lost: "):
-            journal.flush().result(10)
+            journal.flush().result(60)
     with pytest.raises(DataError, match="malformed"):
         journal.append(journal_events()[:2])
     journal.close()

@@ -42,7 +42,7 @@ def test_repeated_interrupts_store_only_new_tokens(tmp_path: Path) -> None:
     journal = Journal(path)
     events = [saved(steps, index) for steps in range(1, 9) for index in (0, 1)]
     journal.append(events[:7])
-    journal.flush().result(10)
+    journal.flush().result(60)
     journal.append(events[7:])
     journal.close()
     check(path, events)

@@ -163,10 +163,10 @@ def test_row_without_answer_error_names_the_row(row: dict[str, Any]) -> None:
     ids=range(18),
 )
 def test_no_text_delays_the_check_without_deadline(text: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     for gold in ("42", r"\text{a b}"):
         math_answer.compare_plain(*math_answer.read_answers(text, {"answer": gold}))
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 @pytest.mark.parametrize("gold", ["5", "0", r"\sqrt{2}", "x", "y = 2x"])

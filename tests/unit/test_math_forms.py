@@ -327,10 +327,10 @@ def test_formula_has_its_value(text: str, value: float) -> None:
     "text", ["9^{9^{9}}", "10^{10^{10}}", "5000!", r"\binom{9999}{5000}", "1e999999", "2^{30000}"]
 )
 def test_huge_number_is_not_computed(text: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(evaluation.TooLarge):
         evaluation.value(formula.parse(text), {})
-    assert time.perf_counter() - started < 0.1
+    assert time.process_time() - started < 1.0
 
 
 HOSTILE = [

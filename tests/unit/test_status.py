@@ -14,7 +14,7 @@ from run_log_builders import log_config
 from megatron_async_rl.__main__ import main
 from megatron_async_rl.launcher.claims import lock_path
 from megatron_async_rl.observability.run_log import RunLog
-from megatron_async_rl.observability.status import RunStatus
+from megatron_async_rl.observability.status import RunStatus, read_status
 
 
 def write_run(run_dir: Path, pid: int, **changes: object) -> None:
@@ -76,7 +76,7 @@ def test_run_on_another_host_is_dead_when_it_has_been_silent(
     run_dir = tmp_path / "run"
     write_run(run_dir, 1, host="another-host")
     assert "dead" not in shown(run_dir, capsys)
-    later = time.time() + 120
+    later = read_status(run_dir).updated_unix + 120
     monkeypatch.setattr(time, "time", lambda: later)
     assert "dead since 2:00" in shown(run_dir, capsys)
 

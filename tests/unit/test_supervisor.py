@@ -35,16 +35,16 @@ class Bench:
         )
         self.status("training")
 
-    def status(self, state: str, lost: list[str] | None = None) -> None:
+    def status(self, state: str, lost: list[str] | None = None, **fields: int) -> None:
         (self.run_dir / STATUS_FILE).write_bytes(
-            msgspec.json.encode(RunStatus(state=state, lost=lost or []))
+            msgspec.json.encode(RunStatus(state=state, lost=lost or [], **fields))
         )
 
     def start(self, **codes: str) -> None:
         for name, code in {"controller": SLEEP, "trainer": SLEEP, **codes}.items():
             self.supervisor.start(name.replace("_", "-"), child(code))
 
-    def watch(self, seconds: float = 10.0, until: Callable[[], bool] = lambda: False) -> bool:
+    def watch(self, seconds: float = 60.0, until: Callable[[], bool] = lambda: False) -> bool:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.supervisor.poll():
@@ -125,6 +125,24 @@ def test_controller_error_ends_the_run_and_a_kill_does_not(
     )
     bench.supervisor.children["controller"].process.kill()
     assert bench.watch() and bench.supervisor.failed == "controller"
+
+
+def test_trainer_that_a_killed_controller_told_to_end_is_restarted(
+    make: Callable[..., Bench],
+) -> None:
+    """At the end of the run it has nothing left to do."""
+    bench = make()
+    bench.start(trainer="")
+    [trainer] = bench.supervisor.trainers
+    controller = bench.supervisor.children["controller"]
+    for version in (2, 3):
+        bench.status("training", version=version, steps=3)
+        assert not bench.watch(until=lambda: trainer.process.poll() == 0)
+        pid = controller.process.pid
+        controller.process.kill()
+        assert not bench.watch(until=lambda pid=pid: controller.process.pid != pid)
+        bench.watch(0.2)
+        assert trainer.restarts == 1
 
 
 def test_silent_worker_is_killed_after_its_start_time(make: Callable[..., Bench]) -> None:

@@ -347,7 +347,7 @@ def test_rewards_of_turns_survive_journal_and_restart(tmp_path: Path) -> None:
             core.handle(inputs.Received("reward-0", ScoreResult(request.key, 0.75)), 0)
     journal = Journal(tmp_path / "journal.sqlite")
     journal.append(core.state.take_events())
-    journal.flush().result(10)
+    journal.flush().result(60)
     again = restart_core(core, list(journal.events())).state.groups[lease.group_id]
     journal.close()
     before = core.state.groups[lease.group_id]
