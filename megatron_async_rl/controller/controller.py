@@ -236,6 +236,8 @@ class Controller:
 
     def _report_step(self, step: actions.ReportStep) -> None:
         self.progress.ledger = self._ledger()
+        self.delivery.step_reported(step.version)
+        self.updates.step_reported()
         if step.stats is None:
             self.progress.replayed(step.version, self.core.version)
         else:
@@ -331,8 +333,9 @@ class Controller:
         logger.warning("%s", reason)
         await self.queue.submit(inputs.DrainStarted())
         self.saving.newest_saved.clear()
+        order = self.workers.ending = Shutdown(reason)  # also for those that join from now on
         for worker in self.workers:
-            await self.workers.send(worker.name, Shutdown(reason))
+            await self.workers.send(worker.name, order)
         if self.config.has_trainer and not self.saving.newest_is_saved:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.config.faults.shutdown_grace_s * DRAIN_SHARE):

@@ -1,7 +1,7 @@
 """Sends batches to the trainer: computes advantages and splits by data-parallel leader.
 
-The loop hands over the batch that the trainer waits for; `run` sends it once the journal is on
-disk, so the loop never waits for the disk.
+The loop hands over the batch that leaders wait for; `run` sends them their shares once the journal
+is on disk, so the loop never waits for the disk. A leader that lost its share gets it again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -37,71 +38,89 @@ logger = logging.getLogger(__name__)
 class BatchDelivery:
     def __init__(self, context: Context, mismatch: MismatchMonitor) -> None:
         self._mismatch = mismatch
-        self._fleet = context.core.fleet
+        self._core = context.core
         self._config = context.config
         check_estimator(context.config.algorithm)  # before anything is generated
         self._journal = context.journal
         self._workers = context.workers
         self._progress = context.progress
-        self._pending: SendBatch | ResendBatch | None = None
+        self._pending: dict[int, SendBatch | ResendBatch] = {}  # by version
+        self._shares: list[list[TrainSample]] = []  # of the batch that was sent last
+        self._version = -1  # of this batch
         self._changed = asyncio.Event()
         self.awaited_since: float | None = None  # when a leader requested a batch, if one waits
 
     def batch_requested(self, now: float) -> None:
         self.awaited_since = self.awaited_since or now
 
-    def leader_joined(self) -> None:
-        """Withdraws the pending batch: a restarted trainer requests its own."""
-        self._pending = self.awaited_since = None
+    def leader_joined(self, leader: int) -> None:
+        """Withdraws what is pending for a leader that restarted: it requests its own batch."""
+        self.awaited_since = None
+        for version, batch in list(self._pending.items()):
+            self._pending[version] = replace(batch, leaders=batch.leaders - {leader})
 
     def send(self, batch: SendBatch | ResendBatch) -> None:
-        """Makes `run` send the batch, in place of one that is still pending."""
-        self._pending = batch
+        """Makes `run` send the batch to its leaders, and to those that it is pending for."""
+        pending = self._pending.get(batch.version)
+        leaders = batch.leaders | pending.leaders if pending else batch.leaders
+        self._pending[batch.version] = replace(batch, leaders=leaders)
         self._changed.set()
 
+    def step_reported(self, version: int) -> None:
+        """Frees the shares of the batch that is now in the weights."""
+        if self._version < version:
+            self._shares, self._version = [], -1
+
     async def run(self) -> None:
-        """Sends each pending batch once it is on disk: a batch the trainer saw is never lost."""
+        """Sends each pending batch once it is on disk: a batch the trainer saw is never lost.
+
+        None is sent after DrainStarted: the trainer saves instead.
+        """
         while True:
             await self._changed.wait()
             self._changed.clear()
-            batch = self._pending
+            versions = list(self._pending)  # the others are not on disk yet
             await self._journal.durable()
-            if batch is None or batch is not self._pending:
-                continue
-            self._pending = None
-            if isinstance(batch, ResendBatch):
-                await self._resend(batch.version)
-            else:
-                rewards, advantages = await self._send(batch)
-                waited_s = time.monotonic() - (self.awaited_since or time.monotonic())
-                self._progress.batch_selected(batch, rewards, advantages, waited_s)
-            self.awaited_since = None
+            for version in versions:
+                batch = self._pending.pop(version)
+                if batch.leaders and not self._core.draining:
+                    await self._deliver(batch)
+                    self.awaited_since = None
 
-    async def _send(self, batch: SendBatch) -> tuple[np.ndarray, np.ndarray]:
-        rewards, advantages, samples = training_batch(batch.groups, self._config)
-        probe = self._mismatch.choose(batch.version, samples, self._fleet.rollout.values())
-        shares = balanced_shares(samples, self._config.num_leaders)
-        if probe:  # before the batch: after a short step the server has other weights
-            await self._workers.send(*probe)
+    async def _deliver(self, batch: SendBatch | ResendBatch) -> None:
+        """Sends the shares; refuses a trainer that asks for a batch that is not recorded."""
+        is_new = batch.version != self._version
+        if is_new:
+            try:
+                rewards, advantages = await self._prepare(batch)
+            except DataError as e:
+                logger.error("the trainer is refused: %s", e)
+                for leader in self._workers.leaders:
+                    self._workers.refuse(leader.peer, str(e))
+                    await self._workers.hub.send(leader.peer, Refused(str(e)))
+                return
         for worker in self._workers.leaders:
-            share = TrainBatch(batch.version, shares[worker.hello.leader])
-            await self._workers.send(worker.name, share)
+            if worker.hello.leader in batch.leaders:
+                share = TrainBatch(batch.version, self._shares[worker.hello.leader])
+                await self._workers.send(worker.name, share)
+        if is_new and isinstance(batch, SendBatch):
+            waited_s = time.monotonic() - (self.awaited_since or time.monotonic())
+            self._progress.batch_selected(batch, rewards, advantages, waited_s)
+
+    async def _prepare(self, batch: SendBatch | ResendBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Makes the shares; returns rewards and advantages. Raises DataError."""
+        groups = self._recorded(batch.version) if isinstance(batch, ResendBatch) else batch.groups
+        rewards, advantages, samples = training_batch(groups, self._config)
+        self._shares = balanced_shares(samples, self._config.num_leaders)
+        self._version = batch.version
+        servers = self._core.fleet.rollout.values()
+        if probe := self._mismatch.choose(batch.version, samples, servers):
+            # before the batch: after a short step the server has other weights
+            await self._workers.send(*probe)
         return rewards, advantages
 
-    async def _resend(self, version: int) -> None:
-        """Sends a recorded batch; refuses a trainer that asks for one that is not recorded."""
-        try:
-            batch = self._recorded(version)
-        except DataError as e:
-            logger.error("the trainer is refused: %s", e)
-            for leader in self._workers.leaders:
-                self._workers.refuse(leader.peer, str(e))
-                await self._workers.hub.send(leader.peer, Refused(str(e)))
-        else:
-            await self._send(batch)
-
-    def _recorded(self, version: int) -> SendBatch:
-        """Returns the batch that was trained on `version`, from the journal."""
+    def _recorded(self, version: int) -> list[Group]:
+        """Returns the groups that were trained on `version`, from the journal."""
         admitted, returned, scored = read_batch(self._journal.path, version)
         count = self._config.algorithm.samples_per_prompt
         groups = {
@@ -113,7 +132,7 @@ class BatchDelivery:
         for score in scored:
             groups[score.group_id].rewards[score.index] = score.reward
             groups[score.group_id].turn_rewards[score.index] = score.turn_rewards
-        return SendBatch(version, list(groups.values()))
+        return list(groups.values())
 
 
 def training_batch(

@@ -33,6 +33,7 @@ FOR_CORE: tuple[type, ...] = (
     messages.Heartbeat, messages.Generated, messages.PartialSample, messages.GenerateFailed,
     messages.ScoreRequest, messages.ScoreResult, messages.StepDone, messages.ProbeResult,
 )  # fmt: skip
+WAITING = (messages.Heartbeat, messages.GetBatch, weight_messages.PublishOffer)  # of a trainer
 UPDATE_REPLIES: tuple[type, ...] = (
     weight_messages.UpdateReady, weight_messages.GroupOpened, weight_messages.GroupJoined,
     weight_messages.BucketsSent, weight_messages.SnapshotWritten, weight_messages.Updated,
@@ -92,6 +93,8 @@ class MessageHandlers:
         if problem := rules.problem(message, hello, limits):
             return await self._refuse(peer, name, f"{name} sent {problem}")
         self._workers.timeline.received(name, message)
+        if self._workers.ending and isinstance(message, WAITING) and hello.role == "trainer":
+            await self._workers.hub.send(peer, self._workers.ending)  # it may have lost the first
         return self._handlers[type(message)](name, message)
 
     async def _refuse(self, peer: Peer, name: str | None, reason: str) -> list[CoreEvent]:
@@ -160,6 +163,8 @@ class MessageHandlers:
     async def _welcome(self, peer: Peer, hello: Hello) -> list[CoreEvent]:
         was_here = self._workers.join(peer, hello)
         await self._workers.hub.send(peer, messages.Welcome(self._core.epoch))
+        if self._workers.ending:
+            await self._workers.hub.send(peer, self._workers.ending)
         logger.info("%s joined (pid %d)", hello.name, hello.pid)
         self._progress.last_progress = time.monotonic()  # a trainer takes long to load
         self._updates.worker_joined(hello)
@@ -170,7 +175,7 @@ class MessageHandlers:
         if hello.role == "reward":
             return [inputs.RewardJoined(hello.name, hello.capacity)]
         if hello.leader >= 0:
-            self._delivery.leader_joined()
+            self._delivery.leader_joined(hello.leader)
         return [inputs.TrainerJoined(hello.leader)]
 
     # ---- messages of workers that have joined
@@ -187,11 +192,14 @@ class MessageHandlers:
     def _get_batch(self, name: str, message: messages.GetBatch) -> list[CoreEvent]:
         self._delivery.batch_requested(time.monotonic())
         leader = self._workers[name].hello.leader
+        if self._core.batch_selector.requests.get(leader) == message.version:
+            self._updates.request_repeated(name)
         return [inputs.BatchRequested(leader, message.version)]
 
     def _checkpoint_saved(self, name: str, message: messages.CheckpointSaved) -> list[CoreEvent]:
-        self._saving.checkpoint_saved(message)
-        return []
+        if message.version <= self._core.version:
+            self._saving.checkpoint_saved(message)
+        return []  # otherwise the report of the step was lost: the trainer repeats both
 
     def _publish_offer(self, name: str, message: weight_messages.PublishOffer) -> list[CoreEvent]:
         self._updates.offered(name, message)

@@ -13,7 +13,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.controller.monitoring.timeline import Timeline
 from megatron_async_rl.errors import Error
 from megatron_async_rl.protocol.hub import Hub, Peer
-from megatron_async_rl.protocol.messages import Hello, Message
+from megatron_async_rl.protocol.messages import Hello, Message, Shutdown
 
 logger = logging.getLogger(__name__)
 MAX_REFUSED = 1024  # sockets remembered as refused
@@ -35,6 +35,7 @@ class Workers:
     def __init__(self, hub: Hub, timeline: Timeline) -> None:
         self.hub = hub
         self.timeline = timeline
+        self.ending: Shutdown | None = None  # after SIGTERM: the order to all workers
         self._by_name: dict[str, Worker] = {}
         self._names: dict[Peer, str] = {}
         self._refused: dict[Peer, str] = {}  # socket -> why its process must end

@@ -83,7 +83,10 @@ class Heartbeat(Message, frozen=True):
 
 
 class Shutdown(Message, frozen=True):
-    """Controller -> every worker: the run is over; end in order."""
+    """Controller -> every worker: the run is over; end in order.
+
+    After SIGTERM it is sent again to a trainer rank that waits, and to a worker that joins.
+    """
 
     reason: str
 
@@ -176,7 +179,10 @@ class ScoreResult(Message, frozen=True):
 
 
 class GetBatch(Message, frozen=True):
-    """Trainer leader -> controller: ready to train on `version`. Answered by TrainBatch."""
+    """Trainer leader -> controller: ready to train on `version`. Answered by TrainBatch.
+
+    A leader that repeats it gets a recorded batch, or Republish, again.
+    """
 
     version: int
 

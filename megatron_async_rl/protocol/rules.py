@@ -129,9 +129,17 @@ def _step_done(step: messages.StepDone, hello: Hello, limits: Limits) -> str:
     return ""
 
 
+def _newest(limits: Limits) -> int:
+    """Returns the newest version that the trainer may have.
+
+    The report of its step may still come: another rank overtook it, or its connection broke.
+    """
+    return limits.version + (limits.version < limits.steps)
+
+
 def _checkpoint_saved(saved: messages.CheckpointSaved, hello: Hello, limits: Limits) -> str:
-    if saved.version > limits.version:
-        return f"version = {saved.version}, the newest is {limits.version}"
+    if saved.version > (newest := _newest(limits)):
+        return f"version = {saved.version}, the newest is {newest}"
     expected = checkpoints.folder_name(saved.version)
     if saved.folder != expected:
         return f"folder = {shown(saved.folder)}, must be {expected}"
@@ -139,10 +147,7 @@ def _checkpoint_saved(saved: messages.CheckpointSaved, hello: Hello, limits: Lim
 
 
 def _publish_offer(offer: weight_messages.PublishOffer, hello: Hello, limits: Limits) -> str:
-    # the first rank has reported the step by then; the offer of another may overtake that report
-    may_overtake = hello.name != "trainer-0" and limits.version < limits.steps
-    newest = limits.version + may_overtake
-    if offer.version > newest:
+    if offer.version > (newest := _newest(limits)):
         return f"version = {offer.version}, the newest is {newest}"
     if offer.source >= offer.num_sources:
         return f"source = {offer.source} of {offer.num_sources}"

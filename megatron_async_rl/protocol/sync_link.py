@@ -39,6 +39,7 @@ class SyncLink:
         self._rejoining = Rejoining()
         self._unanswered: list[Message] = []
         self._early: messages.TrainBatch | None = None  # came before the answer to an offer
+        self._unread: AnyMessage | None = None  # that ended wait_for_order
         self._silent_since = time.monotonic()  # last message of the controller, or report to it
 
     @property
@@ -70,7 +71,7 @@ class SyncLink:
                 message, self._early = self._early, None
                 break
             try:
-                message = self._receive(max(0.0, deadline - time.monotonic()))
+                message = self._next(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
                 self._send(messages.Heartbeat())  # makes a restarted controller send RejoinRequest
                 if time.monotonic() - self._silent_since > RESEND_S:
@@ -96,21 +97,32 @@ class SyncLink:
             self.ended = message
         return message
 
-    def wait_readable(self, end: int) -> bool:
-        """Waits for a message, which stays unread; False if the descriptor `end` is readable first.
+    def wait_for_order(self, end: int) -> bool:
+        """Waits for a message that is no batch; `receive` will return it.
 
-        For a thread that waits while no other thread uses this link.
+        Returns False if the descriptor `end` is readable first. For a thread that waits while no
+        other thread uses this link, which has an outstanding offer.
         """
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(end, zmq.POLLIN)
-        return end not in dict(poller.poll())
+        while end not in dict(poller.poll()):
+            message = self._receive(0.0)
+            if not isinstance(message, messages.TrainBatch):
+                self._unread = message
+                return True
+            self._early = message
+        return False
 
     def send(self, message: Message) -> None:
         if isinstance(message, _REPEATED):
             self._unanswered.append(message)
             self._silent_since = time.monotonic()
         self._send(message)
+
+    def _next(self, timeout_s: float) -> AnyMessage:
+        message, self._unread = self._unread, None
+        return message if message is not None else self._receive(timeout_s)
 
     def _receive(self, timeout_s: float) -> AnyMessage:
         if not self._socket.poll(int(timeout_s * 1000)):

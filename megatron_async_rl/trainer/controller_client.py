@@ -2,7 +2,8 @@
 
 The leader of a data-parallel replica (its first rank) fetches the replica's share of each batch and
 broadcasts the received bytes to the replica's other ranks: all its tensor, context and pipeline
-ranks train on the same samples. Weight sources (weights/reshard.py) also have a connection, over
+ranks train on the same samples. Leaders agree on whether to train (protocol/leader.py). Weight
+sources (weights/reshard.py) also have a connection, over
 which they take part in weight updates.
 """
 
@@ -20,15 +21,13 @@ from megatron.core import parallel_state as mpu
 
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import fingerprint
-from megatron_async_rl.errors import ProtocolError
-from megatron_async_rl.protocol import messages, weight_messages
+from megatron_async_rl.protocol import messages
+from megatron_async_rl.protocol.leader import Leader
 from megatron_async_rl.protocol.sync_link import SyncLink
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.protocol.wire import AnyMessage, Codec
 from megatron_async_rl.weights.parameters import gloo_group
 from megatron_async_rl.weights.reshard import is_source
-
-POLL_S = 5.0  # a waiting leader broadcasts this often, so that no collective reaches its timeout
 
 
 class ControllerClient:
@@ -39,8 +38,10 @@ class ControllerClient:
         replicas = mpu.get_data_parallel_world_size()
         self._group = gloo_group(mpu.get_data_parallel_rank(), replicas)
         self._is_leader = self._group.rank() == 0
+        self._leaders = gloo_group(0, 1, self._is_leader)
         self._is_source = is_source()
         self._socket: SyncLink | None = None
+        self._leader: Leader | None = None
         if self._is_leader or self._is_source:
             stage = mpu.get_pipeline_model_parallel_rank()
             self._socket = SyncLink(run_dir, config.trainer.start_timeout_s)
@@ -54,6 +55,8 @@ class ControllerClient:
                     tokenizer=fingerprint(config.model.path),
                 )
             )
+            if self._is_leader:
+                self._leader = Leader(self._socket, self._is_any_leader)
 
     @property
     def source_socket(self) -> SyncLink | None:
@@ -68,26 +71,17 @@ class ControllerClient:
         Collective over the replica. Waits; meanwhile calls `republish(version)` when a new server
         needs the current weights. Raises ProtocolError.
         """
-        if self._is_leader and self._socket:
-            self._socket.send(messages.GetBatch(version))
+        if self._leader:
+            self._leader.request(version)
         while True:
-            message = self._broadcast_message(self._receive() if self._is_leader else None)
-            if isinstance(message, messages.Republish):
-                republish(version)
-            elif isinstance(message, messages.TrainBatch) and message.version < version:
-                pass  # requested twice, because the controller restarted
-            elif isinstance(message, weight_messages.Published):
-                pass  # offered twice, likewise
-            elif message is not None:
-                break
-        if isinstance(message, messages.Shutdown):
-            return None
-        if not isinstance(message, messages.TrainBatch) or message.version != version:
-            raise ProtocolError(
-                f"expected the batch of version {version} from the controller, got "
-                f"{type(message).__name__}"
-            )
-        return message.samples
+            answer = self._leader.receive(version) if self._leader else None
+            match self._broadcast_message(answer):
+                case messages.Republish():
+                    republish(version)
+                case messages.TrainBatch(samples=samples):
+                    return samples
+                case messages.Shutdown():
+                    return None
 
     def report_step(
         self, version: int, metrics: dict[str, float], probe_logprobs: np.ndarray
@@ -106,15 +100,13 @@ class ControllerClient:
         if self._socket:
             self._socket.close()
 
-    def _receive(self) -> AnyMessage | None:
-        """Returns the controller's next message, None after POLL_S."""
-        assert self._socket
-        if self._socket.ended:
-            return self._socket.ended  # received during a weight update
-        try:
-            return self._socket.receive(POLL_S)
-        except TimeoutError:
-            return None
+    def _is_any_leader(self, flag: bool) -> bool:
+        assert self._leaders is not None
+        if self._leaders.size() == 1:
+            return flag
+        found = torch.tensor([int(flag)])
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._leaders)
+        return bool(found)
 
     def _broadcast_message(self, message: AnyMessage | None) -> AnyMessage | None:
         """Returns the leader's message on every rank of its replica; None: still waiting."""

@@ -33,6 +33,10 @@ class SnapshotWriter:
         self.error = ""
         self.seconds = {"write": 0.0}
 
+    def stop(self, reason: str) -> None:
+        """Ends the writing early, from another thread; what is left is only digested."""
+        self.error = self.error or reason
+
     def write(
         self,
         plan: list[Bucket],

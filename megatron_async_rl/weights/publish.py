@@ -12,13 +12,8 @@ A failed broadcast never interrupts a gather: the ranks stay in step and the tra
 from __future__ import annotations
 
 import logging
-import os
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
-from enum import IntEnum
 from pathlib import Path
 
 import torch
@@ -27,9 +22,9 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megatron_async_rl.config.config import Config
-from megatron_async_rl.errors import PublishError
 from megatron_async_rl.model.shape import ModelShape
-from megatron_async_rl.protocol import messages, weight_messages
+from megatron_async_rl.protocol import weight_messages
+from megatron_async_rl.protocol.orders import Command, carry_out_orders, stopped_by_order
 from megatron_async_rl.protocol.sync_link import SyncLink
 from megatron_async_rl.storage.snapshots import digest_kind
 from megatron_async_rl.weights import reshard
@@ -44,16 +39,6 @@ from megatron_async_rl.weights.update_group import UpdateGroup
 logger = logging.getLogger(__name__)
 # A broken broadcast must be reported before the controller's own deadline of the update expires.
 BROADCAST_SHARE = 0.5  # of weights.update_timeout_s
-POLL_S = 5.0  # a waiting source sends Command.WAIT this often, within the collective timeout
-
-
-class Command(IntEnum):
-    """From a stage's first source to the ranks that only gather."""
-
-    WAIT = 0
-    SEND = 1
-    SEND_AND_DIGEST = 2
-    DONE = 3
 
 
 class WeightPublisher:
@@ -112,51 +97,14 @@ class WeightPublisher:
                 self._flattened,
             )
         )
-        return self._lead(version, self._link)
-
-    def _lead(self, version: int, link: SyncLink) -> bool:
-        """Runs the controller's commands until the update has ended. See `publish`."""
         # Generous: before version 0 the controller waits for all workers, and later it keeps its
         # own deadlines.
         timeout_s = self._config.rollout.start_timeout_s + 4 * self._config.weights.update_timeout_s
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                message = link.receive(POLL_S)
-            except TimeoutError:
-                if time.monotonic() > deadline:
-                    raise PublishError(
-                        f"the controller did not end the update to version {version} within "
-                        f"{timeout_s:.0f} s"
-                    ) from None
-                self._broadcast_command(Command.WAIT)
-                continue
-            match message:
-                case weight_messages.OpenGroup():
-                    self._open_group(message, link)
-                case weight_messages.SendBuckets() | weight_messages.WriteSnapshot() if (
-                    message.version != version
-                ):
-                    logger.warning("an order to send version %d is ignored", message.version)
-                case weight_messages.SendBuckets():
-                    command = Command.SEND_AND_DIGEST if message.verify else Command.SEND
-                    self._broadcast_command(command)
-                    assert self._group is not None
-                    with _stopped_by_message(link, self._group):
-                        sent = self._send_buckets(version, self._group, message.verify)
-                    link.send(sent)
-                case weight_messages.WriteSnapshot():
-                    self._broadcast_command(Command.SEND_AND_DIGEST)
-                    link.send(self._write_snapshot(message))
-                case weight_messages.Published() if message.version < version:
-                    pass  # an earlier version was offered twice
-                case weight_messages.Published() | messages.Shutdown():
-                    self._broadcast_command(Command.DONE)
-                    return isinstance(message, weight_messages.Published)
+        return carry_out_orders(version, self._link, self, timeout_s)
 
     def _follow(self) -> bool:
         """Gathers with the sources until the update has ended."""
-        while (command := self._broadcast_command(Command.WAIT)) != Command.DONE:
+        while (command := self.broadcast_command(Command.WAIT)) != Command.DONE:
             if command != Command.WAIT:
                 for _ in reshard.own_tensors(self._modules, self._shape, self._dtype):
                     pass
@@ -164,7 +112,7 @@ class WeightPublisher:
                 self._all_digests(self._new_digests())
         return True
 
-    def _broadcast_command(self, command: Command) -> Command:
+    def broadcast_command(self, command: Command) -> Command:
         """Returns the first source's command on all ranks that only gather."""
         if self._command_group is None or self._command_group.size() == 1:
             return command
@@ -172,24 +120,32 @@ class WeightPublisher:
         dist.broadcast(tensor, group=self._command_group, group_src=0)
         return Command(int(tensor))
 
-    def _open_group(self, order: weight_messages.OpenGroup, link: SyncLink) -> None:
+    def open_group(self, order: weight_messages.OpenGroup) -> None:
+        """Opens an update group and waits until the servers have joined, or until a message."""
+        assert self._link is not None
         if self._group is not None:
             self._group.close()
         timeout_s = BROADCAST_SHARE * self._config.weights.update_timeout_s
-        self._group = UpdateGroup(
-            order.group, order.world_size, self._backend, link.own_address, timeout_s
+        group = self._group = UpdateGroup(
+            order.group, order.world_size, self._backend, self._link.own_address, timeout_s
         )
         stage = mpu.get_pipeline_model_parallel_rank()
-        link.send(
-            weight_messages.GroupOpened(order.group, stage, self._group.address, self._group.port)
-        )
+        opened = weight_messages.GroupOpened(order.group, stage, group.address, group.port)
+        self._link.send(opened)
         error = ""
         try:
-            self._group.join()
+            with stopped_by_order(self._link, group.stop):
+                group.join()
         except RuntimeError as e:
             error = f"update group {order.group}: {e}"
             logger.error("%s", error)
-        link.send(weight_messages.GroupJoined(order.group, error))
+        self._link.send(weight_messages.GroupJoined(order.group, error))
+
+    def send_buckets(self, order: weight_messages.SendBuckets) -> weight_messages.BucketsSent:
+        """Broadcasts all buckets, until a message."""
+        assert self._link is not None and self._group is not None
+        with stopped_by_order(self._link, self._group.stop):
+            return self._send_buckets(order.version, self._group, order.verify)
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the tensors that this source sends. Collective, see reshard.own_tensors."""
@@ -225,11 +181,14 @@ class WeightPublisher:
                 experts.add(name, tensor)
         return digests.result() | experts.result()
 
-    def _write_snapshot(
+    def write_snapshot(
         self, order: weight_messages.WriteSnapshot
     ) -> weight_messages.SnapshotWritten:
+        """Writes this source's part, until a message."""
+        assert self._link is not None
         writer, digests = SnapshotWriter(Path(order.folder), order.part), self._new_digests()
-        writer.write(self._buckets, self._own_tensors(), self._device, digests)
+        with stopped_by_order(self._link, writer.stop):
+            writer.write(self._buckets, self._own_tensors(), self._device, digests)
         expected = self._all_digests(digests)
         self._check_weights()
         if writer.error:
@@ -294,26 +253,3 @@ class WeightPublisher:
         """Raises PublishError for a weight that fp8 cannot represent; no server resumes on it."""
         if self._quantizer:
             self._quantizer.check()
-
-
-@contextmanager
-def _stopped_by_message(link: SyncLink, group: UpdateGroup) -> Iterator[None]:
-    """Stops the broadcasts of the block when the controller sends a message, which stays unread.
-
-    While a source sends, the controller only sends it a message if the attempt is void: a server
-    failed (AbandonUpdate), the run ends, or the controller was restarted.
-    """
-    end = os.eventfd(0)
-
-    def listen() -> None:
-        if link.wait_readable(end):
-            group.stop("the controller ended this attempt")
-
-    listener = threading.Thread(target=listen, name="update-stop", daemon=True)
-    listener.start()
-    try:
-        yield
-    finally:
-        os.eventfd_write(end, 1)
-        listener.join()
-        os.close(end)

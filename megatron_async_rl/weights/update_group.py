@@ -68,6 +68,7 @@ class UpdateGroup:
         self._backend = backend
         self._timeout_s = timeout_s
         self.address = address  # of this host, as the servers' hosts reach it
+        self._before = _open_sockets().keys()
         self._store: dist.TCPStore | None = listening_store(
             address, 0, world_size, timedelta(seconds=timeout_s)
         )
@@ -75,7 +76,7 @@ class UpdateGroup:
         self._group: dist.ProcessGroup | None = None
         self._aborted = False
         self._stopped = ""  # why
-        self._sockets: set[str] = set()  # that gloo has opened, listening ones too
+        self._sockets: set[str] | None = None  # of the joined group, listening ones too
         self._work: list[dist.Work] = []
 
     def join(self) -> None:
@@ -86,6 +87,7 @@ class UpdateGroup:
         timeout = _NEVER if self._backend == "nccl" else timedelta(seconds=self._timeout_s)
         before = _open_sockets().keys()
         try:
+            self._check_stopped()
             self._group, _ = c10d._new_process_group_helper(
                 self._world_size,
                 0,
@@ -95,9 +97,9 @@ class UpdateGroup:
                 group_name=self.name,
                 timeout=timeout,
             )
-        except RuntimeError:
+        except RuntimeError as e:
             self._store = None
-            raise
+            raise RuntimeError(self._stopped or str(e)) from None
         self._sockets = _open_sockets().keys() - before
         c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self._world_size)}
 
@@ -140,17 +142,18 @@ class UpdateGroup:
         self._check_stopped()
 
     def stop(self, reason: str) -> None:
-        """Ends pending broadcasts, so that their calls raise RuntimeError; for another thread.
+        """Ends `join` and pending broadcasts: they raise RuntimeError. For another thread.
 
         The group is unusable; the thread that sends must abort it.
         """
         self._stopped = reason
         if (group := self._group) and self._backend == "nccl":
             group.abort()
-        elif group:
-            for name, descriptor in _open_sockets().items():
-                if name in self._sockets:
-                    _shut_down(descriptor)
+            return
+        joined = self._sockets  # before: those of the store too, over which `join` waits
+        for name, descriptor in _open_sockets().items():
+            if name in joined if joined is not None else name not in self._before:
+                _shut_down(descriptor)
 
     def _check_stopped(self) -> None:
         if self._stopped:

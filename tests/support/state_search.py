@@ -310,7 +310,7 @@ def crash_trainer(state: State) -> State:
     ]
     for version in range(state.core.version):
         assert state.core.handle(inputs.BatchRequested(0, version), 0.0) == [
-            ResendBatch(version)
+            ResendBatch(version, frozenset({0}))
         ], state.trace
     state.weights, state.batch, state.steps_done = tuple(recorded), (), state.core.version
     return state

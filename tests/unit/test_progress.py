@@ -47,7 +47,7 @@ def select_batch(
         [sample_of_versions(*runs)],
         [1.0],
     )
-    batch, rewards = SendBatch(version, [group]), np.full((1, 1), reward)
+    batch, rewards = SendBatch(version, [group], frozenset({0})), np.full((1, 1), reward)
     progress.batch_selected(batch, rewards, np.zeros((1, 1)), waited_s=waited_s)
     return progress.step_done(version + 1, STATS)
 

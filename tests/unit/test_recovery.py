@@ -82,7 +82,7 @@ def test_trainer_from_a_checkpoint_gets_recorded_batches() -> None:
     core.handle(inputs.BatchRequested(0, 0), 0)
     core.handle(inputs.Received("trainer-0", StepDone(1, {})), 0)
     core.handle(inputs.TrainerJoined(0), 0)
-    assert core.handle(inputs.BatchRequested(0, 0), 0) == [ResendBatch(0)]
+    assert core.handle(inputs.BatchRequested(0, 0), 0) == [ResendBatch(0, frozenset({0}))]
     replayed = core.handle(inputs.Received("trainer-0", StepDone(1, {})), 0)
     assert replayed == [ReportStep(1, None)]
     assert (core.version, core.state.ledger.trained, core.num_replayed_steps) == (1, 2, 1)
@@ -133,24 +133,34 @@ def test_prompt_that_fails_on_several_servers_is_dropped_as_poison() -> None:
     assert core.state.ledger.table(0)["dropped.poison"] == 1
 
 
-def test_leader_without_its_share_is_not_left_waiting_for_one_that_trains() -> None:
-    """The controller was killed between the shares of two leaders."""
+def test_leader_that_lost_its_share_gets_it_while_another_one_trains() -> None:
+    """Its connection broke, or the controller was killed between the shares."""
     core = make_core(data_parallel_size=2)
     for lease in join_workers(core)[:2]:
         finish_lease(core, lease, 0)
     for leader in range(2):
         core.handle(inputs.TrainerJoined(leader), 0)
-        core.handle(inputs.BatchRequested(leader, 0), 0)
-    assert core.state.in_batch
+        actions = core.handle(inputs.BatchRequested(leader, 0), 0)
+    [batch] = actions
+    assert isinstance(batch, SendBatch) and batch.leaders == {0, 1}
     again = restart_core(core, core.state.take_events())
     again.handle(inputs.TrainerJoined(1), 0)
-    assert again.handle(inputs.BatchRequested(1, 0), 0) == []
-    [batch] = again.handle(inputs.BatchRequested(1, 0), 0)
-    assert isinstance(batch, SendBatch) and batch.version == 0
-    for leader in range(2):  # a trainer that restarts: all of its leaders request
-        again.handle(inputs.TrainerJoined(leader), 0)
-    assert [again.handle(inputs.BatchRequested(1, 0), 0) for _ in range(3)] == [[], [], []]
-    assert len(again.handle(inputs.BatchRequested(0, 0), 0)) == 1
+    for each in (core, again):
+        [same] = each.handle(inputs.BatchRequested(1, 0), 0)
+        assert isinstance(same, SendBatch) and (same.version, same.leaders) == (0, {1})
+        assert [g.group_id for g in same.groups] == [g.group_id for g in batch.groups]
+
+
+def test_report_that_was_lost_may_come_after_the_requests_for_the_next_batch() -> None:
+    core = make_core(data_parallel_size=2, max_staleness=3)
+    for lease in join_workers(core)[:4]:
+        finish_lease(core, lease, 0)
+    for version in (0, 1):
+        for leader in range(2):
+            actions = core.handle(inputs.BatchRequested(leader, version), 0)
+    assert actions == [] and not core.batch_awaited
+    actions = core.handle(inputs.Received("trainer-0", StepDone(1, {})), 0)
+    assert [a.version for a in actions if isinstance(a, SendBatch)] == [1]
 
 
 class RecoveringMachine(CoreMachine):
@@ -221,7 +231,7 @@ class RecoveringMachine(CoreMachine):
         self.core.handle(inputs.TrainerJoined(0), 0)
         for version in range(int(share * self.core.version), self.core.version):
             assert self.core.handle(inputs.BatchRequested(0, version), self.now) == [
-                ResendBatch(version)
+                ResendBatch(version, frozenset({0}))
             ]
             assert any(isinstance(f, BatchSelected) and f.version == version for f in self.disk)
             step = inputs.Received("trainer-0", StepDone(version + 1, {}))

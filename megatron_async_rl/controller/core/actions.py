@@ -24,6 +24,7 @@ class SendBatch:
 
     version: int
     groups: list[Group]
+    leaders: frozenset[int]  # that get their shares
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ResendBatch:
     """Send the recorded batch of `version` again: the trainer restarted from a checkpoint."""
 
     version: int
+    leaders: frozenset[int]
 
 
 @dataclass(frozen=True)

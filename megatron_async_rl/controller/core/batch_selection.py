@@ -6,9 +6,10 @@ stale. At most B = prompts_per_step such groups can exist (at most (v + 1) * B g
 at version <= v - max_staleness, and v * B of them are trained), so waiting always suffices and
 drops nothing.
 
-A batch is sent when all data-parallel leaders have requested it. A trainer that restarts from a
-checkpoint requests versions that were trained before: it gets the recorded batches again (SendBatch
-or ResendBatch), which changes nothing in the ledger, and ends up with the same weights.
+A new batch is selected when all data-parallel leaders have requested it. From then on it is
+recorded, and a leader that requests it gets it again (SendBatch or ResendBatch): its connection
+broke, or the trainer restarted from a checkpoint. That changes nothing in the ledger, and the
+trainer ends up with the same weights.
 """
 
 from __future__ import annotations
@@ -26,39 +27,34 @@ class BatchSelector:
         self._state = state
         self.requests: dict[int, int] = {}  # data-parallel leader -> requested version
         self.requested_since: float | None = None  # since all leaders wait for a new batch
-        self._joined: set[int] = set()  # leaders of this epoch
 
     def leader_joined(self, leader: int) -> None:
         """Forgets the request of a restarted leader."""
-        self._joined.add(leader)
         self.requests.pop(leader, None)
         self.requested_since = None
 
     def request(self, leader: int, version: int, now: float) -> SendBatch | ResendBatch | None:
-        """Notes a request; returns the batch if it was selected before and all leaders wait.
+        """Returns the batch for this leader if it is recorded; otherwise notes the request.
 
-        The version may be that of the step in progress, whose report is still to come: the first
-        rank, a leader too, sends it before its own request. A leader that has its share of a
-        recorded batch trains, and does not join a restarted controller: a request that is repeated
-        does not wait for it.
+        A recorded batch does not wait for the other leaders, which may have their shares. The
+        version may be that of the step in progress, whose report is still to come: the first rank,
+        a leader too, sends it before its own request.
         """
-        is_repeated = self.requests.get(leader) == version
-        self.requests[leader] = version
-        waiting = {other for other, wanted in self.requests.items() if wanted == version}
-        is_recorded = version < self._state.version or bool(self._state.in_batch)
-        all_joined = is_repeated and is_recorded and waiting >= self._joined > set()
-        all_wait = all_joined or len(waiting) >= self._settings.data_parallel_size
-        if not all_wait or version > self._state.version:
-            return None
+        only_this = frozenset({leader})
         if version < self._state.version:
-            self.requests.clear()
-            return ResendBatch(version)
-        if self._state.in_batch:
-            self.requests.clear()
-            return SendBatch(version, self._state.in_batch)
-        if self.requested_since is None:
-            self.requested_since = now
+            return ResendBatch(version, only_this)
+        if version == self._state.version and self._state.in_batch:
+            return SendBatch(version, self._state.in_batch, only_this)
+        self.requests[leader] = version
+        self.note_waiting(now)
         return None
+
+    def note_waiting(self, now: float) -> None:
+        """Begins the wait for a new batch if all leaders have requested it."""
+        wanted = list(self.requests.values())
+        all_wait = wanted.count(self._state.version) >= self._settings.data_parallel_size
+        if all_wait and self.requested_since is None:
+            self.requested_since = now
 
     def stale_groups(self) -> list[Group]:
         """Returns the complete groups that may not be trained any more."""
@@ -78,7 +74,8 @@ class BatchSelector:
         self._state.record(BatchSelected(self._state.version, chosen))
         self.requested_since = None
         self.requests.clear()
-        return SendBatch(self._state.version, self._state.in_batch)
+        all_leaders = frozenset(range(self._settings.data_parallel_size))
+        return SendBatch(self._state.version, self._state.in_batch, all_leaders)
 
     def _ready(self) -> list[Group]:
         return self._state.in_state(GroupState.READY, purpose="train")

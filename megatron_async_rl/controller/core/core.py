@@ -295,6 +295,7 @@ class Core:
             return self._fence()
         self.state.record(events.BatchTrained(step.version))
         self.state.check()
+        self.batch_selector.note_waiting(now)  # a report that was lost came after the requests
         return [actions.ReportStep(step.version, step.stats), *self._advance(now)]
 
     # ---- the run

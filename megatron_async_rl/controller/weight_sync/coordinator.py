@@ -2,7 +2,8 @@
 
 the trainer offers v+1 after its step          -> the servers that lack it are updated
 a server has no weights while the trainer      -> Republish: the trainer offers its weights again
-waits for a batch                                 and continues to wait
+waits for a batch                                 and continues to wait; again to a leader that
+                                                  repeats its request instead
 a trainer from a checkpoint offers an older v  -> Published(v, 0): no server needs it
 a server is behind, and a snapshot on disk is  -> it loads the snapshot by itself (catch_up.py) and
 within max_staleness                              takes part in the next update
@@ -22,7 +23,7 @@ from megatron_async_rl.controller.weight_sync.catch_up import CatchUp
 from megatron_async_rl.controller.weight_sync.session import RelabelPublisher
 from megatron_async_rl.controller.weight_sync.snapshot import TrainerPublisher
 from megatron_async_rl.errors import PublishError
-from megatron_async_rl.protocol.messages import Hello, Message
+from megatron_async_rl.protocol.messages import Hello, Message, Republish
 from megatron_async_rl.protocol.weight_messages import Published, PublishOffer
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class UpdateCoordinator:
         self._taken: dict[str, int] = {}  # version of the last offer that `next` took, by source
         self._is_busy = False  # with these
         self._repeated: dict[str, int] = {}  # those that a source repeats after their answer
+        self._unheard: set[str] = set()  # leaders that repeat their request, unaware of Republish
         self._num_joined_sources = 0
         self._requested_for: frozenset[str] = frozenset()  # servers that caused a Republish
         self._being_updated: frozenset[str] = frozenset()
@@ -71,8 +73,22 @@ class UpdateCoordinator:
                 self._repeated[name] = offer.version
             return
         self._offers[name] = offer
-        if len(self._offers) == offer.num_sources:
+        self._check_offers()
+
+    def step_reported(self) -> None:
+        """Takes offers that came before the report of their step, which was sent first."""
+        self._check_offers()
+
+    def _check_offers(self) -> None:
+        offers = self._offers.values()
+        if any(offer.version > self._core.version for offer in offers):
+            return  # the report was lost with its connection: the trainer repeats it
+        if offers and len(offers) == max(offer.num_sources for offer in offers):
             self._all_offered.set()
+
+    def request_repeated(self, name: str) -> None:
+        """Notes that this leader requests its batch again; it has no answer yet."""
+        self._unheard.add(name)
 
     def replied(self, name: str, message: Message) -> None:
         """Hands over a reply of a server or a weight source during an update."""
@@ -103,10 +119,15 @@ class UpdateCoordinator:
         self._catch_up.start(self._being_updated)
 
     async def answer_again(self) -> None:
-        """Answers the offers that sources repeat: a connection that broke has lost the answer."""
+        """Sends messages again that a connection which broke has lost, if this is seen from a
+        repeated offer or request."""
         repeated, self._repeated = self._repeated, {}
         for name, version in repeated.items():
             await self._workers.send(name, Published(version, 0))
+        unheard, self._unheard = self._unheard, set()
+        if self._core.batches_held and not self._is_busy:
+            for name in sorted(unheard - self._offers.keys()):
+                await self._workers.send(name, Republish(self._core.version))
 
     def must_republish(self) -> bool:
         """Returns whether the trainer, which waits for a batch, must offer its weights again.
@@ -114,7 +135,7 @@ class UpdateCoordinator:
         True once per set of servers that need them; the loop then holds the batches and asks.
         """
         core = self._core
-        if self._running or not core.batch_awaited or core.batches_held:
+        if self._running or not core.batch_awaited or core.batches_held or core.draining:
             return False
         available = self._available()
         none_is_current = not any(w.is_serving and w.version == core.version for w in available)
