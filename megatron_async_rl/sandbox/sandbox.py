@@ -32,7 +32,7 @@ from megatron_async_rl.errors import Error
 ZYGOTE = Path(__file__).with_name("zygote.py")
 OUT_OF_MEMORY_CODE = 71  # program.py's exit code for it
 START_S = 30.0
-GRACE_S = 2.0  # the zygote enforces wall_s itself; after this much more the zygote counts as hung
+GRACE_S = 5.0  # the zygote enforces wall_s itself; after this much more the zygote counts as hung
 OLDEST_PYTHON = (3, 9)
 
 

@@ -127,7 +127,9 @@ def wait(
     A message ends it, and so do more than jail.MAX_THREADS threads if they are `counted`.
     """
     sources: list[int | socket.socket] = [handle, link]
-    while (remaining_s := deadline - time.monotonic()) > 0:
+    remaining_s = 1.0
+    while remaining_s > 0:  # also looks if this process was not scheduled until the deadline
+        remaining_s = max(0.0, deadline - time.monotonic())
         timeout_s = remaining_s if counted is None else min(remaining_s, POLL_S)
         ready = select.select(sources, [], [], timeout_s)[0]
         if handle in ready:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -71,17 +70,17 @@ def test_program_is_limited_and_confined(tmp_path: Path) -> None:
 
 
 def test_event_loop_goes_on_while_programs_run() -> None:
-    python = PythonRunner(SandboxConfig(), processes=2)
-    slow = "import time\ntime.sleep(0.5)\nprint(1)"
+    python = PythonRunner(SandboxConfig(test_timeout_s=60.0), processes=2)
+    slow = "import time\ntime.sleep(1)\nprint(1)"
 
-    async def run() -> tuple[list[str], float]:
+    async def run() -> tuple[list[str], int]:
         await asyncio.gather(*(python.run("print(0)") for _ in range(2)))
         calls = [asyncio.create_task(python.run(slow)) for _ in range(2)]
-        longest, last = 0.0, time.monotonic()
-        while not all(task.done() for task in calls):
+        turns = 0
+        while not any(task.done() for task in calls):
             await asyncio.sleep(0.005)
-            longest, last = max(longest, time.monotonic() - last), time.monotonic()
-        return [task.result() for task in calls], longest
+            turns += 1
+        return [await task for task in calls], turns
 
-    outputs, longest_pause_s = asyncio.run(run())
-    assert outputs == ["1", "1"] and longest_pause_s < 0.4
+    outputs, turns = asyncio.run(run())
+    assert outputs == ["1", "1"] and turns >= 5  # a loop that waits for a program makes one

@@ -6,6 +6,7 @@ succeed. Otherwise a layer that has stopped working would go unnoticed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -289,7 +290,7 @@ for number in range(1, 5001):
     try: _thread.start_new_thread(time.sleep, (1000,))
     except RuntimeError: break
 os.write(1, str(number).encode())
-time.sleep(5)
+time.sleep(%d)
 os._exit(0)
 """
 
@@ -297,10 +298,10 @@ os._exit(0)
 def test_threads_of_a_program_are_bounded(sandbox: Sandbox) -> None:
     skip_without_namespaces(sandbox)
     for _ in range(2):  # the threads of the first do not count against the second
-        result = sandbox.run(COUNTS_THREADS, b"", PATIENT)
+        result = sandbox.run(COUNTS_THREADS % 0, b"", PATIENT)
         assert result.output == str(jail.MAX_THREADS).encode()
     with Sandbox(SANDBOX_PYTHON, "landlock", disabled_layers=("namespaces",)) as s:
-        assert s.run(COUNTS_THREADS, b"", PATIENT).end is End.KILLED
+        assert s.run(COUNTS_THREADS % 5, b"", PATIENT).end is End.KILLED
         assert_still_works(s)
 
 
@@ -438,7 +439,7 @@ def test_interpreter_that_waits_or_is_a_loop_of_links_is_refused(
     for path, words in ((script, "did not start"), (loop, "Too many levels of symbolic links")):
         with pytest.raises(SandboxError, match=words):
             Sandbox(str(path)).start()
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 50  # `sleep` takes 60 s
 
 
 def test_interpreter_that_runs_no_program_is_refused(tmp_path: Path) -> None:
@@ -455,8 +456,10 @@ def test_lost_zygote_is_an_error_and_is_replaced_at_once() -> None:
         assert_still_works(sandbox)
         children = psutil.Process().children(recursive=True)
         # the first to be killed takes its init with it
-        for child in [child for child in children if "zygote.py" in " ".join(child.cmdline())]:
-            child.kill()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "zygote.py" in " ".join(child.cmdline()):
+                    child.kill()
         with pytest.raises(SandboxLost):
             sandbox.run("print(1)", b"", PATIENT)
         assert_still_works(sandbox)
@@ -474,7 +477,7 @@ def test_sandbox_leaves_no_process_and_no_file(sandbox: Sandbox) -> None:
         assert me.num_fds() == descriptors
         started = [child for child in me.children(recursive=True) if child.pid not in before]
         assert started
-    assert psutil.wait_procs(started, timeout=5)[1] == []
+    assert psutil.wait_procs(started, timeout=30)[1] == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which needs root")

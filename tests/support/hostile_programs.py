@@ -8,8 +8,10 @@ number, while the expected outputs are texts that no program can know.
 
 from __future__ import annotations
 
-# A folder that every user may write to, with a file that every user may read.
-CANARY = "/tmp/megatron_async_rl_canary"
+import os
+
+# A folder that every user may write to, with a file that every user may read; of this process.
+CANARY = f"/tmp/megatron_async_rl_canary-{os.getpid()}"
 
 # Programs of ESCAPE that are held by the empty /proc alone. What they open without it is of no use:
 # setns kills the program, and no ioctl of a namespace is allowed.

@@ -48,7 +48,7 @@ def descendant_pids(pid: int) -> set[int]:
 
 
 def wait_until_gone(pids: set[int]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.02)
@@ -96,7 +96,7 @@ def with_reward_process(
             process.wait()
             hub.close()
 
-    asyncio.run(asyncio.wait_for(body(), 30))
+    asyncio.run(asyncio.wait_for(body(), 120))
 
 
 async def collect_scores(
