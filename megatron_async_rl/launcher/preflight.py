@@ -38,7 +38,7 @@ from megatron_async_rl.launcher.checks.settings import (
     check_sglang,
     check_weight_type,
 )
-from megatron_async_rl.launcher.checks.weights import check_weights
+from megatron_async_rl.launcher.checks.weights import check_tensors, check_weights
 from megatron_async_rl.model import layout, memory
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.engine import engine_versions
@@ -99,6 +99,8 @@ def config_checks(config: Config, say: Say, here: Collection[str] | None = None)
         yield architecture
         is_known = architecture.ok
         if is_known:
+            if not config.model.random_init:
+                yield check("model weights", _model_weights)
             trainer = check("trainer layout", _trainer_layout)
             yield trainer
             yield check("engine layout", _engine_layout)
@@ -177,24 +179,27 @@ def check_engine(config: Config | None) -> Check:
 def _model_files(config: Config) -> str:
     """Checks that the folder is complete and can be read; model.random_init needs no weights."""
     path = Path(config.model.path)
-    name = shlex.quote(str(path))
-    remedy = (
-        f"the quickstart's model: python tools/make_tiny_model.py {name}; "
-        f"another: hf download OWNER/NAME --local-dir {name}"
-    )
+    remedy = _download(path)
     if not path.is_dir():
         raise DataError(f"model.path = {path}: no such folder{looked_up_in(path)}", remedy)
     missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
     weights = sorted(path.glob("*.safetensors"))
     if not config.model.random_init:
-        missing += [] if weights else ["*.safetensors"]
         index = path / "model.safetensors.index.json"
+        if not index.is_file() and not (path / "model.safetensors").is_file():
+            one_file = "model.safetensors" if weights else "*.safetensors"
+            missing.append(index.name if len(weights) > 1 else one_file)
         try:
             if index.is_file():
                 files = set(json.loads(index.read_bytes())["weight_map"].values())
                 missing += sorted(name for name in files if not (path / name).is_file())
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
             raise DataError(f"model.path = {path}: cannot read {index.name}: {e}", remedy) from None
+    if missing and missing[0].endswith(".safetensors") and [*path.glob("*.bin")]:
+        remedy = (
+            "convert the .bin files: AutoModelForCausalLM.from_pretrained(FOLDER)"
+            ".save_pretrained(FOLDER), with transformers"
+        )
     if missing:
         raise DataError(f"model.path = {path}: {', '.join(missing)} not in it", remedy)
     Tokenizer(path, config.reward.thinking_tags)
@@ -202,6 +207,21 @@ def _model_files(config: Config) -> str:
         return f"{path}: random weights"
     check_weights(weights, config.has_trainer, remedy)
     return f"{path}: {size_text(sum(file.stat().st_size for file in weights))}"
+
+
+def _download(path: Path) -> str:
+    """Returns the remedy for a folder without a whole model."""
+    name = shlex.quote(str(path))
+    made = f"the quickstart's model: python tools/make_tiny_model.py {name}; another: "
+    return f"{'' if any(path.glob('*')) else made}hf download OWNER/NAME --local-dir {name}"
+
+
+def _model_weights(config: Config) -> str:
+    """Checks that the files have the tensors that config.json describes."""
+    path = Path(config.model.path)
+    stored = check_weights(sorted(path.glob("*.safetensors")), config.has_trainer, _download(path))
+    check_tensors(stored, HfConfig(path).shape(), f"model.path = {path}")
+    return f"{len(stored):,} tensors"
 
 
 def _architecture(config: Config) -> str:

@@ -20,6 +20,8 @@ from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.launcher.checks.disk import needed_bytes
 from megatron_async_rl.launcher.preflight import preflight
+from megatron_async_rl.model.config_json import HfConfig
+from megatron_async_rl.model.shape import map_parameter, parameter_names
 
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -83,17 +85,24 @@ def write_model(**changes: object) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
-    write_weights(folder / "model.safetensors", {"lm_head.weight": "BF16"})
     (folder / "config.json").write_text(json.dumps(MODEL | changes))
+    write_weights(folder / "model.safetensors", model_tensors())
 
 
-def write_weights(path: Path, types: dict[str, str]) -> None:
-    """Writes a safetensors file with tensors of 4 bytes, given by their element types."""
+def model_tensors() -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the model's tensors."""
+    shape = HfConfig("model").shape()
+    names = parameter_names(shape)
+    return {hf: size for name in names for hf, size in map_parameter(name, shape).pieces}
+
+
+def write_weights(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> None:
+    """Writes a safetensors file with tensors of 4 bytes, whatever their shapes."""
     header = json.dumps({
-        name: {"dtype": kind, "shape": [2], "data_offsets": [4 * n, 4 * n + 4]}
-        for n, (name, kind) in enumerate(types.items())
+        name: {"dtype": dtype, "shape": size, "data_offsets": [4 * n, 4 * n + 4]}
+        for n, (name, size) in enumerate(shapes.items())
     })  # fmt: skip
-    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4 * len(types)))
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4 * len(shapes)))
 
 
 def make_config(**changes: dict[str, object]) -> Config:
@@ -212,7 +221,7 @@ def test_preflight_reports_all_problems_at_once() -> None:
 
 
 def test_architecture_without_weight_table_is_rejected() -> None:
-    write_model(architectures=["GPT2LMHeadModel"])
+    Path("model/config.json").write_text(json.dumps(MODEL | {"architectures": ["GPT2LMHeadModel"]}))
     with pytest.raises(
         DataError,
         match="architecture GPT2LMHeadModel is not supported; "
@@ -243,7 +252,7 @@ def test_incomplete_model_download_is_detected() -> None:
     (b"<html>not found</html>", "cut off: it has 22 bytes"),
     (b"\x02" + bytes(7) + b"[]", "cut off: it has 10 bytes"),
     (b"!" + bytes(7) + b'{"a": {"data_offsets": [0, "1"]}}', "cut off: it has 41 bytes"),
-    (None, "cut off: it has 83 bytes of 87; .*hf download"),
+    (None, r"cut off: it has ([\d,]+) bytes of \d.*; hf download"),
 ])  # fmt: skip
 def test_weights_that_are_not_whole_are_detected(content: bytes | None, problem: str) -> None:
     path = Path("model/model.safetensors")
@@ -254,10 +263,53 @@ def test_weights_that_are_not_whole_are_detected(content: bytes | None, problem:
 
 
 def test_quantized_weights_without_a_mark_in_config_json_are_detected() -> None:
-    write_weights(Path("model/model.safetensors"), {"a.weight": "BF16", "b.weight": "F8_E4M3"})
-    with pytest.raises(DataError, match=r"b\.weight is stored as F8_E4M3, and quantized weights"):
+    write_weights(Path("model/model.safetensors"), model_tensors(), "F8_E4M3")
+    with pytest.raises(
+        DataError, match=r"embed_tokens\.weight is stored as F8_E4M3, and quantized weights"
+    ):
         preflight(make_config())
     preflight(make_config(run={"mode": "rollout_only"}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        (
+            {"lm_head.weight": None},
+            r"no tensor lm_head\.weight, .*; set tie_word_embeddings to true",
+        ),
+        ({"model.norm.weight": None}, r"no tensor model\.norm\.weight, .*; download the model"),
+        ({"model.norm.weight": (3,)}, r"model\.norm\.weight has shape \(3,\), but \(\d+,\) acc"),
+    ],
+)
+def test_weights_that_do_not_fit_config_json_are_detected(
+    changed: dict[str, tuple[int, ...] | None], problem: str
+) -> None:
+    tensors = model_tensors() | changed
+    shapes = {name: size for name, size in tensors.items() if size is not None}
+    write_weights(Path("model/model.safetensors"), shapes)
+    with pytest.raises(DataError, match=problem):
+        preflight(make_config())
+    preflight(make_config(model={"random_init": True}))
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        (["pytorch_model.bin"], r"\*\.safetensors not in it; convert the \.bin files: Auto"),
+        (["weights.safetensors"], r"model\.safetensors not in it; .*hf download"),
+        (
+            ["a-1.safetensors", "a-2.safetensors"],
+            r"model\.safetensors\.index\.json not in it; hf d",
+        ),
+    ],
+)
+def test_weights_under_other_names_are_detected(files: list[str], problem: str) -> None:
+    weights = Path("model/model.safetensors").rename("weights")
+    for name in files:
+        Path("model", name).write_bytes(weights.read_bytes())
+    with pytest.raises(DataError, match=problem):
+        preflight(make_config())
 
 
 def test_tokenizer_of_a_larger_model_is_detected() -> None:
