@@ -42,23 +42,25 @@ class Audit:
     duplicated: int = 0  # groups or samples that were counted more than once
     lost: int = 0  # groups that are neither trained nor dropped nor pending
     max_staleness: int = 0
+    staleness_limit: int = 0  # the highest that applied to a step
     breaches: list[str] = field(default_factory=list)
     damages: list[str] = field(default_factory=list)  # each names a file and its lost content
     notes: list[str] = field(default_factory=list)  # unusual, but possible without damage
 
-    def line(self, max_staleness: int) -> str:
+    def line(self) -> str:
         dropped = ",".join(f"{reason}:{count}" for reason, count in sorted(self.dropped.items()))
         return (
             f"epochs={self.epochs} admitted={self.admitted} trained={self.trained} "
             f"pending={self.pending} dropped_with_reason={dropped or 0} lost={self.lost} "
-            f"duplicated={self.duplicated} max_staleness={self.max_staleness}/{max_staleness}"
+            f"duplicated={self.duplicated} max_staleness={self.max_staleness}/"
+            f"{self.staleness_limit}"
         )
 
 
 def run(run_dir: Path, max_staleness: int | None = None) -> int:
     """Prints the audit. Returns 1 if an invariant is violated or a file is damaged.
 
-    `max_staleness`: of the run's config.yaml by default.
+    `max_staleness`: of steps whose journal does not record it; by default the one of config.yaml.
     """
     if not (run_dir / JOURNAL_FILE).exists():
         raise DataError(f"{run_dir} has no {JOURNAL_FILE}", "give the run.dir of a run")
@@ -71,7 +73,7 @@ def run(run_dir: Path, max_staleness: int | None = None) -> int:
             damages.append(str(e))
     result = audit(run_dir, max_staleness)
     result.damages += damages
-    print(result.line(max_staleness))
+    print(result.line())
     texts = {"breach": result.breaches, "damage": result.damages, "note": result.notes}
     for kind, found in texts.items():
         for text in found:
@@ -82,11 +84,12 @@ def run(run_dir: Path, max_staleness: int | None = None) -> int:
 def audit(run_dir: Path, eta: int, until: int | None = None) -> Audit:
     """Reads journal, sample log, checkpoints and snapshots; raises nothing if they are damaged.
 
-    eta: staleness.max_staleness. With `until`, reads only that many journal events and the sample
-    log.
+    eta: staleness.max_staleness of steps whose journal does not record it; a step is judged by the
+    setting when its batch was selected. With `until`, reads only that many journal events and the
+    sample log.
     """
     result = Audit()
-    journal = _Journal(result)
+    journal = _Journal(result, eta)
     path = run_dir / JOURNAL_FILE
     try:
         for event in reader.read_events(path, until, result.damages.append):
@@ -96,7 +99,7 @@ def audit(run_dir: Path, eta: int, until: int | None = None) -> Audit:
     except DataError as e:
         result.damages.append(str(e))
     journal.finish()
-    _check_samples(run_dir, eta, journal, until is None, result)
+    _check_samples(run_dir, journal, until is None, result)
     if until is None:
         _check_checkpoints(run_dir, journal.version, result)
         _check_snapshots(run_dir, result)
@@ -174,8 +177,11 @@ def _check_records(run_dir: Path, result: Audit) -> None:
 class _Journal:
     """The state of every group, followed event by event."""
 
-    def __init__(self, result: Audit) -> None:
+    def __init__(self, result: Audit, eta: int) -> None:
         self.result = result
+        self._eta = eta  # since the last start of the controller
+        self._eta_if_unknown = eta
+        self._etas: dict[int, int] = {}  # by version of a batch
         self.version = 0
         self.batches: dict[int, list[int]] = {}  # group ids by version
         self._state: dict[int, str] = {}  # by group
@@ -186,8 +192,9 @@ class _Journal:
     def add(self, event: events.JournalEvent) -> None:
         result = self.result
         match event:
-            case events.ControllerStarted():
+            case events.ControllerStarted(max_staleness=recorded):
                 result.epochs += 1
+                self._eta = self._eta_if_unknown if recorded is None else recorded
             case events.GroupAdmitted(group_id=group_id):
                 result.admitted += 1
                 if group_id in self._state:
@@ -197,6 +204,7 @@ class _Journal:
                 if version in self.batches:
                     self._duplicate(f"version {version} has two batches")
                 self.batches[version] = group_ids
+                self._etas[version] = self._eta
                 for group_id in group_ids:
                     self._move(group_id, "pending", f"batch {version}")
             case events.BatchTrained(version=version):
@@ -218,6 +226,10 @@ class _Journal:
             case events.LeaseGranted():
                 result.leases += 1
 
+    def eta_of(self, version: int) -> int:
+        """Returns the max_staleness that applied when the batch of `version` was selected."""
+        return self._etas.get(version, self._eta)
+
     def samples_of(self, version: int) -> set[tuple[int, int]]:
         """Returns (group, index) of every sample of a batch."""
         groups = self.batches.get(version, [])
@@ -225,6 +237,7 @@ class _Journal:
 
     def finish(self) -> None:
         result = self.result
+        result.staleness_limit = max(self._etas.values(), default=self._eta)
         for action, counts in (("returned", self._returned), ("scored", self._scored)):
             for key in (key for key, count in counts.items() if count > 1):
                 self._duplicate(f"sample {key} was {action} twice")
@@ -246,7 +259,7 @@ class _Journal:
         self.result.breaches.append(breach)
 
 
-def _check_samples(run_dir: Path, eta: int, journal: _Journal, whole: bool, result: Audit) -> None:
+def _check_samples(run_dir: Path, journal: _Journal, whole: bool, result: Audit) -> None:
     """Checks the staleness of every token, and that the log's batches are those of the journal.
 
     Unless `whole`, the sample log may have later batches than the journal was read to.
@@ -264,7 +277,7 @@ def _check_samples(run_dir: Path, eta: int, journal: _Journal, whole: bool, resu
         if whole or line.version in journal.batches:
             seen[line.group_id, line.index] += 1
             by_version[line.version].add((line.group_id, line.index))
-            _check_staleness(line, eta, result)
+            _check_staleness(line, journal.eta_of(line.version), result)
     twice = [key for key, count in seen.items() if count > 1]
     result.duplicated += len(twice)
     result.breaches += [f"sample {key} was trained twice" for key in twice]

@@ -16,16 +16,28 @@ import pytest
 from core_builders import (
     join_workers,
     make_core,
+    make_sample,
     restart_core,
 )
 from journal_builders import journal_events, write_checkpoint
 
 from megatron_async_rl.cli import audit
 from megatron_async_rl.controller.journal import journal as journal_module
-from megatron_async_rl.controller.journal.events import GroupAdmitted, JournalEvent
+from megatron_async_rl.controller.journal.events import (
+    BatchSelected,
+    ControllerStarted,
+    GroupAdmitted,
+    JournalEvent,
+)
 from megatron_async_rl.controller.journal.journal import Journal, read_events
 from megatron_async_rl.controller.journal.reader import read_batch
 from megatron_async_rl.errors import DataError
+from megatron_async_rl.observability.sample_log import (
+    SAMPLES_FILE,
+    TrainedGroup,
+    encode_line,
+    sample_line,
+)
 from megatron_async_rl.storage import checkpoints
 
 
@@ -272,3 +284,27 @@ def test_audit_recounts_the_journal_and_finds_mismatches(tmp_path: Path) -> None
     journal.close()
     result = audit.audit(tmp_path, eta=1)
     assert result.duplicated >= 1 and result.breaches
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "is_recorded", "is_breach"),
+    [(1, True, False), (2, True, True), (1, False, True)],
+)
+def test_audit_judges_each_step_by_the_staleness_that_applied_to_it(
+    tmp_path: Path, trained_on: int, is_recorded: bool, is_breach: bool
+) -> None:
+    """A resumed run may have a lower limit; only later batches obey it."""
+    limits = (1, 0) if is_recorded else (None, None)
+    journal = Journal(tmp_path / "journal.sqlite")
+    for epoch in (1, 2):
+        journal.append([ControllerStarted(epoch, limits[epoch - 1])])
+        journal.append([BatchSelected(epoch, [epoch])])
+    journal.close()
+    sample = make_sample(trained_on - 1)
+    group = TrainedGroup(trained_on, "prompt", [sample], [1.0], [0.0])
+    line = sample_line(trained_on, group, 0, True)
+    (tmp_path / SAMPLES_FILE).write_bytes(encode_line(line))
+    result = audit.audit(tmp_path, eta=0)
+    found = [b for b in result.breaches if f"was trained on {trained_on} with tokens" in b]
+    assert bool(found) == is_breach
+    assert (result.max_staleness, result.staleness_limit) == (1, int(is_recorded))

@@ -126,7 +126,8 @@ class Core:
         """Rebuilds the state from the journal and begins the next epoch: no workers, no leases."""
         self.state.restore(recorded)
         self.leases.skip_faulty_partials()
-        self.state.record(events.ControllerStarted(self.epoch + 1))
+        started = events.ControllerStarted(self.epoch + 1, self.settings.max_staleness)
+        self.state.record(started)
         for group in list(self.state.groups.values()):
             if group.state is GroupState.READY:
                 self._complete(group)  # the crash may have come before its drop was recorded

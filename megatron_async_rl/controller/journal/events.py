@@ -18,6 +18,7 @@ class JournalEvent(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=
 
 class ControllerStarted(JournalEvent, frozen=True):
     epoch: int
+    max_staleness: int | None = None  # the setting of this start; older journals lack it
 
 
 class GroupAdmitted(JournalEvent, frozen=True):
