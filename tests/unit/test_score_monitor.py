@@ -66,9 +66,12 @@ def test_errors_and_seconds_of_scoring_are_of_the_step() -> None:
     assert monitor.step() == {"reward/scoring_errors": 0}
 
 
-def fail(monitor: ScoreMonitor, group_id: int, reason: str = "reward_unavailable") -> None:
+def fail(monitor: ScoreMonitor, group_id: int, reason: str = "reward_unavailable") -> list[str]:
+    """Returns the warnings."""
+    warnings: list[str] = []
     monitor.saw(GroupDropped(group_id, reason))
-    monitor.check()
+    monitor.check(warnings.append)
+    return warnings
 
 
 def test_run_in_which_every_group_fails_ends_with_the_last_error() -> None:
@@ -78,6 +81,16 @@ def test_run_in_which_every_group_fails_ends_with_the_last_error() -> None:
     fail(monitor, 1, "poison")
     with pytest.raises(Error, match=r"3 groups in a row .* = 3\)(.|\n)*KeyError: 'answer'"):
         fail(monitor, 2, "generation_failed")
+
+
+def test_first_failed_group_of_each_reason_is_warned_of_with_the_error() -> None:
+    monitor = ScoreMonitor(2, 9)
+    monitor.received("rollout-0", GenerateFailed(SampleKey(1, 2, 1, 0), "KeyError: 'a'\n  File"))
+    [warning] = fail(monitor, 0, "generation_failed")
+    assert "dropped as generation_failed" in warning
+    assert "rollout-0: sample 2.0: KeyError: 'a' (logs/controller.log has" in warning
+    assert fail(monitor, 1, "generation_failed") == fail(monitor, 2, "equal_rewards") == []
+    assert len(fail(monitor, 3, "reward_unavailable")) == 1
 
 
 def test_run_ends_with_the_reason_that_the_core_found() -> None:

@@ -43,7 +43,7 @@ class Monitors:
             self._lengths.saw(event)
             self.scores.saw(event)
             self._signal.saw(event)
-        self.scores.check()
+        self.scores.check(self._progress.warn)
         self._signal.check(len(self._state.ready), time.monotonic(), self._progress.warn)
 
     def step(self, version: int, stats: dict[str, float]) -> dict[str, float]:

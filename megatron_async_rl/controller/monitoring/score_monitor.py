@@ -4,13 +4,15 @@
 the prompts that the policy always solves. A group counts in the step in which its last sample is
 scored.
 
-Also ends a run in which every group fails. A reward function or workflow that always raises would
-otherwise drop groups without end, because no batch is ever complete.
+Also warns of the first group that fails, with the error, and ends a run in which every group fails.
+A reward function or workflow that always raises would otherwise drop groups without end, because no
+batch is ever complete.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
@@ -39,6 +41,7 @@ class ScoreMonitor:
         self._max_failed_groups = max_failed_groups
         self._num_failed = 0  # groups since the last one that was scored completely
         self._last_error = ""
+        self._reasons: dict[DropReason, bool] = {}  # of failed groups -> whether it was warned of
         self._errors = ErrorLog(logger)
         self._open: dict[int, list[float]] = {}  # group -> rewards so far
         self._groups: list[list[float]] = []  # rewards of the groups that were scored completely
@@ -59,7 +62,9 @@ class ScoreMonitor:
                 self._num_failed = 0
         elif isinstance(event, GroupDropped):
             self._open.pop(event.group_id, None)
-            self._num_failed += DropReason(event.reason) in FAILURES
+            if (reason := DropReason(event.reason)) in FAILURES:
+                self._num_failed += 1
+                self._reasons.setdefault(reason, False)
         elif isinstance(event, BatchSelected):  # some were scored before the controller restarted
             for group_id in event.group_ids:
                 self._open.pop(group_id, None)
@@ -77,13 +82,23 @@ class ScoreMonitor:
         self._num_errors += 1
         self._keep(where, error)
 
-    def check(self) -> None:
-        """Raises Error if faults.max_failed_groups groups have failed in a row."""
+    def check(self, warn: Callable[[str], None]) -> None:
+        """Warns of the first failed group of each reason.
+
+        Raises Error if faults.max_failed_groups groups have failed in a row.
+        """
+        error = self._last_error or "no reply in time"
+        for reason in [reason for reason, warned in self._reasons.items() if not warned]:
+            self._reasons[reason] = True
+            warn(
+                f"a group was dropped as {reason.value}, later ones are only counted; the last "
+                f"error: {error.splitlines()[0]} (logs/controller.log has each different one)"
+            )
         if self._num_failed >= self._max_failed_groups:
             raise Error(
                 f"{self._num_failed} groups in a row could not be generated and scored "
                 f"(faults.max_failed_groups = {self._max_failed_groups}); correct the workflow or "
-                f"the reward function; the last error:\n{self._last_error or 'no reply in time'}"
+                f"the reward function; the last error:\n{error}"
             )
 
     def _keep(self, where: str, error: str) -> None:
