@@ -100,15 +100,18 @@ class Session:
         """Supervises the processes. Returns True if the session is over."""
         if self.interrupted:
             return True
+        now = time.monotonic()
+        controller = self.supervisor.children.get("controller")
+        if controller and controller.process.poll() == processes.EXIT_REQUEUE:
+            # a SIGTERM may have reached it alone: it has told all processes to end
+            self.preempted_at = self.preempted_at or now
         if self.preempted_at is None:
             return self.supervisor.poll()
         awaited = self.supervisor.processes
-        if "controller" not in self.supervisor.children:
+        if controller is None:
             awaited = [trainer.process for trainer in self.supervisor.trainers]
-        now = time.monotonic()
         if all(process.poll() is not None for process in awaited):
             return True
-        controller = self.supervisor.children.get("controller")
         if controller and controller.process.poll() is not None:
             self.controller_ended_at = self.controller_ended_at or now
             if now - self.controller_ended_at > PREEMPTED_EXIT_S:

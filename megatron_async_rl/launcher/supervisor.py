@@ -4,7 +4,8 @@
                                below faults.min_servers servers
     trainer                    restarted with all ranks; resumes from checkpoint and stored batches
     trainer-0, trainer-1 ...   nodes restart their ranks (node/); a node that is killed is restarted
-    controller                 restarted if it crashed; exit code 2 of it or of a node ends the run
+    controller                 restarted if it crashed, and trainers that it told to end with it;
+                               exit code 2 of it or of a node ends the run, and 75 the launcher
     worker without heartbeat   killed, then restarted; the controller lists it in status.json
     controller that hangs      the same, if status.json is unchanged for faults.heartbeat_timeout_s
     name claimed by another    left alone: another launcher has started it since (claims.py)
@@ -114,6 +115,8 @@ class Supervisor:
             if child.restart_at is not None:
                 if now >= child.restart_at:
                     self._restart(child, now)
+                    if child.role == "controller" and status.version < status.steps:
+                        self._restart_ended_trainers(now)
             elif not child.given_up and (code := child.process.poll()) is not None:
                 self._handle_exit(child, code, now, ending or status.state in FINAL_STATES)
         return bool(self.failed) or all(child.given_up for child in self.children.values())
@@ -150,6 +153,12 @@ class Supervisor:
         child.process, child.started = child.start(), now
         child.connecting = True
         self._lost_since.pop(child.name, None)
+
+    def _restart_ended_trainers(self, now: float) -> None:
+        """Restarts trainers that an earlier controller told to end before it was killed."""
+        for trainer in self.trainers:
+            if trainer.succeeded and trainer.restart_at is None:
+                trainer.restart_at = now
 
     def _is_claimed_by_other(self, child: Child, when: str = "") -> bool:
         owner = self.claims.other_owner(child.name)

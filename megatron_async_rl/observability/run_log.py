@@ -96,7 +96,10 @@ class RunLog:
             self._board.flush()
 
     def write_status(self, status: RunStatus) -> None:
-        """Replaces status.json atomically."""
+        """Replaces status.json atomically; on a full disk in place, where it has room.
+
+        The launcher takes a controller whose file does not change for one that hangs.
+        """
         status = msgspec.structs.replace(
             bounded(status),
             pid=status.pid or os.getpid(),
@@ -104,9 +107,14 @@ class RunLog:
             elapsed_s=status.elapsed_s or time.monotonic() - self._started,
             updated_unix=time.time(),
         )
-        temporary = self._run_dir / (STATUS_FILE + ".tmp")
-        temporary.write_bytes(msgspec.json.encode(status))
-        temporary.replace(self._run_dir / STATUS_FILE)
+        path, encoded = self._run_dir / STATUS_FILE, msgspec.json.encode(status)
+        temporary = path.with_name(STATUS_FILE + ".tmp")
+        try:
+            temporary.write_bytes(encoded)
+            temporary.replace(path)
+        except OSError:
+            os.utime(path)
+            _overwrite(path, encoded)
 
     def close(self) -> None:
         self._samples.close()
@@ -150,6 +158,18 @@ class RunLog:
         ranks = np.linspace(0, len(ranked) - 1, num_texts).round().astype(int)
         for slot, rank in enumerate(ranks):
             board.text(f"samples/{slot}", _markdown(ranked[rank]), version)
+
+
+def _overwrite(path: Path, data: bytes) -> None:
+    """Replaces a JSON document within the blocks of its file. Raises OSError if it is too long."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        found = os.fstat(descriptor)
+        if len(data) > 512 * found.st_blocks:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.pwrite(descriptor, data.ljust(found.st_size), 0)  # spaces may follow a document
+    finally:
+        os.close(descriptor)
 
 
 def _markdown(line: SampleLine) -> str:

@@ -310,6 +310,22 @@ def test_status_of_a_long_run_stays_small_and_can_be_read(tmp_path: Path) -> Non
     assert all(result.metrics == {"accuracy": 0.25} for result in read.evals)
 
 
+def test_status_on_a_full_disk_is_written_in_place(tmp_path: Path) -> None:
+    """The launcher kills a controller whose status does not change; its message names the disk."""
+    log = RunLog(tmp_path, log_config(tmp_path, loggers=[]))
+    path = tmp_path / "status.json"
+    (tmp_path / "status.json.tmp").mkdir()  # nothing can be written there
+    for message in ("the journal cannot be written: " + "x" * 900, "short"):
+        os.utime(path, (1, 1))
+        log.write_status(RunStatus(state="training", message=message))
+        assert read_status(tmp_path).message == message and path.stat().st_mtime > 1
+    os.utime(path, (1, 1))
+    with pytest.raises(OSError, match="No space left"):
+        log.write_status(RunStatus(message="x" * 100_000))
+    assert read_status(tmp_path).message == "short" and path.stat().st_mtime > 1
+    log.close()
+
+
 def test_folder_without_a_run_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"no run at {tmp_path}"):
         read_status(tmp_path)

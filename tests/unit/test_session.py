@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 
 from config_builders import trainer_config
@@ -48,3 +50,15 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
     log.write_text("error: after the rotation\n")
     assert processes.error_text(log, size) == "after the rotation"
     assert processes.log_end(tmp_path / "none.log") == []
+
+
+def test_controller_that_was_told_to_end_ends_the_run_as_preempted(tmp_path: Path) -> None:
+    """Others have been told by it to end, also on other hosts: restarted alone it would wait."""
+    supervisor = Supervisor(tmp_path, trainer_config().faults, lambda _: None)
+    session = Session(tmp_path, supervisor, 60.0)
+    for name, code in (("controller", processes.EXIT_REQUEUE), ("trainer", 0)):
+        command = [sys.executable, "-c", f"raise SystemExit({code})"]
+        supervisor.start(name, partial(processes.start, command, tmp_path / "log"))
+    supervisor._has_trained = True
+    [process.wait() for process in supervisor.processes]
+    assert session.poll() and session.preempted and not supervisor.failed
