@@ -28,6 +28,7 @@ from typing import Any
 
 import msgspec
 
+from megatron_async_rl import hooks
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import Tokenizer, fingerprint
 from megatron_async_rl.errors import EngineError, Preempted, ProtocolError
@@ -61,6 +62,16 @@ async def sleep_late(seconds: float) -> float:
     began = time.monotonic()
     await asyncio.sleep(seconds)
     return time.monotonic() - began - seconds
+
+
+def blocked_reason(config: Config) -> str:
+    """Returns what may have blocked the event loop: only a workflow of the user's runs in it."""
+    workflow = config.rollout.workflow
+    if config.has_agent or not hooks.is_custom(workflow):
+        return "this host has too few CPU cores for its processes"
+    return (
+        f"if rollout.workflow = {workflow} waits or computes so long, it must use asyncio.to_thread"
+    )
 
 
 class RolloutWorker:
@@ -165,11 +176,9 @@ class RolloutWorker:
             await self._link.send(heartbeat)
             blocked_s = await sleep_late(HEARTBEAT_S)
             if blocked_s > BLOCKED_S:
+                reason = blocked_reason(self._config)
                 logger.warning(
-                    "all samples of this worker stood still for %.0f s: if rollout.workflow = %s "
-                    "waits or computes so long, it must await asyncio.to_thread(...)",
-                    blocked_s,
-                    self._config.rollout.workflow,
+                    "all samples of this worker stood still for %.0f s: %s", blocked_s, reason
                 )
 
     async def _probe(self) -> None:

@@ -358,6 +358,21 @@ def test_framework_that_rewrites_its_history_is_trained_in_branches(
     assert "message 2 (assistant)" in record and "'C', was '<'" in record
 
 
+def test_repeated_request_of_another_history_is_logged_as_one_that_ends_there(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    history = [user("q"), {"role": "assistant", "content": "not sampled"}, user("r")]
+
+    async def ask() -> None:
+        async with serving(tokenizer, "a", "b") as served:
+            for _ in range(2):
+                await served.chat(history)
+
+    asyncio.run(ask())
+    [record] = [r.getMessage() for r in caplog.records if "does not continue" in r.getMessage()]
+    assert "message 2 (user)" in record and record.endswith("the request ends there, was 'a'")
+
+
 def test_several_completions_are_branches_of_one_prompt(tokenizer: Tokenizer) -> None:
     async def ask() -> None:
         async with serving(tokenizer, "a", "b", "c") as served:
@@ -414,7 +429,13 @@ def test_several_completions_are_branches_of_one_prompt(tokenizer: Tokenizer) ->
         ("responses", {"input": "a", "previous_response_id": "resp-x"}, 404, "resp-x"),
         ("reward", {"reward": "high"}, 400, "number"),
         ("reward", {"reward": float("inf")}, 400, "finite"),
-        ("nothing", {}, 404, ""),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            400,
+            "content parts of type 'image_url' are not supported",
+        ),
+        ("nothing", {}, 404, "/v1/nothing is not served, only /v1/chat/completions, "),
         ("messages", b'{"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400, "nested too deeply"),
         ("responses", {"input": [call_of(978)]}, 400, ""),  # read, but too deep for other steps
     ],

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 from chat_model import END, START, Script, make_chat_tokenizer
+from config_builders import config_tree
 from core_builders import join_workers, make_core, make_sample, messages_of, scored
 
 from megatron_async_rl import hooks
@@ -26,7 +27,7 @@ from megatron_async_rl.rollout import tool_calls
 from megatron_async_rl.rollout.policy import plain_ids
 from megatron_async_rl.rollout.python_runner import PythonRunner, shortened
 from megatron_async_rl.rollout.tool_calls import BadCall, ToolCall
-from megatron_async_rl.rollout.worker import sleep_late
+from megatron_async_rl.rollout.worker import blocked_reason, sleep_late
 from megatron_async_rl.rollout.workflows.multi_turn_math import FEEDBACK, MultiTurnMath
 from megatron_async_rl.rollout.workflows.python_tool import find_calls
 
@@ -244,6 +245,15 @@ def test_workflow_that_blocks_its_worker_is_noticed() -> None:
         return await sleeping
 
     assert asyncio.run(late()) > 0.1
+
+
+def test_only_a_workflow_of_ones_own_is_named_as_what_blocks_its_worker() -> None:
+    named = load.from_tree(config_tree(**{"rollout.workflow": "my:Flow"}))
+    assert blocked_reason(named) == (
+        "if rollout.workflow = my:Flow waits or computes so long, it must use asyncio.to_thread"
+    )
+    agent = load.from_tree(config_tree(**{"rollout.agent": "my:solve"}))
+    assert "CPU cores" in blocked_reason(load.from_tree(config_tree())) == blocked_reason(agent)
 
 
 def test_token_ids_may_be_an_array_but_no_text() -> None:

@@ -126,10 +126,13 @@ class History:
             self._tokenizer.decode_all(self._tokenizer.encode(rest)[:1].tolist())
             for rest in (whole[offset:][:BREAK_CHARS] for whole in (turn.text, text))
         )
+        found_there = (
+            f"the first token that differs is {new!r}" if new else "the request ends there"
+        )
         self._breaks.log(
             f"message {number} ({request.messages[number].get('role')}) does not continue the "
             "episode, so it starts another training sequence",
-            f"the first token that differs is {new!r}, was {old!r}",
+            f"{found_there}, was {old!r}",
         )
 
     def _reaches(self, request: ChatRequest, number: int, offset: int) -> bool:

@@ -138,6 +138,10 @@ class Endpoint:
             return _error(request, e)
         except RecursionError:  # while it was read, rendered or written
             return _error(request, RequestError(400, "the body is nested too deeply: flatten it"))
+        except web.HTTPNotFound:
+            served = ", ".join(openapi.description()["paths"])
+            error = RequestError(404, f"{request.path} is not served, only {served}")
+            return _error(request, error)
         except web.HTTPException as e:
             return _error(request, RequestError(e.status, e.reason))
         except Exception as e:  # a bug here: the client gets a JSON error, the log the rest

@@ -131,7 +131,7 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     role = "system" if role == "developer" else role
     content = message.get("content")
     if isinstance(content, list):
-        content = "".join(Fields(part).text("text") for part in fields.objects("content"))
+        content = "".join(map(_text_of, fields.objects("content")))
     elif content is not None and not isinstance(content, str):
         raise RequestError(400, "content of a message must be a string or a list of text parts")
     kept: dict[str, Any] = {"role": role, "content": content or ""}
@@ -141,6 +141,13 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
         if isinstance(message.get(name), str):
             kept[name] = message[name]
     return kept
+
+
+def _text_of(part: dict[str, Any]) -> str:
+    if "text" not in part:  # its type is `text`, or another one in /v1/responses
+        kind = part.get("type")
+        raise RequestError(400, f"content parts of type {kind!r} are not supported, text only")
+    return Fields(part).text("text")
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
