@@ -21,6 +21,7 @@ from source_files import PACKAGE, relative_path, source_files
 from megatron_async_rl.controller import controller as controller_module
 from megatron_async_rl.controller import handlers as handlers_module
 from megatron_async_rl.controller.controller import Controller
+from megatron_async_rl.controller.core import inputs
 from megatron_async_rl.controller.core.actions import Action, ServerLost
 from megatron_async_rl.observability.status import read_status
 from megatron_async_rl.protocol.link import Link
@@ -141,9 +142,17 @@ def test_simulation_is_unchanged_by_wall_clock_jumps(
     assert [simulate(seed) for seed in range(100)] == before
 
 
-async def send_heartbeats(link: Link, seconds: float) -> None:
-    until = asyncio.get_running_loop().time() + seconds
-    while asyncio.get_running_loop().time() < until:
+async def send_heartbeats(controller: Controller, link: Link) -> None:
+    """Sends them until the controller's clock has ticked three times."""
+    ticks, handle = 0, controller.core.handle
+
+    def counting_handle(event: inputs.CoreEvent, now: float) -> list[Action]:
+        nonlocal ticks
+        ticks += isinstance(event, inputs.Tick)
+        return handle(event, now)
+
+    controller.core.handle = counting_handle  # type: ignore[method-assign]
+    while ticks < 3:
         await link.send(Heartbeat())
         await asyncio.sleep(0.2)
 
@@ -153,7 +162,7 @@ def test_controller_loses_no_worker_when_the_wall_clock_jumps(
 ) -> None:
     async def test(controller: Controller, link: Link) -> None:
         await ask(link, hello_of(model_and_dataset, "rollout", "rollout-0", serving=0))
-        await send_heartbeats(link, 3.5)  # three ticks
+        await send_heartbeats(controller, link)
         assert list(controller.core.fleet.rollout) == ["rollout-0"]
         status = read_status(tmp_path)
         assert 0 < status.elapsed_s < 60 and status.fleet[0].state == "serving"
@@ -185,7 +194,7 @@ def test_controller_on_the_wall_clock_would_lose_workers(
             return actions
 
         controller.core.handle = recording_handle  # type: ignore[method-assign]
-        await send_heartbeats(link, 3.5)  # three ticks, each an hour after the last beat
+        await send_heartbeats(controller, link)  # each tick an hour after the last beat
 
     hours = itertools.count()
     wrong = SimpleNamespace(

@@ -119,7 +119,7 @@ def talk(
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port = runner.addresses[0][1]
-        client = EngineClient(f"http://127.0.0.1:{port}", api_key, "admin", 2.0, 2.0)
+        client = EngineClient(f"http://127.0.0.1:{port}", api_key, "admin", 60.0, 60.0)
         try:
             await client.connect()
             return await conversation(client)
@@ -255,7 +255,7 @@ def test_connection_closed_by_the_server_is_not_reused(
         return int(runner.addresses[0][1])
 
     async def run(port: int) -> None:
-        client = EngineClient(f"http://127.0.0.1:{port}", "api", "admin", 2.0, 2.0)
+        client = EngineClient(f"http://127.0.0.1:{port}", "api", "admin", 60.0, 60.0)
         try:
             await client.connect()
             await generate(client)
@@ -268,9 +268,9 @@ def test_connection_closed_by_the_server_is_not_reused(
     thread = threading.Thread(target=server.run_forever)
     thread.start()
     try:
-        asyncio.run(run(asyncio.run_coroutine_threadsafe(serve(), server).result(5)))
+        asyncio.run(run(asyncio.run_coroutine_threadsafe(serve(), server).result(60)))
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), server).result(5)
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), server).result(60)
         server.call_soon_threadsafe(server.stop)
         thread.join()
         server.close()

@@ -56,7 +56,7 @@ def test_server_retries_when_its_port_was_taken(
         "address already in use"
         in (tmp_path / "run" / "logs" / "rollout-0.sglang.log").read_text().lower()
     )
-    assert time.monotonic() - started < 150  # the time of two starts, less than start_timeout_s
+    assert time.monotonic() - started < 200  # the time of two starts, less than start_timeout_s
 
 
 def test_error_names_the_configured_port_that_is_taken(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -47,13 +48,13 @@ time.sleep(600)
 def test_descendants_in_other_sessions_end_with_a_killed_launcher() -> None:
     parent = start_launcher(CHILD_WITH_FORKS)
     watch = Descendants(parent.pid)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(watch.look()) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     parent.kill()
     parent.wait()
-    assert watch.left(3) == []
+    assert watch.left() == []
 
 
 CHILD_OF_ENDED_PARENT = """
@@ -80,9 +81,9 @@ def test_process_whose_parent_already_ended_exits() -> None:
     """Its launcher is still alive, so only the chain of parents shows it."""
     parent = start_launcher(CHILD_OF_ENDED_PARENT)
     assert parent.stdout
-    orphan = psutil.Process(int(parent.stdout.readline()))
     try:
-        orphan.wait(10)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has exited already
+            psutil.Process(int(parent.stdout.readline())).wait(60)
     finally:
         parent.kill()
         parent.communicate()
@@ -108,7 +109,7 @@ def test_engine_children_are_tied_to_it_before_any_import(tmp_path: Path) -> Non
         [sys.executable, str(program)],
         env={**os.environ, "PYTHONPATH": str(ROOT / "patches" / "sglang_startup")},
     )
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (
         spawned := [
             p
@@ -121,7 +122,7 @@ def test_engine_children_are_tied_to_it_before_any_import(tmp_path: Path) -> Non
     time.sleep(1)
     parent.kill()
     parent.wait()
-    assert psutil.wait_procs(spawned, 5)[1] == []
+    assert psutil.wait_procs(spawned, 30)[1] == []
 
 
 STARTED_RANKS = """
@@ -168,9 +169,9 @@ def test_trainer_killed_while_saving_leaves_no_writers(tmp_path: Path, killed: s
         if killed == "rank":
             left = rank.children(recursive=True)
             rank.kill()
-            _, alive = psutil.wait_procs(left, 5)
+            _, alive = psutil.wait_procs(left, 30)
             assert alive == []
     finally:
         os.kill(parent.pid, signal.SIGKILL)
         parent.communicate()
-    assert watch.left(5) == []
+    assert watch.left() == []

@@ -34,7 +34,7 @@ from megatron_async_rl.errors import ConfigError, Error
 from megatron_async_rl.launcher import roles, torchrun
 from megatron_async_rl.launcher.claims import Claims
 from megatron_async_rl.launcher.gpus import assign_gpus
-from megatron_async_rl.node import node
+from megatron_async_rl.node import incarnations, node
 from megatron_async_rl.node.incarnations import FOLDER, IncarnationFiles, TrainerIncarnation
 from megatron_async_rl.observability.status import STATUS_FILE, RunStatus
 
@@ -356,26 +356,49 @@ def test_error_names_the_host_that_never_joined(harness: NodeHarness) -> None:
     assert harness.incarnation("trainer-0").restarts == 0
 
 
-def test_nodes_send_heartbeats_while_their_ranks_train(harness: NodeHarness) -> None:
-    harness.start("trainer-0", "trainer-1", heartbeat_timeout_s=2)
+def test_nodes_send_heartbeats_while_their_ranks_train(
+    harness: NodeHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "HEARTBEATS_PER_TIMEOUT", 600)  # 0.1 s
+    harness.start("trainer-0", "trainer-1", heartbeat_timeout_s=60)
     harness.both_run(1)
     before = [harness.pid(name) for name in harness.nodes]
-    time.sleep(4)
+    files = [harness.run_dir / FOLDER / name for name in harness.nodes]
+    for file in files:
+        for _ in range(3):
+            beat = file.stat().st_mtime_ns
+            harness.wait(lambda file=file, beat=beat: file.stat().st_mtime_ns > beat)
     assert [harness.pid(name) for name in harness.nodes] == before
 
 
-def test_silent_host_starts_an_incarnation_that_waits_for_it(harness: NodeHarness) -> None:
-    harness.start("trainer-0", heartbeat_timeout_s=1.5)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Returns the time by which the nodes measure the silence of others; it stands still."""
+    now = [0.0]
+    fake = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(incarnations, "time", fake)
+    return now
+
+
+def test_silent_host_starts_an_incarnation_that_waits_for_it(
+    clock: list[float], harness: NodeHarness
+) -> None:
+    harness.start("trainer-0", heartbeat_timeout_s=50)
     other = IncarnationFiles(harness.run_dir, "trainer-1", ["trainer-0", "trainer-1"])
     other.write(TrainerIncarnation(1))
     harness.wait(lambda: harness.pid("trainer-0"))
-    for _ in range(25):  # its host is reachable
+    seen = harness.nodes["trainer-0"]._files._seen["trainer-1"]
+    for _ in range(5):  # its host is reachable
+        beat = (harness.run_dir / FOLDER / "trainer-1").stat().st_mtime_ns
         other.heartbeat()
-        time.sleep(0.1)
+        harness.wait(lambda beat=beat: seen.mtime_ns > beat)
+        clock[0] += 40
+    time.sleep(0.1)
     assert harness.incarnation("trainer-0").number == 1
+    clock[0] += 40
     harness.wait(lambda: harness.incarnation("trainer-0").number == 2)
     assert (
-        "no heartbeat of trainer-1 for faults.heartbeat_timeout_s = 1.5 s"
+        "no heartbeat of trainer-1 for faults.heartbeat_timeout_s = 50 s"
         in harness.incarnation("trainer-0").reason
     )
     harness.wait(lambda: not harness.pid("trainer-0"))
@@ -420,11 +443,15 @@ def test_node_of_an_earlier_start_takes_no_part_in_the_next(
     harness.both_run(2)
 
 
-def test_nodes_end_when_all_ranks_have_finished(harness: NodeHarness) -> None:
-    harness.codes = {0: "import time; time.sleep(4)", 1: "pass"}
-    harness.start(
-        "trainer-0", "trainer-1", heartbeat_timeout_s=2
-    )  # the finished node is not taken for silent
+def test_nodes_end_when_all_ranks_have_finished(clock: list[float], harness: NodeHarness) -> None:
+    end = harness.run_dir / "end"
+    waits = f"import pathlib, time\nwhile not pathlib.Path({str(end)!r}).exists(): time.sleep(0.01)"
+    harness.codes = {0: waits, 1: "pass"}
+    harness.start("trainer-0", "trainer-1", heartbeat_timeout_s=50)
+    harness.wait(lambda: harness.nodes["trainer-0"]._files.of("trainer-1").done)
+    clock[0] += 100  # the finished node is not taken for silent
+    time.sleep(0.1)
+    end.touch()
     harness.wait(lambda: len(harness.ended) == 2)
     assert set(harness.ended.values()) == {None} and len(harness.started) == 2
 

@@ -20,7 +20,7 @@ from megatron_async_rl.protocol.hub import Hub
 from megatron_async_rl.protocol.link import Link, with_versions
 from megatron_async_rl.protocol.messages import Hello, Message
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 Closes = TypeVar("Closes", Journal, RunLog, Hub, Link)

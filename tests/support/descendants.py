@@ -42,7 +42,7 @@ class Descendants:
     def num_seen(self) -> int:
         return len(self._seen)
 
-    def left(self, within_s: float = 10.0) -> list[str]:
+    def left(self, within_s: float = 30.0) -> list[str]:
         """Waits until no descendant is left; returns the command lines of those left at the end."""
         self._over.set()
         self._thread.join()

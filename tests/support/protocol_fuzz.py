@@ -13,6 +13,7 @@ import asyncio
 import collections
 import contextlib
 import random
+import time
 import typing
 from collections import Counter
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ from megatron_async_rl.protocol.wire import (
 )
 
 PERIOD = 200  # messages
+LIMIT_S = 120.0
 CONTEXT_TOKENS, MAX_STALENESS, ALL_MESSAGES = 96, 1, typing.get_args(AnyMessage)
 BUCKETS = [wm.Bucket([wm.TensorSpec("w", "float32", [2])])]
 INTEGERS = [-(1 << 62), -3, -2, -1, 0, 1, 2, 3, 5, 100, 1 << 31, 1 << 53, (1 << 63) - 1]
@@ -140,7 +142,7 @@ class ProtocolFuzz:
         self.strangers = [self.new_peer() for _ in range(3)]
 
     async def run(self, num_messages: int, num_steps: int = 2) -> FuzzResult:
-        """Sends so many messages, more on a slow machine until `num_steps` steps are trained.
+        """Sends so many messages, and more until `num_steps` steps are trained, at most LIMIT_S.
 
         Raises the controller's error, if any, and AssertionError for a broken guarantee.
         """
@@ -152,12 +154,12 @@ class ProtocolFuzz:
             self.hub = FuzzHub()
             self.controller = Controller(self.config, typing.cast(Any, self.hub), log, journal)
             running = asyncio.create_task(self.controller.run())
+            deadline = time.monotonic() + LIMIT_S
             try:
                 for worker in self.workers:
                     self.say(worker, worker.hello)
                 while self.num_messages < num_messages or (
-                    self.controller.core.version < num_steps
-                    and self.num_messages < 4 * num_messages
+                    self.controller.core.version < num_steps and time.monotonic() < deadline
                 ):
                     self.step()
                     if self.num_messages % 8 == 0:

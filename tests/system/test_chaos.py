@@ -33,7 +33,7 @@ def run_in_namespaces(folder: Path, code: str) -> list[str]:
         [sys.executable, str(program)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env=environment,
         check=False,
     )
@@ -65,7 +65,8 @@ def count_received(seconds):
             pass
     return count
 
-print(count_received(0.5) > 0)
+link.settimeout(20)
+print(len(link.recv(1)) > 0)
 job.partition(namespaces.HOST_A)
 count_received(0.3)  # what was in flight
 print(count_received(1.0), host_b.poll())
@@ -87,6 +88,7 @@ CLOCKS = '''
 look = """
 import time
 wall, monotonic = time.time(), time.monotonic()
+print("ready", flush=True)
 input()
 print(time.time() - wall, time.monotonic() - monotonic)
 """
@@ -97,7 +99,8 @@ jumping, other = (
     )
     for _ in range(2)
 )
-time.sleep(1)
+for process in (jumping, other):
+    process.stdout.readline()
 job.move_clock(jumping.pid, -3600)
 for process in (jumping, other):
     wall, monotonic = map(float, process.communicate("\\n")[0].split())
@@ -136,7 +139,7 @@ def test_nan_flag_affects_exactly_one_loss(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=True,
     )
     assert done.stdout.split() == ["nan", "1.0", "1.0"]
