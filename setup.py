@@ -48,6 +48,7 @@ setup(
         "tensorboard>=2.16",
         "transformers>=5",  # for tokenizers and safetensors, and to check exports
         "math-verify[antlr4_13_2]>=0.8",
+        "mpmath>=1.3",  # of math-verify too
         "pebble>=5",
         "pyarrow>=15",
     ],

@@ -81,6 +81,12 @@ _TAKEN_BACK = re.compile(
     r"(?:no|sorry|correction)\s*[,:]",
     re.IGNORECASE,
 )
+_CORRECTION = re.compile(  # the last sentence, after a statement: Wait, it should be 6.
+    r"\b(?:(?:wait|actually|correction|sorry|oops|no|rather|hmm|I\s+mean)\b(?:[\s,.!:;\u2026\u2014]|-\s)*){1,3}"
+    r"(?:(?:it|that|this|the\s+(?:correct|right|actual)\s+\w+)(?:['\u2019]s|\s+(?:is|equals|(?:should|must|would)\s+be))"
+    r"\s+)?(?:actually\s+)?(?P<value>(?=[-+\d$\\(*])(?:(?!\b(?:or|and)\b)[^\n!?;,])*?)[.!]?\s*$",
+    re.IGNORECASE,
+)
 _OPTION = re.compile(
     r"\b(?:option|choice|answer)\s*\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)", re.IGNORECASE
 )
@@ -151,6 +157,9 @@ def _stated_answer(text: str) -> str:
         if not any(match.start() < other.end() < match.end() for other in others)
     ]
     statements = sorted(matches + others, key=lambda match: match.end(), reverse=True)
+    correction = _CORRECTION.search(text, statements[0].end()) if statements else None
+    if correction and not formulas.has_sentences(correction["value"]):
+        return formulas.first(correction["value"])
     for match in statements[:_MAX_STATEMENTS]:
         stated = text[match.end() :].strip()
         if _VERDICT.match(stated) or _is_retracted(text, match):

@@ -135,6 +135,10 @@ def _inner(match: re.Match[str]) -> str:
     return text.lstrip(_LEADING).rstrip(_TRAILING)
 
 
+def has_sentences(text: str) -> bool:
+    return _SENTENCE_END.search(text) is not None
+
+
 def unwrap(text: str) -> str:
     """Removes the delimiters or the bold marks around an answer."""
     text = text.lstrip(_LEADING).rstrip(_TRAILING)

@@ -142,8 +142,40 @@ y = 1, x = 2 <- (2,1) ;; x = 2, y = 1 ;; (x,y) = (2,1) ;; \begin{pmatrix} 2 \\ 1
 |x| < 2 <- (-2,2) ;; -2 < x < 2
 5 feet 3 inches <- 63 inches tall ;; 5.25 feet ;; 63
 \{\emptyset\} <- \{\varnothing\} ;; \{\{\}\}
+2abc <- 2 \cdot a \cdot b \cdot c
+3 <- three hours ;; \text{three dogs} ;; 3cats
+-7 <- negative seven ;; \text{-}7
+(0,\infty) <- \mathbb{R}^+ ;; \mathbb{R}_{>0}
+\{a,b,c\} <- c, a, b
+\begin{pmatrix}1&2\\3&4\end{pmatrix} <- \begin{pmatrix}1&2\cr3&4\end{pmatrix}
+\binom{n}{k} <- C(n,k)
+120 <- C(10,3)
+\tan x <- \operatorname{tg} x ;; \tg x
+\frac{\pi}{6} <- 30^\circ ;; 30\text{ degrees}
+60^\circ <- \frac{\pi}{3} ;; \frac{\pi}{3}\text{ rad}
+n \equiv 1,4 \pmod 5 <- n \equiv \pm 1 \pmod 5 ;; n ≡ 4 or 1 (mod 5)
+\text{parallelogram} <- parallelograms
+\frac{1}{2} <- frac{1}{2}
+m=4,n=6 <- (m,n)=(4,6) ;; n=6, m=4 ;; (4,6)
+(4,6) <- (n,m)=(4,6)
+2 <- \sqrt[3]{7+5\sqrt2}+\sqrt[3]{7-5\sqrt2}
+\frac{\pi}{2}-\arctan\frac12 <- \arctan 2
+\frac{1+i\sqrt3}{2} <- e^{i\pi/3}
 """
+
 WRONG = r"""
+x=1,y=2 <- a=1,b=2 ;; x=1,z=2
+m=4,n=6 <- (n,m)=(4,6) ;; p=4,q=6
+(m,n)=(4,6) <- (n,m)=(4,6) ;; m=6, n=4
+1 <- \tanh 40 ;; \tanh 1000 ;; 1-e^{-100} ;; \cos(10^{-20}) ;; \sec(10^{-12}) ;; \coth 50
+1 <- \frac{2}{\pi}\arctan(10^{30}) ;; \frac{\sin 10^{-15}}{10^{-15}} ;; \frac{1}{1+e^{-200}}
+0 <- 1-\tanh 30 ;; e^{-10^3} ;; \sin(10^{-30})
+10^{20} <- \sqrt{10^{40}+1}
+\frac{\pi}{2} <- \arcsin(1-10^{-30}) ;; \frac{\pi}{2}\tanh 50
+2abc <- 2abd ;; 2
+2mg <- 2mgh
+60^\circ <- 60\text{ rad} ;; 60 radians
+n \equiv 1,4 \pmod 5 <- n \equiv 1 \pmod 5 ;; n \equiv 1,4 \pmod 6
 1/3 <- 0.333334 ;; 0.3333333334 ;; 0.33333 ;; 33.33\%
 1 <- 1-e^{-30} ;; e^{10^{-12}} ;; 1-e^{-40} ;; 1-e^{-25} ;; \sqrt{1+10^{-14}} ;; e^{10^{-13}}
 1 <- 1+\ln(1+10^{-12}) ;; \frac{e^{30}}{e^{30}+1}
@@ -297,6 +329,12 @@ n <- n + \binom{m}{n} ;; n + \binom{k}{n}
 C <- C. 12, D. 13 ;; C) 12; D) 13
 """
 RIGHT_TEXTS = r"""
+6 <- The answer is 5. Wait, it is 6. ;; The answer is $5$. Actually, it should be $6$.
+6 <- The answer is 5. Sorry, it's 6 apples. ;; **Answer: 5** Correction: **6**
+7 <- The answer is 5. Wait, it is 6. No, it is 7.
+5 <- The answer is 5. Wait, there are 6 apples in each bag. So 5 is right.
+5 <- The answer is 5. Wait, let me check: 2 + 3 = 5.
+\frac{1}{2} <- The answer is $\frac13$. Hmm, wait, that's $\frac12$.
 3, 5 <- $x = \boxed{3}$ and $y = \boxed{5}$ ;; \boxed{3}\ \text{and}\ \boxed{5}
 \frac{1}{2} <- \boxed\frac{1}{2} ;; \boxed\frac12
 42 <- the answer is forty-two ;; <ANSWER>42</ANSWER> ;; 所以一共有42个苹果。 ;; 所以他有42元钱。
@@ -311,6 +349,12 @@ C <- C. 12 ;; Hence, option C. ;; The correct answer is option C: 12 ;; I would 
 C <- 选C ;; 所以选C。 ;; 因此选择C。
 """
 WRONG_TEXTS = r"""
+5 <- The answer is 5. Wait, it is 6.
+6 <- The answer is 5. Wait, it is 6 or 7.
+6 <- The answer is 5. Wait, it is 6. No, it is 7.
+6 <- The answer is 5. Wait, there are 6 apples in each bag. So 5 is right.
+6 <- The answer is 5. Wait, it is 6, 7 or 8.
+6 <- The answer is 5. Wait, it is not 6. ;; The answer is 6... no, -6.
 (3, 4) <- The answer is 3 or 4. ;; The point is $(4, 3)$. ;; x=4, y=3
 (3, 4) <- $x = \boxed{4}$, $y = \boxed{3}$
 42 <- ```python¶print("\\boxed{42}")¶```¶The answer is 41. ;; The answer is 41, not 42.

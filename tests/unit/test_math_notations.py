@@ -1067,7 +1067,7 @@ A <- The answer is C. ;; Option C is correct.
 C <- Answer: A or C ;; **A**
 Monday <- The answer is Tuesday.
 no <- The answer is yes or no.
-five apples <- The answer is 5
+six apples <- The answer is 5
 B <- Option A is correct. Option B is correct too.
 7 <- \[x = 7 \implies 2x = 14\]
 14 <- \[a_4=14\] \[a_5=26\]

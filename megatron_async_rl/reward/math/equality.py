@@ -81,11 +81,9 @@ def equal(expected: str, answer: str) -> bool | None:
     if isinstance(given, Equation) and relations.is_line(expected, gold, given):
         return True
     names, given_names = relations.named_values(expected), relations.named_values(answer)
-    if not names and isinstance(gold, Sequence | Matrix):
-        given = relations.sorted_by_name(given, given_names)
-    elif 0 < len(set(names) & set(given_names)) < len(given_names):
-        return False  # other names
-    elif names:
+    if names and given_names and set(names) != set(given_names):
+        return False
+    if names or given_names:
         gold, given = relations.in_order(gold, given, names, given_names)
     try:
         if isinstance(given, Items) and _AND_WORD.search(answer) and _is_mixed_number(given, gold):

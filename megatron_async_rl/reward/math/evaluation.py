@@ -1,16 +1,19 @@
 """Values of formulas (formula.py): exact for rational numbers, else in double precision.
 
-Every step is bounded: `value` raises TooLarge for numbers of more than MAX_BITS.
+`differ` compares with 100 and 200 digits. Every step is bounded: `value` raises TooLarge for
+numbers of more than MAX_BITS.
 """
 
 from __future__ import annotations
 
 import cmath
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
+
+import mpmath
 
 MAX_BITS = 20_000
 
@@ -30,33 +33,22 @@ class TooLarge(Exception):
     """A value has too many digits to be computed here."""
 
 
-FUNCTIONS: dict[str, Callable[[complex], complex]] = {
-    "sin": cmath.sin,
-    "cos": cmath.cos,
-    "tan": cmath.tan,
-    "cot": lambda z: 1 / cmath.tan(z),
-    "sec": lambda z: 1 / cmath.cos(z),
-    "csc": lambda z: 1 / cmath.sin(z),
-    "arcsin": cmath.asin,
-    "arccos": cmath.acos,
-    "arctan": cmath.atan,
-    "sinh": cmath.sinh,
-    "cosh": cmath.cosh,
-    "tanh": cmath.tanh,
-    "arcsinh": cmath.asinh,
-    "arccosh": cmath.acosh,
-    "arctanh": cmath.atanh,
-    "arsinh": cmath.asinh,
-    "arcosh": cmath.acosh,
-    "artanh": cmath.atanh,
-    "ln": cmath.log,
-    "log": cmath.log,
-    "exp": cmath.exp,
-    "Gamma": lambda z: complex(math.gamma(z.real)) if z.imag == 0 else cmath.nan,
-    "cis": lambda z: cmath.exp(1j * z),
+FUNCTIONS = {  # the names in mpmath
+    **{name: name for name in "sin cos tan cot sec csc sinh cosh tanh coth ln log exp".split()},
+    **{f"arc{name}": f"a{name}" for name in "sin cos tan cot sinh cosh tanh".split()},
+    **{f"ar{name}": f"a{name}" for name in "sinh cosh tanh".split()},
+    "Gamma": "gamma",
+    "cis": "expj",
 }
 _TRIGONOMETRIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc", "cis"))
-CONSTANTS = {"pi": complex(math.pi), "e": complex(math.e), "i": 1j}
+CONSTANTS = {"pi": "pi", "e": "e", "i": "j"}
+_DOUBLES = mpmath.FPContext()
+for _name in ("tanh", "asinh", "acosh", "atanh"):  # mpmath's overflows, or is missing
+    setattr(_DOUBLES, _name, getattr(cmath, _name))
+_PRECISE = {digits: mpmath.mp.clone() for digits in (100, 200, 1_000, 2_000)}
+for _digits, _context in _PRECISE.items():
+    _context.dps = _digits
+_COARSE = 1e-9  # a larger difference comes from another branch of a root or logarithm
 
 
 def read_numeral(token: str) -> Fraction:
@@ -135,11 +127,45 @@ def points(names: frozenset[str], whole: bool = False) -> list[dict[str, Fractio
     return assignments
 
 
-def value(node: Node, at: dict[str, Fraction], angle: bool = False) -> Value:
+def differ(a: Node, b: Node, at: dict[str, Fraction]) -> bool:
+    """Returns whether two formulas that agree in double precision have different values at a point.
+
+    A difference of rounding errors changes with the number of digits. False if a formula has no
+    value here, jumps (a floor), or has a decimal of 8 to 17 places, which may be rounded.
+    """
+    parts = [*nodes(a), *nodes(b)]
+    if any(one[0] == "number" and _may_be_rounded(one[1]) for one in parts):
+        return False
+    if rounds(a) or rounds(b):
+        return False
+    try:
+        size = max(1, abs(value(a, at)))
+        for digits in (100, 1_000):  # the latter for tanh 1000, which has 868 nines
+            rough, fine = (
+                _inexact(value(("-", a, b), at, False, context), context)
+                for context in (_PRECISE[digits], _PRECISE[2 * digits])
+            )
+            if rough or fine:
+                change = abs(_PRECISE[2 * digits].convert(rough) - fine)
+                return bool(change < abs(fine) / 2 < _COARSE * size)
+    except (Unreadable, TooLarge, ArithmeticError, ValueError, RecursionError):
+        pass
+    return False
+
+
+def _may_be_rounded(number: Fraction) -> bool:
+    """True for a decimal of 8 to 17 places."""
+    return 10**8 <= number.denominator <= 10**17 and 10**17 % number.denominator == 0
+
+
+def value(
+    node: Node, at: dict[str, Fraction], angle: bool = False, context: Any = _DOUBLES
+) -> Value:
     """Returns the value at a point. Raises TooLarge, ZeroDivisionError, and Unreadable for infinity
     and for variables that the point has not.
 
-    `angle`: inside of a trigonometric function, where degrees are converted.
+    `angle`: inside of a trigonometric function, where degrees are converted. `context`: mpmath's,
+    of the numbers that are not rational.
     """
     kind = node[0]
     if kind == "infinity" or (kind == "variable" and node[1] not in at):
@@ -149,40 +175,48 @@ def value(node: Node, at: dict[str, Fraction], angle: bool = False) -> Value:
     if kind == "variable":
         return at[node[1]]
     if kind == "constant":
-        return CONSTANTS[node[1]]
+        return context.mpc(getattr(context, CONSTANTS[node[1]]))
     if kind == "call":
-        argument = value(node[2], at, node[1] in _TRIGONOMETRIC)
-        return _apply(node[1], argument)
-    first = value(node[1], at, angle)
+        argument = value(node[2], at, node[1] in _TRIGONOMETRIC, context)
+        return _apply(node[1], argument, context)
+    first = value(node[1], at, angle, context)
     if kind == "group":
         return first
     if kind == "negative":
         return -first
     if kind == "degrees":
-        return complex(first) * math.pi / 180 if angle else first
+        return _inexact(first, context) * context.pi / 180 if angle else first
     if kind == "abs":
-        return abs(first) if isinstance(first, Fraction) else complex(abs(first))
+        return abs(first) if isinstance(first, Fraction) else context.mpc(abs(first))
     if kind in ("lfloor", "lceil"):
         real = first if isinstance(first, Fraction) else first.real
         return Fraction(math.floor(real) if kind == "lfloor" else math.ceil(real))
     if kind == "!":
         return Fraction(math.factorial(_whole(first, 1_500)))
-    second = value(node[2], at, angle)
+    second = value(node[2], at, angle, context)
     if kind in ("+", "mixed"):
-        return _add(first, second)
+        return _add(first, second, context)
     if kind == "-":
-        return _add(first, -second)
+        return _add(first, -second, context)
     if kind == "*":
-        exact = _both_exact(first, second)
-        return first * second if exact else _finite(complex(first) * complex(second))
+        if _both_exact(first, second):
+            return first * second
+        return _finite(_inexact(first, context) * _inexact(second, context))
     if kind == "/":
-        exact = _both_exact(first, second)
-        return first / second if exact else _finite(complex(first) / complex(second))
+        if _both_exact(first, second):
+            return first / second
+        return _finite(_inexact(first, context) / _inexact(second, context))
     if kind == "binom":
         return Fraction(math.comb(_whole(first, 5_000), _whole(second, 5_000)))
-    if kind == "root":
-        return _power(first, 1 / second)
-    return _power(first, second)
+    return _power(first, 1 / second if kind == "root" else second, context)
+
+
+def _inexact(number: Value, context: Any) -> Any:
+    if context is _DOUBLES:
+        return complex(number)
+    if isinstance(number, Fraction):
+        return context.mpc(context.mpf(number.numerator) / number.denominator)
+    return number
 
 
 def _both_exact(a: Value, b: Value) -> bool:
@@ -194,19 +228,21 @@ def _both_exact(a: Value, b: Value) -> bool:
     return True
 
 
-def _finite(number: complex) -> complex:
+def _finite(number: Any) -> Any:
     """Raises TooLarge for infinity, which would be close to every number."""
-    if not cmath.isfinite(number):
+    if not abs(number) < math.inf:
         raise TooLarge
     return number
 
 
-def _add(a: Value, b: Value) -> Value:
+def _add(a: Value, b: Value, context: Any) -> Value:
     if _both_exact(a, b):
         return a + b
-    total = _finite(complex(a) + complex(b))
+    a, b = _inexact(a, context), _inexact(b, context)
+    total = _finite(a + b)
     # a sum that cancels to rounding errors is zero
-    return total if abs(total) > 1e-14 * max(abs(complex(a)), abs(complex(b))) else Fraction(0)
+    smallest = 1e-14 * max(abs(a), abs(b)) if context is _DOUBLES else 0
+    return total if abs(total) > smallest else Fraction(0)
 
 
 def _whole(number: Value, limit: int) -> int:
@@ -217,19 +253,22 @@ def _whole(number: Value, limit: int) -> int:
     return int(number)
 
 
-def _apply(name: str, argument: Value) -> Value:
+def _apply(name: str, argument: Value, context: Any) -> Value:
     if argument == 0 and name in ("sin", "tan", "arcsin", "arctan", "sinh", "tanh"):
         return Fraction(0)
     try:
-        result = _finite(FUNCTIONS[name](complex(argument)))
+        result = _finite(getattr(context, FUNCTIONS[name])(_inexact(argument, context)))
     except (OverflowError, ValueError):
         raise TooLarge from None
-    if name in _TRIGONOMETRIC and abs(result) < 1e-15 < abs(complex(argument)):
+    if context is _DOUBLES and name in _TRIGONOMETRIC and abs(result) < 1e-15 < abs(argument):
         return Fraction(0)
     return result
 
 
-def _power(base: Value, exponent: Value) -> Value:
+def _power(base: Value, exponent: Value, context: Any) -> Value:
+    is_odd = isinstance(exponent, Fraction) and exponent.denominator % 2 == 1
+    if is_odd and exponent.numerator == 1 < exponent.denominator and base.real < 0 == base.imag:
+        return -_power(-base, exponent, context)  # the real odd root
     if isinstance(base, Fraction) and isinstance(exponent, Fraction):
         size = max(base.numerator.bit_length(), base.denominator.bit_length())
         if exponent.denominator == 1:
@@ -246,12 +285,10 @@ def _power(base: Value, exponent: Value) -> Value:
             below = _exact_root(base.denominator, exponent.denominator)
             if above is not None and below is not None:
                 return Fraction(above, below) ** exponent.numerator
-        if base < 0 and exponent.denominator % 2 and exponent.numerator == 1:
-            return -_power(-base, exponent)  # the real odd root
     try:
         if base == 0:
-            return Fraction(0) if complex(exponent).real > 0 else 1 / Fraction(0)
-        return _finite(complex(base) ** complex(exponent))
+            return Fraction(0) if exponent.real > 0 else 1 / Fraction(0)
+        return _finite(_inexact(base, context) ** _inexact(exponent, context))
     except OverflowError:
         raise TooLarge from None
 

@@ -34,7 +34,7 @@ _GREEK = frozenset(
     "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar "
     "aleph".split()
 )
-_WORDS = sorted((*FUNCTIONS, "sqrt", "cbrt", "pi"), key=len, reverse=True)
+_WORDS = sorted((*FUNCTIONS, "frac", "sqrt", "cbrt", "pi"), key=len, reverse=True)
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
 
 

@@ -33,6 +33,7 @@ _NO_DELIMITER = re.compile(r"\\(?:left|right)\s*\.(?!\d)|\s*\\(?:square|Box)\s*$
 _QUANTITY = re.compile(r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}")  # of siunitx
 _SIMPLE_QUANTITY = re.compile(r"\\(num|ang)\s*\{([^{}]*)\}")
 _BARE_FONT = re.compile(r"\\(?:mathrm|text|textbf)\s+(?=[A-Za-z\d](?![A-Za-z]))")  # \mathrm e
+_OPERATOR = re.compile(r"\\operatorname\*?\s*\{\s*(\w+)\s*\}")
 _COLOR = re.compile(r"\\(?:text)?color(?:box)?\s*(?:\[\w*\])?\s*\{[\w!]*\}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{(?:aligned|align|gathered|split|equation)\*?\}|&")
 _OUTER = re.compile(
@@ -121,7 +122,12 @@ def _rewrite(text: str) -> str:
         text = _LOWERED.sub(lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
     if "," in text or "\\" in text:
         text = _THOUSANDS.sub("", text)
-    text = text.replace("\\text{:}", ":").replace("{:}", ":").replace("{-}", "-")
+    text = (
+        text.replace("\\text{:}", ":")
+        .replace("{:}", ":")
+        .replace("\\text{-}", "-")
+        .replace("{-}", "-")
+    )
     if "^" in text:
         text = _TIMES_TEN.sub("\\\\cdot ", _SLASHED.sub(r"\\frac{\1}{\2}", text))
     if "\\" in text:
@@ -147,6 +153,10 @@ def _rewrite_layout(text: str) -> str:
     if "\\num" in text or "\\ang" in text:
         text = _SIMPLE_QUANTITY.sub(lambda m: m[2] + "^\\circ " * (m[1] == "ang"), text)
     text = _BARE_FONT.sub("", text)
+    if "\\operatorname" in text:
+        text = _OPERATOR.sub(
+            lambda m: f"\\{m[1]}" if f"\\{m[1]}" in symbols.COMMANDS else m[0], text
+        )
     if "j" in text:
         for _ in range(2):  # of \hat{\mathbf j} the inner one first
             text = _UNIT_VECTOR.sub(lambda m: f"\\vec{{{''.join(filter(None, m.groups()))}}}", text)

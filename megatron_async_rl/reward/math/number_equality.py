@@ -1,14 +1,11 @@
 """Compares formulas by their values: exactly where they are rational, else to 1e-9 relative.
 
-Values that agree so far are compared again with 60 digits, so that 1 - e^{-30} is not 1. Formulas
-with complex numbers or angles, and long decimals, which may be rounded, are not.
+Values that agree so far are compared again with more digits, so that 1 - e^{-30} is not 1.
 """
 
 from __future__ import annotations
 
-import decimal
 import re
-from decimal import Decimal
 from fractions import Fraction
 
 from megatron_async_rl.reward.math.evaluation import (
@@ -17,6 +14,7 @@ from megatron_async_rl.reward.math.evaluation import (
     Unreadable,
     Value,
     counts,
+    differ,
     points,
     rounds,
     value,
@@ -28,11 +26,7 @@ from megatron_async_rl.reward.math.parts import Number, Part, is_infinite
 _RELATIVE = 1e-9  # of values in double precision
 _MIN_ROUNDED_DIGITS = 6  # and places, of a decimal that rounds a fraction or root
 _UNIT_POWER = re.compile(r"\^\s*\{?\s*-?(\d)")
-_CONTEXT = decimal.Context(prec=60)
-_PI = Decimal("3.141592653589793238462643383279502884197169399375105820974944592")
-_SHARP = Decimal("1e-40")  # relative, of values with 60 digits
-_TINY = Decimal("1e-45")
-_COARSE = Decimal("1e-9")  # beyond it another branch of a root or logarithm is the reason
+_DEGREE: Node = ("/", ("constant", "pi"), ("number", Fraction(180)))
 _TEN: Node = ("call", "log", ("number", Fraction(10)))
 
 
@@ -42,6 +36,8 @@ def equal_numbers(gold: Number, given: Number) -> bool:
     powers = [_UNIT_POWER.findall(number.unit) for number in (gold, given)]
     if all(powers) and powers[0] != powers[1]:
         return False  # cm^2 and cm^3
+    if gold.unit != given.unit and (in_radians := _in_radians(gold, given)):
+        return _same_values(*in_radians)
     if given.percent != gold.percent:
         return _equal_percent(gold, given)
     if _same_values(gold.node, given.node):
@@ -51,6 +47,15 @@ def equal_numbers(gold: Number, given: Number) -> bool:
     if variables(gold.node) or variables(given.node):
         return False
     return _is_rounding(gold, given, value(gold.node, {}), value(given.node, {}))
+
+
+def _in_radians(gold: Number, given: Number) -> tuple[Node, Node] | None:
+    r"""Returns both angles if one is in degrees and the other in radians, such as \pi/6."""
+    degrees, other = (gold, given) if gold.unit == "degrees" else (given, gold)
+    is_angle = other.unit in ("rad", "radians") or (not other.unit and "\\pi" in other.text)
+    if degrees.unit != "degrees" or not is_angle or "\\pi" in degrees.text:
+        return None
+    return ("*", degrees.node, _DEGREE), other.node
 
 
 def is_huge(node: Node) -> bool:
@@ -80,69 +85,9 @@ def _same_values(a: Node, b: Node) -> bool:
             return False
         # a zero may be the rest of rounding errors
         is_exact = left != 0 and isinstance(left, Fraction) and isinstance(right, Fraction)
-        if not is_exact and point is first and a != b and _differ(a, b, point):
+        if not is_exact and point is first and a != b and differ(a, b, point):
             return False
     return True
-
-
-def _differ(a: Node, b: Node, at: dict[str, Fraction]) -> bool:
-    """Returns whether two formulas that agree in double precision have different values at a point.
-
-    False if one of them cannot be computed here.
-    """
-    try:
-        with decimal.localcontext(_CONTEXT):
-            left, right = _precise_value(a, at), _precise_value(b, at)
-            size, difference = max(abs(left), abs(right)), abs(left - right)
-            return max(_SHARP * size, _TINY) < difference < _COARSE * max(size, Decimal(1))
-    except (Unreadable, TooLarge, ArithmeticError, RecursionError):
-        return False
-
-
-def _precise_value(node: Node, at: dict[str, Fraction]) -> Decimal:
-    kind = node[0]
-    if kind in ("number", "!", "binom"):
-        number = value(node, at)
-        if not isinstance(number, Fraction) or _may_be_rounded(number):
-            raise Unreadable
-        return _decimal(number)
-    if kind == "variable":
-        return _decimal(at[node[1]])
-    if kind == "constant" and node[1] != "i":
-        return _PI if node[1] == "pi" else Decimal(1).exp()
-    if kind == "call" and node[1] in ("exp", "ln", "log"):
-        argument = _precise_value(node[2], at)
-        return argument.exp() if node[1] == "exp" else argument.ln()
-    if kind not in ("group", "negative", "abs", "+", "mixed", "-", "*", "/", "root", "^"):
-        raise Unreadable
-    first = _precise_value(node[1], at)
-    if kind == "group":
-        return first
-    if kind == "negative":
-        return -first
-    if kind == "abs":
-        return abs(first)
-    second = _precise_value(node[2], at)
-    if kind in ("+", "mixed"):
-        return first + second
-    if kind == "-":
-        return first - second
-    if kind == "*":
-        return first * second
-    if kind == "/":
-        return first / second
-    if kind == "root" and first < 0 and second % 2 == 1:
-        return -((-first) ** (1 / second))
-    return first ** (1 / second if kind == "root" else second)
-
-
-def _decimal(number: Fraction) -> Decimal:
-    return Decimal(number.numerator) / Decimal(number.denominator)
-
-
-def _may_be_rounded(number: Fraction) -> bool:
-    """True for a decimal of 8 to 17 places."""
-    return 10**8 <= number.denominator <= 10**17 and 10**17 % number.denominator == 0
 
 
 def _has_value(node: Node, at: dict[str, Fraction]) -> bool:

@@ -124,21 +124,22 @@ _CARDINALS |= _TENS | {
     for ten, number in (_TENS | {"twenty": 20}).items()
     for one in "one two three four five six seven eight nine".split()
 }
-_SPELLED = re.compile(r"([a-z]+)(?:[ -]([a-z]+))?", re.IGNORECASE)
+_SPELLED = re.compile(
+    r"((?:negative|minus) )?([a-z]+)(?:([ -])([a-z]+)( [a-z ]+)?)?", re.IGNORECASE
+)
 
 
 def spell_out(text: str) -> str:
-    """Returns the digits of a number in words, such as seven, three-fourths or two million."""
+    """Returns the digits of a number in words, such as seven, three-fourths or nine apples."""
     match = _SPELLED.fullmatch(text)
-    number = _CARDINALS.get(match[1].lower()) if match else None
-    if match is None or number is None:
+    if match is None or (number := _CARDINALS.get(match[2].lower())) is None:
         return text
-    second = (match[2] or "").lower()
-    if f"{match[1].lower()}-{second}" in _CARDINALS:
-        return str(_CARDINALS[f"{match[1].lower()}-{second}"])
+    sign, second, rest = match[1] or "", (match[4] or "").lower(), match[5] or ""
+    if number_of_both := _CARDINALS.get(f"{match[2].lower()}-{second}"):
+        return f"{sign}{number_of_both}{rest}"
     if second in _PARTS:
-        return f"{number}/{_PARTS[second]}"
-    return f"{number} {second}".strip() if not second or second in _SCALES else text
+        return f"{sign}{number}/{_PARTS[second]}{rest}"
+    return text if match[3] == "-" else f"{sign}{number} {second}{rest}".strip()
 
 
 def read_based(text: str) -> BasedNumber | None:

@@ -30,6 +30,7 @@ _REAL = re.compile(r"^[a-z]\s*\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*,\s*(?=[a-z])")
 _CHOOSE = re.compile(  # _5C_2, ^5C_2
     r"(?:\{\s*\})?[_^]\s*\{?(\w+)\}?\s*C\s*_\s*\{?(\w+)\}?"
 )
+_CHOOSE_FROM = re.compile(r"(?<![A-Za-z\\])C\s*\(\s*(\w+)\s*,\s*(\w+)\s*\)")  # C(5, 2)
 _CHOOSE_AFTER = re.compile(r"(?<![A-Za-z\\])C\s*_\s*\{?(\d+)\}?\s*\^\s*\{?(\d+)\}?")  # C_5^2
 _MAPPING = re.compile(r"^[A-Za-z]\s*\\mapsto\s*")
 _FUNCTION = re.compile(
@@ -56,6 +57,7 @@ _REALS = re.compile(
     r"\\mathbb\s*\{?\s*R\s*\}?|(?i:(?:the\s+set\s+of\s+)?(?:all|any)\s+reals?(?:\s+numbers?)?)|"
     r"\(?-\\infty\s*<\s*[a-z]\s*<\s*\\infty\)?"
 )
+_POSITIVE_REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?\s*[\^_]\s*\{?\s*(?:\+|>\s*0)\s*\}?")
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|sim)(?![A-Za-z])")
 _APPROXIMATED = re.compile(r"(?<=[\d})])\s*\\(?:approx|simeq|sim)(?![A-Za-z])\s*-?\d+(?:\.\d+)?")
 _BARE_NAME = re.compile(r"\s*\\?[A-Za-z]*\s*")
@@ -123,7 +125,7 @@ def bare(text: str) -> str:
         text = text[match.end() :] if (match := _CJK_LEAD.match(text)) else text
     if text[0].isalpha():
         text = _POINT.sub("", _LEAD.sub("", text, count=1), count=1)
-        text = numerals.spell_out(_NEGATIVE.sub("-", text))
+        text = _NEGATIVE.sub("-", numerals.spell_out(text))
         if (sentence := _SENTENCE.match(text)) and not _DENIAL.search(sentence[0]):
             text = text[sentence.end() :].removesuffix(".")
         if "y" not in text:
@@ -159,7 +161,7 @@ def bare(text: str) -> str:
         text = _DIGIT_GROUPS.sub("", text)
     if "\\" in text:
         text = _exact_side(text)
-    text = _REALS.sub(r"(-\\infty,\\infty)", text)
+    text = _REALS.sub(r"(-\\infty,\\infty)", _POSITIVE_REALS.sub(r"(0,\\infty)", text))
     if angles := _ANGLES.fullmatch(text):
         text = f"({angles[1]})"
     if "]" in text or "[" in text:
@@ -174,6 +176,8 @@ def aligned(expected: str, answer: str) -> tuple[str, str]:
     """
     if max(len(expected), len(answer)) > normal_form.MAX_CHARS:
         return expected, answer
+    if "C" in answer and "," not in expected:  # it is no point
+        answer = _CHOOSE_FROM.sub(r"\\binom{\1}{\2}", answer)
     if "\\mathbb" in expected or "\\mathbb" in answer:
         expected, answer = _share_condition(expected, answer)
     if ("\\ne" in expected) != ("\\ne" in answer):

@@ -50,6 +50,7 @@ _PART_NAME = re.compile(r"\b(?:Re|Im|arg)\b")
 _COORDINATE = re.compile(r"([xyz])\s*=[^=]*")
 _NAMED_PART = re.compile(r"\s*([A-Za-z])\s*=\s*([^=]+)")
 _NAMED = re.compile(r"(?:^|,|;|\band\b|\})\s*(?:m?\s*\\angle\s*)?([A-Za-z]{1,3})\s*=")
+_NAMED_TUPLE = re.compile(r"\(\s*([A-Za-z](?:\s*,\s*[A-Za-z])+)\s*\)\s*=\s*\([^=]*$")
 _LOW_END, _HIGH_END = Number(NEGATIVE_INFINITY, ""), Number(INFINITY, "")
 
 
@@ -267,7 +268,12 @@ def names_other(expected: str, answer: str) -> bool:
 
 
 def named_values(text: str) -> list[str]:
-    """Returns the names of AB = 9, CD = 4 if they differ; x = 1, x = 2 and x_1 = 1 are a list."""
+    """Returns the names of AB = 9, CD = 4 or (m, n) = (4, 6).
+
+    Equal names are none: x = 1, x = 2 and x_1 = 1, x_2 = 2 are lists.
+    """
+    if named := _NAMED_TUPLE.match(text):
+        return [name.strip() for name in named[1].split(",")]
     names = _NAMED.findall(text)
     return names if len(names) > 1 and len(set(names)) == len(names) == text.count("=") else []
 
@@ -291,18 +297,23 @@ def in_order(
 
     Beside a tuple, coordinates come in their own order: y = 1, x = 2 is (2, 1).
     """
-    if isinstance(given, Sequence | Matrix) and set(names) <= set("xyz"):
-        return sorted_by_name(gold, names), given
-    if not (isinstance(gold, Items) and isinstance(given, Items) and len(gold.items) == len(names)):
+    if not names:
+        is_tuple = isinstance(gold, Sequence | Matrix)
+        return gold, _sorted_by_name(given, given_names) if is_tuple else given
+    if not given_names and isinstance(given, Sequence | Matrix):
+        return _sorted_by_name(gold, names) if set(names) <= set("xyz") else gold, given
+    if not (isinstance(gold, Items | Sequence) and isinstance(given, Items | Sequence)):
+        return gold, given
+    if len(gold.items) != len(names):
         return gold, given
     items = given.items
-    if sorted(given_names) == sorted(names) and len(items) == len(names):
+    if given_names and len(items) == len(names):
         items = tuple(items[given_names.index(name)] for name in names)
     return Sequence("()", gold.items), Sequence("()", items)
 
 
-def sorted_by_name(given: Part, names: list[str]) -> Part:
+def _sorted_by_name(part: Part, names: list[str]) -> Part:
     """Returns y = 2, x = 1 in the order of the names, for a tuple such as (1, 2)."""
-    if not isinstance(given, Items) or len(names) != len(given.items) or max(map(len, names)) > 1:
-        return given
-    return Items(given.kind, tuple(given.items[names.index(name)] for name in sorted(names)))
+    if not isinstance(part, Items) or len(names) != len(part.items) or max(map(len, names)) > 1:
+        return part
+    return Items(part.kind, tuple(part.items[names.index(name)] for name in sorted(names)))

@@ -102,6 +102,8 @@ def _read(text: str, depth: int) -> Part:
         listed = re.sub(rf"\b{holes[1]}\s*\\ne(?![A-Za-z])", "", holes[2])
         if not relations.COMPARISON.search(listed):
             return relations.reals_without(_read(listed, depth + 1))
+    if text.count("mod") == 1 and (match := _CONGRUENCE.fullmatch(text)):
+        return _read_congruences(match, depth)
     if " and " in text or " or " in text or ";" in text or "\\\\" in text:
         parts = [part for part in _SPLIT_WORDS.split(_JOIN.sub(", ", text)) if part.strip()]
         parts = [piece for part in parts for piece in _split_commas(part)]
@@ -114,8 +116,6 @@ def _read(text: str, depth: int) -> Part:
         return terms
     if "," in text and len(parts := _split_commas(text)) > 1:
         return _list_of(parts, depth)
-    if "mod" in text and (match := _CONGRUENCE.fullmatch(text)):
-        return Congruence(_read(match["residue"], depth + 1), int(match["modulus"]))
     if "\\pm" in text or "\\mp" in text:
         signs = [_choose_signs(text, "+", "-"), _choose_signs(text, "-", "+")]
         return _flat_list(_read_all(signs, depth))
@@ -232,6 +232,14 @@ def _read_braces(text: str, depth: int) -> Part | None:
     if len(_split_commas(inner)) > 1 or relations.SET_BUILDER.fullmatch(inner):
         return _read_set(inner, depth)
     return _read(inner, depth + 1)
+
+
+def _read_congruences(match: re.Match[str], depth: int) -> Part:
+    r"""Reads x \equiv 3 \pmod 7; n \equiv 1, 4 \pmod 5 is a list."""
+    residue, modulus = _read(match["residue"], depth + 1), int(match["modulus"])
+    if not isinstance(residue, Items):
+        return Congruence(residue, modulus)
+    return Items("list", tuple(Congruence(item, modulus) for item in residue.items))
 
 
 def _read_matrix(match: re.Match[str], depth: int) -> Matrix:

@@ -34,6 +34,7 @@ _CJK_UNIT = re.compile(
     "(?<=\\d)\\s*(?![万萬亿億兆千百十])[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]{1,6}$"
 )
 _UNIT_WORD = re.compile(r"[A-Za-z]+")
+_VOWEL = re.compile(r"[aeiou]", re.IGNORECASE)
 _LEADING = re.compile(
     r"(?:USD|EUR|GBP|INR|CAD|AUD|NZD|CHF|JPY|CNY|HKD|SGD|RMB|Rs\.?|US|(?:about|exactly|around|"
     r"approximately|nearly|only|just)\s)\s*(?=[-+.\d\\])",
@@ -81,6 +82,7 @@ def strip_unit(text: str) -> tuple[str, str]:
             return text, ""
         if len(word) == 2 and not known and word != "of":
             return text, ""
-        if not has_digit and not known:
+        is_product = not spaced and list(word) == sorted(word)  # 2abc
+        if not known and (not has_digit or is_product or not _VOWEL.search(word)):
             return text, ""
     return core, match["unit"]

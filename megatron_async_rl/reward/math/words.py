@@ -12,7 +12,8 @@ _NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exi
 _INFINITE = re.compile(r"(?:an )?infinite(?:ly many)?(?: (?:solutions|number))?")
 _TWO_NAMES = re.compile(r"(\w+) and (\w+)")
 _ARTICLE = re.compile(r"^(?:on |all )?(?:the |an |a )?")
-_NUMBER_SETS = {"Z": "integers", "Q": "rational numbers", "N": "positive integers"}
+_PLURAL = re.compile(r"(?<=[a-z]{4})(?<!s)s\b")
+_NUMBER_SETS = {"Z": "integer", "Q": "rational number", "N": "positive integer"}
 _NUMBER_SET = re.compile(r"\\mathbb\s*\{?\s*([ZQN])\s*\}?\s*([\^_]\s*\{?\s*(?:\+|>\s*0)\s*\}?)?")
 _GROUP = re.compile(
     r"\s*\\mathbb\s*\{?\s*Z\s*\}?\s*(?:_\s*\{?\s*(\w+)\s*\}?|/\s*(\w+?)\s*\\mathbb\s*\{?\s*Z\s*\}?|"
@@ -46,6 +47,7 @@ def read(text: str) -> Words | None:
     # BC is not CB, even as names of a segment
     is_pair = len(text) == 2 and text.isupper() and text.isalpha()
     is_short = letters < 3 and not is_pair and text.casefold() != "no"
+    is_short = is_short or re.fullmatch(r"\w(?:, ?\w)+", text) is not None  # a, b, c
     if is_short or text.casefold() in _NO_WORDS:
         return None
     verdict = _VERDICT.fullmatch(text)
@@ -61,7 +63,7 @@ def _fold(text: str) -> str:
         return "empty set"
     if _INFINITE.fullmatch(text):
         return "infinitely many"
-    return _ARTICLE.sub("", text)
+    return _PLURAL.sub("", _ARTICLE.sub("", text))
 
 
 def read_number_set(text: str) -> Words | None:
