@@ -39,9 +39,14 @@ def settings(fields: ConfigFields, family: Family) -> dict[str, Any]:
         _check_engine(fields, rope)
     base = fields.number("rope_theta", 10000.0)
     percent = fields.number("partial_rotary_factor", family.rotary_percent)
+    percent = fields.number("partial_rotary_factor", percent, rope)
+    if family.rotary_percent == 1.0 and percent != 1.0:  # transformers and most engines ignore it
+        raise fields.refused(
+            f"partial_rotary_factor = {percent:g}, which {family.name} does not have"
+        )
     return {
         "rotary_base": fields.number("rope_theta", base, rope),
-        "rotary_percent": fields.number("partial_rotary_factor", percent, rope),
+        "rotary_percent": percent,
         "rope_scaling_factor": None if latent else _llama3_factor(fields, rope),
         "yarn": _yarn(fields, rope) if latent else None,
     }

@@ -167,13 +167,14 @@ def _generation(
     busy_s, generated = step_s * (1 - idle), step_s * generated_per_s
     is_reported = bool(rates.any())
     if not is_reported:
-        rates = generated / busy_s
+        rates = np.divide(generated, busy_s, out=np.zeros_like(busy_s), where=busy_s > 0)
     used = (running > 0) & (rates > 0)
     if not used.any():
         raise DataError(
             "the servers of the run in --calibrate reported no running samples", "give a longer run"
         )
-    decode = _straight_line(running[used] / servers, (running / rates)[used], step_s[used])
+    step_seconds = running[used] / rates[used]
+    decode = _straight_line(running[used] / servers, step_seconds, step_s[used])
     if not is_reported:
         return decode, PrefillCosts(0.0)
     decode_s = generated.sum() / np.average(rates[used], weights=step_s[used])

@@ -144,7 +144,13 @@ def test_unsupported_architecture_error_lists_supported_ones(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "key, value", [("hidden_act", "gelu"), ("use_sliding_window", True), ("attention_bias", True)]
+    "key, value",
+    [
+        ("hidden_act", "gelu"),
+        ("use_sliding_window", True),
+        ("attention_bias", True),
+        ("partial_rotary_factor", 0.5),
+    ],
 )
 def test_model_that_megatron_computes_differently_is_rejected(
     tmp_path: Path, key: str, value: object

@@ -213,6 +213,14 @@ def test_without_a_rate_of_decoding_the_busy_time_counts(folder: Path) -> None:
         assert rate == pytest.approx(100 / 0.75)
 
 
+@pytest.mark.filterwarnings("error")
+def test_steps_without_a_generated_token_have_no_rate(folder: Path) -> None:
+    idle = {"perf/generate_tokens_per_s": 0.0, "perf/engine_idle_fraction": 1.0}
+    rates = {"engine/decode_tokens_per_s": 0.0, "engine/running_requests": 0.0}
+    with pytest.raises(DataError, match="reported no running samples"):
+        calibration.read(write_run(folder, **idle, **rates))
+
+
 def test_filtered_groups_count_as_dropped(folder: Path) -> None:
     run_dir = write_run(folder, **{"drops/filtered_groups": 8.0})
     assert calibration.read(run_dir).load.dropped_fraction == pytest.approx(0.5)
