@@ -75,7 +75,10 @@ def test_experts_of_the_engine_are_those_of_transformers(tmp_path: Path) -> None
     for tokens, experts in asyncio.run(sampled()):
         with torch.no_grad():
             out = reference(input_ids=torch.tensor([tokens]), output_router_logits=True)
+        best = torch.stack([logits.topk(3).values for logits in out.router_logits], 1)
         own = torch.stack([logits.topk(2).indices for logits in out.router_logits], 1)
         beside = experts.of_tokens(len(tokens)).reshape(-1, routing.num_layers, routing.top_k)
-        assert np.array_equal(np.sort(beside[1:]), np.sort(own[:-1].numpy()))
+        is_equal = (np.sort(beside[1:]) == np.sort(own[:-1].numpy())).all(-1)
+        is_tie = (best[:-1, :, 1] - best[:-1, :, 2]).numpy() < 1e-5  # either may be chosen
+        assert (is_equal | is_tie).all()
         assert not beside[0].any()

@@ -8,6 +8,7 @@ that the token is labelled with.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,19 @@ pytestmark = needs_engine
 group_numbers = itertools.count(1)
 
 
+@functools.cache
+def contents(folder: Path) -> tuple[dict[str, torch.Tensor], list[Bucket], dict[str, str]]:
+    """Returns the tensors of a model, the buckets that they are sent in, and their digests."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    specs = [TensorSpec(name, "float32", list(tensors[name].shape)) for name in names]
+    digests = EngineDigests(HfConfig(folder).shape(), 1)
+    for name in names:
+        digests.add(name, tensors[name])
+    buckets = [Bucket(specs[start : start + 4]) for start in range(0, len(specs), 4)]
+    return tensors, buckets, digests.result()
+
+
 @dataclass
 class Trainer:
     """Sends the tensors of a folder like a weight source, in buckets of four tensors."""
@@ -55,23 +69,11 @@ class Trainer:
     group: UpdateGroup | None = None
 
     async def publish(self, version: int, folder: Path, corrupt: bool = False) -> Updated:
-        tensors = load_file(folder / "model.safetensors")
-        names = sorted(tensors)
-        buckets = [
-            Bucket(
-                [
-                    TensorSpec(name, "float32", list(tensors[name].shape))
-                    for name in names[start : start + 4]
-                ]
-            )
-            for start in range(0, len(names), 4)
-        ]
-        digests = EngineDigests(HfConfig(folder).shape(), 1)
-        for name in names:
-            digests.add(name, tensors[name])
-        expected = digests.result()
+        tensors, buckets, expected = contents(folder)
         if corrupt:
-            tensors["model.norm.weight"].view(torch.int32)[3] ^= 1
+            norm = tensors["model.norm.weight"].clone()
+            norm.view(torch.int32)[3] ^= 1
+            tensors = tensors | {"model.norm.weight": norm}
         await self.updates.handle(UpdateWeights(version))
         group = self.group or await self.join()
         receive = asyncio.create_task(
@@ -146,6 +148,8 @@ class Models:
         self.models = [
             AutoModelForCausalLM.from_pretrained(f, dtype="float32").eval() for f in self.folders
         ]
+        for folder in self.folders:  # not while requests are running
+            contents(folder)
 
     def fresh(self, which: int, prompt: list[int], ids: list[int]) -> np.ndarray:
         """[num_ids]: logprobs of `ids` after `prompt`, by one prefill of the whole."""

@@ -168,9 +168,10 @@ def test_truncated_sampling_returns_logprobs_of_all_tokens(
 def kept_tokens(
     probabilities: np.ndarray, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
 ) -> np.ndarray:
+    """Returns the tokens that may be sampled, with those that rounding may add."""
     order = np.argsort(-probabilities)
     if top_k:
-        return order[:top_k]
+        return order[probabilities[order] >= probabilities[order[top_k - 1]] - 1e-4]
     if top_p < 1:
         before = np.cumsum(probabilities[order]) - probabilities[order]
         return order[before <= top_p + 1e-4]

@@ -62,7 +62,7 @@ LAYOUTS: list[
     ("qwen3_moe of blocks", {"pipeline_model": 2, "expert_model": 2}, FP8),
     ("qwen3_moe of blocks and tiles", {"tensor_model": 2, "expert_model": 2}, FP8),
 ]
-FAULT_TIMEOUT_S = 12.0  # of updates with a faulty receiver
+FAULT_TIMEOUT_S = 6.0  # of updates with a faulty receiver
 FAULTS = ["absent", "die:0", "die:1", "die:2", "die:3", "flip", "drop"]
 
 
@@ -202,6 +202,7 @@ def test_faulty_receiver_is_fenced_and_the_update_continues(
         {"rollout-0": ["ok"], "rollout-1": lives},
     ):
         asyncio.run(drive_updates(tmp_path, body))
+    print([(life, round(seconds, 1)) for life, _, seconds in outcomes])
     reference = load_file(folders["qwen3"] / "model.safetensors")
     for number, (life, outcome, seconds) in enumerate(outcomes):
         assert "rollout-0" in outcome.serving, (life, outcome)
@@ -216,9 +217,12 @@ def test_faulty_receiver_is_fenced_and_the_update_continues(
 def test_update_without_receivers_fails_and_the_trainer_survives(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    config = weights_config_tree(folders["llama"], {"tensor_model": 2}, {})
+    config = weights_config_tree(
+        folders["llama"], {"tensor_model": 2}, {"update_timeout_s": FAULT_TIMEOUT_S}
+    )
 
     async def body(control: WeightController) -> None:
+        control.publisher.session.timeout_s = FAULT_TIMEOUT_S
         await control.wait_for(lambda: "rollout-0" in control.peers)
         known = control.peers["rollout-0"]
         with pytest.raises(PublishError, match="rollout-0"):

@@ -12,7 +12,7 @@ from megatron_async_rl.config import load as configuration
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.protocol.messages import Message
 
-NEW_TOKENS = 100
+NEW_TOKENS = 140
 
 
 def make_config(model: Path, run_dir: Path, **weights: Any) -> Config:
