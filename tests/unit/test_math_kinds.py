@@ -151,6 +151,8 @@ y = 1, x = 2 <- (2,1) ;; x = 2, y = 1 ;; (x,y) = (2,1) ;; \begin{pmatrix} 2 \\ 1
 \binom{n}{k} <- C(n,k)
 120 <- C(10,3)
 \tan x <- \operatorname{tg} x ;; \tg x
+(-1,3) <- |x-1|<2 ;; 2 > |x - 1|
+\arcsin\frac{\sqrt3}{2} <- 60^\circ
 \frac{\pi}{6} <- 30^\circ ;; 30\text{ degrees}
 60^\circ <- \frac{\pi}{3} ;; \frac{\pi}{3}\text{ rad}
 n \equiv 1,4 \pmod 5 <- n \equiv \pm 1 \pmod 5 ;; n ≡ 4 or 1 (mod 5)

@@ -52,7 +52,9 @@ def equal_numbers(gold: Number, given: Number) -> bool:
 def _in_radians(gold: Number, given: Number) -> tuple[Node, Node] | None:
     r"""Returns both angles if one is in degrees and the other in radians, such as \pi/6."""
     degrees, other = (gold, given) if gold.unit == "degrees" else (given, gold)
-    is_angle = other.unit in ("rad", "radians") or (not other.unit and "\\pi" in other.text)
+    is_angle = other.unit in ("rad", "radians") or (
+        not other.unit and ("\\pi" in other.text or "arc" in other.text)
+    )
     if degrees.unit != "degrees" or not is_angle or "\\pi" in degrees.text:
         return None
     return ("*", degrees.node, _DEGREE), other.node

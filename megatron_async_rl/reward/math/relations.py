@@ -39,7 +39,7 @@ SET_BUILDER = re.compile(
     r"[A-Za-z]\s*(?:\\in\s*(?:\\mathbb\s*\{?\s*R\s*\}?|\(-\\infty,\\infty\))\s*)?[|:](.*)"
 )
 _BOUNDED = re.compile(r"\\?[A-Za-z]+(?:\s*\([a-z]\))?")
-_ABSOLUTE = re.compile(r"\|\s*[A-Za-z]\s*\|")
+_ABSOLUTE = re.compile(r"\|\s*[A-Za-z]\s*([-+][^|A-Za-z]+)?\|")
 _NAME = re.compile(
     r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\^\{?-1\}?)?'*(?:\s*\([^()=]*\))?|\\angle\s*[A-Z]+|\|[A-Z]{2}\||"
     r"\([A-Za-z, ]+\)"
@@ -77,8 +77,9 @@ def read_inequality(text: str, depth: int, read: Reader) -> Part:
         is_name.reverse()
     if signs == ["\\ne"] and is_name == [True, False]:
         return _without([read(sides[1], depth + 1)])
-    if len(signs) == 1 and _ABSOLUTE.fullmatch(sides[0]):
-        return _read_absolute(signs[0], read(sides[1], depth + 1))
+    if len(signs) == 1 and (absolute := _ABSOLUTE.fullmatch(sides[0])):
+        shift = formula.parse(absolute[1] or "0")
+        return _read_absolute(signs[0], ("negative", shift), read(sides[1], depth + 1))
     if any(sign not in ("<", "\\le") for sign in signs):
         raise Unreadable
     closed = [sign == "\\le" for sign in signs]
@@ -92,16 +93,16 @@ def read_inequality(text: str, depth: int, read: Reader) -> Part:
     raise Unreadable
 
 
-def _read_absolute(sign: str, bound: Part) -> Part:
-    if not isinstance(bound, Number):
+def _read_absolute(sign: str, center: Node, radius: Part) -> Part:
+    if not isinstance(radius, Number):
         raise Unreadable
-    low = Number(("negative", bound.node), "")
+    low, high = (Number((operation, center, radius.node), "") for operation in "-+")
     if sign in ("<", "\\le"):
-        return Sequence("()" if sign == "<" else "[]", (low, bound), is_range=True)
+        return Sequence("()" if sign == "<" else "[]", (low, high), is_range=True)
     if sign not in (">", "\\ge"):
         raise Unreadable
     low_half = Sequence("()" if sign == ">" else "(]", (_LOW_END, low))
-    return Items("union", (low_half, Sequence("()" if sign == ">" else "[)", (bound, _HIGH_END))))
+    return Items("union", (low_half, Sequence("()" if sign == ">" else "[)", (high, _HIGH_END))))
 
 
 def reals_without(holes: Part) -> Part:
