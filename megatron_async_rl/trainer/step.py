@@ -154,11 +154,12 @@ def _exceeds_stop_ratio(totals: Metrics, config: Config) -> bool:
 
 
 def _save_refused_batch(samples: Sequence[TrainSample], version: int, config: Config) -> str:
-    """Saves the batch, each replica its share; returns how to train it again."""
+    """Saves the batch, each replica its share; returns how to train it again. Collective."""
     folder = config.run_dir / "refused"
     if mpu.get_model_parallel_group().rank() == 0 and mpu.get_context_parallel_rank() == 0:
         name = f"v{version}-replica{mpu.get_data_parallel_rank()}.npz"
         batches.save(folder / name, version, list(samples))
+    dist.barrier()  # the first rank that fails ends the others
     files = f"v{version}-replica*.npz"
     return f"The batch is saved; to train it again: {command('replay', folder)}/{files}"
 

@@ -425,7 +425,11 @@ def test_first_minibatch_needs_no_proximal_pass(results: dict[str, Any]) -> None
 
 def test_loglinear_proximal_makes_no_pass_and_other_weights(results: dict[str, Any]) -> None:
     loglinear, whole = results["proximal loglinear"], results["proximal recompute"]
-    assert loglinear["perf/time/proximal_s"] < 0.2 * whole["perf/time/proximal_s"]
+    assert results["proximal passes"] == {
+        "recompute": [2],
+        "reuse_first_minibatch": [1],
+        "loglinear": [],
+    }
     assert loglinear["train/behavior_weight_mean"] != pytest.approx(
         whole["train/behavior_weight_mean"], rel=1e-3
     )

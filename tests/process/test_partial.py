@@ -7,8 +7,10 @@ the same tokens.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
 import time
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from megatron_async_rl.controller.journal.events import (
     SampleReturned,
 )
 from megatron_async_rl.controller.journal.journal import JOURNAL_FILE, read_events
+from megatron_async_rl.errors import DataError
 from megatron_async_rl.protocol.types import Partial
 
 pytestmark = needs_engine
@@ -87,15 +90,29 @@ def journal(run_dir: Path) -> list[AnyEvent]:
     return list(read_events(run_dir / JOURNAL_FILE))
 
 
-def wait_for_partial_samples(run_dir: Path, start: int, at_least: int = 4) -> None:
+def controller_of(launcher: int) -> psutil.Process:
+    for process in psutil.Process(launcher).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if "megatron_async_rl.controller" in process.cmdline():
+                return process
+    raise AssertionError("no controller")
+
+
+def suspend_with_partial_samples(
+    run_dir: Path, start: int, controller: psutil.Process, at_least: int = 4
+) -> None:
+    """Suspends the controller when the journal has so many partial samples, after a step."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        events = journal(run_dir)
-        if (
-            any(isinstance(f, BatchTrained) for f in events_since(events, start))
-            and len(partial_samples(events)) >= at_least
-        ):
-            return
+        controller.suspend()
+        with contextlib.suppress(sqlite3.OperationalError, DataError):  # in the middle of a write
+            events = journal(run_dir)
+            if (
+                any(isinstance(f, BatchTrained) for f in events_since(events, start))
+                and len(partial_samples(events)) >= at_least
+            ):
+                return
+        controller.resume()
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -131,18 +148,14 @@ def test_partial_samples_resume_after_a_killed_controller_and_job(
     watch = Descendants(child.pid)
     try:
         wait_for_version(run_dir, 0, child=child)
-        wait_for_partial_samples(run_dir, start=0)
-        controller = next(
-            p
-            for p in watch.look()
-            if p.is_running() and "megatron_async_rl.controller" in p.cmdline()
-        )
+        controller = controller_of(child.pid)
+        suspend_with_partial_samples(run_dir, 0, controller)
         controller.kill()
         controller_lost = partial_samples(journal(run_dir))
         events = wait_until_returned(run_dir, 1, set(controller_lost))
         assert count_resumed(events, 1, controller_lost) >= 1
 
-        wait_for_partial_samples(run_dir, start=1)
+        suspend_with_partial_samples(run_dir, 1, controller_of(child.pid))
         os.kill(child.pid, signal.SIGKILL)
         child.communicate()
         assert watch.left() == []
@@ -153,7 +166,8 @@ def test_partial_samples_resume_after_a_killed_controller_and_job(
         events = wait_until_returned(run_dir, 2, set(job_lost))
         assert count_resumed(events, 2, job_lost) >= 1
         child.send_signal(signal.SIGTERM)
-        assert child.wait(40) == 75  # without checkpoints it waits for no save of 48 s
+        child.communicate(timeout=45)  # without checkpoints it waits for no save of 48 s
+        assert child.returncode == 75
         result = audit.audit(run_dir, load.load(run_dir / "config.yaml").staleness.max_staleness)
         assert result.breaches == [] and result.lost == result.duplicated == 0
         assert result.epochs == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -39,11 +40,13 @@ class Host:
 
     def freeze(self) -> None:
         for process in self.process_tree():
-            process.suspend()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                process.suspend()
 
     def thaw(self) -> None:
         for process in self.process_tree():
-            process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
     def kill(self) -> None:
         self.process.kill()

@@ -370,9 +370,18 @@ def run(folders: Path, out: Path) -> dict[str, Any]:
     results["implicit proximal"] = step.accumulate_gradients(model, minibatches[0], config)
 
     # Settings that avoid the proximal pass or shorten it.
+    compute, results["proximal passes"] = passes.current_logprobs, {}
     for proximal in ("recompute", "reuse_first_minibatch", "loglinear"):
         config = make_config(qwen3, 2, 2, minibatches=2, algorithm={"proximal": proximal})
+        passed = results["proximal passes"][proximal] = []  # minibatches of each pass
+
+        def counting(model: Any, minibatches: Any, config: Any, passed: Any = passed) -> Any:
+            passed.append(len(minibatches))
+            return compute(model, minibatches, config)
+
+        passes.current_logprobs = counting
         results[f"proximal {proximal}"] = step.train_step(start(config), share(), VERSION, config)
+    passes.current_logprobs = compute
 
     # KL to the starting policy is 0 at the first step and positive at the second; also in rewards.
     config = make_config(qwen3, 2, 2, algorithm={"kl_coef": 0.5})

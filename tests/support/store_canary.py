@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-CONNECT_S, STORE_S = 0.5, 2.0
+CONNECT_S, STORE_S = 5.0, 10.0
 
 
 def network_addresses() -> list[str]:
@@ -28,10 +28,11 @@ def network_addresses() -> list[str]:
 
 def is_reachable(address: str, port: int) -> bool:
     try:
-        socket.create_connection((address, port), CONNECT_S).close()
+        with socket.create_connection((address, port), CONNECT_S) as link:
+            # where nothing listens, the kernel may connect a socket to itself
+            return link.getsockname() != link.getpeername()
     except OSError:
         return False
-    return True
 
 
 def write(address: str, port: int, run_id: str, file: Path) -> bool:

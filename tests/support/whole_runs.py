@@ -56,8 +56,9 @@ class RunInputs:
             name: standard.get(name, {}) | sections.get(name, {}) for name in standard | sections
         }
         path = run_dir.with_suffix(".yaml")
-        path.write_text(yaml.safe_dump(tree))
-        return path
+        whole = path.with_suffix(".new")  # a requeued job may read the configuration at any time
+        whole.write_text(yaml.safe_dump(tree))
+        return whole.replace(path)
 
 
 def make_run_inputs(folder: Path) -> RunInputs:
@@ -90,7 +91,7 @@ def processes_of_run(run_dir: Path) -> list[psutil.Process]:
 
 
 def assert_no_process_left(run_dir: Path) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while (left := processes_of_run(run_dir)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left

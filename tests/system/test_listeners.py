@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import random
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -39,7 +41,6 @@ from megatron_async_rl.addresses import free_port
 
 pytestmark = needs_engine
 OTHER_USER = 65534
-PROMETHEUS_PORT = free_port()
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Listeners:
 
     run_dir: Path
     launcher: int
+    prometheus_port: int
     found: dict[tuple[str, str], str] = field(default_factory=dict)  # (address, port) -> command
     tried: set[tuple[str, int]] = field(default_factory=set)  # as another host, while it listens
     reached: list[str] = field(default_factory=list)
@@ -92,6 +94,15 @@ class Listeners:
         self._thread.join()
 
 
+def free_port_for_long() -> int:
+    """Returns a free port that no connection of another process gets from the kernel."""
+    limits = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    for port in random.sample(range(max(1024, int(limits[0]) - 10_000), int(limits[0])), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    return free_port()
+
+
 @pytest.fixture(scope="module")
 def watched_run(run_inputs: RunInputs) -> Iterator[Listeners]:
     """A finished run of two trainer ranks, with all listeners that it had."""
@@ -103,10 +114,10 @@ def watched_run(run_inputs: RunInputs) -> Iterator[Listeners]:
         run={"steps": 2, "export_every": 0},
         evaluation={"sets": {}},
         rollout=SHORT_ROLLOUT,
-        monitor={"prometheus_port": PROMETHEUS_PORT},
+        monitor={"prometheus_port": (port := free_port_for_long())},
     )
     child = start_run(path)
-    listeners = Listeners(run_dir, child.pid)
+    listeners = Listeners(run_dir, child.pid, port)
     try:
         output, errors = child.communicate(timeout=300)
         listeners.stop()
@@ -134,7 +145,7 @@ def test_the_watch_sees_the_listeners_of_a_run(watched_run: Listeners, part: str
 
 
 def test_prometheus_is_served_by_the_controller(watched_run: Listeners) -> None:
-    command = watched_run.found["127.0.0.1", str(PROMETHEUS_PORT)]
+    command = watched_run.found["127.0.0.1", str(watched_run.prometheus_port)]
     assert "megatron_async_rl.controller" in command
 
 
@@ -146,7 +157,7 @@ def test_no_store_of_the_run_takes_a_write_from_the_network(watched_run: Listene
 
 def test_canary_runs_in_the_store_of_torchruns_own_rendezvous(tmp_path: Path) -> None:
     """The design that trainer/torchrun.py replaces: the test above would find it."""
-    endpoint, canary = f"127.0.0.1:{free_port()}", tmp_path / "canary"
+    endpoint, canary = f"127.0.0.1:{free_port_for_long()}", tmp_path / "canary"
     parameters = RendezvousParameters("c10d", endpoint, "job", 1, 1, is_host=True)
     backend, store = c10d_rendezvous_backend.create_backend(parameters)
     handler = DynamicRendezvousHandler.from_backend("job", store, backend, 1, 1)

@@ -5,6 +5,7 @@ The steps after the last checkpoint are trained again with bit-identical results
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -44,6 +45,17 @@ def digests(run_dir: Path) -> dict[int, str]:
     return found
 
 
+def some_rank(launcher: int) -> psutil.Process:
+    """Returns a trainer rank, which runs as long as this process's torchrun."""
+    module = "megatron_async_rl.trainer"
+    for process in psutil.Process(launcher).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            words = process.cmdline()
+            if module in words and f"{module}.torchrun" not in words:
+                return process
+    raise AssertionError("no trainer rank")
+
+
 def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     inputs = RunInputs(
         make_model(tmp_path / "model"),
@@ -69,14 +81,15 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     )
     child = start_run(path)
     wait_for_version(run_dir, EVERY + 1, child=child)
-    while not checkpoints.list_manifests(run_dir):  # it is written while training continues
+    rank = some_rank(child.pid)
+    while True:  # until there are steps after the last checkpoint; its version has no successor yet
+        rank.suspend()
+        version, saved = read_status(run_dir).version, checkpoints.list_manifests(run_dir)
+        if saved and version > saved[0].version and version % EVERY:
+            break
+        rank.resume()
         assert child.poll() is None
         time.sleep(0.05)
-    rank = next(
-        p
-        for p in psutil.Process(child.pid).children(recursive=True)
-        if "megatron_async_rl.trainer" in " ".join(p.cmdline())
-    )
     rank.kill()
     time.sleep(1)
     before = digests(run_dir)
@@ -121,5 +134,5 @@ def test_run_killed_twice_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     assert abs(first - 2 / 3 * len(admitted)) < 1  # each source has its share
 
     again = start_run(path)
-    output, _ = again.communicate(timeout=60)
+    output, _ = again.communicate(timeout=200)
     assert again.returncode == 0 and "is complete" in output

@@ -36,9 +36,10 @@ def kill_one(watch: Descendants, module: str, not_pid: int = 0) -> int:
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         for process in running_processes(watch, module):
-            if process.pid != not_pid:
-                process.kill()
-                return process.pid
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.pid != not_pid:
+                    process.kill()
+                    return process.pid
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -60,7 +61,7 @@ def test_restart_limit_and_second_sigterm_end_the_run(tmp_path: Path) -> None:
     wait_for_version(run_dir, 1, child=child)
     first = kill_one(watch, "reward")
     kill_one(watch, "reward", not_pid=first)
-    _, errors = child.communicate(timeout=120)
+    _, errors = child.communicate(timeout=200)
     assert child.returncode == 2
     assert "error: reward-0 died 2 times (faults.max_restarts = 1)" in errors
     assert watch.left() == []
@@ -71,9 +72,13 @@ def test_restart_limit_and_second_sigterm_end_the_run(tmp_path: Path) -> None:
     wait_for_version(run_dir, trained + 1, ("training",), child)
     for process in running_processes(watch, "trainer"):
         process.suspend()  # so that no checkpoint is saved before the second signal
+    log, told = run_dir / "logs" / "controller.log", "the job was told to end (SIGTERM)"
+    count = log.read_text().count(told)  # by the end of the first start
     child.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    while log.read_text().count(told) == count:  # two at once would be one signal
+        assert child.poll() is None
+        time.sleep(0.05)
     child.send_signal(signal.SIGTERM)
-    output, _ = child.communicate(timeout=60)
+    output, _ = child.communicate(timeout=55)  # less than faults.shutdown_grace_s
     assert child.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in output
     assert watch.left() == []
