@@ -466,7 +466,11 @@ def test_progress_is_said_when_it_takes_long(
         ("gsm8k", {"out": "out.json"}, "OUT = out.json: expected a name that ends in .jsonl"),
         ("math", {}, "none of 1 rows can be used as math (1 no answer); give a dataset with the"),
         ("gsm8k", {"val": "1"}, "--val 1 leaves no training row of 1"),
-        ("gsm8k", {"evaluation": "in.jsonl"}, "in an evaluation set"),
+        (
+            "gsm8k",
+            {"evaluation": "in.jsonl"},
+            "(1 in an evaluation set); check the files of --decon",
+        ),
         (
             "gsm8k",
             {"evaluation": "other.jsonl"},

@@ -26,6 +26,7 @@ from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.storage import files
 
 PROGRESS_S = 5.0
+CONTAMINATED = "in an evaluation set"  # a reason for which rows are dropped
 _PROBLEM_COLUMNS = ("problem", "question", "question_content", "description", "Problem", "Question")
 
 
@@ -88,9 +89,11 @@ def prepare(
         kept = _write_rows(rows, report, progress)
         if not kept:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
+            remedy = f"give a dataset with the columns {KINDS[kind].columns}"
+            if CONTAMINATED in report.dropped:
+                remedy = "check the files of --decontaminate, or give a larger --ngram"
             raise DataError(
-                f"{source}: none of {report.read:,} rows can be used as {kind} ({reasons})",
-                f"give a dataset with the columns {KINDS[kind].columns}",
+                f"{source}: none of {report.read:,} rows can be used as {kind} ({reasons})", remedy
             )
         report.kept = len(kept)
         if count := options.num_validation:
@@ -148,7 +151,7 @@ def _usable_rows(
             problem = text(raw.columns, *_PROBLEM_COLUMNS)  # without starter code and examples
             if evaluation and (found := evaluation.find(problem)):
                 report.contaminated.append(Contamination(row["id"], *found))
-                raise Unusable("in an evaluation set")
+                raise Unusable(CONTAMINATED)
         except Unusable as e:
             dropped[str(e)] += 1
             report.dropped = dict(sorted(dropped.items()))
