@@ -29,6 +29,7 @@ from megatron_async_rl.observability.status import RunStatus, find_status
 logger = logging.getLogger(__name__)
 POLL_S = 0.3
 HEARTBEATS_PER_TIMEOUT = 8
+CAUSE_S = 5.0  # for the node of the rank that failed first to report its error
 
 
 class _Superseded(Exception):
@@ -233,6 +234,8 @@ class Node:
         restarts = 0 if time.monotonic() - started > faults.restart_reset_s else own.restarts
         if not self._has_trained:
             text = processes.error_text(self._log, self._log_begin)
+            if text is None:
+                self._await_cause()
             cause = text or f"its log is {self._log}"
             self._fail(f"{reason} before the first training step: {cause}")
         if restarts >= faults.max_restarts:
@@ -242,6 +245,16 @@ class Node:
             )
         self._write(TrainerIncarnation(own.number + 1, restarts + 1, reason))
         raise _Superseded
+
+    def _await_cause(self) -> None:
+        """Waits for another node's error: ranks whose peer on another host failed have none.
+
+        Raises that error.
+        """
+        deadline = time.monotonic() + CAUSE_S
+        while time.monotonic() < deadline:
+            self._poll()
+            time.sleep(POLL_S)
 
     def _fail(self, reason: str) -> NoReturn:
         """Ends the run on all hosts."""

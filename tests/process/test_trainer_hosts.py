@@ -187,6 +187,7 @@ class NodeHarness:
         (run_dir / "controller.address").write_text("tcp://127.0.0.1:5\n")
         self.status("training")
         monkeypatch.setattr(node, "POLL_S", 0.02)
+        monkeypatch.setattr(node, "CAUSE_S", 0.2)
         monkeypatch.setattr(torchrun, "command", self.torchrun)
 
     def torchrun(
@@ -339,6 +340,23 @@ def test_death_before_the_first_step_ends_the_run_on_all_hosts(harness: NodeHarn
     harness.wait(lambda: len(harness.ended) == 2)
     log = harness.run_dir / "logs" / "trainer-1.log"
     said = f"trainer-1 ended with exit code 1 before the first training step: its log is {log}"
+    assert {str(error) for error in harness.ended.values()} == {said}
+
+
+def test_host_whose_ranks_lost_their_peers_reports_the_error_of_the_other(
+    harness: NodeHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "CAUSE_S", 60.0)
+    harness.status("starting")
+    first = harness.run_dir / "first"
+    harness.codes[0] = (
+        f"import pathlib, time\nwhile not pathlib.Path({str(first)!r}).exists(): time.sleep(0.01)\n"
+        "time.sleep(0.2)\nprint('error: the disk is full', flush=True)\nraise SystemExit(2)"
+    )
+    harness.codes[1] = f"import pathlib\npathlib.Path({str(first)!r}).touch()\nraise SystemExit(1)"
+    harness.start("trainer-0", "trainer-1")
+    harness.wait(lambda: len(harness.ended) == 2)
+    said = "trainer-0 ended with exit code 2 before the first training step: the disk is full"
     assert {str(error) for error in harness.ended.values()} == {said}
 
 

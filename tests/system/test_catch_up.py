@@ -83,7 +83,7 @@ def engine_of(run_dir: Path, name: str) -> list[psutil.Process]:
     workers = [
         p
         for p in processes_of_run(run_dir)
-        if p.cmdline()[-1] == name and "megatron_async_rl.rollout" in p.cmdline()
+        if p.info["cmdline"][-1] == name and "megatron_async_rl.rollout" in p.info["cmdline"]
     ]
     return [child for worker in workers for child in worker.children(recursive=True)]
 
@@ -128,7 +128,7 @@ def test_fenced_server_catches_up_from_disk_while_the_other_continues(
         assert "error" not in log()[back:].lower()
     finally:
         child.send_signal(signal.SIGINT)
-        output, errors = child.communicate(timeout=60)
+        output, errors = child.communicate(timeout=120)
     assert child.returncode == 130, output[-2000:] + errors[-2000:]
     caught = re.search(r"rollout-1 has caught up with version (\d+) from (\S+) in", log()[fenced:])
     assert caught and Path(caught[2]).name == f"v{int(caught[1]):06d}.0"
