@@ -21,6 +21,7 @@ import io
 import json
 import linecache
 import os
+import resource
 import struct
 import sys
 import threading
@@ -58,6 +59,12 @@ STARTER_MODULES = (
 # A program starts no processes, and a lock between processes would need a file; a ThreadPool makes
 # one.
 BaseContext.Lock = lambda self: threading.Lock()  # type: ignore[assignment, method-assign, return-value]
+
+# A program may raise its stack limit before a deep recursion. It has the largest stack already.
+_plain_setrlimit = resource.setrlimit
+resource.setrlimit = lambda kind, limits: (
+    None if kind == resource.RLIMIT_STACK else _plain_setrlimit(kind, limits)
+)
 
 
 def starter_names() -> dict[str, Any]:

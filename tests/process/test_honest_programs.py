@@ -48,6 +48,10 @@ sys.stdout = Out(sys.stdout)
 print(input()[::-1])
 """
 SCRIPTS = {  # all reverse their input
+    "a larger stack": "import resource, sys\n"
+    "resource.setrlimit(resource.RLIMIT_STACK, (resource.RLIM_INFINITY,) * 2)\n"
+    "sys.setrecursionlimit(10**6)\ndef f(n): return n and 1 + f(n - 1)\n"
+    "print(input()[::-1] if f(20000) == 20000 else '')",
     "sys.exit at the end": "import sys\nprint(input()[::-1])\nsys.exit()",
     "exit with 0": "print(input()[::-1])\nexit(0)",
     "quit": "print(input()[::-1])\nquit()",
