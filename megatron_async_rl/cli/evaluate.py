@@ -55,7 +55,8 @@ def run(
     if code:
         return code
     [(_, results)] = records.read_results(config.run_dir)
-    sys.stdout.write(f"{evaluation_table(results)}\nresult: {records.result_path(out, 0)}\n")
+    result = records.result_path(out, 0)
+    sys.stdout.write(f"{evaluation_table(results)}\nmodel: {folder}\nresult: {result}\n")
     failed = sum(int(result.metrics["failed"]) for result in results)
     if failed:
         sys.stdout.write(f"{failed} samples failed; run the same command again to retry them\n")
