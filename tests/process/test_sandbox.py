@@ -173,6 +173,7 @@ SENDS = (
 @pytest.mark.parametrize(
     ("layer", "program", "shows"),
     [("landlock", READS_FILE, "untouched"), ("seccomp", FORKS, "forked")],
+    ids=["landlock", "seccomp"],  # the program names this process: workers must collect the same
 )
 def test_each_layer_stops_what_no_other_layer_stops(
     sandbox: Sandbox, layer: str, program: str, shows: str
