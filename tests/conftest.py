@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import sys
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
 
+import hypothesis
 import pytest
 from tiny_model import make_dataset, make_model
 from whole_runs import RunInputs, make_run_inputs
 
 from megatron_async_rl import processes
 
+# The same examples each time, on a machine of any speed; --hypothesis-profile=random draws others.
+for name, repeats in (("suite", True), ("random", False)):
+    hypothesis.settings.register_profile(
+        name,
+        deadline=None,
+        derandomize=repeats,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile("suite")
+
 
 def pytest_collection_finish() -> None:
     """Gives torch one thread here: others of OpenMP would wait busily on cores that are shared."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Lets each test draw the same random numbers, whichever tests its worker ran before."""
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

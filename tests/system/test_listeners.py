@@ -97,7 +97,8 @@ class Listeners:
 def free_port_for_long() -> int:
     """Returns a free port that no connection of another process gets from the kernel."""
     limits = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
-    for port in random.sample(range(max(1024, int(limits[0]) - 10_000), int(limits[0])), 100):
+    ports = range(max(1024, int(limits[0]) - 10_000), int(limits[0]))
+    for port in random.SystemRandom().sample(ports, 100):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     return free_port()

@@ -84,7 +84,7 @@ def test_requests_are_answered_as_described_and_change_no_other_session(tmp_path
         assert {200, 400} <= statuses
         assert not other.transcript.turns and not other.num_requests and not other.rewards
         url = f"{served.endpoint.url}/v1/models"
-        assert requests.get(url, headers={"x-api-key": other.key}, timeout=10).ok
+        assert requests.get(url, headers={"x-api-key": other.key}, timeout=60).ok
 
 
 @pytest.mark.parametrize("key", ["", "Bearer x", "Bearer \udce9"])
@@ -94,8 +94,8 @@ def test_description_needs_no_key_and_nothing_else_is_served_without(
     with serving_thread(make_chat_folder(tmp_path / "model")) as served:
         headers = {"Authorization": key.encode(errors="surrogateescape")} if key else {}
         url = served.endpoint.url
-        described = requests.get(f"{url}/openapi.json", timeout=10).json()
+        described = requests.get(f"{url}/openapi.json", timeout=60).json()
         for path, operations in described["paths"].items():
             [method] = operations
-            answer = requests.request(method, url + path, json={}, headers=headers, timeout=10)
+            answer = requests.request(method, url + path, json={}, headers=headers, timeout=60)
             assert answer.status_code == 401, answer.text

@@ -35,7 +35,7 @@ def endpoint() -> Iterator[Prometheus]:
 
 
 def fetch(port: int, path: str = "/metrics") -> tuple[str, str]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as reply:
         return reply.read().decode(), reply.headers["Content-Type"]
 
 

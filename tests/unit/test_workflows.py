@@ -156,7 +156,7 @@ def test_repeated_beginning_of_a_call_takes_no_time(text: str) -> None:
     find_calls(text * 8192)
     find_calls(f"{text * 8192}```")
     tool_calls.split(text * 8192)
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < 1.5  # the garbage collector may run meanwhile
 
 
 @pytest.mark.parametrize(
