@@ -103,12 +103,12 @@ up() {
   for ((node = 1; node <= nodes; node++)); do
     start "slurmd.n$node" slurmd -D -N "n$node" -f "$SLURM_CONF"
   done
-  for ((tenth = 0; tenth < 300; tenth++)); do
+  for ((tenth = 0; tenth < 900; tenth++)); do
     [[ $(sinfo -h -N -p local -o %T 2> /dev/null | grep -c idle) != "$nodes" ]] || { sinfo; return; }
     sleep 0.1
   done
   tail -n 5 "$dir"/log/* >&2
-  fail "the nodes did not come up within 30 s; above are the ends of $dir/log/*"
+  fail "the nodes did not come up within 90 s; above are the ends of $dir/log/*"
 }
 
 down() {

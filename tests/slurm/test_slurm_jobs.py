@@ -33,7 +33,7 @@ MISSING = [
     for name in ("munged", "slurmctld", "slurmd", "sbatch")
     if not shutil.which(name, path=os.defpath + ":/usr/sbin")
 ]
-TIMEOUT_S = 150.0
+TIMEOUT_S = 240.0
 ENDLESS = 5000  # steps of a job that is stopped before its end
 
 pytestmark = [
@@ -65,7 +65,7 @@ class Job:
 
     def slurm(self, *command: str) -> str:
         done = subprocess.run(
-            command, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=60
+            command, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, (command, done.stderr)
         return done.stdout.strip()
@@ -133,7 +133,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         ["bash", str(CLUSTER), "up", str(folder), "2", "2"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     try:
         assert up.returncode == 0, up.stderr
@@ -204,6 +204,8 @@ def test_terminated_job_saves_is_requeued_and_continues(
     running = job(ENDLESS).submit()
     running.wait_for_version(2)  # its server is on the second node
     started = running.status().pid
+    far = running.status().version + 300
+    job(far)  # what the requeued job reads if it starts before the next change
     if cause == "preemption":
         running.slurm(
             "sbatch",
@@ -229,7 +231,8 @@ def test_terminated_job_saves_is_requeued_and_continues(
     assert "exit code 75: job" in running.output and "stopped by SIGTERM" not in running.output
 
     assert running.wait_for_end() == ("COMPLETED", "0:0"), running.output[-3000:]
-    assert running.job_field("Restarts") == "1" and running.status().version == saved + 2
+    assert running.job_field("Restarts") == "1"
+    assert running.status().version in (saved + 2, far)
     assert (
         f"loaded checkpoint v{saved:06d}" in (running.run_dir / "logs" / "trainer.log").read_text()
     )
@@ -243,13 +246,18 @@ def test_job_that_loses_a_node_is_requeued_and_continues(job: Callable[..., Job]
     running = job(ENDLESS).submit()
     running.wait_for_version(2)
     running.wait(lambda: bool(checkpoints.list_manifests(running.run_dir)))
+    started = running.status().pid
     # the node returns as soon as its slurmd registers again
     running.slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     running.wait(lambda: running.job_field("Restarts") == "1")
-    last = running.status().version + 20  # processes of the lost job may train some more steps
-    job(last)  # the requeued job reads the new run.steps
+    far = running.status().version + 200  # the lost job trains on until it is killed
+    job(far)
+    running.wait(lambda: not Path(f"/proc/{started}").exists())
+    near = running.status().version + 20
+    job(near)
+    # the requeued job reads the new run.steps when it starts
     assert running.wait_for_end() == ("COMPLETED", "0:0"), running.output[-3000:]
-    assert running.job_field("Restarts") == "1" and running.status().version == last
+    assert running.job_field("Restarts") == "1" and running.status().version in (near, far)
     running.check_ledger(epochs=2)
 
 
