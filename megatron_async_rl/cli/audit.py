@@ -24,7 +24,7 @@ from megatron_async_rl.errors import DataError
 from megatron_async_rl.launcher.checks.weights import check_weights
 from megatron_async_rl.observability.sample_log import SAMPLES_FILE, SampleLine, read_samples
 from megatron_async_rl.observability.status import STATUS_FILE, read_status
-from megatron_async_rl.storage import checkpoints, exported, hook_digests, snapshots
+from megatron_async_rl.storage import checkpoints, exported, hook_digests, model_digests, snapshots
 
 UNKNOWN = 1 << 30  # max_staleness if config.yaml cannot be read
 
@@ -150,7 +150,12 @@ def _check_snapshots(run_dir: Path, result: Audit) -> None:
 
 def _check_records(run_dir: Path, result: Audit) -> None:
     """Checks the small files that the next start, `status` and `eval` read."""
-    checks: tuple[Callable[[Path], object], ...] = (read_digests, hook_digests.read, read_status)
+    checks: tuple[Callable[[Path], object], ...] = (
+        read_digests,
+        model_digests.read,
+        hook_digests.read,
+        read_status,
+    )
     for read in checks:
         try:
             read(run_dir)

@@ -41,8 +41,9 @@ from megatron_async_rl.observability import panel, terminal
 from megatron_async_rl.observability.sample_log import SAMPLES_FILE
 from megatron_async_rl.observability.status import RunStatus, find_status, read_status
 from megatron_async_rl.program import command
-from megatron_async_rl.storage import hook_digests
+from megatron_async_rl.storage import hook_digests, model_digests
 from megatron_async_rl.storage.hook_digests import HOOKS_FILE
+from megatron_async_rl.storage.model_digests import MODEL_FILE
 
 # settings that a journal depends on: a resumed run must not change them
 ExistingRun = Literal["resume", "rename", "rename if complete"]
@@ -88,6 +89,7 @@ def run(
             show(console, f"warning: {warning}")
         (run_dir / "config.yaml").write_text(configuration.dump(config))
         record_data(run_dir, config)
+        model_digests.record(run_dir, config)
         for change in hook_digests.record(run_dir, config):
             show(console, f"warning: {change}")
         success_rate.record(run_dir, config)
@@ -171,7 +173,11 @@ def _check_nothing_is_missing(run_dir: Path) -> None:
 def _missing_records(run_dir: Path) -> Iterator[str]:
     """Yields a text for each file of an earlier start with which this one cannot be compared."""
     if (run_dir / "journal.sqlite").exists():
-        for name, kind in ((DIGESTS_FILE, "datasets"), (HOOKS_FILE, "functions of your own")):
+        for name, kind in (
+            (DIGESTS_FILE, "datasets"),
+            (MODEL_FILE, "files of the model"),
+            (HOOKS_FILE, "functions of your own"),
+        ):
             if not (run_dir / name).exists():
                 yield (
                     f"{run_dir / name} is missing; lost: whether the {kind} are those of the last "
@@ -195,7 +201,7 @@ def _changed_setting(run_dir: Path, config: Config) -> str:
                 f"{key} = {new!r}, but the run in {run_dir} was started with {old!r}; restore the "
                 "value, choose another run.dir, or start over with --from-scratch"
             )
-    return changed_data(run_dir, config)
+    return changed_data(run_dir, config) or model_digests.changed(run_dir, config)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from megatron_async_rl.errors import DataError
 from megatron_async_rl.launcher import run
 from megatron_async_rl.observability.sample_log import last_version, read_samples
 from megatron_async_rl.protocol.wire import Codec
-from megatron_async_rl.storage import checkpoints, exported, hook_digests
+from megatron_async_rl.storage import checkpoints, exported, hook_digests, model_digests
 
 ETA = 1  # max_staleness of journal_events
 NUM_DAMAGES = 60  # of each kind of folder
@@ -148,8 +148,8 @@ OTHER_DAMAGES: dict[str, Callable[[Path], object]] = {
     "exchanged": exchange,
 }
 NAMES = (
-    "config.yaml", "dataset.json", "hooks.json", "status.json", "journal.sqlite", "journal.mark",
-    "journal.arrays/000001.bin", "samples.jsonl", "checkpoints/v000003/__0_0.distcp",
+    "config.yaml", "dataset.json", "model.json", "hooks.json", "status.json", "journal.sqlite",
+    "journal.mark", "journal.arrays/000001.bin", "samples.jsonl", "checkpoints/v000003/__0_0.distcp",
 )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def test_files_replaced_by_something_else_are_named(
         run_dir = tmp_path / name.replace("/", "-")
         shutil.copytree(whole_run, run_dir)
         OTHER_DAMAGES[kind](run_dir / name)
-        short, optional = Path(name).name, name in ("dataset.json", "hooks.json", "status.json")
+        short, optional = Path(name).name, name.endswith(".json")
         code, said = main(["audit", str(run_dir)]), "".join(capsys.readouterr())
         if not (optional and kind in ("missing", "loop of links")):
             assert short in said, said
@@ -171,6 +171,7 @@ def test_files_replaced_by_something_else_are_named(
             load.load_run(run_dir)
             hook_digests.record(run_dir, config)
             digests.changed_data(run_dir, config)
+            model_digests.changed(run_dir, config)
             last_version(run_dir / "samples.jsonl")
             list(read_events(run_dir / "journal.sqlite"))
         except DataError as e:
@@ -185,7 +186,10 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run_folder(run_dir, keep_wal=False)
     config = load.from_tree(config_tree(**{"staleness.max_staleness": ETA}))
     (run_dir / "config.yaml").write_text(load.dump(config))
-    for record, content in (("dataset", {"a": "b"}), ("hooks", {}), ("status", {"version": 3})):
+    named = {"a": "b"}
+    for record, content in (
+        ("dataset", named), ("model", named), ("hooks", {}), ("status", {"version": 3}),
+    ):  # fmt: skip
         (run_dir / f"{record}.json").write_text(json.dumps(content))
     assert main(["audit", str(run_dir)]) == 0
     return run_dir

@@ -17,6 +17,7 @@ from megatron_async_rl.errors import ConfigError, Error
 from megatron_async_rl.launcher import join, run
 from megatron_async_rl.observability.run_log import RunLog
 from megatron_async_rl.observability.status import RunState, RunStatus
+from megatron_async_rl.storage import model_digests
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +66,36 @@ def test_run_without_a_step_does_not_claim_the_folder(tmp_path: Path) -> None:
     config = leave_run(tmp_path / "run", "failed", 0)
     assert run._is_kept(tmp_path / "run", config, "resume")
     assert not run._is_kept(tmp_path / "run", with_seed(config, 7), "resume")
+
+
+def test_changed_model_is_refused_at_the_next_start(tmp_path: Path) -> None:
+    """Weights of the same size are those of another model; an added README changes nothing."""
+    model, run_dir = tmp_path / "model", tmp_path / "run"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    weights = model / "model.safetensors"
+    weights.write_bytes(bytes(5 << 20))
+    config = leave_run(run_dir, "stopped", 7)
+    config = msgspec.structs.replace(
+        config, model=msgspec.structs.replace(config.model, path=str(model))
+    )
+    (run_dir / "config.yaml").write_text(load.dump(config))
+    model_digests.record(run_dir, config)
+    (model / "README.md").write_text("new")
+    assert run._is_kept(run_dir, config, "resume")
+    for path, content in (
+        (model / "config.json", b"{ }"),
+        (model / "chat_template.jinja", b"{{ messages }}"),
+        (weights, bytes(2 << 20) + b"1" * (1 << 20) + bytes(2 << 20)),
+    ):
+        before = path.read_bytes() if path.exists() else None
+        path.write_bytes(content)
+        with pytest.raises(
+            ConfigError, match=rf"^model\.path = .*model: {path.name} is not the file"
+        ):
+            run._is_kept(run_dir, config, "resume")
+        path.write_bytes(before) if before is not None else path.unlink()
+    assert run._is_kept(run_dir, config, "resume")
 
 
 def test_run_with_a_step_claims_the_folder(tmp_path: Path) -> None:
