@@ -1,1 +1,1 @@
-"""Files of a run besides its journal: checkpoints, snapshots, batches."""
+"""Files of a run besides its journal: checkpoints, snapshots, batches, digests of its inputs."""

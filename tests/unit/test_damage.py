@@ -149,7 +149,8 @@ OTHER_DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 NAMES = (
     "config.yaml", "dataset.json", "model.json", "hooks.json", "status.json", "journal.sqlite",
-    "journal.mark", "journal.arrays/000001.bin", "samples.jsonl", "checkpoints/v000003/__0_0.distcp",
+    "journal.mark", "journal.arrays/000001.bin", "samples.jsonl",
+    "checkpoints/v000003/__0_0.distcp",
 )  # fmt: skip
 
 
