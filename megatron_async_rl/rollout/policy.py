@@ -37,6 +37,7 @@ from megatron_async_rl.rollout.samples.partials import PartialStore
 from megatron_async_rl.rollout.samples.routing import CallExperts, SampleExperts
 from megatron_async_rl.rollout.workflow import Completion
 
+_DISTRIBUTION = ("temperature", "top_p", "top_k", "min_p")  # of Sampling, that a workflow must keep
 Send = Callable[[Message], Awaitable[None]]  # to the controller
 
 
@@ -112,6 +113,7 @@ class SamplePolicy:
         self._key = lease.key(index)
         self._sample_id = lease.group_id, index
         self._resumable = lease.purpose == "train"
+        self._distribution = {name: getattr(lease, name) for name in _DISTRIBUTION}
         self._num_scored = 0
         self._partial = services.partials.longest(self._sample_id, partial, lease.floor_version)
         routing = services.routing if self._resumable else None
@@ -123,6 +125,13 @@ class SamplePolicy:
         if not self._resumable:
             return await generator.generate(ids, sampling)
 
+        for name, wanted in self._distribution.items():
+            if (given := getattr(sampling, name)) != wanted:
+                raise DataError(
+                    f"policy.generate got sampling.{name} = {given}, and the trainer needs the "
+                    f"distribution of rollout.{name} = {wanted}",
+                    f"keep it, or set rollout.{name} for all turns",
+                )
         partial = self._resumed(ids)
         experts = self._experts.begin(ids, partial) if self._experts else None
         resumed = partial.segments() if partial else []

@@ -113,7 +113,9 @@ class Episode:
     def sample(
         self, stop: StopReason, text: str, discount: float = 1.0, reward: float | None = None
     ) -> Sample:
-        """Returns the tokens up to the last turn. Raises DataError if there was no turn.
+        """Returns the tokens up to the last turn.
+
+        Raises DataError if there was no turn, or if the tokens of one were changed in `ids`.
 
         The last turn's reward is `reward`, or without it the score of `text` times `discount`, and
         the one given to `add_turn`. The sample's reward is the sum over its turns.
@@ -123,6 +125,14 @@ class Episode:
                 "an episode without a turn: nothing was sampled",
                 "call policy.generate and add_turn before sample",
             )
+        for start, segments in self._turns:
+            sampled = [token for segment in segments for token in segment.ids]
+            if self.ids[start : start + len(sampled)] != sampled:
+                raise DataError(
+                    f"the turn that begins at episode.ids[{start}] has other tokens than those that "
+                    "were sampled",
+                    "change no sampled token: begin another Episode with the tokens that you want",
+                )
         ids, logprobs, versions = token_arrays(self.ids[: self._end], self._turns)
         are_apart = self._starts == [start for start, _ in generated_runs(versions)]
         return Sample(

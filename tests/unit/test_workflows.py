@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import ConfigError, DataError
 from megatron_async_rl.protocol import rules
 from megatron_async_rl.protocol.messages import Generated, Hello, ScoreRequest
-from megatron_async_rl.protocol.types import NOT_GENERATED, Sample
+from megatron_async_rl.protocol.types import NOT_GENERATED, Prompt, Sample
 from megatron_async_rl.rollout import tool_calls
+from megatron_async_rl.rollout.engine_client import Sampling
 from megatron_async_rl.rollout.policy import plain_ids
 from megatron_async_rl.rollout.python_runner import PythonRunner, shortened
 from megatron_async_rl.rollout.tool_calls import BadCall, ToolCall
 from megatron_async_rl.rollout.worker import blocked_reason, sleep_late
+from megatron_async_rl.rollout.workflow import Episode, Policy
 from megatron_async_rl.rollout.workflows.multi_turn_math import FEEDBACK, MultiTurnMath
 from megatron_async_rl.rollout.workflows.python_tool import find_calls
 
@@ -254,6 +257,38 @@ def test_only_a_workflow_of_ones_own_is_named_as_what_blocks_its_worker() -> Non
     )
     agent = load.from_tree(config_tree(**{"rollout.agent": "my:solve"}))
     assert "CPU cores" in blocked_reason(load.from_tree(config_tree())) == blocked_reason(agent)
+
+
+class Changes:
+    """Samples one turn, with other sampling or a changed token."""
+
+    def __init__(self, token: int | None = None, **sampling: float) -> None:
+        self._token, self._sampling = token, sampling
+
+    async def run(self, prompt: Prompt, policy: Policy, sampling: Sampling) -> Sample:
+        episode = Episode(prompt.ids)
+        turn = await policy.generate(episode.ids, replace(sampling, **self._sampling))
+        episode.add_turn(turn)
+        if self._token is not None:
+            episode.ids[-1] = self._token
+        return episode.sample(turn.stop, "text")
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0.5), ("top_p", 0.9), ("top_k", 4)])
+def test_workflow_cannot_sample_from_another_distribution(
+    tokenizer: Tokenizer, name: str, value: float
+) -> None:
+    script = Script(tokenizer, ["one"])
+    with pytest.raises(DataError, match=rf"sampling\.{name} = {value}, .* rollout\.{name} = "):
+        script.run(Changes(**{name: value}), "q")
+    assert script.run(Changes(max_new_tokens=2), "q").num_generated == 2
+
+
+def test_workflow_cannot_change_a_sampled_token(tokenizer: Tokenizer) -> None:
+    with pytest.raises(
+        DataError, match=r"begins at episode\.ids\[\d+\] has other .* sampled; change"
+    ):
+        Script(tokenizer, ["one"]).run(Changes(token=7), "q")
 
 
 def test_token_ids_may_be_an_array_but_no_text() -> None:
