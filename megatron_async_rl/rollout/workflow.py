@@ -129,8 +129,8 @@ class Episode:
             sampled = [token for segment in segments for token in segment.ids]
             if self.ids[start : start + len(sampled)] != sampled:
                 raise DataError(
-                    f"the turn that begins at episode.ids[{start}] has other tokens than those that "
-                    "were sampled",
+                    f"the turn that begins at episode.ids[{start}] has other tokens than were "
+                    "sampled",
                     "change no sampled token: begin another Episode with the tokens that you want",
                 )
         ids, logprobs, versions = token_arrays(self.ids[: self._end], self._turns)
