@@ -2,6 +2,7 @@
 """Compares predictions of `plan` with measured runs and with AReaL's published eta sweep.
 
     python tools/bench/bench_plan.py
+    python tools/bench/bench_plan.py --predict generation     a workload, before it is measured
 
 Needs no GPU. Each measured run is simulated from its first to its last step with the lengths that
 it had, and the same steps are averaged. The constants are those of planning/hardware.py for all
@@ -40,6 +41,7 @@ from megatron_async_rl.planning.steps import Step
 
 PROMPT_TOKENS = 97  # of the planted prompts: 96 words and the end
 WARM_UP_STEPS = end_to_end.WARM_UP_STEPS
+PREDICTED_ROWS = ("eta0", "overlap", "eta1", "eta2", "eta4", "eta8", "eta8-keep")
 
 # AReaL, arXiv 2505.24298: DeepSeek-R1-Distill-Qwen-1.5B, 512 x 16 samples, 27,648 new tokens,
 # 16 nodes of 8 H800, three quarters of which generate. Figure 5c, trained tokens/s.
@@ -186,13 +188,12 @@ def whole_runs(
     steps = {row: run.simulated(is_cut_off) for row, run in runs.items()}
     found = {row: average(steps[row]) for row in runs}
     eta0 = steps["eta0"]
-    busy_s = mean_of(eta0, "proximal_s") + mean_of(eta0, "train_s")
-    tokens, half_s = mean_of(eta0, "trained_tokens"), runs["eta0"].half_batch_s()
-    ideal = tokens / (half_s + busy_s / 2)
+    half_s = runs["eta0"].half_batch_s()
+    ideal, trainer = ideal_rate(half_s, eta0), mean_of(eta0, "trained_tokens") / busy_s(eta0)
     bounds = measured["bounds"]
     figures = [
         Figure("server alone", "half a batch to its end, s", bounds[0], half_s, 2),
-        Figure("trainer alone", "trained tokens/s", bounds[1], tokens / busy_s, 0),
+        Figure("trainer alone", "trained tokens/s", bounds[1], trainer, 0),
         Figure("ideal sync", "trained tokens/s", bounds[2], ideal, 0),
     ]
     for row in runs:
@@ -219,6 +220,37 @@ def whole_runs(
         if values[8] > 1:
             figures.append(Figure(row, "mean staleness", values[8], predicted.mean_staleness, 2))
     return figures
+
+
+def predictions(folder: Path, workload: str) -> str:
+    """Returns the table of all rows of a workload: 1.7B shape, two H100."""
+    lines = [
+        "| row | step s | trained tokens/s | trainer waits | staleness | over eta0 | over ideal |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    eta0, ideal = 0.0, 0.0
+    for row in PREDICTED_ROWS:
+        run = Planted(folder, "1.7b", workload, row, 7, ())
+        steps = run.simulated(is_cut_off=True)
+        found = average(steps)
+        if row == "eta0":
+            eta0, ideal = found.trained_tokens_per_s, ideal_rate(run.half_batch_s(), steps)
+        rate = found.trained_tokens_per_s
+        lines.append(
+            f"| {row} | {found.step_s:.1f} | {rate:,.0f} | {found.trainer_idle:.0%} | "
+            f"{found.mean_staleness:.2f} | {rate / eta0:.2f} | {rate / ideal:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def ideal_rate(half_batch_s: float, eta0: list[Step]) -> float:
+    """Returns tokens/s of a synchronous step in which two GPUs share both tasks at no cost."""
+    return mean_of(eta0, "trained_tokens") / (half_batch_s + busy_s(eta0) / 2)
+
+
+def busy_s(steps: list[Step]) -> float:
+    """Returns the trainer's seconds in a step."""
+    return mean_of(steps, "proximal_s") + mean_of(steps, "train_s")
 
 
 def generation_bound(folder: Path) -> list[Figure]:
@@ -313,11 +345,16 @@ def sweep_config(folder: Path, eta: int) -> Config:
 
 
 def main() -> None:
-    make_parser(__doc__).parse_args()
+    parser = make_parser(__doc__)
+    parser.add_argument("--predict", choices=end_to_end.WORKLOADS, metavar="WORKLOAD")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for shape in ("0.6b", "1.7b"):
             end_to_end.make_inputs(folder / shape, shape)
+        if arguments.predict:
+            print(predictions(folder / "1.7b", arguments.predict))
+            return
         rows = ("eta0", "overlap", "eta4")
         small = whole_runs(
             {row: Planted(folder / "0.6b", "0.6b", "balanced-600", row, 7) for row in rows}, SMALL
