@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import fcntl
 import itertools
 import logging
 import os
@@ -139,6 +140,10 @@ def start(
     """Starts a child in its own process group, with its output appended to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
+    variables = {LAUNCHER_VARIABLE: str(parent), **os.environ, **(env or {})}
+    if temporary := variables.get("TMPDIR"):  # a cleaner of /tmp may have removed it
+        with contextlib.suppress(OSError):
+            Path(temporary).mkdir(mode=0o700)
 
     def new_group_and_die_with_parent() -> None:
         os.setpgid(0, 0)
@@ -152,7 +157,7 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={LAUNCHER_VARIABLE: str(parent), **os.environ, **(env or {})},
+            env=variables,
             cwd=cwd,
             preexec_fn=new_group_and_die_with_parent,
         )
@@ -193,6 +198,7 @@ def temporary_folder() -> Iterator[Path]:
 
     torchrun, multiprocessing and SGLang leave folders and sockets in TMPDIR. run.dir is unsuitable
     for them: the path of a socket has at most 107 bytes, and a shared disk may refuse sockets.
+    The folder is locked: systemd-tmpfiles, which removes what is older than ten days, skips it.
     Raises ConfigError as temporary_parent.
     """
     folder, owner = tempfile.mkdtemp(prefix="marl-", dir=temporary_parent()), os.getpid()
@@ -205,9 +211,13 @@ def temporary_folder() -> Iterator[Path]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_SH)
     try:
         yield Path(folder)
     finally:
+        os.close(lock)
         if os.getpid() == owner:  # a fork of multiprocessing drops its finalizers
             shutil.rmtree(folder, ignore_errors=True)
             os.killpg(remover.pid, signal.SIGKILL)  # it may be stopped

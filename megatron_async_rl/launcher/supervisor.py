@@ -15,6 +15,7 @@ No process is restarted before the first training step: an early exit is taken f
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Callable
@@ -137,12 +138,15 @@ class Supervisor:
         if now - child.started > self.faults.restart_reset_s:
             child.restarts = 0
         processes.stop([child.process], 0.0)  # kills the rest of its process group
+        self._plan_restart(child, now, f"ended with exit code {code}")
+
+    def _plan_restart(self, child: Child, now: float, reason: str) -> None:
         if child.restarts >= self.faults.max_restarts:
             self._give_up(child)
             return
         pause_s = self.faults.restart_pause_s(child.restarts + 1)
         child.restart_at = now + pause_s
-        self.log(f"{child.name} ended with exit code {code}; restart in {pause_s:.0f} s")
+        self.log(f"{child.name} {reason}; restart in {pause_s:.0f} s")
 
     def _restart(self, child: Child, now: float) -> None:
         child.restart_at = None
@@ -150,7 +154,11 @@ class Supervisor:
             return
         child.restarts += 1
         self.num_restarts += 1
-        child.process, child.started = child.start(), now
+        try:
+            child.process, child.started = child.start(), now
+        except OSError as e:  # no memory or process left, or its log cannot be opened
+            self._plan_restart(child, now, f"cannot be started: {e}")
+            return
         child.connecting = True
         self._lost_since.pop(child.name, None)
 
@@ -161,7 +169,9 @@ class Supervisor:
                 trainer.restart_at = now
 
     def _is_claimed_by_other(self, child: Child, when: str = "") -> bool:
-        owner = self.claims.other_owner(child.name)
+        owner = ""
+        with contextlib.suppress(OSError):  # of a network file system, which may pass
+            owner = self.claims.other_owner(child.name)
         if owner:
             child.given_up = True
             self.log(f"{child.name} is not restarted here{when}: {owner} has taken it over")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -60,6 +62,21 @@ def test_folder_too_deep_for_sockets_is_refused(monkeypatch: pytest.MonkeyPatch)
         processes.temporary_folder(),
     ):
         pass
+
+
+def test_temporary_folder_is_locked_against_cleaners_and_made_again_for_a_child(
+    tmp_path: Path,
+) -> None:
+    with processes.temporary_folder() as folder:
+        descriptor = os.open(folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):  # systemd-tmpfiles then skips the folder
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        folder.rmdir()
+        log = tmp_path / "log"
+        child = processes.start(["stat", "-c%a", folder], log, {"TMPDIR": str(folder)})
+        assert child.wait() == 0 and log.read_text() == "700\n"
+    assert not folder.exists()
 
 
 def test_temporary_folder_survives_the_end_of_a_fork() -> None:

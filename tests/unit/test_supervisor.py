@@ -84,6 +84,29 @@ def test_dead_worker_is_restarted_and_others_are_untouched(
     assert {name for name in before if before[name] != after[name]} == {"rollout-0"}
 
 
+def test_process_that_cannot_be_started_now_is_tried_again(make: Callable[..., Bench]) -> None:
+    bench = make(max_restarts=2)
+    bench.start(rollout_0=SLEEP)
+    assert not bench.watch(until=lambda: bench.supervisor._has_trained)
+    child = bench.supervisor.children["rollout-0"]
+    start, failures = child.start, [OSError(11, "Resource temporarily unavailable")]
+
+    def try_start() -> subprocess.Popen[bytes]:
+        if failures:
+            raise failures.pop()
+        return start()
+
+    child.start = try_start
+    pid = bench.pid("rollout-0")
+    child.process.kill()
+    assert not bench.watch(until=lambda: bench.pid("rollout-0") != pid)
+    assert child.process.poll() is None and child.restarts == 2
+    assert any("rollout-0 cannot be started: [Errno 11]" in line for line in bench.told)
+    failures += [OSError(11, "again")] * 9
+    child.process.kill()
+    assert bench.watch() and bench.supervisor.failed == "rollout-0"
+
+
 def test_exit_before_the_first_step_ends_the_run(make: Callable[..., Bench]) -> None:
     bench = make()
     bench.status("starting")
