@@ -126,6 +126,9 @@ def render(
         )
     # as apply_chat_template: a key without a value is a key that is not there
     given = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    for message in given:
+        if isinstance(content := message.get("content"), list):
+            message["content"] = "".join(map(_text_of_part, content))
     try:
         rendered = render_jinja_template(
             conversations=[given],
@@ -138,6 +141,16 @@ def render(
             "correct the messages, the template, or data.chat_template_kwargs",
         ) from None
     return rendered[0][0]
+
+
+def _text_of_part(part: Any) -> str:
+    """Templates of text models would leave out a list of parts, or render it as Python does."""
+    if isinstance(part, dict) and isinstance(text := part.get("text"), str):
+        return text
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise DataError(
+        f"content parts of type {kind!r} are not supported", "write the content as a text"
+    )
 
 
 def _text(token: Any) -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
 from megatron_async_rl.data import columnar
 from megatron_async_rl.errors import DataError
@@ -96,13 +97,22 @@ def find_files(path: str, form: str = "auto", split: str | None = None) -> list[
 
 
 def as_plain(row: Any) -> dict[str, Any]:
-    """Returns a row as plain data: dates and decimals as text. Raises DataError."""
+    """Returns a row as plain data: dates and decimals as text, arrays as lists.
+
+    Raises DataError.
+    """
     if not isinstance(row, dict) or not all(isinstance(name, str) for name in row):
         raise DataError(f"a row is a {type(row).__name__}, must be a dict of columns by name")
     try:
-        return msgspec.to_builtins(row)
+        return msgspec.to_builtins(row, enc_hook=_number_or_list)
     except (TypeError, RecursionError) as e:
         raise DataError(f"a row has values that are not plain data: {e}") from None
+
+
+def _number_or_list(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__}")
 
 
 def decode_json(text: bytes) -> Any:

@@ -112,7 +112,7 @@ def _custom_rows(reader: str, source: SourceConfig) -> Iterator[readers.RawRow]:
     except DataError as e:
         problem = f"{source.path}, row {number}: {e.problem}"
         raise DataError(problem, f"correct data.reader = {reader}") from None
-    except Exception as e:  # a user's function may raise anything
+    except (Exception, SystemExit) as e:  # a user's function may raise anything
         problem = f"{source.path}, row {number + 1}: {type(e).__name__}: {e}"
         raise DataError(problem, f"correct data.reader = {reader}") from e
 

@@ -148,6 +148,16 @@ def test_unknown_or_ambiguous_template_names_the_known_ones(folder: Path) -> Non
         Tokenizer(folder).render_chat(MESSAGES, "c")
 
 
+def test_text_parts_of_a_content_are_joined_and_others_refused(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content | trim }}")
+    parts: list[Any] = [{"type": "text", "text": "1+"}, {"type": "text", "text": "2="}]
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.render_chat([{"role": "user", "content": parts}]) == "1+2="
+    parts.append({"type": "image_url", "image_url": {}})
+    with pytest.raises(DataError, match="parts of type 'image_url' are not supported; write"):
+        tokenizer.render_chat([{"role": "user", "content": parts}])
+
+
 @pytest.mark.parametrize(
     "template",
     [

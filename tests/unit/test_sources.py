@@ -421,6 +421,13 @@ def listed(path, source):
 
 def opaque(path, source):
     return [{"prompt": object()}]
+
+def exits(path, source):
+    raise SystemExit("no file")
+
+def arrays(path, source):
+    import numpy as np
+    return [{"prompt": np.str_("1+1="), "answer": np.int64(2), "all": np.arange(2)}]
 """
 
 
@@ -442,12 +449,19 @@ def test_rows_of_an_own_reader_become_prompts(model: Path, reader: Path) -> None
     assert [prompt.row for prompt in prompts] == ROWS  # a format is read by its own reader
 
 
+def test_arrays_of_an_own_reader_become_plain_data(model: Path, reader: Path) -> None:
+    config = make_config(model, [{"path": "."}], reader="own_reader:arrays")
+    [[prompt]] = training(config)
+    assert prompt.row == {"prompt": "1+1=", "answer": 2, "all": [0, 1]}
+
+
 @pytest.mark.parametrize(
     ("function", "problem"),
     [
         ("read", "row 2: ValueError: bad line; correct data.reader = own_reader:read"),
         ("listed", "row 1: a row is a list, must be a dict of columns by name"),
         ("opaque", "row 1: a row has values that are not plain data"),
+        ("exits", "row 1: SystemExit: no file; correct data.reader = own_reader:exits"),
         ("absent", "data.reader = 'own_reader:absent' cannot be loaded"),
     ],
 )
