@@ -275,8 +275,10 @@ class MonitorConfig(Section, frozen=True, kw_only=True):
     sample_texts: NonNegativeInt = 2
     """Number of samples shown as text in TensorBoard at each step."""
     sample_tokens: NonNegativeInt = 16
-    """Number of samples of each step whose token ids and logprobs are kept in samples.jsonl. It has
-    the text of all."""
+    """Number of samples of each step whose token ids and logprobs are kept in samples.jsonl."""
+    log_texts: NonNegativeInt | None = None
+    """Number of samples of each step whose text is kept in samples.jsonl, which grows with the
+    length of the run (docs/reliability.md). Null keeps the text of all."""
     logprob_mismatch_alarm: PositiveFloat | None = 0.05
     """Warn when the mean absolute difference between engine and trainer logprobs exceeds this. Null
     disables it."""

@@ -30,6 +30,7 @@ from megatron_async_rl.observability.status import (
 from megatron_async_rl.observability.tensorboard import TensorBoard
 
 TENSORBOARD_DIR = "tensorboard"
+HALF_TEXT = 10_000  # characters of a longer sample's begin and end in TensorBoard
 
 
 class RunLog:
@@ -87,7 +88,15 @@ class RunLog:
             sample_log.sample_line(version, group, index, number < self._monitor.sample_tokens)
             for number, (group, index) in enumerate(samples)
         ]
-        data = b"".join(map(sample_log.encode_line, lines))
+        with_text = self._monitor.log_texts
+        data = b"".join(
+            sample_log.encode_line(
+                line
+                if with_text is None or number < with_text
+                else msgspec.structs.replace(line, text="")
+            )
+            for number, line in enumerate(lines)
+        )
         sample_log.append_whole(self._samples, data)
         if lines:
             self._write_statistics(version, lines)
@@ -176,7 +185,11 @@ def _markdown(line: SampleLine) -> str:
     runs = " | ".join(f"v{version}:{length} tokens" for version, length in line.versions)
     stop = "" if line.stop == "stop" else f", ended by {line.stop}"
     # an indented block: a fence could be closed by backticks of the text
-    text = "\n".join("    " + row for row in line.text.splitlines())
+    text = line.text
+    if len(text) > 2 * HALF_TEXT:
+        left_out = f"\n[{len(text) - 2 * HALF_TEXT:,} characters left out]\n"
+        text = text[:HALF_TEXT] + left_out + text[-HALF_TEXT:]
+    text = "\n".join("    " + row for row in text.splitlines())
     return (
         f"**reward {line.reward:g}**, advantage {line.advantage:+.3f}, prompt `{line.prompt_id}`, "
         f"trained on v{line.version}{stop}\n\n`{runs}`\n\n{text}\n"

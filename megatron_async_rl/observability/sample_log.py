@@ -5,7 +5,7 @@ The last field of a line, crc32, is the checksum of the bytes before it.
 Text and numbers are plain JSON. Token ids and logprobs are base64 of little-endian int32 and
 float32, np.frombuffer(base64.b64decode(line["ids"]), "<i4"), which takes a tenth of the time of
 JSON numbers. A step can have gigabytes of them, so only the first `monitor.sample_tokens` samples
-of it keep them.
+of it keep them, and with `monitor.log_texts` only the first ones the text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""run.dir/model.json: digests of model.path at the first start; a resumed run must find the same.
+"""run.dir/model_files.json: digests of model.path at the first start, for the next one.
 
 The tokenizer and the chat template make the prompts, config.json the model that checkpoints are
 loaded into, and with `algorithm.kl` the weights are the reference. Of a weight file, which may have
@@ -15,7 +15,7 @@ import msgspec
 from megatron_async_rl.config.config import Config
 from megatron_async_rl.storage import files
 
-MODEL_FILE = "model.json"
+MODEL_FILE = "model_files.json"
 NUM_BLOCKS = 32
 BLOCK_BYTES = 1 << 16
 _PATTERNS = (

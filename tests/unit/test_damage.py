@@ -148,8 +148,8 @@ OTHER_DAMAGES: dict[str, Callable[[Path], object]] = {
     "exchanged": exchange,
 }
 NAMES = (
-    "config.yaml", "dataset.json", "model.json", "hooks.json", "status.json", "journal.sqlite",
-    "journal.mark", "journal.arrays/000001.bin", "samples.jsonl",
+    "config.yaml", "dataset.json", "model_files.json", "hooks.json", "status.json",
+    "journal.sqlite", "journal.mark", "journal.arrays/000001.bin", "samples.jsonl",
     "checkpoints/v000003/__0_0.distcp",
 )  # fmt: skip
 
@@ -189,7 +189,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run_dir / "config.yaml").write_text(load.dump(config))
     named = {"a": "b"}
     for record, content in (
-        ("dataset", named), ("model", named), ("hooks", {}), ("status", {"version": 3}),
+        ("dataset", named), ("model_files", named), ("hooks", {}), ("status", {"version": 3}),
     ):  # fmt: skip
         (run_dir / f"{record}.json").write_text(json.dumps(content))
     assert main(["audit", str(run_dir)]) == 0

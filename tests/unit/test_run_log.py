@@ -19,7 +19,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from megatron_async_rl.controller import __main__ as controller_main
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.observability import health_page, sample_log
+from megatron_async_rl.observability import health_page, run_log, sample_log
 from megatron_async_rl.observability.run_log import RunLog
 from megatron_async_rl.observability.sample_log import read_samples
 from megatron_async_rl.observability.status import (
@@ -184,6 +184,22 @@ def test_token_ids_are_logged_for_the_configured_count(tmp_path: Path) -> None:
         (3, 12, [[3, 12]]),
         (3, 2, [[4, 2]]),
     ]
+
+
+def test_texts_of_a_long_run_can_be_bounded(tmp_path: Path) -> None:
+    """samples.jsonl keeps the text of the first samples of a step, TensorBoard both ends."""
+    log = RunLog(tmp_path, log_config(tmp_path, log_texts=1, sample_texts=2))
+    half = run_log.HALF_TEXT
+    text = "a" * half + "x" * 5000 + "b" * half
+    samples = [sample_of_versions((3, 12), text=text) for _ in range(2)]
+    log.write_samples(3, [trained_group(*samples)])
+    log.close()
+    assert [line.text for line in read_samples(tmp_path)] == [text, ""]
+    board = read_tensorboard(tmp_path)
+    for slot in range(2):
+        [value] = board.Tensors(f"samples/{slot}")[0].tensor_proto.string_val
+        assert value.count(b"a" * half) == value.count(b"b" * half) == 1
+        assert b"[5,000 characters left out]" in value and b"xx" not in value
 
 
 def test_tool_tokens_between_turns_belong_to_no_version(tmp_path: Path) -> None:
