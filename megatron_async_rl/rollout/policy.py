@@ -121,6 +121,12 @@ class SamplePolicy:
 
     async def generate(self, ids: Iterable[int], sampling: Sampling) -> Completion:
         ids = plain_ids(ids)
+        if sampling.stop and not (self.config.rollout.stop or self.config.has_agent):
+            raise DataError(
+                f"policy.generate got sampling.stop = {sampling.stop}, and a server reads no text "
+                "without rollout.stop",
+                "set rollout.stop; turns that it is not for get replace(sampling, stop=())",
+            )
         generator = self._services.generator
         if not self._resumable:
             return await generator.generate(ids, sampling)

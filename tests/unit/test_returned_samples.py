@@ -21,7 +21,7 @@ from megatron_async_rl.config import load
 from megatron_async_rl.errors import DataError
 from megatron_async_rl.observability.error_log import user_error
 from megatron_async_rl.protocol.messages import Generate, GenerateFailed, Message
-from megatron_async_rl.protocol.types import Prompt, Sample, SampleKey
+from megatron_async_rl.protocol.types import NOT_GENERATED, Prompt, Sample, SampleKey
 from megatron_async_rl.protocol.wire import Codec
 from megatron_async_rl.reward import scoring_process
 from megatron_async_rl.rollout.samples.returned import ReturnedSamples
@@ -64,6 +64,7 @@ def sample(**changes: Any) -> Sample:
         ({"ids": np.arange(4, dtype=np.int64)}, "int64"),
         ({"logprobs": [0.0]}, r"\$\.sample\.logprobs"),
         ({"turn_starts": [np.int64(3)]}, "int64"),
+        ({"versions": np.full(4, NOT_GENERATED, np.int32)}, "without a generated token"),
         ({"logprobs": np.zeros(1000, np.float32)}, "1000 elements, at most 128"),
     ],
 )

@@ -262,7 +262,7 @@ def test_only_a_workflow_of_ones_own_is_named_as_what_blocks_its_worker() -> Non
 class Changes:
     """Samples one turn, with other sampling or a changed token."""
 
-    def __init__(self, token: int | None = None, **sampling: float) -> None:
+    def __init__(self, token: int | None = None, **sampling: Any) -> None:
         self._token, self._sampling = token, sampling
 
     async def run(self, prompt: Prompt, policy: Policy, sampling: Sampling) -> Sample:
@@ -282,6 +282,14 @@ def test_workflow_cannot_sample_from_another_distribution(
     with pytest.raises(DataError, match=rf"sampling\.{name} = {value}, .* rollout\.{name} = "):
         script.run(Changes(**{name: value}), "q")
     assert script.run(Changes(max_new_tokens=2), "q").num_generated == 2
+
+
+def test_stop_text_of_a_workflow_needs_a_server_that_reads_text(tokenizer: Tokenizer) -> None:
+    script = Script(tokenizer, ["one", "two"])
+    with pytest.raises(DataError, match=r"sampling\.stop = \('n',\), .*; set rollout\.stop"):
+        script.run(Changes(stop=("n",)), "q")
+    script.settings["rollout.stop"] = ["x"]
+    assert script.run(Changes(stop=("n",)), "q").stop == "stop"
 
 
 def test_workflow_cannot_change_a_sampled_token(tokenizer: Tokenizer) -> None:

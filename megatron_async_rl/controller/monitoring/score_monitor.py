@@ -87,7 +87,7 @@ class ScoreMonitor:
 
         Raises Error if faults.max_failed_groups groups have failed in a row.
         """
-        error = self._last_error or "no reply in time"
+        error = self._last_error or "none was reported: no reply in time, or one that is refused"
         for reason in [reason for reason, warned in self._reasons.items() if not warned]:
             self._reasons[reason] = True
             warn(

@@ -59,6 +59,8 @@ class ReturnedSamples:
             raise self._fault(f"a Sample that no message can carry ({e})", "plain data") from None
         if problem := rules.field_problem(message):
             raise self._fault(f"a Sample with {problem}", "within the range of that field")
+        if not returned.num_generated:
+            raise self._fault("a Sample without a generated token", "one with a token")
         return frames
 
     def _number(self, name: str, value: Any) -> float:
