@@ -8,14 +8,12 @@ host, where pids cannot be checked, if it has been silent for SILENT_S.
 from __future__ import annotations
 
 import socket
-import sys
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 
 from megatron_async_rl import processes
-from megatron_async_rl.errors import DataError
 from megatron_async_rl.launcher.claims import has_launcher
 from megatron_async_rl.observability import panel, terminal
 from megatron_async_rl.observability.status import FINAL_STATES, RunStatus, read_status
@@ -25,13 +23,9 @@ END_LINES = 20  # of a log: an error above them did not end the process
 
 
 def run(run_dir: Path, watch: bool = False) -> int:
-    """Shows the run, with `watch` until it ends. Returns 1 if the folder has no run."""
+    """Shows the run, with `watch` until it ends. Raises DataError if the folder has no run."""
     console = Console()
-    try:
-        status = actual_status(run_dir)
-    except DataError as e:
-        sys.stderr.write(f"error: {e}\n")
-        return 1
+    status = actual_status(run_dir)
     if watch:
         status = _follow(run_dir, status, console)
     else:

@@ -209,7 +209,7 @@ def test_screenshot_is_an_svg_of_the_panel() -> None:
 def test_status_prints_panel_and_ledger_or_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["status", str(tmp_path)]) == 1
+    assert main(["status", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: no run at {tmp_path}")
     log = RunLog(tmp_path, log_config(tmp_path, loggers=[]))
     log.write_status(make_status())
