@@ -21,6 +21,7 @@ STOP_GRACE_S = 15.0  # from SIGTERM to SIGKILL
 WORKER_EXIT_S = 20.0  # for workers to end by themselves once controller and trainer have
 PREEMPTED_EXIT_S = 5.0  # for others to end once a preempted controller has: nothing more is saved
 LOG_TAIL_LINES = 15
+TORCHRUN_REPORT = "torch/distributed/elastic/multiprocessing/api.py:"  # after the lines of a rank
 
 
 @dataclass
@@ -153,7 +154,9 @@ class Session:
         if text := processes.error_text(log, begin):
             return f"{lead}{text}\n({failed} ended the run; its log: {log})"
         code = self.supervisor.children[failed].last_code
-        tail = "\n".join(processes.log_end(log, begin)[-LOG_TAIL_LINES:])
+        lines = processes.log_end(log, begin)
+        ends = [number for number, line in enumerate(lines) if TORCHRUN_REPORT in line]
+        tail = "\n".join(lines[: ends[0] if ends else None][-LOG_TAIL_LINES:])
         return f"{lead}{failed} ended with exit code {code}; its log: {log}\n{tail}"
 
 

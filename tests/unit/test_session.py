@@ -15,8 +15,8 @@ from megatron_async_rl.launcher.supervisor import Supervisor
 NAME = "reward-0"
 
 
-def failure_text(run_dir: Path, earlier: str) -> str:
-    """Returns the text of a run whose process is killed, by the log that earlier starts left."""
+def failure_text(run_dir: Path, earlier: str, later: str = "") -> str:
+    """Returns the text of a run whose process is killed, by the logs of earlier starts and later."""
     config = trainer_config()
     supervisor = Supervisor(run_dir, config.faults, lambda _: None)
     session = Session(run_dir, supervisor, 1.0)
@@ -27,6 +27,8 @@ def failure_text(run_dir: Path, earlier: str) -> str:
     [child] = supervisor.processes
     child.kill()
     child.wait()
+    with log.open("a") as file:
+        file.write(later)
     assert session.poll()
     return session.failure_text()
 
@@ -35,6 +37,13 @@ def test_error_of_an_earlier_start_is_not_blamed_for_a_kill(tmp_path: Path) -> N
     text = failure_text(tmp_path, "error: the port is taken\n  choose another\nlast line\n")
     log = tmp_path / "logs" / f"{NAME}.log"
     assert text.strip() == f"{NAME} ended with exit code -9; its log: {log}"
+
+
+def test_traceback_of_a_rank_is_shown_without_the_report_of_torchrun(tmp_path: Path) -> None:
+    api = "E1126 10:05:49 19981 /lib/torch/distributed/elastic/multiprocessing/api.py:1002] failed"
+    later = f"Traceback:\nNameError: x\n{api} (exitcode: 1)\nTraceback:\nChildFailedError\n"
+    text = failure_text(tmp_path, "", later)
+    assert text.endswith("NameError: x") and "torch" not in text
 
 
 def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
