@@ -16,7 +16,7 @@ NAME = "reward-0"
 
 
 def failure_text(run_dir: Path, earlier: str, later: str = "") -> str:
-    """Returns the text of a run whose process is killed, by the logs of earlier starts and later."""
+    """Returns the text of a run whose process is killed, by the log before and after its start."""
     config = trainer_config()
     supervisor = Supervisor(run_dir, config.faults, lambda _: None)
     session = Session(run_dir, supervisor, 1.0)
