@@ -111,11 +111,11 @@ class BatchDelivery:
         """Makes the shares; returns rewards and advantages. Raises DataError."""
         groups = self._recorded(batch.version) if isinstance(batch, ResendBatch) else batch.groups
         rewards, advantages, samples = training_batch(groups, self._config)
+        servers = self._core.fleet.rollout.values()
+        probe = self._mismatch.choose(batch.version, samples, servers)  # marks samples
         self._shares = balanced_shares(samples, self._config.num_leaders)
         self._version = batch.version
-        servers = self._core.fleet.rollout.values()
-        if probe := self._mismatch.choose(batch.version, samples, servers):
-            # before the batch: after a short step the server has other weights
+        if probe:  # before the batch: after a short step the server has other weights
             await self._workers.send(*probe)
         return rewards, advantages
 

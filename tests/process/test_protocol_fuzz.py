@@ -24,5 +24,6 @@ def test_wrong_messages_neither_end_the_controller_nor_break_its_guarantees(
     result = asyncio.run(fuzz.run(NUM_MESSAGES))
     print(result)
     assert result.version >= 2, "the honest workers made no progress"
+    assert fuzz.num_probes and fuzz.num_probed_batches  # of servers, and of the trainer
     assert result.wrong > NUM_MESSAGES // 10 and result.malformed
     assert {"rollout-0", "reward-0", "trainer-0"} <= result.refused.keys()

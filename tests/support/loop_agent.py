@@ -118,6 +118,6 @@ def kill_server(log: Path) -> None:
         os._exit(0)
     while not psutil.Process(child).net_connections():
         time.sleep(0.01)
-    time.sleep(0.5)
+    time.sleep(2)  # until its worker has sent the request on
     server.kill()
     time.sleep(1000)  # this agent too ends with its worker

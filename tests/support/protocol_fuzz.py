@@ -129,6 +129,7 @@ class ProtocolFuzz:
             )
         )
         self.num_sockets = self.num_messages = self.num_wrong = self.num_batches = 0
+        self.num_probes = self.num_probed_batches = 0
         rank: dict[str, int] = {"leader": 0, "stage": 0}
         self.workers = [
             FuzzWorker(self.hello(name, **more), self.new_peer())
@@ -225,6 +226,8 @@ class ProtocolFuzz:
         return Peer(self.num_sockets.to_bytes(8, "big"))
 
     def took(self, worker: FuzzWorker, message: m.Message) -> None:
+        if isinstance(message, m.ProbeRequest):
+            self.num_probes += 1
         if isinstance(message, m.TrainBatch):
             self.check_batch(message)
         if isinstance(message, m.Refused | m.Shutdown):
@@ -241,6 +244,7 @@ class ProtocolFuzz:
     def check_batch(self, batch: m.TrainBatch) -> None:
         self.num_batches += 1
         assert len(batch.samples) == 4
+        self.num_probed_batches += any(sample.probe_index >= 0 for sample in batch.samples)
         for sample in batch.samples:
             generated = sample.versions[sample.versions >= 0]
             assert sample.versions.min() >= -1 and len(generated)

@@ -20,7 +20,8 @@ from whole_runs import FinishedRun, RunInputs, processes_of_run, start_run
 from megatron_async_rl.cli import audit
 
 pytestmark = needs_engine
-STEPS, SAMPLES, PROBLEMS = 8, 3, 6
+# an evaluation takes longer than the step in which the other server is updated alone
+STEPS, SAMPLES, PROBLEMS = 12, 10, 6
 
 
 def config_of(inputs: RunInputs, run_dir: Path, **evaluation: Any) -> Path:
@@ -69,7 +70,7 @@ def kill_held_server(folder: Path, child: subprocess.Popen[str]) -> tuple[int, s
             if updated and not has_ended:
                 name = f"rollout-{1 - int(updated[1])}"
                 for process in processes_of_run(folder):
-                    if f"{folder}/keys/{name}.sglang.yaml" in process.cmdline():
+                    if f"{folder}/keys/{name}.sglang.yaml" in process.info["cmdline"]:
                         process.kill()
                 return version, name
         time.sleep(0.02)
@@ -82,7 +83,9 @@ def results(folder: Path) -> dict[int, dict[str, Any]]:
 
 def test_every_token_of_an_evaluation_has_its_version(run: FinishedRun) -> None:
     found = results(run.folder)
-    assert {0, STEPS} < found.keys() <= set(range(0, STEPS + 1, 2))
+    assert {0, STEPS} <= found.keys() <= set(range(0, STEPS + 1, 2))
+    # while the killed server starts again, an evaluation may have no server
+    assert len(found) > 2 or "is abandoned after" in run.log("controller")
     for version, result in found.items():
         assert (result["oldest_version"], result["newest_version"]) == (version, version)
         assert result["mode"] == ("pause" if version == STEPS else "held_server")
@@ -101,18 +104,17 @@ def test_training_continues_while_a_server_is_held(
 ) -> None:
     """Updates reach the other server alone meanwhile; afterwards both take part again.
 
-    A fast machine ends its last step before the killed server has started again.
+    A fast machine has no more than a few steps left when the killed server has started again.
     """
     [(_, name)] = killed
     log = run.log("controller")
     alone = re.findall(r"version (\d+) is served by (rollout-\d);", log)
     assert alone and {int(version) for version, _ in alone} <= set(range(1, STEPS + 1))
-    both = re.findall(r"version (\d+) is served by rollout-0, rollout-1;", log)
-    caught_up = re.findall(r"rollout-\d has caught up with version (\d+)", log)
-    if log.rfind(f"{name} joined") < log.index(f"step {STEPS}/{STEPS}:"):
-        assert max(int(version) for version in [*both, *caught_up]) >= int(alone[0][0])
-    else:  # it serves the version of its evaluation, which continues
-        assert caught_up or "is abandoned after" in log
+    joined_again = log[log.rfind(f"{name} joined") :]
+    if len(re.findall(rf"step \d+/{STEPS}:", joined_again)) >= 3:
+        assert re.search(
+            rf"is served by rollout-0, rollout-1;|{name} has caught up with version", joined_again
+        )
     assert run.status.ledger["trained"] == STEPS * 4 and run.status.ledger["pending"] == 0
     lags = [line.version - version for line in run.samples for version, _ in line.versions]
     assert max(lags) <= 3

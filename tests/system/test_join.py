@@ -114,7 +114,7 @@ def test_lost_host_is_replaced_and_refused_when_it_returns(
         run={"steps": 5000, "export_every": 0},
         evaluation={"sets": {}},
         rollout=SHORT_ROLLOUT | {"lease_timeout_s": 30},
-        faults={"heartbeat_timeout_s": 5, "restart_backoff_s": 0.1},
+        faults={"heartbeat_timeout_s": 8, "restart_backoff_s": 0.1},
         weights={"update_timeout_s": 10.0},  # the host may be lost during an update
         megatron={"tensor_model_parallel_size": 1},
         checkpoint={"every": 2},
