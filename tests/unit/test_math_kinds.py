@@ -160,6 +160,7 @@ n \equiv 1,4 \pmod 5 <- n \equiv \pm 1 \pmod 5 ;; n ≡ 4 or 1 (mod 5)
 \frac{1}{2} <- frac{1}{2}
 m=4,n=6 <- (m,n)=(4,6) ;; n=6, m=4 ;; (4,6)
 (4,6) <- (n,m)=(4,6)
+(1,2) <- \begin{aligned}x&=1\\y&=2\end{aligned}
 2 <- \sqrt[3]{7+5\sqrt2}+\sqrt[3]{7-5\sqrt2}
 \frac{\pi}{2}-\arctan\frac12 <- \arctan 2
 \frac{1+i\sqrt3}{2} <- e^{i\pi/3}

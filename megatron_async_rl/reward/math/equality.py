@@ -42,10 +42,8 @@ from megatron_async_rl.reward.math.parts import (
     is_infinite,
 )
 
-_CONSTANT = re.compile(r"\+\s*[CcKk]$")  # of integration
 _HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b|\?", re.IGNORECASE)
 _PROSE_WORD = re.compile(r"(?<![\\A-Za-z])(?!sin|cos|tan|log|exp|sqrt|arc|text)[A-Za-z]{3,}")
-_AND = re.compile(r"\b(?:and|if)\b|,")
 _AND_WORD = re.compile(r"\band\b")
 
 
@@ -53,9 +51,6 @@ def equal(expected: str, answer: str) -> bool | None:
     """Returns whether two normalized answers are equal, None where math-verify has to decide."""
     if (chosen := words.equal_choices(expected, answer)) is not None:
         return chosen
-    own, constant = _CONSTANT.search(expected), _CONSTANT.search(answer)
-    if own and constant and own.start() and expected.endswith("C"):
-        expected, answer = expected[: own.start()], answer[: constant.start()]
     expected, answer = phrasing.aligned(expected, answer)
     try:
         gold = structure.read(expected)
@@ -80,11 +75,11 @@ def equal(expected: str, answer: str) -> bool | None:
         return False
     if isinstance(given, Equation) and relations.is_line(expected, gold, given):
         return True
-    names, given_names = relations.named_values(expected), relations.named_values(answer)
-    if names and given_names and set(names) != set(given_names):
+    own_names, other_names = phrasing.named_values(expected), phrasing.named_values(answer)
+    if own_names and other_names and set(own_names) != set(other_names):
         return False
-    if names or given_names:
-        gold, given = relations.in_order(gold, given, names, given_names)
+    if own_names or other_names:
+        gold, given = relations.in_order(gold, given, own_names, other_names)
     try:
         if isinstance(given, Items) and _AND_WORD.search(answer) and _is_mixed_number(given, gold):
             return True
@@ -103,7 +98,7 @@ def _only_one_is_huge(gold: Part, given: Part) -> bool:
 
 def _equal_texts(expected: str, answer: str) -> bool | None:
     squeezed = [
-        re.sub(r"[\s{}]", "", _AND.sub("", normal_form.unwrap_text(text))).casefold()
+        re.sub(r"[\s{}]", "", normal_form.unwrap_text(text)).casefold()
         for text in (expected, answer)
     ]
     return True if squeezed[0] == squeezed[1] else None

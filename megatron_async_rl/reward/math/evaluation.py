@@ -1,7 +1,6 @@
 """Values of formulas (formula.py): exact for rational numbers, else in double precision.
 
-`differ` compares with 100 and 200 digits. Every step is bounded: `value` raises TooLarge for
-numbers of more than MAX_BITS.
+Every step is bounded: `value` raises TooLarge for numbers of more than MAX_BITS.
 """
 
 from __future__ import annotations
@@ -45,10 +44,6 @@ CONSTANTS = {"pi": "pi", "e": "e", "i": "j"}
 _DOUBLES = mpmath.FPContext()
 for _name in ("tanh", "asinh", "acosh", "atanh"):  # mpmath's overflows, or is missing
     setattr(_DOUBLES, _name, getattr(cmath, _name))
-_PRECISE = {digits: mpmath.mp.clone() for digits in (100, 200, 1_000, 2_000)}
-for _digits, _context in _PRECISE.items():
-    _context.dps = _digits
-_COARSE = 1e-9  # a larger difference comes from another branch of a root or logarithm
 
 
 def read_numeral(token: str) -> Fraction:
@@ -112,8 +107,6 @@ def points(names: frozenset[str], whole: bool = False) -> list[dict[str, Fractio
 
     No two sums of a few variables, with small factors, agree at all of them.
     """
-    if not names:
-        return [{}]
     assignments: list[dict[str, Fraction]] = []
     for k in range(4):
         # without the last term, b would be half of a + c everywhere
@@ -125,37 +118,6 @@ def points(names: frozenset[str], whole: bool = False) -> list[dict[str, Fractio
             values = [Fraction(number, 11 + 3 * k) for number in above]
         assignments.append(dict(zip(sorted(names), values, strict=True)))
     return assignments
-
-
-def differ(a: Node, b: Node, at: dict[str, Fraction]) -> bool:
-    """Returns whether two formulas that agree in double precision have different values at a point.
-
-    A difference of rounding errors changes with the number of digits. False if a formula has no
-    value here, jumps (a floor), or has a decimal of 8 to 17 places, which may be rounded.
-    """
-    parts = [*nodes(a), *nodes(b)]
-    if any(one[0] == "number" and _may_be_rounded(one[1]) for one in parts):
-        return False
-    if rounds(a) or rounds(b):
-        return False
-    try:
-        size = max(1, abs(value(a, at)))
-        for digits in (100, 1_000):  # the latter for tanh 1000, which has 868 nines
-            rough, fine = (
-                _inexact(value(("-", a, b), at, False, context), context)
-                for context in (_PRECISE[digits], _PRECISE[2 * digits])
-            )
-            if rough or fine:
-                change = abs(_PRECISE[2 * digits].convert(rough) - fine)
-                return bool(change < abs(fine) / 2 < _COARSE * size)
-    except (Unreadable, TooLarge, ArithmeticError, ValueError, RecursionError):
-        pass
-    return False
-
-
-def _may_be_rounded(number: Fraction) -> bool:
-    """True for a decimal of 8 to 17 places."""
-    return 10**8 <= number.denominator <= 10**17 and 10**17 % number.denominator == 0
 
 
 def value(
@@ -185,7 +147,7 @@ def value(
     if kind == "negative":
         return -first
     if kind == "degrees":
-        return _inexact(first, context) * context.pi / 180 if angle else first
+        return inexact(first, context) * context.pi / 180 if angle else first
     if kind == "abs":
         return abs(first) if isinstance(first, Fraction) else context.mpc(abs(first))
     if kind in ("lfloor", "lceil"):
@@ -201,17 +163,18 @@ def value(
     if kind == "*":
         if _both_exact(first, second):
             return first * second
-        return _finite(_inexact(first, context) * _inexact(second, context))
+        return _finite(inexact(first, context) * inexact(second, context))
     if kind == "/":
         if _both_exact(first, second):
             return first / second
-        return _finite(_inexact(first, context) / _inexact(second, context))
+        return _finite(inexact(first, context) / inexact(second, context))
     if kind == "binom":
         return Fraction(math.comb(_whole(first, 5_000), _whole(second, 5_000)))
     return _power(first, 1 / second if kind == "root" else second, context)
 
 
-def _inexact(number: Value, context: Any) -> Any:
+def inexact(number: Value, context: Any) -> Any:
+    """Returns a rational number as one of the context; leaves others as they are."""
     if context is _DOUBLES:
         return complex(number)
     if isinstance(number, Fraction):
@@ -238,7 +201,7 @@ def _finite(number: Any) -> Any:
 def _add(a: Value, b: Value, context: Any) -> Value:
     if _both_exact(a, b):
         return a + b
-    a, b = _inexact(a, context), _inexact(b, context)
+    a, b = inexact(a, context), inexact(b, context)
     total = _finite(a + b)
     # a sum that cancels to rounding errors is zero
     smallest = 1e-14 * max(abs(a), abs(b)) if context is _DOUBLES else 0
@@ -257,7 +220,7 @@ def _apply(name: str, argument: Value, context: Any) -> Value:
     if argument == 0 and name in ("sin", "tan", "arcsin", "arctan", "sinh", "tanh"):
         return Fraction(0)
     try:
-        result = _finite(getattr(context, FUNCTIONS[name])(_inexact(argument, context)))
+        result = _finite(getattr(context, FUNCTIONS[name])(inexact(argument, context)))
     except (OverflowError, ValueError):
         raise TooLarge from None
     if context is _DOUBLES and name in _TRIGONOMETRIC and abs(result) < 1e-15 < abs(argument):
@@ -288,7 +251,7 @@ def _power(base: Value, exponent: Value, context: Any) -> Value:
     try:
         if base == 0:
             return Fraction(0) if exponent.real > 0 else 1 / Fraction(0)
-        return _finite(_inexact(base, context) ** _inexact(exponent, context))
+        return _finite(inexact(base, context) ** inexact(exponent, context))
     except OverflowError:
         raise TooLarge from None
 

@@ -16,13 +16,11 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ⁽⁾", "
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ⁽⁾]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+")
-_ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[A-Za-zπ])|(?=[({\\]))")
 _DEGREE = re.compile(
     r"\s*\^\s*\{?\s*\^\\circ\s*\}?|"  # ^\degree
     r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})\s*\.?|"
     r"(?<=\d)\s*\^\s*(?:o(?![A-Za-z])|(?:\\text)?\{\s*o\s*\})"
 )
-_DEGREE_WORD = re.compile(r"(?<=[\d})])\s*(?:\\text\s*\{\s*degrees?\s*\}|degrees?\b)")
 _PHANTOM = re.compile(
     r"\\(?:[hv]?(?:phantom|space|skip|mskip)|tag|label)\*?\s*(?:\{[^{}]*\}|[^\s{\\])"
 )
@@ -117,7 +115,6 @@ def _rewrite(text: str) -> str:
             lambda m: f"\\frac{{{m[1].translate(_SUPERSCRIPTS)}}}{{{m[2].translate(_SUBSCRIPTS)}}}",
             text,
         )
-        text = _ROOT.sub(lambda m: f"\\sqrt{{{m[1]}}}" if m[1] else "\\sqrt", text)
         text = _RAISED.sub(lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
         text = _LOWERED.sub(lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
     if "," in text or "\\" in text:
@@ -138,8 +135,6 @@ def _rewrite(text: str) -> str:
     text = _TOKEN.sub(_token, text).replace("+/-", "\\pm ")
     if "circ" in text or "o" in text:
         text = _DEGREE.sub(r"^\\circ ", text)
-    if "degree" in text:
-        text = _DEGREE_WORD.sub(r"^\\circ ", text)
     return text.strip()
 
 

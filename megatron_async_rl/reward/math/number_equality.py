@@ -5,8 +5,11 @@ Values that agree so far are compared again with more digits, so that 1 - e^{-30
 
 from __future__ import annotations
 
+import functools
 import re
 from fractions import Fraction
+
+import mpmath
 
 from megatron_async_rl.reward.math.evaluation import (
     Node,
@@ -14,18 +17,23 @@ from megatron_async_rl.reward.math.evaluation import (
     Unreadable,
     Value,
     counts,
-    differ,
+    inexact,
+    nodes,
     points,
     rounds,
     value,
     variables,
     within_bars,
 )
-from megatron_async_rl.reward.math.parts import Number, Part, is_infinite
+from megatron_async_rl.reward.math.parts import Number, Part, Sequence, is_infinite
 
 _RELATIVE = 1e-9  # of values in double precision
 _MIN_ROUNDED_DIGITS = 6  # and places, of a decimal that rounds a fraction or root
 _UNIT_POWER = re.compile(r"\^\s*\{?\s*-?(\d)")
+_PRECISE = {digits: mpmath.mp.clone() for digits in (100, 200, 1_000, 2_000)}
+for _digits, _context in _PRECISE.items():
+    _context.dps = _digits
+_COARSE = 1e-9  # a larger difference comes from another branch of a root or logarithm
 _DEGREE: Node = ("/", ("constant", "pi"), ("number", Fraction(180)))
 _TEN: Node = ("call", "log", ("number", Fraction(10)))
 
@@ -87,9 +95,40 @@ def _same_values(a: Node, b: Node) -> bool:
             return False
         # a zero may be the rest of rounding errors
         is_exact = left != 0 and isinstance(left, Fraction) and isinstance(right, Fraction)
-        if not is_exact and point is first and a != b and differ(a, b, point):
+        if not is_exact and point is first and a != b and _differ(a, b, point):
             return False
     return True
+
+
+def _differ(a: Node, b: Node, at: dict[str, Fraction]) -> bool:
+    """Returns whether two formulas that agree in double precision have different values at a point.
+
+    A difference of rounding errors changes with the number of digits. False if a formula has no
+    value here, jumps (a floor), or has a decimal of 8 to 17 places, which may be rounded.
+    """
+    parts = [*nodes(a), *nodes(b)]
+    if any(one[0] == "number" and _may_be_rounded(one[1]) for one in parts):
+        return False
+    if rounds(a) or rounds(b):
+        return False
+    try:
+        size = max(1, abs(value(a, at)))
+        for digits in (100, 1_000):  # the latter for tanh 1000, which has 868 nines
+            rough, fine = (
+                inexact(value(("-", a, b), at, False, context), context)
+                for context in (_PRECISE[digits], _PRECISE[2 * digits])
+            )
+            if rough or fine:
+                change = abs(_PRECISE[2 * digits].convert(rough) - fine)
+                return bool(change < abs(fine) / 2 < _COARSE * size)
+    except (Unreadable, TooLarge, ArithmeticError, ValueError, RecursionError):
+        pass
+    return False
+
+
+def _may_be_rounded(number: Fraction) -> bool:
+    """True for a decimal of 8 to 17 places."""
+    return 10**8 <= number.denominator <= 10**17 and 10**17 % number.denominator == 0
 
 
 def _has_value(node: Node, at: dict[str, Fraction]) -> bool:
@@ -211,3 +250,23 @@ def is_residue_class(node: Node, residue: Fraction | None, modulus: int) -> bool
         return False
     others = (2, -3, 7)  # 4|k| + 1 and 4k + 1 + k(k-1)(k-2) give other numbers
     return all(value(node, dict.fromkeys(names, Fraction(k))) == first + k * step for k in others)
+
+
+def components(number: Number) -> Number | Sequence:
+    """Returns 3i - 4j, of unit vectors, as the tuple (3, -4)."""
+    names = ["vec i", "vec j", "vec k"]
+    if "vec k" not in variables(number.node):
+        names.pop()
+    parts = [_assigned(number.node, dict.fromkeys(names, 0) | {name: 1}) for name in names]
+    total = functools.reduce(lambda a, b: ("+", a, b), parts)
+    doubled = _assigned(number.node, dict.fromkeys(names, -2))
+    if not equal_numbers(Number(("/", doubled, ("number", Fraction(-2))), ""), Number(total, "")):
+        return number  # has another term, or a product of vectors
+    return Sequence("()", tuple(Number(part, "") for part in parts))
+
+
+def _assigned(node: Node, numbers: dict[str, int]) -> Node:
+    """Returns a formula with numbers for some of its variables."""
+    if node[0] == "variable" and node[1] in numbers:
+        return ("number", Fraction(numbers[node[1]]))
+    return tuple(_assigned(one, numbers) if isinstance(one, tuple) else one for one in node)

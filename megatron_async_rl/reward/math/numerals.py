@@ -9,7 +9,7 @@ import re
 from fractions import Fraction
 
 from megatron_async_rl.reward.math import formula, units
-from megatron_async_rl.reward.math.evaluation import Contradiction, Node, Unreadable
+from megatron_async_rl.reward.math.evaluation import Contradiction, Unreadable
 from megatron_async_rl.reward.math.parts import (
     INFINITY,
     NEGATIVE_INFINITY,
@@ -36,10 +36,8 @@ _BASE_NAMES = {
 _CLOCK = re.compile(
     r"(\d+(?:\s*:\s*\d+)+)\s*(?:([ap])\.?\s*m\.?)?|(\d+)\s*([ap])(?:\.\s*m|m)\b\.?", re.IGNORECASE
 )
-_MORNING = re.compile(r"in the morning$")
-_AFTERNOON = re.compile(r"in the (?:afternoon|evening)$")
+_HALF_OF_DAY = re.compile(r"in the (?:(morning)|afternoon|evening)$")
 _TWELVE = re.compile(r"(?:12(?::00)?\s+)?(noon|midnight)", re.IGNORECASE)
-_SPACED_COLON = re.compile(r"\s*:\s*")
 _TIME = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 _RATIO_WORDS = re.compile(r"\d+(?:\.\d+)?(?:\s+to\s+\d+(?:\.\d+)?)+")
 _MONTHS = "january february march april may june july august september october november december"
@@ -86,6 +84,7 @@ _SMALLER_UNITS = {
 }
 _REMAINDER = re.compile(r"(\d+)\s*,?\s+(?:R|r|remainder)\.?\s*(\d+)")  # 3 R 2
 _ANGLE = re.compile(r"(\d{1,9})\s*\^\\circ\s*(\d{1,2})\s*'")
+_INFINITE = re.compile(r"([-+]?)\s*(?:\\infty|infinity|inf)")
 _DECIMAL = re.compile(r"[-+]?\s*(?:\d[\d,]*)?\.(\d+)")
 _MIXED = re.compile(r"(?<![\d./}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
 _REPEATING = re.compile(
@@ -184,9 +183,7 @@ def read_twelve(text: str) -> Clock | None:
 
 def read_time_or_ratio(text: str) -> Clock | Ratio | None:
     """Reads 10:30 a.m., 3 pm, 3:4, 3 to 4 and x:2x."""
-    text = _SPACED_COLON.sub(":", text)
-    if "in the" in text:
-        text = _MORNING.sub("am", _AFTERNOON.sub("pm", text))
+    text = _HALF_OF_DAY.sub(lambda match: "am" if match[1] else "pm", text)
     clock = _CLOCK.fullmatch(text)
     half = "" if clock is None else (clock[2] or clock[4] or "").lower()
     if clock and (half or _TIME.fullmatch(text)):
@@ -245,8 +242,8 @@ def read_number(text: str) -> Number:
             text, percent = text[: -len(sign)].rstrip(" \\"), True
     if not text:
         raise Unreadable
-    if infinity := _read_infinity(text):
-        return Number(infinity, text)
+    if infinity := _INFINITE.fullmatch(text):
+        return Number(NEGATIVE_INFINITY if infinity[1] == "-" else INFINITY, text)
     if " " in text:
         text = _SPACED_NUMBER.sub(lambda match: match[0].replace(" ", ""), text)
     if "/" in text:
@@ -263,17 +260,6 @@ def read_number(text: str) -> Number:
             text = f"{match[1]}.{match[2]}"
     decimal = _DECIMAL.fullmatch(text)
     return Number(formula.parse(text), text, len(decimal[1]) if decimal else None, percent, unit)
-
-
-def _read_infinity(text: str) -> Node | None:
-    if not text.endswith(("infty", "infinity", "inf")):
-        return None
-    bare = text.lstrip("+").replace(" ", "")
-    if bare in ("\\infty", "infinity", "inf"):
-        return INFINITY
-    if bare in ("-\\infty", "-infinity", "-inf"):
-        return NEGATIVE_INFINITY
-    return None
 
 
 def _read_repeating(match: re.Match[str]) -> Fraction:

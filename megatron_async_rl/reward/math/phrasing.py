@@ -26,7 +26,6 @@ _FOR_ALL = re.compile(
     r"(?:(?:constants?|numbers?|values?\s+of)\s+)?[A-Za-z](?:\s*\\in\s*\\mathbb\s*\{?\s*[RNCQ]\s*\}?)?\s*\)?$|"
     r"\s*,?\s*\(?where\s+[A-Za-z]\s+is\s+(?:a|an|any)\s+(?:real\s+|arbitrary\s+)*(?:constant|number)\)?$"
 )
-_REAL = re.compile(r"^[a-z]\s*\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*,\s*(?=[a-z])")
 _CHOOSE = re.compile(  # _5C_2, ^5C_2
     r"(?:\{\s*\})?[_^]\s*\{?(\w+)\}?\s*C\s*_\s*\{?(\w+)\}?"
 )
@@ -40,7 +39,7 @@ _HOLE = re.compile(
     r"(?!.*\\(?:[lg]e|in)(?![A-Za-z]))([^=<>,]*[a-z][^=<>,]*),\s*(?:where\s+|for\s+)?\(?[a-z]\s*\\ne(?![A-Za-z])[^=<>,]*"
 )
 _CONSTANT = re.compile(r"(?<![A-Za-z\\])C(?![A-DF-Za-df-z])")  # C or Ce^x, of integration
-_SMALL_CONSTANT = re.compile(r"(?<![A-Za-z\\])c(?![A-DF-Za-df-z])")
+_SMALL_CONSTANT = re.compile(r"(?<![A-Za-z\\])c(?![A-DF-Za-df-z])|(?<=\+)\s*[Kk]$")
 _CHAIN = re.compile(
     r"(?<![A-Za-z\\=])([a-z](?:\s*=\s*[a-z])+)\s*=\s*((?:\\[A-Za-z]+|[^=,;A-Za-z])+)(?=,|;|$|\s+(?:and|or)\b)"
 )
@@ -90,6 +89,9 @@ _FRACTION = r"-?(?:\d+/\d+|\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})"
 _BOTH_FORMS = re.compile(  # 0.75 (3/4)
     rf"(-?\d*\.\d+)\s+\(\s*=?\s*({_FRACTION})\s*\)|({_FRACTION})\s+\(\s*=?\s*(-?\d*\.\d+)\s*\)"
 )
+_NAMED_PART = re.compile(r"\s*([A-Za-z])\s*=\s*([^=]+)")
+_NAMED = re.compile(r"(?:^|,|;|\band\b|\})\s*(?:m?\s*\\angle\s*)?([A-Za-z]{1,3})\s*=")
+_NAMED_TUPLE = re.compile(r"\(\s*([A-Za-z](?:\s*,\s*[A-Za-z])+)\s*\)\s*=\s*\([^=]*$")
 _ROUNDED = re.compile(  # (approximately 3.61), after an exact value
     r"(?<=[\w})])\s*,?\s*\(?\s*(?:or\s+)?(?:approximately|approx\.?|about|roughly|"
     r"\\approx(?![A-Za-z]))\s*\$?(-?\d[\d,]*\.\d+)\s*(?:\\?%)?[\s)]*$"
@@ -147,7 +149,6 @@ def bare(text: str) -> str:
     if "for " in text or "where " in text:
         text = _FOR_ALL.sub("", text)
     if "\\in" in text:
-        text = _REAL.sub("", text)
         text = _ELEMENT.sub("", _OF_REALS.sub("", text))
     if text.endswith(")"):
         text = _ALTERNATIVE.sub(r" or \1", _PLURAL.sub("s", _COMMENT.sub("", text)))
@@ -256,3 +257,26 @@ def _exact_side(text: str) -> str:
         sides = _APPROXIMATELY.split(text)
         text = next((side for side in sides if not _BARE_NAME.fullmatch(side)), text)
     return text.replace("\\langle", "(").replace("\\rangle", ")")
+
+
+def named_values(text: str) -> list[str]:
+    """Returns the names of AB = 9, CD = 4 or (m, n) = (4, 6).
+
+    Equal names are none: x = 1, x = 2 and x_1 = 1, x_2 = 2 are lists.
+    """
+    if named := _NAMED_TUPLE.match(text):
+        return [name.strip() for name in named[1].split(",")]
+    names = _NAMED.findall(text)
+    return names if len(names) > 1 and len(set(names)) == len(names) == text.count("=") else []
+
+
+def group_by_name(parts: list[str]) -> list[list[str]]:
+    """Returns the values of x = 1, y = 2, x = 3, y = 4 as [1, 2], [3, 4], by name; else []."""
+    named = [match for part in parts if (match := _NAMED_PART.fullmatch(part))]
+    size = len({match[1] for match in named})
+    if len(named) < len(parts) or not 1 < size < len(parts) or len(parts) % size:
+        return []
+    groups = [sorted(named[i : i + size], key=lambda m: m[1]) for i in range(0, len(parts), size)]
+    if any(len({match[1] for match in group}) < size for group in groups):
+        return []
+    return [[match[2] for match in group] for group in groups]

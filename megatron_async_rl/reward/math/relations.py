@@ -48,14 +48,11 @@ _SUM = re.compile(r"[\w)}|]\s*[-+]\s*[\w(\\|]")
 _INDEX = re.compile(r"_\{?\w+\}?")
 _PART_NAME = re.compile(r"\b(?:Re|Im|arg)\b")
 _COORDINATE = re.compile(r"([xyz])\s*=[^=]*")
-_NAMED_PART = re.compile(r"\s*([A-Za-z])\s*=\s*([^=]+)")
-_NAMED = re.compile(r"(?:^|,|;|\band\b|\})\s*(?:m?\s*\\angle\s*)?([A-Za-z]{1,3})\s*=")
-_NAMED_TUPLE = re.compile(r"\(\s*([A-Za-z](?:\s*,\s*[A-Za-z])+)\s*\)\s*=\s*\([^=]*$")
 _LOW_END, _HIGH_END = Number(NEGATIVE_INFINITY, ""), Number(INFINITY, "")
 
 
 def read_inequality(text: str, depth: int, read: Reader) -> Part:
-    r"""Returns an interval, or a union for x \ne 3 and |x| > 3."""
+    """Returns an interval, or a union for |x| > 3."""
     pieces = COMPARISON.split(text)
     sides = [side.strip() for side in pieces[::2]]
     signs = [{"<=": "\\le", ">=": "\\ge"}.get(sign, sign) for sign in pieces[1::2]]
@@ -72,11 +69,6 @@ def read_inequality(text: str, depth: int, read: Reader) -> Part:
         _BOUNDED.fullmatch(side) is not None and side not in ("\\infty", "e", "\\pi")
         for side in sides
     ]
-    if signs == ["\\ne"] and is_name == [False, True]:
-        sides.reverse()
-        is_name.reverse()
-    if signs == ["\\ne"] and is_name == [True, False]:
-        return _without([read(sides[1], depth + 1)])
     if len(signs) == 1 and (absolute := _ABSOLUTE.fullmatch(sides[0])):
         shift = formula.parse(absolute[1] or "0")
         return _read_absolute(signs[0], ("negative", shift), read(sides[1], depth + 1))
@@ -266,29 +258,6 @@ def names_other(expected: str, answer: str) -> bool:
         return set(_PART_NAME.findall(expected)) != set(_PART_NAME.findall(answer))
     names = [_COORDINATE.fullmatch(text) for text in (expected, answer)]
     return names[0] is not None and names[1] is not None and names[0][1] != names[1][1]
-
-
-def named_values(text: str) -> list[str]:
-    """Returns the names of AB = 9, CD = 4 or (m, n) = (4, 6).
-
-    Equal names are none: x = 1, x = 2 and x_1 = 1, x_2 = 2 are lists.
-    """
-    if named := _NAMED_TUPLE.match(text):
-        return [name.strip() for name in named[1].split(",")]
-    names = _NAMED.findall(text)
-    return names if len(names) > 1 and len(set(names)) == len(names) == text.count("=") else []
-
-
-def group_by_name(parts: list[str]) -> list[list[str]]:
-    """Returns the values of x = 1, y = 2, x = 3, y = 4 as [1, 2], [3, 4], by name; else []."""
-    named = [match for part in parts if (match := _NAMED_PART.fullmatch(part))]
-    size = len({match[1] for match in named})
-    if len(named) < len(parts) or not 1 < size < len(parts) or len(parts) % size:
-        return []
-    groups = [sorted(named[i : i + size], key=lambda m: m[1]) for i in range(0, len(parts), size)]
-    if any(len({match[1] for match in group}) < size for group in groups):
-        return []
-    return [[match[2] for match in group] for group in groups]
 
 
 def in_order(

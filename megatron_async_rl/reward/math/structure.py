@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import functools
 import re
-from fractions import Fraction
 
-from megatron_async_rl.reward.math import normal_form, numerals, phrasing, relations, words
-from megatron_async_rl.reward.math.evaluation import Node, Unreadable, variables
-from megatron_async_rl.reward.math.number_equality import equal_numbers
+from megatron_async_rl.reward.math import (
+    normal_form,
+    numerals,
+    phrasing,
+    relations,
+    words,
+)
+from megatron_async_rl.reward.math.evaluation import Unreadable
+from megatron_async_rl.reward.math.number_equality import components
 from megatron_async_rl.reward.math.parts import (
     Congruence,
     Items,
@@ -128,7 +133,7 @@ def _read(text: str, depth: int) -> Part:
             return based
         return relations.read_equation(text, depth, _read)
     number = numerals.read_number(text)
-    return _components(number) if "\\vec{j}" in text else number
+    return components(number) if "\\vec{j}" in text else number
 
 
 def _read_all(parts: list[str], depth: int) -> tuple[Part, ...]:
@@ -139,7 +144,7 @@ def _read_all(parts: list[str], depth: int) -> tuple[Part, ...]:
 
 def _list_of(parts: list[str], depth: int, either: bool = False) -> Items | Part:
     """Returns a list; a union or intersection of inequalities. `either`: joined by `or`."""
-    if groups := relations.group_by_name(parts):
+    if groups := phrasing.group_by_name(parts):
         return Items("list", tuple(Sequence("()", _read_all(group, depth)) for group in groups))
     items = _read_all(parts, depth)
     is_union = [isinstance(item, Items) and item.kind == "union" for item in items]
@@ -284,26 +289,5 @@ def _multiplied(factor: str, cell: Part) -> Number:
     return Number(("*", number.node, cell.node), "")
 
 
-def _components(number: Number) -> Number | Sequence:
-    """Returns 3i - 4j, of unit vectors, as the tuple (3, -4)."""
-    names = ["vec i", "vec j", "vec k"]
-    if "vec k" not in variables(number.node):
-        names.pop()
-    parts = [_assigned(number.node, dict.fromkeys(names, 0) | {name: 1}) for name in names]
-    total = functools.reduce(lambda a, b: ("+", a, b), parts)
-    doubled = _assigned(number.node, dict.fromkeys(names, -2))
-    if not equal_numbers(Number(("/", doubled, ("number", Fraction(-2))), ""), Number(total, "")):
-        return number  # has another term, or a product of vectors
-    return Sequence("()", tuple(Number(part, "") for part in parts))
-
-
-def _assigned(node: Node, numbers: dict[str, int]) -> Node:
-    """Returns a formula with numbers for some of its variables."""
-    if node[0] == "variable" and node[1] in numbers:
-        return ("number", Fraction(numbers[node[1]]))
-    return tuple(_assigned(one, numbers) if isinstance(one, tuple) else one for one in node)
-
-
 def _choose_signs(text: str, plus: str, minus: str) -> str:
-    text = re.sub(r"\\pm(?![A-Za-z])", plus, text)
-    return re.sub(r"\\mp(?![A-Za-z])", minus, text)
+    return re.sub(r"\\([pm])[pm](?![A-Za-z])", lambda m: plus if m[1] == "p" else minus, text)
