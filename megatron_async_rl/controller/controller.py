@@ -36,7 +36,6 @@ trainer, except paused during a weight update; admission (max_staleness) limits 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import time
@@ -76,6 +75,7 @@ from megatron_async_rl.protocol.messages import Hello, Republish, Shutdown
 logger = logging.getLogger(__name__)
 TICK_S = 1.0
 REJOIN_TICKS = 10  # from the first server that joins a restarted controller to the last
+COMMIT_S = 30.0  # for the checkpoint of the last version, whose report may be lost
 DRAIN_SHARE = 0.8  # of faults.shutdown_grace_s, within which the trainer must save
 
 
@@ -277,16 +277,31 @@ class Controller:
             progress.write(core.fleet, self.monitors.engines.newest)
 
     async def _conduct(self) -> None:
-        version, update = -1, None
-        if self.core.admitting:
-            update = asyncio.create_task(self.updates.next())
-            version = await self._kept_version(update)
-            if version < self.config.run.steps:
-                await self.evaluations.begin(version)
-        else:
+        if not self._was_complete():
+            await self._conduct_updates()
+        await self.queue.submit(inputs.RunEnded())
+        await self.saving.await_newest(COMMIT_S)
+        await self.saving.finished()
+        await self.journal.durable()
+        self.progress.end("finished", "", self._ledger())
+
+    def _was_complete(self) -> bool:
+        """Returns whether an earlier controller was killed when nothing was left but its end."""
+        version = self.core.version
+        is_trained = version >= self.config.run.steps and not self.core.state.pending
+        return is_trained and not self.evaluations.is_due(version)
+
+    async def _conduct_updates(self) -> None:
+        """Runs all weight updates and evaluations."""
+        if not self.core.admitting:
             await self.workers.wait_for_all(self.config, self.progress.say)
-            version = await self.updates.next()
+        first = asyncio.create_task(self.updates.next())
+        kept = await self._kept_version(first)
+        update = first if kept >= 0 else None  # is still to come
+        version = kept if kept >= 0 else await first
+        if version < self.config.run.steps:
             await self.evaluations.begin(version)
+        if not self.core.admitting:
             if self.config.evaluation.mode == "pause":
                 await self.evaluations.ended()
             self.progress.begin_training()
@@ -304,20 +319,20 @@ class Controller:
             logger.error(
                 "no server took the last version: it is trained and exported, but not evaluated"
             )
-        await self.queue.submit(inputs.RunEnded())
-        await self.saving.finished()
-        await self.journal.durable()
-        self.progress.end("finished", "", self._ledger())
 
     async def _kept_version(self, update: asyncio.Task[int]) -> int:
         """Returns the version that servers have kept over a restart of the controller, -1 if none.
 
         No offer tells of it: the trainer makes the next one after its step, and none after its
-        last, when it may have ended. Waits until the servers have joined, or `update` begins.
+        last, when it may have ended. Waits until the servers have joined, or `update` is done.
         """
         seen = 0  # ticks since a server with the newest version has joined
         while not update.done() and seen < REJOIN_TICKS:
-            await asyncio.wait([update], timeout=TICK_S)
+            try:
+                await asyncio.wait([update], timeout=TICK_S)
+            except asyncio.CancelledError:
+                update.cancel()
+                raise
             fleet, version = self.core.fleet.rollout, self.core.version
             is_kept = any(w.is_serving and w.version == version for w in fleet.values())
             seen = seen + 1 if is_kept and self.updates.is_idle else 0
@@ -332,14 +347,10 @@ class Controller:
         reason = "the job was told to end (SIGTERM); run it again to continue"
         logger.warning("%s", reason)
         await self.queue.submit(inputs.DrainStarted())
-        self.saving.newest_saved.clear()
         order = self.workers.ending = Shutdown(reason)  # also for those that join from now on
         for worker in self.workers:
             await self.workers.send(worker.name, order)
-        if self.config.has_trainer and not self.saving.newest_is_saved:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.config.faults.shutdown_grace_s * DRAIN_SHARE):
-                    await self.saving.newest_saved.wait()
+        await self.saving.await_newest(self.config.faults.shutdown_grace_s * DRAIN_SHARE)
         await self.journal.durable()
         raise Preempted(reason)
 

@@ -198,7 +198,7 @@ class MessageHandlers:
 
     def _checkpoint_saved(self, name: str, message: messages.CheckpointSaved) -> list[CoreEvent]:
         if message.version <= self._core.version:
-            self._saving.checkpoint_saved(message)
+            self._saving.checkpoint_saved(name, message)
         return []  # otherwise the report of the step was lost: the trainer repeats both
 
     def _publish_offer(self, name: str, message: weight_messages.PublishOffer) -> list[CoreEvent]:

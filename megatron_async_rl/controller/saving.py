@@ -4,12 +4,13 @@ and the pruning of samples that no kept checkpoint can request again."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 from megatron_async_rl.controller.context import Context
 from megatron_async_rl.controller.journal import events
 from megatron_async_rl.errors import DataError
-from megatron_async_rl.protocol.messages import CheckpointSaved
+from megatron_async_rl.protocol.messages import CheckpointCommitted, CheckpointSaved
 from megatron_async_rl.storage import checkpoints
 
 logger = logging.getLogger(__name__)
@@ -20,8 +21,10 @@ class CheckpointCommitter:
         self._config = context.config
         self._core = context.core
         self._journal = context.journal
+        self._workers = context.workers
         self._batches: dict[int, list[int]] = {}  # version -> groups trained on it, until pruned
-        self._saved: asyncio.Queue[tuple[CheckpointSaved, int, int]] = asyncio.Queue()
+        self._saved: asyncio.Queue[tuple[str, CheckpointSaved, int, int]] = asyncio.Queue()
+        self._committed = -1  # the last version, by this controller
         self.newest_saved = asyncio.Event()  # the newest version has a complete checkpoint
 
     def check_journal(self) -> None:
@@ -56,9 +59,18 @@ class CheckpointCommitter:
         elif isinstance(event, events.BatchTrained) and not self._config.has_trainer:
             self._prune_before(event.version - 1)  # a restarted recorder requests the newest again
 
-    def checkpoint_saved(self, saved: CheckpointSaved) -> None:
-        """Makes `run` commit the checkpoint with the events so far."""
-        self._saved.put_nowait((saved, self._journal.last_seq, self._core.state.ledger.admitted))
+    def checkpoint_saved(self, name: str, saved: CheckpointSaved) -> None:
+        """Makes `run` commit the checkpoint with the events so far, and answer the worker."""
+        admitted = self._core.state.ledger.admitted
+        self._saved.put_nowait((name, saved, self._journal.last_seq, admitted))
+
+    async def await_newest(self, timeout_s: float) -> None:
+        """Waits until the newest version has a complete checkpoint, or needs none."""
+        self.newest_saved.clear()
+        if self._config.has_trainer and not self.newest_is_saved:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self.newest_saved.wait()
 
     @property
     def newest_is_saved(self) -> bool:
@@ -73,7 +85,10 @@ class CheckpointCommitter:
 
     async def run(self) -> None:
         while True:
-            await self._commit(*await self._saved.get())
+            name, saved, journal_seq, admitted = await self._saved.get()
+            if saved.version != self._committed:  # otherwise it is a repetition
+                await self._commit(saved, journal_seq, admitted)
+            await self._workers.send(name, CheckpointCommitted(saved.version))
             self._saved.task_done()
 
     async def finished(self) -> None:
@@ -93,6 +108,7 @@ class CheckpointCommitter:
             logger.error("checkpoint %s is not usable: %s; the previous one is kept", folder, e)
             return
         logger.info("checkpoint of version %d is complete", saved.version)
+        self._committed = saved.version
         self._prune_before(oldest)
         if saved.version == self._core.version:
             self.newest_saved.set()

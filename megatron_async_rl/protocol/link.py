@@ -21,7 +21,9 @@ from megatron_async_rl.protocol.messages import Hello, Message, Refused
 from megatron_async_rl.protocol.wire import SCHEMA, AnyMessage, Codec
 
 JOIN_S = 600.0  # for the answer to the first Hello: the controller may read a long journal
-REJOIN_S = 10.0  # for the answer to a Hello; until then no second one is sent
+REJOIN_S = 10.0  # for the answer to a Hello; until then no RejoinRequest causes another
+HELLO_AGAIN_S = 120.0  # then a Hello is repeated: its answer may be lost
+SILENCE_S = 5.0  # then a Heartbeat makes a controller that does not know this worker say so
 
 
 def with_versions(hello: Hello) -> Hello:
@@ -30,7 +32,7 @@ def with_versions(hello: Hello) -> Hello:
 
 
 class Rejoining:
-    """Decides which RejoinRequests are answered by a Hello.
+    """Decides when a Hello is sent: first, after a RejoinRequest, and to a silent controller.
 
     Heartbeats wait in the socket while the controller restarts, and each gets a RejoinRequest. A
     second Hello would void the leases and the offer that followed the first one.
@@ -39,7 +41,16 @@ class Rejoining:
     def __init__(self) -> None:
         self._since: float | None = None  # when the unanswered Hello was sent
 
+    def is_overdue(self) -> bool:
+        """Returns whether the Hello, or its answer, must be lost; notes that it is sent again."""
+        now = time.monotonic()
+        if self._since is None or now - self._since < HELLO_AGAIN_S:
+            return False
+        self._since = now
+        return True
+
     def needs_hello(self) -> bool:
+        """Returns whether to send a Hello now, and notes it."""
         now = time.monotonic()
         if self._since is not None and now - self._since < REJOIN_S:
             return False
@@ -67,11 +78,21 @@ class Link:
         A callable is called for every RejoinRequest too: all earlier leases are void then.
         """
         self._hello = lambda: with_versions(hello() if callable(hello) else hello)
+        deadline = time.monotonic() + timeout_s
+        self._rejoining.needs_hello()
         await self.send(self._hello())
-        try:
-            return epoch_of(await asyncio.wait_for(self._receive(), timeout_s))
-        except TimeoutError:
-            raise ProtocolError(f"the controller did not answer within {timeout_s:.0f} s") from None
+        while (left_s := deadline - time.monotonic()) > 0:
+            if await self._socket.poll(1000 * min(left_s, SILENCE_S)):
+                message = await self._receive()
+                if not isinstance(message, messages.RejoinRequest):
+                    self._rejoining.welcomed()
+                    return epoch_of(message)
+                if self._rejoining.needs_hello():
+                    await self.send(self._hello())
+            else:
+                is_overdue = self._rejoining.is_overdue()
+                await self.send(self._hello() if is_overdue else messages.Heartbeat())
+        raise ProtocolError(f"the controller did not answer within {timeout_s:.0f} s")
 
     async def receive(self) -> AnyMessage:
         """Returns the next message; answers RejoinRequest by itself."""

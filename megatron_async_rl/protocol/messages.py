@@ -204,10 +204,17 @@ class Republish(Message, frozen=True):
 
 
 class CheckpointSaved(Message, frozen=True):
-    """Trainer rank 0 -> controller: `version` is saved in run.dir/checkpoints/<folder>."""
+    """Trainer rank 0 -> controller: `version` is saved in run.dir/checkpoints/<folder>. Answered by
+    CheckpointCommitted."""
 
     version: int
     folder: str
+
+
+class CheckpointCommitted(Message, frozen=True):
+    """Controller -> trainer rank 0: the checkpoint has its manifest, or is not usable."""
+
+    version: int
 
 
 class StepDone(Message, frozen=True):
@@ -249,5 +256,6 @@ class ProbeResult(Message, frozen=True):
 RunMessage = (
     Hello | Welcome | Refused | RejoinRequest | Heartbeat | Shutdown | Failed
     | Generate | Generated | PartialSample | GenerateFailed | ScoreRequest | ScoreResult
-    | GetBatch | TrainBatch | Republish | CheckpointSaved | StepDone | ProbeRequest | ProbeResult
+    | GetBatch | TrainBatch | Republish | CheckpointSaved | CheckpointCommitted | StepDone
+    | ProbeRequest | ProbeResult
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,23 @@ import zmq
 
 from megatron_async_rl import addresses
 from megatron_async_rl.errors import ProtocolError
+from megatron_async_rl.observability.status import FINAL_STATES, find_status
 from megatron_async_rl.protocol import messages, sockets, weight_messages
-from megatron_async_rl.protocol.link import JOIN_S, Rejoining, epoch_of, refusal, with_versions
+from megatron_async_rl.protocol.link import (
+    JOIN_S,
+    SILENCE_S,
+    Rejoining,
+    epoch_of,
+    refusal,
+    with_versions,
+)
 from megatron_async_rl.protocol.messages import Hello, Message, Refused
 from megatron_async_rl.protocol.wire import AnyMessage, Codec
+from megatron_async_rl.storage import checkpoints
 
 RESEND_S = 120.0  # without an answer; a connection that breaks loses what was under way
+OVER_S = 15.0  # of silence, after which status.json tells whether the controller has ended
+COMMIT_S = 30.0  # for the answer to the last CheckpointSaved
 _REPEATED = (
     messages.GetBatch, weight_messages.PublishOffer, messages.StepDone, messages.CheckpointSaved
 )  # fmt: skip
@@ -25,17 +37,17 @@ class SyncLink:
     """A worker's socket for code that blocks: the trainer.
 
     Repeats its unanswered reports and requests to a restarted controller, and after RESEND_S; both
-    ends accept duplicates.
+    ends accept duplicates. A report of a checkpoint is repeated whenever the controller is silent.
     """
 
     ended: messages.Shutdown | None = None  # set when it was received, by any call
 
     def __init__(self, run_dir: Path, timeout_s: float = 60.0) -> None:
+        self._run_dir = run_dir
         self._context = zmq.Context()
         self._socket = sockets.connect(self._context, run_dir, timeout_s)
         self._codec = Codec()
         self._controller = (run_dir / sockets.ADDRESS_FILE).read_text().strip()
-        self._hello: Hello | None = None
         self._rejoining = Rejoining()
         self._unanswered: list[Message] = []
         self._early: messages.TrainBatch | None = None  # came before the answer to an offer
@@ -48,17 +60,31 @@ class SyncLink:
         return addresses.own_address(self._controller)
 
     def join(self, hello: Hello, timeout_s: float = JOIN_S) -> int:
-        hello = with_versions(hello)
-        self.send(hello)
-        try:
-            epoch = epoch_of(self._receive(timeout_s))
-        except TimeoutError as e:
-            raise ProtocolError(str(e)) from None
-        self._hello = hello
-        return epoch
+        """Sends Hello and returns the controller's epoch.
+
+        Raises ProtocolError if refused or not answered.
+        """
+        hello = self._hello = with_versions(hello)
+        deadline = time.monotonic() + timeout_s
+        self._rejoining.needs_hello()
+        self._send(hello)
+        while (left_s := deadline - time.monotonic()) > 0:
+            try:
+                message = self._receive(min(left_s, SILENCE_S))
+            except TimeoutError:
+                self._send(hello if self._rejoining.is_overdue() else messages.Heartbeat())
+                continue
+            if not isinstance(message, messages.RejoinRequest):
+                self._rejoining.welcomed()
+                return epoch_of(message)
+            if self._rejoining.needs_hello():
+                self._send(hello)
+        raise ProtocolError(f"the controller did not answer within {timeout_s:.0f} s")
 
     def receive(self, timeout_s: float) -> AnyMessage:
         """Returns the next message; answers RejoinRequest by itself. Raises TimeoutError.
+
+        Returns Shutdown too if the controller has ended and its Shutdown was lost.
 
         Returns a batch after the answer to an outstanding offer: a restarted controller gets the
         repeated request first and may send the batch at once, during the weight update.
@@ -73,14 +99,13 @@ class SyncLink:
             try:
                 message = self._next(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                self._send(messages.Heartbeat())  # makes a restarted controller send RejoinRequest
-                if time.monotonic() - self._silent_since > RESEND_S:
-                    self._silent_since = time.monotonic()
-                    for again in self._unanswered:
-                        self._send(again)
-                raise
+                if not self._has_ended():
+                    self._send_again()
+                    raise
+                message = messages.Shutdown("the controller has ended")
+                break
             self._silent_since = time.monotonic()
-            if isinstance(message, messages.RejoinRequest) and self._hello is not None:
+            if isinstance(message, messages.RejoinRequest):
                 if self._rejoining.needs_hello():
                     for again in (self._hello, *self._unanswered):
                         self._send(again)
@@ -90,15 +115,34 @@ class SyncLink:
                 self._rejoining.welcomed()
             elif isinstance(message, messages.TrainBatch) and is_offering:
                 self._early = message
+            elif isinstance(message, messages.CheckpointCommitted):
+                self._answered_by(message)
             else:
                 break
-        self._unanswered = [m for m in self._unanswered if not _answers(message, m)]
+        self._answered_by(message)
         if isinstance(message, messages.Shutdown):
+            if self.ended is None:
+                for report in self._unanswered:  # the controller waits for the checkpoint
+                    self._send(report)
             self.ended = message
         return message
 
+    def keep_joined(self) -> None:
+        """Joins a restarted controller again; for a rank that expects no message now."""
+        with contextlib.suppress(TimeoutError):
+            self.receive(0.0)
+
+    def await_commit(self) -> None:
+        """Waits until the last checkpoint is committed, at most COMMIT_S."""
+        deadline = time.monotonic() + COMMIT_S
+        while (left_s := deadline - time.monotonic()) > 0 and not self._has_ended():
+            if not any(isinstance(sent, messages.CheckpointSaved) for sent in self._unanswered):
+                return
+            with contextlib.suppress(TimeoutError):
+                self.receive(min(left_s, SILENCE_S))
+
     def wait_for_order(self, end: int) -> bool:
-        """Waits for a message that is no batch; `receive` will return it.
+        """Waits for a message that is neither a batch nor a mere answer; `receive` will return it.
 
         Returns False if the descriptor `end` is readable first. For a thread that waits while no
         other thread uses this link, which has an outstanding offer.
@@ -108,10 +152,13 @@ class SyncLink:
         poller.register(end, zmq.POLLIN)
         while end not in dict(poller.poll()):
             message = self._receive(0.0)
-            if not isinstance(message, messages.TrainBatch):
+            if isinstance(message, messages.TrainBatch):
+                self._early = message
+            elif isinstance(message, messages.CheckpointCommitted):
+                self._answered_by(message)
+            else:
                 self._unread = message
                 return True
-            self._early = message
         return False
 
     def send(self, message: Message) -> None:
@@ -119,6 +166,26 @@ class SyncLink:
             self._unanswered.append(message)
             self._silent_since = time.monotonic()
         self._send(message)
+
+    def _has_ended(self) -> bool:
+        """Returns whether a silent controller has ended, not only been killed."""
+        if time.monotonic() - self._silent_since < OVER_S:
+            return False
+        status = find_status(self._run_dir)
+        return status is not None and status.state in FINAL_STATES
+
+    def _send_again(self) -> None:
+        """Sends what the controller may not have got. A Heartbeat makes it send RejoinRequest."""
+        self._send(messages.Heartbeat())
+        is_overdue = time.monotonic() - self._silent_since > RESEND_S
+        if is_overdue:
+            self._silent_since = time.monotonic()
+        for again in self._unanswered:
+            if is_overdue or isinstance(again, messages.CheckpointSaved):
+                self._send(again)
+
+    def _answered_by(self, message: AnyMessage) -> None:
+        self._unanswered = [sent for sent in self._unanswered if not _answers(message, sent)]
 
     def _next(self, timeout_s: float) -> AnyMessage:
         message, self._unread = self._unread, None
@@ -141,13 +208,28 @@ def _answers(message: AnyMessage, sent: Any) -> bool:
     """Returns whether this message answers `sent`, a message of one of the types in _REPEATED.
 
     A requested batch is still awaited after a weight update (Republish). A batch of an earlier
-    version is a duplicate.
+    version is a duplicate. Reports are due at the end too.
     """
+    is_checkpoint = isinstance(sent, messages.CheckpointSaved)
     match message:
+        case messages.CheckpointCommitted():
+            return is_checkpoint and bool(sent.version <= message.version)
+        case _ if is_checkpoint:
+            return False
         case messages.Shutdown():
-            return True
+            return not isinstance(sent, messages.StepDone)
         case messages.TrainBatch():
             return bool(sent.version <= message.version)
         case weight_messages.Published():
             return sent.version <= message.version and not isinstance(sent, messages.GetBatch)
     return False
+
+
+def is_finished(run_dir: Path, steps: int) -> bool:
+    """Returns whether a run of so many steps is complete and its last checkpoint saved.
+
+    Its controller has ended then.
+    """
+    status, saved = find_status(run_dir), checkpoints.list_manifests(run_dir)
+    is_over = status is not None and status.state == "finished"
+    return is_over and bool(saved) and saved[0].version >= steps

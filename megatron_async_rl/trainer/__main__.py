@@ -5,11 +5,15 @@ save. A step that was not saved before a crash is repeated with the same batch, 
 keeps.
 """
 
+import logging
 import sys
 from pathlib import Path
 
 from megatron_async_rl import patches, processes
 from megatron_async_rl.config import load
+from megatron_async_rl.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 def _train(run_dir: Path) -> None:
@@ -31,11 +35,18 @@ def _train(run_dir: Path) -> None:
     publisher = WeightPublisher(model.modules, model.shape, config, controller.source_socket)
     checkpointer = Checkpointer(model, config, run_dir, controller.report_checkpoint)
 
-    def export_to(folder: str) -> None:
-        export.export_hf(model.modules, model.shape, Path(config.model.path), run_dir / folder)
+    def export_to(folder: str, is_needed: bool = False) -> None:
+        source = Path(config.model.path)
+        try:
+            export.export_hf(model.modules, model.shape, source, run_dir / folder)
+        except DataError as e:  # on all ranks, such as of a full disk
+            if is_needed:
+                raise
+            logger.error("%s; training continues without it", e)
 
     version = checkpointer.load()
-    publisher.publish(version)  # the servers start from these weights
+    if not controller.run_is_over:
+        publisher.publish(version)  # the servers start from these weights
     while version < config.run.steps:
         # Waits until the batch is complete; meanwhile new servers may ask for the weights.
         samples = controller.next_batch(version, publisher.publish)
@@ -52,8 +63,9 @@ def _train(run_dir: Path) -> None:
         checkpointer.step(version)
         if config.run.export_every and version % config.run.export_every == 0:
             export_to(f"policy-v{version}")
+    controller.await_commit()
     if version >= config.run.steps:
-        export_to("policy")
+        export_to("policy", is_needed=True)
     checkpointer.close()
     controller.close()
 

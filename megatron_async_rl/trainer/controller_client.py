@@ -23,7 +23,7 @@ from megatron_async_rl.config.config import Config
 from megatron_async_rl.data.tokenizer import fingerprint
 from megatron_async_rl.protocol import messages
 from megatron_async_rl.protocol.leader import Leader
-from megatron_async_rl.protocol.sync_link import SyncLink
+from megatron_async_rl.protocol.sync_link import SyncLink, is_finished
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.protocol.wire import AnyMessage, Codec
 from megatron_async_rl.weights.parameters import gloo_group
@@ -42,7 +42,10 @@ class ControllerClient:
         self._is_source = is_source()
         self._socket: SyncLink | None = None
         self._leader: Leader | None = None
-        if self._is_leader or self._is_source:
+        finished = [is_finished(run_dir, config.run.steps)]
+        dist.broadcast_object_list(finished)
+        self.run_is_over = finished[0]  # and its controller has ended
+        if (self._is_leader or self._is_source) and not self.run_is_over:
             stage = mpu.get_pipeline_model_parallel_rank()
             self._socket = SyncLink(run_dir, config.trainer.start_timeout_s)
             self._socket.join(
@@ -71,10 +74,14 @@ class ControllerClient:
         Collective over the replica. Waits; meanwhile calls `republish(version)` when a new server
         needs the current weights. Raises ProtocolError.
         """
+        if self.run_is_over:
+            return None
         if self._leader:
             self._leader.request(version)
         while True:
             answer = self._leader.receive(version) if self._leader else None
+            if self._socket and not self._leader:
+                self._socket.keep_joined()
             match self._broadcast_message(answer):
                 case messages.Republish():
                     republish(version)
@@ -94,6 +101,11 @@ class ControllerClient:
         """Reports that all files of a checkpoint are complete; call it on rank 0 only."""
         if self._socket:
             self._socket.send(messages.CheckpointSaved(version, folder))
+
+    def await_commit(self) -> None:
+        """Waits until the last checkpoint is committed, or the controller has ended."""
+        if dist.get_rank() == 0 and self._socket:
+            self._socket.await_commit()
 
     def close(self) -> None:
         """Closes the connection."""

@@ -306,6 +306,7 @@ def test_controller_that_restarts_after_the_last_update_ends_the_run(
 ) -> None:
     """The trainer has ended, so no offer of weights will come."""
     monkeypatch.setattr(controller_module, "REJOIN_TICKS", 1)
+    monkeypatch.setattr(controller_module, "COMMIT_S", 0.1)  # nothing was saved here
 
     async def test(controller: Controller, link: Link) -> None:
         controller.core.admitting = True  # as after a restart; `run` has not begun

@@ -125,9 +125,25 @@ class UpdateCoordinator:
         for name, version in repeated.items():
             await self._workers.send(name, Published(version, 0))
         unheard, self._unheard = self._unheard, set()
-        if self._core.batches_held and not self._is_busy:
+        if self._is_busy:
+            return
+        if self._core.batches_held:
             for name in sorted(unheard - self._offers.keys()):
                 await self._workers.send(name, Republish(self._core.version))
+        elif not self._all_offered.is_set():
+            await self._release_late_sources()
+
+    async def _release_late_sources(self) -> None:
+        """Answers sources whose version is served already, without waiting for the other sources.
+
+        An earlier controller was killed while it told all that the update is over.
+        """
+        servers = self._core.fleet.rollout.values()
+        served = max((server.version for server in servers if server.is_serving), default=-1)
+        for name, offer in list(self._offers.items()):
+            if offer.version <= served:
+                del self._offers[name]
+                await self._workers.send(name, Published(offer.version, 0))
 
     def must_republish(self) -> bool:
         """Returns whether the trainer, which waits for a batch, must offer its weights again.
