@@ -72,8 +72,7 @@ class Tokenizer:
         self.eos_ids = self._eos_ids(folder)
         if not self.eos_ids:
             raise ConfigError(
-                f"model.path = {folder}: neither generation_config.json nor the tokenizer names an "
-                "eos token",
+                f"model.path = {folder}: no file names an eos token",
                 "add eos_token_id to generation_config.json",
             )
 
@@ -157,10 +156,12 @@ class Tokenizer:
         return None if text is None else self._backend.token_to_id(text)
 
     def _eos_ids(self, folder: Path) -> frozenset[int]:
-        named = read_json(folder / "generation_config.json").get("eos_token_id")
-        ids = list(named if isinstance(named, list) else [] if named is None else [named])
-        if not all(type(number) is int for number in ids):
-            file = folder / "generation_config.json"
-            raise DataError(f"{file}: eos_token_id = {named!r} is not a token id", "correct it")
+        """Returns the ids at which the server ends a response: it reads the same files."""
+        ids: list[int] = []
+        for file in (folder / "config.json", folder / "generation_config.json"):
+            named = read_json(file).get("eos_token_id")
+            ids += named if isinstance(named, list) else [] if named is None else [named]
+            if not all(type(number) is int for number in ids):
+                raise DataError(f"{file}: eos_token_id = {named!r} is not a token id", "correct it")
         eos = self._special_id("eos_token")
         return frozenset(ids if eos is None else [*ids, eos])

@@ -148,6 +148,19 @@ def test_unknown_or_ambiguous_template_names_the_known_ones(folder: Path) -> Non
         Tokenizer(folder).render_chat(MESSAGES, "c")
 
 
+def test_response_ends_at_the_tokens_at_which_the_server_ends_it(folder: Path) -> None:
+    """SGLang reads config.json and generation_config.json."""
+    own = Tokenizer(folder).eos_ids
+    for file, eos in (("config.json", [3, 5]), ("generation_config.json", 4)):
+        path = folder / file
+        fields = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(fields | {"eos_token_id": eos}))
+    assert Tokenizer(folder).eos_ids - own <= {3, 4, 5} <= Tokenizer(folder).eos_ids
+    (folder / "config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(DataError, match=r"config\.json: eos_token_id = '</s>' is not a token id"):
+        Tokenizer(folder)
+
+
 def test_text_parts_of_a_content_are_joined_and_others_refused(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages[0].content | trim }}")
     parts: list[Any] = [{"type": "text", "text": "1+"}, {"type": "text", "text": "2="}]
