@@ -14,8 +14,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_async_rl.errors import DataError
 from megatron_async_rl.model.config_json import HfConfig
-from megatron_async_rl.model.shape import ModelShape
+from megatron_async_rl.model.shape import ModelShape, num_parameters
 from megatron_async_rl.storage import exported, snapshots
 from megatron_async_rl.weights.parameters import Modules
 from megatron_async_rl.weights.reshard import own_tensors, source_number, takes_part
@@ -23,6 +24,7 @@ from megatron_async_rl.weights.reshard import own_tensors, source_number, takes_
 logger = logging.getLogger(__name__)
 
 FILE_BYTES = 4 << 30
+MARGIN_BYTES = 1 << 23  # tokenizer, index, digests
 
 
 def export_hf(
@@ -33,15 +35,21 @@ def export_hf(
     Each weight source (weights/reshard.py) writes its own files; configuration and tokenizer files
     are copied from source_dir; the dtype is that of its config.json. out_dir appears complete, by
     a rename, and replaces an older one; it has the digests of its files (storage/exported.py).
+    Raises DataError on all ranks, before anything is written, if the disk has too little space.
     """
     source, out = Path(source_dir), Path(out_dir)
     partial = out.with_name(f".{out.name}.partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    dtype = _stored_dtype(source)  # before anything else: the folder may have been removed
+    needed = num_parameters(shape) * (dtype or torch.float32).itemsize + MARGIN_BYTES
+    problem = [_make_folder(partial, needed) if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise DataError(
+            f"{out} is not exported: {problem[0]}",
+            "free disk space; the checkpoint of this version has the weights",
+        )
     if takes_part():
-        tensors = own_tensors(modules, shape, _stored_dtype(source))
+        tensors = own_tensors(modules, shape, dtype)
         _write_part(tensors, partial, source_number())
     dist.barrier()
     if dist.get_rank() == 0:
@@ -51,6 +59,17 @@ def export_hf(
         _replace(partial, out)
         logger.info("exported the policy to %s", out)
     dist.barrier()
+
+
+def _make_folder(partial: Path, needed: int) -> str:
+    """Makes an empty folder; returns why so many bytes cannot be written there, or ""."""
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        return f"it needs {needed:,} bytes, the disk has {free:,}" if free < needed else ""
+    except OSError as e:
+        return str(e)
 
 
 def _stored_dtype(source: Path) -> torch.dtype | None:
