@@ -54,7 +54,7 @@ _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _CIRCLED = re.compile("([\u2460-\u2473])(?=[\u2460-\u2473])")  # items of a list, not digits
 _RAISED_FRACTION = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹]+)[\u2044/]([₀₁₂₃₄₅₆₇₈₉]+)")
 _THOUSANDS = re.compile(
-    r"\\(?:text|mathpunct|mathord)\s*\{,\}(?=\d{3})|,\s*\\!\s*(?=\d{3})|\{,\}(?=\d{3})|(?<=\d)\\[,;:!](?=\d{3}(?!\d))"
+    r"\\(?:text|mathpunct|mathord)\s*\{,\}(?=\d{3}(?!\d))|,\s*\\!\s*(?=\d{3}(?!\d))|\{,\}(?=\d{3}(?!\d))|(?<=\d)\\[,;:!](?=\d{3}(?!\d))"
 )
 _NEEDS_WORK = re.compile(r"[\\~`{^\x80-\U0010ffff]|\*\*|degree|\+/-")
 _FOREIGN_DOLLARS = re.compile(r"(?:\bUS|\bCA?|\bAU?|\bNZ|\bHK|\bS)\\?\$(?=\s*[\d.])")

@@ -33,7 +33,7 @@ _CHOOSE_FROM = re.compile(r"(?<![A-Za-z\\])C\s*\(\s*(\w+)\s*,\s*(\w+)\s*\)")  # 
 _CHOOSE_AFTER = re.compile(r"(?<![A-Za-z\\])C\s*_\s*\{?(\d+)\}?\s*\^\s*\{?(\d+)\}?")  # C_5^2
 _MAPPING = re.compile(r"^[A-Za-z]\s*\\mapsto\s*")
 _FUNCTION = re.compile(
-    r"(?<![A-Za-z\\])([fghpFGHP])\s*\(\s*[a-z]\s*\)\s*(?:=|\\equiv(?![A-Za-z])(?!.*mod))"
+    r"(?<![A-Za-z\\])([fghpFGHP])(?:\^\{-1\})?\s*\(\s*[a-z]\s*\)\s*(?:=|\\equiv(?![A-Za-z])(?!.*mod))"
 )
 _HOLE = re.compile(
     r"(?!.*\\(?:[lg]e|in)(?![A-Za-z]))([^=<>,]*[a-z][^=<>,]*),\s*(?:where\s+|for\s+)?\(?[a-z]\s*\\ne(?![A-Za-z])[^=<>,]*"
@@ -73,7 +73,7 @@ _COMMENT = re.compile(
 _SENTENCE = re.compile(
     r"(?:[A-Za-z][A-Za-z'-]+,?\s+){0,8}(?:is|are|equals|there\s+are|there\s+is)\s+(?:equal\s+to\s+)?"
     r"(?=[-+\d\\(\[{.<a-z])|"
-    r"(?:the\s+)?(?:ordered\s+)?(?:interval|point|points|line|vector|pair|triple|value|number|integer|"
+    r"(?:the\s+)?(?:ordered\s+)?(?:interval|center|point|points|line|vector|pair|triple|value|number|integer|"
     r"domain|range|solution|solutions|set|equation|plane|curve)s?\s*:?\s+(?=[-+\d\\(\[{.])|"
     r"(?:all\s+)?(?:real\s+)?(?:(?:numbers?|values?)\s+)?(?:of\s+)?[a-z]?\s*such\s+that\s+|"
     r"(?:in\s+)?(?:the\s+)?year\s+(?=\d)|in\s+(?=\d{4}$)|"

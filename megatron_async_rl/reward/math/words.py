@@ -59,6 +59,8 @@ def _fold(text: str) -> str:
     if names := _TWO_NAMES.fullmatch(text):
         return ", ".join(sorted(names.groups()))
     text = re.sub(r",?\s+and\s+", ", ", text)
+    if text == "dne":
+        return "does not exist"
     if _NO_SOLUTION.fullmatch(text):
         return "empty set"
     if _INFINITE.fullmatch(text):
