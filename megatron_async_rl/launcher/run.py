@@ -15,9 +15,12 @@ journal either way. Under Slurm, which sends SIGTERM repeatedly, further ones ar
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -210,13 +213,20 @@ def _owned(
 ) -> Iterator[None]:
     """Locks run_dir and prepares it: keeps the run in it, or renames it; overwrites nothing."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    with claims.lock_path(run_dir).open("w") as lock:
+    with claims.lock_path(run_dir).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown process"
             raise ConfigError(
-                f"run.dir = {run_dir} is in use by another run; stop it, or choose another run.dir"
+                f"run.dir = {run_dir} is in use by another run ({owner}); stop it, or choose "
+                "another run.dir"
             ) from None
+        with contextlib.suppress(OSError):  # a full disk
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
         if run_dir.exists() and any(run_dir.iterdir()):
             if _is_kept(run_dir, config, existing):
                 show(console, f"resuming the run in {run_dir}")

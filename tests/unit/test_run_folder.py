@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
 import time
 from pathlib import Path
 
@@ -60,6 +62,18 @@ def test_complete_run_is_renamed_if_asked(tmp_path: Path) -> None:
     with run._owned(tmp_path / "run", config, "rename if complete", Console(file=io.StringIO())):
         assert list((tmp_path / "run").iterdir()) == []
     assert (tmp_path / "run.1" / "config.yaml").exists()
+
+
+def test_launcher_that_owns_the_folder_is_named(tmp_path: Path) -> None:
+    run_dir, console = tmp_path / "run", Console(file=io.StringIO())
+    config = log_config(run_dir, loggers=[])
+    for _ in range(2):  # the second time the file has the first owner
+        with run._owned(run_dir, config, "resume", console):
+            owner = (
+                rf"in use by another run \(process {os.getpid()} on {socket.gethostname()}\); stop"
+            )
+            with pytest.raises(ConfigError, match=owner):
+                run._owned(run_dir, config, "resume", console).__enter__()
 
 
 def test_run_without_a_step_does_not_claim_the_folder(tmp_path: Path) -> None:
