@@ -84,10 +84,12 @@ class Link:
         while (left_s := deadline - time.monotonic()) > 0:
             if await self._socket.poll(1000 * min(left_s, SILENCE_S)):
                 message = await self._receive()
-                if not isinstance(message, messages.RejoinRequest):
+                if (epoch := epoch_of(message)) is not None:
                     self._rejoining.welcomed()
-                    return epoch_of(message)
-                if self._rejoining.needs_hello():
+                    return epoch
+                if isinstance(message, messages.Shutdown):
+                    raise ProtocolError(f"the run ends: {message.reason}")
+                if isinstance(message, messages.RejoinRequest) and self._rejoining.needs_hello():
                     await self.send(self._hello())
             else:
                 is_overdue = self._rejoining.is_overdue()
@@ -140,12 +142,14 @@ class Link:
         self._context.term()
 
 
-def epoch_of(answer: AnyMessage) -> int:
+def epoch_of(answer: AnyMessage) -> int | None:
+    """Returns the epoch of a Welcome. None for other messages: the Welcome was lost.
+
+    Raises ProtocolError for Refused.
+    """
     if isinstance(answer, Refused):
         raise refusal(answer)
-    if not isinstance(answer, messages.Welcome):
-        raise ProtocolError(f"expected Welcome from the controller, got {type(answer).__name__}")
-    return answer.epoch
+    return answer.epoch if isinstance(answer, messages.Welcome) else None
 
 
 def refusal(answer: Refused) -> ProtocolError:

@@ -60,7 +60,7 @@ class SyncLink:
         return addresses.own_address(self._controller)
 
     def join(self, hello: Hello, timeout_s: float = JOIN_S) -> int:
-        """Sends Hello and returns the controller's epoch.
+        """Sends Hello and returns the controller's epoch; -1 if the run ends now.
 
         Raises ProtocolError if refused or not answered.
         """
@@ -74,10 +74,13 @@ class SyncLink:
             except TimeoutError:
                 self._send(hello if self._rejoining.is_overdue() else messages.Heartbeat())
                 continue
-            if not isinstance(message, messages.RejoinRequest):
+            if (epoch := epoch_of(message)) is not None:
                 self._rejoining.welcomed()
-                return epoch_of(message)
-            if self._rejoining.needs_hello():
+                return epoch
+            if isinstance(message, messages.Shutdown):
+                self.ended = message
+                return -1
+            if isinstance(message, messages.RejoinRequest) and self._rejoining.needs_hello():
                 self._send(hello)
         raise ProtocolError(f"the controller did not answer within {timeout_s:.0f} s")
 

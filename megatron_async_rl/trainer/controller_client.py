@@ -26,6 +26,7 @@ from megatron_async_rl.protocol.leader import Leader
 from megatron_async_rl.protocol.sync_link import SyncLink, is_finished
 from megatron_async_rl.protocol.types import TrainSample
 from megatron_async_rl.protocol.wire import AnyMessage, Codec
+from megatron_async_rl.trainer.parallel import device
 from megatron_async_rl.weights.parameters import gloo_group
 from megatron_async_rl.weights.reshard import is_source
 
@@ -42,9 +43,9 @@ class ControllerClient:
         self._is_source = is_source()
         self._socket: SyncLink | None = None
         self._leader: Leader | None = None
-        finished = [is_finished(run_dir, config.run.steps)]
-        dist.broadcast_object_list(finished)
-        self.run_is_over = finished[0]  # and its controller has ended
+        found = torch.tensor([int(is_finished(run_dir, config.run.steps))], device=device())
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        self.run_is_over = bool(found)  # and its controller has ended
         if (self._is_leader or self._is_source) and not self.run_is_over:
             stage = mpu.get_pipeline_model_parallel_rank()
             self._socket = SyncLink(run_dir, config.trainer.start_timeout_s)

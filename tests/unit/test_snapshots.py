@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -133,6 +134,24 @@ def test_full_disk_is_reported_after_the_gather_completes(tmp_path: Path) -> Non
     writer = SnapshotWriter(tmp_path / "gone", 0)
     writer.write(plan, named, torch.device("cpu"), None)
     assert "gone" in writer.error and next(named, None) is None
+
+
+def test_writer_that_is_stopped_completes_the_gather_and_writes_no_more(tmp_path: Path) -> None:
+    """The run ends: other ranks gather with this one, and the trainer must save soon."""
+    named = part_tensors(1, 0)
+    plan = plan_buckets([TensorInfo(n, tuple(t.shape), t.dtype, n) for n, t in named], 20_000)
+    writer = SnapshotWriter(tmp_path, 0)
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, tensor in enumerate(named):
+            if number == len(named) // 2:
+                writer.stop("the run ends")
+            yield tensor
+
+    tensors = gathered()
+    writer.write(plan, tensors, torch.device("cpu"), None)
+    assert writer.error == "the run ends" and next(tensors, None) is None
+    assert len(writer.files) < len(plan)
 
 
 def _write_until_killed(run_dir: Path, model: Path) -> None:
