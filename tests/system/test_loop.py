@@ -244,7 +244,8 @@ def test_every_step_has_a_mismatch_probe_or_no_figure(run: FinishedRun) -> None:
     events = EventAccumulator(str(run.folder / "tensorboard"))
     events.Reload()
     probed = events.Scalars("probe/logprob_diff_max")
-    assert probed  # an update may come before the answer, most of all on a loaded machine
+    # an update may come before the answer, most of all on a loaded machine
+    assert len(probed) >= RUN_STEPS // 2
     assert max(event.value for event in probed) < 1e-3
     assert min(event.value for event in events.Scalars("probe/tokens")) > 4
     # those of staleness 0: only the steps that trained on some
