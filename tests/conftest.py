@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -36,8 +35,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def seeds() -> None:
-    """Lets each test draw the same random numbers, whichever tests its worker ran before."""
-    random.seed(0)
+    """Lets each test draw the same arrays, whichever tests its worker ran before.
+
+    Python's own generator is left alone: zmq draws ports from it.
+    """
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(0)
     if torch := sys.modules.get("torch"):
