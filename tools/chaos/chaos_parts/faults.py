@@ -16,6 +16,16 @@ import psutil
 
 from chaos_parts.job import Job
 from chaos_parts.namespaces import HOST_A, HOST_B
+from chaos_parts.signals import (
+    CONTROLLER,
+    REWARD,
+    ROLLOUT,
+    SERVER,
+    TRAINER,
+    f21_several_die_at_once,
+    f22_controller_is_told_to_end,
+    f22_process_is_told_to_end,
+)
 from megatron_async_rl import processes
 from megatron_async_rl.controller.journal.events import (
     ControllerStarted,
@@ -39,12 +49,6 @@ from megatron_async_rl.protocol.types import SampleKey
 from megatron_async_rl.storage import checkpoints
 
 Fault = Callable[[Job], int | None]
-ROLLOUT, TRAINER = "megatron_async_rl.rollout", "-m megatron_async_rl.trainer"
-CONTROLLER, REWARD, SERVER = (
-    "megatron_async_rl.controller",
-    "-m megatron_async_rl.reward",
-    "--model-path",
-)
 PARTITION_S = 12.0  # longer than faults.heartbeat_timeout_s
 FLAG_S = 180.0  # until a process removes the flag: a server may have to start first
 HOUR_S = 3600
@@ -320,4 +324,6 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "F17": (f17_peers_of_other_versions,),
     "F18": (f18_loss_is_nan,),
     "F19": (f19_run_ends,),
+    "F21": (f21_several_die_at_once,),
+    "F22": (f22_process_is_told_to_end, f22_controller_is_told_to_end),
 }
