@@ -13,6 +13,7 @@ it to every process of a node, repeatedly: processes.py defines which of them bl
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 import shlex
@@ -190,7 +191,8 @@ def _first_node(
     allocation: Allocation, assignments: Path, path: str, overrides: list[str], config: Config
 ) -> int:
     def publish() -> None:
-        for old in assignments.parent.glob(f".{config.run_dir.resolve().name}.job-*"):
+        name = glob.escape(config.run_dir.resolve().name)
+        for old in assignments.parent.glob(f".{name}.job-*"):
             if old != assignments:
                 old.unlink(missing_ok=True)  # of an earlier job: run.dir is locked by this one
         files.write_atomic(assignments, msgspec.json.encode(NodeAssignments(placed.names)))
@@ -221,7 +223,7 @@ def _other_node(allocation: Allocation, assignments: Path, config: Config) -> in
         if time.monotonic() > deadline:
             raise Error(
                 f"no assignment from the first node, {first}, within trainer.start_timeout_s = "
-                f"{limit_s:.0f} s ({assignments} does not exist); see its output, and check that "
+                f"{limit_s:.0f} s (no {assignments} can be read); see its output, and check that "
                 f"all nodes share {assignments.parent}"
             )
         time.sleep(POLL_S)
@@ -232,7 +234,7 @@ def _other_node(allocation: Allocation, assignments: Path, config: Config) -> in
 def _read(assignments: Path) -> NodeAssignments:
     try:
         return msgspec.json.decode(assignments.read_bytes(), type=NodeAssignments)
-    except FileNotFoundError:
+    except OSError:  # not there, or an error of a network file system, which may pass
         return NodeAssignments()
 
 
