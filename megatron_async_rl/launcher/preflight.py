@@ -212,8 +212,13 @@ def _model_files(config: Config) -> str:
 def _download(path: Path) -> str:
     """Returns the remedy for a folder without a whole model."""
     name = shlex.quote(str(path))
-    made = f"the quickstart's model: python tools/make_tiny_model.py {name}; another: "
-    return f"{'' if any(path.glob('*')) else made}hf download OWNER/NAME --local-dir {name}"
+    is_empty = not any(path.glob("*"))
+    if is_empty and path.name == "tiny_model":
+        return f"python tools/make_tiny_model.py {name}"  # the quickstart's
+    download = f"hf download OWNER/NAME --local-dir {name}"
+    if not is_empty:
+        return download
+    return f"{download}; the examples in configs/ begin with the commands that make their models"
 
 
 def _model_weights(config: Config) -> str:

@@ -151,7 +151,10 @@ def test_every_failing_check_has_a_remedy() -> None:
         (
             {"model": {"path": "none"}},
             DataError,
-            ["model.path = none: no such folder in /", "python tools/make_tiny_model.py none"],
+            [
+                "model.path = none: no such folder in /",
+                "hf download OWNER/NAME --local-dir none; the examples",
+            ],
         ),
         (
             {"data": {"train": "none.jsonl"}},
