@@ -362,6 +362,15 @@ def test_repeated_parts_cost_bounded_time(parts: tuple[str, str]) -> None:
     assert time.process_time() - started < 2.0
 
 
+@pytest.mark.parametrize("term", ["\\Gamma({}.3i)", "\\arctan(1/{})", "\\sqrt{{{}}}"])
+def test_many_functions_cost_bounded_time(term: str) -> None:
+    started = time.process_time()
+    text = "+".join(map(term.format, range(3, 40)))
+    answers = math_answer.read_answers(f"\\boxed{{1+0({text})}}", {"answer": "1"})
+    math_answer.compare_plain(*answers)
+    assert time.process_time() - started < 2.0
+
+
 def test_plain_comparison_imports_no_sympy() -> None:
     """It runs in the reward worker, which stays small."""
     program = (
