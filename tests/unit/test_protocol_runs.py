@@ -12,7 +12,7 @@ import pytest
 from protocol_runs import ProtocolRun
 
 FIRST, LAST = map(int, os.environ.get("PROTOCOL_RUNS", "0:8").split(":"))
-SIGTERM_AT = 40  # messages of the ranks: in the third step
+SIGTERM_AT = 26  # messages of the ranks: after the second step, before any checkpoint
 LIMIT_S = 400.0  # of a run with one loss; collectives and a stall end after 600 s
 LOSSES = [
     ("Hello", 2), ("Welcome", 1), ("PublishOffer", 2), ("OpenGroup", 1), ("GroupOpened", 1),

@@ -156,7 +156,7 @@ class Progress:
         """Returns the figures of the step that a restarted controller needs."""
         now = time.monotonic()
         self.last_progress = now
-        step_s = now - self._last_step
+        step_s = max(now - self._last_step, 1e-9)  # a report may wait for a restarted controller
         self._last_step = now
         self._step_times.append(step_s)
         status = self._status

@@ -134,14 +134,14 @@ class UpdateCoordinator:
             await self._release_late_sources()
 
     async def _release_late_sources(self) -> None:
-        """Answers sources whose version is served already, without waiting for the other sources.
+        """Answers sources that no server needs, without waiting for the other sources.
 
         An earlier controller was killed while it told all that the update is over.
         """
         servers = self._core.fleet.rollout.values()
         served = max((server.version for server in servers if server.is_serving), default=-1)
         for name, offer in list(self._offers.items()):
-            if offer.version <= served:
+            if offer.version <= served or offer.version < self._core.version:
                 del self._offers[name]
                 await self._workers.send(name, Published(offer.version, 0))
 
