@@ -17,6 +17,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
@@ -24,7 +25,7 @@ from pebble import ProcessExpired, ProcessPool
 from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
 from megatron_async_rl.data import thinking
 from megatron_async_rl.data.code_tests import read_tests
-from megatron_async_rl.errors import ConfigError, DataError
+from megatron_async_rl.errors import ConfigError, DataError, Error
 from megatron_async_rl.protocol.messages import MAX_ANSWER, ScoreRequest, ScoreResult
 from megatron_async_rl.protocol.user_metrics import MetricFilter
 from megatron_async_rl.reward import math_answer, scoring_process
@@ -98,7 +99,7 @@ class RewardWorker:
         return _result(request, Outcome(float(is_right)), started, answers[1])
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
-        """Scores in a scoring process. Failures of any kind are in the result, never raised."""
+        """Scores in a scoring process. Failures are in the result, unless none can be started."""
         started = time.perf_counter()
         timeout_s = self._config.timeout_s + (CODE_MARGIN_S if self._function == "code" else 0.0)
         answer = ""
@@ -153,7 +154,10 @@ class RewardWorker:
     async def _run(
         self, task: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float
     ) -> Any:
-        """Runs a task in the pool; replaces a pool that broke or hangs."""
+        """Runs a task in the pool; replaces a pool that broke or hangs.
+
+        Raises Error if no scoring process can be started any more.
+        """
         try:
             pool = self._pool or self._start_pool()
             future = pool.schedule(task, arguments, timeout=timeout_s)
@@ -181,6 +185,8 @@ class RewardWorker:
         if self._function == "math":
             preload.append("math_verify")
         context.set_forkserver_preload(preload)
+        if self.num_pools:
+            _check_fork_server(context)
         self._pool = ProcessPool(
             max_workers=self._config.processes_per_worker,
             max_tasks=MAX_TASKS,
@@ -195,6 +201,21 @@ class RewardWorker:
         if pool is self._pool:  # several tasks may find it broken; the first one drops it
             log.warning("the pool of scoring processes broke and is replaced")
             self.stop()
+
+
+def _check_fork_server(context: ForkServerContext) -> None:
+    """Raises Error if the fork server, whose socket is below TMPDIR, cannot be reached.
+
+    The launcher then starts this worker again, with another fork server.
+    """
+    try:
+        process = context.Process(target=int)
+        process.start()
+    except OSError as e:
+        raise Error(
+            f"no scoring process can be started: {e}", "keep other programs from cleaning TMPDIR"
+        ) from None
+    process.join()
 
 
 class _PoolStuck(Exception):

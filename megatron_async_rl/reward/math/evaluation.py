@@ -16,7 +16,7 @@ import mpmath
 
 MAX_BITS = 20_000
 
-Value = Fraction | complex
+Value = Fraction | Any  # of those that are not rational complex, or a number of mpmath
 Node = tuple[Any, ...]  # (operation, operands...)
 
 
