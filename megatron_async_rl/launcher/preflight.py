@@ -8,13 +8,10 @@ are the same.
 
 from __future__ import annotations
 
-import json
-import shlex
 import socket
 import subprocess
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
@@ -24,13 +21,12 @@ from megatron_async_rl.config.datasets import SourceConfig
 from megatron_async_rl.data import success_rate
 from megatron_async_rl.data.dataset import check_source, evaluation_config
 from megatron_async_rl.data.sources import training_sources
-from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.engine_env import ENGINE_VARIABLE, engine_python
-from megatron_async_rl.errors import ConfigError, DataError, Error
+from megatron_async_rl.errors import ConfigError, Error
 from megatron_async_rl.hooks import custom_hooks
 from megatron_async_rl.installed import Say
 from megatron_async_rl.launcher import gpus, roles
-from megatron_async_rl.launcher.checks.disk import check_disk, check_run_folder, size_text
+from megatron_async_rl.launcher.checks.disk import check_disk, check_run_folder
 from megatron_async_rl.launcher.checks.settings import (
     check_agent_command,
     check_hooks,
@@ -38,14 +34,13 @@ from megatron_async_rl.launcher.checks.settings import (
     check_sglang,
     check_weight_type,
 )
-from megatron_async_rl.launcher.checks.weights import check_tensors, check_weights
+from megatron_async_rl.launcher.checks.weights import check_model_files, check_model_weights
 from megatron_async_rl.model import layout, memory
 from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.engine import engine_versions
 from megatron_async_rl.model.layout import Layout
 from megatron_async_rl.model.routing import replayed_routing
 from megatron_async_rl.observability.loggers import check_installed
-from megatron_async_rl.program import looked_up_in
 from megatron_async_rl.sandbox.sandbox import Sandbox, SandboxError
 
 SETUP = "bash tools/setup_env.sh"
@@ -91,7 +86,7 @@ def config_checks(config: Config, say: Say, here: Collection[str] | None = None)
             return Check(name, False, e.problem, e.remedy, type(e))
 
     yield check("run.dir", check_run_folder)
-    model = check("model", _model_files)
+    model = check("model", check_model_files)
     yield model
     is_known = False
     if model.ok:
@@ -100,7 +95,7 @@ def config_checks(config: Config, say: Say, here: Collection[str] | None = None)
         is_known = architecture.ok
         if is_known:
             if not config.model.random_init:
-                yield check("model weights", _model_weights)
+                yield check("model weights", check_model_weights)
             trainer = check("trainer layout", _trainer_layout)
             yield trainer
             yield check("engine layout", _engine_layout)
@@ -174,59 +169,6 @@ def check_engine(config: Config | None) -> Check:
     except ConfigError as e:
         return Check("engine", False, e.problem, e.remedy)
     return Check("engine", True, f"SGLang {version} ({python})")
-
-
-def _model_files(config: Config) -> str:
-    """Checks that the folder is complete and can be read; model.random_init needs no weights."""
-    path = Path(config.model.path)
-    remedy = _download(path)
-    if not path.is_dir():
-        raise DataError(f"model.path = {path}: no such folder{looked_up_in(path)}", remedy)
-    missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
-    weights = sorted(path.glob("*.safetensors"))
-    if not config.model.random_init:
-        index = path / "model.safetensors.index.json"
-        if not index.is_file() and not (path / "model.safetensors").is_file():
-            one_file = "model.safetensors" if weights else "*.safetensors"
-            missing.append(index.name if len(weights) > 1 else one_file)
-        try:
-            if index.is_file():
-                files = set(json.loads(index.read_bytes())["weight_map"].values())
-                missing += sorted(name for name in files if not (path / name).is_file())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-            raise DataError(f"model.path = {path}: cannot read {index.name}: {e}", remedy) from None
-    if missing and missing[0].endswith(".safetensors") and any(path.glob("*.bin")):
-        remedy = (
-            "convert the .bin files: AutoModelForCausalLM.from_pretrained(FOLDER)"
-            ".save_pretrained(FOLDER), with transformers"
-        )
-    if missing:
-        raise DataError(f"model.path = {path}: {', '.join(missing)} not in it", remedy)
-    Tokenizer(path, config.reward.thinking_tags)
-    if config.model.random_init:
-        return f"{path}: random weights"
-    check_weights(weights, config.has_trainer, remedy)
-    return f"{path}: {size_text(sum(file.stat().st_size for file in weights))}"
-
-
-def _download(path: Path) -> str:
-    """Returns the remedy for a folder without a whole model."""
-    name = shlex.quote(str(path))
-    is_empty = not any(path.glob("*"))
-    if is_empty and path.name == "tiny_model":
-        return f"python tools/make_tiny_model.py {name}"  # the quickstart's
-    download = f"hf download OWNER/NAME --local-dir {name}"
-    if not is_empty:
-        return download
-    return f"{download}; the examples in configs/ begin with the commands that make their models"
-
-
-def _model_weights(config: Config) -> str:
-    """Checks that the files have the tensors that config.json describes."""
-    path = Path(config.model.path)
-    stored = check_weights(sorted(path.glob("*.safetensors")), config.has_trainer, _download(path))
-    check_tensors(stored, HfConfig(path).shape(), f"model.path = {path}")
-    return f"{len(stored):,} tensors"
 
 
 def _architecture(config: Config) -> str:

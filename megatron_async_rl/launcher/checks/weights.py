@@ -1,4 +1,4 @@
-"""Checks that the weight files of a model folder are whole and fit its config.json.
+"""Checks that a model folder is complete, and that its weights are whole and fit its config.json.
 
 A safetensors file begins with the length of its header (8 bytes) and the header, a JSON object:
 tensor -> {dtype, shape, data_offsets}. So a download that was cut off is found without reading it.
@@ -7,17 +7,76 @@ tensor -> {dtype, shape, data_offsets}. So a download that was cut off is found 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from operator import index
 from pathlib import Path
 from typing import Any
 
+from megatron_async_rl.config.config import Config
+from megatron_async_rl.data.tokenizer import Tokenizer
 from megatron_async_rl.errors import DataError
+from megatron_async_rl.launcher.checks.disk import size_text
+from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.shape import ModelShape, map_parameter, parameter_names
+from megatron_async_rl.program import looked_up_in
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 _POINTER = b"version https://git-lfs"  # a file that git has not fetched
+
+
+def check_model_files(config: Config) -> str:
+    """Checks that the folder is complete and can be read; model.random_init needs no weights."""
+    path = Path(config.model.path)
+    remedy = _download(path)
+    if not path.is_dir():
+        raise DataError(f"model.path = {path}: no such folder{looked_up_in(path)}", remedy)
+    missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
+    weights = sorted(path.glob("*.safetensors"))
+    if not config.model.random_init:
+        index = path / "model.safetensors.index.json"
+        if not index.is_file() and not (path / "model.safetensors").is_file():
+            one_file = "model.safetensors" if weights else "*.safetensors"
+            missing.append(index.name if len(weights) > 1 else one_file)
+        try:
+            if index.is_file():
+                files = set(json.loads(index.read_bytes())["weight_map"].values())
+                missing += sorted(name for name in files if not (path / name).is_file())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+            raise DataError(f"model.path = {path}: cannot read {index.name}: {e}", remedy) from None
+    if missing and missing[0].endswith(".safetensors") and any(path.glob("*.bin")):
+        remedy = (
+            "convert the .bin files: AutoModelForCausalLM.from_pretrained(FOLDER)"
+            ".save_pretrained(FOLDER), with transformers"
+        )
+    if missing:
+        raise DataError(f"model.path = {path}: {', '.join(missing)} not in it", remedy)
+    Tokenizer(path, config.reward.thinking_tags)
+    if config.model.random_init:
+        return f"{path}: random weights"
+    check_weights(weights, config.has_trainer, remedy)
+    return f"{path}: {size_text(sum(file.stat().st_size for file in weights))}"
+
+
+def _download(path: Path) -> str:
+    """Returns the remedy for a folder without a whole model."""
+    name = shlex.quote(str(path))
+    is_empty = not any(path.glob("*"))
+    if is_empty and path.name == "tiny_model":
+        return f"python tools/make_tiny_model.py {name}"  # the quickstart's
+    download = f"hf download OWNER/NAME --local-dir {name}"
+    if not is_empty:
+        return download
+    return f"{download}; the examples in configs/ begin with the commands that make their models"
+
+
+def check_model_weights(config: Config) -> str:
+    """Checks that the files have the tensors that config.json describes."""
+    path = Path(config.model.path)
+    stored = check_weights(sorted(path.glob("*.safetensors")), config.has_trainer, _download(path))
+    check_tensors(stored, HfConfig(path).shape(), f"model.path = {path}")
+    return f"{len(stored):,} tensors"
 
 
 def check_weights(files: Iterable[Path], trains: bool, remedy: str) -> dict[str, tuple[int, ...]]:
