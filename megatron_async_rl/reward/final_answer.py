@@ -81,10 +81,12 @@ _TAKEN_BACK = re.compile(
     r"(?:no|sorry|correction)\s*[,:]",
     re.IGNORECASE,
 )
-_CORRECTION = re.compile(  # the last sentence, after a statement: Wait, it should be 6.
+_CORRECTION = re.compile(  # the last sentence, after a statement: `Wait, it should be 6.`, `No, 6.`
     r"\b(?:(?:wait|actually|correction|sorry|oops|no|rather|hmm|I\s+mean)\b(?:[\s,.!:;\u2026\u2014]|-\s)*){1,3}"
-    r"(?:(?:it|that|this|the\s+(?:correct|right|actual)\s+\w+)(?:['\u2019]s|\s+(?:is|equals|(?:should|must|would)\s+be))"
-    r"\s+)?(?:actually\s+)?(?P<value>(?=[-+\d$\\(*])(?:(?!\b(?:or|and)\b)[^\n!?;,])*?)[.!]?\s*$",
+    r"(?:(?:[^.!?\n]{0,60}\b(?:so|thus|hence)\s+)?(?:it|that|this|the\s+(?:(?:correct|right|actual)\s+\w+|total|value|sum|number|result))"
+    r"(?:['\u2019]s|\s+(?:is|equals|(?:should|must|would)\s+be))\s+(?:actually\s+)?"
+    r"(?P<value>(?=[-+\d$\\(*])(?:(?!\b(?:or|and)\b)[^\n!?;,])*?)|"
+    r"(?P<bare>\**(?:\$[^$<>=\n]+\$|-?\d[\d.,/]*)\**))[.!]?\s*$",
     re.IGNORECASE,
 )
 _OPTION = re.compile(
@@ -158,8 +160,10 @@ def _stated_answer(text: str) -> str:
     ]
     statements = sorted(matches + others, key=lambda match: match.end(), reverse=True)
     correction = _CORRECTION.search(text, statements[0].end()) if statements else None
-    if correction and not formulas.has_sentences(correction["value"]):
-        return formulas.first(correction["value"])
+    if correction:
+        corrected = correction["value"] or correction["bare"]
+        if not formulas.has_sentences(corrected):
+            return formulas.first(corrected)
     for match in statements[:_MAX_STATEMENTS]:
         stated = text[match.end() :].strip()
         if _VERDICT.match(stated) or _is_retracted(text, match):

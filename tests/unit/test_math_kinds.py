@@ -336,7 +336,10 @@ RIGHT_TEXTS = r"""
 6 <- The answer is 5. Sorry, it's 6 apples. ;; **Answer: 5** Correction: **6**
 7 <- The answer is 5. Wait, it is 6. No, it is 7.
 5 <- The answer is 5. Wait, there are 6 apples in each bag. So 5 is right.
-5 <- The answer is 5. Wait, let me check: 2 + 3 = 5.
+5 <- The answer is 5. Wait, let me check: 2 + 3 = 5. ;; The answer is 5. No 7 is needed.
+5 <- The answer is $5$. Actually, $5 > 4$. ;; The answer is 5. No. 7 is wrong.
+5 <- The answer is 5. Actually, 3 of these 5 are red.
+6 <- The answer is 5. Wait, I forgot zero, so it is 6. ;; The answer is 5. Actually the total is 6.
 \frac{1}{2} <- The answer is $\frac13$. Hmm, wait, that's $\frac12$.
 3, 5 <- $x = \boxed{3}$ and $y = \boxed{5}$ ;; \boxed{3}\ \text{and}\ \boxed{5}
 \frac{1}{2} <- \boxed\frac{1}{2} ;; \boxed\frac12
