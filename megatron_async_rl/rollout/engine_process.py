@@ -246,8 +246,7 @@ class SGLangServer:
 
     def _error(self, reason: str) -> EngineError:
         """Quotes the last log line that names an error (more may follow) or the last lines."""
-        text = self._log.read_text(errors="replace") if self._log.exists() else ""
-        lines = [line[:600] for line in text.splitlines()]
+        lines = [line[:600] for line in processes.log_end(self._log, self._log_start)]
         errors = [line for line in lines if _NAMES_ERROR.search(line)]
         shown = errors[-1] if errors else "\n".join(lines[-8:])
         return EngineError(f"the SGLang server {reason}; its log: {self._log}\n{shown}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from paths import python_environment
 from reward_process import SLOW_ANSWER, score_request
 
 from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
@@ -220,6 +223,52 @@ def test_child_killed_while_idle_is_replaced(custom: str) -> None:
 def child_pids(worker: RewardWorker) -> list[int]:
     assert worker._pool is not None
     return list(worker._pool._pool_manager.worker_manager.workers)
+
+
+LOST_SOCKET = """
+import asyncio, os, shutil, tempfile
+import psutil
+from reward_process import score_request
+from megatron_async_rl.config.sections import RewardConfig, SandboxConfig
+from megatron_async_rl.errors import Error
+from megatron_async_rl.reward.worker import RewardWorker
+
+async def test():
+    worker = RewardWorker(RewardConfig(function="loop_reward:constant"), SandboxConfig())
+    await worker.start()
+    print((await worker.score(score_request("1"))).reward)
+    for name in os.listdir(tempfile.gettempdir()):
+        shutil.rmtree(os.path.join(tempfile.gettempdir(), name))
+    psutil.Process().children(recursive=True)[-1].kill()  # a scoring process
+    results = []
+    try:
+        for _ in range(3):
+            results.append((await worker.score(score_request("1"))).reward)
+    except Error as e:
+        print(results, e.problem)
+    worker.stop()
+
+if __name__ == "__main__":
+    asyncio.run(test())
+"""
+
+
+def test_worker_whose_fork_server_was_cleaned_away_ends_to_be_restarted(tmp_path: Path) -> None:
+    """Its scoring processes could not be replaced: every group would be dropped."""
+    program, temporary = tmp_path / "program.py", tmp_path / "t"
+    program.write_text(LOST_SOCKET)
+    temporary.mkdir()
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env=python_environment(TMPDIR=str(temporary)),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    first, second = done.stdout.splitlines()
+    assert first == "1.0", done.stderr
+    assert second.startswith("[None] no scoring process can be started: [Errno 2]"), done.stderr
 
 
 @pytest.mark.parametrize(
