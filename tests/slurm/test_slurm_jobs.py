@@ -63,6 +63,11 @@ class Job:
     def output(self) -> str:
         return (self.folder / "job.out").read_text(errors="replace")
 
+    def ends_of_logs(self) -> str:
+        """Returns what controller and trainer logged last."""
+        logs = (self.run_dir / "logs" / f"{name}.log" for name in ("controller", "trainer"))
+        return "\n".join(path.read_text(errors="replace")[-3000:] for path in logs)
+
     def slurm(self, *command: str) -> str:
         done = subprocess.run(
             command, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -225,7 +230,9 @@ def test_terminated_job_saves_is_requeued_and_continues(
     assert time.monotonic() - signalled_at < 55
     stopped = running.status()
     assert stopped.state == "stopped" and not Path(f"/proc/{started}").exists()
-    saved = checkpoints.list_manifests(running.run_dir)[0].version
+    manifests = checkpoints.list_manifests(running.run_dir)
+    assert manifests, running.ends_of_logs()
+    saved = manifests[0].version
     assert saved == stopped.version  # saved at SIGTERM, not at a fourth step
     job(saved + 2)  # the requeued job reads the new run.steps
     assert "exit code 75: job" in running.output and "stopped by SIGTERM" not in running.output
