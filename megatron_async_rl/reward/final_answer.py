@@ -86,7 +86,7 @@ _CORRECTION = re.compile(  # the last sentence, after a statement: `Wait, it sho
     r"(?:(?:[^.!?\n]{0,60}\b(?:so|thus|hence)\s+)?(?:it|that|this|the\s+(?:(?:correct|right|actual)\s+\w+|total|value|sum|number|result))"
     r"(?:['\u2019]s|\s+(?:is|equals|(?:should|must|would)\s+be))\s+(?:actually\s+)?"
     r"(?P<value>(?=[-+\d$\\(*])(?:(?!\b(?:or|and)\b)[^\n!?;,])*?)|"
-    r"(?P<bare>\**(?:\$[^$<>=\n]+\$|-?\d[\d.,/]*)\**))[.!]?\s*$",
+    r"(?P<bare>\**(?:\$[^$<>=\n]+\$|-?\d[\d.,/]*)\**))(?<!\s)[.!]?\s*$",
     re.IGNORECASE,
 )
 _OPTION = re.compile(

@@ -144,6 +144,8 @@ y = 1, x = 2 <- (2,1) ;; x = 2, y = 1 ;; (x,y) = (2,1) ;; \begin{pmatrix} 2 \\ 1
 \{\emptyset\} <- \{\varnothing\} ;; \{\{\}\}
 2abc <- 2 \cdot a \cdot b \cdot c
 3 <- three hours ;; \text{three dogs} ;; 3cats
+0:3:4 <- 0:6:8
+5000000 <- 5 Million ;; five million dollars
 -7 <- negative seven ;; \text{-}7
 (0,\infty) <- \mathbb{R}^+ ;; \mathbb{R}_{>0}
 \{a,b,c\} <- c, a, b
@@ -177,6 +179,16 @@ m=4,n=6 <- (n,m)=(4,6) ;; p=4,q=6
 \frac{\pi}{2} <- \arcsin(1-10^{-30}) ;; \frac{\pi}{2}\tanh 50
 2abc <- 2abd ;; 2
 2mg <- 2mgh
+5 <- \begin{cases}\end{cases} ;; \begin{cases} \\ \end{cases} ;; \begin{cases}\end{cases} \pmod 2
+x + 1 <- 0 \pmod 1
+5 <- 0:0 ;; 0:00 ;; 0 to 0
+\frac{3}{4} <- 0:00 ;; 0:0 ;; 0:4
+3:4 <- 0:0 ;; 0:00 ;; (x-x):(y-y)
+0:3:4 <- 0:9:9 ;; 0:0:0
+200 <- two hundred five ;; two hundred thousand ;; Two Hundred Five
+7 <- seven point five ;; seven less two
+1 <- one in five ;; 1 out of five
+5 <- 5 Million
 60^\circ <- 60\text{ rad} ;; 60 radians
 n \equiv 1,4 \pmod 5 <- n \equiv 1 \pmod 5 ;; n \equiv 1,4 \pmod 6
 1/3 <- 0.333334 ;; 0.3333333334 ;; 0.33333 ;; 33.33\%

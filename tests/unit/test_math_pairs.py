@@ -30,12 +30,14 @@ CLASSES = read_classes()
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_no_pair_of_a_class_is_decided_wrongly(name: str) -> None:
-    """None, which leaves the decision to math-verify, is not wrong."""
-    errors = []
+    """None, which leaves the decision to math-verify, is not wrong, but rare."""
+    errors, decisions = [], []
     for gold, *groups in CLASSES[name]:
         for right, answers in zip((True, False), groups, strict=True):
             for answer in answers:
                 response = answer[1:] if answer[0] == "!" else f"So \\boxed{{{answer}}}."
-                if decision(response, gold) is (not right):
+                decisions.append(decision(response, gold))
+                if decisions[-1] is (not right):
                     errors.append((gold, answer, right))
     assert errors == []
+    assert decisions.count(None) <= len(decisions) / 5

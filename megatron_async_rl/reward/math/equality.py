@@ -73,14 +73,14 @@ def equal(expected: str, answer: str) -> bool | None:
         return False if is_open or isinstance(gold, Words) else None
     if relations.names_other(expected, answer):
         return False
-    if isinstance(given, Equation) and relations.is_line(expected, gold, given):
-        return True
     own_names, other_names = phrasing.named_values(expected), phrasing.named_values(answer)
     if own_names and other_names and set(own_names) != set(other_names):
         return False
     if own_names or other_names:
         gold, given = relations.in_order(gold, given, own_names, other_names)
     try:
+        if isinstance(given, Equation) and relations.is_line(expected, gold, given):
+            return True
         if isinstance(given, Items) and _AND_WORD.search(answer) and _is_mixed_number(given, gold):
             return True
         return _equal(gold, given)

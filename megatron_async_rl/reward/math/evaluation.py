@@ -163,11 +163,11 @@ def value(
     if kind == "*":
         if _both_exact(first, second):
             return first * second
-        return _finite(inexact(first, context) * inexact(second, context))
+        return _finite(inexact(first, context) * inexact(second, context), context)
     if kind == "/":
         if _both_exact(first, second):
             return first / second
-        return _finite(inexact(first, context) / inexact(second, context))
+        return _finite(inexact(first, context) / inexact(second, context), context)
     if kind == "binom":
         return Fraction(math.comb(_whole(first, 5_000), _whole(second, 5_000)))
     return _power(first, 1 / second if kind == "root" else second, context)
@@ -191,9 +191,15 @@ def _both_exact(a: Value, b: Value) -> bool:
     return True
 
 
-def _finite(number: Any) -> Any:
-    """Raises TooLarge for infinity, which would be close to every number."""
-    if not abs(number) < math.inf:
+def _finite(number: Any, context: Any) -> Any:
+    """Raises TooLarge for infinity, which would be close to every number.
+
+    Also for an exponent of more than MAX_BITS: mpmath's sine of such a number would take hours.
+    """
+    size = abs(number)
+    if not size < math.inf:
+        raise TooLarge
+    if context is not _DOUBLES and size and abs(context.mag(size)) > MAX_BITS:
         raise TooLarge
     return number
 
@@ -202,7 +208,7 @@ def _add(a: Value, b: Value, context: Any) -> Value:
     if _both_exact(a, b):
         return a + b
     a, b = inexact(a, context), inexact(b, context)
-    total = _finite(a + b)
+    total = _finite(a + b, context)
     # a sum that cancels to rounding errors is zero
     smallest = 1e-14 * max(abs(a), abs(b)) if context is _DOUBLES else 0
     return total if abs(total) > smallest else Fraction(0)
@@ -220,7 +226,8 @@ def _apply(name: str, argument: Value, context: Any) -> Value:
     if argument == 0 and name in ("sin", "tan", "arcsin", "arctan", "sinh", "tanh"):
         return Fraction(0)
     try:
-        result = _finite(getattr(context, FUNCTIONS[name])(inexact(argument, context)))
+        result = getattr(context, FUNCTIONS[name])(inexact(argument, context))
+        result = _finite(result, context)
     except (OverflowError, ValueError):
         raise TooLarge from None
     if context is _DOUBLES and name in _TRIGONOMETRIC and abs(result) < 1e-15 < abs(argument):
@@ -251,7 +258,7 @@ def _power(base: Value, exponent: Value, context: Any) -> Value:
     try:
         if base == 0:
             return Fraction(0) if exponent.real > 0 else 1 / Fraction(0)
-        return _finite(inexact(base, context) ** inexact(exponent, context))
+        return _finite(inexact(base, context) ** inexact(exponent, context), context)
     except OverflowError:
         raise TooLarge from None
 

@@ -6,6 +6,7 @@ Values that agree so far are compared again with more digits, so that 1 - e^{-30
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from fractions import Fraction
 
@@ -36,6 +37,7 @@ for _digits, _context in _PRECISE.items():
 _COARSE = 1e-9  # a larger difference comes from another branch of a root or logarithm
 _MAX_NODES = 30
 _DEGREE: Node = ("/", ("constant", "pi"), ("number", Fraction(180)))
+_ZERO: Node = ("number", Fraction(0))
 _TEN: Node = ("call", "log", ("number", Fraction(10)))
 
 
@@ -106,7 +108,7 @@ def _differ(a: Node, b: Node, at: dict[str, Fraction]) -> bool:
 
     A difference of rounding errors changes with the number of digits. False if a formula has no
     value here, jumps (a floor), takes long (Gamma), or has a decimal of 8 to 17 places, which may
-    be rounded.
+    be rounded. Raises TooLarge.
     """
     parts = [*nodes(a), *nodes(b)]
     if any(one[0] == "number" and _may_be_rounded(one[1]) for one in parts):
@@ -124,7 +126,7 @@ def _differ(a: Node, b: Node, at: dict[str, Fraction]) -> bool:
             if rough or fine:
                 change = abs(_PRECISE[2 * digits].convert(rough) - fine)
                 return bool(change < abs(fine) / 2 < _COARSE * size)
-    except (Unreadable, TooLarge, ArithmeticError, ValueError, RecursionError):
+    except (Unreadable, ArithmeticError, ValueError, RecursionError):
         pass
     return False
 
@@ -234,18 +236,21 @@ def proportional(a: Node, b: Node) -> bool:
 
 
 def same_ratio(a: list[Node], b: list[Node]) -> bool:
+    """Returns whether each two terms have the same ratio; 0:0 is none."""
     if len(a) != len(b):
         return False
+    if any(all(_same_values(term, _ZERO) for term in terms) for terms in (a, b)):
+        return False
     return all(
-        _same_values(("*", a[0], right), ("*", b[0], left))
-        for left, right in zip(a[1:], b[1:], strict=True)
+        _same_values(("*", first[0], second[1]), ("*", second[0], first[1]))
+        for first, second in itertools.combinations(zip(a, b, strict=True), 2)
     )
 
 
 def is_residue_class(node: Node, residue: Fraction | None, modulus: int) -> bool:
     """Returns whether a formula such as 4k + 1 gives the numbers of a residue class."""
     names = variables(node)
-    if residue is None or len(names) > 1:
+    if residue is None or len(names) > 1 or modulus < 2:
         return False
     first, second = (value(node, dict.fromkeys(names, Fraction(k))) for k in range(2))
     step = second - first

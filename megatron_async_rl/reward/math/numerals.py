@@ -96,7 +96,7 @@ _ELLIPSIS = re.compile(r"([-+]?\d*)\.(\d+)\s*\\ldots")
 _SPACED_NUMBER = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])")
 _SCALE = re.compile(
     r"([-+]?[\d.,]*\d)\s*(hundred|thousand|million|billion|trillion|dozen)\b"
-    r"(?:\s+(?!squared|cubed|plus|minus|times|and|or|percent)[a-z]{3,})?",
+    r"(?:\s+(?!percent)([a-z]{3,}))?",
     re.I,
 )
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
@@ -248,7 +248,7 @@ def read_number(text: str) -> Number:
         text = _SPACED_NUMBER.sub(lambda match: match[0].replace(" ", ""), text)
     if "/" in text:
         text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
-    if scale := _SCALE.fullmatch(text):
+    if (scale := _SCALE.fullmatch(text)) and (scale[3] or "").lower() not in units.NOT_UNITS:
         text = f"{scale[1]}\\cdot {_SCALES[scale[2].lower()]}"
     if "\\" in text or "(" in text:
         if match := _REPEATING.fullmatch(text):

@@ -16,7 +16,7 @@ from megatron_async_rl.reward.math import (
     relations,
     words,
 )
-from megatron_async_rl.reward.math.evaluation import Unreadable
+from megatron_async_rl.reward.math.evaluation import Contradiction, Unreadable
 from megatron_async_rl.reward.math.number_equality import components
 from megatron_async_rl.reward.math.parts import (
     Congruence,
@@ -268,6 +268,8 @@ def _read_cases(body: str, depth: int) -> Items:
         condition = "otherwise" if condition == "else" else condition
         pair = _read(before.strip(" ,"), depth + 1), _read(condition, depth + 1)
         pairs.append(Sequence("cases", pair))
+    if not pairs:
+        raise Contradiction  # no item would be unequal to the expected answer
     return Items("cases", tuple(pairs))
 
 

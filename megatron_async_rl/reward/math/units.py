@@ -11,14 +11,16 @@ _UNITS = frozenset(
     "NZD CHF JPY CNY HKD SGD RMB Rs dollars euros pounds units unit percent pts AU st nd rd "
     "th".split()
 )
-_NOT_UNITS = frozenset(
+NOT_UNITS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh cis ln log lg exp sqrt cbrt pi "
     "lim max min gcd lcm mod and or not infinity inf squared cubed factorial half halves third "
     "thirds fourth fourths fifth fifths quarter quarters base hundred thousand million billion "
     "trillion dozen if for when where but except unless plus minus times am is are over divided "
     "choose none neither either maybe no to hundreds thousands millions billions dozens tenth "
     "tenths hundredth hundredths thousandth thousandths sixth sixths seventh sevenths eighth "
-    "eighths ninth ninths twelfth twelfths tens than below mil crore lakh".split()
+    "eighths ninth ninths twelfth twelfths tens than below mil crore lakh one two three four five "
+    "six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen twenty thirty forty fifty sixty seventy eighty ninety".split()
 )
 _UNIT_PART = r"(?:[A-Za-z]+\.?(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?)"
 _UNIT = re.compile(
@@ -74,7 +76,7 @@ def strip_unit(text: str) -> tuple[str, str]:
     for number, word in enumerate(_UNIT_WORD.findall(match["unit"])):
         if number and word in ("squared", "cubed"):
             continue
-        if word in _NOT_UNITS and word != "min":
+        if word.lower() in NOT_UNITS and word != "min":
             return text, ""
         known = word in _UNITS
         spaced = bool(match["gap"]) or number > 0
