@@ -104,7 +104,7 @@ def test_program_is_found_in_time_linear_in_the_response(text: str) -> None:
     extract_program(text * 1000)
     started = time.process_time()
     extract_program(text * ((1 << 20) // len(text)))
-    assert time.process_time() - started < 20.0  # 1 MiB; quadratic time would be minutes
+    assert time.process_time() - started < 5.0  # 1 MiB; quadratic time would be minutes
 
 
 @pytest.mark.parametrize(

@@ -156,9 +156,9 @@ def test_calls_are_found_in_the_response(text: str, codes: list[str]) -> None:
 def test_repeated_beginning_of_a_call_takes_no_time(text: str) -> None:
     """A policy may repeat one token up to the limit; all samples of the worker would wait."""
     started = time.process_time()
-    find_calls(text * 8192)
-    find_calls(f"{text * 8192}```")
-    tool_calls.split(text * 8192)
+    find_calls(text * 32_768)
+    find_calls(f"{text * 32_768}```")
+    tool_calls.split(text * 32_768)
     assert time.process_time() - started < 1.5  # the garbage collector may run meanwhile
 
 
