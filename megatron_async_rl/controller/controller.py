@@ -286,10 +286,14 @@ class Controller:
         self.progress.end("finished", "", self._ledger())
 
     def _was_complete(self) -> bool:
-        """Returns whether an earlier controller was killed when nothing was left but its end."""
+        """Returns whether an earlier controller was killed when nothing was left but its end.
+
+        A trainer that has lost the last version, which was not saved, repeats its last steps.
+        """
         version = self.core.version
         is_trained = version >= self.config.run.steps and not self.core.state.pending
-        return is_trained and not self.evaluations.is_due(version)
+        is_left = not self.saving.newest_is_restorable or self.evaluations.is_due(version)
+        return is_trained and not is_left
 
     async def _conduct_updates(self) -> None:
         """Runs all weight updates and evaluations."""

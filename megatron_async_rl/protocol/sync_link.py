@@ -84,10 +84,11 @@ class SyncLink:
                 self._send(hello)
         raise ProtocolError(f"the controller did not answer within {timeout_s:.0f} s")
 
-    def receive(self, timeout_s: float) -> AnyMessage:
+    def receive(self, timeout_s: float, until_commit: bool = False) -> AnyMessage:
         """Returns the next message; answers RejoinRequest by itself. Raises TimeoutError.
 
-        Returns Shutdown too if the controller has ended and its Shutdown was lost.
+        Returns Shutdown too if the controller has ended and its Shutdown was lost. Returns
+        CheckpointCommitted only with `until_commit`.
 
         Returns a batch after the answer to an outstanding offer: a restarted controller gets the
         repeated request first and may send the batch at once, during the weight update.
@@ -118,7 +119,7 @@ class SyncLink:
                 self._rejoining.welcomed()
             elif isinstance(message, messages.TrainBatch) and is_offering:
                 self._early = message
-            elif isinstance(message, messages.CheckpointCommitted):
+            elif isinstance(message, messages.CheckpointCommitted) and not until_commit:
                 self._answered_by(message)
             else:
                 break
@@ -142,7 +143,7 @@ class SyncLink:
             if not any(isinstance(sent, messages.CheckpointSaved) for sent in self._unanswered):
                 return
             with contextlib.suppress(TimeoutError):
-                self.receive(min(left_s, SILENCE_S))
+                self.receive(min(left_s, SILENCE_S), until_commit=True)
 
     def wait_for_order(self, end: int) -> bool:
         """Waits for a message that is neither a batch nor a mere answer; `receive` will return it.

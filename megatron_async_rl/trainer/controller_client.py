@@ -3,8 +3,7 @@
 The leader of a data-parallel replica (its first rank) fetches the replica's share of each batch and
 broadcasts the received bytes to the replica's other ranks: all its tensor, context and pipeline
 ranks train on the same samples. Leaders agree on whether to train (protocol/leader.py). Weight
-sources (weights/reshard.py) also have a connection, over
-which they take part in weight updates.
+sources (weights/reshard.py) also have a connection, over which they take part in weight updates.
 """
 
 from __future__ import annotations

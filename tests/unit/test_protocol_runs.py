@@ -5,11 +5,16 @@ PROTOCOL_RUNS=200:400 pytest tests/unit/test_protocol_runs.py     other seeds
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
-from protocol_runs import ProtocolRun
+from protocol_parts import STEPS, Wire
+from protocol_runs import KilledJournal, ProtocolRun
+
+from megatron_async_rl.protocol import messages as m
+from megatron_async_rl.storage import checkpoints
 
 FIRST, LAST = map(int, os.environ.get("PROTOCOL_RUNS", "0:8").split(":"))
 SIGTERM_AT = 26  # messages of the ranks: after the second step, before any checkpoint
@@ -74,3 +79,55 @@ def test_trainer_saves_at_sigterm_in_spite_of_a_lost_message(
     run.lost = kind, {"TrainBatch": 4, "StepDone": 2}.get(kind, 1)
     run.run()
     assert run.lost is None and run.was_preempted and run.must_save
+
+
+class LossAtTheEnd(ProtocolRun):
+    """The trainer is killed at the first message of this kind for the last version."""
+
+    def __init__(self, inputs: tuple[Path, Path], folder: Path, kind: type[m.Message]) -> None:
+        super().__init__(inputs, folder, 1, replicas=1)
+        self.faults, self.sigterm_at = {}, -1
+        self.kind: type[m.Message] | None = kind
+
+    def is_lost(self, wire: Wire, message: object) -> bool:
+        if self.kind and isinstance(message, self.kind) and getattr(message, "version", 0) == STEPS:
+            self.at(0.05, self.lose_controller if self.kind is m.StepDone else self.lose_checkpoint)
+            self.kind = None
+        return super().is_lost(wire, message)
+
+    def lose_controller(self) -> None:
+        assert self.controller
+        journal = self.controller.journal
+        assert isinstance(journal, KilledJournal)
+        journal.write(len(journal.held))
+        self.crashed.set()
+        self.restart_trainer()
+
+    def lose_checkpoint(self) -> None:
+        (self.folder / checkpoints.FOLDER / f"{checkpoints.folder_name(STEPS)}.json").unlink()
+        self.restart_trainer()
+
+
+@pytest.mark.parametrize("kind", [m.StepDone, m.CheckpointCommitted])
+def test_last_version_that_is_lost_is_trained_and_saved_again(
+    model_and_dataset: tuple[Path, Path], tmp_path: Path, kind: type[m.Message]
+) -> None:
+    """Before it is saved, controller and trainer are killed; after it, the checkpoint is lost."""
+    run = LossAtTheEnd(model_and_dataset, tmp_path, kind)
+    run.run()
+    assert run.kind is None and run.incarnation == 1
+
+
+def test_checkpoint_counts_although_an_older_one_cannot_be_removed(
+    model_and_dataset: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def prune(run_dir: Path, keep: int) -> int:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(checkpoints, "prune", prune)
+    run_without_faults(model_and_dataset, tmp_path, replicas=1).run()
+    assert "older checkpoints are not removed" in caplog.text
+    assert "is not usable" not in caplog.text
