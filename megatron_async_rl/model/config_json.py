@@ -129,7 +129,11 @@ class HfConfig(ConfigFields):
         Raises DataError for a setting that Megatron does not support or would compute differently.
         """
         raw, family, latent = self.raw, self.family, self.family.latent_attention
-        self._check_unquantized()
+        if self.quantization:
+            raise DataError(
+                f"{self.key}: {self.quantization}, and quantized weights cannot be trained",
+                "use the folder of the same model in bfloat16, float16 or float32",
+            )
         router_rules = _GROUPED_ROUTER if latent else _BIASED_ROUTER
         for key, allowed in (
             ("hidden_act", ("silu", None)),
@@ -160,20 +164,17 @@ class HfConfig(ConfigFields):
             **(self._router_groups() if latent else {}),
         )
 
-    def _check_unquantized(self) -> None:
-        remedy = "use the folder of the same model in bfloat16, float16 or float32"
+    @property
+    def quantization(self) -> str:
+        """What states that the weights are quantized; empty if they are not."""
         for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
             if (self.folder / name).exists():
-                problem = f"{self.key}: {name} is in it, and quantized weights cannot be trained"
-                raise DataError(problem, remedy)
+                return f"{name} is in it"
         for key in ("quantization_config", "compression_config", "quantization"):
             if stated := self.raw.get(key):
                 method = stated.get("quant_method") if isinstance(stated, dict) else stated
-                raise self.refused(
-                    f"{key} ({method or 'no quant_method'}), and "
-                    "quantized weights cannot be trained",
-                    remedy,
-                )
+                return f"config.json has {key} ({method or 'no quant_method'})"
+        return ""
 
     @property
     def dtype_name(self) -> str | None:

@@ -274,6 +274,18 @@ def test_quantized_weights_without_a_mark_in_config_json_are_detected() -> None:
     preflight(make_config(run={"mode": "rollout_only"}))
 
 
+def test_servers_alone_may_have_quantized_weights_in_files_of_any_name() -> None:
+    """GPTQ and AWQ store a layer's weight as qweight, qzeros and scales."""
+    config = make_config(run={"mode": "rollout_only"})
+    Path("model/model.safetensors").rename("model/gptq_model-4bit.safetensors")
+    preflight(config)
+    write_weights(Path("model/gptq_model-4bit.safetensors"), {"model.norm.weight": (64,)})
+    with pytest.raises(DataError, match="no tensor"):
+        preflight(config)
+    Path("model/quantize_config.json").write_text('{"bits": 4}')
+    preflight(config)
+
+
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [

@@ -36,7 +36,8 @@ def check_model_files(config: Config) -> str:
     weights = sorted(path.glob("*.safetensors"))
     if not config.model.random_init:
         index = path / "model.safetensors.index.json"
-        if not index.is_file() and not (path / "model.safetensors").is_file():
+        is_named = index.is_file() or (path / "model.safetensors").is_file()
+        if not (is_named if config.has_trainer else weights):  # a server takes files of any name
             one_file = "model.safetensors" if weights else "*.safetensors"
             missing.append(index.name if len(weights) > 1 else one_file)
         try:
@@ -72,10 +73,15 @@ def _download(path: Path) -> str:
 
 
 def check_model_weights(config: Config) -> str:
-    """Checks that the files have the tensors that config.json describes."""
+    """Checks that the files have the tensors that config.json describes.
+
+    Quantized weights, which `run.mode=rollout_only` may have, are stored under other names.
+    """
     path = Path(config.model.path)
     stored = check_weights(sorted(path.glob("*.safetensors")), config.has_trainer, _download(path))
-    check_tensors(stored, HfConfig(path).shape(), f"model.path = {path}")
+    hf_config = HfConfig(path)
+    if not hf_config.quantization:
+        check_tensors(stored, hf_config.shape(), f"model.path = {path}")
     return f"{len(stored):,} tensors"
 
 
