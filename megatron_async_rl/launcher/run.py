@@ -48,8 +48,8 @@ from megatron_async_rl.storage import hook_digests, model_digests
 from megatron_async_rl.storage.hook_digests import HOOKS_FILE
 from megatron_async_rl.storage.model_digests import MODEL_FILE
 
-# settings that a journal depends on: a resumed run must not change them
 ExistingRun = Literal["resume", "rename", "rename if complete"]
+# settings that a journal depends on: a resumed run must not change them
 FIXED = (
     "model.path",
     "data.train",
@@ -225,8 +225,8 @@ def _owned(
             ) from None
         with contextlib.suppress(OSError):  # a full disk
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
+            # unbuffered: what a buffer still has is written, and may fail, when the run has ended
+            os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         if run_dir.exists() and any(run_dir.iterdir()):
             if _is_kept(run_dir, config, existing):
                 show(console, f"resuming the run in {run_dir}")

@@ -8,6 +8,7 @@ many gigabytes, the header and some evenly spaced blocks are digested.
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -18,14 +19,21 @@ from megatron_async_rl.storage import files
 MODEL_FILE = "model_files.json"
 NUM_BLOCKS = 32
 BLOCK_BYTES = 1 << 16
-_PATTERNS = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
-    "merges.txt", "chat_template*", "additional_chat_templates/*",
+NUM_READERS = 16  # on a network disk a model of hundreds of files takes minutes one by one
+_PATTERNS = (  # no others: an editor leaves copies such as tokenizer_config.json.bak
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 
 
 def record(run_dir: Path, config: Config) -> None:
-    """Keeps the digests of model.path in the run, for `changed` at its next start."""
+    """Keeps the digests of model.path in the run, for `changed` at its next start.
+
+    Does nothing if the run has them: a start that continues it has compared them.
+    """
+    if (run_dir / MODEL_FILE).exists():
+        return
     encoded = msgspec.json.format(msgspec.json.encode(_digests(config)))
     files.write_atomic(run_dir / MODEL_FILE, encoded)
 
@@ -62,8 +70,10 @@ def _digests(config: Config) -> dict[str, str]:
     folder = Path(config.model.path)
     small = {path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()}
     found = {path.relative_to(folder).as_posix(): files.digest(path) for path in small}
-    weights = [] if config.model.random_init else folder.glob("*.safetensors")
-    return found | {path.name: _sampled_digest(path) for path in weights}
+    weights = [] if config.model.random_init else list(folder.glob("*.safetensors"))
+    with ThreadPoolExecutor(NUM_READERS) as readers:
+        digests = readers.map(_sampled_digest, weights)
+        return found | {path.name: digest for path, digest in zip(weights, digests, strict=True)}
 
 
 def _sampled_digest(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import socket
 import time
 from pathlib import Path
@@ -76,6 +77,17 @@ def test_launcher_that_owns_the_folder_is_named(tmp_path: Path) -> None:
                 run._owned(run_dir, config, "resume", console).__enter__()
 
 
+def test_owner_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as on a full disk
+    try:
+        config, console = log_config(tmp_path / "run", loggers=[]), Console(file=io.StringIO())
+        with run._owned(tmp_path / "run", config, "resume", console):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_run_without_a_step_does_not_claim_the_folder(tmp_path: Path) -> None:
     config = leave_run(tmp_path / "run", "failed", 0)
     assert run._is_kept(tmp_path / "run", config, "resume")
@@ -95,7 +107,8 @@ def test_changed_model_is_refused_at_the_next_start(tmp_path: Path) -> None:
     )
     (run_dir / "config.yaml").write_text(load.dump(config))
     model_digests.record(run_dir, config)
-    (model / "README.md").write_text("new")
+    for name in ("README.md", "tokenizer_config.json.bak", "chat_template.jinja~"):
+        (model / name).write_text("new")
     assert run._is_kept(run_dir, config, "resume")
     for path, content in (
         (model / "config.json", b"{ }"),
