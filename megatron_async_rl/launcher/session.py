@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class Session:
     interrupted: int = 0  # the signal that stops the run at once
     preempted_at: float | None = None
     controller_ended_at: float | None = None  # after preemption
-    log_begins: dict[str, int] = field(default_factory=dict)  # bytes that earlier starts logged
+    log_begins: dict[str, int] = field(default_factory=dict)  # bytes before the newest start
 
     @property
     def preempted(self) -> bool:
@@ -49,15 +50,21 @@ class Session:
         """Starts processes, with their temporary files in `temporary`."""
         variables = processes.temporary_environment(temporary)
         for name, command in roles.commands(config, self.run_dir, names).items():
-            self.log_begins[name] = processes.log_size(self.log_path(name))
-            start = partial(
-                processes.start,
-                command.arguments,
-                self.log_path(name),
-                command.env | variables,
-                sigterm_blocked=command.sigterm_blocked,
-            )
-            self.supervisor.start(name, start)
+            self.supervisor.start(name, partial(self._start, name, command, variables))
+
+    def _start(
+        self, name: str, command: roles.Command, variables: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
+        log = self.log_path(name)
+        begin = processes.log_size(log)
+        process = processes.start(
+            command.arguments,
+            log,
+            command.env | variables,
+            sigterm_blocked=command.sigterm_blocked,
+        )
+        self.log_begins[name] = begin
+        return process
 
     def log_path(self, name: str) -> Path:
         return self.run_dir / "logs" / f"{name}.log"

@@ -122,6 +122,8 @@ class RunLog:
             temporary.write_bytes(encoded)
             temporary.replace(path)
         except OSError:
+            if not path.exists():
+                raise
             os.utime(path)
             _overwrite(path, encoded)
 

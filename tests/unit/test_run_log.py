@@ -339,6 +339,9 @@ def test_status_on_a_full_disk_is_written_in_place(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         log.write_status(RunStatus(message="x" * 100_000))
     assert read_status(tmp_path).message == "short" and path.stat().st_mtime > 1
+    path.unlink()
+    with pytest.raises(IsADirectoryError):  # the reason, not that there is no file to overwrite
+        log.write_status(RunStatus())
     log.close()
 
 

@@ -9,14 +9,17 @@ from pathlib import Path
 from config_builders import trainer_config
 
 from megatron_async_rl import processes
-from megatron_async_rl.launcher.session import Session
+from megatron_async_rl.launcher.session import TORCHRUN_REPORT, Session
 from megatron_async_rl.launcher.supervisor import Supervisor
 
 NAME = "reward-0"
 
 
-def failure_text(run_dir: Path, earlier: str, later: str = "") -> str:
-    """Returns the text of a run whose process is killed, by the log before and after its start."""
+def failure_text(run_dir: Path, earlier: str, *logged: str) -> str:
+    """Returns the text of a run whose process is killed after each of its starts.
+
+    `earlier`: its log before the first start. `logged`: what it wrote after each.
+    """
     config = trainer_config()
     supervisor = Supervisor(run_dir, config.faults, lambda _: None)
     session = Session(run_dir, supervisor, 1.0)
@@ -24,11 +27,14 @@ def failure_text(run_dir: Path, earlier: str, later: str = "") -> str:
     log.parent.mkdir()
     log.write_text(earlier)
     session.start(config, [NAME], run_dir)
-    [child] = supervisor.processes
-    child.kill()
-    child.wait()
-    with log.open("a") as file:
-        file.write(later)
+    [child] = supervisor.children.values()
+    for number, text in enumerate(logged or [""]):
+        if number:
+            supervisor._restart(child, 0.0)
+        child.process.kill()
+        child.process.wait()
+        with log.open("a") as file:
+            file.write(text)
     assert session.poll()
     return session.failure_text()
 
@@ -37,6 +43,18 @@ def test_error_of_an_earlier_start_is_not_blamed_for_a_kill(tmp_path: Path) -> N
     text = failure_text(tmp_path, "error: the port is taken\n  choose another\nlast line\n")
     log = tmp_path / "logs" / f"{NAME}.log"
     assert text.strip() == f"{NAME} ended with exit code -9; its log: {log}"
+
+
+def test_failure_text_is_of_the_newest_restart(tmp_path: Path) -> None:
+    """A restarted process appends to its log, where earlier failures stay."""
+    text = failure_text(
+        tmp_path,
+        "",
+        "error: the port is taken\n",
+        f"{TORCHRUN_REPORT}1] failed\n",
+        "NameError: x\n",
+    )
+    assert text.endswith("\nNameError: x") and "port" not in text
 
 
 def test_traceback_of_a_rank_is_shown_without_the_report_of_torchrun(tmp_path: Path) -> None:
