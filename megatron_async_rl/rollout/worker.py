@@ -230,10 +230,10 @@ class RolloutWorker:
             lease.min_p,
             self._config.rollout.stop,
         )
-        # a workflow may change its row, such as by appending to a list of messages
-        row = copy.deepcopy(lease.prompt.row)
-        prompt = msgspec.structs.replace(lease.prompt, row=row)
         try:
+            # a workflow may change its row, such as by appending to a list of messages
+            row = copy.deepcopy(lease.prompt.row)
+            prompt = msgspec.structs.replace(lease.prompt, row=row)
             sample = await self._workflow.run(prompt, policy, sampling)
             frames = self._returned.encoded(key, sample, policy.with_experts)
         except EngineError as e:

@@ -131,7 +131,9 @@ class Flow:
         await self._act()
 
 
-def run_sample(folder: Path, act: Callable[[], Any], cancel: bool) -> list[Message]:
+def run_sample(
+    folder: Path, act: Callable[[], Any], cancel: bool, prompt: Prompt = PROMPT
+) -> list[Message]:
     """Returns what a rollout worker sends of a sample whose workflow does `act`."""
     make_chat_tokenizer(model := folder / "model")
     (model / "config.json").write_text('{"vocab_size": 100}')
@@ -141,7 +143,7 @@ def run_sample(folder: Path, act: Callable[[], Any], cancel: bool) -> list[Messa
         link, client = RecordedLink(), SimpleNamespace(version=(0, 5, 21))
         server = SimpleNamespace(client=client, started_from=None)
         worker = RolloutWorker("rollout-0", config, link, server, Flow(act))  # type: ignore[arg-type]
-        lease = Generate(1, 2, 1, [0], "train", PROMPT, 8, 1.0)
+        lease = Generate(1, 2, 1, [0], "train", prompt, 8, 1.0)
         task = asyncio.create_task(worker._run_sample(lease, 0, None))
         for _ in range(20):  # `act` has begun
             await asyncio.sleep(0)
@@ -167,6 +169,15 @@ def test_workflow_that_ends_otherwise_than_by_an_error_fails_its_sample(
 def test_workflow_changes_the_row_of_its_own_sample_only(tmp_path: Path) -> None:
     run_sample(tmp_path, cancels_itself, cancel=False)
     assert PROMPT.row == {"messages": []}
+
+
+def test_row_that_is_nested_too_deeply_fails_its_sample(tmp_path: Path) -> None:
+    row: dict[str, Any] = {}
+    for _ in range(2000):
+        row = {"messages": row}
+    prompt = msgspec.structs.replace(PROMPT, row=row)
+    [failed] = run_sample(tmp_path, cancels_itself, cancel=False, prompt=prompt)
+    assert isinstance(failed, GenerateFailed) and failed.error.startswith("RecursionError")
 
 
 def test_workflow_that_ends_the_program_when_its_lease_has_ended_is_ignored(tmp_path: Path) -> None:
