@@ -274,9 +274,8 @@ def f17_peers_of_other_versions(job: Job) -> None:
         ((own[0], "0000"), "", f"message schema 0000 there, {own[1]} here"),
         (own, "0000", "tokenizer 0000 there"),
     ):
-        link_module.__version__, link_module.SCHEMA = (
-            versions  # this process sends them in its hello
-        )
+        # this process sends them in its hello
+        link_module.__version__, link_module.SCHEMA = versions
         output = asyncio.run(
             join(Hello("rollout", "rollout-0", os.getpid(), capacity=64, tokenizer=tokenizer))
         )
