@@ -21,7 +21,8 @@ class Descendants:
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
         self._mark = f"{LAUNCHER_VARIABLE}={pid}".encode()
-        self._seen: set[psutil.Process] = set()
+        self._seen: frozenset[psutil.Process] = frozenset()
+        self._lock = threading.Lock()  # the test looks too
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -31,12 +32,16 @@ class Descendants:
             self.look()
             self._over.wait(0.2)  # each look reads all of /proc
 
-    def look(self) -> set[psutil.Process]:
+    def look(self) -> frozenset[psutil.Process]:
+        """Returns all processes seen so far."""
         try:
-            self._seen |= set(self._root.children(recursive=True))
+            children = self._root.children(recursive=True)
         except psutil.NoSuchProcess:
             self._over.set()
-        return self._seen
+            return self._seen
+        with self._lock:
+            self._seen |= frozenset(children)
+            return self._seen
 
     @property
     def num_seen(self) -> int:
