@@ -163,7 +163,9 @@ class Session:
         code = self.supervisor.children[failed].last_code
         lines = processes.log_end(log, begin)
         ends = [number for number, line in enumerate(lines) if TORCHRUN_REPORT in line]
-        tail = "\n".join(lines[: ends[0] if ends else None][-LOG_TAIL_LINES:])
+        # a rank that a signal killed, such as the kernel's for want of memory, has logged no reason
+        kills = [lines[number] for number in ends if "(exitcode: -" in lines[number]]
+        tail = "\n".join([*lines[: ends[0] if ends else None][-LOG_TAIL_LINES:], *kills[:1]])
         return f"{lead}{failed} ended with exit code {code}; its log: {log}\n{tail}"
 
 

@@ -64,6 +64,13 @@ def test_traceback_of_a_rank_is_shown_without_the_report_of_torchrun(tmp_path: P
     assert text.endswith("NameError: x") and "torch" not in text
 
 
+def test_signal_that_killed_a_rank_is_shown(tmp_path: Path) -> None:
+    kill = f"E1126 {TORCHRUN_REPORT}1002] failed (exitcode: -9) local_rank: 1 (pid: 7)"
+    later = f"loading\n{kill} of binary: python\nTraceback:\nChildFailedError\n"
+    text = failure_text(tmp_path, "", later)
+    assert text.endswith(f"loading\n{kill} of binary: python")
+
+
 def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     size = processes.LOG_END_BYTES
