@@ -312,6 +312,7 @@ def test_weights_that_do_not_fit_config_json_are_detected(
     ("files", "problem"),
     [
         (["pytorch_model.bin"], r"\*\.safetensors not in it; convert the \.bin files: Auto"),
+        (["training_args.bin"], r"\*\.safetensors not in it; .*hf download"),
         (["weights.safetensors"], r"model\.safetensors not in it; .*hf download"),
         (
             ["a-1.safetensors", "a-2.safetensors"],

@@ -46,7 +46,7 @@ def check_model_files(config: Config) -> str:
                 missing += sorted(name for name in files if not (path / name).is_file())
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
             raise DataError(f"model.path = {path}: cannot read {index.name}: {e}", remedy) from None
-    if missing and missing[0].endswith(".safetensors") and any(path.glob("*.bin")):
+    if missing and missing[0].endswith(".safetensors") and any(path.glob("pytorch_model*.bin")):
         remedy = (
             "convert the .bin files: AutoModelForCausalLM.from_pretrained(FOLDER)"
             ".save_pretrained(FOLDER), with transformers"
