@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import fcntl
 import itertools
@@ -37,6 +38,7 @@ EXIT_REQUEUE = 75  # preempted, state saved: run it again (Slurm: requeue on thi
 EXIT_ERROR = 2  # an Error with a message; any other non-zero code is a crash
 LAUNCHER_VARIABLE = "MEGATRON_ASYNC_RL_LAUNCHER"  # pid of our first process on this host, inherited
 LOG_END_BYTES = 1 << 18  # a log of weeks has gigabytes
+TEMPORARY_PREFIX = "marl-"
 MAX_TMPDIR = 60  # bytes; multiprocessing makes sockets of 46 more below it
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -141,9 +143,8 @@ def start(
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
     variables = {LAUNCHER_VARIABLE: str(parent), **os.environ, **(env or {})}
-    if temporary := variables.get("TMPDIR"):  # a cleaner of /tmp may have removed it
-        with contextlib.suppress(OSError):
-            Path(temporary).mkdir(mode=0o700)
+    if temporary := variables.get("TMPDIR"):
+        _keep_temporary(Path(temporary))
 
     def new_group_and_die_with_parent() -> None:
         os.setpgid(0, 0)
@@ -201,7 +202,7 @@ def temporary_folder() -> Iterator[Path]:
     The folder is locked: systemd-tmpfiles, which removes what is older than ten days, skips it.
     Raises ConfigError as temporary_parent.
     """
-    folder, owner = tempfile.mkdtemp(prefix="marl-", dir=temporary_parent()), os.getpid()
+    folder, owner = tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=temporary_parent()), os.getpid()
     # for a kill of this process, which closes the pipe; others that die with it may still write
     script = 'trap "" INT TERM HUP; cat; rm -rf "$0" || { sleep 1; rm -rf "$0"; }'
     remover = subprocess.Popen(
@@ -222,6 +223,20 @@ def temporary_folder() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             os.killpg(remover.pid, signal.SIGKILL)  # it may be stopped
             remover.communicate()
+
+
+def _keep_temporary(folder: Path) -> None:
+    """Makes a folder of `temporary_folder` again if a cleaner of /tmp has removed it.
+
+    Raises PermissionError if another user has made it since: children trust the sockets in it.
+    """
+    if not folder.name.startswith(TEMPORARY_PREFIX):
+        return
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700)
+    with contextlib.suppress(FileNotFoundError):
+        if folder.lstat().st_uid != os.getuid():
+            raise PermissionError(errno.EPERM, "another user has made this folder", str(folder))
 
 
 def temporary_environment(folder: Path) -> dict[str, str]:

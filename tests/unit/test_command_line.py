@@ -79,6 +79,14 @@ def test_temporary_folder_is_locked_against_cleaners_and_made_again_for_a_child(
     assert not folder.exists()
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_temporary_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    with processes.temporary_folder() as folder:
+        os.chown(folder, 65534, -1)
+        with pytest.raises(PermissionError, match=f"another user.*{folder}"):
+            processes.start(["true"], tmp_path / "log", {"TMPDIR": str(folder)})
+
+
 def test_temporary_folder_survives_the_end_of_a_fork() -> None:
     context = processes.temporary_folder()
     folder = context.__enter__()
