@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,22 +190,30 @@ def test_end_of_a_host_fails_only_its_own_episodes(
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
+@pytest.mark.parametrize("is_starting", [False, True], ids=["running", "starting"])
 def test_cancelled_command_ends_although_a_daemon_holds_its_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_starting: bool
 ) -> None:
     monkeypatch.setattr("megatron_async_rl.rollout.agents.runner.KILLED_S", 0.1)
     pid = tmp_path / "pid"
     command = f"sh -c 'setsid sleep 30 & echo $! > {pid}; wait'"
 
+    def has_session() -> bool:
+        text = pid.read_text().strip() if pid.exists() else ""
+        return bool(text) and os.getsid(int(text)) == int(text)
+
     async def run() -> None:
         runner = CommandRunner(command, tmp_path / "agents.log")
         client = ClientSettings("u", "k", "a", "m")
         episode = asyncio.create_task(runner.run({}, client))
-        while not (pid.exists() and pid.read_text().strip()):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        for _ in range(2):  # the process runs, asyncio has not connected its pipes
+            await asyncio.sleep(0)
+        while not has_session():
+            if is_starting:
+                time.sleep(0.01)  # noqa: ASYNC251
+            else:
+                await asyncio.sleep(0.01)
         daemon = int(pid.read_text())
-        while os.getsid(daemon) != daemon:  # noqa: ASYNC110  a process is watched
-            await asyncio.sleep(0.01)
         episode.cancel()
         done, _ = await asyncio.wait([episode], timeout=20)
         os.kill(daemon, 9)

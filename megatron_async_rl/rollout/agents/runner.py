@@ -116,8 +116,8 @@ class CommandRunner:
     async def run(self, row: dict[str, Any], client: ClientSettings) -> Returned:
         name = f"rollout.agent_command = {self._command!r}"
         with self._log.open("ab") as log:
-            try:
-                process = await asyncio.create_subprocess_exec(
+            starting = asyncio.create_task(
+                asyncio.create_subprocess_exec(
                     *shlex.split(self._command),
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
@@ -125,10 +125,18 @@ class CommandRunner:
                     env={**os.environ, **client.environment()},
                     preexec_fn=_in_new_group,
                 )
+            )
+            try:
+                process = await asyncio.shield(starting)
             except OSError as e:
                 raise HookFailed(
                     f"{name} cannot be started: {e}", "set rollout.agent_command to a program"
                 ) from None
+            except asyncio.CancelledError:
+                # asyncio would kill the process alone, and wait for what it has started
+                with contextlib.suppress(OSError):
+                    await _kill_group(await starting)
+                raise
         try:
             sending = asyncio.create_task(_send_row(process, row))
             try:
@@ -136,9 +144,7 @@ class CommandRunner:
             finally:
                 sending.cancel()
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await _wait_killed(process)
+            await _kill_group(process)
         if process.returncode:
             raise HookFailed(f"{name} ended with exit code {process.returncode}; see {self._log}")
         lines = output.decode(errors="replace").strip().splitlines()
@@ -187,6 +193,12 @@ async def _output_of(
         return reading.result() if done else b""
     finally:
         reading.cancel()
+
+
+async def _kill_group(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await _wait_killed(process)
 
 
 async def _wait_killed(process: asyncio.subprocess.Process) -> None:
