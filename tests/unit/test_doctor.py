@@ -249,6 +249,13 @@ def test_incomplete_model_download_is_detected() -> None:
         preflight(make_config())
 
 
+def test_weights_that_the_index_does_not_name_are_not_looked_at() -> None:
+    listed = {"weight_map": {"any": "model.safetensors"}}
+    Path("model/model.safetensors.index.json").write_text(json.dumps(listed))
+    Path("model/left-over.safetensors").write_bytes(b"of another download")
+    preflight(make_config())
+
+
 @pytest.mark.parametrize(("content", "problem"), [
     (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git lfs.*; git lfs pull"),
     (b"", "cut off: it has 0 bytes"),

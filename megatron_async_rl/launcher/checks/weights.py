@@ -21,6 +21,7 @@ from megatron_async_rl.model.config_json import HfConfig
 from megatron_async_rl.model.shape import ModelShape, map_parameter, parameter_names
 from megatron_async_rl.program import looked_up_in
 
+_INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 _POINTER = b"version https://git-lfs"  # a file that git has not fetched
@@ -35,17 +36,13 @@ def check_model_files(config: Config) -> str:
     missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
     weights = sorted(path.glob("*.safetensors"))
     if not config.model.random_init:
-        index = path / "model.safetensors.index.json"
-        is_named = index.is_file() or (path / "model.safetensors").is_file()
+        listed = _listed_files(path, remedy)
+        is_named = listed or (path / "model.safetensors").is_file()
         if not (is_named if config.has_trainer else weights):  # a server takes files of any name
             one_file = "model.safetensors" if weights else "*.safetensors"
-            missing.append(index.name if len(weights) > 1 else one_file)
-        try:
-            if index.is_file():
-                files = set(json.loads(index.read_bytes())["weight_map"].values())
-                missing += sorted(name for name in files if not (path / name).is_file())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-            raise DataError(f"model.path = {path}: cannot read {index.name}: {e}", remedy) from None
+            missing.append(_INDEX if len(weights) > 1 else one_file)
+        missing += [file.name for file in listed if not file.is_file()]
+        weights = listed or weights
     if missing and missing[0].endswith(".safetensors") and any(path.glob("pytorch_model*.bin")):
         remedy = (
             "convert the .bin files: AutoModelForCausalLM.from_pretrained(FOLDER)"
@@ -58,6 +55,18 @@ def check_model_files(config: Config) -> str:
         return f"{path}: random weights"
     check_weights(weights, config.has_trainer, remedy)
     return f"{path}: {size_text(sum(file.stat().st_size for file in weights))}"
+
+
+def _listed_files(path: Path, remedy: str) -> list[Path]:
+    """Returns the files of the index, the only ones that are loaded; none without an index."""
+    index_file = path / _INDEX
+    if not index_file.is_file():
+        return []
+    try:
+        names = set(json.loads(index_file.read_bytes())["weight_map"].values())
+        return sorted(path / name for name in names)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        raise DataError(f"model.path = {path}: cannot read {_INDEX}: {e}", remedy) from None
 
 
 def _download(path: Path) -> str:
@@ -78,7 +87,9 @@ def check_model_weights(config: Config) -> str:
     Quantized weights, which `run.mode=rollout_only` may have, are stored under other names.
     """
     path = Path(config.model.path)
-    stored = check_weights(sorted(path.glob("*.safetensors")), config.has_trainer, _download(path))
+    remedy = _download(path)
+    files = _listed_files(path, remedy) or sorted(path.glob("*.safetensors"))
+    stored = check_weights(files, config.has_trainer, remedy)
     hf_config = HfConfig(path)
     if not hf_config.quantization:
         check_tensors(stored, hf_config.shape(), f"model.path = {path}")
