@@ -47,6 +47,13 @@ def _train(run_dir: Path) -> None:
     version = checkpointer.load()
     if not controller.run_is_over:
         publisher.publish(version)  # the servers start from these weights
+    elif version < config.run.steps:
+        raise DataError(
+            f"{run_dir}: the run is finished, but its last checkpoint is damaged: its policy "
+            "cannot be exported",
+            "restore the checkpoint from a copy, or raise run.steps to continue from the one "
+            "before",
+        )
     while version < config.run.steps:
         # Waits until the batch is complete; meanwhile new servers may ask for the weights.
         samples = controller.next_batch(version, publisher.publish)
