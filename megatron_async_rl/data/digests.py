@@ -39,11 +39,10 @@ def changed_data(run_dir: Path, config: Config) -> str:
 
 def read_digests(run_dir: Path) -> dict[str, str]:
     """Returns setting -> digest, {} if none were recorded. Raises DataError."""
-    path = run_dir / DIGESTS_FILE
-    if not path.exists():
-        return {}
     lost = "the proof that the datasets have not changed since the run was started"
-    return files.read_json(path, dict[str, str], lost, "delete it to continue without this proof")
+    return files.read_digests(
+        run_dir / DIGESTS_FILE, lost, "delete it to continue without this proof"
+    )
 
 
 def _sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:

@@ -31,6 +31,11 @@ def read_json(path: Path, kind: type[T], lost: str, remedy: str) -> T:
     raise DataError(f"{path} {problem}; lost: {lost}", remedy)
 
 
+def read_digests(path: Path, lost: str, remedy: str) -> dict[str, str]:
+    """Returns name -> digest as read_json, {} if there is no such file."""
+    return read_json(path, dict[str, str], lost, remedy) if path.exists() else {}
+
+
 def sync(path: Path) -> None:
     """Forces a file, or the list of names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -45,8 +45,5 @@ def read(run_dir: Path) -> dict[str, str]:
 
     Raises DataError if the file is damaged.
     """
-    path = run_dir / HOOKS_FILE
-    if not path.exists():
-        return {}
     lost = "the functions of the last start, with which those of this one are compared"
-    return files.read_json(path, dict[str, str], lost, "delete it to continue")
+    return files.read_digests(run_dir / HOOKS_FILE, lost, "delete it to continue")

@@ -58,11 +58,10 @@ def changed(run_dir: Path, config: Config) -> str:
 
 def read(run_dir: Path) -> dict[str, str]:
     """Returns name -> digest, {} if nothing was recorded. Raises DataError."""
-    path = run_dir / MODEL_FILE
-    if not path.exists():
-        return {}
     lost = "the proof that the model has not changed since the run was started"
-    return files.read_json(path, dict[str, str], lost, "delete it to continue without this proof")
+    return files.read_digests(
+        run_dir / MODEL_FILE, lost, "delete it to continue without this proof"
+    )
 
 
 def _digests(config: Config) -> dict[str, str]:
